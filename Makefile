@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints/newest.txt
+COLAB_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) $(shell command -v python3.13))
+PYTEST_WORKERS ?= 2
+
+.PHONY: demo test test-all test-colab check format bench clean
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab,test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/jaxtricks ablate
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow'
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+# What Google Colab ships: Python 3.13, jax 0.7.2, flax 0.11.2, optax 0.2.8.
+test-colab:
+	@if [ -z '$(COLAB_PYTHON)' ]; then echo 'no Python 3.13 here: set COLAB_PYTHON=/path/to/python3.13'; exit 1; fi
+	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints/colab.txt PYTHON=$(COLAB_PYTHON)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m tests.bench
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-colab runs

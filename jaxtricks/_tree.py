@@ -1,0 +1,141 @@
+"""Pytrees: paths, sizes, and small frozen dataclasses that are pytrees."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+T = TypeVar("T")
+
+STATIC = {"static": True}
+"""Metadata of a dataclass field that is part of the tree's structure, not a leaf."""
+
+
+def path_str(key_path: tuple[Any, ...]) -> str:
+    """Key path of JAX -> "a/b/0/kernel"; a final "value" (an nnx Variable's) is dropped."""
+    names = [_name(key) for key in key_path]
+    if names and names[-1] == "value":
+        names.pop()
+    return "/".join(names)
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def is_masked(x: Any) -> bool:
+    """Whether x is the placeholder that optax.masked puts in place of a leaf."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """[(path, leaf)] in flattening order; None and MaskedNode are no leaves."""
+    return [(path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """tree.map of fn(path, leaf, *others), with the paths of `leaves_with_paths`."""
+    return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_str(p), *xs), tree, *rest)
+
+
+def has_masked(tree: Any) -> bool:
+    """Whether any leaf of the tree is hidden by optax.masked."""
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all array leaves, from their shapes alone (ShapeDtypeStruct is fine)."""
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(x: Any) -> int:
+    if not hasattr(x, "shape"):
+        x = np.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+
+
+def is_floating(x: Any) -> bool:
+    """Whether x is an array (or its shape) of a floating dtype; Python numbers are not."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that belongs to the tree's structure (hashable, no leaf)."""
+    return dataclasses.field(metadata=STATIC, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def node(cls: type[T]) -> type[T]:
+    """Make cls a frozen dataclass and a pytree; fields made with `static()` are structure.
+
+    Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and would break
+    tree.map and vmap, which put shapes, None and objects where arrays were.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # pyrefly: ignore
+    data = tuple(f.name for f in fields if not f.metadata.get("static"))
+    meta = tuple(f.name for f in fields if f.metadata.get("static"))
+
+    def flatten(x: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(x, n) for n in data), tuple(getattr(x, n) for n in meta)
+
+    def flatten_with_keys(x: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children, aux = flatten(x)
+        keys = map(jax.tree_util.GetAttrKey, data)
+        return tuple(zip(keys, children, strict=True)), aux
+
+    def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> T:
+        x = object.__new__(cls)
+        for name, value in zip(data + meta, (*children, *aux), strict=True):
+            object.__setattr__(x, name, value)
+        return x
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def metrics(opt_state: Any) -> dict[str, Any]:
+    """What the transforms in an optimizer state report, through any chain or wrapper.
+
+    Every state of ours that has something to log says so by a `metrics()` method (clip fraction,
+    loss scale, skipped steps); `optax.inject_hyperparams` contributes its hyper-parameters.
+
+    Args:
+      opt_state: the state of any optax chain; may be traced.
+
+    Returns:
+      {name: scalar array}; a name that occurs twice is numbered: "agc/clipped_fraction",
+      "agc/clipped_fraction_1".
+    """
+    found: dict[str, Any] = {}
+    for x in _reporting_nodes(opt_state):
+        values = x.metrics() if hasattr(x, "metrics") else x.hyperparams
+        for name, value in values.items():
+            unique, n = name, 0
+            while unique in found:
+                n += 1
+                unique = f"{name}_{n}"
+            found[unique] = value
+    return found
+
+
+def _reporting_nodes(tree: Any) -> list[Any]:
+    found = []
+
+    def visit(x: Any) -> bool:
+        if hasattr(x, "metrics") or hasattr(x, "hyperparams"):
+            found.append(x)
+        return False  # never a leaf: go on inside
+
+    jax.tree.leaves(tree, is_leaf=visit)
+    return found

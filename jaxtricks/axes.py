@@ -1,0 +1,247 @@
+"""What each axis of a parameter means: the vocabulary that memopt and agc share.
+
+What. A leaf's roles are one word per axis: "batch" (independent copies: scanned or vmapped layers,
+experts), "in" (fan-in and the spatial axes of a kernel), "out" (fan-out), "none" (everything else).
+A kernel of 3x3 convolution is ("in", "in", "in", "out"); five of them scanned over are
+("batch", "in", "in", "in", "out"); biases and scales are ("none",) after any "batch".
+
+Use. Exact rules come from the model's own layers: `jt.nnx.roles(model)`, `jt.linen.roles(module,
+*init_args)`. For anything else write `by_path({r"attn/.*kernel": ("in", "out", "out")})`, or pass a
+function (path, shape) -> roles, or a tree of roles. Paths are keys joined by "/".
+
+    tx = jt.memopt.adafactor(1e-3, axes=jt.axes.by_path({r"stack/kernel": ("batch", "in", "out")}))
+    print(jt.axes.describe(params, jt.axes.infer))
+
+Differences from optax. optax decides by rank and size alone, so scanned layers, attention kernels and
+stacked biases are clipped and factored over the wrong axes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxtricks import _table, _tree
+from jaxtricks._types import Params, PathRule, Roles
+
+ROLES = ("batch", "in", "out", "none")
+
+_DENSE: Roles = ("in", "out")
+# Names that fix the meaning in Flax: "Dense_3/kernel" is a matrix whatever the rest of the path.
+_LAYERS = re.compile(r"^(Dense|Conv|WSConv|Embed)(_\d+)?$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A checked rule (path, shape) -> roles; what `by_path` returns.
+
+    Attributes:
+      patterns: (regex, roles) in order of precedence; a regex must match the whole path.
+      strict: every regex must match some leaf, and every leaf some regex, checked in `init`.
+    """
+
+    patterns: tuple[tuple[str, Roles], ...]
+    strict: bool = True
+
+    def __call__(self, path: str, shape: tuple[int, ...]) -> Roles | None:
+        """Roles of the first pattern that matches; leading axes beyond them are "batch"."""
+        for pattern, roles in self.patterns:
+            if re.fullmatch(pattern, path):
+                return _stacked(path, shape, roles)
+        return None
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise if a pattern matches none of the paths, or a path no pattern."""
+        paths = list(paths)
+        for pattern, _ in self.patterns:
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                raise ValueError(
+                    f"axes: the rule {pattern!r} matches no parameter; paths look like {_some(paths)}"
+                )
+        for path in paths:
+            if not any(re.fullmatch(pattern, path) for pattern, _ in self.patterns):
+                raise ValueError(
+                    f"axes: no rule matches the parameter {path!r}; add one or pass strict=False"
+                )
+
+
+def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
+    r"""Roles from regular expressions over paths.
+
+    Args:
+      rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"), the first match
+        wins. A leaf may have more axes than roles: the leading ones are "batch".
+      strict: complain (in `init`) about a regex that matches nothing and a leaf nothing matches.
+
+    Returns:
+      A rule for `axes=`.
+
+    Raises:
+      ValueError: unknown role, or a regex that does not compile.
+
+    Example:
+      >>> rule = by_path({r".*/kernel": ("in", "out"), r".*/bias": ("none",)})
+      >>> rule("a/kernel", (5, 3, 4))
+      ('batch', 'in', 'out')
+    """
+    for pattern, roles in rules.items():
+        _check_words(pattern, roles)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"axes: the rule {pattern!r} is no regular expression: {error}"
+            ) from None
+    return Rule(tuple((pattern, tuple(roles)) for pattern, roles in rules.items()), strict)
+
+
+def exact(roles: Mapping[str, Roles]) -> PathRule:
+    """Rule from known paths, as a model's own layers give them; None for every other leaf."""
+    table = dict(roles)
+
+    def rule(path: str, shape: tuple[int, ...]) -> Roles | None:
+        return _stacked(path, shape, table[path]) if path in table else None
+
+    return rule
+
+
+def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
+    """Roles where a Flax name fixes the meaning, None where it does not; it never guesses.
+
+    Args:
+      path: "encoder/Dense_0/kernel".
+      shape: shape of the leaf; only its rank is used.
+
+    Returns:
+      Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out`, for `embedding`, `scale`
+      and `bias` of rank 1, else None. A rank that the name does not explain gives None as well.
+
+    Example:
+      >>> infer("Dense_0/kernel", (3, 4)), infer("mystery/kernel", (3, 4, 5))
+      (('in', 'out'), None)
+    """
+    *parents, name = path.split("/")
+    parent = parents[-1] if parents else ""
+    rank = len(shape)
+    if name in ("scale", "bias", "gain"):
+        return ("none",) if rank == 1 else None
+    if name == "embedding":
+        return _DENSE if rank == 2 else None
+    if name != "kernel":
+        return None
+    if parent in ("query", "key", "value") and rank == 3:
+        return ("in", "out", "out")
+    if parent == "out" and rank == 3:
+        return ("in", "in", "out")
+    layer = _LAYERS.match(parent)
+    if layer and layer[1] == "Dense":
+        return _DENSE if rank == 2 else None
+    if layer and layer[1] in ("Conv", "WSConv"):
+        return ("in",) * (rank - 1) + ("out",) if 3 <= rank <= 5 else None
+    return None
+
+
+def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether weight decay usually applies: a kernel or embedding, not a bias, scale or gain.
+
+    Args:
+      path: "block/0/conv/kernel"; only the last key counts.
+      shape: shape of the leaf; vectors and scalars are never kernels.
+
+    Example:
+      >>> is_kernel("conv/kernel", (3, 3, 8, 8)), is_kernel("norm/scale", (8,))
+      (True, False)
+    """
+    return len(shape) >= 2 and path.rsplit("/", 1)[-1] not in (
+        "bias",
+        "scale",
+        "gain",
+        "mean",
+        "var",
+    )
+
+
+def describe(params: Params, rule: Any) -> _table.Table:
+    """What a rule decided for each leaf.
+
+    Args:
+      params: pytree of arrays or ShapeDtypeStructs.
+      rule: anything `axes=` takes.
+
+    Returns:
+      A table (its `str()` is text) of path, shape and roles; "by rank and size" where the rule says
+      None and the transform falls back on its reference's own rule.
+    """
+    rows = [
+        (
+            path,
+            "x".join(map(str, leaf.shape)) or "scalar",
+            " ".join(roles or ()) or _fallback(leaf, roles),
+        )
+        for (path, leaf), roles in zip(
+            _tree.leaves_with_paths(params), leaf_roles(rule, params), strict=True
+        )
+    ]
+    return _table.make(("parameter", "shape", "roles"), rows)
+
+
+def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
+    """Roles of every leaf of params in flattening order; None = the reference's own rule.
+
+    Args:
+      axes: None, a function (path, shape) -> roles or None, a `Rule`, or a tree of roles with the
+        structure of params.
+      params: pytree of arrays (or shapes); None leaves and optax.MaskedNode have no entry.
+
+    Raises:
+      ValueError: a strict rule that does not fit, an unknown role, or a wrong number of roles.
+    """
+    leaves = _tree.leaves_with_paths(params)
+    if axes is None:
+        return [None] * len(leaves)
+    if isinstance(axes, Rule) and axes.strict and not _tree.has_masked(params):
+        axes.check(path for path, _ in leaves)
+    if callable(axes):
+        found = [axes(path, tuple(leaf.shape)) for path, leaf in leaves]
+    else:
+        found = jax.tree.structure(params).flatten_up_to(axes)
+    return [_checked(p, x.shape, r) for (p, x), r in zip(leaves, found, strict=True)]
+
+
+def positions(roles: Roles, *words: str) -> tuple[int, ...]:
+    """Indices of the axes whose role is one of the words."""
+    return tuple(i for i, role in enumerate(roles) if role in words)
+
+
+def _checked(path: str, shape: tuple[int, ...], roles: Roles | None) -> Roles | None:
+    if roles is None:
+        return None
+    _check_words(path, roles)
+    if len(roles) != len(shape):
+        raise ValueError(
+            f"axes: {path!r} has shape {tuple(shape)} but the roles {tuple(roles)}; give one per axis"
+        )
+    return tuple(roles)
+
+
+def _check_words(name: str, roles: Any) -> None:
+    if isinstance(roles, str) or any(role not in ROLES for role in roles):
+        raise ValueError(
+            f"axes: roles of {name!r} are {roles!r}; use a tuple of {', '.join(ROLES)}"
+        )
+
+
+def _stacked(path: str, shape: tuple[int, ...], roles: Roles) -> Roles:
+    if len(shape) < len(roles):
+        raise ValueError(f"axes: {path!r} has shape {tuple(shape)} but the rule gives {roles}")
+    return ("batch",) * (len(shape) - len(roles)) + roles
+
+
+def _fallback(leaf: Any, roles: Roles | None) -> str:
+    return "by rank and size" if roles is None else "scalar"
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(repr(p) for p in paths[:3]) or "nothing (no parameters)"
