@@ -9,6 +9,7 @@ from jax.extend import core
 
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
+Var = core.Var
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:

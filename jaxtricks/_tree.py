@@ -1,6 +1,7 @@
 """Pytrees: paths, sizes, and small frozen dataclasses that are pytrees."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
@@ -41,6 +42,21 @@ def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     return [(path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """{path: leaf} in flattening order.
+
+    Raises:
+      ValueError: two leaves have the same path (a key that contains "/").
+    """
+    leaves = leaves_with_paths(tree)
+    table = dict(leaves)
+    if len(table) < len(leaves):
+        paths = [path for path, _ in leaves]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two leaves have the path {twice!r}: rename a key that contains '/'")
+    return table
+
+
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """tree.map of fn(path, leaf, *others), with the paths of `leaves_with_paths`."""
     return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_str(p), *xs), tree, *rest)
@@ -67,6 +83,24 @@ def _leaf_bytes(x: Any) -> int:
 def is_floating(x: Any) -> bool:
     """Whether x is an array (or its shape) of a floating dtype; Python numbers are not."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def wide_dtype(*xs: Any) -> np.dtype:
+    """The dtype to compute statistics in: that of all the arrays together, float32 at least."""
+    return common_dtype(*xs, np.zeros((), np.float32))
+
+
+def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
+    """The dtype that holds all the arrays (None has none), unless one is given.
+
+    `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an explicit choice:
+    this is ours.
+    """
+    if given is not None:
+        return np.dtype(given)
+    dtypes = [x.dtype for x in xs if hasattr(x, "dtype")]
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def static(**kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Types that the rooms share; the shapes of arrays stand in the annotations (jaxtyping)."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ Key = jax.Array
 """A typed PRNG key (`jax.random.key`)."""
 
 
+@runtime_checkable
 class ApplyFn(Protocol):
     """The functional form of a model, whatever framework it was written in."""
 

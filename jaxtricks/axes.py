@@ -206,7 +206,7 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     if callable(axes):
         found = [axes(path, tuple(leaf.shape)) for path, leaf in leaves]
     else:
-        found = jax.tree.structure(params).flatten_up_to(axes)
+        found = _flatten_like(params, axes)
     return [_checked(p, x.shape, r) for (p, x), r in zip(leaves, found, strict=True)]
 
 
@@ -215,7 +215,17 @@ def positions(roles: Roles, *words: str) -> tuple[int, ...]:
     return tuple(i for i, role in enumerate(roles) if role in words)
 
 
-def _checked(path: str, shape: tuple[int, ...], roles: Roles | None) -> Roles | None:
+def _flatten_like(params: Params, axes: Any) -> list[Any]:
+    def empty(x: Any) -> bool:
+        return x is None or _tree.is_masked(x)
+
+    # A tree of roles may say something where params has None or where optax.masked hides a leaf.
+    leaves, structure = jax.tree.flatten(params, is_leaf=empty)
+    roles = structure.flatten_up_to(axes)
+    return [r for x, r in zip(leaves, roles, strict=True) if not empty(x)]
+
+
+def _checked(path: str, shape: tuple[int, ...], roles: Any) -> Roles | None:
     if roles is None:
         return None
     _check_words(path, roles)
