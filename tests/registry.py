@@ -4,19 +4,78 @@ A new public transform is not done before it has its line here.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from jaxtricks import agc, amp, cyclical, longtail, memopt, nnx, remat
+
 # name -> factory of an optax.GradientTransformation
-GRADIENT_TRANSFORMS: dict[str, Callable[..., Any]] = {}
+GRADIENT_TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "agc.adaptive_grad_clip": partial(agc.adaptive_grad_clip, 0.1),
+    "memopt.adafactor": partial(memopt.adafactor, min_dim_size_to_factor=4),
+    "memopt.adafactor, everything on": partial(
+        memopt.adafactor,
+        1e-2,
+        beta1=0.9,
+        decay="adam",
+        decay_rate=0.99,
+        max_parameter_scale=10.0,
+        min_dim_size_to_factor=4,
+        weight_decay=0.03,
+    ),
+    "memopt.scale_by_adafactor": partial(memopt.scale_by_adafactor, min_dim_size_to_factor=4),
+    "memopt.sm3": partial(memopt.sm3, 0.1, momentum=0.9),
+    "memopt.scale_by_sm3": memopt.scale_by_sm3,
+    "amp.dynamic_loss_scale": partial(
+        amp.dynamic_loss_scale, agc.adaptive_grad_clip(0.1), init=4.0
+    ),
+    "amp.skip_nonfinite": partial(amp.skip_nonfinite, agc.adaptive_grad_clip(0.1)),
+}
 
 # name -> factory of a schedule: step -> value
-SCHEDULES: dict[str, Callable[..., Any]] = {}
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "cyclical.cyclical": partial(cyclical.cyclical, 1e-3, 6e-3, 20),
+    "cyclical.cyclical, triangular2": partial(
+        cyclical.cyclical, 0.0, 1.0, 4.5, 3.25, mode="triangular2"
+    ),
+    "cyclical.cyclical, exp_range": partial(
+        cyclical.cyclical, 0.0, 1.0, 7, mode="exp_range", gamma=0.98
+    ),
+}
 
 # name -> factory (counts) -> loss(logits [..., C], labels [...]) -> per-example [...]
-LOSSES: dict[str, Callable[..., Any]] = {}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "longtail.cross_entropy": lambda counts: longtail.cross_entropy(),
+    "longtail.weighted": lambda counts: longtail.weighted(
+        longtail.weights.inverse_frequency(counts)
+    ),
+    "longtail.focal": lambda counts: longtail.focal(1.0),
+    "longtail.class_balanced": longtail.class_balanced,
+    "longtail.ldam": longtail.ldam,
+    "longtail.balanced_softmax": longtail.balanced_softmax,
+    "longtail.logit_adjusted": longtail.logit_adjusted,
+    "longtail.vs": longtail.vs,
+    "longtail.cdt": lambda counts: longtail.cdt(counts, 0.2),
+}
 
 # name -> wrapper fn -> fn that keeps values and gradients (to rounding where it says so)
-WRAPPERS: dict[str, Callable[..., Any]] = {}
+WRAPPERS: dict[str, Callable[..., Any]] = {
+    "remat.recompute_grad": remat.recompute_grad,
+    "amp.with_policy, full": partial(amp.with_policy, policy="full"),
+}
 
 # name -> factory (rngs) -> nnx module that maps [N, 8, 8, 4] to [N, 8, 8, 4]
-MODULES: dict[str, Callable[..., Any]] = {}
+MODULES: dict[str, Callable[..., Any]] = {
+    "nnx.WSConv": lambda rngs: nnx.WSConv(4, 4, (3, 3), use_bias=True, rngs=rngs),
+    "nnx.WSConv, grouped, qiao": lambda rngs: nnx.WSConv(
+        4, 4, (3, 3), feature_group_count=2, preset="qiao", use_gain=False, rngs=rngs
+    ),
+    "nnx.ExtendedBatchNorm": lambda rngs: nnx.ExtendedBatchNorm(4, rngs=rngs),
+    "nnx.ExtendedBatchNorm, grand": lambda rngs: nnx.ExtendedBatchNorm(
+        4, variance="grand", momentum=0.9, use_bias=False, rngs=rngs
+    ),
+    "nnx.ACBlock": lambda rngs: nnx.ACBlock(4, 4, (3, 3), rngs=rngs),
+    "nnx.ACBlock, WSConv, ExtendedBatchNorm": lambda rngs: nnx.ACBlock(
+        4, 4, (5, 3), conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, gamma_init=1 / 3, rngs=rngs
+    ),
+}

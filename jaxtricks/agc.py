@@ -1,0 +1,297 @@
+"""Adaptive gradient clipping: gradients bounded relative to the weights they move.
+
+What. For every unit i (the weights into one output), if ||G_i|| > clipping * max(||W_i||, eps) the
+gradient is scaled down to that bound: G_i * clipping * max(||W_i||, eps) / max(||G_i||, 1e-6). It is what
+lets normalizer-free networks train with large batches and learning rates.
+
+Use.
+
+    import jaxtricks as jt, optax
+    tx = optax.chain(
+        jt.agc.adaptive_grad_clip(0.01, axes=jt.axes.infer, where=jt.agc.exclude("head/kernel")),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+    )
+    updates, state = tx.update(grads, state, params)
+    jt.metrics(state)  # {"agc/clipped_fraction": ..., "agc/max_ratio": ...}
+
+Settings to start from. clipping 0.01 for batches of thousands, 0.02-0.16 for smaller ones; eps 1e-3 (it
+is what lets zero-initialised gains move at all). Leave the classifier's kernel out, as the paper's
+experiments do (its bias, and all gains and biases, are clipped). If `agc/clipped_fraction` stays near 0
+or near 1, clipping is too large or too small.
+
+When it helps and when not. Networks without normalization, large batches, high learning rates. With
+batch normalization and moderate rates it rarely does anything: the clipped fraction will say so.
+
+Cost. Two norms per leaf; the state is two scalars. No buffers.
+
+Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum. Under
+`amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. A unit whose gradient norm is
+not finite is passed on as it is, so that a guard for non-finite gradients further out sees it; the other
+units are clipped as usual, and `max_ratio` is inf.
+
+Differences from the paper and from optax/flax. With `axes=None` the units are the reference code's, by
+rank alone (rank 5 as in optax); that is wrong for scanned layers, attention outputs (H, K, D), 1-D
+convolutions and stacked biases: pass `axes=`. Norms are float32 or better and scaled by the largest entry,
+so float16 gradients do not overflow (optax's norm overflows and silently zeroes the update). The state
+reports what was clipped.
+
+References. Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
+Normalization", arXiv 2102.06171, eq. 3. Reference code: deepmind-research/nfnets/agc_optax.py.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Float
+
+from jaxtricks import _tree
+from jaxtricks import axes as axes_
+from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
+
+__all__ = ["AgcState", "adaptive_grad_clip", "exclude", "unitwise_norm"]
+
+_GRADIENT_FLOOR = 1e-6
+
+
+class AgcState(NamedTuple):
+    """State of `adaptive_grad_clip`: what the last update did.
+
+    Attributes:
+      clipped_fraction: clipped units / eligible units, float32 []; 0 if no unit is eligible.
+      max_ratio: max ||G|| / max(||W||, eps) over the eligible units, float32 []; inf if a gradient
+        norm is not finite.
+      count: updates so far, int32 []; None unless `clipping` or `eps` is a schedule.
+    """
+
+    clipped_fraction: Any
+    max_ratio: Any
+    count: Any = None
+
+    def metrics(self) -> dict[str, Any]:
+        """What `jaxtricks.metrics` collects."""
+        return {"agc/clipped_fraction": self.clipped_fraction, "agc/max_ratio": self.max_ratio}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclude:
+    """A predicate over paths, made by `exclude`.
+
+    Attributes:
+      patterns: regular expressions of what is not clipped.
+    """
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, path: str) -> bool:
+        """Whether the parameter is clipped."""
+        return not any(_matches(pattern, path) for pattern in self.patterns)
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise if a pattern matches none of the paths."""
+        paths = list(paths)
+        for pattern in self.patterns:
+            if not any(_matches(pattern, path) for path in paths):
+                some = ", ".join(map(repr, paths[:3])) or "nothing"
+                raise ValueError(
+                    f"agc.exclude: {pattern!r} matches no parameter; paths look like {some}"
+                )
+
+
+def exclude(*regex: str) -> Exclude:
+    r"""A `where=` predicate: clip everything but these parameters.
+
+    A regex must match the whole path of a parameter, or the whole path of a module above it
+    ("head" leaves out all below head). One that matches nothing raises in `init`, unless
+    optax.masked hides part of the parameters.
+
+    Args:
+      *regex: regular expressions over paths such as "block/0/conv/kernel".
+
+    Returns:
+      predicate(path) -> bool, True = clip.
+
+    Raises:
+      ValueError: a regex that does not compile.
+
+    Example:
+      >>> where = exclude("head/kernel", r".*/scale")
+      >>> where("head/kernel"), where("head/bias"), where("norm/scale")
+      (False, True, False)
+    """
+    for pattern in regex:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            message = f"agc.exclude: {pattern!r} is no regular expression: {error}"
+            raise ValueError(message) from None
+    return Exclude(tuple(regex))
+
+
+def unitwise_norm(x: Float[Array, "*shape"], roles: Roles | None = None) -> Float[Array, "*units"]:
+    """Euclidean norm of every unit, safe against overflow and underflow.
+
+    ||x_i|| = m_i sqrt(sum (x / m_i)^2), m_i = max |x| over the unit; inf if the unit has an inf, NaN
+    if it has a NaN.
+
+    Args:
+      x: [*shape], any floating dtype.
+      roles: one word per axis; a unit is one ("batch", "out") index, all other axes are reduced.
+        None = the reference's rule: an array that squeezes to rank <= 1 is one unit; rank 2 and 3
+        reduce axis 0, rank 4 (0, 1, 2), rank 5 (0, 1, 2, 3).
+
+    Returns:
+      The norms, float32 (float64 for float64), with 1 for every reduced axis.
+
+    Raises:
+      ValueError: roles is None and the rank is above 5.
+
+    Example:
+      >>> unitwise_norm(jnp.full((4, 3), 2.0), ("in", "out")).tolist()
+      [[4.0, 4.0, 4.0]]
+    """
+    return _norm(x, _unit_axes("unitwise_norm", tuple(x.shape), roles))
+
+
+def adaptive_grad_clip(
+    clipping: ScalarOrSchedule = 0.01,
+    *,
+    eps: ScalarOrSchedule = 1e-3,
+    axes: Any = None,
+    where: Callable[[str], bool] | None = None,
+) -> optax.GradientTransformation:
+    """Clip every unit's gradient to a fraction of its weights' norm.
+
+    G_i <- G_i * clipping * max(||W_i||, eps) / max(||G_i||, 1e-6)
+    if ||G_i|| > clipping * max(||W_i||, eps).
+
+    Under optax.inject_hyperparams pass static_args=("axes", "where") if you give them.
+
+    Args:
+      clipping: largest allowed ||G|| / ||W||; a number, array [] or schedule.
+      eps: floor of the parameter norm; a number, array [] or schedule.
+      axes: which axes make up a unit: None = the reference's rule by rank, a function
+        (path, shape) -> roles or None, a rule of `axes.by_path`, or a tree of roles.
+      where: path -> bool, True = clip; `exclude(...)` makes one. None = clip everything.
+
+    Returns:
+      A GradientTransformation whose update needs `params`.
+
+    Raises:
+      ValueError: a negative number; in `init`, a rule that does not fit the parameters.
+
+    Example:
+      >>> tx = adaptive_grad_clip(0.1)
+      >>> params = {"w": jnp.ones((4, 2))}
+      >>> grads = {"w": jnp.array([[1.0, 0.01]] * 4)}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> float(state.clipped_fraction), round(float(updates["w"][0, 0]), 6)
+      (0.5, 0.1)
+
+    References:
+      Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization",
+      arXiv 2102.06171, eq. 3.
+    """
+    for name, x in (("clipping", clipping), ("eps", eps)):
+        if isinstance(x, int | float) and not x >= 0:
+            raise ValueError(f"agc.adaptive_grad_clip: `{name}` is {x}: give a number >= 0")
+    scheduled = callable(clipping) or callable(eps)
+
+    def init_fn(params: Params) -> AgcState:
+        leaves = _tree.by_path(params)
+        if isinstance(where, Exclude) and not _tree.has_masked(params):
+            where.check(leaves)
+        for (path, leaf), roles in zip(leaves.items(), axes_.leaf_roles(axes, params), strict=True):
+            _unit_axes(path, tuple(jnp.shape(leaf)), roles)
+        # Two arrays, not one twice: a donated state may not hold a buffer twice.
+        fraction, ratio = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+        return AgcState(fraction, ratio, jnp.zeros([], jnp.int32) if scheduled else None)
+
+    def update_fn(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                "agc.adaptive_grad_clip needs `params`: call tx.update(grads, state, params)"
+            )
+        weights = _tree.by_path(params)
+        roles = dict(zip(weights, axes_.leaf_roles(axes, params), strict=True))
+        clip, floor = (x(state.count) if callable(x) else x for x in (clipping, eps))
+        grads, reports = _tree.by_path(updates), []
+        for path, g in grads.items():
+            if jnp.size(g) == 0 or (where is not None and not where(path)):
+                continue
+            if path not in weights:
+                raise ValueError(f"agc: {path!r} has a gradient but is not among `params`")
+            unit = _unit_axes(path, tuple(jnp.shape(g)), roles[path])
+            grads[path], units = _clip_leaf(g, weights[path], clip, floor, axes=unit)
+            reports.append(units)
+        clipped = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
+        count = optax.safe_increment(state.count) if scheduled else None
+        return clipped, AgcState(*_summary(reports), count)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class _Units(NamedTuple):
+    """Of every unit of a leaf, flat: whether it was clipped, and its ratio."""
+
+    clipped: Any
+    ratio: Any
+
+
+def _matches(pattern: str, path: str) -> bool:
+    keys = path.split("/")
+    return any(re.fullmatch(pattern, "/".join(keys[:n])) for n in range(1, len(keys) + 1))
+
+
+def _unit_axes(name: str, shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...]:
+    if roles is not None:
+        return axes_.positions(roles, "in", "none")
+    rank = len(shape)
+    if sum(n != 1 for n in shape) <= 1:
+        return tuple(range(rank))
+    if rank > 5:
+        raise ValueError(
+            f"agc: {name!r} has rank {rank} and the reference has no rule above 5: pass `axes=`"
+        )
+    return tuple(range(rank - 1)) if rank > 3 else (0,)
+
+
+def _norm(x: Any, axes: tuple[int, ...]) -> Array:
+    x = jnp.abs(jnp.asarray(x))
+    x = x.astype(_tree.wide_dtype(x))
+    largest = jnp.max(x, axis=axes, keepdims=True, initial=0)
+    # Clipped, so that neither the divisor nor its inverse is 0, inf or subnormal (which XLA may take
+    # for 0); what the division leaves is in the range of squares.
+    limit = 2.0 ** (int(jnp.finfo(x.dtype).maxexp) - 28)
+    # The barrier: XLA rewrites (x / c)^2 as x^2 / c^2 for a constant c, and c^2 is out of range again.
+    divisor = jax.lax.optimization_barrier(jnp.clip(largest, 1 / limit, limit))
+    return jnp.sqrt(jnp.sum(jnp.square(x / divisor), axis=axes, keepdims=True)) * divisor
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _clip_leaf(g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]) -> Any:
+    g = jnp.asarray(g)
+    g_norm, w_norm = _norm(g, axes), _norm(w, axes)
+    dtype = _tree.wide_dtype(g_norm, w_norm)
+    g_norm, w_norm = g_norm.astype(dtype), w_norm.astype(dtype)
+    w_norm = jnp.maximum(w_norm, jnp.asarray(eps).astype(dtype))
+    bound = jnp.asarray(clipping).astype(dtype) * w_norm
+    clip = (g_norm > bound) & jnp.isfinite(g_norm)
+    factor = jnp.where(clip, bound / jnp.maximum(g_norm, _GRADIENT_FLOOR), jnp.ones_like(bound))
+    ratio = g_norm / jnp.maximum(w_norm, jnp.finfo(dtype).tiny)
+    ratio = jnp.where(jnp.isnan(ratio), jnp.full_like(ratio, jnp.inf), ratio)
+    units = _Units(clip.ravel(), ratio.ravel().astype(jnp.float32))
+    return (g.astype(dtype) * factor).astype(g.dtype), units
+
+
+def _summary(leaves: list[_Units]) -> tuple[Array, Array]:
+    if not leaves:
+        return jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+    # One reduction over all units: two for every leaf would dominate the compile time of large trees.
+    clipped, ratio = (jnp.concatenate(x) for x in zip(*leaves, strict=True))
+    return jnp.mean(clipped, dtype=jnp.float32), jnp.max(ratio)

@@ -1,0 +1,234 @@
+"""Scaled differentiation, and the optax links that unscale, skip and count."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtricks import _tree
+from jaxtricks._types import Array, Params, Scalar
+from jaxtricks.amp.policy import Policy, with_policy
+from jaxtricks.amp.scale import StaticLossScale, all_finite, next_scale, select_tree
+
+
+class DynamicLossScaleState(NamedTuple):
+    """State of `dynamic_loss_scale`.
+
+    Attributes:
+      scale: the scale that the next gradients are expected to carry, float32 [].
+      clean: finite steps since the scale last changed, int32 [].
+      skipped: steps skipped so far, int32 [].
+      inner_state: state of the wrapped transformation.
+    """
+
+    scale: Any
+    clean: Any
+    skipped: Any
+    inner_state: Any
+
+    def metrics(self) -> dict[str, Any]:
+        """What `jt.metrics` reports."""
+        return {"amp/loss_scale": self.scale, "amp/skipped_steps": self.skipped}
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+      consecutive: skipped steps since the last finite one, int32 [].
+      skipped: steps skipped so far, int32 [].
+      max_consecutive: what `check` allows, int32 [].
+      inner_state: state of the wrapped transformation.
+    """
+
+    consecutive: Any
+    skipped: Any
+    max_consecutive: Any
+    inner_state: Any
+
+    def metrics(self) -> dict[str, Any]:
+        """What `jt.metrics` reports."""
+        return {"amp/skipped_steps": self.skipped}
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    policy: Policy | str | None = None,
+    *,
+    scale: Any = None,
+    has_aux: bool = False,
+    argnums: int | tuple[int, ...] = 0,
+) -> Callable[..., Any]:
+    """Unscaled loss, and gradients of scale * loss.
+
+    Args:
+      loss_fn: (params, *args) -> loss [] (or (loss, aux)).
+      policy: cast the arguments to its compute dtype and the results to its output dtype; gradients
+        come in the dtype of the uncast arguments. None casts nothing.
+      scale: float32 [] (`amp.loss_scale(opt_state)`), or any of the loss scales; None is 1.
+      has_aux: loss_fn returns (loss, aux).
+      argnums: as in jax.value_and_grad.
+
+    Returns:
+      A function with the arguments of loss_fn that returns (loss, grads) or ((loss, aux), grads).
+      The loss is float32 or better; the gradients still carry the scale, which
+      `dynamic_loss_scale` (or `scale.unscale`) divides out.
+
+    Example:
+      >>> value_and_grad(lambda w: w**2, scale=8.0)(jnp.float32(3.0))
+      (Array(9., dtype=float32), Array(48., dtype=float32))
+    """
+    fn = loss_fn if policy is None else with_policy(loss_fn, policy)
+    factor = jnp.float32(1 if scale is None else getattr(scale, "value", scale))
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = fn(*args, **kwargs)
+        loss, aux = out if has_aux else (out, None)
+        # A float16 loss times 2**15 would overflow: scale in float32 at least.
+        loss = loss.astype(_tree.wide_dtype(loss))
+        return loss * factor.astype(loss.dtype), (loss, aux)
+
+    differentiated = jax.value_and_grad(scaled, argnums, has_aux=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        (_, (loss, aux)), grads = differentiated(*args, **kwargs)
+        return ((loss, aux) if has_aux else loss), grads
+
+    return run
+
+
+def dynamic_loss_scale(
+    inner: optax.GradientTransformation,
+    *,
+    init: Scalar = 2.0**15,
+    growth_interval: Scalar = 2000,
+    growth: Scalar = 2.0,
+    backoff: Scalar = 0.5,
+    min_scale: Scalar = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide gradients by the loss scale, skip the step if they are not finite, adapt the scale.
+
+    Outermost in a chain (around `optax.MultiSteps` too), so that clipping and moments see unscaled
+    gradients. A skipped step returns zero updates and leaves the inner state as it was.
+
+    Args:
+      inner: the transformation to protect.
+      init: first scale.
+      growth_interval: finite steps before the scale is multiplied by `growth`.
+      growth, backoff: factors after growth_interval finite steps and after a non-finite one.
+      min_scale: the scale never falls below it.
+
+    Returns:
+      A GradientTransformation; read the scale with `loss_scale(opt_state)`.
+
+    Raises:
+      ValueError: growth or growth_interval below 1, backoff below 0.
+
+    References:
+      Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
+    """
+    bounds = {
+        "growth": (growth, 1),
+        "growth_interval": (growth_interval, 1),
+        "backoff": (backoff, 0),
+    }
+    for name, (value, least) in bounds.items():
+        if isinstance(value, int | float) and not value >= least:  # arrays may be traced
+            raise ValueError(f"amp.dynamic_loss_scale: `{name}` is {value}; it must be >= {least}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Params) -> DynamicLossScaleState:
+        return DynamicLossScaleState(
+            jnp.float32(init), jnp.int32(0), jnp.int32(0), inner.init(params)
+        )
+
+    def update_fn(
+        updates: Any, state: DynamicLossScaleState, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, DynamicLossScaleState]:
+        grads = StaticLossScale(state.scale).unscale(updates)
+        finite = all_finite(grads)
+        updates, inner_state = _guarded(inner, finite, grads, state.inner_state, params, extra)
+        scale, clean = next_scale(
+            state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
+        )
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return updates, DynamicLossScaleState(scale, clean, skipped, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation, max_consecutive: Scalar = 5
+) -> optax.GradientTransformationExtraArgs:
+    """Skip steps whose gradients are not finite; never apply them.
+
+    Args:
+      inner: the transformation to protect.
+      max_consecutive: more skipped steps in a row than this make `check` raise.
+
+    Returns:
+      A GradientTransformation: `dynamic_loss_scale` without the scale.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Params) -> SkipNonfiniteState:
+        # Three arrays, not one thrice: a donated state may not hold a buffer twice.
+        counters = jnp.int32(0), jnp.int32(0), jnp.int32(max_consecutive)
+        return SkipNonfiniteState(*counters, inner.init(params))
+
+    def update_fn(
+        updates: Any, state: SkipNonfiniteState, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, SkipNonfiniteState]:
+        finite = all_finite(updates)
+        updates, inner_state = _guarded(inner, finite, updates, state.inner_state, params, extra)
+        consecutive = jnp.where(finite, 0, state.consecutive + 1)
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return updates, SkipNonfiniteState(consecutive, skipped, state.max_consecutive, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
+
+
+def loss_scale(opt_state: Any) -> Array:
+    """The scale of the one `dynamic_loss_scale` in an optimizer state, float32 [].
+
+    Raises:
+      ValueError: no or several loss scales.
+    """
+    found = _states(opt_state, DynamicLossScaleState)
+    if len(found) != 1:
+        raise ValueError(
+            f"amp.loss_scale found {len(found)} loss scales in `opt_state`; "
+            "wrap the whole chain in amp.dynamic_loss_scale once"
+        )
+    return found[0].scale
+
+
+def check(opt_state: Any) -> None:
+    """Raise if more steps in a row were skipped than `skip_nonfinite` allows (reads from device).
+
+    Raises:
+      FloatingPointError: with the number of skipped steps.
+    """
+    for state in _states(opt_state, SkipNonfiniteState):
+        if state.consecutive > state.max_consecutive:
+            raise FloatingPointError(
+                f"amp.check: gradients were not finite for {int(state.consecutive)} steps in a row; "
+                "lower the learning rate or look for the first NaN with jax_debug_nans"
+            )
+
+
+def _guarded(
+    inner: Any, finite: Array, grads: Any, state: Any, params: Any, extra: Any
+) -> tuple[Any, Any]:
+    # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans included).
+    safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
+    updates, new_state = inner.update(safe, state, params, **extra)
+    updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+    return updates, select_tree(finite, new_state, state)
+
+
+def _states(opt_state: Any, kind: type) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in nodes if isinstance(x, kind)]

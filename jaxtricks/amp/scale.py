@@ -1,0 +1,134 @@
+"""Loss scales as pytrees, and the finiteness check."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxtricks import _tree
+from jaxtricks._types import Array, Scalar
+
+T = TypeVar("T")
+
+
+@_tree.node
+class NoOpLossScale:
+    """No scaling; same methods as the others, so code need not ask."""
+
+    @property
+    def value(self) -> Array:
+        """1, float32 []."""
+        return jnp.float32(1)
+
+    def scale(self, tree: T) -> T:
+        """The tree as it is."""
+        return tree
+
+    def unscale(self, tree: T) -> T:
+        """The tree as it is."""
+        return tree
+
+    def adjust(self, grads_finite: Array) -> "NoOpLossScale":
+        """Itself."""
+        return self
+
+
+@_tree.node
+class StaticLossScale:
+    """A fixed scale.
+
+    Attributes:
+      value: the scale; float32 [] when an array.
+    """
+
+    value: Scalar
+
+    def scale(self, tree: T) -> T:
+        """Floating leaves times the scale, in float32 or better."""
+        return _multiply(tree, jnp.float32(self.value))
+
+    def unscale(self, tree: T) -> T:
+        """Floating leaves divided by the scale, in float32 or better."""
+        return _multiply(tree, 1 / jnp.float32(self.value))
+
+    def adjust(self, grads_finite: Array) -> "StaticLossScale":
+        """Itself."""
+        return self
+
+
+@_tree.node
+class DynamicLossScale:
+    """A scale that grows while gradients are finite and backs off when they are not.
+
+    finite:     clean += 1; at growth_interval: value *= growth, clean = 0
+    non-finite: value = max(value * backoff, min_scale), clean = 0
+
+    Attributes:
+      value: the scale, float32 [].
+      clean: finite steps since the last change, int32 [].
+      growth_interval, growth, backoff, min_scale: see `amp.dynamic_loss_scale`.
+    """
+
+    value: Scalar = 2.0**15
+    clean: Scalar = 0
+    growth_interval: int = _tree.static(default=2000)
+    growth: float = _tree.static(default=2.0)
+    backoff: float = _tree.static(default=0.5)
+    min_scale: float = _tree.static(default=1.0)
+
+    def scale(self, tree: T) -> T:
+        """Floating leaves times the scale, in float32 or better."""
+        return StaticLossScale(self.value).scale(tree)
+
+    def unscale(self, tree: T) -> T:
+        """Floating leaves divided by the scale, in float32 or better."""
+        return StaticLossScale(self.value).unscale(tree)
+
+    def adjust(self, grads_finite: Array) -> "DynamicLossScale":
+        """The scale for the next step.
+
+        Args:
+          grads_finite: bool [], what `all_finite` said of this step's gradients.
+        """
+        rules = self.growth_interval, self.growth, self.backoff, self.min_scale
+        value, clean = next_scale(self.value, self.clean, grads_finite, *rules)
+        return DynamicLossScale(value, clean, *rules)
+
+
+def next_scale(
+    value: Scalar,
+    clean: Scalar,
+    finite: Array,
+    growth_interval: Scalar,
+    growth: Scalar,
+    backoff: Scalar,
+    min_scale: Scalar,
+) -> tuple[Array, Array]:
+    """(scale float32 [], clean steps int32 []) after a step; see `DynamicLossScale`."""
+    value, clean = jnp.float32(value), jnp.int32(clean) + 1
+    grow = clean >= growth_interval
+    grown = jnp.where(grow, value * jnp.float32(growth), value)
+    grown = jnp.where(jnp.isfinite(grown), grown, value)
+    smaller = jnp.maximum(value * jnp.float32(backoff), jnp.float32(min_scale))
+    return jnp.where(finite, grown, smaller), jnp.where(finite & ~grow, clean, 0)
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether every floating leaf is free of inf and NaN: bool [], True for an empty tree."""
+    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_floating(x)]
+    return jnp.stack(checks).all() if checks else jnp.bool_(True)
+
+
+def select_tree(pred: Array, on_true: T, on_false: T) -> T:
+    """Leaf by leaf `where(pred, on_true, on_false)`; pred is bool [], keys and integers included."""
+    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)
+
+
+def _multiply(tree: T, factor: Array) -> T:
+    def leaf(x: Any) -> Any:
+        if not _tree.is_floating(x):
+            return x
+        dtype = _tree.wide_dtype(x)
+        return x.astype(dtype) * factor.astype(dtype)
+
+    return jax.tree.map(leaf, tree)

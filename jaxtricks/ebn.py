@@ -1,0 +1,227 @@
+"""Extended batch normalization: a mean per channel, one variance for the whole layer.
+
+What. mean_c over batch and space, as in batch normalization; the variance is one scalar, over batch, space
+and channels. With few examples a single variance is estimated from C times as many numbers.
+
+Use.
+
+    import jax.numpy as jnp
+    from flax import nnx
+    import jaxtricks as jt
+    norm = jt.nnx.ExtendedBatchNorm(16, rngs=nnx.Rngs(0))       # in place of nnx.BatchNorm
+    # or the two functions
+    x = jnp.arange(32.0).reshape(2, 2, 2, 4)
+    mean, var = jt.ebn.extended_moments(x)
+    y = jt.ebn.normalize(x, mean, var, jnp.ones(4), jnp.zeros(4))
+
+Settings to start from. momentum 0.99, epsilon 1e-3, variance "channel". Momentum 0.99
+remembers about a hundred steps; take 0.9 for short runs.
+
+When it helps and when not. Batches of a few images per device. With large batches the statistics of every
+channel are good already. One channel of high variance shrinks all the others, since they share the divisor:
+look at the ratio of the channels' variances to the scalar if training stalls. With a single value per channel
+(batch 1, no space) mean_c is the value itself and the output is the bias, as in batch normalization.
+
+Cost. As batch normalization; the running variance is a scalar.
+
+Composes with. jit under SPMD needs nothing; inside shard_map or pmap give `axis_name`. Masks may leave
+different counts on every device, or none. It folds into a convolution in front of it (`reparam.Norm` takes a
+scalar variance). vmap, scan and remat: the functions are pure, the module's statistics are state.
+
+Differences from the paper and from optax/flax. "Variance over (N, C, H, W)" can be taken about the channel
+means (variance="channel": the variance that is left after centering, the default) or about the grand mean
+(variance="grand"); they differ by the variance of the channel means. Moments are centred first: single-pass
+E[x^2] - E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax averages the
+devices' means, which is wrong once masks leave unequal counts and NaN for an empty shard; here sums and
+counts are summed. Renormalization and constraints on scale and bias are not offered.
+
+References. Luo, Peng, "Extended Batch Normalization", arXiv 2003.05569.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from jaxtricks import _tree
+from jaxtricks._types import Array
+
+__all__ = ["Moments", "extended_moments", "moments", "normalize"]
+
+AxisName = str | tuple[str, ...]
+
+
+class Moments(NamedTuple):
+    """What one batch says.
+
+    Attributes:
+      mean: [C].
+      var: [] shared by the channels.
+      count: [] how many numbers var was taken over; 0 if the mask left nothing.
+    """
+
+    mean: Float[Array, " C"]
+    var: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+def extended_moments(
+    x: Float[Array, "*batch C"],
+    *,
+    mask: Bool[Array, "..."] | Int[Array, "..."] | Float[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    variance: Literal["channel", "grand"] = "channel",
+) -> tuple[Float[Array, " C"], Float[Array, ""]]:
+    """Mean per channel and one variance for all channels.
+
+    n_c = sum_i m_ic;   mean_c = sum_i m_ic x_ic / n_c;   n = sum_c n_c
+    var = sum_ic m_ic (x_ic - mean_c)^2 / n              "channel"
+    var = sum_ic m_ic (x_ic - sum_c n_c mean_c / n)^2 / n    "grand"
+
+    Args:
+      x: [..., C], channels last.
+      mask: which entries count (nonzero = counts). Either the leading axes of x in order, each of full
+        size or 1: [N], [N, H], [N, 1, W], [N, H, W] for x [N, H, W, C]; or as many axes as x, each of
+        full size or 1, the last one being the channels: [N, H, W, 1], [1, 1, 1, C].
+      axis_name: mapped axes (shard_map, pmap, vmap) to sum over; sums and counts are added, so
+        devices may see different counts.
+      variance: about the channels' means or about the grand mean.
+
+    Returns:
+      mean [C] and var [], float32 (float64 for float64 x). Masked entries may be NaN. A channel without
+      entries has mean 0; no entries at all give mean 0 and variance 0.
+
+    Raises:
+      ValueError: unknown `variance`, or a mask whose shape does not fit.
+
+    Example:
+      >>> mean, var = extended_moments(jnp.array([[0.0, 10.0], [2.0, 14.0]]))
+      >>> mean.tolist(), float(var)
+      ([1.0, 12.0], 2.5)
+
+    References:
+      Luo, Peng, arXiv 2003.05569, section 3.
+    """
+    found = moments(x, mask=mask, axis_name=axis_name, variance=variance)
+    return found.mean, found.var
+
+
+def moments(
+    x: Float[Array, "*batch C"],
+    *,
+    mask: Bool[Array, "..."] | Int[Array, "..."] | Float[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    variance: Literal["channel", "grand"] = "channel",
+) -> Moments:
+    """`extended_moments` with the count, for callers that must know whether the mask was empty.
+
+    Args:
+      x: see `extended_moments`.
+      mask: see `extended_moments`.
+      axis_name: see `extended_moments`.
+      variance: see `extended_moments`.
+
+    Returns:
+      Moments(mean, var, count).
+
+    Raises:
+      ValueError: as `extended_moments`.
+
+    Example:
+      >>> float(moments(jnp.ones((4, 3)), mask=jnp.array([True, False, False, True])).count)
+      6.0
+    """
+    if variance not in ("channel", "grand"):
+        raise ValueError(f"ebn: `variance` is {variance!r}; use 'channel' or 'grand'")
+    x = jnp.asarray(x, _tree.wide_dtype(x))
+    over = tuple(range(x.ndim - 1))
+    if mask is None:
+        keep = None
+        count = jnp.full(x.shape[-1:], math.prod(x.shape[:-1]), x.dtype)
+    else:
+        keep = _mask_like(mask, x)
+        count = jnp.sum(keep, axis=over, dtype=x.dtype)
+
+    def only(values: Array) -> Array:
+        return values if keep is None else jnp.where(keep, values, 0)
+
+    first = jnp.sum(only(jax.lax.stop_gradient(x)), axis=over)
+    count, first = _psum(jnp.stack([count, first]), axis_name)
+    safe = jnp.maximum(count, 1)
+    # The sums are taken about a first estimate of the mean and corrected by what it missed. The result
+    # does not depend on that estimate, so no gradient needs to flow through it.
+    shift = first / safe
+    centred = only(x - _row(shift, x))
+    sums = jnp.stack([jnp.sum(centred, axis=over), jnp.sum(centred * centred, axis=over)])
+    rest, squares = _psum(sums, axis_name)
+    miss = rest / safe
+    mean = shift + miss
+    n = jnp.sum(count)
+    within = jnp.maximum(squares - count * miss * miss, 0)
+    if variance == "grand":
+        grand = jnp.sum(count * mean) / jnp.maximum(n, 1)
+        within = within + count * jnp.square(mean - grand)
+    return Moments(mean, jnp.sum(within) / jnp.maximum(n, 1), n)
+
+
+def normalize(
+    x: Float[Array, "*batch C"],
+    mean: Float[Array, " C"],
+    var: Float[Array, ""] | Float[Array, " C"],
+    scale: Float[Array, " C"] | None = None,
+    bias: Float[Array, " C"] | None = None,
+    *,
+    epsilon: float = 1e-3,
+) -> Float[Array, "*batch C"]:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias.
+
+    Args:
+      x: [..., C].
+      mean: [C].
+      var: [] (or [C], as batch normalization has it).
+      scale: [C] or None for ones.
+      bias: [C] or None for zeros.
+      epsilon: added to the variance, inside the root.
+
+    Returns:
+      An array of x's shape and dtype, computed in float32 or better.
+
+    Example:
+      >>> x = jnp.array([[0.0, 10.0], [2.0, 14.0]])
+      >>> normalize(x, jnp.array([1.0, 12.0]), jnp.array(4.0), epsilon=0.0).tolist()
+      [[-0.5, -1.0], [0.5, 1.0]]
+    """
+    x = jnp.asarray(x)
+    dtype = _tree.wide_dtype(x, mean, var, scale, bias)
+    factor = jax.lax.rsqrt(jnp.asarray(var, dtype) + epsilon)
+    if scale is not None:
+        factor = factor * jnp.asarray(scale, dtype)
+    y = (jnp.asarray(x, dtype) - _row(jnp.asarray(mean, dtype), x)) * _row(factor, x)
+    if bias is not None:
+        y = y + _row(jnp.asarray(bias, dtype), x)
+    return y.astype(x.dtype)
+
+
+def _row(values: Array, x: Array) -> Array:
+    """[C] -> [1, ..., 1, C] with the rank of x; scalars stay scalars."""
+    return values.reshape((1,) * (x.ndim - 1) + (-1,)) if values.ndim else values
+
+
+def _mask_like(mask: Array, x: Array) -> Array:
+    mask = jnp.asarray(mask)
+    fits = mask.ndim <= x.ndim and all(
+        m in (1, n) for m, n in zip(mask.shape, x.shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"ebn: a `mask` of shape {mask.shape} does not fit x of shape {x.shape}: give the leading "
+            "axes of x in order, or as many axes as x has, each of full size or 1"
+        )
+    mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+    return jnp.broadcast_to(mask if mask.dtype == bool else mask != 0, x.shape)
+
+
+def _psum(values: Array, axis_name: AxisName | None) -> Array:
+    return values if axis_name is None else jax.lax.psum(values, axis_name)

@@ -1,0 +1,171 @@
+"""Sources that are not Grain's: any iterable, resumed by its own state or by counting."""
+
+import base64
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jaxtricks.echo.engine import Engine
+from jaxtricks.echo.schedule import Calendar
+
+_PAIRS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
+
+
+class IterableSource:
+    """An iterator with a state: its own, its loader's, or the number of elements read so far."""
+
+    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]]):
+        self._source = source
+        self._iterator = start(source)
+        self._read = 0
+        self._of_iterator = _methods(self._iterator)
+        self._of_source = None if self._of_iterator else _methods(source)
+
+    @property
+    def fast_forwards(self) -> bool:
+        """Whether a resume reads and drops everything before the position."""
+        return not (self._of_iterator or self._of_source)
+
+    def pull(self) -> Any:
+        """Return the next element, or raise StopIteration."""
+        element = next(self._iterator)
+        self._read += 1
+        return element
+
+    def snapshot(self) -> Any:
+        """The state from which the next pull can be repeated."""
+        if self._of_iterator:
+            return _encode(getattr(self._iterator, self._of_iterator[0])())
+        if self._of_source:
+            return _encode(getattr(self._source, self._of_source[0])())
+        return self._read
+
+    def rewind(self, snapshot: Any) -> None:
+        """Go to a snapshot."""
+        if self._of_iterator:
+            getattr(self._iterator, self._of_iterator[1])(_decode(snapshot))
+        elif self._of_source:
+            getattr(self._source, self._of_source[1])(_decode(snapshot))
+            self._iterator = start(self._source)
+        else:
+            self._fast_forward(snapshot)
+
+    def _fast_forward(self, count: int) -> None:
+        if self._read > 0:
+            again = start(self._source)
+            if again is self._iterator:
+                raise ValueError(
+                    "echo: `source` is an iterator that has been read already and cannot start "
+                    "again: pass the function that makes it, or a list"
+                )
+            self._iterator, self._read = again, 0
+        for _ in range(count):
+            try:
+                self.pull()
+            except StopIteration:
+                raise ValueError(
+                    f"echo: `source` ended before element {count} of the state: it must give the "
+                    "same elements again"
+                ) from None
+
+
+class EchoIterator(Iterator[Any]):
+    """Iterator of an echoed source: next, get_state, set_state.
+
+    Attributes:
+      fast_forwards: whether set_state has to read and drop all elements before the position,
+        because neither the source nor its iterator has a state of its own.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any] | Callable[[], Iterable[Any]],
+        calendar: Calendar,
+        tag: bool,
+        guard: bool,
+    ):
+        adapter = IterableSource(source)
+        self._engine = Engine(adapter, calendar, tag=tag, guard=guard)
+        self.fast_forwards = adapter.fast_forwards
+
+    def __next__(self) -> Any:
+        return self._engine.next()
+
+    def get_state(self) -> dict[str, Any]:
+        """The position as a small dict; JSON if the source's own state is."""
+        return self._engine.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Return to a position, in this process or another.
+
+        Raises:
+          ValueError: if the state is of another schedule, or the source cannot start again.
+        """
+        self._engine.restore(state)
+
+    @property
+    def min_distance(self) -> int:
+        """Least distance of this stream; the promised one until the end of the source is seen."""
+        return self._engine.min_distance
+
+
+class EchoIterable(Iterable[Any]):
+    """An echoed source: each iter() starts it again.
+
+    Attributes:
+      distance: the promised least distance between consecutive copies, in outputs.
+      held: the most elements that are held for later copies.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any] | Callable[[], Iterable[Any]],
+        calendar: Calendar,
+        tag: bool,
+        guard: bool,
+    ):
+        self._source, self._calendar, self._tag, self._guard = source, calendar, tag, guard
+        self.distance = calendar.distance
+        self.held = calendar.held
+
+    def __iter__(self) -> EchoIterator:
+        return EchoIterator(self._source, self._calendar, self._tag, self._guard)
+
+    def __len__(self) -> int:
+        return self._calendar.total(len(self._source))  # pyrefly: ignore
+
+    @property
+    def min_distance(self) -> int:
+        """Least distance over the whole stream, drain included, if the source has a length."""
+        try:
+            n = len(self._source)  # pyrefly: ignore
+        except TypeError:
+            return self.distance
+        return self._calendar.least_distance(n)
+
+
+def start(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """A new iterator over the source, which may be a function that makes one."""
+    if isinstance(source, Iterable):
+        return iter(source)
+    return iter(source())
+
+
+def _methods(x: Any) -> tuple[str, str] | None:
+    for pair in _PAIRS:
+        if all(callable(getattr(x, name, None)) for name in pair):
+            return pair
+    return None
+
+
+def _encode(state: Any) -> Any:
+    # grain.DataLoader's iterators give bytes, which JSON does not know; others keep changing theirs.
+    if isinstance(state, bytes):
+        return {"base64": base64.b64encode(state).decode("ascii")}
+    return copy.deepcopy(state)
+
+
+def _decode(state: Any) -> Any:
+    if isinstance(state, dict) and set(state) == {"base64"}:
+        return base64.b64decode(state["base64"])
+    return copy.deepcopy(state)

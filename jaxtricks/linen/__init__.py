@@ -1,0 +1,13 @@
+"""The layers and adapters of `jt.nnx` for flax.linen: same names, same parameter paths, same functions.
+
+The layers are linen modules of a few lines around the pure functions that their nnx twins call.
+(`nnx.bridge.to_linen` would construct an nnx module in every apply, and cannot skip collectives while
+initializing.) Their arguments are those of the twins, without `rngs`; `in_features` and `num_features` may be
+None, which stands for those of the input, as usual in linen.
+"""
+
+from jaxtricks.linen.layers import ACBlock, ExtendedBatchNorm, WSConv
+from jaxtricks.linen.layout import roles
+from jaxtricks.linen.pure import functional
+
+__all__ = ["ACBlock", "ExtendedBatchNorm", "WSConv", "functional", "roles"]

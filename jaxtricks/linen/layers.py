@@ -1,0 +1,260 @@
+"""WSConv, ExtendedBatchNorm and ACBlock as linen modules: a few lines around what their nnx twins call."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxtricks import _tree
+from jaxtricks._types import Array
+from jaxtricks.nnx import blocks, conv, norm
+from jaxtricks.reparam import geometry
+
+Sizes = int | Sequence[int]
+
+
+class WSConv(nn.Module):
+    """Convolution whose kernel is standardized before every use; see `jt.nnx.WSConv`.
+
+    Attributes:
+      in_features: channels of the input; None = those of the input it is called on.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int or (low, high) pairs.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      preset: "nfnet", "timm", "bit" or "qiao".
+      eps: replaces the preset's epsilon.
+      use_gain: whether one factor per output channel is learned.
+      use_bias: whether a bias is added.
+      kernel_init: initializer; None = normal with variance 1 / fan_in.
+      dtype: of the computation; None = that of input and parameters together.
+      param_dtype: of the parameters.
+      precision: of the convolution, as in `jax.lax`.
+
+    Example:
+      >>> conv = WSConv(None, 8, (3, 3), strides=2)
+      >>> jax.eval_shape(conv.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]["kernel"].shape
+      (3, 3, 3, 8)
+    """
+
+    in_features: int | None
+    out_features: int
+    kernel_size: Sizes
+    strides: Sizes | None = 1
+    padding: geometry.Padding = "SAME"
+    kernel_dilation: Sizes | None = 1
+    feature_group_count: int = 1
+    preset: str = "nfnet"
+    eps: float | None = None
+    use_gain: bool = True
+    use_bias: bool = False
+    kernel_init: Callable[..., Any] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., *spatial, in_features] -> [..., *spatial', out_features]."""
+        features = _in_features("WSConv", self.in_features, x)
+        out = (self.out_features,)
+        shape = conv.kernel_shape(
+            features, self.out_features, self.kernel_size, self.feature_group_count
+        )
+        kernel_init = self.kernel_init or conv.default_kernel_init()
+        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        gain = self.param("gain", ones, out, self.param_dtype) if self.use_gain else None
+        bias = self.param("bias", zeros, out, self.param_dtype) if self.use_bias else None
+        return conv.convolution(
+            x,
+            conv.standardize_wide(kernel, gain, preset=self.preset, eps=self.eps),
+            bias,
+            dtype=_tree.common_dtype(x, kernel, bias, given=self.dtype),
+            strides=self.strides or 1,
+            padding=self.padding,
+            dilation=self.kernel_dilation or 1,
+            groups=self.feature_group_count,
+            precision=self.precision,
+        )
+
+
+class ExtendedBatchNorm(nn.Module):
+    """Batch normalization with one variance for all channels; see `jt.nnx.ExtendedBatchNorm`.
+
+    Attributes:
+      num_features: channels; None = those of the input it is called on.
+      momentum: running = momentum * running + (1 - momentum) * batch.
+      epsilon: added to the variance, inside the root.
+      use_scale: whether a factor per channel is learned.
+      use_bias: whether an offset per channel is learned.
+      variance: "channel" or "grand".
+      axis_name: mapped axes over which statistics are shared (not while initializing).
+      scale_init: initializer of scale; None = ones.
+      bias_init: initializer of bias; None = zeros.
+      dtype: of the output; None = that of input and parameters together.
+      param_dtype: of scale and bias.
+      use_running_average: True in evaluation.
+
+    Example:
+      >>> norm = ExtendedBatchNorm()
+      >>> variables = norm.init(jax.random.key(0), jnp.ones((2, 4)))
+      >>> y, update = norm.apply(variables, jnp.ones((2, 4)), mutable=["batch_stats"])
+      >>> update["batch_stats"]["mean"].shape, update["batch_stats"]["var"].shape
+      ((4,), ())
+    """
+
+    num_features: int | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    use_scale: bool = True
+    use_bias: bool = True
+    variance: Literal["channel", "grand"] = "channel"
+    axis_name: Any = None
+    scale_init: Callable[..., Any] | None = None
+    bias_init: Callable[..., Any] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_running_average: bool | None = False
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Normalized x; in training the collection "batch_stats" moves.
+
+        Args:
+          x: [..., C].
+          use_running_average: overrides the module's own setting for this call.
+          mask: which entries count, see `ebn.extended_moments`.
+        """
+        shape = (_in_features("ExtendedBatchNorm", self.num_features, x),)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (), jnp.float32)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init or ones, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init or zeros, shape, self.param_dtype)
+        stats = norm.Running(mean.value, var.value)
+        if not norm.choose(use_running_average, self.use_running_average):
+            initializing = self.is_initializing()
+            stats, updated = norm.batch_statistics(
+                x,
+                stats,
+                momentum=self.momentum,
+                mask=mask,
+                axis_name=None if initializing else self.axis_name,
+                variance=self.variance,
+            )
+            if not initializing:
+                mean.value, var.value = map(jnp.asarray, updated)
+        return norm.normalize_to(x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+
+
+class _Branch(nn.Module):
+    """A convolution without padding or bias, then a normalization."""
+
+    conv: Callable[..., Any]
+    norm: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+        mode = {} if use_running_average is None else {"use_running_average": use_running_average}
+        return self.norm(name="norm")(self.conv(name="conv")(x), **mode)
+
+
+class ACBlock(nn.Module):
+    """KxK, Kx1 and 1xK branches, each with its normalization, summed; see `jt.nnx.ACBlock`.
+
+    Attributes:
+      in_features: channels of the input; None = those of the input it is called on.
+      out_features: channels of the output.
+      kernel_size: (kh, kw).
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: nn.Conv, this module's WSConv, or a partial of either.
+      norm: nn.BatchNorm, this module's ExtendedBatchNorm, or a partial of either.
+      gamma_init: initial scale of the normalizations.
+      use_running_average: True in evaluation; None = as the normalizations say.
+
+    Example:
+      >>> block = ACBlock(None, 8, (3, 3), norm=ExtendedBatchNorm)
+      >>> sorted(jax.eval_shape(block.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"])
+      ['horizontal', 'square', 'vertical']
+    """
+
+    in_features: int | None
+    out_features: int
+    kernel_size: Sequence[int]
+    strides: Sizes | None = 1
+    padding: geometry.Padding = "SAME"
+    kernel_dilation: Sizes | None = 1
+    feature_group_count: int = 1
+    conv: Callable[..., Any] = nn.Conv
+    norm: Callable[..., Any] = nn.BatchNorm
+    gamma_init: float = 1.0
+    use_running_average: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+        """[..., H, W, in_features] -> [..., H', W', out_features].
+
+        Args:
+          x: the input.
+          use_running_average: overrides the block's own setting for this call.
+        """
+        _in_features("ACBlock", self.in_features, x)
+        size = blocks.two_axes(self.kernel_size)
+        strides = geometry.per_axis("strides", self.strides or 1, 2)
+        dilation = geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, 2)
+        sizes = blocks.lines(size)
+        inputs = geometry.branch_inputs(
+            x, size, sizes, strides=strides, padding=self.padding, dilation=dilation
+        )
+        mode = self.use_running_average if use_running_average is None else use_running_average
+        names = ("square", "vertical", "horizontal")
+        outputs = [
+            self._branch(name, k, strides, dilation)(i, mode)
+            for name, k, i in zip(names, sizes, inputs, strict=True)
+        ]
+        return functools.reduce(operator.add, outputs)
+
+    def _branch(
+        self, name: str, size: tuple[int, int], strides: Sequence[int], dilation: Sequence[int]
+    ) -> _Branch:
+        conv = functools.partial(
+            _convolution(self.conv, self.out_features),
+            kernel_size=size,
+            strides=tuple(strides),
+            padding="VALID",
+            kernel_dilation=tuple(dilation),
+            feature_group_count=self.feature_group_count,
+            use_bias=False,
+        )
+        scale_init = nn.initializers.constant(self.gamma_init)
+        return _Branch(conv, functools.partial(self.norm, scale_init=scale_init), name=name)
+
+
+def _in_features(name: str, given: int | None, x: Array) -> int:
+    if given is not None and given != x.shape[-1]:
+        raise ValueError(f"linen.{name} was made for {given} features but is given {x.shape[-1]}")
+    return x.shape[-1]
+
+
+def _convolution(factory: Callable[..., Any], features: int) -> Callable[..., Any]:
+    """The factory with its number of output channels; flax's and ours name it differently."""
+    base = factory
+    while isinstance(base, functools.partial):
+        base = base.func
+    if base is WSConv:
+        return functools.partial(factory, None, features)
+    return functools.partial(factory, features)

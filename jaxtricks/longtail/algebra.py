@@ -1,0 +1,300 @@
+"""One softmax loss, and the logit transforms that turn it into the losses of the literature.
+
+Every transform of the family is affine in the logits and shifts the logit of the label at most by
+a margin. So any composition has the normal form
+
+    z'_j = gain_j z_j + offset_j - margin_y [j = y],
+
+and a transform is a function from one normal form to the next. The form is what makes a soft label
+cost no more than a hard one (see `SoftmaxLoss`).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Num
+
+from jaxtricks._tree import node
+from jaxtricks._types import Array, Scalar
+from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
+
+
+@node
+class Affine:
+    """z'_j = gain_j z_j + offset_j - margin_y [j = y].
+
+    Attributes:
+      gain: [C] factor of each logit.
+      offset: [C] what is added to each logit.
+      margin: [C] what is subtracted from the logit of the label, indexed by the label.
+    """
+
+    gain: Array
+    offset: Array
+    margin: Array
+
+
+Transform = Callable[[Affine], Affine]
+"""A logit transform: what follows it in the list is applied to its result."""
+
+
+@node
+class _Scale:
+    s: Scalar
+
+    def __call__(self, form: Affine) -> Affine:
+        s = jnp.asarray(self.s).astype(form.gain.dtype)
+        return Affine(form.gain * s, form.offset * s, form.margin * s)
+
+
+@node
+class _Margin:
+    m: Array | Scalar
+
+    def __call__(self, form: Affine) -> Affine:
+        m = _per_class("margin: `m`", self.m, form)
+        return Affine(form.gain, form.offset, form.margin + m)
+
+
+@node
+class _AddLogPrior:
+    counts: Array
+    tau: Scalar
+
+    def __call__(self, form: Affine) -> Affine:
+        counts = _per_class("add_log_prior: `counts`", self.counts, form)
+        tau = jnp.asarray(self.tau).astype(form.gain.dtype)
+        return Affine(form.gain, form.offset + tau * log_prior(counts), form.margin)
+
+
+@node
+class _Temper:
+    counts: Array
+    gamma: Scalar
+
+    def __call__(self, form: Affine) -> Affine:
+        n = at_least_rarest(_per_class("temper: `counts`", self.counts, form))
+        gamma = jnp.asarray(self.gamma).astype(n.dtype)
+        factor = jnp.exp(gamma * (jnp.log(n) - jnp.log(jnp.max(n))))
+        return Affine(form.gain * factor, form.offset * factor, form.margin * factor)
+
+
+def scale(s: Scalar) -> Transform:
+    """Multiply the logits: z -> s z (an inverse temperature; cosine heads need 10 to 30).
+
+    Args:
+      s: scalar; may be traced and differentiated.
+
+    Returns:
+      A logit transform for `softmax_loss`.
+    """
+    return _Scale(s)
+
+
+def margin(m: Counts | Scalar) -> Transform:
+    """Subtract a margin from the logit of the label: z_y -> z_y - m_y.
+
+    Args:
+      m: [C] margins in units of the logits as they are at this point, or one for all classes.
+
+    Returns:
+      A logit transform for `softmax_loss`.
+    """
+    return _Margin(jnp.asarray(m))
+
+
+def add_log_prior(counts: Counts, tau: Scalar = 1.0) -> Transform:
+    """Add the log prior: z_j -> z_j + tau log(n_j / sum n).
+
+    A class without examples counts as one of prior 1e-12: out of the softmax, without an infinity.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      tau: strength; 1 is the calibrated choice; may be traced, differentiated and vmapped.
+
+    Returns:
+      A logit transform for `softmax_loss`.
+
+    References:
+      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation 10.
+    """
+    return _AddLogPrior(as_vector("add_log_prior: `counts`", counts), tau)
+
+
+def temper(counts: Counts, gamma: Scalar) -> Transform:
+    """Divide each logit by its class's temperature: z_j -> z_j / (n_max / n_j)^gamma.
+
+    A class without examples gets the temperature of the rarest class that has some.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      gamma: strength; 0 changes nothing; may be traced, differentiated and vmapped.
+
+    Returns:
+      A logit transform for `softmax_loss`.
+
+    References:
+      Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385, equation 4.
+    """
+    return _Temper(as_vector("temper: `counts`", counts), gamma)
+
+
+@node
+class SoftmaxLoss:
+    """w_y (1 - p_y)^gamma (-log p_y), p = softmax of the transformed logits. A pytree, and callable.
+
+    Pass it through jit as an argument and new counts, weights, tau or gamma need no new trace.
+    The loss of a soft label q is the expectation of the loss of a hard one, sum_c q_c loss(c): the
+    usual mixup rule, with margins, weights and the focal factor of each class its own.
+
+    Attributes:
+      transforms: the logit transforms, applied left to right.
+      weights: [C] weight of each class, or None.
+      focal_gamma: exponent of the focal factor; 0 is none.
+    """
+
+    transforms: tuple[Transform, ...]
+    weights: Array | None
+    focal_gamma: Scalar
+
+    def __call__(
+        self,
+        logits: Float[Array, "*batch C"],
+        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        *,
+        where: Bool[Array, "*batch"] | None = None,
+    ) -> Float[Array, "*batch"]:
+        """The loss of every example, in float32 or wider.
+
+        Args:
+          logits: [..., C], any floating dtype; -inf means "this class is not offered".
+          labels: [...] integers in [0, C), or [..., C] probabilities.
+          where: [...] booleans; a masked example costs 0, has no gradient, and may hold any label
+            and any logits, NaN included.
+
+        Returns:
+          [...] unreduced losses; NaN for an integer label outside [0, C) that is not masked.
+
+        Raises:
+          ValueError: where the shapes do not fit each other or the counts.
+        """
+        logits = floating(jnp.asarray(logits))
+        if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+            where = jnp.asarray(where)
+            logits = jnp.where(where[..., None], logits, 0)
+        form = self._form(logits)
+        z = _rows(form.gain, logits) * logits + _rows(form.offset, logits)
+        z = jnp.maximum(z, _floor(z))  # finite, so that no inf - inf arises below
+        if _are_hard(labels, logits):
+            loss = self._hard(z, jnp.asarray(labels), form)
+        else:
+            loss = self._soft(z, floating(jnp.asarray(labels)), form)
+        return loss if where is None else jnp.where(where, loss, 0)
+
+    # By identity, so that jax.jit(loss) works: the arrays inside have neither hash nor equality.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _form(self, logits: Array) -> Affine:
+        num_classes, dtype = logits.shape[-1], logits.dtype
+        form = Affine(jnp.ones(num_classes, dtype), *[jnp.zeros(num_classes, dtype)] * 2)
+        for transform in self.transforms:
+            form = transform(form)
+        return form
+
+    def _hard(self, z: Array, labels: Array, form: Affine) -> Array:
+        is_label = labels[..., None] == _rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
+        others = jax.nn.logsumexp(jnp.where(is_label, _floor(z), z), axis=-1)
+        own = z - _rows(form.margin, z)
+        gap = others - jnp.sum(jnp.where(is_label, own, 0), axis=-1)
+        weights = _rows(self._class_weights(form), z)
+        loss = jnp.sum(jnp.where(is_label, weights, 0), axis=-1) * self._of_gap(gap)
+        inside = (labels >= 0) & (labels < z.shape[-1])
+        return jnp.where(inside, loss, jnp.nan)
+
+    def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
+        gap = _logsumexp_of_others(z) - (z - _rows(form.margin, z))
+        weights = _rows(self._class_weights(form), z)
+        return jnp.sum(labels.astype(z.dtype) * weights * self._of_gap(gap), axis=-1)
+
+    def _of_gap(self, gap: Array) -> Array:
+        # p_y = sigmoid(-gap): -log p_y and log(1 - p_y) are exact even where p_y rounds to 1.
+        loss = jax.nn.softplus(gap)
+        if isinstance(self.focal_gamma, int | float) and self.focal_gamma == 0:
+            return loss
+        gamma = jnp.asarray(self.focal_gamma).astype(gap.dtype)
+        return loss * jnp.exp(-gamma * jax.nn.softplus(-gap))
+
+    def _class_weights(self, form: Affine) -> Array:
+        if self.weights is None:
+            return jnp.ones_like(form.gain)
+        return _per_class("softmax_loss: `weights`", self.weights, form)
+
+
+def softmax_loss(
+    *transforms: Transform, weights: Counts | None = None, focal_gamma: Scalar = 0.0
+) -> SoftmaxLoss:
+    """Cross entropy of transformed logits, weighted and focused: the algebra behind every preset.
+
+    loss = w_y (1 - p_y)^focal_gamma (-log p_y), p = softmax(t_k(... t_1(z))).
+
+    Args:
+      *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or your own function of `Affine`;
+        applied left to right.
+      weights: [C] class weights, or None for ones.
+      focal_gamma: exponent of the focal factor; 0 is none. May be traced and differentiated.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
+
+    >>> loss = softmax_loss(add_log_prior([90, 10]), focal_gamma=1.0)
+    >>> loss(jnp.zeros((1, 2)), jnp.array([1])).round(3)
+    Array([2.072], dtype=float32)
+    """
+    w = None if weights is None else as_vector("softmax_loss: `weights`", weights)
+    return SoftmaxLoss(tuple(transforms), w, focal_gamma)
+
+
+def _are_hard(labels: Num[Array, "..."], logits: Array) -> bool:
+    labels = jnp.asarray(labels)
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if labels.shape == logits.shape[:-1] and integers:
+        return True
+    if labels.shape == logits.shape and not integers:
+        return False
+    raise ValueError(
+        f"longtail: `labels` {labels.dtype}{list(labels.shape)} do not fit `logits` "
+        f"{list(logits.shape)}: pass integers [...] or probabilities [..., C]"
+    )
+
+
+def _per_class(name: str, values: Array | Scalar, form: Affine) -> Array:
+    values = jnp.asarray(values)
+    num_classes = form.gain.shape[-1]
+    if values.shape not in ((), (num_classes,)):
+        raise ValueError(
+            f"longtail.{name} has shape {values.shape} where the logits have {num_classes} classes: "
+            "pass one number per class"
+        )
+    return jnp.broadcast_to(values.astype(form.gain.dtype), (num_classes,))
+
+
+def _rows(vector: Array, like: Array) -> Array:
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def _floor(z: Array) -> Array:
+    return jnp.asarray(jnp.finfo(z.dtype).min / 8, z.dtype)
+
+
+def _logsumexp_of_others(z: Array) -> Array:
+    """log sum_{j != c} exp z_j for every c at once, without cancellation."""
+    top = jnp.argmax(z, axis=-1, keepdims=True) == _rows(jnp.arange(z.shape[-1]), z)
+    total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    without_top = jax.nn.logsumexp(jnp.where(top, _floor(z), z), axis=-1, keepdims=True)
+    share = jnp.exp(jnp.where(top, total - 1, z) - total)  # <= 1/2 wherever it is used
+    return jnp.where(top, without_top, total + jnp.log1p(-share))

@@ -1,0 +1,156 @@
+"""Long-tailed splits of balanced data, on the host and byte-exact with the literature's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxtricks._types import Array
+
+Real = float | int | np.number
+Whole = int | np.integer
+
+
+def exponential_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Int[np.ndarray, "C"]:
+    """Exponential profile: n_c = int(n_max imbalance^(-c / (C-1))), at least 1.
+
+    Args:
+      n_max: examples of the largest class.
+      num_classes: C.
+      imbalance: n_max / n_min, >= 1.
+
+    Returns:
+      [C] int64 counts, largest first; reverse with [::-1].
+
+    Raises:
+      ValueError: if imbalance < 1 or there are no classes or examples.
+
+    >>> exponential_counts(5000, 10, 100).tolist()
+    [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+    References:
+      Cao et al., arXiv 1906.07413 (the CIFAR-LT splits).
+    """
+    _check("exponential_counts", n_max, num_classes, imbalance)
+    # The reference raises the reciprocal; imbalance ** -x rounds differently.
+    factor = 1 / imbalance
+    steps = max(num_classes - 1, 1)
+    return _whole(n_max * factor ** (c / steps) for c in range(num_classes))
+
+
+def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Int[np.ndarray, "C"]:
+    """Step profile: the first C // 2 classes keep n_max, the others have int(n_max / imbalance).
+
+    Args:
+      n_max: examples of a large class.
+      num_classes: C; where it is odd the smaller half is the large classes.
+      imbalance: n_max / n_min, >= 1.
+
+    Returns:
+      [C] int64 counts, at least 1.
+
+    Raises:
+      ValueError: if imbalance < 1 or there are no classes or examples.
+
+    >>> step_counts(100, 5, 10).tolist()
+    [100, 100, 10, 10, 10]
+    """
+    _check("step_counts", n_max, num_classes, imbalance)
+    large = num_classes // 2
+    small = n_max * (1 / imbalance)
+    return _whole([n_max] * large + [small] * (num_classes - large))
+
+
+def pareto_counts(
+    n_max: Real, num_classes: Whole, imbalance: Real, *, alpha: Real = 6.0
+) -> Int[np.ndarray, "C"]:
+    """Pareto profile: the quantiles of a Pareto law, stretched to end at n_max and n_max/imbalance.
+
+    q_c = ((c + 1/2) / C)^(-1/alpha); n_c = n_min + (n_max - n_min) (q_c - q_last)/(q_0 - q_last).
+
+    Deterministic, unlike the draws behind ImageNet-LT and Places-LT, which are file lists: for the ends
+    of ImageNet-LT (1280, 1000, 256) it gives 104,345 examples, the list has 115,846.
+
+    Args:
+      n_max: examples of the largest class.
+      num_classes: C.
+      imbalance: n_max / n_min, >= 1.
+      alpha: index of the law, > 0; smaller is heavier in the head.
+
+    Returns:
+      [C] int64 counts, largest first, at least 1.
+
+    Raises:
+      ValueError: if imbalance < 1, alpha <= 0, or there are no classes or examples.
+
+    >>> pareto_counts(1280, 5, 256).tolist()
+    [1280, 584, 301, 128, 5]
+
+    References:
+      Liu et al., Large-scale long-tailed recognition in an open world, arXiv 1904.05160.
+    """
+    _check("pareto_counts", n_max, num_classes, imbalance)
+    if not alpha > 0:
+        raise ValueError(f"longtail.data.pareto_counts needs `alpha` > 0, got {alpha}: 6 is common")
+    q = ((np.arange(num_classes) + 0.5) / num_classes) ** (-1 / alpha)
+    share = (q - q[-1]) / (q[0] - q[-1]) if num_classes > 1 else np.ones(1)
+    n_min = n_max * (1 / imbalance)
+    # Ends that are whole numbers must not fall to the integer below by rounding.
+    return _whole(n_min + (n_max - n_min) * share + 1e-9)
+
+
+def longtail_indices(
+    labels: Int[Array, "N"] | Sequence[Any],
+    counts: Int[Array, "C"] | Sequence[Any],
+    seed: int,
+) -> Int[np.ndarray, "M"]:
+    """Which examples of a balanced set make a long-tailed one, in the order of LDAM-DRW.
+
+    For each class in turn the indices are shuffled by NumPy's legacy generator and the first n_c
+    are kept; the same seed gives the same split as the published code, byte for byte.
+
+    Args:
+      labels: [N] integers in [0, C).
+      counts: [C] how many to keep of each class.
+      seed: of the legacy generator (0 in the published splits).
+
+    Returns:
+      [sum counts] int64 indices into labels, class after class.
+
+    Raises:
+      ValueError: if a class has fewer examples than asked for.
+
+    >>> longtail_indices([0, 0, 0, 1, 1, 1], [3, 1], seed=0).tolist()
+    [2, 1, 0, 5]
+
+    References:
+      Cao et al., arXiv 1906.07413.
+    """
+    labels = np.asarray(labels).reshape(-1)
+    random = np.random.RandomState(seed)
+    kept = []
+    for c, n in enumerate(np.asarray(counts).tolist()):
+        indices = np.flatnonzero(labels == c)
+        if len(indices) < n:
+            raise ValueError(
+                f"longtail.data.longtail_indices: `counts` asks for {n} examples of class {c}, "
+                f"which has {len(indices)}: lower n_max"
+            )
+        random.shuffle(indices)
+        kept.append(indices[:n])
+    return np.concatenate(kept) if kept else np.zeros(0, np.int64)
+
+
+def _check(name: str, n_max: Real, num_classes: Whole, imbalance: Real) -> None:
+    if num_classes < 1 or n_max < 1:
+        raise ValueError(f"longtail.data.{name} needs `n_max` and `num_classes` >= 1")
+    if not imbalance >= 1:
+        raise ValueError(
+            f"longtail.data.{name}: `imbalance` is n_max / n_min >= 1, got {imbalance}: "
+            "pass its reciprocal"
+        )
+
+
+def _whole(values: object) -> Int[np.ndarray, "C"]:
+    return np.array([max(int(v), 1) for v in values], np.int64)  # pyrefly: ignore

@@ -1,0 +1,189 @@
+"""SM3: second moments as one accumulator per axis."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxtricks import _tree
+from jaxtricks import axes as axes_
+from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
+from jaxtricks.memopt import leaves
+
+# A NumPy number, because optax.inject_hyperparams makes arrays of Python floats, and an array may
+# become nonzero later: its buffer could not be left out.
+_NO_MOMENTUM = np.float32(0)
+
+
+class Sm3State(NamedTuple):
+    """State of `sm3` and `scale_by_sm3`.
+
+    Attributes:
+      count: updates so far, int32 [].
+      v: {path: accumulators}, float32 or better: one per axis that is not "batch", shaped as the
+        "batch" axes and that axis; for slices of rank <= 1 a single one shaped as the leaf.
+      m: {path: moving average of the update}; None without momentum.
+    """
+
+    count: Any
+    v: dict[str, tuple[Any, ...]]
+    m: dict[str, Any] | None
+
+
+def scale_by_sm3(
+    *,
+    momentum: ScalarOrSchedule = _NO_MOMENTUM,
+    momentum_dtype: Any = None,
+    axes: Any = None,
+    eps: ScalarOrSchedule = 1e-30,
+) -> optax.GradientTransformation:
+    """The update of SM3-II; not negated, no learning rate.
+
+    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu + eps)
+    m = momentum m + (1 - momentum) s
+
+    Args: as in `sm3`.
+
+    Returns:
+      A GradientTransformation; its update does not need `params`.
+
+    Raises:
+      ValueError: see `sm3`.
+
+    Example:
+      >>> tx = scale_by_sm3()
+      >>> grads = {"w": jnp.array([[3.0, 4.0]] * 2)}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["w"][0].tolist(), [a.tolist() for a in state.v["w"]]
+      ([1.0, 1.0], [[16.0, 16.0], [9.0, 16.0]])
+
+    References:
+      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv 1901.11150,
+      algorithm SM3-II.
+    """
+    return _transform("scale_by_sm3", None, momentum, momentum_dtype, axes, eps)
+
+
+def sm3(
+    learning_rate: ScalarOrSchedule,
+    *,
+    momentum: ScalarOrSchedule = _NO_MOMENTUM,
+    momentum_dtype: Any = None,
+    axes: Any = None,
+    eps: ScalarOrSchedule = 1e-30,
+) -> optax.GradientTransformation:
+    """SM3-II: Adagrad whose accumulators cover the rows and columns of a leaf.
+
+    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu + eps)
+    m = momentum m + (1 - momentum) s;  p <- p - learning_rate m;  0 / sqrt(0) is 0
+
+    Numbers may be arrays or schedules (step -> value); `momentum_dtype` and `axes` are static.
+
+    Args:
+      learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
+      momentum: the number 0 = none and no buffer; an array or schedule always has its buffer.
+      momentum_dtype: dtype of m ("bfloat16"); None = float32, float64 for float64 parameters.
+      axes: which axes are "batch" (independent slices; every other role is alike): None = none of
+        them; a function (path, shape) -> roles or None; a rule of `axes.by_path`; a tree of roles.
+      eps: added under the root, never accumulated.
+
+    Returns:
+      A GradientTransformation; its update does not need `params`.
+
+    Raises:
+      ValueError: an argument out of range; in `init`, a rule that does not fit or a parameter that is
+        not floating.
+      NotImplementedError: momentum_dtype="int8".
+
+    Example:
+      >>> tx = sm3(0.1)
+      >>> params = {"w": jnp.ones((300, 200))}
+      >>> [a.shape for a in tx.init(params).v["w"]]
+      [(300,), (200,)]
+
+    References:
+      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv 1901.11150,
+      algorithm SM3-II.
+    """
+    return _transform("sm3", learning_rate, momentum, momentum_dtype, axes, eps)
+
+
+def _transform(
+    name: str, rate: Any, momentum: Any, momentum_dtype: Any, axes: Any, eps: Any
+) -> optax.GradientTransformation:
+    momentum_dtype = leaves.momentum_dtype(name, momentum_dtype)
+    leaves.check_number(name, "momentum", momentum, 0, 1)
+    leaves.check_number(name, "eps", eps, 0)
+
+    def init_fn(params: Params) -> Any:
+        table, roles = leaves.checked(name, params), leaves.roles_by_path(axes, params)
+        v = {path: _zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()}
+        m = None
+        if not leaves.is_zero(momentum):
+            m = {
+                path: jnp.zeros(x.shape, momentum_dtype or _tree.wide_dtype(x))
+                for path, x in table.items()
+            }
+        return Sm3State(jnp.zeros([], jnp.int32), v, m)
+
+    def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
+        tree = updates if params is None else params
+        weights, roles = leaves.checked(name, tree), leaves.roles_by_path(axes, tree)
+        out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
+        for path, g in leaves.checked(name, updates).items():
+            v = leaves.lookup(name, state.v, path, "the state")
+            p = leaves.lookup(name, weights, path, "`params`")
+            m = None if state.m is None else state.m[path]
+            hyper = [leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
+            u, new_v[path], m = _step(g, v, m, *hyper, where=_axes(g.shape, roles[path]))
+            if new_m is not None:
+                new_m[path] = m
+            out.append(u.astype(leaves.update_dtype(g, p)))
+        count = optax.safe_increment(state.count)
+        return jax.tree.unflatten(jax.tree.structure(updates), out), Sm3State(count, new_v, new_m)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _axes(shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...] | None:
+    """Axes that have an accumulator each; None = the leaf keeps a whole one."""
+    batch = () if roles is None else axes_.positions(roles, "batch")
+    own = tuple(i for i in range(len(shape)) if i not in batch)
+    return None if len(own) <= 1 or 0 in shape else own
+
+
+def _others(axis: int, own: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i for i in own if i != axis)
+
+
+def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
+    dtype = _tree.wide_dtype(leaf)
+    if own is None:
+        return (jnp.zeros(leaf.shape, dtype),)
+    shapes = [[n for i, n in enumerate(leaf.shape) if i not in _others(axis, own)] for axis in own]
+    return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _step(
+    g: Any, v: Any, m: Any, rate: Any, momentum: Any, eps: Any, *, where: tuple[int, ...] | None
+) -> Any:
+    """(update, v, m) of one leaf in the dtype of its state."""
+    g = g.astype(v[0].dtype)
+    if where is None:
+        nu = v[0] + jnp.square(g)
+        v = (nu,)
+    else:
+        bounds = [jnp.expand_dims(a, _others(i, where)) for i, a in zip(where, v, strict=True)]
+        nu = functools.reduce(jnp.minimum, bounds) + jnp.square(g)
+        v = tuple(jnp.max(nu, axis=_others(i, where)) for i in where)
+    # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
+    total = nu + eps
+    u = jnp.where(total > 0, g * jax.lax.rsqrt(total), jnp.zeros_like(g))
+    if m is not None:
+        u = momentum * m.astype(u.dtype) + (1 - momentum) * u
+        m = u.astype(m.dtype)
+    return (u if rate is None else -rate * u), v, m

@@ -1,0 +1,101 @@
+"""What the transforms of this room share: leaves by path, state dtypes, hyper-parameters."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtricks import _tree, axes
+from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
+
+
+def checked(name: str, params: Params) -> dict[str, Array]:
+    """{path: array} of the parameters; raises for what is no real floating array."""
+    table = {path: _as_array(leaf) for path, leaf in _tree.by_path(params).items()}
+    for path, leaf in table.items():
+        if not _tree.is_floating(leaf):
+            raise ValueError(
+                f"memopt.{name}: the parameter {path!r} is {leaf.dtype}: hide it with optax.masked"
+            )
+    return table
+
+
+def roles_by_path(rule: Any, params: Params) -> dict[str, Roles | None]:
+    """{path: roles or None}; strict rules are checked on the way."""
+    arrays = jax.tree.map(_as_array, params)
+    return dict(zip(_tree.by_path(params), axes.leaf_roles(rule, arrays), strict=True))
+
+
+def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
+    """table[path], or a sentence."""
+    if path not in table:
+        raise ValueError(
+            f"memopt.{name}: {path!r} has a gradient but {what} has no such entry: "
+            "call tx.init(params) and tx.update(grads, state, params) with the same tree"
+        )
+    return table[path]
+
+
+def update_dtype(g: Any, p: Any) -> Any:
+    """Dtype of the update: the wider of gradient and parameter."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(g.dtype, p.dtype)
+
+
+def momentum_dtype(name: str, dtype: Any) -> Any:
+    """The floating dtype that an argument `momentum_dtype` names; None stays None."""
+    if dtype is None:
+        return None
+    if dtype == "int8":
+        raise NotImplementedError(f"memopt.{name}: momentum_dtype='int8' is not built yet")
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            f"memopt.{name}: `momentum_dtype` is {dtype!r}: give 'float32', 'bfloat16' or None"
+        )
+    return found
+
+
+def value(x: ScalarOrSchedule, count: Any, dtype: Any) -> Array:
+    """A number, array or schedule at step `count`, in the dtype of the state it meets."""
+    return jnp.asarray(x(count) if callable(x) else x).astype(dtype)
+
+
+def optional(x: ScalarOrSchedule | None, count: Any, dtype: Any) -> Array | None:
+    """`value`, None for None."""
+    return None if x is None else value(x, count, dtype)
+
+
+def is_zero(x: Any) -> bool:
+    """Whether a hyper-parameter is fixed at zero: a plain number, not an array or schedule.
+
+    An array may become anything later (optax.inject_hyperparams), so what it needs is kept.
+    """
+    return x is None or (isinstance(x, int | float | np.generic) and bool(x == 0))
+
+
+def check_number(name: str, argument: str, x: Any, low: float, high: float = float("inf")) -> None:
+    """Raise if a plain number lies outside [low, high]; arrays and schedules pass."""
+    if isinstance(x, int | float) and not low <= x <= high:
+        limit = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
+        raise ValueError(f"memopt.{name}: `{argument}` is {x}: give a number {limit}")
+
+
+def decayed(mask: Any, params: Params) -> set[str]:
+    """Paths of the parameters that weight decay applies to."""
+    if mask is None:
+        return set(_tree.by_path(params))
+    if callable(mask) and len(inspect.signature(mask).parameters) == 2:
+        return {p for p, x in _tree.by_path(params).items() if mask(p, tuple(jnp.shape(x)))}
+    tree = mask(params) if callable(mask) else mask
+    full = jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), tree, params)
+    return {path for path, on in _tree.leaves_with_paths(full) if bool(on)}
+
+
+def _as_array(x: Any) -> Any:
+    return x if hasattr(x, "shape") else jnp.asarray(x)

@@ -1,0 +1,20 @@
+"""Thin layers and adapters for flax.nnx; write `jt.nnx`, never import it beside flax's.
+
+Everything here calls the rooms' pure functions; only what owns parameters or statistics is a module.
+"""
+
+from jaxtricks.nnx.blocks import ACBlock
+from jaxtricks.nnx.conv import WSConv
+from jaxtricks.nnx.layout import roles
+from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks.nnx.pure import functional
+from jaxtricks.nnx.recompute import recompute_grad
+
+__all__ = [
+    "ACBlock",
+    "ExtendedBatchNorm",
+    "WSConv",
+    "functional",
+    "recompute_grad",
+    "roles",
+]

@@ -1,0 +1,212 @@
+"""jt.linen: the twins compute what jt.nnx computes, from the same parameter paths."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+import jaxtricks as jt
+from jaxtricks import _tree
+
+X = np.random.default_rng(0).normal(1.0, 2.0, (6, 9, 8, 4)).astype(np.float32)
+
+CONV = dict(
+    strides=2, kernel_dilation=(1, 2), feature_group_count=2, preset="timm", use_bias=True, eps=1e-5
+)
+ACB = dict(strides=(2, 1), padding=((1, 1), (0, 2)), gamma_init=0.5)
+TWINS = {
+    "WSConv": (
+        lambda r: jt.nnx.WSConv(4, 6, (3, 2), **CONV, rngs=r),
+        lambda: jt.linen.WSConv(4, 6, (3, 2), **CONV),
+    ),
+    "ExtendedBatchNorm": (
+        lambda r: jt.nnx.ExtendedBatchNorm(4, momentum=0.9, variance="grand", rngs=r),
+        lambda: jt.linen.ExtendedBatchNorm(4, momentum=0.9, variance="grand"),
+    ),
+    "ACBlock": (
+        lambda r: jt.nnx.ACBlock(
+            4, 6, (3, 3), norm=functools.partial(nnx.BatchNorm, momentum=0.9), **ACB, rngs=r
+        ),
+        lambda: jt.linen.ACBlock(
+            4, 6, (3, 3), norm=functools.partial(nn.BatchNorm, momentum=0.9), **ACB
+        ),
+    ),
+    "ACBlock, WSConv, ExtendedBatchNorm": (
+        lambda r: jt.nnx.ACBlock(
+            4, 6, (3, 3), conv=jt.nnx.WSConv, norm=jt.nnx.ExtendedBatchNorm, rngs=r
+        ),
+        lambda: jt.linen.ACBlock(
+            None, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+        ),
+    ),
+}
+
+
+def init(module, *args, **kwargs):
+    return jax.jit(functools.partial(module.init, **kwargs))(jax.random.key(0), *args)
+
+
+
+@pytest.mark.parametrize("name", sorted(TWINS))
+def test_twins(name):
+    make_nnx, make_linen = TWINS[name]
+    apply, params, state = jt.nnx.functional(make_nnx(nnx.Rngs(0)))
+    module = make_linen()
+    flags = {} if isinstance(module, jt.linen.WSConv) else {"use_running_average": False}
+    variables = init(module, X, **flags)
+    linen_apply, linen_params, linen_state = jt.linen.functional(module, variables)
+    shapes = lambda tree: {path: x.shape for path, x in _tree.leaves_with_paths(tree)}
+    assert shapes(linen_params) == shapes(params)
+    assert shapes(linen_state.get("batch_stats", {})) == shapes(state)
+
+    def loss(apply, params, state):
+        y, state = apply(params, state, X, train=True)
+        return jnp.sum(jnp.sin(y)), (y, state)
+
+    step = lambda apply: jax.jit(
+        jax.value_and_grad(functools.partial(loss, apply), has_aux=True)
+    )
+    (_, (y, new)), grads = step(apply)(params, state)
+    (_, (linen_y, linen_new)), linen_grads = step(linen_apply)(params, linen_state)
+    close((y, grads), (linen_y, linen_grads), 2e-5)
+    assert jax.tree.structure(linen_new) == jax.tree.structure(linen_state)
+    if state:
+        close(new, linen_new["batch_stats"], 1e-5)
+    evaluated = apply(params, new, X, train=False)[0]
+    linen_evaluated, same = linen_apply(params, linen_new, X, train=False)
+    close(evaluated, linen_evaluated, 1e-5)
+    close(same, linen_new, 0)
+    rule, linen_rule = jt.nnx.roles(make_nnx(nnx.Rngs(0))), jt.linen.roles(module, X, **flags)
+    for path, shape in shapes(params).items():
+        assert rule(path, shape) == linen_rule(path, shape) is not None
+
+
+def close(a, b, tol):
+    def check(x, y):
+        np.testing.assert_allclose(x, y, rtol=tol, atol=tol * max(1, np.abs(y).max()))
+
+    jax.tree.map(check, a, b)
+
+
+class Net(nn.Module):
+    """What the twins do not cover: dropout, a flag called train, stacked layers, attention."""
+
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = jt.linen.ACBlock(None, 8, (3, 3), norm=jt.linen.ExtendedBatchNorm)(x, not train)
+        x = nn.Dropout(0.5)(x.mean((1, 2)), deterministic=not train)
+        x = nn.vmap(
+            nn.Dense,
+            in_axes=None,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            axis_size=3,
+        )(5)(x)
+        x = nn.MultiHeadDotProductAttention(1)(x, x)
+        x = nn.remat(nn.DenseGeneral)((2, 3))(x)
+        x = nn.Einsum((2, 3, 7), "...ab,abc->...c")(x)
+        return nnx.bridge.to_linen(nnx.Linear, 7, 2, name="bridged")(x)
+
+
+def test_functional_of_a_model():
+    module = Net()
+    variables = init(module, X, train=False)
+    apply, params, state = jt.linen.functional(module, variables)
+    assert set(state) == {"batch_stats"} and type(params) is dict
+    run = jax.jit(functools.partial(apply, train=True))
+    key = jax.random.key(1)
+    (y, new), (again, _) = run(params, state, X, key=key), run(params, state, X, key=key)
+    assert np.array_equal(y, again)
+    assert not np.array_equal(y, run(params, state, X, key=jax.random.key(2))[0])
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    with pytest.raises(ValueError, match="needs `key`"):
+        apply(params, state, X, train=True)
+    with pytest.raises(ValueError, match="typed PRNG key"):
+        apply(params, state, X, train=True, key=jax.random.PRNGKey(0))
+    evaluate = jax.jit(functools.partial(apply, train=False))
+    close(evaluate(params, state, X)[0], module.apply(variables, X, train=False), 1e-6)
+
+
+def test_train_kwargs():
+    module = Net()
+    variables = init(module, X, train=False)
+    expected = module.apply(variables, X, train=False)
+    for given in ({"train": True}, lambda train: {"train": train}):
+        apply, params, state = jt.linen.functional(module, variables, train_kwargs=given)
+        close(apply(params, state, X, train=False)[0], expected, 1e-6)
+    with pytest.raises(Exception, match=r"train_kwargs|rate"):
+        jt.linen.functional(module, variables, train_kwargs={"rate": 0.5})
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_roles_of_a_model(axis):
+    rule = jt.linen.roles(Net(axis), X, train=False)
+    variables = jax.eval_shape(functools.partial(Net(axis).init, train=False), jax.random.key(0), X)
+    shapes = {path: leaf.shape for path, leaf in _tree.leaves_with_paths(variables["params"])}
+    got = {path: " ".join(rule(path, shape) or ("unknown",)) for path, shape in shapes.items()}
+    assert "unknown" not in got.values()
+    expected = {
+        "ACBlock_0/square/conv/kernel": "in in in out",
+        "VmapDense_0/kernel": "batch in out" if axis == 0 else "in batch out",
+        "VmapDense_0/bias": "batch none" if axis == 0 else "none batch",
+        "MultiHeadDotProductAttention_0/query/kernel": "in out out",
+        "MultiHeadDotProductAttention_0/out/kernel": "in in out",
+        "CheckpointDenseGeneral_0/kernel": "in out out",
+        "CheckpointDenseGeneral_0/bias": "none none",
+        "Einsum_0/kernel": "in in out",
+        "bridged/kernel": "in out",
+    }
+    assert expected.items() <= got.items()
+
+
+def test_initializing_leaves_statistics_and_skips_collectives():
+    norm = jt.linen.ExtendedBatchNorm(axis_name="data", momentum=0.5)
+    variables = norm.init(jax.random.key(0), X)  # no axis is bound here
+    assert float(variables["batch_stats"]["var"]) == 1
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    spec = PartitionSpec("data")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=(spec, PartitionSpec())
+    )
+    def run(variables, x):
+        return norm.apply(variables, x, mutable=["batch_stats"])
+
+    y, new = jax.jit(run)(variables, X)
+    alone = jt.linen.ExtendedBatchNorm(momentum=0.5)
+    expected, stats = alone.apply(variables, X, mutable=["batch_stats"])
+    close(y, expected, 1e-5)
+    close(new, flax.core.unfreeze(stats), 1e-5)
+
+
+def test_features_that_do_not_fit():
+    for module in (
+        jt.linen.WSConv(3, 4, (3, 3)),
+        jt.linen.ExtendedBatchNorm(3),
+        jt.linen.ACBlock(3, 4, (3, 3)),
+    ):
+        with pytest.raises(ValueError, match="made for 3 features but is given 4"):
+            jax.eval_shape(module.init, jax.random.key(0), X)
+
+
+def test_bfloat16_parameters_keep_float32_statistics():
+    module = jt.linen.ACBlock(
+        4, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+    )
+    variables = init(module, X)
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables["params"])
+    y, new = jax.eval_shape(
+        functools.partial(module.apply, mutable=["batch_stats"]),
+        {**variables, "params": low},
+        X.astype(jnp.bfloat16),
+    )
+    assert y.dtype == jnp.bfloat16
+    assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(new))
