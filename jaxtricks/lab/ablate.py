@@ -1,0 +1,180 @@
+"""The `ablate` command: baseline, each trick alone, all, and all but one, on one data set."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxtricks import _tree
+from jaxtricks.lab import compose, loop, report
+from jaxtricks.lab import data as data_lib
+from jaxtricks.lab.config import Ablate, Train, Tricks
+from jaxtricks.remat import measure
+
+_ROUNDS = 15  # interleaved timing rounds; the median of each row's steps is reported
+
+
+class Trained(NamedTuple):
+    """A row of the table, and what its timing needs.
+
+    Attributes:
+      row: key, metric, std, n, temp_bytes, state_bytes, reads.
+      step: the compiled step; it donates its state.
+      state, batch: arguments to time it with.
+    """
+
+    row: dict[str, Any]
+    step: Callable[..., Any]
+    state: loop.TrainState
+    batch: Any
+
+
+def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
+    """Run the comparison, print the table, write results.json and report.md.
+
+    Args:
+      cfg: checked settings.
+      command: the command line, for the report.
+
+    Returns:
+      The rows of results.json.
+    """
+    console = Console()
+    data = [data_lib.load(cfg.data, imbalance=cfg.imbalance, seed=s) for s in range(cfg.seeds)]
+    folder = loop.RunDir(cfg.out, cfg, command)
+    plan = list(arrangements(cfg.tricks))
+    evaluators: dict[Any, loop.Evaluator] = {}
+    trained = []
+    with contextlib.ExitStack() as stack:
+        ahead = ThreadPoolExecutor(1)
+        stack.callback(ahead.shutdown, cancel_futures=True)
+        progress = stack.enter_context(_progress(console))
+        # XLA compiles the next arrangement while this one trains; times are taken at the end, alone.
+        prepared = [ahead.submit(prepare, cfg, tricks, data[0]) for _, tricks in plan]
+        task = progress.add_task("", total=len(plan))
+        for (key, _), program in zip(plan, prepared, strict=True):
+            progress.update(task, description=f"{key:<16}")
+            trained.append(train_row(key, cfg, program.result(), data, evaluators))
+            progress.advance(task)
+    for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
+        entry.row["step_ms"] = milliseconds
+    rows = report.annotate([entry.row for entry in trained])
+    report.write(folder, rows, data[0], cfg, command)
+    console.print(report.for_terminal(rows), highlight=False, soft_wrap=True)
+    console.print(f"report: {folder.path / 'report.md'}", highlight=False)
+    return rows
+
+
+def arrangements(keys: tuple[str, ...]) -> Iterator[tuple[str, Tricks]]:
+    """(name of the row, its tricks)."""
+    yield "baseline", Tricks()
+    for key in keys:
+        yield key, Tricks.of(key)
+    if len(keys) > 1:
+        yield "all", Tricks.of(*keys)
+        for key in keys:
+            yield f"all - {key}", Tricks.of(*(k for k in keys if k != key))
+
+
+class Prepared(NamedTuple):
+    """A compiled arrangement, ready for every seed.
+
+    Attributes:
+      tricks: which tricks are on.
+      program: the functions.
+      step: (state, batch) -> (state, metrics), compiled; it donates its state.
+      temp_bytes: temporaries of the compiled step.
+    """
+
+    tricks: Tricks
+    program: loop.Program
+    step: Callable[..., Any]
+    temp_bytes: int
+
+
+def prepare(cfg: Ablate, tricks: Tricks, data: data_lib.Data) -> Prepared:
+    """Compose and compile one arrangement."""
+    run_cfg = cfg.train(tricks, 0)
+    program = loop.build(run_cfg, data)
+    traced = jax.jit(program.step, donate_argnums=0).trace(*_start(program, run_cfg, data))
+    step = traced.lower().compile()
+    return Prepared(tricks, program, step, measure.report(step, traced.jaxpr.jaxpr).temp)
+
+
+def train_row(
+    key: str,
+    cfg: Ablate,
+    prepared: Prepared,
+    data: list[data_lib.Data],
+    evaluators: dict[Any, loop.Evaluator],
+) -> Trained:
+    """Train one arrangement over all seeds with one executable, and evaluate it."""
+    tricks, program, step, temp_bytes = prepared
+    # Arrangements that evaluate the same function share its executable.
+    function = compose.function_key(tricks)
+    evaluate = evaluators.setdefault(function, loop.Evaluator(program, len(data[0].classes)))
+    scores, reads = [], []
+    state, batch = _start(program, cfg.train(tricks, 0), data[0])
+    for seed, dataset in enumerate(data):
+        run_cfg = cfg.train(tricks, seed)
+        state, batch = _start(program, run_cfg, dataset)
+        source = dataset.train.subset(np.arange(len(dataset.train)))  # its own byte counter
+        state = loop.fit(step, state, _batches(run_cfg, source), cfg.steps)
+        scores.append(evaluate(state, dataset.test)["balanced_accuracy"])
+        reads.append(source.bytes_read / cfg.steps)
+    row = {
+        "key": key,
+        "metric": float(np.mean(scores)),
+        "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
+        "n": len(scores),
+        "temp_bytes": temp_bytes,
+        "state_bytes": _tree.nbytes(state.opt_state),
+        "reads": float(np.mean(reads)),
+    }
+    return Trained(row, step, state, batch)
+
+
+def interleaved_times(trained: list[Trained]) -> list[float]:
+    """Median step time of each row in ms: one step of every row in turn, so that drift hits all alike."""
+    states = [entry.state for entry in trained]
+    times: list[list[float]] = [[] for _ in trained]
+    for _ in range(_ROUNDS):
+        for i, entry in enumerate(trained):
+            start = time.perf_counter()
+            states[i], metrics = entry.step(states[i], entry.batch)
+            jax.block_until_ready((states[i].params, metrics))
+            times[i].append(1e3 * (time.perf_counter() - start))
+    return [float(np.median(t)) for t in times]
+
+
+def _start(program: loop.Program, cfg: Train, data: data_lib.Data) -> tuple[loop.TrainState, Any]:
+    counts = np.bincount(data.train.labels, minlength=len(data.classes))
+    place = loop.Placement.over(cfg.devices)
+    state = jax.device_put(program.init(cfg.seed, counts), place.state)
+    shape = {"image": ((cfg.batch, *data.shape), np.uint8), "label": ((cfg.batch,), np.int32)}
+    batch = {name: np.zeros(*spec) for name, spec in shape.items()}
+    return state, jax.device_put(batch, place.batch)
+
+
+def _batches(cfg: Train, source: data_lib.Source) -> Iterator[Any]:
+    # No prefetch thread: what is read is then exactly what the steps used.
+    place = loop.Placement.over(cfg.devices)
+    reads = compose.build_reads(cfg)
+    batches = data_lib.pipeline(source, batch=cfg.batch, seed=cfg.seed, transform=reads)
+    return (jax.device_put(batch, place.batch) for batch in batches)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)

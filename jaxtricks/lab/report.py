@@ -1,0 +1,142 @@
+"""What an ablation says: verdicts, the table, report.md and results.json."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from jaxtricks import _table
+from jaxtricks.lab import compose
+from jaxtricks.lab import data as data_lib
+from jaxtricks.lab.config import Ablate
+from jaxtricks.lab.loop import RunDir
+
+PICTURE = "ablation.png"
+_COSTS = {
+    "step_ms": "step time",
+    "temp_bytes": "temporaries",
+    "state_bytes": "state",
+    "reads": "reads",
+}
+_NOTABLE = {"step_ms": 0.15, "temp_bytes": 0.05, "state_bytes": 0.05, "reads": 0.05}
+
+
+def annotate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each row a "note": what the trick changed here, in one clause, from the figures alone.
+
+    A trick alone is compared with the baseline, "all - x" with all. A difference in accuracy counts if
+    it exceeds the two rows' standard deviations added in quadrature.
+    """
+    by_key = {row["key"]: row for row in rows}
+    for row in rows:
+        key = row["key"]
+        if key == "baseline":
+            row["note"] = "none of the tricks"
+        else:
+            reference = by_key["all" if key.startswith("all - ") else "baseline"]
+            row["note"] = verdict(row, reference)
+    return rows
+
+
+def verdict(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """One clause: the change in accuracy, and the costs that changed notably."""
+    points = 100 * (row["metric"] - reference["metric"])
+    spread = 100 * (row["std"] ** 2 + reference["std"] ** 2) ** 0.5
+    if row["n"] < 2:
+        accuracy = f"{points:+.1f} points, one seed"
+    elif abs(points) > spread:
+        accuracy = f"{points:+.1f} points"
+    else:
+        accuracy = f"no difference beyond the seeds' spread ({points:+.1f} points)"
+    clauses = [accuracy, *_changes(row, reference)]
+    if points <= spread and row["key"] in compose.PURPOSE:
+        clauses.append(f"does not help accuracy here; {compose.PURPOSE[row['key']]}")
+    return "; ".join(clauses)
+
+
+def table(rows: list[dict[str, Any]]) -> _table.Table:
+    """The rows as people read them."""
+    headers = (
+        "tricks",
+        "bal. acc. %",
+        "std",
+        "step ms",
+        "temp KiB",
+        "state KiB",
+        "read B/step",
+        "note",
+    )
+    body = [
+        (
+            row["key"],
+            f"{100 * row['metric']:.1f}",
+            f"{100 * row['std']:.1f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['temp_bytes'] / 1024:.0f}",
+            f"{row['state_bytes'] / 1024:.1f}",
+            f"{row['reads']:.0f}",
+            row["note"],
+        )
+        for row in rows
+    ]
+    return _table.make(headers, body)
+
+
+def for_terminal(rows: list[dict[str, Any]]) -> str:
+    """The figures as a table of 80 columns, the notes below it."""
+    headers, body, _ = table(rows)
+    figures = _table.make(headers[:-1], [row[:-1] for row in body])
+    notes = _table.make(("tricks", "what changed here"), [(row[0], row[-1]) for row in body])
+    return f"{figures}\n\n{notes}"
+
+
+def write(
+    folder: RunDir, rows: list[dict[str, Any]], data: data_lib.Data, cfg: Ablate, command: str
+) -> None:
+    """results.json and report.md (which shows PICTURE, drawn by the command line)."""
+    folder.write("results.json", rows)
+    (folder.path / "report.md").write_text(markdown(rows, data, cfg, command))
+
+
+def markdown(rows: list[dict[str, Any]], data: data_lib.Data, cfg: Ablate, command: str) -> str:
+    """The report."""
+    counts = ", ".join(str(int((data.train.labels == c).sum())) for c in range(len(data.classes)))
+    return f"""# What each trick costs and gains on {data.name}
+
+Command: `{command or "jaxtricks ablate"}`
+
+{len(data.train)} training images ({counts} by class), {len(data.test)} test images, {cfg.steps} steps of
+{cfg.batch}, {cfg.seeds} seeds. {hardware()}.
+
+{table(rows).markdown()}
+
+- bal. acc.: mean over the classes of the test accuracy, and its standard deviation, over the seeds
+  (a seed changes the split, the kept images, the order, the weights and the augmentation).
+- step: median of single steps, all rows in turn in one process. Compare rows, not machines.
+- temp: bytes of temporaries in the compiled step, from XLA's buffer assignment; exact.
+- state: bytes of the optimizer state; exact.
+- read: bytes read from the data set a step, measured.
+
+![Balanced accuracy against cost]({PICTURE})
+"""
+
+
+def hardware() -> str:
+    """Machine and versions in one line."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "numpy"))
+    device = jax.devices()[0]
+    return (
+        f"{device.platform} ({device.device_kind}), {os.cpu_count()} cores, {platform.machine()}, "
+        f"Python {platform.python_version()}, {packages}"
+    )
+
+
+def _changes(row: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    clauses = []
+    for name, label in _COSTS.items():
+        change = row[name] / reference[name] - 1 if reference[name] else 0.0
+        if abs(change) >= _NOTABLE[name]:
+            clauses.append(f"{label} {100 * change:+.0f} %")
+    return clauses

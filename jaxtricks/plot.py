@@ -1,0 +1,79 @@
+"""All drawing. Functions take what the rooms return and give a matplotlib figure; nothing is shown or saved.
+
+Figures read in grayscale: position and marker carry the meaning, colour only helps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def ablation(rows: Sequence[dict[str, Any]]) -> Any:
+    """Balanced accuracy against cost, one marker a row of `jaxtricks ablate`.
+
+    Args:
+      rows: dicts with key, metric, std, step_ms, temp_bytes and state_bytes, as in results.json.
+
+    Returns:
+      A matplotlib figure of three panels: step time, compiled temporaries, optimizer state.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    costs = (
+        ("step_ms", "step time (ms)", 1.0),
+        ("temp_bytes", "compiled temporaries (MiB)", 2.0**20),
+        ("state_bytes", "optimizer state (KiB)", 2.0**10),
+    )
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    for i, (name, label, unit) in enumerate(costs):
+        axis = figure.add_subplot(1, 3, i + 1)
+        points = [(row[name] / unit, row["metric"]) for row in rows]
+        for row, (x, _) in zip(rows, points, strict=True):
+            _mark(axis, row, x)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.margins(0.16)
+        _label(axis, [row["key"].removeprefix("all ") for row in rows], points)
+    figure.axes[0].set_ylabel("balanced accuracy, test")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique))
+    return figure
+
+
+_KINDS = {
+    "baseline": ("*", "black", 160),
+    "all": ("D", "black", 60),
+    "one trick": ("o", "tab:blue", 45),
+    "all but one": ("^", "tab:orange", 40),
+}
+
+
+def _mark(axis: Any, row: dict[str, Any], x: float) -> None:
+    key = row["key"]
+    kind = "all but one" if key.startswith("all - ") else key if key in _KINDS else "one trick"
+    marker, colour, size = _KINDS[kind]
+    axis.errorbar(x, row["metric"], yerr=row["std"], color=colour, alpha=0.35, zorder=1)
+    axis.scatter(x, row["metric"], s=size, color=colour, marker=marker, label=kind, zorder=2)
+
+
+def _label(axis: Any, texts: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
+    # Rows of like cost and accuracy would write over each other: move labels up until they are apart.
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    taken: list[tuple[float, float]] = []
+    for text, (x, y) in sorted(zip(texts, points, strict=True), key=lambda item: item[1][::-1]):
+        u, v = (x - left) / (right - left) + 0.015, (y - low) / (high - low)
+        while any(abs(u - a) < 0.17 and abs(v - b) < 0.021 for a, b in taken):
+            v += 0.004
+        taken.append((u, v))
+        axis.annotate(
+            text,
+            (x, y),
+            (u, v),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "gray"},
+        )

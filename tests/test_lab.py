@@ -1,0 +1,231 @@
+"""The lab: data, one step for every seed and device, all ten tricks at once, the ablation."""
+
+import dataclasses
+import itertools
+import json
+import zipfile
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtricks as jt
+from jaxtricks import cli
+from jaxtricks.lab import ablate, compose, data, loop, report, train
+from jaxtricks.lab.config import Train, Tricks, UserError
+from tests.test_cli import make_images
+
+TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2)
+
+
+def start(cfg, dataset, devices=1):
+    """(program, state, batches) of a run."""
+    program = loop.build(cfg, dataset)
+    place = loop.Placement.over(devices)
+    counts = np.bincount(dataset.train.labels, minlength=10)
+    state = jax.device_put(program.init(cfg.seed, counts), place.state)
+    reads = compose.build_reads(cfg)
+    batches = data.pipeline(dataset.train, batch=cfg.batch, seed=cfg.seed, transform=reads)
+    return program, state, (jax.device_put(b, place.batch) for b in batches)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", imbalance=10)
+
+
+def test_digits_are_long_tailed_and_split_by_class(digits):
+    counts = np.bincount(digits.train.labels)
+    assert counts[0] == 10 * counts[9] or abs(counts[0] / counts[9] - 10) < 0.8
+    assert (np.diff(counts) <= 0).all()
+    full = data.load("digits")
+    assert len(full.train) + len(full.test) == 1797
+    assert np.bincount(full.test.labels).min() >= 34
+    example = full.train[0]
+    assert example["image"].shape == (8, 8, 1) and example["image"].dtype == np.uint8
+    assert full.train.bytes_read == 64
+    other = data.load("digits", imbalance=10, seed=1)
+    assert not np.array_equal(other.train[0]["image"], digits.train[0]["image"])
+
+
+def test_folders_and_zips_read_alike(tmp_path):
+    folder = make_images(tmp_path / "set/train", {"2": 3, "10": 2}).parent
+    make_images(folder / "test", {"2": 1, "10": 1})
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, path.relative_to(tmp_path))
+    sets = data.load(str(folder)), data.load(str(tmp_path / "set.zip"))
+    for d in sets:
+        assert d.classes == ("2", "10") and len(d.train) == 5 and len(d.test) == 2
+    for i in range(5):
+        np.testing.assert_array_equal(sets[0].train[i]["image"], sets[1].train[i]["image"])
+    assert sets[0].train.bytes_read == sets[1].train.bytes_read > 0
+
+
+def test_echo_halves_the_reads(digits):
+    read = {}
+    for factor in (1.0, 2.0):
+        source = digits.train.subset(np.arange(len(digits.train)))
+        cfg = dataclasses.replace(TINY, tricks=Tricks.of("echo"), echo_factor=factor, steps=1)
+        batches = data.pipeline(source, batch=16, seed=0, transform=compose.build_reads(cfg))
+        for _ in itertools.islice(batches, 40):
+            pass
+        read[factor] = source.bytes_read
+    assert read[1.0] == 40 * 16 * 64
+    # Until the first copies are due (4 batches on) every output is a read.
+    assert 0.5 <= read[2.0] / read[1.0] < 0.56
+
+
+def test_eval_batches_cover_everything_once(digits):
+    seen = [b["label"][b["where"]] for b in data.eval_batches(digits.test, 100)]
+    np.testing.assert_array_equal(np.concatenate(seen), digits.test.labels)
+    few = list(data.eval_batches(digits.test, 16, limit=40))
+    assert sum(int(b["where"].sum()) for b in few) == 40 and len(few) == 3
+
+
+def test_one_trace_serves_every_step_and_seed(digits):
+    program, state, batches = start(TINY, digits)
+    step = jax.jit(chex.assert_max_traces(program.step, 1), donate_argnums=0)
+    first = jax.tree.map(np.asarray, state.params)
+    logged = []
+    state = loop.fit(step, state, batches, 40, log_every=10, log=lambda i, m: logged.append((i, m)))
+    assert [i for i, _ in logged] == [10, 20, 30, 40]
+    assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.1
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, state.params)
+    assert all(jax.tree.leaves(changed))
+    _, state, batches = start(dataclasses.replace(TINY, seed=1), digits)
+    loop.fit(step, state, batches, 2)
+
+
+def test_the_device_is_read_only_every_k_steps(digits, monkeypatch):
+    program, state, batches = start(TINY, digits)
+    reads = []
+    monkeypatch.setattr(
+        loop.jax, "device_get", lambda x: reads.append(len(x)) or jax.tree.map(np.asarray, x)
+    )
+    loop.fit(jax.jit(program.step), state, batches, 7, log_every=3)
+    assert reads == [3, 3, 1]
+
+
+@pytest.mark.parametrize("tricks", [(), jt.KEYS], ids=["none", "all"])
+def test_four_devices_compute_what_one_computes(digits, tricks):
+    keys = [k for k in tricks if k != "amp"]  # bfloat16 would round the two sums differently
+    cfg = dataclasses.replace(TINY, tricks=Tricks.of(*keys))
+    results = []
+    for devices in (1, 4):
+        program, state, batches = start(cfg, digits, devices)
+        state, metrics = jax.jit(program.step)(state, next(batches))
+        results.append((jax.device_get(metrics), jax.device_get(state.params)))
+        assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == devices
+    chex.assert_trees_all_close(*results, atol=2e-4, rtol=2e-4)
+
+
+def test_all_ten_at_once_learn_and_report(digits):
+    cfg = dataclasses.replace(TINY, tricks=Tricks.of(*jt.KEYS), steps=60)
+    program, state, batches = start(cfg, digits)
+    logged = []
+    step = jax.jit(program.step, donate_argnums=0)
+    state = loop.fit(step, state, batches, 60, log=lambda i, m: logged.append(m))
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert {"amp/loss_scale", "amp/skipped_steps", "agc/clipped_fraction"} <= set(logged[0])
+    assert logged[-1]["amp/skipped_steps"] == 0
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+    summary = loop.Evaluator(program, 10)(state, digits.test)
+    assert summary["balanced_accuracy"] > 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", list(itertools.combinations(jt.KEYS, 2)), ids="+".join)
+def test_every_pair_of_tricks_makes_a_step(digits, pair):
+    cfg = dataclasses.replace(TINY, tricks=Tricks.of(*pair))
+    program, state, batches = start(cfg, digits)
+    for _ in range(2):
+        state, metrics = jax.jit(program.step)(state, next(batches))
+    chex.assert_tree_all_finite((metrics, state.params, state.model_state))
+
+
+def test_augmentation_shifts_flips_and_keeps_bytes():
+    images = jnp.arange(4 * 6 * 6, dtype=jnp.uint8).reshape(4, 6, 6, 1)
+    out = loop.augment(jax.random.key(0), images, pad=1, flip=True)
+    assert out.shape == images.shape and out.dtype == jnp.uint8
+    again = loop.augment(jax.random.key(0), images, pad=1, flip=True)
+    other = loop.augment(jax.random.key(1), images, pad=1, flip=True)
+    assert (out == again).all() and not (out == other).all()
+    still = loop.augment(jax.random.key(0), images, pad=0, flip=False)
+    assert (still == images).all()
+
+
+def test_too_many_devices_is_a_users_mistake():
+    with pytest.raises(UserError, match="--devices 9"):
+        loop.Placement.over(9)
+
+
+def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
+    out = tmp_path / "run"
+    args = [
+        "ablate",
+        "--tricks",
+        "memopt",
+        "remat",
+        "--seeds",
+        "2",
+        "--steps",
+        "3",
+        "--widths",
+        "4",
+    ]
+    cli.main([*args, "--batch", "16", "--out", str(out)])
+    rows = json.loads((out / "results.json").read_text())
+    assert [r["key"] for r in rows] == [
+        "baseline",
+        "memopt",
+        "remat",
+        "all",
+        "all - memopt",
+        "all - remat",
+    ]
+    fields = {"key", "metric", "std", "n", "step_ms", "temp_bytes", "state_bytes", "reads", "note"}
+    assert set(rows[0]) == fields and rows[0]["n"] == 2
+    by_key = {r["key"]: r for r in rows}
+    assert by_key["memopt"]["state_bytes"] < 0.8 * by_key["baseline"]["state_bytes"]
+    assert by_key["baseline"]["reads"] == 16 * 64
+    text = (out / "report.md").read_text()
+    assert "jaxtricks ablate --tricks memopt remat" in text and "ablation.png" in text
+    assert f"jax {jax.__version__}" in text
+    assert (out / "ablation.png").stat().st_size > 10_000
+    assert "what changed here" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_becomes_null():
+    value = {"a": [1.0, float("nan")], "b": (float("inf"), 2), "c": "x"}
+    assert loop.finite(value) == {"a": [1.0, None], "b": [None, 2], "c": "x"}
+
+
+def test_the_plan_has_22_rows():
+    keys = [key for key, _ in ablate.arrangements(jt.KEYS)]
+    assert len(keys) == 22 == len(set(keys))
+    assert dict(ablate.arrangements(jt.KEYS))["all - agc"].on == tuple(
+        k for k in jt.KEYS if k != "agc"
+    )
+
+
+def test_verdicts_follow_from_the_figures():
+    base = {"key": "baseline", "metric": 0.8, "std": 0.01, "n": 3, "step_ms": 10.0}
+    base |= {"temp_bytes": 1000, "state_bytes": 100, "reads": 64.0}
+    better = base | {"key": "longtail", "metric": 0.85}
+    assert report.verdict(better, base) == "+5.0 points"
+    same = base | {"key": "remat", "metric": 0.805, "temp_bytes": 500, "step_ms": 13.0}
+    note = report.verdict(same, base)
+    assert (
+        "no difference beyond" in note and "temporaries -50 %" in note and "step time +30 %" in note
+    )
+    assert "does not help accuracy here" in note
+    worse = report.verdict(base | {"key": "agc", "metric": 0.7}, base)
+    assert worse.startswith("-10.0 points") and "does not help" in worse
+
+
+def test_summary_table_names_splits():
+    summary = {"accuracy": 0.5, "balanced_accuracy": 0.4, "many": 0.9, "medium": None, "few": 0.1}
+    assert "medium" in str(train.summary_table({"test": summary}))
