@@ -118,7 +118,7 @@ def standardize(
 
     Example:
       >>> w = standardize(jnp.arange(12.0).reshape(2, 2, 1, 3))
-      >>> bool(jnp.allclose(w.sum((0, 1, 2)), 0)), bool(jnp.allclose((w**2).sum((0, 1, 2)), 1))
+      >>> bool(jnp.allclose(w.sum((0, 1, 2)), 0, atol=1e-6)), bool(jnp.allclose((w**2).sum((0, 1, 2)), 1))
       (True, True)
 
     References:

@@ -40,7 +40,9 @@ def test_equals_keras(golden, ours, case):
         y = run(g[f"train{t}/x"], scale, bias)
         assert y.dtype == m["y_dtype"]
         np.testing.assert_allclose(np.float32(y), np.float32(g[f"train{t}/y"]), atol=tol)
-    y, pull = jax.vjp(run, *(None if a is None else jnp.asarray(a) for a in (g["train0/x"], scale, bias)))
+    y, pull = jax.vjp(
+        run, *(None if a is None else jnp.asarray(a) for a in (g["train0/x"], scale, bias))
+    )
     dx, dscale, dbias = pull(jnp.asarray(g["train0/cot"]).astype(y.dtype))
     close(dx, g["train0/dx"], 4 * grad_tol)
     if scale is not None:
@@ -192,7 +194,10 @@ def test_shards_with_unequal_counts_equal_one_device(ours):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, grad, atol=2e-6)
     # Averaging the shards' own moments, as flax does, is another number.
-    shards = [ebn.extended_moments(a, mask=m)[1] for a, m in zip(x.reshape(8, 2, 4, 5), mask.reshape(8, 2, 4))]
+    shards = [
+        ebn.extended_moments(a, mask=m)[1]
+        for a, m in zip(x.reshape(8, 2, 4, 5), mask.reshape(8, 2, 4), strict=True)
+    ]
     assert abs(np.mean(shards) - ebn.extended_moments(x, mask=mask)[1]) > 0.1
 
 

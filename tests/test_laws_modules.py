@@ -38,7 +38,7 @@ def equal(a, b, tol=2e-6):
 
 def test_functional_is_the_module(name):
     """Training and evaluation, jitted against eager, and the module given in is left alone."""
-    model, apply, params, state = made(name)
+    model, _, params, state = made(name)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     eager = registry.MODULES[name](nnx.Rngs(0))
     for train in (True, False):
@@ -91,7 +91,10 @@ def test_output_dtype_is_that_of_input_and_parameters(name, dtype):
         assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(new))
     y, _ = jitted(name)(low, state, x, train=True)
     wide, _ = jitted(name)(params, state, inputs(), train=True)
-    assert np.abs(np.float32(y) - wide).max() < (0.2 if dtype == "bfloat16" else 0.03) * np.abs(wide).max()
+    assert (
+        np.abs(np.float32(y) - wide).max()
+        < (0.2 if dtype == "bfloat16" else 0.03) * np.abs(wide).max()
+    )
 
 
 def test_strict_promotion(name, ours):
@@ -114,10 +117,14 @@ def test_gradients_under_remat_vmap_and_scan(name):
     @jax.jit
     def all_ways(params, state, x):
         plain = grad(params, state, x)
-        remat = jax.grad(functools.partial(loss, wrap=jax.checkpoint), has_aux=True)(params, state, x)
+        remat = jax.grad(functools.partial(loss, wrap=jax.checkpoint), has_aux=True)(
+            params, state, x
+        )
         stack = jax.tree.map(lambda a: jnp.stack([a, a]), (params, state))
         vmapped = jax.vmap(grad, in_axes=(0, 0, None))(*stack, x)
-        final, _ = jax.lax.scan(lambda s, x: (grad(params, s, x)[1], None), state, jnp.stack([x, x]))
+        final, _ = jax.lax.scan(
+            lambda s, x: (grad(params, s, x)[1], None), state, jnp.stack([x, x])
+        )
         return plain, remat, jax.tree.map(lambda a: a[1], vmapped), final
 
     plain, remat, vmapped, final = all_ways(params, state, inputs())

@@ -52,7 +52,6 @@ def init(module, *args, **kwargs):
     return jax.jit(functools.partial(module.init, **kwargs))(jax.random.key(0), *args)
 
 
-
 @pytest.mark.parametrize("name", sorted(TWINS))
 def test_twins(name):
     make_nnx, make_linen = TWINS[name]
@@ -69,9 +68,7 @@ def test_twins(name):
         y, state = apply(params, state, X, train=True)
         return jnp.sum(jnp.sin(y)), (y, state)
 
-    step = lambda apply: jax.jit(
-        jax.value_and_grad(functools.partial(loss, apply), has_aux=True)
-    )
+    step = lambda apply: jax.jit(jax.value_and_grad(functools.partial(loss, apply), has_aux=True))
     (_, (y, new)), grads = step(apply)(params, state)
     (_, (linen_y, linen_new)), linen_grads = step(linen_apply)(params, linen_state)
     close((y, grads), (linen_y, linen_grads), 2e-5)
@@ -175,7 +172,10 @@ def test_initializing_leaves_statistics_and_skips_collectives():
     spec = PartitionSpec("data")
 
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=(spec, PartitionSpec())
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spec),
+        out_specs=(spec, PartitionSpec()),
     )
     def run(variables, x):
         return norm.apply(variables, x, mutable=["batch_stats"])
@@ -198,9 +198,7 @@ def test_features_that_do_not_fit():
 
 
 def test_bfloat16_parameters_keep_float32_statistics():
-    module = jt.linen.ACBlock(
-        4, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
-    )
+    module = jt.linen.ACBlock(4, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm)
     variables = init(module, X)
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables["params"])
     y, new = jax.eval_shape(

@@ -22,7 +22,9 @@ def part(arrays, case):
 
 def random_norm(rng, c):
     var = rng.uniform(0.1, 3.0, () if rng.random() < 0.3 else c)
-    return rp.Norm(rng.normal(size=c), np.asarray(var), rng.normal(size=c), rng.normal(size=c), 1e-3)
+    return rp.Norm(
+        rng.normal(size=c), np.asarray(var), rng.normal(size=c), rng.normal(size=c), 1e-3
+    )
 
 
 def random_conv(rng, size, ins, outs, groups=1, dilation=1):
@@ -55,7 +57,9 @@ def random_branch(rng, kind, window, ins, outs, groups):
         pool = rp.AvgPool(size)
         return rp.Sequential(conv(ones, ins, outs, groups), random_norm(rng, outs), pool)
     if kind == "early norm":
-        return rp.Sequential(random_norm(rng, ins), rp.Scale(rng.normal(size=ins)), conv(size, ins, outs))
+        return rp.Sequential(
+            random_norm(rng, ins), rp.Scale(rng.normal(size=ins)), conv(size, ins, outs)
+        )
     if kind == "nested":
         inner = rp.Sum(conv(size, ins, outs), conv(ones, ins, outs, groups))
         return rp.Sequential(rp.Scale(rng.normal(size=ins)), inner, random_norm(rng, outs))
@@ -64,7 +68,17 @@ def random_branch(rng, kind, window, ins, outs, groups):
     return rp.Sequential(rp.Identity(ins), random_norm(rng, ins))
 
 
-KINDS = ("conv", "bare", "dilated", "sequence", "backwards", "pool", "early norm", "nested", "bare pool")
+KINDS = (
+    "conv",
+    "bare",
+    "dilated",
+    "sequence",
+    "backwards",
+    "pool",
+    "early norm",
+    "nested",
+    "bare pool",
+)
 
 
 def random_case(seed):
@@ -101,7 +115,7 @@ def test_fused_equals_branches(x64, ours, seed):
     assert np.abs(branches - fused).max() <= 1e-12 * max(1, np.abs(branches).max())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_fused_convolution_is_a_plain_convolution(x64, ours, seed):
     """The fused kernel given to lax with the window's own padding: no placement left to get wrong."""
     node, x, how = random_case(seed)
@@ -113,7 +127,10 @@ def test_fused_convolution_is_a_plain_convolution(x64, ours, seed):
     elif padding == "SAME_LOWER":
         padding = jax.lax.padtype_to_pads(
             x.shape[1:-1],
-            [d * (k - 1) + 1 for k, d in zip(fused.kernel.shape, how["dilation"])],
+            [
+                d * (k - 1) + 1
+                for k, d in zip(fused.kernel.shape[:-2], how["dilation"], strict=True)
+            ],
             how["strides"],
             padding,
         )
@@ -146,7 +163,9 @@ def test_same_padding_refers_to_the_square_kernel(x64, parity, stride):
     square = rp.apply(rp.Conv(embedded), x, strides=stride)
     np.testing.assert_allclose(rp.apply(node, x, strides=stride), square, atol=1e-13)
     alone = rp.apply(rp.Conv(kernel), x, strides=stride)
-    assert (np.abs(alone - square).max() < 1e-12) == (stride == 1 or (parity, stride) in OWN_SAME_FITS)
+    assert (np.abs(alone - square).max() < 1e-12) == (
+        stride == 1 or (parity, stride) in OWN_SAME_FITS
+    )
 
 
 # Where "SAME" of 1x1 and of 3x3 happen to read the same pixels.
@@ -160,7 +179,10 @@ def test_apply_equals_numpy(x64, ours, seed):
     k, s, d, g = (int(rng.choice(v)) for v in ([2, 3, 4, 5], [1, 2, 3], [1, 2], [1, 2]))
     low, high = (int(v) for v in rng.integers(0, 4, 2))
     x = rng.normal(size=(2, 11, 12, 4))
-    big, row = rng.normal(size=(k, k, 4 // g, 6)), rng.normal(size=(1, 3 if k > 3 else 1, 4 // g, 6))
+    big, row = (
+        rng.normal(size=(k, k, 4 // g, 6)),
+        rng.normal(size=(1, 3 if k > 3 else 1, 4 // g, 6)),
+    )
     n = random_norm(rng, 6)
     how = dict(strides=(s, s), dilation=(d, d), groups=g)
     y = reference.conv(x, big, pads=[(low, high)] * 2, **how)
@@ -169,7 +191,12 @@ def test_apply_equals_numpy(x64, ours, seed):
     w = row.shape[1]
     embedded[at, at - w // 2 : at - w // 2 + w] = row[0]
     y = y + reference.norm(
-        reference.conv(x, embedded, pads=[(low, high)] * 2, **how), n.mean, n.var, n.scale, n.bias, 1e-3
+        reference.conv(x, embedded, pads=[(low, high)] * 2, **how),
+        n.mean,
+        n.var,
+        n.scale,
+        n.bias,
+        1e-3,
     )
     node = rp.Sum(rp.Conv(big, groups=g), rp.Sequential(rp.Conv(row, groups=g), n))
     got = rp.apply(node, x, strides=s, dilation=d, padding=((low, high), (low, high)))
@@ -192,10 +219,18 @@ def test_border_of_a_sequence_is_its_value_on_zero(x64):
 
 
 def torch_norm(g, name, t="init", epsilon=1e-5):
-    stats = g if t == "init" else {k.replace(f"{t}/", "init/"): v for k, v in g.items() if k.startswith(t)}
+    stats = (
+        g
+        if t == "init"
+        else {k.replace(f"{t}/", "init/"): v for k, v in g.items() if k.startswith(t)}
+    )
     get = lambda source, key: source[f"init/{name}.{key}"]
     return rp.Norm(
-        get(stats, "running_mean"), get(stats, "running_var"), get(g, "weight"), get(g, "bias"), epsilon
+        get(stats, "running_mean"),
+        get(stats, "running_var"),
+        get(g, "weight"),
+        get(g, "bias"),
+        epsilon,
     )
 
 
@@ -247,7 +282,8 @@ def dbb(g, m, t):
 def unireplknet(g, m, t):
     def branch(conv, norm, dilation):
         return rp.Sequential(
-            rp.Conv(g[f"init/{conv}.weight"], groups=m["g"], dilation=dilation), torch_norm(g, norm, t)
+            rp.Conv(g[f"init/{conv}.weight"], groups=m["g"], dilation=dilation),
+            torch_norm(g, norm, t),
         )
 
     nodes = [branch("lk_origin", "origin_bn", 1)]
@@ -298,7 +334,8 @@ def test_custom_l2_through_the_fused_kernel(golden, ours):
 
     def penalty(kernels):
         nodes = (
-            rp.Sequential(rp.Conv(k), n.nodes[1]) for k, n in zip(kernels, (dense, point), strict=True)
+            rp.Sequential(rp.Conv(k), n.nodes[1])
+            for k, n in zip(kernels, (dense, point), strict=True)
         )
         centre = rp.fuse(rp.Sum(*nodes)).kernel[1, 1]
         t = [n.nodes[1].scale / jnp.sqrt(n.nodes[1].var + 1e-5) for n in (dense, point)]
@@ -366,7 +403,9 @@ def test_larger_window(x64):
 def test_groups_are_as_fine_as_every_branch_allows():
     depthwise = rp.Conv(np.ones((3, 3, 1, 4), np.float32), groups=4)
     assert rp.fuse(rp.Sum(depthwise, rp.Identity(4))).groups == 4
-    assert rp.fuse(rp.Sum(depthwise, rp.Conv(np.ones((1, 1, 2, 4), np.float32), groups=2))).groups == 2
+    assert (
+        rp.fuse(rp.Sum(depthwise, rp.Conv(np.ones((1, 1, 2, 4), np.float32), groups=2))).groups == 2
+    )
     assert rp.fuse(rp.Identity(4), (3, 3)).kernel.shape == (3, 3, 1, 4)
 
 
@@ -377,18 +416,35 @@ def kernel(*shape):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: rp.fuse(rp.Sequential(rp.Conv(kernel(3, 3, 2, 2)), rp.Conv(kernel(3, 3, 2, 2)))), "both"),
-        (lambda: rp.fuse(rp.Sequential(rp.Conv(kernel(3, 3, 2, 2)), rp.AvgPool(3))), "AvgPool both"),
+        (
+            lambda: rp.fuse(
+                rp.Sequential(rp.Conv(kernel(3, 3, 2, 2)), rp.Conv(kernel(3, 3, 2, 2)))
+            ),
+            "both",
+        ),
+        (
+            lambda: rp.fuse(rp.Sequential(rp.Conv(kernel(3, 3, 2, 2)), rp.AvgPool(3))),
+            "AvgPool both",
+        ),
         (lambda: rp.fuse(rp.AvgPool((3, 3))), "channels"),
         (lambda: rp.fuse(rp.Identity(3)), "spatial axes"),
         (lambda: rp.fuse(rp.Conv(kernel(5, 5, 2, 2)), 3), "smaller than"),
         (lambda: rp.fuse(rp.Sum(rp.Conv(kernel(3, 3, 2, 2)), rp.Identity(3))), "takes 3 channels"),
-        (lambda: rp.fuse(rp.Sum(rp.Conv(kernel(3, 3, 2, 2)), rp.Conv(kernel(1, 1, 2, 3)))), "must agree"),
-        (lambda: rp.fuse(rp.Sum(rp.Conv(kernel(3, 3, 2, 2)), rp.Conv(kernel(3, 2, 2)))), "spatial axes"),
+        (
+            lambda: rp.fuse(rp.Sum(rp.Conv(kernel(3, 3, 2, 2)), rp.Conv(kernel(1, 1, 2, 3)))),
+            "must agree",
+        ),
+        (
+            lambda: rp.fuse(rp.Sum(rp.Conv(kernel(3, 3, 2, 2)), rp.Conv(kernel(3, 2, 2)))),
+            "spatial axes",
+        ),
         (lambda: rp.Sum(), "at least one"),
         (lambda: rp.Conv(kernel(3, 3, 2, 3), groups=2), "groups"),
         (lambda: rp.apply(rp.Conv(kernel(3, 3, 2, 2)), kernel(4, 4, 2)), r"\[N, \*spatial, C\]"),
-        (lambda: rp.apply(rp.Conv(kernel(3, 3, 2, 2)), kernel(1, 4, 4, 2), padding="CIRCULAR"), "padding"),
+        (
+            lambda: rp.apply(rp.Conv(kernel(3, 3, 2, 2)), kernel(1, 4, 4, 2), padding="CIRCULAR"),
+            "padding",
+        ),
         (lambda: rp.apply(rp.Conv(kernel(3, 3, 2, 2)), kernel(1, 4, 4, 2), strides=0), "strides"),
     ],
 )

@@ -188,7 +188,9 @@ def test_hook_in_flax_convolutions(framework):
         feature_group_count=2,
     )
     assert np.array_equal(y, plain)
-    assert hook == ws.standardized(preset="timm") and hash(hook) == hash(ws.standardized(preset="timm"))
+    assert hook == ws.standardized(preset="timm") and hash(hook) == hash(
+        ws.standardized(preset="timm")
+    )
 
 
 def test_hook_finds_the_output_axis(ours):

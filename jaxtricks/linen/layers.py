@@ -37,6 +37,7 @@ class WSConv(nn.Module):
       precision: of the convolution, as in `jax.lax`.
 
     Example:
+      >>> import jax
       >>> conv = WSConv(None, 8, (3, 3), strides=2)
       >>> jax.eval_shape(conv.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]["kernel"].shape
       (3, 3, 3, 8)
@@ -102,6 +103,7 @@ class ExtendedBatchNorm(nn.Module):
       use_running_average: True in evaluation.
 
     Example:
+      >>> import jax
       >>> norm = ExtendedBatchNorm()
       >>> variables = norm.init(jax.random.key(0), jnp.ones((2, 4)))
       >>> y, update = norm.apply(variables, jnp.ones((2, 4)), mutable=["batch_stats"])
@@ -187,6 +189,7 @@ class ACBlock(nn.Module):
       use_running_average: True in evaluation; None = as the normalizations say.
 
     Example:
+      >>> import jax
       >>> block = ACBlock(None, 8, (3, 3), norm=ExtendedBatchNorm)
       >>> sorted(jax.eval_shape(block.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"])
       ['horizontal', 'square', 'vertical']

@@ -38,6 +38,7 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> PathRule:
       (path, shape) -> roles for the paths of variables["params"]; None for parameters of unknown layers.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> rule = roles(nn.Sequential([nn.Dense(4), nn.LayerNorm()]), jnp.ones((2, 3)))
       >>> rule("layers_0/kernel", (3, 4)), rule("layers_1/scale", (4,))
       (('in', 'out'), ('none',))

@@ -37,6 +37,8 @@ def functional(
       ValueError: (from apply) random numbers without `key`.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtricks.linen import ExtendedBatchNorm
       >>> norm = ExtendedBatchNorm()
       >>> apply, params, state = functional(norm, norm.init(jax.random.key(0), jnp.ones((2, 3))))
       >>> y, state = apply(params, state, jnp.ones((2, 3)), train=True)

@@ -34,6 +34,7 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params, State]:
       ValueError: (from apply) random numbers without `key`, or a tree of another structure.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> apply, params, state = functional(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
       >>> y, state = apply(params, state, jnp.ones((2, 3)), train=True)
       >>> sorted(params), sorted(state)

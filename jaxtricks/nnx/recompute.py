@@ -21,6 +21,7 @@ def recompute_grad(module: nnx.Module) -> Callable[..., Any]:
       A function with the signature of `module.__call__`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> block = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
       >>> recompute_grad(block)(jnp.ones((2, 3))).shape
       (2, 3)

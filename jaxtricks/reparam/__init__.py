@@ -32,13 +32,13 @@ penalty on the fused kernel works. Kernels may be standardized first (`weightstd
 one variance for all channels (`ebn`).
 
 Differences from the paper and from optax/flax. Every branch is centred on the centre tap (k // 2) of one
-window and derives its padding from it. With "SAME" and stride 2, branches that each use "SAME" do not add up
-to a convolution on inputs of even size; here they do, for every stride, padding (asymmetric or negative
+window and derives its padding from it. With "SAME" and stride 2, branches that each use "SAME" do not add
+up to a convolution on inputs of even size; here they do, for every stride, padding (asymmetric or negative
 too), parity, dilation, groups, depthwise, 1, 2 or 3 spatial axes, even and rectangular kernels. Reference
-implementations fail at dilation or ignore it. A 1x1 -> KxK sequence (and 1x1 -> average pooling) is exact at the
-border because the intermediate is padded with its value on zero input; the reference's training mode uses
-running statistics for that border. Frozen statistics only: the training mode of branches is that of the
-layers. Equality is up to rounding of the branches' terms: where they cancel, errors are relative to the
+implementations fail at dilation or ignore it. A 1x1 -> KxK sequence (and 1x1 -> average pooling) is exact
+at the border because the intermediate is padded with its value on zero input; the reference's training mode
+uses running statistics for that border. Frozen statistics only: the training mode of branches is that of
+the layers. Equality is up to rounding of the branches' terms: where they cancel, errors are relative to the
 terms, not to the output. On GPU and TPU pass precision="highest" to compare.
 
 References. Ding, Guo, Ding, Han, "ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric

@@ -24,6 +24,7 @@ class Conv:
       dilation: of this branch alone (an int or one per axis); multiplies the dilation of `apply`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> Conv(jnp.ones((3, 3, 4, 8)), dilation=2).dilation
       2
     """
