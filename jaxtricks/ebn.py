@@ -102,7 +102,7 @@ def extended_moments(
       ([1.0, 12.0], 2.5)
 
     References:
-      Luo, Peng, arXiv 2003.05569, section 3.
+      Luo, Peng, arXiv 2003.05569.
     """
     found = moments(x, mask=mask, axis_name=axis_name, variance=variance)
     return found.mean, found.var

@@ -122,7 +122,7 @@ def standardize(
       (True, True)
 
     References:
-      Brock, De, Smith, arXiv 2101.08692, eq. 3; Qiao et al., arXiv 1903.10520, eq. 5-6.
+      Brock, De, Smith, arXiv 2101.08692; Qiao et al., arXiv 1903.10520.
     """
     rule = _preset(preset, eps)
     kernel = jnp.asarray(kernel)

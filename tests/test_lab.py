@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxtricks as jt
-from jaxtricks import cli
+from jaxtricks import _jaxpr, cli
 from jaxtricks.lab import ablate, compose, data, loop, report, train
 from jaxtricks.lab.config import Train, Tricks, UserError
 from tests.test_cli import make_images
@@ -134,6 +134,15 @@ def test_all_ten_at_once_learn_and_report(digits):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
     summary = loop.Evaluator(program, 10)(state, digits.test)
     assert summary["balanced_accuracy"] > 0.15
+
+
+@pytest.mark.parametrize("tricks", [("amp",), jt.KEYS], ids=["amp", "all"])
+def test_amp_computes_every_convolution_in_bfloat16(digits, tricks):
+    cfg = dataclasses.replace(TINY, tricks=Tricks.of(*tricks))
+    program, state, batches = start(cfg, digits)
+    counts = _jaxpr.census(program.step, state, next(batches))
+    dtypes = {dtype for name, dtype in counts if name in ("conv_general_dilated", "dot_general")}
+    assert dtypes == {"bfloat16"}
 
 
 @pytest.mark.slow

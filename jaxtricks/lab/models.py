@@ -34,6 +34,15 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x))
 
 
+def activated(unit: Callable[[Array], Array], x: Array) -> Array:
+    """relu(unit(x)) in the dtype of x.
+
+    Newer versions of Flax's BatchNorm return float32 for bfloat16 inputs, because they count its running
+    statistics; what follows would then silently compute in float32.
+    """
+    return nnx.relu(unit(x)).astype(x.dtype)
+
+
 class Block(nnx.Module):
     """y = relu(unit(relu(unit(x))) + shortcut(x)), the basic residual block."""
 
@@ -59,8 +68,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in_features] -> [N, H', W', out_features]."""
-        y = self.second(nnx.relu(self.first(x)))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        y = activated(self.first, x)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return nnx.relu(self.second(y) + shortcut).astype(x.dtype)
 
 
 class ResNet(nnx.Module):
@@ -105,8 +115,8 @@ class ResNet(nnx.Module):
         self.recompute = recompute
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes]."""
-        x = nnx.relu(self.stem(x))
+        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        x = activated(self.stem, x)
         for block in self.stages:
             x = jnnx.recompute_grad(block)(x) if self.recompute else block(x)
         return self.head(jnp.mean(x, axis=(1, 2)))

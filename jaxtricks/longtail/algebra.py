@@ -135,7 +135,7 @@ def temper(counts: Counts, gamma: Scalar) -> Transform:
       A logit transform for `softmax_loss`.
 
     References:
-      Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385, equation 4.
+      Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385.
     """
     return _Temper(as_vector("temper: `counts`", counts), gamma)
 

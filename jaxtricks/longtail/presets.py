@@ -66,8 +66,7 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
       A per-example loss; its weights sum to C.
 
     References:
-      Cui et al., Class-balanced loss based on effective number of samples, arXiv 1901.05555,
-      equation 9.
+      Cui et al., Class-balanced loss based on effective number of samples, arXiv 1901.05555.
     """
     return softmax_loss(weights=class_weights.effective_number(counts, beta))
 
@@ -114,8 +113,7 @@ def balanced_softmax(counts: Counts) -> SoftmaxLoss:
     Array([0.1054, 2.3026], dtype=float32)
 
     References:
-      Ren et al., Balanced meta-softmax for long-tailed visual recognition, arXiv 2007.10740,
-      equation 4.
+      Ren et al., Balanced meta-softmax for long-tailed visual recognition, arXiv 2007.10740.
     """
     return softmax_loss(add_log_prior(counts, 1.0))
 
@@ -152,7 +150,7 @@ def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
 
     References:
       Kini et al., Label-imbalanced and group-sensitive classification under overparameterization,
-      arXiv 2103.01550, equation 2.
+      arXiv 2103.01550.
     """
     return softmax_loss(temper(counts, gamma), add_log_prior(counts, tau))
 
@@ -168,6 +166,6 @@ def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
       A per-example loss.
 
     References:
-      Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385, equation 4.
+      Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385.
     """
     return softmax_loss(temper(counts, gamma))

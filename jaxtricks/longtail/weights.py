@@ -27,7 +27,7 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
     Array(0.025, dtype=float32)
 
     References:
-      Cui et al., arXiv 1901.05555, equation 9.
+      Cui et al., arXiv 1901.05555.
     """
     if isinstance(beta, int | float) and not 0 <= beta < 1:
         raise ValueError(

@@ -59,7 +59,7 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
       ((3, 3, 2, 2), 2.0, 1.0)
 
     References:
-      Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425, section 3.2.
+      Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
     """
     axes = rank(node)
     if axes is None and kernel_size is not None and not isinstance(kernel_size, int):
