@@ -113,13 +113,13 @@ class Ablate:
     """The tricks to compare."""
     seeds: int = 2
     """Repetitions; mean and standard deviation are over them."""
-    steps: int = 250
+    steps: int = 160
     """Optimizer steps a run."""
     batch: int = 64
     """Images a step."""
     imbalance: float = 20.0
     """Images of the largest over the smallest class."""
-    widths: tuple[int, ...] = (16,)
+    widths: tuple[int, ...] = (16, 32)
     """Channels of each stage."""
 
     def check(self) -> None:
