@@ -1,1 +1,13 @@
 """Every difference between the jax versions we support, in one place (tests/test_compat.py)."""
+
+import contextlib
+import importlib
+from typing import Any
+
+import jax
+
+
+def enable_x64() -> contextlib.AbstractContextManager[Any]:
+    """A context in which float64 exists: a public name of jax since 0.8, an experimental one before."""
+    home: Any = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")
+    return home.enable_x64(True)

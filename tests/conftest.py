@@ -26,13 +26,9 @@ def ours():
 @pytest.fixture
 def x64():
     """Float64 on, for comparisons with float64 references."""
-    if hasattr(jax, "enable_x64"):
-        context = jax.enable_x64(True)
-    else:  # jax 0.7
-        from jax.experimental import enable_x64
+    from jaxtricks import _compat
 
-        context = enable_x64(True)
-    with context:
+    with _compat.enable_x64():
         yield
 
 
