@@ -111,6 +111,8 @@ def test_bad_data_leaves_no_run_behind(capsys, tmp_path):
         archive.writestr("cat/0.png", (hollow / "cat/0.png").read_bytes())
         archive.mkdir("dog") if hasattr(archive, "mkdir") else archive.writestr("dog/", "")
     assert "'dog'" in train(tmp_path / "hollow.zip")
+    (tmp_path / "broken.zip").write_bytes(b"PK no zip")
+    assert "neither a folder nor a zip" in train(tmp_path / "broken.zip")
     broken = make_images(tmp_path / "broken", {"cat": 5, "dog": 5})
     (broken / "cat" / "0.png").write_bytes(b"no image")
     assert "can't be read" in train(broken)
@@ -131,6 +133,12 @@ def test_an_existing_run_is_never_overwritten(capsys, tmp_path):
         text = fails(capsys, command, "--out", str(tmp_path))
         assert str(tmp_path) in text and "--out" in text
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_is_no_run_directory(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in fails(capsys, "train", "--out", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_train_on_a_folder_of_images(capsys, tmp_path):

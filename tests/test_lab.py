@@ -53,6 +53,8 @@ def test_digits_are_long_tailed_and_split_by_class(digits):
 def test_folders_and_zips_read_alike(tmp_path):
     folder = make_images(tmp_path / "set/train", {"2": 3, "10": 2}).parent
     make_images(folder / "test", {"2": 1, "10": 1})
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "__MACOSX").mkdir()
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in sorted(folder.rglob("*.png")):
             archive.write(path, path.relative_to(tmp_path))

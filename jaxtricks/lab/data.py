@@ -97,7 +97,8 @@ def digits(seed: int = 0) -> Data:
 
 def folders(path: pathlib.Path, seed: int = 0) -> Data:
     """Class folders below a directory or inside a zip: [train|test/]CLASS/image."""
-    names, read, empty = _open(path)
+    tree = _open(path)
+    names, read, empty = tree.images(), tree.read, tree.empty_folders()
     if not names:
         raise UserError(
             f"{path} holds no images: it needs CLASS/NAME.jpg, or train/ and test/ of those"
@@ -210,32 +211,40 @@ def eval_batches(source: Source, batch: int, limit: int | None = None) -> Iterat
         yield {**stacked, "where": np.arange(batch) < len(examples)}
 
 
-def _open(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes], list[str]]:
-    """(image names with "/" between parts, reader of one, class folders without an image)."""
+class _Tree(NamedTuple):
+    """What a folder or a zip holds: entries relative to it, folders with a final "/"."""
+
+    entries: list[str]
+    read: Callable[[str], bytes]
+
+    def images(self) -> list[str]:
+        """Sorted names of the images that lie in a folder."""
+        kinds = ((n, pathlib.PurePosixPath(n).suffix.lower()) for n in self.entries)
+        return sorted(n for n, kind in kinds if kind in IMAGES and "/" in n)
+
+    def empty_folders(self) -> list[str]:
+        """Sorted names of the innermost folders without an image."""
+        filled = {n.rsplit("/", 1)[0] + "/" for n in self.images()}
+        folders = {n[: n.rindex("/") + 1] for n in self.entries if "/" in n}
+        innermost = (f for f in folders if not any(g != f and g.startswith(f) for g in folders))
+        return sorted(f.rstrip("/").rsplit("/", 1)[-1] for f in innermost if f not in filled)
+
+
+def _open(path: pathlib.Path) -> _Tree:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
-        names = [p.relative_to(path).as_posix() for p in files]
-        kept = [n for n in names if "/" in n]
-        leaves = [
-            p for p in path.rglob("*") if p.is_dir() and not any(c.is_dir() for c in p.iterdir())
-        ]
-        empty = [p.name for p in leaves if not any(c.suffix.lower() in IMAGES for c in p.iterdir())]
-        return kept, lambda name: (path / name).read_bytes(), sorted(empty)
-    if path.suffix == ".zip" and path.is_file():
+        found = ((p.relative_to(path).as_posix(), p) for p in path.rglob("*"))
+        entries = [name + "/" * p.is_dir() for name, p in found]
+        return _Tree(list(filter(_visible, entries)), lambda name: (path / name).read_bytes())
+    if path.is_file() and zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        entries = archive.namelist()
-        names = sorted(n for n in entries if pathlib.PurePosixPath(n).suffix.lower() in IMAGES)
-        parents = {n.rsplit("/", 1)[0] for n in entries if "/" in n and not n.endswith("/")}
-        bare = [n.rstrip("/") for n in entries if n.endswith("/")]
-        empty = [
-            n.split("/")[-1]
-            for n in bare
-            if not any((p + "/").startswith(n + "/") for p in parents)
-        ]
-        return [n for n in names if "/" in n], archive.read, sorted(empty)
-    raise UserError(
-        f"--data {path} is not there: give digits, a folder of class folders, or a .zip"
-    )
+        return _Tree(list(filter(_visible, archive.namelist())), archive.read)
+    problem = "is neither a folder nor a zip" if path.exists() else "is not there"
+    raise UserError(f"--data {path} {problem}: give digits, a folder of class folders, or a zip")
+
+
+def _visible(name: str) -> bool:
+    # Finder, notebooks and git leave folders of their own behind.
+    return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
 def _natural(name: str) -> tuple[int, int | str]:

@@ -202,8 +202,10 @@ class RunDir:
 
     def __init__(self, path: str, cfg: Any, command: str):
         self.path = pathlib.Path(path)
+        if self.path.is_file():
+            raise UserError(f"--out {path} is a file: give a directory to create")
         if self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"{path} already holds a run: give another --out or remove it")
+            raise UserError(f"--out {path} already holds a run: give another or remove it")
         self.path.mkdir(parents=True, exist_ok=True)
         about = {
             "command": command,
