@@ -159,7 +159,7 @@ def metrics(opt_state: Any) -> dict[str, Any]:
             while unique in found:
                 n += 1
                 unique = f"{name}_{n}"
-            found[unique] = value
+            found[unique] = jnp.asarray(value)  # an nnx.Optimizer holds Variables
     return found
 
 

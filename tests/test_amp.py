@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks import amp
@@ -177,6 +178,23 @@ def test_gradients_are_divided_by_the_scale_that_multiplied_them():
     updates, state = tx.update(jnp.full(2, 4.0), state)
     np.testing.assert_array_equal(updates, 1.0)
     assert float(amp.loss_scale(state)) == 8
+
+
+def test_in_an_nnx_optimizer():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, amp.dynamic_loss_scale(optax.sgd(0.1)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        scale = amp.loss_scale(optimizer.opt_state)
+        graph, params = nnx.split(model)
+        loss_fn = lambda params: (nnx.merge(graph, params)(x) ** 2).mean()
+        loss, grads = amp.value_and_grad(loss_fn, scale=scale)(params)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer, jnp.ones((4, 2)))) for _ in range(5)]
+    assert losses[-1] < losses[0]
 
 
 def test_around_multi_steps_and_with_extra_args():

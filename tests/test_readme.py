@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 
 import jaxtricks as jt
@@ -22,6 +23,7 @@ def test_the_example_trains():
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
     assert set(metrics) == {"agc/clipped_fraction", "agc/max_ratio"}
+    assert all(isinstance(value, jax.Array) for value in metrics.values())
 
 
 def test_the_table_has_the_ten_keys():

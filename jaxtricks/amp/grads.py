@@ -202,7 +202,7 @@ def loss_scale(opt_state: Any) -> Array:
             f"amp.loss_scale found {len(found)} loss scales in `opt_state`; "
             "wrap the whole chain in amp.dynamic_loss_scale once"
         )
-    return found[0].scale
+    return jnp.asarray(found[0].scale)  # an nnx.Optimizer holds Variables
 
 
 def check(opt_state: Any) -> None:
