@@ -25,15 +25,15 @@ batch normalization and moderate rates it rarely does anything: the clipped frac
 Cost. Two norms per leaf; the state is two scalars. No buffers.
 
 Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum. Under
-`amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. A unit whose gradient norm is
-not finite is passed on as it is, so that a guard for non-finite gradients further out sees it; the other
-units are clipped as usual, and `max_ratio` is inf.
+`amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. As in the reference, a unit
+whose norm overflows (float32 gradients above 1e19) gets no update, an infinite gradient becomes NaN, and
+NaN is passed on, so that a guard further out sees it; other units are clipped as usual, and `max_ratio`
+is inf.
 
 Differences from the paper and from optax/flax. With `axes=None` the units are the reference code's, by
 rank alone (rank 5 as in optax); that is wrong for scanned layers, attention outputs (H, K, D), 1-D
-convolutions and stacked biases: pass `axes=`. Norms are float32 or better and scaled by the largest entry,
-so float16 gradients do not overflow (optax's norm overflows and silently zeroes the update). The state
-reports what was clipped.
+convolutions and stacked biases: pass `axes=`. Norms are float32 or better, so float16 gradients do not
+overflow (optax's norm does, and silently zeroes the update). The state reports what was clipped.
 
 References. Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
 Normalization", arXiv 2102.06171, eq. 3. Reference code: deepmind-research/nfnets/agc_optax.py.
@@ -134,10 +134,9 @@ def exclude(*regex: str) -> Exclude:
 
 
 def unitwise_norm(x: Float[Array, "*shape"], roles: Roles | None = None) -> Float[Array, "*units"]:
-    """Euclidean norm of every unit, safe against overflow and underflow.
+    """Euclidean norm of every unit, in float32 or better.
 
-    ||x_i|| = m_i sqrt(sum (x / m_i)^2), m_i = max |x| over the unit; inf if the unit has an inf, NaN
-    if it has a NaN.
+    ||x_i|| = sqrt(sum x^2) over the unit; float16 entries cannot overflow it, float32 ones above 1e19 do.
 
     Args:
       x: [*shape], any floating dtype.
@@ -262,15 +261,9 @@ def _unit_axes(name: str, shape: tuple[int, ...], roles: Roles | None) -> tuple[
 
 
 def _norm(x: Any, axes: tuple[int, ...]) -> Array:
-    x = jnp.abs(jnp.asarray(x))
-    x = x.astype(_tree.wide_dtype(x))
-    largest = jnp.max(x, axis=axes, keepdims=True, initial=0)
-    # Clipped, so that neither the divisor nor its inverse is 0, inf or subnormal (which XLA may take
-    # for 0); what the division leaves is in the range of squares.
-    limit = 2.0 ** (int(jnp.finfo(x.dtype).maxexp) - 28)
-    # The barrier: XLA rewrites (x / c)^2 as x^2 / c^2 for a constant c, and c^2 is out of range again.
-    divisor = jax.lax.optimization_barrier(jnp.clip(largest, 1 / limit, limit))
-    return jnp.sqrt(jnp.sum(jnp.square(x / divisor), axis=axes, keepdims=True)) * divisor
+    x = jnp.asarray(x)
+    squares = jnp.square(x.astype(_tree.wide_dtype(x)))
+    return jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -281,7 +274,7 @@ def _clip_leaf(g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]
     g_norm, w_norm = g_norm.astype(dtype), w_norm.astype(dtype)
     w_norm = jnp.maximum(w_norm, jnp.asarray(eps).astype(dtype))
     bound = jnp.asarray(clipping).astype(dtype) * w_norm
-    clip = (g_norm > bound) & jnp.isfinite(g_norm)
+    clip = g_norm > bound
     factor = jnp.where(clip, bound / jnp.maximum(g_norm, _GRADIENT_FLOOR), jnp.ones_like(bound))
     ratio = g_norm / jnp.maximum(w_norm, jnp.finfo(dtype).tiny)
     ratio = jnp.where(jnp.isnan(ratio), jnp.full_like(ratio, jnp.inf), ratio)
