@@ -20,8 +20,9 @@ Cost. One more forward pass of what is wrapped (about a third more FLOPs where a
 of its input, and a handful of integer operations.
 
 Composes with. jit, grad, vmap, scan, sharding, nesting, custom rules inside; traced values that the
-function closes over (parameters, keys) receive their gradients. Reverse mode only: forward mode
-through it is refused by JAX.
+function closes over (parameters, keys) receive their gradients. A Flax NNX module that updates its own
+variables goes through `jt.nnx.recompute_grad(module)`. Reverse mode only: forward mode through it is
+refused by JAX.
 
 Differences from the paper and from optax/flax. `jax.checkpoint` saves nothing in unrolled code on
 XLA's CPU backend: the barriers it relies on are removed before common subexpressions are merged. Here
