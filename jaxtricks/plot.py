@@ -43,6 +43,37 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
+def lr_range(r: Any) -> Any:
+    """The loss against the rate of `cyclical.lr_range_test`, and the suggestion.
+
+    Args:
+      r: a RangeTest.
+
+    Returns:
+      A matplotlib figure of one panel: losses (thin), smoothed (thick), a dashed line at the suggestion
+      unless it is NaN.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.add_subplot()
+    axis.plot(r.lrs, r.losses, color="gray", lw=0.8, label="loss")
+    axis.plot(r.lrs, r.smoothed, color="black", lw=2, label="smoothed")
+    if r.suggestion > 0:
+        axis.axvline(
+            float(r.suggestion), color="tab:blue", ls="--", label=f"steepest: {r.suggestion:.2g}"
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("loss")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
 _KINDS = {
     "baseline": ("*", "black", 160),
     "all": ("D", "black", 60),
