@@ -41,6 +41,16 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "cyclical.cyclical, exp_range": partial(
         cyclical.cyclical, 0.0, 1.0, 7, mode="exp_range", gamma=0.98
     ),
+    "cyclical.cyclical_momentum": partial(cyclical.cyclical_momentum, 0.8, 0.95, 4.5),
+    "cyclical.one_cycle": partial(cyclical.one_cycle, 0.1, 20_000),
+    "cyclical.one_cycle, linear, three phases": partial(
+        cyclical.one_cycle, 0.1, 77, pct_start=0.25, anneal="linear", three_phase=True
+    ),
+    "cyclical.one_cycle_momentum": partial(cyclical.one_cycle_momentum, 0.85, 0.95, 200),
+    "cyclical.warm_restarts": partial(cyclical.warm_restarts, 0.1, 10),
+    "cyclical.warm_restarts, growing": partial(
+        cyclical.warm_restarts, 0.1, 4.5, period_mult=1.5, floor=1e-3
+    ),
 }
 
 # name -> factory (counts) -> loss(logits [..., C], labels [...]) -> per-example [...]
@@ -56,6 +66,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "longtail.logit_adjusted": longtail.logit_adjusted,
     "longtail.vs": longtail.vs,
     "longtail.cdt": lambda counts: longtail.cdt(counts, 0.2),
+    # tail and q at 0: the settings that are plain cross entropy where the counts are balanced
+    "longtail.label_aware_smoothing": partial(longtail.label_aware_smoothing, head=0.3, tail=0.0),
+    "longtail.seesaw": partial(longtail.seesaw, q=0.0),
 }
 
 # name -> wrapper fn -> fn that keeps values and gradients (to rounding where it says so)

@@ -56,7 +56,7 @@ Kini et al., VS loss, arXiv 2103.01550. Ye et al., CDT, arXiv 2001.01385. Lin et
 arXiv 1708.02002. Kang et al., Decoupling, arXiv 1910.09217.
 """
 
-from jaxtricks.longtail import data, metrics, posthoc, sampling, weights
+from jaxtricks.longtail import data, heads, metrics, mix, posthoc, sampling, weights
 from jaxtricks.longtail.algebra import (
     Affine,
     SoftmaxLoss,
@@ -68,6 +68,13 @@ from jaxtricks.longtail.algebra import (
     temper,
 )
 from jaxtricks.longtail.counts import class_counts
+from jaxtricks.longtail.losses import (
+    equalization,
+    influence_balanced,
+    label_aware_smoothing,
+    lade,
+    seesaw,
+)
 from jaxtricks.longtail.presets import (
     balanced_softmax,
     cdt,
@@ -92,15 +99,22 @@ __all__ = [
     "class_counts",
     "cross_entropy",
     "data",
+    "equalization",
     "focal",
+    "heads",
+    "influence_balanced",
+    "label_aware_smoothing",
+    "lade",
     "ldam",
     "logit_adjusted",
     "margin",
     "metrics",
+    "mix",
     "posthoc",
     "reduce",
     "sampling",
     "scale",
+    "seesaw",
     "softmax_loss",
     "temper",
     "vs",

@@ -33,6 +33,27 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     return raw / jnp.where(total > 0, total, 1)
 
 
+def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
+    """From the data to balance: (1 - t) p_instance + t p_balanced.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      t: share of the run that is over, clipped to [0, 1]; may be traced.
+
+    Returns:
+      [C] probabilities; 0 for a class without examples.
+
+    >>> progressive([90, 10], 0.5)[1].round(3)
+    Array(0.3, dtype=float32)
+
+    References:
+      Kang et al., Decoupling representation and classifier, arXiv 1910.09217.
+    """
+    data, balanced = class_probabilities(counts, 1.0), class_probabilities(counts, 0.0)
+    t = jnp.clip(jnp.asarray(t).astype(data.dtype), 0, 1)
+    return (1 - t) * data + t * balanced
+
+
 @node
 class Table:
     """Examples by class, for `sample_indices`. The probabilities may be replaced at any step.

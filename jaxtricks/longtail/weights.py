@@ -60,6 +60,39 @@ def inverse_frequency(counts: Counts, power: Scalar = 1.0) -> Float[Array, "C"]:
     return _sum_to_classes(n, jnp.exp(-power * jnp.log(jnp.where(seen(n), n, 1))))
 
 
+def deferred(step: Scalar, start: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
+    """Deferred re-weighting: `before` while step < start, `after` from there on.
+
+    Usually ones first and `effective_number(counts)` for the last fifth of the run.
+
+    Args:
+      step: current step, counted from 0; may be traced.
+      start: first step of the second phase; may be traced.
+      before: [C] weights.
+      after: [C] weights.
+
+    Returns:
+      [C] weights in float32 or wider.
+
+    Raises:
+      ValueError: if the two differ in length.
+
+    >>> deferred(160, 160, [1.0, 1.0], [0.5, 1.5])
+    Array([0.5, 1.5], dtype=float32)
+
+    References:
+      Cao et al., LDAM, arXiv 1906.07413.
+    """
+    first = floating(as_vector("deferred: `before`", before))
+    second = as_vector("deferred: `after`", after).astype(first.dtype)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"longtail.weights.deferred: `before` has {first.shape[0]} classes and `after` "
+            f"{second.shape[0]}: pass one number per class in both"
+        )
+    return jnp.where(jnp.asarray(step) >= jnp.asarray(start), second, first)
+
+
 def _sum_to_classes(n: Num[Array, "C"], raw: Float[Array, "C"]) -> Float[Array, "C"]:
     raw = jnp.where(seen(n), raw, 0)
     total = jnp.sum(raw)
