@@ -3,8 +3,10 @@
 What. Most classes have few examples, the test set has as many of each. The losses here are one
 softmax loss over logit transforms (`softmax_loss(scale, margin, add_log_prior, temper)`), and
 cross entropy, focal, class-balanced, LDAM, balanced softmax, logit adjustment, VS and CDT are
-settings of it. Beside them: counts and class weights, long-tailed splits of balanced data, the
-test-time adjustment, class-balanced sampling inside jit, and many/medium/few-shot metrics.
+settings of it. Losses that are no logit transform have the same call: label-aware smoothing,
+seesaw, LADE, softmax equalization (key=), influence balance (features=). Beside them: counts and
+class weights, classifier heads, mixup variants, long-tailed splits of balanced data, test-time
+adjustment, class-balanced sampling inside jit, and many/medium/few-shot metrics.
 
 Use.
     import jax, jax.numpy as jnp
@@ -26,8 +28,8 @@ run only. Focal: gamma 1. For a model that is trained already: `posthoc.adjust`,
 When it helps and when not. It moves accuracy from the head to the tail: balanced accuracy rises,
 accuracy on a test set as skewed as the training set falls. Published CIFAR-10-LT (imbalance 100,
 ResNet-32): cross entropy 70.4 to 72, balanced softmax 77.5, logit adjustment 77.3 post hoc and 77.9
-as a loss; focal and plain class weights gain little. With balanced counts every loss here is plain
-cross entropy (LDAM up to its constant margin). After decoupled classifier training the choice of
+as a loss; focal and plain class weights gain little. With balanced counts every setting of softmax_loss
+is plain cross entropy (LDAM up to its constant margin). After decoupled classifier training the choice of
 loss hardly matters.
 
 Cost. O(C) more arithmetic per example than cross entropy, no parameters, no optimizer state. A
