@@ -113,9 +113,10 @@ def node(cls: type[T]) -> type[T]:
     """Make cls a frozen dataclass and a pytree; fields made with `static()` are structure.
 
     Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and would break
-    tree.map and vmap, which put shapes, None and objects where arrays were.
+    tree.map and vmap, which put shapes, None and objects where arrays were. Nodes compare and hash by
+    identity, since the arrays inside do neither: a node that is callable can be jitted.
     """
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)  # pyrefly: ignore
     data = tuple(f.name for f in fields if not f.metadata.get("static"))
     meta = tuple(f.name for f in fields if f.metadata.get("static"))

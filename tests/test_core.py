@@ -61,6 +61,7 @@ def test_node_is_a_frozen_pytree_with_static_fields():
     assert _tree.leaves_with_paths(point)[0][0] == "x"
     with pytest.raises(AttributeError):
         point.x = 3
+    assert point == point and point != Point(point.x) and hash(point) == hash(point)
 
 
 def test_metrics_are_collected_through_any_chain():

@@ -39,10 +39,6 @@ class LabelAwareSmoothing:
         loss = jnp.sum(q * (1 - e) * each, axis=-1) + jnp.sum(q * e, axis=-1) * mean
         return _finished(loss, inside, where)
 
-    # By identity, as SoftmaxLoss: the arrays inside have neither hash nor equality.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
 
 @node
 class Seesaw:
@@ -86,9 +82,6 @@ class Seesaw:
         compensation = q * jnp.maximum(log_p - jnp.maximum(own(log_p), least), 0)
         others = jnp.where(one_hot > 0, _floor(z), z + mitigation + compensation)
         return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1) - own(z)[..., 0])
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 @node
@@ -134,9 +127,6 @@ class Lade:
         bound = of_label - spread - lam * spread**2
         return -jnp.sum(jnp.where(offered, prior * bound, 0))
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
 
 @node
 class Equalization:
@@ -168,9 +158,6 @@ class Equalization:
         left_out = rare & jax.random.bernoulli(key, gamma, z.shape)
         others = _logsumexp_of_others(jnp.where(left_out, _floor(z), z))
         return _finished(jnp.sum(q * jax.nn.softplus(others - z), axis=-1), inside, where)
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 @node
@@ -211,9 +198,6 @@ class InfluenceBalanced:
         if self.weights is not None:
             each *= _vector("influence_balanced: `weights`", self.weights, z)
         return _finished(jnp.sum(q * each, axis=-1), inside, where)
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array, Array | None]:
