@@ -89,12 +89,14 @@ class Prepared(NamedTuple):
       tricks: which tricks are on.
       program: the functions.
       step: (state, batch) -> (state, metrics), compiled; it donates its state.
+      batch: a batch of the right shape, to time the step with.
       temp_bytes: temporaries of the compiled step.
     """
 
     tricks: Tricks
     program: loop.Program
     step: Callable[..., Any]
+    batch: Any
     temp_bytes: int
 
 
@@ -102,9 +104,10 @@ def prepare(cfg: Ablate, tricks: Tricks, data: data_lib.Data) -> Prepared:
     """Compose and compile one arrangement."""
     run_cfg = cfg.train(tricks, 0)
     program = loop.build(run_cfg, data)
-    traced = jax.jit(program.step, donate_argnums=0).trace(*_start(program, run_cfg, data))
+    state, batch = _start(program, run_cfg, data)
+    traced = jax.jit(program.step, donate_argnums=0).trace(state, batch)
     step = traced.lower().compile()
-    return Prepared(tricks, program, step, measure.report(step, traced.jaxpr.jaxpr).temp)
+    return Prepared(tricks, program, step, batch, measure.report(step, traced.jaxpr.jaxpr).temp)
 
 
 def train_row(
@@ -115,29 +118,30 @@ def train_row(
     evaluators: dict[Any, loop.Evaluator],
 ) -> Trained:
     """Train one arrangement over all seeds with one executable, and evaluate it."""
-    tricks, program, step, temp_bytes = prepared
+    tricks, program, step, batch, temp_bytes = prepared
     # Arrangements that evaluate the same function share its executable.
     function = compose.function_key(tricks)
     evaluate = evaluators.setdefault(function, loop.Evaluator(program, len(data[0].classes)))
-    scores, reads = [], []
-    state, batch = _start(program, cfg.train(tricks, 0), data[0])
-    for seed, dataset in enumerate(data):
-        run_cfg = cfg.train(tricks, seed)
-        state, batch = _start(program, run_cfg, dataset)
+
+    def run_seed(seed: int) -> tuple[loop.TrainState, float, float]:
+        run_cfg, dataset = cfg.train(tricks, seed), data[seed]
         source = dataset.train.subset(np.arange(len(dataset.train)))  # its own byte counter
+        state, _ = _start(program, run_cfg, dataset)
         state = loop.fit(step, state, _batches(run_cfg, source), cfg.steps)
-        scores.append(evaluate(state, dataset.test)["balanced_accuracy"])
-        reads.append(source.bytes_read / cfg.steps)
+        score = evaluate(state, dataset.test)["balanced_accuracy"]
+        return state, score, source.bytes_read / cfg.steps
+
+    states, scores, reads = zip(*map(run_seed, range(len(data))), strict=True)
     row = {
         "key": key,
         "metric": float(np.mean(scores)),
         "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
         "n": len(scores),
         "temp_bytes": temp_bytes,
-        "state_bytes": _tree.nbytes(state.opt_state),
+        "state_bytes": _tree.nbytes(states[-1].opt_state),
         "reads": float(np.mean(reads)),
     }
-    return Trained(row, step, state, batch)
+    return Trained(row, step, states[-1], batch)
 
 
 def interleaved_times(trained: list[Trained]) -> list[float]:
