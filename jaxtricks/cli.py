@@ -1,4 +1,4 @@
-"""The command line: train | ablate | explain. Parsing imports no jax."""
+"""The command line: train | compare | lr-find | ablate | explain. Parsing imports no jax."""
 
 import ast
 import importlib.util
@@ -6,14 +6,22 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
 from jaxtricks import KEYS
-from jaxtricks.lab.config import Ablate, Explain, Train, UserError
+from jaxtricks.lab.config import Ablate, Compare, Explain, LrFind, Train, UserError
 
 USER_ERROR = 2
-COMMANDS = {"train": Train, "ablate": Ablate, "explain": Explain}
+COMMANDS = {
+    "train": Train,
+    "compare": Compare,
+    "lr-find": LrFind,
+    "ablate": Ablate,
+    "explain": Explain,
+}
+Command = Train | Compare | LrFind | Ablate | Explain
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -31,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def parse(args: Sequence[str]) -> Train | Ablate | Explain:
+def parse(args: Sequence[str]) -> Command:
     """Checked settings from the command line.
 
     Raises:
@@ -53,20 +61,71 @@ def parse(args: Sequence[str]) -> Train | Ablate | Explain:
     return cfg
 
 
-def run(cfg: Train | Ablate | Explain, command: str) -> None:
+def run(cfg: Command, command: str) -> None:
     """Do what was asked; imports what that needs."""
-    if isinstance(cfg, Explain):
-        print(card(cfg.key))
-    elif isinstance(cfg, Train):
-        from jaxtricks.lab import train
+    match cfg:
+        case Explain():
+            print(card(cfg.key))
+        case Compare():
+            _compare(cfg)
+        case LrFind():
+            _lr_find(cfg, command)
+        case Ablate():
+            _ablate(cfg, command)
+        case Train():
+            _train(cfg, command)
 
-        train.run(cfg, command)
-    else:
+
+def _train(cfg: Train, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab import run_report, runs, train
+
+    if cfg.check_data:
+        train.check_data(cfg)
+    elif train.run(cfg, command) is not None:
+        made = runs.read(cfg.out)
+        unit = "nats per character" if made.is_text else "nats"
+        pictures = {"curves.png": plot.curves(made.rows, unit=unit)}
+        if not made.is_text:
+            sizes = run_report.group_sizes(made.about["data"]["counts"])
+            pictures["groups.png"] = plot.groups(made.result, sizes)
+        for name, figure in pictures.items():
+            _draw(figure, made.path / name)
+        run_report.write(made, tuple(pictures))
+
+
+def _compare(cfg: Compare) -> None:
+    from jaxtricks.lab import compare, runs
+
+    found = [runs.read(path) for path in cfg.runs]
+    print(compare.for_terminal(found))
+    if cfg.picture:
         from jaxtricks import plot
-        from jaxtricks.lab import ablate, report
 
-        rows = ablate.run(cfg, command)
-        plot.ablation(rows).savefig(pathlib.Path(cfg.out) / report.PICTURE, dpi=110)
+        _draw(plot.compare(compare.points(found)), pathlib.Path(cfg.picture))
+
+
+def _lr_find(cfg: LrFind, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab import find_lr
+
+    found = find_lr.run(cfg, command)
+    _draw(plot.lr_range(found), pathlib.Path(cfg.out) / find_lr.PICTURE)
+
+
+def _ablate(cfg: Ablate, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab import ablate, report
+
+    rows = ablate.run(cfg, command)
+    _draw(plot.ablation(rows), pathlib.Path(cfg.out) / report.PICTURE)
+
+
+def _draw(figure: Any, path: pathlib.Path) -> None:
+    from jaxtricks.lab.rundir import writing
+
+    with writing(path):
+        figure.savefig(path, dpi=110)
 
 
 def card(key: str) -> str:

@@ -91,4 +91,7 @@ MODULES: dict[str, Callable[..., Any]] = {
     "nnx.ACBlock, WSConv, ExtendedBatchNorm": lambda rngs: nnx.ACBlock(
         4, 4, (5, 3), conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, gamma_init=1 / 3, rngs=rngs
     ),
+    "nnx.RepVGGBlock, WSConv, ExtendedBatchNorm": lambda rngs: nnx.RepVGGBlock(
+        4, 4, feature_group_count=2, conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, rngs=rngs
+    ),
 }

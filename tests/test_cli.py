@@ -83,6 +83,20 @@ def test_explain_prints_the_card(capsys):
         (("train", "--steps", "0"), ("--steps", "at least 1")),
         (("train", "--devices", "3"), ("64", "3 devices")),
         (("train", "--learning-rate", "0"), ("--learning-rate", "positive")),
+        (("train", "--accumulate", "3"), ("64", "3 micro-batches", "multiple")),
+        (("train", "--ema", "1"), ("--ema", "less than 1")),
+        (("train", "--test", "0"), ("--test", "above 0")),
+        (("train", "--test", "0.5", "--validation", "0.5"), ("--validation and --test", "lower")),
+        (("train", "--model", "transformer", "--ebn"), ("--ebn", "transformer", "drop it")),
+        (("train", "--model", "nfnet", "--weightstd"), ("--weightstd", "already", "drop it")),
+        (("train", "--model", "repvgg", "--reparam"), ("--reparam", "already", "drop it")),
+        (("train", "--model", "transformer", "--heads", "3"), ("128", "3 --heads", "multiple")),
+        (("train", "--model", "transformer", "--data", "digits"), ("digits", "topics")),
+        (("train", "--data", "topics"), ("--model resnet", "topics", "images")),
+        (("lr-find", "--lo", "1", "--hi", "0.1"), ("--lo 1", "0 < lo < hi")),
+        (("lr-find", "--rates", "1"), ("--rates", "at least 2")),
+        (("compare",), ("compare", "run directories")),
+        (("compare", "/nowhere"), ("/nowhere", "no run")),
         (("ablate", "--seeds", "0"), ("--seeds", "at least 1")),
         (("ablate", "--tricks"), ("--tricks", "empty")),
     ],
@@ -119,12 +133,96 @@ def test_bad_data_leaves_no_run_behind(capsys, tmp_path):
     assert not out.exists()
 
 
-def test_images_of_two_sizes_are_named(capsys, tmp_path):
+def tiny(data, out, *more):
+    """Arguments of a run of two steps."""
+    args = ("train", "--data", str(data), "--out", str(out), "--batch", "8", "--widths", "4")
+    return [*args, "--steps", "2", *more]
+
+
+def test_images_of_two_sizes_are_resized_and_said_so(capsys, tmp_path):
     data = make_images(tmp_path / "data", {"cat": 5})
     make_images(data, {"dog": 5}, size=(9, 9))
-    args = ("train", "--data", str(data), "--out", str(tmp_path / "run"), "--batch", "8")
-    text = fails(capsys, *args, "--widths", "4", "--steps", "2")
-    assert "dog" in text and "9x9" in text and "8x8" in text
+    cli.main(tiny(data, tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "resized to 8x8" in out and "9x9" in out and "5 of the 10 images" in out
+
+
+def test_a_truncated_file_is_named_and_left_out_on_request(capsys, tmp_path):
+    data = make_images(tmp_path / "data", {"cat": 8, "dog": 8}, size=(20, 30))
+    Image.open(data / "cat/1.png").save(data / "cat/other.jpg")
+    raw = (data / "dog/3.png").read_bytes()
+    (data / "dog/3.png").write_bytes(raw[: len(raw) // 2])
+    text = fails(capsys, *tiny(data, tmp_path / "run"))
+    assert "dog/3.png" in text and "remove it" in text and "--skip-unreadable" in text
+    assert not (tmp_path / "run").exists()
+    text = fails(capsys, *tiny(data, tmp_path / "run", "--check-data"))
+    assert "1 of 17 files" in text and not (tmp_path / "run").exists()
+    cli.main(tiny(data, tmp_path / "run", "--skip-unreadable"))
+    assert "dog/3.png" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["loss"] > 0
+    (data / "dog/3.png").write_bytes(raw)
+    cli.main(tiny(data, tmp_path / "run", "--check-data"))
+    assert "17" in capsys.readouterr().out
+
+
+def test_npz_and_functions_of_the_user_train(capsys, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 6, 6), np.uint8), np.arange(40) % 4
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "def source():\n"
+        "    arrays = np.load('set.npz')\n"
+        "    return list(zip(arrays['images'], arrays['labels']))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for name in ("set.npz", "mine:source"):
+        cli.main(tiny(name, tmp_path / f"run{len(results)}"))
+        results.append(json.loads((tmp_path / f"run{len(results)}/result.json").read_text()))
+    assert results[0]["test"] == results[1]["test"]
+
+
+def test_the_report_of_a_run_and_a_comparison(capsys, tmp_path):
+    for seed in ("0", "1"):
+        cli.main(tiny("digits", tmp_path / seed, "--seed", seed, "--log-every", "1"))
+    for name in ("report.md", "curves.png", "groups.png", "config.json"):
+        assert (tmp_path / "0" / name).stat().st_size > 500
+    capsys.readouterr()
+    picture = tmp_path / "compare.png"
+    cli.main(["compare", str(tmp_path / "0"), str(tmp_path / "1"), "--picture", str(picture)])
+    assert "seed" in capsys.readouterr().out and picture.stat().st_size > 10_000
+    text = fails(capsys, "compare", str(tmp_path))
+    assert str(tmp_path) in text and "no run" in text
+    text = fails(capsys, "compare", str(tmp_path / "0"), "--picture", "/proc/nothing/a.png")
+    assert "can't write /proc/nothing/a.png" in text
+
+
+def test_lr_find_suggests_and_draws(capsys, tmp_path):
+    out = tmp_path / "find"
+    args = [
+        "lr-find",
+        "--widths",
+        "4",
+        "--batch",
+        "16",
+        "--rates",
+        "30",
+        "--lo",
+        "1e-4",
+        "--hi",
+        "3",
+    ]
+    cli.main([*args, "--out", str(out), "--agc", "--memopt"])
+    assert "suggested --learning-rate" in capsys.readouterr().out
+    found = json.loads((out / "range.json").read_text())
+    assert 1e-4 < found["suggestion"] < 3 and len(found["lrs"]) == len(found["losses"]) <= 30
+    assert (out / "lr_range.png").stat().st_size > 5_000 and (out / "report.md").exists()
+
+
+def test_a_directory_that_cannot_be_written(capsys):
+    text = fails(capsys, "train", "--out", "/proc/nothing/run", "--widths", "4")
+    assert "can't write /proc/nothing/run" in text and "--out" in text
 
 
 def test_an_existing_run_is_never_overwritten(capsys, tmp_path):

@@ -13,8 +13,9 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import _jaxpr, cli
-from jaxtricks.lab import ablate, compose, data, loop, report, train
+from jaxtricks.lab import ablate, compose, data, examples, loop, report, rundir, train
 from jaxtricks.lab.config import Train, Tricks, UserError
+from jaxtricks.lab.evaluation import Evaluator
 from tests.test_cli import make_images
 
 TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2)
@@ -24,11 +25,15 @@ def start(cfg, dataset, devices=1):
     """(program, state, batches) of a run."""
     program = loop.build(cfg, dataset)
     place = loop.Placement.over(devices)
-    counts = np.bincount(dataset.train.labels, minlength=10)
-    state = jax.device_put(program.init(cfg.seed, counts), place.state)
+    state = jax.device_put(program.init(cfg.seed, dataset.counts), place.state)
     reads = compose.build_reads(cfg)
     batches = data.pipeline(dataset.train, batch=cfg.batch, seed=cfg.seed, transform=reads)
     return program, state, (jax.device_put(b, place.batch) for b in batches)
+
+
+def log_to(logged):
+    """An `after` of loop.fit that keeps what would be logged."""
+    return lambda i, state, means: bool(means and logged.append((i, means)))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def test_one_trace_serves_every_step_and_seed(digits):
     step = jax.jit(chex.assert_max_traces(program.step, 1), donate_argnums=0)
     first = jax.tree.map(np.asarray, state.params)
     logged = []
-    state = loop.fit(step, state, batches, 40, log_every=10, log=lambda i, m: logged.append((i, m)))
+    state = loop.fit(step, state, batches, 40, log_every=10, after=log_to(logged))
     assert [i for i, _ in logged] == [10, 20, 30, 40]
     assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.1
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, state.params)
@@ -129,12 +134,13 @@ def test_all_ten_at_once_learn_and_report(digits):
     program, state, batches = start(cfg, digits)
     logged = []
     step = jax.jit(program.step, donate_argnums=0)
-    state = loop.fit(step, state, batches, 60, log=lambda i, m: logged.append(m))
-    assert logged[-1]["loss"] < logged[0]["loss"]
-    assert {"amp/loss_scale", "amp/skipped_steps", "agc/clipped_fraction"} <= set(logged[0])
-    assert logged[-1]["amp/skipped_steps"] == 0
+    state = loop.fit(step, state, batches, 60, after=log_to(logged))
+    (_, first), (_, last) = logged[0], logged[-1]
+    assert last["loss"] < first["loss"]
+    assert {"amp/loss_scale", "amp/skipped_steps", "agc/clipped_fraction"} <= set(first)
+    assert last["amp/skipped_steps"] == 0
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
-    summary = loop.Evaluator(program, 10)(state, digits.test)
+    summary = Evaluator(program, digits, 64)(state, digits.test)
     assert summary["balanced_accuracy"] > 0.15
 
 
@@ -159,13 +165,56 @@ def test_every_pair_of_tricks_makes_a_step(digits, pair):
 
 def test_augmentation_shifts_flips_and_keeps_bytes():
     images = jnp.arange(4 * 6 * 6, dtype=jnp.uint8).reshape(4, 6, 6, 1)
-    out = loop.augment(jax.random.key(0), images, pad=1, flip=True)
+    out = examples.augment(jax.random.key(0), images, pad=1, flip=True)
     assert out.shape == images.shape and out.dtype == jnp.uint8
-    again = loop.augment(jax.random.key(0), images, pad=1, flip=True)
-    other = loop.augment(jax.random.key(1), images, pad=1, flip=True)
+    again = examples.augment(jax.random.key(0), images, pad=1, flip=True)
+    other = examples.augment(jax.random.key(1), images, pad=1, flip=True)
     assert (out == again).all() and not (out == other).all()
-    still = loop.augment(jax.random.key(0), images, pad=0, flip=False)
+    still = examples.augment(jax.random.key(0), images, pad=0, flip=False)
     assert (still == images).all()
+
+
+def test_averaging_is_the_bias_corrected_mean_of_the_parameters(digits):
+    weights = np.array([0.8**2, 0.8, 1.0]) * 0.2 / (1 - 0.8**3)
+    for accumulate in (1, 2):
+        cfg = dataclasses.replace(TINY, ema=0.8, accumulate=accumulate, tricks=Tricks.of("amp"))
+        program, state, batches = start(cfg, digits)
+        step, seen = jax.jit(program.step), []
+        chex.assert_trees_all_equal(program.averaged(state), state.params)
+        for i in range(3 * accumulate):
+            state, _ = step(state, next(batches))
+            if (i + 1) % accumulate == 0:
+                seen.append(state.params)
+        wanted = jax.tree.map(lambda *xs: sum(map(np.multiply, weights, xs)), *seen)
+        chex.assert_trees_all_close(program.averaged(state), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_is_the_step_of_the_whole_batch(digits):
+    # Without normalization and augmentation the gradients of parts average to that of the whole.
+    dataset = digits._replace(flip=False)
+    cfg = dataclasses.replace(TINY, model="nfnet", tricks=Tricks.of("agc", "memopt"))
+    after = []
+    for accumulate in (1, 4):
+        split = dataclasses.replace(cfg, accumulate=accumulate)
+        program, state, batches = start(split, dataset)
+        parts = np.split(np.arange(16), accumulate)
+        batch = next(batches)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(examples, "augment", lambda key, images, **_: images)
+            for part in parts:
+                micro = {name: x[part] for name, x in batch.items()}
+                state, _ = jax.jit(program.step)(state, micro)
+        after.append(jax.device_get(state.params))
+    chex.assert_trees_all_close(*after, rtol=1e-4, atol=1e-5)
+
+
+def test_label_smoothing_raises_the_loss_by_its_share():
+    losses = []
+    for smoothing in (0.0, 0.5):
+        loss = compose.build_loss(dataclasses.replace(TINY, label_smoothing=smoothing), jnp.ones(3))
+        losses.append(loss(jnp.array([[9.0, 0.0, 0.0]]), jnp.array([0]))[0])
+    # -log softmax is about 9 for the wrong classes; two of three get a sixth each.
+    np.testing.assert_allclose(losses[1] - losses[0], 0.5 * 9 * 2 / 3, rtol=1e-4)
 
 
 def test_too_many_devices_is_a_users_mistake():
@@ -211,7 +260,7 @@ def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
 
 def test_what_is_not_finite_becomes_null():
     value = {"a": [1.0, float("nan")], "b": (float("inf"), 2), "c": "x"}
-    assert loop.finite(value) == {"a": [1.0, None], "b": [None, 2], "c": "x"}
+    assert rundir.finite(value) == {"a": [1.0, None], "b": [None, 2], "c": "x"}
 
 
 def test_the_plan_has_22_rows():
@@ -238,5 +287,10 @@ def test_verdicts_follow_from_the_figures():
 
 
 def test_summary_table_names_splits():
-    summary = {"accuracy": 0.5, "balanced_accuracy": 0.4, "many": 0.9, "medium": None, "few": 0.1}
-    assert "medium" in str(train.summary_table({"test": summary}))
+    summary = {"loss": 1.0, "accuracy": 0.5, "balanced_accuracy": 0.4, "many": 0.9, "few": 0.1}
+    table = train.summary_table({"kind": "image", "test": {**summary, "medium": None}})
+    assert "medium" in str(table) and "test" in str(table)
+    assert train.summary_table({"kind": "text", "test": summary}).headers[1:] == (
+        "loss",
+        "accuracy",
+    )

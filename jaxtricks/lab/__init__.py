@@ -1,5 +1,7 @@
-"""The newcomer's main job: train a small model on real images with any of the ten tricks.
+"""The newcomer's main job: train a small model on real images or text with any of the ten tricks.
 
-`config` (what can be set), `data` (images in, batches out), `models`, `compose` (the one place that
-knows all ten tricks), `loop` (one jitted step, evaluation, logging), `ablate` and `report`.
+- What is asked for: `config`; `compose`, the one place that knows all ten tricks; `models`.
+- A run: `data` (files to batches), `examples`, `loop` (one jitted step), `evaluation`, `trainer`, `train`.
+- Nothing is lost: `checkpoint`, `rundir`, `interrupt`, `about`.
+- What is left to read: `writers`, `runs`, `run_report`, `compare`; `ablate` and `report`; `find_lr`.
 """

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtricks import _tree
-from jaxtricks.lab import compose, loop, report
+from jaxtricks.lab import about, compose, loop, report
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Ablate, Train, Tricks
-from jaxtricks.remat import measure
+from jaxtricks.lab.evaluation import Evaluator
+from jaxtricks.lab.rundir import RunDir
 
 _ROUNDS = 15  # interleaved timing rounds; the median of each row's steps is reported
 
@@ -47,9 +48,9 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
     """
     console = Console()
     data = [data_lib.load(cfg.data, imbalance=cfg.imbalance, seed=s) for s in range(cfg.seeds)]
-    folder = loop.RunDir(cfg.out, cfg, command)
+    folder = RunDir(cfg.out, about.of_run(cfg, command))
     plan = list(arrangements(cfg.tricks))
-    evaluators: dict[Any, loop.Evaluator] = {}
+    evaluators: dict[Any, Evaluator] = {}
     trained = []
     with contextlib.ExitStack() as stack:
         ahead = ThreadPoolExecutor(1)
@@ -104,10 +105,9 @@ def prepare(cfg: Ablate, tricks: Tricks, data: data_lib.Data) -> Prepared:
     """Compose and compile one arrangement."""
     run_cfg = cfg.train(tricks, 0)
     program = loop.build(run_cfg, data)
-    state, batch = _start(program, run_cfg, data)
-    traced = jax.jit(program.step, donate_argnums=0).trace(state, batch)
-    step = traced.lower().compile()
-    return Prepared(tricks, program, step, batch, measure.report(step, traced.jaxpr.jaxpr).temp)
+    state, batch = _start(program, run_cfg, data), loop.example_batch(run_cfg, data)
+    step, temp_bytes = loop.compile_step(program, state, batch)
+    return Prepared(tricks, program, step, batch, temp_bytes)
 
 
 def train_row(
@@ -115,18 +115,18 @@ def train_row(
     cfg: Ablate,
     prepared: Prepared,
     data: list[data_lib.Data],
-    evaluators: dict[Any, loop.Evaluator],
+    evaluators: dict[Any, Evaluator],
 ) -> Trained:
     """Train one arrangement over all seeds with one executable, and evaluate it."""
     tricks, program, step, batch, temp_bytes = prepared
     # Arrangements that evaluate the same function share its executable.
     function = compose.function_key(tricks)
-    evaluate = evaluators.setdefault(function, loop.Evaluator(program, len(data[0].classes)))
+    evaluate = evaluators.setdefault(function, Evaluator(program, data[0], cfg.batch))
 
     def run_seed(seed: int) -> tuple[loop.TrainState, float, float]:
         run_cfg, dataset = cfg.train(tricks, seed), data[seed]
         source = dataset.train.subset(np.arange(len(dataset.train)))  # its own byte counter
-        state, _ = _start(program, run_cfg, dataset)
+        state = _start(program, run_cfg, dataset)
         state = loop.fit(step, state, _batches(run_cfg, source), cfg.steps)
         score = evaluate(state, dataset.test)["balanced_accuracy"]
         return state, score, source.bytes_read / cfg.steps
@@ -159,13 +159,10 @@ def interleaved_times(trained: list[Trained]) -> list[float]:
     return [float(np.median(t)) for t in times]
 
 
-def _start(program: loop.Program, cfg: Train, data: data_lib.Data) -> tuple[loop.TrainState, Any]:
-    counts = np.bincount(data.train.labels, minlength=len(data.classes))
-    place = loop.Placement.over(cfg.devices)
-    state = jax.device_put(program.init(cfg.seed, counts), place.state)
-    shape = {"image": ((cfg.batch, *data.shape), np.uint8), "label": ((cfg.batch,), np.int32)}
-    batch = {name: np.zeros(*spec) for name, spec in shape.items()}
-    return state, jax.device_put(batch, place.batch)
+def _start(program: loop.Program, cfg: Train, data: data_lib.Data) -> loop.TrainState:
+    return jax.device_put(
+        program.init(cfg.seed, data.counts), loop.Placement.over(cfg.devices).state
+    )
 
 
 def _batches(cfg: Train, source: data_lib.Source) -> Iterator[Any]:

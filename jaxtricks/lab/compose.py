@@ -4,16 +4,19 @@ model (weightstd, ebn, reparam, remat) -> loss (longtail) -> gradients (amp) -> 
 cyclical, amp) -> reads (echo).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks import _tree
-from jaxtricks._types import Array
+from jaxtricks._types import Array, Key
 from jaxtricks.lab import models
 from jaxtricks.lab.config import Train, Tricks
 
@@ -34,34 +37,55 @@ PURPOSE = {
 }
 
 
-def build_model(cfg: Train, channels: int, num_classes: int, seed: int) -> nnx.Module:
-    """The network with the tricks that change it."""
-    on = cfg.tricks
+def build_model(cfg: Train, inputs: int, num_classes: int, key: Key) -> nnx.Module:
+    """The network with the tricks that change it.
+
+    Args:
+      cfg: the settings.
+      inputs: channels of the images; the transformer needs none, its inputs are classes.
+      num_classes: outputs: classes of the images, or characters.
+      key: of the initial weights.
+    """
+    # remat: keep only each block's input for the backward pass.
+    common: dict[str, Any] = {"recompute": cfg.tricks.remat, "rngs": nnx.Rngs(key)}
+    if cfg.model == "transformer":
+        return models.Transformer(num_classes, **dataclasses.asdict(cfg.text), **common)
+    common |= {"widths": cfg.widths, "blocks": cfg.blocks}
+    conv, norm = _parts(cfg.tricks)
+    if cfg.model == "nfnet":
+        return models.NFNet(inputs, num_classes, **common)
+    if cfg.model == "repvgg":
+        block = functools.partial(jt.nnx.RepVGGBlock, conv=conv, norm=norm)
+        return models.RepVGG(inputs, num_classes, block=block, **common)
+    unit = pointwise = functools.partial(models.ConvNorm, conv=conv, norm=norm)
+    # reparam: 3x3 + 3x1 + 1x3 branches in training; one 3x3 convolution after `fuse`.
+    if cfg.tricks.reparam:
+        unit = functools.partial(jt.nnx.ACBlock, conv=conv, norm=norm)
+    return models.ResNet(inputs, num_classes, unit=unit, pointwise=pointwise, **common)
+
+
+def _parts(on: Tricks) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(convolution, normalization) of the networks that have both."""
     # ebn: one variance for the whole layer instead of one a channel.
     norm = jt.nnx.ExtendedBatchNorm if on.ebn else nnx.BatchNorm
     norm = functools.partial(norm, momentum=0.9)  # runs here are too short for 0.99
     # weightstd: kernels standardized per output channel before every use.
     conv = functools.partial(jt.nnx.WSConv, use_gain=True) if on.weightstd else nnx.Conv
-    unit = pointwise = functools.partial(models.ConvNorm, conv=conv, norm=norm)
-    # reparam: 3x3 + 3x1 + 1x3 branches in training; one 3x3 convolution after `fuse`.
-    if on.reparam:
-        unit = functools.partial(jt.nnx.ACBlock, conv=conv, norm=norm)
-    return models.ResNet(
-        channels,
-        num_classes,
-        widths=cfg.widths,
-        blocks=cfg.blocks,
-        unit=unit,
-        pointwise=pointwise,
-        # remat: keep only each block's input for the backward pass.
-        recompute=on.remat,
-        rngs=nnx.Rngs(seed),
-    )
+    return conv, norm
 
 
-def build_optimizer(cfg: Train, roles: Any) -> optax.GradientTransformation:
-    """The optimizer chain; `roles` are those of the model's own layers (`jt.nnx.roles`)."""
+def build_optimizer(
+    cfg: Train, roles: Any, rate: Callable[[Any], Any] | float | None = None
+) -> optax.GradientTransformation:
+    """The optimizer chain.
+
+    Args:
+      cfg: the settings.
+      roles: of the model's own layers (`jt.nnx.roles`).
+      rate: learning rate or schedule; None is `build_schedule`.
+    """
     on, links = cfg.tricks, []
+    rate = build_schedule(cfg) if rate is None else rate
     # agc: first in the chain, on raw gradients; the classifier's kernel is left alone.
     if on.agc:
         where = jt.agc.exclude("head/kernel")
@@ -70,7 +94,7 @@ def build_optimizer(cfg: Train, roles: Any) -> optax.GradientTransformation:
     if on.memopt:
         links.append(
             jt.memopt.adafactor(
-                build_schedule(cfg),
+                rate,
                 multiply_by_parameter_scale=False,
                 min_dim_size_to_factor=16,
                 axes=roles,
@@ -79,11 +103,41 @@ def build_optimizer(cfg: Train, roles: Any) -> optax.GradientTransformation:
             )
         )
     else:
-        decay = cfg.weight_decay
-        links.append(optax.adamw(build_schedule(cfg), weight_decay=decay, mask=kernels))
+        links.append(optax.adamw(rate, weight_decay=cfg.weight_decay, mask=kernels))
+    if cfg.ema:
+        links.append(averaging(cfg.ema))
     tx = optax.chain(*links)
-    # amp: outermost, so that clipping and moments see unscaled gradients.
+    if cfg.accumulate > 1:
+        tx = optax.MultiSteps(tx, cfg.accumulate).gradient_transformation()
+    # amp: outermost, so that clipping, moments and accumulation see unscaled gradients.
     return jt.amp.dynamic_loss_scale(tx) if on.amp else tx
+
+
+def averaging(decay: float) -> optax.GradientTransformation:
+    """`optax.ema` of the parameters after each update; the updates pass as they are.
+
+    As the last link of the chain it also counts right inside MultiSteps and under skipped steps.
+    """
+    ema = optax.ema(decay)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return updates, ema.update(optax.apply_updates(params, updates), state)[1]
+
+    return optax.GradientTransformation(ema.init, update)
+
+
+def averaged(cfg: Train, params: Any, opt_state: Any) -> Any:
+    """The parameters to evaluate: their bias-corrected moving average if `ema` is on."""
+    if not cfg.ema:
+        return params
+    state = next(filter(_is_ema, jax.tree.leaves(opt_state, is_leaf=_is_ema)))
+    corrected = optax.tree.bias_correction(state.ema, cfg.ema, state.count)
+    # Nothing is averaged before the first update.
+    return jax.tree.map(lambda new, old: jnp.where(state.count > 0, new, old), corrected, params)
+
+
+def _is_ema(x: Any) -> bool:
+    return isinstance(x, optax.EmaState)
 
 
 def build_schedule(cfg: Train) -> Callable[[Any], Any]:
@@ -96,11 +150,19 @@ def build_schedule(cfg: Train) -> Callable[[Any], Any]:
 
 
 def build_loss(cfg: Train, counts: Array) -> Callable[..., Array]:
-    """loss(logits [N, C], labels [N]) -> [N]; counts [C] may be traced."""
+    """loss(logits [..., C], labels [...]) -> [...]; counts [C] may be traced."""
     # longtail: the class prior goes into the logits in training, and nowhere at test time.
-    if cfg.tricks.longtail:
-        return jt.longtail.logit_adjusted(counts)
-    return jt.longtail.cross_entropy()
+    loss = (
+        jt.longtail.logit_adjusted(counts) if cfg.tricks.longtail else jt.longtail.cross_entropy()
+    )
+    if not cfg.label_smoothing:
+        return loss
+
+    def smoothed(logits: Array, labels: Array) -> Array:
+        one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+        return loss(logits, optax.smooth_labels(one_hot, cfg.label_smoothing))
+
+    return smoothed
 
 
 def differentiate(cfg: Train, loss_fn: Callable[..., Any], opt_state: Any) -> Callable[..., Any]:
@@ -110,12 +172,12 @@ def differentiate(cfg: Train, loss_fn: Callable[..., Any], opt_state: Any) -> Ca
     return jt.amp.value_and_grad(loss_fn, scale=scale, has_aux=True)
 
 
-def cast_inputs(cfg: Train, params: Any, images: Array) -> tuple[Any, Array]:
-    """Parameters and images in the dtype of the computation (statistics stay in float32)."""
+def cast_inputs(cfg: Train, params: Any, inputs: Array) -> tuple[Any, Array]:
+    """Parameters and inputs in the dtype of the computation (statistics stay in float32)."""
     # amp: convolutions and products in bfloat16; the loss casts its logits back.
     if cfg.tricks.amp:
-        return jt.amp.Policy.parse(BFLOAT16).cast_to_compute((params, images))
-    return params, images
+        return jt.amp.Policy.parse(BFLOAT16).cast_to_compute((params, inputs))
+    return params, inputs
 
 
 def build_reads(cfg: Train) -> Callable[[Any], Any]:

@@ -7,6 +7,21 @@ import tyro
 
 from jaxtricks import KEYS
 
+# Tricks that have nothing to act on in a model, and why.
+_NO_CONVOLUTION = "it has no convolution"
+IDLE = {
+    "weightstd": {
+        "nfnet": "its convolutions are weight-standardized already",
+        "transformer": _NO_CONVOLUTION,
+    },
+    "ebn": {"nfnet": "it has no normalization", "transformer": "it has no batch normalization"},
+    "reparam": {
+        "nfnet": "it has no normalization, which the branches need",
+        "repvgg": "its blocks are re-parameterized already",
+        "transformer": _NO_CONVOLUTION,
+    },
+}
+
 
 class UserError(Exception):
     """One sentence for the person at the command line: what is wrong and what to do; exit code 2."""
@@ -52,15 +67,44 @@ class Tricks:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """The transformer over characters."""
+
+    context: int = 64
+    """Characters a window; "images" of --batch are windows here."""
+    features: int = 128
+    """Width of the residual stream."""
+    layers: int = 2
+    """Attention blocks."""
+    heads: int = 4
+    """Attention heads; they divide the features."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
-    """Train one model on real images, long-tailed if you ask, with the tricks you name."""
+    """Train one model on your images or text, with the tricks you name; stop and resume at will."""
 
     tricks: Tricks = dataclasses.field(default_factory=Tricks)
-    data: str = "digits"
-    """"digits" (embedded), a folder or a zip of class folders (train/CLASS/*, test/CLASS/*)."""
+    text: Text = dataclasses.field(default_factory=Text)
+    data: str = "auto"
+    """A folder or a zip of class folders ([train|val|test/]CLASS/*), FILE.npz (images, labels), FILE.txt,
+    package.module:function (any random-access source), "digits" or "topics" (both embedded). "auto" is
+    digits, or topics for the transformer."""
+    check_data: bool = False
+    """Read every file once, list what cannot be read, and stop."""
+    skip_unreadable: bool = False
+    """Name the files that cannot be read, leave them out, and train."""
+    size: int = 0
+    """Side of the square to which images are resized; 0 takes the size that most of them have."""
+    validation: float = 0.1
+    """Share of the training images held out, class by class, where the data has no validation split."""
+    test: float = 0.2
+    """The same for the test split."""
     out: str = "runs/train"
-    """Run directory to create: config.json, metrics.jsonl, timing.jsonl, result.json."""
-    model: Literal["resnet"] = "resnet"
+    """Run directory to create: report.md, config.json, metrics.jsonl, checkpoints and more."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out; a new run if there is none yet."""
+    model: Literal["resnet", "nfnet", "repvgg", "transformer"] = "resnet"
     """The network."""
     widths: tuple[int, ...] = (16, 32, 64)
     """Channels of each stage; every stage after the first halves the resolution."""
@@ -70,10 +114,16 @@ class Train:
     """Optimizer steps."""
     batch: int = 64
     """Images a step."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is split into; their gradients are averaged."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 1e-2
     """Decoupled weight decay of kernels, times the learning rate."""
+    label_smoothing: float = 0.0
+    """Probability spread over all classes in the training targets."""
+    ema: float = 0.0
+    """Decay of the moving average of the parameters that is evaluated; 0 evaluates the parameters."""
     imbalance: float = 1.0
     """Images of the largest over the smallest class; 1 keeps the data as it is."""
     echo_factor: float = 2.0
@@ -84,21 +134,108 @@ class Train:
     """Devices to spread each batch over."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; the device is read only then."""
+    eval_every: int = 0
+    """Steps between two evaluations of the validation split; 0 makes it five a run."""
+    save_every: int = 100
+    """Steps between two checkpoints."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory too; needs jaxtricks[tensorboard]."""
+    wandb: str = ""
+    """Weights & Biases project to log to; needs jaxtricks[wandb]."""
+
+    @property
+    def source(self) -> str:
+        """The data set, "auto" resolved."""
+        if self.data != "auto":
+            return self.data
+        return "topics" if self.model == "transformer" else "digits"
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of one forward and backward pass."""
+        return self.batch // self.accumulate
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         at_least(self.imbalance, 1, "--imbalance", "1 keeps the data as it is, 100 is a long tail")
         at_least(self.echo_factor, 1, "--echo-factor", "1 uses every image once, 2 twice")
-        for name in ("steps", "batch", "blocks", "devices", "log_every"):
-            at_least(getattr(self, name), 1, "--" + name.replace("_", "-"), "a positive number")
+        positive = "steps batch accumulate blocks devices log_every save_every keep"
+        for name in positive.split():
+            at_least(getattr(self, name), 1, _flag(name), "a positive number")
+        for name in ("size", "eval_every", "weight_decay"):
+            at_least(getattr(self, name), 0, _flag(name), "zero or a positive number")
+        for name in ("label_smoothing", "ema", "validation", "test"):
+            share(getattr(self, name), _flag(name))
+        if self.validation + self.test >= 1:
+            raise UserError("--validation and --test leave nothing to train on: lower them")
+        if not self.test:
+            raise UserError(
+                "--test must be above 0: a run ends by measuring what it never trained on"
+            )
         if not self.widths or min(self.widths) < 1:
             raise UserError("--widths must be positive numbers: give one width a stage")
-        if self.batch % self.devices:
+        if self.batch % (self.devices * self.accumulate):
             raise UserError(
-                f"--batch {self.batch} does not divide over {self.devices} devices: choose a multiple"
+                f"--batch {self.batch} does not divide over {self.devices} devices and {self.accumulate} "
+                "micro-batches: choose a multiple"
             )
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        for trick in self.tricks.on:
+            if why := IDLE.get(trick, {}).get(self.model):
+                raise UserError(f"--{trick} does nothing for --model {self.model} ({why}): drop it")
+        if self.model != "transformer":
+            return
+        for name in ("context", "features", "layers", "heads"):
+            at_least(getattr(self.text, name), 1, _flag(name), "a positive number")
+        if self.text.features % self.text.heads:
+            raise UserError(
+                f"--features {self.text.features} does not divide into {self.text.heads} --heads: "
+                "choose a multiple"
+            )
+        if self.imbalance != 1:
+            raise UserError("--imbalance thins out classes of images, and text has none: drop it")
+
+
+@dataclasses.dataclass(frozen=True)
+class LrFind(Train):
+    """Learning-rate range test of a run: sweep the rate, draw the loss, suggest a rate."""
+
+    out: str = "runs/lr-find"
+    """Run directory to create: report.md, lr_range.png, range.json."""
+    lo: float = 1e-6
+    """First learning rate."""
+    hi: float = 1.0
+    """Last learning rate; the sweep ends earlier where the loss explodes."""
+    rates: int = 100
+    """Rates, one step each."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that can't be meant."""
+        super().check()
+        at_least(self.rates, 2, "--rates", "one step is taken at each")
+        if not 0 < self.lo < self.hi < float("inf"):
+            raise UserError(f"--lo {self.lo} and --hi {self.hi} are no range: give 0 < lo < hi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare runs: one table of what they reached, what they cost, and where their settings differ."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run directories of `jaxtricks train`."""
+    picture: str = ""
+    """PNG to draw: their curves, and accuracy against cost."""
+
+    def check(self) -> None:
+        """Raise UserError if there is nothing to compare."""
+        if not self.runs:
+            raise UserError("compare needs run directories: give one or more that train made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +291,16 @@ class Explain:
     def check(self) -> None:
         """Raise UserError for an unknown key."""
         Tricks.of(self.key)
+
+
+def share(value: float, name: str) -> None:
+    """Raise UserError unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise UserError(f"{name} must be at least 0 and less than 1, not {value}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def at_least(value: float, least: float, name: str, hint: str) -> None:

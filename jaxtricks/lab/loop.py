@@ -1,17 +1,13 @@
-"""One jitted, donated, sharding-ready step; evaluation; the training loop and its log."""
+"""One jitted, donated, sharding-ready step, and the loop around it."""
 
-import dataclasses
-import json
-import math
-import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxtricks as jt
@@ -20,6 +16,8 @@ from jaxtricks._types import Array, Key
 from jaxtricks.lab import compose
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train, UserError
+from jaxtricks.lab.examples import examples_of
+from jaxtricks.remat import measure
 
 
 @_tree.node
@@ -30,9 +28,9 @@ class TrainState:
       params: nested dict of arrays.
       model_state: statistics and RNG counts of the model.
       opt_state: of the optax chain.
-      step: int32 [].
-      key: PRNG key of the run; step i uses fold_in(key, i).
-      counts: training images of each class, float32 [C].
+      step: int32 [], calls of the step so far (micro-batches).
+      key: PRNG key of the run; call i uses fold_in(key, i).
+      counts: training examples of each class, float32 [C].
     """
 
     params: Any
@@ -40,7 +38,7 @@ class TrainState:
     opt_state: Any
     step: Array
     key: Key
-    counts: Array
+    counts: jax.Array
 
 
 class Program(NamedTuple):
@@ -48,81 +46,79 @@ class Program(NamedTuple):
 
     Attributes:
       init: (seed, counts) -> TrainState.
-      step: (state, batch) -> (state, metrics); not jitted.
-      predict: (params, model_state, images uint8) -> logits float32; not jitted.
+      step: (state, batch, rate=None) -> (state, metrics); not jitted. A rate multiplies the updates.
+      averaged: state -> the parameters to evaluate.
+      predict: (params, model_state, batch) -> (logits float32, labels); not jitted.
     """
 
     init: Callable[[int, np.ndarray], TrainState]
-    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
-    predict: Callable[[Any, Any, Array], Array]
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    averaged: Callable[[TrainState], Any]
+    predict: Callable[[Any, Any, Any], tuple[Array, Array]]
 
 
-def build(cfg: Train, data: data_lib.Data) -> Program:
-    """Compose model, loss and optimizer for a run."""
-    channels, num_classes = data.shape[-1], len(data.classes)
-    model = compose.build_model(cfg, channels, num_classes, cfg.seed)
+def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program:
+    """Compose model, loss and optimizer for a run.
+
+    Args:
+      cfg: the settings.
+      data: what the model is for.
+      rate: a constant learning rate in place of the schedule.
+    """
+
+    def build_model(key: Key) -> nnx.Module:
+        return compose.build_model(cfg, data.shape[-1], len(data.classes), key)
+
+    # Shapes only: initializers run in `init` alone.
+    model = nnx.eval_shape(build_model, jax.random.key(0))
     apply, _, _ = jt.nnx.functional(model)
-    tx = compose.build_optimizer(cfg, jt.nnx.roles(model))
-    pad = max(1, data.shape[0] // 8)
+    tx = compose.build_optimizer(cfg, jt.nnx.roles(model), rate)
+    examples = examples_of(data)
 
+    # Not jitted: the arrangements of an ablation share the compiled initializers.
     def init(seed: int, counts: np.ndarray) -> TrainState:
-        model = compose.build_model(cfg, channels, num_classes, seed)
-        _, params, model_state = jt.nnx.functional(model)
+        key = jax.random.key(seed)
+        _, params, model_state = jt.nnx.functional(build_model(key))
         return TrainState(
             params,
             model_state,
             tx.init(params),
             jnp.int32(0),
-            jax.random.key(seed),
+            key,
             jnp.asarray(counts, jnp.float32),
         )
 
-    def loss_fn(params: Any, model_state: Any, images: Array, labels: Array, counts: Array) -> Any:
-        params, images = compose.cast_inputs(cfg, params, images)
-        logits, model_state = apply(params, model_state, images, train=True)
+    def loss_fn(params: Any, model_state: Any, inputs: Array, labels: Array, counts: Array) -> Any:
+        params, inputs = compose.cast_inputs(cfg, params, inputs)
+        logits, model_state = apply(params, model_state, inputs, train=True)
         loss = compose.build_loss(cfg, counts)(logits, labels)
         correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return loss.mean(), (model_state, correct.mean())
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, batch: Any, rate: Any = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        images = augment(key, batch["image"], pad=pad, flip=data.flip)
         grad_fn = compose.differentiate(cfg, loss_fn, state.opt_state)
         (loss, (model_state, accuracy)), grads = grad_fn(
-            state.params, state.model_state, to_float(images), batch["label"], state.counts
+            state.params, state.model_state, *examples(batch, key), state.counts
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        if rate is not None:
+            updates = optax.tree.scale(rate, updates)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(params, model_state, opt_state, state.step + 1, state.key, state.counts)
         return new, {"loss": loss, "accuracy": accuracy, **jt.metrics(opt_state)}
 
-    def predict(params: Any, model_state: Any, images: Array) -> Array:
+    def averaged(state: TrainState) -> Any:
+        return compose.averaged(cfg, state.params, state.opt_state)
+
+    def predict(params: Any, model_state: Any, batch: Any) -> tuple[Array, Array]:
         # In float32 whatever the training used: evaluation is what is compared.
-        return apply(params, model_state, to_float(images), train=False)[0]
+        inputs, labels = examples(batch, None)
+        return apply(params, model_state, inputs, train=False)[0], labels
 
-    return Program(init, step, predict)
-
-
-def to_float(images: Array) -> Array:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
-def augment(key: Key, images: Array, *, pad: int, flip: bool) -> Array:
-    """Random shift by up to `pad` pixels and, if flip, mirror: uint8 [N, H, W, C], on device."""
-    n, height, width, channels = images.shape
-    shift_key, flip_key = jax.random.split(key)
-    shifts = jax.random.randint(shift_key, (n, 2), 0, 2 * pad + 1)
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
-
-    def crop(image: Array, shift: Array) -> Array:
-        return jax.lax.dynamic_slice(image, (*shift, 0), (height, width, channels))
-
-    images = jax.vmap(crop)(padded, shifts)
-    if not flip:
-        return images
-    mirror = jax.random.bernoulli(flip_key, 0.5, (n, 1, 1, 1))
-    return jnp.where(mirror, images[:, :, ::-1], images)
+    return Program(init, step, averaged, predict)
 
 
 class Placement(NamedTuple):
@@ -145,30 +141,60 @@ class Placement(NamedTuple):
         return cls(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
 
 
-class Evaluator:
-    """Confusion metrics of a split; the compiled function is kept between calls."""
+def example_batch(cfg: Train, data: data_lib.Data) -> Any:
+    """A batch of zeros of the right shapes, in place."""
+    n, shape = cfg.micro_batch, data.shape
+    if data.kind == "text":
+        batch = {"text": np.zeros((n, *shape), np.int32)}
+    else:
+        batch = {"image": np.zeros((n, *shape), np.uint8), "label": np.zeros(n, np.int32)}
+    return jax.device_put(batch, Placement.over(cfg.devices).batch)
 
-    def __init__(self, program: Program, num_classes: int, batch: int = 256):
-        self._num_classes, self._batch = num_classes, batch
 
-        def update(metrics: Any, params: Any, model_state: Any, batch: Any) -> Any:
-            logits = program.predict(params, model_state, batch["image"])
-            return jt.longtail.metrics.update(metrics, logits, batch["label"], batch["where"])
+class Compiled(NamedTuple):
+    """A step ready to run.
 
-        self._update = jax.jit(update)
+    Attributes:
+      step: (state, batch) -> (state, metrics); it donates its state.
+      temp_bytes: temporaries of the executable.
+    """
 
-    def __call__(
-        self, state: TrainState, source: data_lib.Source, limit: int | None = None
-    ) -> dict[str, Any]:
-        """Summary over the source (or `limit` examples spread over it); host values."""
-        metrics = jt.longtail.metrics.init(self._num_classes)
-        size = min(self._batch, len(source) if limit is None else min(limit, len(source)))
-        for batch in data_lib.eval_batches(source, size, limit):
-            metrics = self._update(metrics, state.params, state.model_state, batch)
-        # The usual thresholds (100 and 20 images) leave groups empty where classes are few.
-        split = "rank" if self._num_classes < 100 else "threshold"
-        summary = jt.longtail.metrics.summary(metrics, state.counts, split=split)
-        return {name: np.asarray(value).tolist() for name, value in summary.items()}
+    step: Callable[..., Any]
+    temp_bytes: int
+
+
+def compile_step(program: Program, state: TrainState, batch: Any) -> Compiled:
+    """Compile the step for arguments like these."""
+    traced = jax.jit(program.step, donate_argnums=0).trace(state, batch)
+    step = traced.lower().compile()
+    return Compiled(step, measure.report(step, traced.jaxpr.jaxpr).temp)
+
+
+class Meter:
+    """Means over a window of steps; the device is read once a window, or when a checkpoint asks.
+
+    Args:
+      rows: the window so far, of an earlier `rows()`.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, float]] = ()):
+        self._rows: list[dict[str, Any]] = list(rows)
+
+    def add(self, metrics: dict[str, Array]) -> None:
+        """Another step's metrics, still on the device."""
+        self._rows.append(metrics)
+
+    def rows(self) -> list[dict[str, float]]:
+        """The window so far as Python numbers."""
+        rows = jax.device_get(self._rows)
+        # float64 from here on: a mean must not depend on whether a checkpoint cut the window in two.
+        self._rows = [{name: float(value) for name, value in row.items()} for row in rows]
+        return list(self._rows)
+
+    def mean(self) -> dict[str, float]:
+        """The means, and an empty window."""
+        rows, self._rows = self.rows(), []
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def fit(
@@ -177,65 +203,32 @@ def fit(
     batches: Iterator[Any],
     steps: int,
     *,
+    start: int = 0,
+    accumulate: int = 1,
     log_every: int = 10,
-    log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    meter: Meter | None = None,
+    after: Callable[[int, TrainState, dict[str, float] | None], bool] = lambda *_: False,
 ) -> TrainState:
-    """Run `step` for `steps` batches; the device is read only every log_every steps.
+    """Run steps start + 1 ... steps; the device is read only every log_every steps.
 
     Args:
       step: (state, batch) -> (state, metrics), jitted or compiled.
-      log: called with the number of steps done and the means since the last call.
+      state: after `start` steps; donated.
+      batches: of one micro-batch each.
+      steps: the number of the last step.
+      start: steps done before.
+      accumulate: micro-batches a step.
+      log_every: steps a window.
+      meter: the window that an interrupted run left behind.
+      after: called after every step with its number, the state, and the means since the last window at
+        the window's end, else None; True stops.
     """
-    pending = []
-    for i in range(steps):
-        state, metrics = step(state, next(batches))
-        pending.append(metrics)
-        if len(pending) == log_every or i == steps - 1:
-            rows = jax.device_get(pending)
-            log(i + 1, {k: float(np.mean([r[k] for r in rows])) for k in rows[0]})
-            pending = []
+    meter = meter or Meter()
+    for done in range(start + 1, steps + 1):
+        for _ in range(accumulate):
+            state, metrics = step(state, next(batches))
+            meter.add(metrics)
+        ends = done % log_every == 0 or done == steps
+        if after(done, state, meter.mean() if ends else None):
+            break
     return state
-
-
-class RunDir:
-    """A run directory that explains itself and is never overwritten."""
-
-    def __init__(self, path: str, cfg: Any, command: str):
-        self.path = pathlib.Path(path)
-        if self.path.is_file():
-            raise UserError(f"--out {path} is a file: give a directory to create")
-        if self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"--out {path} already holds a run: give another or remove it")
-        self.path.mkdir(parents=True, exist_ok=True)
-        about = {
-            "command": command,
-            "config": dataclasses.asdict(cfg),
-            "jaxtricks": jt.__version__,
-            "jax": jax.__version__,
-            "devices": [str(d) for d in jax.devices()],
-        }
-        self.write("config.json", about)
-        self._start = time.perf_counter()
-
-    def write(self, name: str, value: Any) -> None:
-        """A JSON file."""
-        (self.path / name).write_text(json.dumps(finite(value), indent=1) + "\n")
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and one of timing.jsonl (times live only there)."""
-        self._append("metrics.jsonl", {"step": step, **metrics})
-        elapsed = round(time.perf_counter() - self._start, 3)
-        self._append("timing.jsonl", {"step": step, "seconds": elapsed})
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.path / name, "a") as file:
-            file.write(json.dumps(finite(row)) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: finite(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from jaxtricks import _table
 from jaxtricks.lab import compose
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Ablate
-from jaxtricks.lab.loop import RunDir
+from jaxtricks.lab.rundir import RunDir
 
 PICTURE = "ablation.png"
 _COSTS = {
@@ -97,7 +97,7 @@ def write(
 ) -> None:
     """results.json and report.md (which shows PICTURE, drawn by the command line)."""
     folder.write("results.json", rows)
-    (folder.path / "report.md").write_text(markdown(rows, data, cfg, command))
+    folder.write_text("report.md", markdown(rows, data, cfg, command))
 
 
 def markdown(rows: list[dict[str, Any]], data: data_lib.Data, cfg: Ablate, command: str) -> str:

@@ -3,7 +3,7 @@
 Everything here calls the rooms' pure functions; only what owns parameters or statistics is a module.
 """
 
-from jaxtricks.nnx.blocks import ACBlock
+from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.layout import roles
 from jaxtricks.nnx.norm import ExtendedBatchNorm
@@ -13,6 +13,7 @@ from jaxtricks.nnx.recompute import recompute_grad
 __all__ = [
     "ACBlock",
     "ExtendedBatchNorm",
+    "RepVGGBlock",
     "WSConv",
     "functional",
     "recompute_grad",

@@ -1,49 +1,16 @@
 """Blocks of branches that train in parallel and deploy as one convolution."""
 
-import functools
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from jaxtricks import reparam, weightstd
-from jaxtricks._types import Array
-from jaxtricks.nnx import _compat
-from jaxtricks.nnx.conv import WSConv, hashable_padding
+from jaxtricks.nnx.branch import Branch, Branched, Factory, Size, two_axes
 from jaxtricks.reparam import geometry
 
-Factory = Callable[..., Any]
+__all__ = ["ACBlock", "RepVGGBlock", "lines", "two_axes"]
 
 
-class Branch(nnx.Module):
-    """A convolution without padding or bias, then a normalization.
-
-    Attributes:
-      conv: nnx.Conv or WSConv.
-      norm: what normalizes its output.
-    """
-
-    def __init__(self, conv: Any, norm: Any):
-        self.conv = conv
-        self.norm = norm
-
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """norm(conv(x)); the input is padded already."""
-        mode = {} if use_running_average is None else {"use_running_average": use_running_average}
-        return self.norm(self.conv(x), **mode)
-
-    def node(self) -> reparam.Sequential:
-        """The branch with its current statistics."""
-        kernel, bias = effective_kernel(self.conv)
-        conv = reparam.Conv(kernel, bias, groups=self.conv.feature_group_count)
-        return reparam.Sequential(conv, frozen_norm(self.norm))
-
-
-class ACBlock(nnx.Module):
+class ACBlock(Branched):
     """Asymmetric convolution block: KxK, Kx1 and 1xK branches, each with its normalization, summed.
 
     y = norm(conv_KxK(x)) + norm(conv_Kx1(x)) + norm(conv_1xK(x)). It stands for a convolution *and* its
@@ -70,6 +37,7 @@ class ACBlock(nnx.Module):
       ValueError: a kernel size without two axes, or padding that is not zeros.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> block = ACBlock(3, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
       >>> block(jnp.ones((1, 8, 8, 3))).shape
       (1, 4, 4, 8)
@@ -93,129 +61,103 @@ class ACBlock(nnx.Module):
         gamma_init: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.in_features = in_features
-        self.out_features = out_features
-        self.kernel_size = two_axes(kernel_size)
-        self.strides = geometry.per_axis("strides", strides or 1, 2)
-        self.padding = hashable_padding(padding)
-        self.kernel_dilation = geometry.per_axis("kernel_dilation", kernel_dilation or 1, 2)
-        self.feature_group_count = feature_group_count
-        # Padding that no branch can derive its own from fails here, not in the first step.
-        size = self.kernel_size
-        geometry.resolve(self.padding, size, size, self.strides, self.kernel_dilation)
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+        )
 
-        def branch(size: tuple[int, ...]) -> Branch:
-            layer = conv(
-                in_features,
-                out_features,
-                size,
-                strides=self.strides,
-                padding="VALID",
-                kernel_dilation=self.kernel_dilation,
-                feature_group_count=feature_group_count,
-                use_bias=False,
-                rngs=rngs,
-            )
+        def branch(size: Size) -> Branch:
+            layer = self.convolution(conv, size, rngs)
             scale_init = nnx.initializers.constant(gamma_init)
             return Branch(layer, norm(out_features, scale_init=scale_init, rngs=rngs))
 
         self.square, self.vertical, self.horizontal = map(branch, lines(self.kernel_size))
 
-    def __call__(
-        self, x: Float[Array, "..."], use_running_average: bool | None = None
-    ) -> Float[Array, "..."]:
-        """[..., H, W, in_features] -> [..., H', W', out_features].
-
-        Args:
-          x: the input.
-          use_running_average: overrides the normalizations' own setting for this call.
-        """
+    def parts(self) -> list[tuple[Size, Branch]]:
+        """(kernel size, branch) of the square, vertical and horizontal branch."""
         branches = (self.square, self.vertical, self.horizontal)
-        inputs = geometry.branch_inputs(
-            x,
-            self.kernel_size,
-            lines(self.kernel_size),
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
+        return list(zip(lines(self.kernel_size), branches, strict=True))
+
+
+class RepVGGBlock(Branched):
+    """RepVGG's block: KxK, 1x1 and identity branches, each with its normalization, summed.
+
+    y = norm(conv_KxK(x)) + norm(conv_1x1(x)) + norm(x), the last where it has the shape of the others: with
+    as many features in as out, and stride 1. It stands for a convolution *and* its normalization; networks
+    put an activation behind it. The 1x1 kernel and the identity lie at the KxK kernel's centre tap, so that
+    `fused()` is exact for every stride, padding, dilation, group count and input size.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: (kh, kw), of the KxK branch and of the fused convolution.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
+      norm: factory of the normalizations, called norm(features, rngs=...): nnx.BatchNorm,
+        ExtendedBatchNorm, or a partial.
+      rngs: keys; "params" is used.
+
+    Variables: {square, point}/conv/kernel, {square, point, identity}/norm/{scale, bias, mean, var}.
+
+    Raises:
+      ValueError: a kernel size without two axes, or padding that is not zeros.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> block = RepVGGBlock(8, 8, rngs=nnx.Rngs(0))
+      >>> block(jnp.ones((1, 6, 6, 8))).shape, block.fused().kernel.shape
+      ((1, 6, 6, 8), (3, 3, 8, 8))
+
+    References:
+      Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG", arXiv 2101.03697, section 3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sequence[int] = (3, 3),
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: geometry.Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        conv: Factory = nnx.Conv,
+        norm: Factory = nnx.BatchNorm,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
         )
-        outputs = [b(i, use_running_average) for b, i in zip(branches, inputs, strict=True)]
-        return functools.reduce(operator.add, outputs)
 
-    def branches(self) -> reparam.Sum:
-        """The block as a node of `reparam`, with its current statistics (evaluation mode).
+        def branch(size: Size) -> Branch:
+            return Branch(self.convolution(conv, size, rngs), norm(out_features, rngs=rngs))
 
-        reparam.apply(block.branches(), x, strides=block.strides, padding=block.padding,
-        dilation=block.kernel_dilation) is the block's output.
+        self.square, self.point = branch(self.kernel_size), branch((1, 1))
+        passes = in_features == out_features and self.strides == (1, 1)
+        self.identity = Branch(None, norm(out_features, rngs=rngs)) if passes else None
 
-        Raises:
-          ValueError: a normalization without running statistics.
-        """
-        return reparam.Sum(self.square.node(), self.vertical.node(), self.horizontal.node())
-
-    def fused(self) -> nnx.Conv:
-        """A plain nnx.Conv that computes what the block computes in evaluation mode.
-
-        Raises:
-          ValueError: a normalization without running statistics.
-        """
-        merged = reparam.fuse(self.branches(), self.kernel_size)
-        conv: Any = nnx.Conv(
-            self.in_features,
-            self.out_features,
-            self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
-            dtype=getattr(self.square.conv, "dtype", None),
-            param_dtype=merged.kernel.dtype,
-            rngs=nnx.Rngs(0),
-        )
-        conv.kernel[...] = merged.kernel
-        conv.bias[...] = jnp.zeros_like(conv.bias[...]) if merged.bias is None else merged.bias
-        return conv
+    def parts(self) -> list[tuple[Size, Branch]]:
+        """(kernel size, branch) of the KxK, 1x1 and, where there is one, identity branch."""
+        parts = [(self.kernel_size, self.square), ((1, 1), self.point)]
+        return parts if self.identity is None else [*parts, ((1, 1), self.identity)]
 
 
-def two_axes(kernel_size: int | Sequence[int]) -> tuple[int, int]:
-    """(kh, kw), or an error that says so."""
-    size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if len(size) != 2:
-        raise ValueError(f"ACBlock: `kernel_size` is {kernel_size}; give (height, width)")
-    return size[0], size[1]
-
-
-def lines(kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
+def lines(kernel_size: Size) -> list[Size]:
     """Kernel sizes of the square, vertical and horizontal branch."""
     height, width = kernel_size
     return [(height, width), (height, 1), (1, width)]
-
-
-def effective_kernel(conv: Any) -> tuple[Array, Array | None]:
-    """(kernel, bias) of the plain convolution that a layer computes."""
-    bias = _compat.read(conv.bias)
-    if isinstance(conv, WSConv):
-        return conv.standardized_kernel(), bias
-    kernel = conv.kernel[...]
-    if getattr(conv, "mask", None) is not None:
-        kernel = kernel * conv.mask
-    hook = getattr(conv, "conv_general_dilated", jax.lax.conv_general_dilated)
-    if isinstance(hook, weightstd.Hook):
-        kernel = hook.kernel(kernel)
-    elif hook is not jax.lax.conv_general_dilated:
-        raise ValueError(
-            f"nnx: a {type(conv).__name__} with its own `conv_general_dilated` does not fuse: what it "
-            "computes is not known"
-        )
-    return kernel, bias
-
-
-def frozen_norm(norm: Any) -> reparam.Norm:
-    """The normalization with its running statistics."""
-    if not (hasattr(norm, "mean") and hasattr(norm, "var")):
-        raise ValueError(
-            f"nnx: {type(norm).__name__} has no running statistics and does not fuse; use nnx.BatchNorm "
-            "or ExtendedBatchNorm"
-        )
-    scale, bias = _compat.read(norm.scale), _compat.read(norm.bias)
-    return reparam.Norm(norm.mean[...], norm.var[...], scale, bias, norm.epsilon)

@@ -1,10 +1,9 @@
-"""All drawing. Functions take what the rooms return and give a matplotlib figure; nothing is shown or saved.
-
-Figures read in grayscale: position and marker carry the meaning, colour only helps.
-"""
+"""Pictures of what tricks do: the ablation, the learning-rate range test."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from jaxtricks.plot._labels import name_points
 
 
 def ablation(rows: Sequence[dict[str, Any]]) -> Any:
@@ -35,7 +34,7 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Any:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.margins(0.16)
-        _label(axis, [row["key"].removeprefix("all ") for row in rows], points)
+        name_points(axis, [row["key"].removeprefix("all ") for row in rows], points)
     figure.axes[0].set_ylabel("balanced accuracy, test")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -88,23 +87,3 @@ def _mark(axis: Any, row: dict[str, Any], x: float) -> None:
     marker, colour, size = _KINDS[kind]
     axis.errorbar(x, row["metric"], yerr=row["std"], color=colour, alpha=0.35, zorder=1)
     axis.scatter(x, row["metric"], s=size, color=colour, marker=marker, label=kind, zorder=2)
-
-
-def _label(axis: Any, texts: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
-    # Rows of like cost and accuracy would write over each other: move labels up until they are apart.
-    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    taken: list[tuple[float, float]] = []
-    for text, (x, y) in sorted(zip(texts, points, strict=True), key=lambda item: item[1][::-1]):
-        u, v = (x - left) / (right - left) + 0.015, (y - low) / (high - low)
-        while any(abs(u - a) < 0.17 and abs(v - b) < 0.021 for a, b in taken):
-            v += 0.004
-        taken.append((u, v))
-        axis.annotate(
-            text,
-            (x, y),
-            (u, v),
-            textcoords="axes fraction",
-            fontsize=7,
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "gray"},
-        )

@@ -1,0 +1,220 @@
+"""Checkpoints by Orbax: written in the background, put in place when whole, the newest few kept."""
+
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxtricks import _tree
+from jaxtricks._types import Array
+from jaxtricks.lab.config import UserError
+
+T = TypeVar("T")
+
+SUMS = "sha256.json"
+"""In every checkpoint: the SHA-256 of its files, by name."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      step: steps done.
+      state: the tree, placed like the one it was restored for.
+      host: the JSON that was saved with it.
+    """
+
+    step: int
+    state: Any
+    host: Any
+
+
+class Checkpoints:
+    """The checkpoints of a run: FOLDER/STEP/{state,host}.
+
+    `state` is a flat dict {path: array} ("params/head/kernel"), which anyone's
+    `ocp.StandardCheckpointer().restore(...)` reads; PRNG keys are stored as their data. `host` is JSON. A
+    checkpoint gets its name only when it is whole and has the checksums of its files; what killed writers
+    left behind is removed on opening.
+
+    Args:
+      folder: where; made if missing.
+      keep: checkpoints to keep.
+
+    Raises:
+      UserError: the folder can't be made.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int):
+        import orbax.checkpoint as ocp
+
+        # Orbax logs tracebacks of what is said in one sentence here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._folder, self._args = folder.absolute(), ocp.args
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
+        )
+        self._manager = self._writing(lambda: ocp.CheckpointManager(self._folder, options=options))
+
+    def save(self, step: int, state: Any, host: Any) -> None:
+        """Save in the background; arrays are copied first, so that the state may be donated.
+
+        Args:
+          step: steps done.
+          state: any tree of arrays.
+          host: anything JSON can say.
+
+        Raises:
+          UserError: this checkpoint, or the one before it, could not be written.
+        """
+        arrays = _stored(state)
+        host = {"host": host, "layout": {path: _layout(x) for path, x in arrays.items()}}
+        items = self._args.Composite(
+            state=self._args.StandardSave(arrays), host=self._args.JsonSave(host)
+        )
+        self._writing(lambda: self._manager.save(step, args=items, force=True))
+
+    def restore(self, like: Any, tell: Callable[[str], None] = print) -> Restored | None:
+        """The newest checkpoint that can be read; None if there is none at all.
+
+        Args:
+          like: a tree of the same structure, with the shardings wanted.
+          tell: called with a sentence for every checkpoint that is passed over. It is moved out of the
+            way (checkpoints-unreadable/STEP), so that nothing is lost and that step can be written again.
+
+        Raises:
+          UserError: the checkpoint is of another model, or none can be read.
+        """
+        steps = self._steps()
+        for step in steps:
+            try:
+                # Before Orbax: TensorStore's threads complain on stderr after a failed read.
+                _check_sums(self._folder / str(step))
+                return self._read(step, like)
+            except UserError:
+                raise
+            except Exception as error:  # Orbax, TensorStore and json each fail in their own ways
+                tell(f"checkpoint {self._folder / str(step)} can't be read ({_first_line(error)})")
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._folder} can be read: give another --out to start anew"
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        self._writing(self._manager.wait_until_finished)
+        self._manager.close()
+
+    def _read(self, step: int, like: Any) -> Restored:
+        args, wanted = self._args, _stored(like)
+        host = self._manager.restore(step, args=args.Composite(host=args.JsonRestore()))["host"]
+        self._check_layout(step, host["layout"], {path: _layout(x) for path, x in wanted.items()})
+        targets = jax.tree.map(_target, wanted)
+        items = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(targets))
+        )
+        return Restored(step, _rebuilt(like, items["state"]), host["host"])
+
+    def _check_layout(self, step: int, have: dict[str, str], need: dict[str, str]) -> None:
+        for path in sorted(have.keys() | need.keys()):
+            if have.get(path) != need.get(path):
+                there, here = (layout.get(path, "nothing") for layout in (have, need))
+                raise UserError(
+                    f"checkpoint {self._folder / str(step)} is of another model: {path} is {there} in it "
+                    f"and {here} here; give the settings it was made with, or another --out"
+                )
+
+    def _steps(self) -> list[int]:
+        """Newest first, readable or not."""
+        names = [p.name for p in self._folder.iterdir() if p.name.isdecimal()]
+        return sorted(map(int, names), reverse=True)
+
+    def _sum_up(self) -> None:
+        # Orbax calls this when all is written but the name; the directory still has its temporary one.
+        for path in self._folder.iterdir():
+            if path.is_dir() and not path.name.isdecimal():
+                (path / SUMS).write_text(json.dumps(_sums(path)))
+
+    def _set_aside(self, step: int) -> None:
+        aside = self._folder.with_name(self._folder.name + "-unreadable")
+        aside.mkdir(exist_ok=True)
+        taken = len([p for p in aside.iterdir() if p.name.split(".")[0] == str(step)])
+        (self._folder / str(step)).rename(aside / (f"{step}.{taken}" if taken else str(step)))
+        self._manager.reload()
+
+    def _writing(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except (
+            Exception
+        ) as error:  # a full disk is an OSError here, a ValueError from TensorStore there
+            raise UserError(
+                f"can't write checkpoints to {self._folder} ({_first_line(error)}): free space or give "
+                "another --out; what was saved before is whole, and --resume goes on from there"
+            ) from error
+
+
+def _stored(state: Any) -> dict[str, Array]:
+    """{path: array} without typed keys and without arrays of size zero, which Orbax refuses."""
+    arrays = {path: _plain(x) for path, x in _tree.by_path(state).items()}
+    return {path: x for path, x in arrays.items() if x.size}
+
+
+def _rebuilt(like: Any, arrays: dict[str, Any]) -> Any:
+    def leaf(path: str, x: Array) -> Array:
+        new = arrays.get(path, x)
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(x)) if _is_key(x) else new
+
+    return _tree.map_with_path(leaf, like)
+
+
+def _is_key(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x: Array) -> Array:
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _target(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _layout(x: Array) -> str:
+    return f"{x.dtype} {list(x.shape)}"
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+    sums = {}
+    # The items only: Orbax touches its own metadata beside them after the last moment for sums.
+    for path in folder.glob("*/**/*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[path.relative_to(folder).as_posix()] = digest
+    return sums
+
+
+def _check_sums(folder: pathlib.Path) -> None:
+    wanted, have = json.loads((folder / SUMS).read_text()), _sums(folder)
+    for name in sorted(wanted):
+        if wanted[name] != have.get(name):
+            raise ValueError(f"{name} is {'damaged' if name in have else 'missing'}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]

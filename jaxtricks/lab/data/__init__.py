@@ -1,0 +1,21 @@
+"""Images or text in, batches out: what can be read, its splits, long tails, and the Grain pipeline.
+
+`source` (examples by index), `image` (decoding, resizing), `files`, `arrays`, `custom`, `text` (what is
+stored where), `splits`, `look` (what the images are like), `loading`, `checking`, `batches`.
+"""
+
+from jaxtricks.lab.data.batches import eval_batches, pipeline
+from jaxtricks.lab.data.checking import Report, check
+from jaxtricks.lab.data.loading import load
+from jaxtricks.lab.data.source import Data, Source, UnreadableError
+
+__all__ = [
+    "Data",
+    "Report",
+    "Source",
+    "UnreadableError",
+    "check",
+    "eval_batches",
+    "load",
+    "pipeline",
+]

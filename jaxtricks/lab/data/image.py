@@ -1,0 +1,173 @@
+"""One image: its header, its pixels, and those pixels at another size."""
+
+import functools
+import io
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtricks.lab.data.source import Shape, UnreadableError
+
+MAX_PIXELS = 64_000_000
+"""Images with more are not decoded: a small file can claim any size."""
+
+KINDS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # extensions lie: GIFs called .jpg are common
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ALONE = frozenset([0x00, 0x01, *range(0xD0, 0xD9)])  # no length follows
+
+
+class Header(NamedTuple):
+    """What the first bytes say.
+
+    Attributes:
+      kind: one of KINDS.
+      width, height: in pixels.
+      components: channels of a JPEG; 0 for the others.
+    """
+
+    kind: str
+    width: int
+    height: int
+    components: int = 0
+
+
+def decode(raw: bytes, name: str) -> np.ndarray:
+    """Image file -> uint8 [H, W, C]: C is 1 if it is stored as gray, else 3.
+
+    Transparent parts are laid on white, 16 bits are scaled to 8, animations give their first frame.
+
+    Raises:
+      UnreadableError: no image, a truncated or broken one, or one of more than 64 megapixels.
+    """
+    try:
+        header = read_header(raw)
+    except (struct.error, IndexError):
+        header = None
+    if header is None:
+        raise UnreadableError(
+            name, "it has no JPEG, PNG, BMP, WebP or GIF header" if raw else "it is empty"
+        )
+    size = f"{header.width}x{header.height}"
+    if header.width * header.height > MAX_PIXELS:
+        raise UnreadableError(name, f"{size} is over the limit of {MAX_PIXELS // 10**6} megapixels")
+    if not header.width * header.height:
+        raise UnreadableError(name, f"its header says {size}")
+    try:
+        return _decode_jpeg(raw, header) if header.kind == "JPEG" else _decode_any(raw, header)
+    except Exception as error:  # a decoder that is fed a broken file may raise anything
+        raise UnreadableError(name, _reason(error)) from error
+
+
+def conform(image: np.ndarray, shape: Shape) -> np.ndarray:
+    """Image uint8 [h, w, c] -> [H, W, C]: scaled to cover, cut to the middle; gray or colour."""
+    if image.shape == shape:
+        return image
+    from PIL import Image, ImageOps
+
+    height, width, channels = shape
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if image.shape[-1] != channels:
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height))
+    return np.asarray(picture).reshape(shape)
+
+
+def read_header(raw: bytes) -> Header | None:
+    """The header of an image file, before anything is allocated; None if it is none that we know."""
+    if raw.startswith(b"\xff\xd8\xff"):
+        return _read_jpeg_header(raw)
+    if raw.startswith(b"\x89PNG\r\n\x1a\n") and raw[12:16] == b"IHDR":
+        return Header("PNG", *struct.unpack_from(">II", raw, 16))
+    if raw.startswith(b"BM"):
+        old = struct.unpack_from("<I", raw, 14) == (12,)
+        width, height = struct.unpack_from("<HH" if old else "<ii", raw, 18)
+        return Header("BMP", abs(width), abs(height))
+    if raw.startswith((b"GIF87a", b"GIF89a")):
+        return Header("GIF", *struct.unpack_from("<HH", raw, 6))
+    if raw.startswith(b"RIFF") and raw[8:12] == b"WEBP":
+        return _read_webp_header(raw)
+    return None
+
+
+def _read_jpeg_header(raw: bytes) -> Header:
+    at = 2
+    while True:
+        while raw[at] != 0xFF or raw[at + 1] == 0xFF:  # fill bytes
+            at += 1
+        marker = raw[at + 1]
+        if marker in _FRAMES:
+            height, width, components = struct.unpack_from(">HHB", raw, at + 5)
+            return Header("JPEG", width, height, components)
+        at += 2 if marker in _ALONE else 2 + max(2, *struct.unpack_from(">H", raw, at + 2))
+
+
+def _read_webp_header(raw: bytes) -> Header | None:
+    kind = raw[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(raw[i : i + 3], "little") + 1 for i in (24, 27))
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", raw, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (x & 0x3FFF for x in struct.unpack_from("<HH", raw, 26))
+    else:
+        return None
+    return Header("WEBP", width, height)
+
+
+def _decode_jpeg(raw: bytes, header: Header) -> np.ndarray:
+    library = _simplejpeg()
+    if library is None or header.components not in (1, 3):  # it inverts some CMYK files
+        return _decode_any(raw, header)
+    try:
+        return library.decode_jpeg(raw, "GRAY" if header.components == 1 else "RGB")
+    except ValueError as error:
+        # Pillow fills the rest of a picture that ends early with gray where an end marker follows.
+        if "premature end" in str(error).lower():
+            raise
+    return _decode_any(raw, header)  # stray bytes between two parts, say: nothing is lost
+
+
+def _decode_any(raw: bytes, header: Header) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(raw), formats=KINDS) as picture:
+        if picture.size != (header.width, header.height):
+            raise ValueError("its headers contradict each other")
+        picture.load()
+        return _pixels(picture).reshape(header.height, header.width, -1)
+
+
+def _pixels(picture: Any) -> np.ndarray:
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
+        return ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
+    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture.convert("RGBA"))
+        picture = white
+    return np.asarray(picture.convert(mode))
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "its header is broken"
+    if isinstance(error, OSError | ValueError | SyntaxError) and str(error):
+        return str(error).splitlines()[0]
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,124 @@
+"""From the name that the user gives to a data set that can be trained on."""
+
+import pathlib
+import re
+import zipfile
+
+import numpy as np
+
+from jaxtricks.lab.config import UserError
+from jaxtricks.lab.data import arrays, custom, files, look, splits, text
+from jaxtricks.lab.data.image import conform
+from jaxtricks.lab.data.source import Data, Example, Shape, Source, Stored
+
+KNOWN = (
+    "give a folder or a zip of class folders, FILE.npz, FILE.txt, package.module:function, digits or "
+    "topics"
+)
+
+
+def load(
+    name: str,
+    *,
+    imbalance: float = 1.0,
+    seed: int = 0,
+    validation: float = 0.0,
+    test: float = 0.2,
+    size: int = 0,
+    context: int = 128,
+    skip_unreadable: bool = False,
+) -> Data:
+    """The data set called name, its training split made long-tailed.
+
+    Looks at the images first (all up to 10,000, else 2,000 of them): broken ones must not end a run.
+
+    Args:
+      name: a folder or a zip of class folders, FILE.npz, FILE.txt, package.module:function, "digits"
+        or "topics".
+      imbalance: images of the largest over the smallest class of the training split; class 0 keeps
+        the most (exponential profile). 1 keeps the split as it is.
+      seed: which images are kept and which are held out.
+      validation, test: shares of the training images that are held out for a split that the data
+        does not have; 0 makes no validation split.
+      size: side of the square that images are resized to; 0 takes what most of them have.
+      context: characters a window of text.
+      skip_unreadable: leave out images that can't be read, after a look at all of them.
+
+    Raises:
+      UserError: nothing there, no images, a class without one, or one that can't be read; it names
+        the thing and the cure.
+    """
+    if is_text(name):
+        if imbalance != 1:
+            raise UserError("--imbalance thins out classes of images, and text has none: drop it")
+        return text.load(name, context=context, validation=validation, test=test)
+    stored = open_images(name)
+    shares = {"validation": validation, "test": test, "seed": seed}
+    index, split_notes = splits.assign(stored, **shares)  # before the look, which takes longer
+    seen = look.look(stored, everything=skip_unreadable)
+    if skip_unreadable and seen.unreadable:
+        stored = leave_out(stored, seen)
+        index, split_notes = splits.assign(stored, **shares)
+    look.refuse_unreadable(seen._replace(unreadable={}) if skip_unreadable else seen)
+    shape, notes = look.aim(seen, size, name)
+    if imbalance != 1:
+        train = index["train"]
+        kept = splits.long_tail(stored.labels[train], len(stored.classes), imbalance, seed)
+        index["train"] = train[kept]
+    return _data(stored, index, shape, (*stored.notes, *split_notes, *notes))
+
+
+def is_text(name: str) -> bool:
+    """Whether the name is that of text."""
+    return name == "topics" or (name.lower().endswith(".txt") and pathlib.Path(name).is_file())
+
+
+def open_images(name: str) -> Stored:
+    """The images called name, as they are stored.
+
+    Raises:
+      UserError: nothing there, or nothing that can be used.
+    """
+    path = pathlib.Path(name)
+    if name == "digits":
+        return arrays.digits()
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return arrays.npz(path)
+    if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
+        return files.stored(path)
+    if not path.exists() and re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        return custom.stored(name)
+    problem = "is neither a folder nor a zip, .npz or .txt" if path.exists() else "is not there"
+    raise UserError(f"--data {name} {problem}: {KNOWN}")
+
+
+def leave_out(stored: Stored, seen: look.Look) -> Stored:
+    """Without the images that can't be read, which a note names."""
+    kept = stored.subset(np.setdiff1d(np.arange(len(stored.names)), list(seen.unreadable)))
+    named = files.listed(f"{e.name} ({e.reason})" for e in seen.unreadable.values())
+    note = f"left out, as they can't be read: {named}"
+    return kept._replace(notes=(*stored.notes, note))
+
+
+def _data(stored: Stored, index: splits.Indices, shape: Shape, notes: tuple[str, ...]) -> Data:
+    labels = stored.labels
+
+    def example(i: int) -> tuple[Example, int]:
+        image, nbytes = stored.read(i)
+        return {"image": conform(image, shape), "label": labels[i]}, nbytes
+
+    source = Source(example, len(labels), labels)
+    parts = {split: source.subset(indices) for split, indices in index.items()}
+    return Data(
+        name=stored.name,
+        kind="image",
+        train=parts["train"],
+        validation=parts.get("validation"),
+        test=parts["test"],
+        classes=stored.classes,
+        shape=shape,
+        # What is stored as gray is mostly scans and symbols, whose mirror image is something else.
+        flip=shape[-1] == 3 if stored.flip is None else stored.flip,
+        counts=np.bincount(labels[index["train"]], minlength=len(stored.classes)),
+        notes=notes,
+    )

@@ -1,0 +1,145 @@
+"""Examples by index: what every kind of data becomes."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtricks.lab.config import UserError
+
+SPLITS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+"""What the splits may be called -> what they are."""
+
+Example = dict[str, Any]
+Size = tuple[int, int]  # height, width
+Shape = tuple[int, ...]
+
+
+class UnreadableError(UserError):
+    """One example that can't be read.
+
+    Attributes:
+      name: of the file.
+      reason: what is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(
+            f"{name} can't be read ({reason}): remove it, or pass --skip-unreadable "
+            "(--check-data lists all such files)"
+        )
+        self.name, self.reason = name, reason
+
+
+class Source:
+    """Random access to examples, from any thread.
+
+    An example is {"image": uint8 [H, W, C], "label": int32 []} or {"text": int32 [context + 1]}.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], tuple[Example, int]],
+        length: int,
+        labels: np.ndarray | None = None,
+    ):
+        self._read, self._length, self._labels = read, length, labels
+        self._bytes_read = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | np.integer) -> Example:
+        if not -self._length <= index < self._length:
+            raise IndexError(f"example {index} of {self._length}")
+        example, nbytes = self._read(int(index) % self._length)
+        with self._lock:
+            self._bytes_read += nbytes
+        return example
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N], of images."""
+        if self._labels is None:
+            raise AttributeError("text has no labels")
+        return self._labels
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes fetched so far, as stored (files before they are decoded)."""
+        return self._bytes_read
+
+    def subset(self, indices: np.ndarray) -> "Source":
+        """The examples at these indices, in this order, with a counter of its own."""
+        read = self._read
+        labels = None if self._labels is None else self._labels[indices]
+        return Source(lambda i: read(int(indices[i])), len(indices), labels)
+
+
+class Data(NamedTuple):
+    """A data set, ready to train on.
+
+    Attributes:
+      name: what the user called it.
+      kind: "image" or "text".
+      train, validation, test: the splits; validation may be None.
+      classes: names in label order; the characters, for text.
+      shape: (H, W, C) of every image, (context + 1,) of every window of text.
+      flip: whether a mirrored image keeps its class.
+      counts: int [C] training examples of each class (occurrences of each character as a target).
+      notes: sentences the person should be told.
+    """
+
+    name: str
+    kind: str
+    train: Source
+    validation: Source | None
+    test: Source
+    classes: tuple[str, ...]
+    shape: Shape
+    flip: bool
+    counts: np.ndarray
+    notes: tuple[str, ...]
+
+
+class Stored(NamedTuple):
+    """Images as they are stored: before they are split and brought to one size.
+
+    Attributes:
+      name: what the user called it.
+      names: of the images, N of them, for messages.
+      read: index -> (uint8 [H, W, 1 or 3], stored bytes); raises UnreadableError.
+      labels: int32 [N].
+      where: [N] "train", "validation" or "test".
+      classes: names in label order.
+      shape: (H, W, C) if it is known to be that of all; None has to look.
+      flip: whether a mirrored image keeps its class; None: if it is a colour image.
+      notes: sentences the person should be told.
+    """
+
+    name: str
+    names: Sequence[str]
+    read: Callable[[int], tuple[np.ndarray, int]]
+    labels: np.ndarray
+    where: np.ndarray
+    classes: tuple[str, ...]
+    shape: Shape | None = None
+    flip: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    def subset(self, indices: np.ndarray) -> "Stored":
+        """The images at these indices."""
+        return self._replace(
+            names=[self.names[i] for i in indices],
+            read=lambda i: self.read(int(indices[i])),
+            labels=self.labels[indices],
+            where=self.where[indices],
+        )

@@ -1,0 +1,155 @@
+"""A training run: its state, what it reads, and what it writes."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from rich.progress import Progress
+
+from jaxtricks import _tree
+from jaxtricks.lab import compose, loop
+from jaxtricks.lab import data as data_lib
+from jaxtricks.lab.checkpoint import Checkpoints, Restored
+from jaxtricks.lab.config import Train
+from jaxtricks.lab.evaluation import Evaluator
+from jaxtricks.lab.interrupt import Interrupt
+from jaxtricks.lab.rundir import RunDir
+
+_READERS = 4  # threads that decode large images; small ones are faster decoded without
+_SMALL = 64 * 64  # pixels
+_SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
+_CURVES = ("loss", "accuracy", "balanced_accuracy")
+_SHOWN = ("val_loss", "val_accuracy")
+
+
+class Trainer:
+    """One run: its state, what it reads, and what it writes."""
+
+    def __init__(self, cfg: Train, data: data_lib.Data, folder: RunDir, checkpoints: Checkpoints):
+        self.cfg, self.data, self.folder, self.checkpoints = cfg, data, folder, checkpoints
+        place = loop.Placement.over(cfg.devices)
+        program = loop.build(cfg, data)
+        self.evaluate = Evaluator(program, data, cfg.micro_batch)
+        self.state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
+        self.batches = data_lib.pipeline(
+            data.train,
+            batch=cfg.micro_batch,
+            seed=cfg.seed,
+            transform=compose.build_reads(cfg),
+            to_device=lambda batch: jax.device_put(batch, place.batch),
+            readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
+        )
+        self.meter, self.bytes_before = loop.Meter(), 0
+        self.compiled = loop.compile_step(program, self.state, loop.example_batch(cfg, data))
+
+    def restore(self, tell: Callable[[str], None], session: dict[str, Any]) -> int:
+        """Go back to the newest checkpoint and cut the logs there; the number of steps done."""
+        restored = self.checkpoints.restore(self.state, tell) or Restored(0, self.state, None)
+        self.state = restored.state
+        if restored.host:
+            self.batches.set_state(restored.host["batches"])
+            self.meter = loop.Meter(restored.host["window"])
+            self.bytes_before = restored.host["bytes_read"]
+        self.folder.begin_again(restored.step, session)
+        tell(f"going on after step {restored.step} of {self.cfg.steps}")
+        return restored.step
+
+    def fit(self, start: int, interrupt: Interrupt, outputs: list[Any], progress: Progress) -> None:
+        """Train from `start` to the last step, or until interrupted; log, evaluate and save on the way."""
+        cfg = self.cfg
+        window = Window(start)
+        # A step that is evaluated ends a window of the log.
+        every = -(-(cfg.eval_every or max(1, cfg.steps // 5)) // cfg.log_every) * cfg.log_every
+        task = progress.add_task("", total=cfg.steps, completed=start, status="")
+
+        def after(done: int, state: loop.TrainState, means: dict[str, float] | None) -> bool:
+            self.state = state
+            if means is not None:
+                timing = window.timing(done, cfg.batch)
+                if done % every == 0 or done == cfg.steps:
+                    means = {**means, **self.validate()}
+                self.folder.log(done, means, timing)
+                for output in outputs:
+                    output.write(done, means)
+                progress.update(task, completed=done, status=self._status(means, timing))
+            if interrupt.signal or done % cfg.save_every == 0 or done == cfg.steps:
+                self.save(done)
+            if means is not None:
+                window.begin(done)
+            return bool(interrupt.signal)
+
+        loop.fit(
+            self.compiled.step,
+            self.state,
+            self.batches,
+            cfg.steps,
+            start=start,
+            accumulate=cfg.accumulate,
+            log_every=cfg.log_every,
+            meter=self.meter,
+            after=after,
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of (a sample of) the validation split, named val_*."""
+        if self.data.validation is None:
+            return {}
+        summary = self.evaluate(self.state, self.data.validation, _SAMPLE)
+        return {f"val_{name}": summary[name] for name in _CURVES if name in summary}
+
+    def save(self, step: int) -> None:
+        """A checkpoint of everything that the next step depends on."""
+        host = {
+            "batches": self.batches.get_state(),
+            "window": self.meter.rows(),
+            "bytes_read": self.bytes_read,
+        }
+        self.checkpoints.save(step, self.state, host)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of examples read, earlier sessions included; the prefetched ones count."""
+        return self.bytes_before + self.data.train.bytes_read
+
+    def result(self) -> dict[str, Any]:
+        """What result.json says; the training split is measured on a sample."""
+        data, bytes_read = self.data, self.bytes_read
+        splits = {"train": data.train, "validation": data.validation, "test": data.test}
+        measured = {
+            name: self.evaluate(self.state, source, _SAMPLE if name == "train" else None)
+            for name, source in splits.items()
+            if source is not None
+        }
+        return {
+            "kind": data.kind,
+            **measured,
+            "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
+            "state_bytes": _tree.nbytes(self.state.opt_state),
+            "temp_bytes": self.compiled.temp_bytes,
+            "bytes_read": bytes_read,
+        }
+
+    def _status(self, means: dict[str, float], timing: dict[str, float]) -> str:
+        unit = "images" if self.data.kind == "image" else "windows"
+        shown = {name: means[name] for name in ("loss", *_SHOWN) if name in means}
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        return f"{timing['examples_per_s']:.0f} {unit}/s  {figures}"
+
+
+class Window:
+    """Training time of the steps between two lines of the log, evaluation and writing left out."""
+
+    def __init__(self, step: int):
+        self.begin(step)
+
+    def begin(self, step: int) -> None:
+        """The clock starts after this step."""
+        self._step, self._start = step, time.perf_counter()
+
+    def timing(self, step: int, batch: int) -> dict[str, float]:
+        """A line of timing.jsonl."""
+        steps, seconds = step - self._step, time.perf_counter() - self._start
+        rate = steps * batch / seconds
+        return {"steps": steps, "seconds": round(seconds, 4), "examples_per_s": round(rate, 1)}
