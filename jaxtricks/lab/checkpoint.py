@@ -1,9 +1,13 @@
 """Checkpoints by Orbax: written in the background, put in place when whole, the newest few kept."""
 
+import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,8 +57,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int):
         import orbax.checkpoint as ocp
 
-        # Orbax logs tracebacks of what is said in one sentence here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _silence_orbax()
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -95,13 +98,12 @@ class Checkpoints:
         steps = self._steps()
         for step in steps:
             try:
-                # Before Orbax: TensorStore's threads complain on stderr after a failed read.
                 _check_sums(self._folder / str(step))
                 return self._read(step, like)
             except UserError:
                 raise
             except Exception as error:  # Orbax, TensorStore and json each fail in their own ways
-                tell(f"checkpoint {self._folder / str(step)} can't be read ({_first_line(error)})")
+                tell(f"checkpoint {self._folder / str(step)} can't be read ({_reason(error)})")
                 self._set_aside(step)
         if steps:
             raise UserError(
@@ -162,7 +164,7 @@ class Checkpoints:
             Exception
         ) as error:  # a full disk is an OSError here, a ValueError from TensorStore there
             raise UserError(
-                f"can't write checkpoints to {self._folder} ({_first_line(error)}): free space or give "
+                f"can't write checkpoints to {self._folder} ({_reason(error)}): free space or give "
                 "another --out; what was saved before is whole, and --resume goes on from there"
             ) from error
 
@@ -215,6 +217,26 @@ def _check_sums(folder: pathlib.Path) -> None:
             raise ValueError(f"{name} is {'damaged' if name in have else 'missing'}")
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    # TensorStore tells at length which of its files met what, and ends with [os_error_code='28'].
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """Leave what is said in one sentence here to that sentence.
+
+    Orbax logs tracebacks, and after a failure TensorStore's threads still call an event loop that Orbax has
+    closed: what they raise reaches nobody but `sys.unraisablehook`.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
