@@ -40,8 +40,7 @@ def batch(name):
 
 @functools.cache
 def made(name, recompute=False):
-    # One program makes all parameters: dozens of small ones would take longer to compile than to train.
-    return jt.nnx.functional(nnx.jit(lambda: MODELS[name](recompute=recompute, rngs=nnx.Rngs(0)))())
+    return jt.nnx.functional(MODELS[name](recompute=recompute, rngs=nnx.Rngs(0)))
 
 
 def loss_fn(params, state, x, labels, *, apply):

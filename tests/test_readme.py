@@ -12,7 +12,7 @@ README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_example_trains():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope: dict = {}
     exec(code, scope)
     x = jnp.linspace(-1, 1, 16 * 8).reshape(16, 8)
