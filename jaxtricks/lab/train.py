@@ -136,7 +136,7 @@ def summary_table(result: dict[str, Any]) -> _table.Table:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

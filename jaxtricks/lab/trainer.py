@@ -21,7 +21,7 @@ _READERS = 4  # threads that decode large images; small ones are faster decoded 
 _SMALL = 64 * 64  # pixels
 _SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
 _CURVES = ("loss", "accuracy", "balanced_accuracy")
-_SHOWN = ("val_loss", "val_accuracy")
+_SHOWN = {"loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
 
 
 class Trainer:
@@ -73,7 +73,7 @@ class Trainer:
                 self.folder.log(done, means, timing)
                 for output in outputs:
                     output.write(done, means)
-                progress.update(task, completed=done, status=self._status(means, timing))
+                progress.update(task, completed=done, status=status(means, timing))
             if interrupt.signal or done % cfg.save_every == 0 or done == cfg.steps:
                 self.save(done)
             if means is not None:
@@ -131,11 +131,11 @@ class Trainer:
             "bytes_read": bytes_read,
         }
 
-    def _status(self, means: dict[str, float], timing: dict[str, float]) -> str:
-        unit = "images" if self.data.kind == "image" else "windows"
-        shown = {name: means[name] for name in ("loss", *_SHOWN) if name in means}
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        return f"{timing['examples_per_s']:.0f} {unit}/s  {figures}"
+
+def status(means: dict[str, float], timing: dict[str, float]) -> str:
+    """Throughput and the newest figures, short enough for a line of 80 columns."""
+    figures = [f"{name} {means[key]:.3f}" for key, name in _SHOWN.items() if key in means]
+    return "  ".join([f"{timing['examples_per_s']:.0f}/s", *figures])
 
 
 class Window:
