@@ -1,14 +1,9 @@
 """What an ablation says: verdicts, the table, report.md and results.json."""
 
-import os
-import platform
-from importlib.metadata import version
 from typing import Any
 
-import jax
-
 from jaxtricks import _table
-from jaxtricks.lab import compose
+from jaxtricks.lab import about, compose
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Ablate
 from jaxtricks.lab.rundir import RunDir
@@ -125,11 +120,11 @@ Command: `{command or "jaxtricks ablate"}`
 
 def hardware() -> str:
     """Machine and versions in one line."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "numpy"))
-    device = jax.devices()[0]
+    machine, have = about.hardware(), about.versions()
+    packages = ", ".join(f"{name} {have[name]}" for name in ("jax", "flax", "optax", "numpy"))
     return (
-        f"{device.platform} ({device.device_kind}), {os.cpu_count()} cores, {platform.machine()}, "
-        f"Python {platform.python_version()}, {packages}"
+        f"{machine['kind']}, {machine['cores']} cores, {machine['machine']}, "
+        f"Python {have['python']}, {packages}"
     )
 
 
