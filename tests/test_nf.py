@@ -195,3 +195,17 @@ def test_stochastic_depth_has_a_traced_rate_and_a_gradient(ours):
     grad = jax.jit(jax.grad(lambda x, rate: jnp.sum(ws.stochastic_depth(key, x, rate))))
     np.testing.assert_array_equal(grad(x, jnp.float32(0.5)), mask)
     assert 0 < mask.sum() < mask.size
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.vmap, jax.grad, lambda f: lambda x: jax.eval_shape(f, x)]
+)
+def test_gains_are_numbers_inside_every_transformation(transform):
+    gains = []
+
+    def f(x):
+        gains.append(ws.scaled_activation(jax.nn.relu).gain)  # relu has a custom derivative
+        return ws.scaled_activation(jax.nn.relu)(x)
+
+    transform(f)(jnp.ones(()) if transform is jax.grad else jnp.ones(3))
+    np.testing.assert_allclose(gains[0], np.sqrt(2 / (1 - 1 / np.pi)), rtol=1e-9)

@@ -58,9 +58,10 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
       Brock, De, Smith, "Characterizing signal propagation", arXiv 2101.08692, section 4.1.
     """
     z, density = _normal_quadrature()
-    # float64 and concrete, whatever the caller's settings, inside jit too.
+    # float64 and concrete, whatever the caller's settings, inside any transformation: jit(fn) because a
+    # function with a derivative of its own would be traced there.
     with jax.ensure_compile_time_eval(), _compat.enable_x64():
-        y = np.asarray(fn(jnp.asarray(z)), np.float64)
+        y = np.asarray(jax.jit(fn)(jnp.asarray(z)), np.float64)
     if y.shape != z.shape:
         raise ValueError(
             f"weightstd.scaled_activation: fn turns shape {z.shape} into {y.shape}; give an elementwise one"
