@@ -233,6 +233,12 @@ def test_an_existing_run_is_never_overwritten(capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_too_many_devices_leave_no_run_behind(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert "--devices 16" in fails(capsys, "train", "--devices", "16", "--out", str(out))
+    assert not out.exists()
+
+
 def test_a_file_is_no_run_directory(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file" in fails(capsys, "train", "--out", str(tmp_path / "file"))

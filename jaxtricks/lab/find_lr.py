@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 
 from jaxtricks import cyclical
-from jaxtricks.lab import about, compose, loop, train
-from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import about, loop, train
 from jaxtricks.lab.config import LrFind
 from jaxtricks.lab.rundir import RunDir
+from jaxtricks.lab.trainer import open_batches
 
 PICTURE = "lr_range.png"
 
@@ -41,13 +41,6 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
     program = loop.build(cfg, data, rate=1.0)
     state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
-    batches = data_lib.pipeline(
-        data.train,
-        batch=cfg.batch,
-        seed=cfg.seed,
-        transform=compose.build_reads(cfg),
-        to_device=lambda batch: jax.device_put(batch, place.batch),
-    )
 
     @jax.jit
     def step(state: loop.TrainState, batch: Any, rate: Any) -> tuple[loop.TrainState, Any]:
@@ -55,7 +48,13 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
         return state, metrics["loss"]
 
     found = cyclical.lr_range_test(
-        step, state, batches, lo=cfg.lo, hi=cfg.hi, num_steps=cfg.rates, smoothing=0.9
+        step,
+        state,
+        open_batches(cfg, data, place),
+        lo=cfg.lo,
+        hi=cfg.hi,
+        num_steps=cfg.rates,
+        smoothing=0.9,
     )
     folder.write(
         "range.json", {name: np.asarray(x).tolist() for name, x in found._asdict().items()}

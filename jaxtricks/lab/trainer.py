@@ -24,23 +24,34 @@ _CURVES = ("loss", "accuracy", "balanced_accuracy")
 _SHOWN = {"loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
 
 
+def open_batches(cfg: Train, data: data_lib.Data, place: loop.Placement) -> Any:
+    """Endless micro-batches of the training split, on their devices; a Grain iterator."""
+    return data_lib.pipeline(
+        data.train,
+        batch=cfg.micro_batch,
+        seed=cfg.seed,
+        transform=compose.build_reads(cfg),
+        to_device=lambda batch: jax.device_put(batch, place.batch),
+        readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
+    )
+
+
 class Trainer:
     """One run: its state, what it reads, and what it writes."""
 
-    def __init__(self, cfg: Train, data: data_lib.Data, folder: RunDir, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        cfg: Train,
+        data: data_lib.Data,
+        place: loop.Placement,
+        folder: RunDir,
+        checkpoints: Checkpoints,
+    ):
         self.cfg, self.data, self.folder, self.checkpoints = cfg, data, folder, checkpoints
-        place = loop.Placement.over(cfg.devices)
         program = loop.build(cfg, data)
         self.evaluate = Evaluator(program, data, cfg.micro_batch)
         self.state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
-        self.batches = data_lib.pipeline(
-            data.train,
-            batch=cfg.micro_batch,
-            seed=cfg.seed,
-            transform=compose.build_reads(cfg),
-            to_device=lambda batch: jax.device_put(batch, place.batch),
-            readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
-        )
+        self.batches = open_batches(cfg, data, place)
         self.meter, self.bytes_before = loop.Meter(), 0
         self.compiled = loop.compile_step(program, self.state, loop.example_batch(cfg, data))
 
