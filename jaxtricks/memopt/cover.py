@@ -1,6 +1,7 @@
 """SM3: second moments as one accumulator per axis."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jaxtricks import _tree
 from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
-from jaxtricks.memopt import leaves
+from jaxtricks.memopt import averages, leaves
 
 # A NumPy number, because optax.inject_hyperparams makes arrays of Python floats, and an array may
 # become nonzero later: its buffer could not be left out.
@@ -85,7 +86,9 @@ def sm3(
     Args:
       learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
       momentum: the number 0 = none and no buffer; an array or schedule always has its buffer.
-      momentum_dtype: dtype of m ("bfloat16"); None = float32, float64 for float64 parameters.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
+        random (unbiased, the same at the same step and path); None = float32, float64 for float64
+        parameters.
       axes: which axes are "batch" (independent slices; every other role is alike): None = none of
         them; a function (path, shape) -> roles or None; a rule of `axes.by_path`; a tree of roles.
       eps: added under the root, never accumulated.
@@ -96,7 +99,6 @@ def sm3(
     Raises:
       ValueError: an argument out of range; in `init`, a rule that does not fit or a parameter that is
         not floating.
-      NotImplementedError: momentum_dtype="int8".
 
     Example:
       >>> tx = sm3(0.1)
@@ -114,7 +116,8 @@ def sm3(
 def _transform(
     name: str, rate: Any, momentum: Any, momentum_dtype: Any, axes: Any, eps: Any
 ) -> optax.GradientTransformation:
-    momentum_dtype = leaves.momentum_dtype(name, momentum_dtype)
+    momentum_dtype = averages.checked_dtype(name, momentum_dtype)
+    leaves.check_number(name, "learning_rate", rate, 0)
     leaves.check_number(name, "momentum", momentum, 0, 1)
     leaves.check_number(name, "eps", eps, 0)
 
@@ -123,22 +126,20 @@ def _transform(
         v = {path: _zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()}
         m = None
         if not leaves.is_zero(momentum):
-            m = {
-                path: jnp.zeros(x.shape, momentum_dtype or _tree.wide_dtype(x))
-                for path, x in table.items()
-            }
+            m = {path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
         return Sm3State(jnp.zeros([], jnp.int32), v, m)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         tree = updates if params is None else params
         weights, roles = leaves.checked(name, tree), leaves.roles_by_path(axes, tree)
+        keys = averages.keys(state.m, state.count)
         out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
         for path, g in leaves.checked(name, updates).items():
             v = leaves.lookup(name, state.v, path, "the state")
             p = leaves.lookup(name, weights, path, "`params`")
             m = None if state.m is None else state.m[path]
             hyper = [leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
-            u, new_v[path], m = _step(g, v, m, *hyper, where=_axes(g.shape, roles[path]))
+            u, new_v[path], m = _step(g, v, m, keys.get(path), *hyper, where=_axes(g.shape, roles[path]))
             if new_m is not None:
                 new_m[path] = m
             out.append(u.astype(leaves.update_dtype(g, p)))
@@ -160,30 +161,35 @@ def _others(axis: int, own: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
-    dtype = _tree.wide_dtype(leaf)
     if own is None:
-        return (jnp.zeros(leaf.shape, dtype),)
-    shapes = [[n for i, n in enumerate(leaf.shape) if i not in _others(axis, own)] for axis in own]
-    return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        return (leaves.zeros(leaf),)
+    return tuple(leaves.zeros(leaf, without=_others(axis, own)) for axis in own)
 
 
 @functools.partial(jax.jit, static_argnames="where")
 def _step(
-    g: Any, v: Any, m: Any, rate: Any, momentum: Any, eps: Any, *, where: tuple[int, ...] | None
+    g: Any, v: Any, m: Any, key: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
 ) -> Any:
     """(update, v, m) of one leaf in the dtype of its state."""
-    g = g.astype(v[0].dtype)
-    if where is None:
-        nu = v[0] + jnp.square(g)
-        v = (nu,)
-    else:
-        bounds = [jnp.expand_dims(a, _others(i, where)) for i, a in zip(where, v, strict=True)]
-        nu = functools.reduce(jnp.minimum, bounds) + jnp.square(g)
-        v = tuple(jnp.max(nu, axis=_others(i, where)) for i in where)
+    maxima = []
+    for axis in where or ():  # each maximum and the update read g; none of them writes nu
+        maxima.append(jnp.max(_bound(g, v, where), axis=_others(axis, where)))
+        g, *v = leaves.reread(g, *v)
+    nu, g = _bound(g, v, where), g.astype(v[0].dtype)
+    v = tuple(maxima) or (nu,)
     # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
     total = nu + eps
     u = jnp.where(total > 0, g * jax.lax.rsqrt(total), jnp.zeros_like(g))
     if m is not None:
-        u = momentum * m.astype(u.dtype) + (1 - momentum) * u
-        m = u.astype(m.dtype)
+        u = momentum * averages.read(m, u.dtype) + (1 - momentum) * u
+        m = averages.write(u, m, key)
     return (u if rate is None else -rate * u), v, m
+
+
+def _bound(g: Array, v: Sequence[Array], where: tuple[int, ...] | None) -> Array:
+    """nu: the smallest of the accumulators that cover an entry, plus g^2."""
+    square = jnp.square(g.astype(v[0].dtype))
+    if where is None:
+        return v[0] + square
+    covers = [jnp.expand_dims(a, _others(axis, where)) for axis, a in zip(where, v, strict=True)]
+    return functools.reduce(jnp.minimum, covers) + square

@@ -1,4 +1,9 @@
-"""The arithmetic of Adafactor on one leaf: which axes are factored, moments, clipping, the step."""
+"""The arithmetic of Adafactor on one leaf: which axes are factored, moments, clipping, the step.
+
+Every pass over a leaf costs its size in memory traffic, so there are four, and nothing of the leaf's size
+is written but the result: mean of g^2 over one side; over the other side, together with the weighted mean
+that gives RMS(u) without forming u; RMS(p); the step.
+"""
 
 import functools
 import math
@@ -7,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtricks import _tree
 from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Roles
-from jaxtricks.memopt import leaves
+from jaxtricks.memopt import averages, leaves
 
 
 class Factored(NamedTuple):
@@ -66,6 +70,13 @@ class Hyper(NamedTuple):
     weight_decay: Any = None
 
 
+class _Direction(NamedTuple):
+    """u = g times the factors, which broadcast; mean of u^2 per slice, None if nobody asks."""
+
+    factors: tuple[Array, ...]
+    mean_square: Array | None
+
+
 def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
     """Axes of a leaf by role, or by the rule of Mesh TensorFlow: the two largest, ties to the earlier."""
     rank = len(shape)
@@ -79,66 +90,113 @@ def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
 
 
 def zeros(leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | Full:
-    """Second moment of a leaf before the first update."""
-    shape, dtype = tuple(leaf.shape), _tree.wide_dtype(leaf)
+    """Second moment of a leaf before the first update, placed as the leaf is."""
+    shape = tuple(leaf.shape)
     sides = [math.prod(shape[i] for i in side) for side in (where.rows, where.columns)]
     if not (factored and where.rows and where.columns and 0 not in shape and min(sides) >= min_dim):
-        return Full(jnp.zeros(shape, dtype))
-    kept = [
-        [n for i, n in enumerate(shape) if i not in side] for side in (where.columns, where.rows)
-    ]
-    return Factored(*(jnp.zeros(shape, dtype) for shape in kept))
+        return Full(leaves.zeros(leaf))
+    return Factored(*(leaves.zeros(leaf, without=side) for side in (where.columns, where.rows)))
 
 
 @functools.partial(jax.jit, static_argnames=("where", "config"))
-def step(g: Any, p: Any, v: Any, m: Any, hyper: Hyper, *, where: Layout, config: Config) -> Any:
+def step(
+    g: Any, p: Any, v: Any, m: Any, key: Any, hyper: Hyper, *, where: Layout, config: Config
+) -> Any:
     """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
-    dtype, result = _tree.wide_dtype(v[0]), leaves.update_dtype(g, p)
-    g, p = g.astype(dtype), p.astype(dtype)
-    v = _accumulate(v, jnp.square(g) + hyper.eps_square, hyper.one_minus_beta2, where)
-    u = _precondition(g, v, where)
-    if hyper.clip is not None:
-        over = _rms(u, where.others if config.clip_per_slice else tuple(range(u.ndim))) / hyper.clip
-        u = u / jnp.maximum(over, 1)
-    if config.parameter_scale:
-        scale = jnp.maximum(_rms(p, where.others), hyper.eps_scale)
-        u = u * (scale if hyper.max_scale is None else jnp.minimum(scale, hyper.max_scale))
+    dtype, result = v[0].dtype, leaves.update_dtype(g, p)
+    slices = where.others if config.clip_per_slice else tuple(range(g.ndim))
+    moments = _factored if isinstance(v, Factored) else _full
+    v, direction = moments(g, v, hyper, where, None if hyper.clip is None else slices)
+    scale = _scale(p.astype(dtype), direction.mean_square, hyper, where, config)
+    u = _times(g.astype(dtype), direction.factors, scale)
     if hyper.rate is None:
         return u.astype(result), v, m
-    if not config.momentum_before_rate:
-        u = hyper.rate * u
     if m is not None:
-        u = hyper.beta1 * m.astype(dtype) + (1 - hyper.beta1) * u
-        m = u.astype(m.dtype)
+        u = hyper.beta1 * averages.read(m, dtype) + (1 - hyper.beta1) * u
+        m = averages.write(u, m, key)
     if config.momentum_before_rate:
         u = hyper.rate * u
     if hyper.weight_decay is not None:
-        u = u + hyper.rate * hyper.weight_decay * p
+        u = u + hyper.rate * hyper.weight_decay * p.astype(dtype)
     return (-u).astype(result), v, m
 
 
-def _accumulate(v: Any, g2: Array, weight: Any, where: Layout) -> Factored | Full:
-    if isinstance(v, Full):
-        return Full(_lerp(v.v, g2, weight))
-    v_in = _lerp(v.v_in, jnp.mean(g2, axis=where.columns), weight)
-    return Factored(v_in, _lerp(v.v_out, jnp.mean(g2, axis=where.rows), weight))
+def _full(g: Any, v: Full, hyper: Hyper, where: Layout, slices: Any) -> tuple[Full, _Direction]:
+    square = jnp.square(g.astype(v.v.dtype))
+    new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
+    mean_square = None if slices is None else _mean(square / new, slices)
+    return Full(new), _Direction((jax.lax.rsqrt(new),), mean_square)
+
+
+def _factored(
+    g: Any, v: Factored, hyper: Hyper, where: Layout, slices: Any
+) -> tuple[Factored, _Direction]:
+    dtype = v.v_in.dtype
+    olds = [jnp.expand_dims(v.v_in, where.columns), jnp.expand_dims(v.v_out, where.rows)]
+    sides = [where.columns, where.rows]  # over what v_in and v_out are means
+    # The side with the last axis comes second: two means at once are cheap where memory is contiguous.
+    first = int(max(where.rows) < max(where.columns))
+    second = 1 - first
+
+    def moment(i: int, mean: Array) -> Array:
+        return _lerp(olds[i], mean + hyper.eps_square, hyper.one_minus_beta2)
+
+    new = [olds[0], olds[1]]
+    new[first] = moment(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
+    plain, weighted = _two_means(g, 1 / new[first], sides[second])
+    new[second] = moment(second, plain)
+    # V itself is never formed: the product of the two means may leave the range of the dtype.
+    v_in, v_out = new
+    norm = _mean(v_in, where.rows)
+    mean_square = None if slices is None else _mean(norm * (weighted / new[second]), slices)
+    factors = (jax.lax.rsqrt(v_in) * jnp.sqrt(norm), jax.lax.rsqrt(v_out))
+    kept = Factored(jnp.squeeze(v_in, where.columns), jnp.squeeze(v_out, where.rows))
+    return kept, _Direction(factors, mean_square)
+
+
+def _two_means(g: Array, weight: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean of g^2, mean of g^2 weight) over the axes, in one pass over g on every backend."""
+
+    def separate(g: Array, weight: Array) -> tuple[Array, Array]:
+        square = jnp.square(g.astype(weight.dtype))
+        return _mean(square, axes), _mean(square * weight, axes)
+
+    def stacked(g: Array, weight: Array) -> tuple[Array, Array]:
+        # XLA's CPU backend has no reduction with two results: one with an axis more reads g once.
+        (g,) = leaves.reread(g)
+        weights = jnp.stack([jnp.ones_like(weight), weight])
+        square = jnp.square(g.astype(weight.dtype))[None]
+        means = _mean(square * weights, tuple(i + 1 for i in axes))
+        return means[0], means[1]
+
+    return jax.lax.platform_dependent(g, weight, cpu=stacked, default=separate)
+
+
+def _scale(p: Array, mean_square: Any, hyper: Hyper, where: Layout, config: Config) -> Any:
+    """What u is multiplied with, per slice: clipping, RMS(p), and the learning rate if it comes here."""
+    scale = None
+    if mean_square is not None:
+        scale = 1 / jnp.maximum(jnp.sqrt(mean_square) / hyper.clip, 1)
+    if config.parameter_scale:
+        size = jnp.maximum(jnp.sqrt(_mean(jnp.square(p), where.others)), hyper.eps_scale)
+        size = size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale)
+        scale = size if scale is None else scale * size
+    if hyper.rate is not None and not config.momentum_before_rate:
+        scale = hyper.rate if scale is None else scale * hyper.rate
+    return scale
+
+
+def _times(g: Array, factors: tuple[Array, ...], scale: Any) -> Array:
+    # The scale goes to the smallest factor, not to the leaf.
+    first, *rest = factors
+    return functools.reduce(jnp.multiply, rest, g * (first if scale is None else first * scale))
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:
     return (1 - weight) * old + weight * new
 
 
-def _precondition(g: Array, v: Any, where: Layout) -> Array:
-    if isinstance(v, Full):
-        return g * jax.lax.rsqrt(v.v)
-    # V itself is never formed: the product of the two means may leave the range of the dtype.
-    v_in = jnp.expand_dims(v.v_in, where.columns)
-    r = jax.lax.rsqrt(v_in / jnp.mean(v_in, axis=where.rows, keepdims=True))
-    return g * r * jax.lax.rsqrt(jnp.expand_dims(v.v_out, where.rows))
-
-
-def _rms(x: Array, axes: tuple[int, ...]) -> Array:
-    if not axes:
-        return jnp.abs(x)
+def _mean(x: Array, axes: tuple[int, ...]) -> Array:
+    # Zero for a leaf without elements, which has no mean.
     n = max(1, math.prod(x.shape[i] for i in axes))
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True) / n)
+    return jnp.sum(x, axis=axes, keepdims=True) / n

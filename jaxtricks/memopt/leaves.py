@@ -1,5 +1,6 @@
 """What the transforms of this room share: leaves by path, state dtypes, hyper-parameters."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _tree, axes
+from jaxtricks import _compat, _tree, axes
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
 
@@ -44,21 +45,40 @@ def update_dtype(g: Any, p: Any) -> Any:
         return jnp.promote_types(g.dtype, p.dtype)
 
 
-def momentum_dtype(name: str, dtype: Any) -> Any:
-    """The floating dtype that an argument `momentum_dtype` names; None stays None."""
-    if dtype is None:
-        return None
-    if dtype == "int8":
-        raise NotImplementedError(f"memopt.{name}: momentum_dtype='int8' is not built yet")
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(
-            f"memopt.{name}: `momentum_dtype` is {dtype!r}: give 'float32', 'bfloat16' or None"
-        )
-    return found
+def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
+    """Zeros shaped as the leaf without some axes, on the devices and in the shards where the leaf is.
+
+    Args:
+      leaf: array, tracer or shape.
+      without: axes that are left out.
+      dtype: None = that of the leaf, float32 at least.
+    """
+    dtype = _tree.wide_dtype(leaf) if dtype is None else dtype
+    if isinstance(leaf, jax.core.Tracer) or len(_devices(leaf)) > 1:
+        return _zeros_alike(leaf, without=without, dtype=np.dtype(dtype))
+    return jnp.zeros([n for i, n in enumerate(leaf.shape) if i not in without], dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("without", "dtype"))
+def _zeros_alike(leaf: Any, *, without: tuple[int, ...], dtype: Any) -> Array:
+    # Plain zeros depend on nothing, so that XLA would put all of them on every device; the sum over
+    # zeros that are sharded as the leaf has the leaf's sharding without these axes, and costs nothing.
+    return jnp.sum(_compat.zeros_alike(leaf).astype(dtype), axis=without, dtype=dtype)
+
+
+def _devices(leaf: Any) -> Any:
+    return getattr(getattr(leaf, "sharding", None), "device_set", ())
+
+
+def reread(*arrays: Array) -> tuple[Array, ...]:
+    """The same arrays, of which XLA's CPU backend does not know that they are the same.
+
+    What two reductions share (g^2, say) it would compute once, write to memory whole, and read back
+    twice. On other backends the arrays as they are: there the compiler fuses the two.
+    """
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=lambda *xs: xs
+    )
 
 
 def value(x: ScalarOrSchedule, count: Any, dtype: Any) -> Array:
@@ -81,7 +101,7 @@ def is_zero(x: Any) -> bool:
 
 def check_number(name: str, argument: str, x: Any, low: float, high: float = float("inf")) -> None:
     """Raise if a plain number lies outside [low, high]; arrays and schedules pass."""
-    if isinstance(x, int | float) and not low <= x <= high:
+    if isinstance(x, int | float | np.generic) and not low <= x <= high:
         limit = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
         raise ValueError(f"memopt.{name}: `{argument}` is {x}: give a number {limit}")
 

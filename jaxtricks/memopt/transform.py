@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _tree
 from jaxtricks._types import Array, Params, ScalarOrSchedule
-from jaxtricks.memopt import leaves, rates
+from jaxtricks.memopt import averages, leaves, rates
 from jaxtricks.memopt.factored import Config, Factored, Full, Hyper, layout, step, zeros
 
 # optax.inject_hyperparams turns every Python int into an array, and under jit into a tracer, which
@@ -126,7 +125,9 @@ def adafactor(
       learning_rate: lr_t. None = the paper's relative step min(1e-2, 1/sqrt(t)).
       warmup_init: with learning_rate None, min(1e-6 t, 1/sqrt(t)).
       beta1: momentum; None or 0 = none and no buffer.
-      momentum_dtype: dtype of m ("bfloat16"); None = float32, float64 for float64 parameters.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
+        random (unbiased, the same at the same step and path); None = float32, float64 for float64
+        parameters.
       momentum_before_lr: average u max(eps[1], RMS(p)) and multiply by lr_t afterwards.
       decay: "pow" as above, or "adam": beta2_t = rate (1 - rate^(t-1)) / (1 - rate^t).
       decay_rate: exponent of "pow", rate of "adam".
@@ -167,12 +168,14 @@ def adafactor(
     _check(
         "adafactor", (decay, decay_rate, decay_cap), eps, clipping_threshold, max_parameter_scale
     )
+    leaves.check_number("adafactor", "learning_rate", learning_rate, 0)
     leaves.check_number("adafactor", "beta1", beta1, 0, 1)
+    leaves.check_number("adafactor", "weight_decay", weight_decay, 0)
     if warmup_init and learning_rate is not None:
         raise ValueError(
             "memopt.adafactor: `warmup_init` is part of the relative step: leave out `learning_rate`"
         )
-    momentum_dtype = leaves.momentum_dtype("adafactor", momentum_dtype)
+    momentum_dtype = averages.checked_dtype("adafactor", momentum_dtype)
     config = Config(factored, multiply_by_parameter_scale, clip_per_slice, momentum_before_lr)
 
     def hyper(count: Any, dtype: Any) -> Hyper:
@@ -194,7 +197,7 @@ def adafactor(
         if leaves.is_zero(beta1):
             return state
         table = leaves.checked("adafactor", params)
-        return state._replace(m={p: _buffer(x, momentum_dtype) for p, x in table.items()})
+        return state._replace(m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()})
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         off = leaves.is_zero(weight_decay) or params is None
@@ -239,10 +242,6 @@ def _init(name: str, params: Params, axes: Any, config: Config, min_dim: Any) ->
     return AdafactorState(jnp.zeros([], jnp.int32), v, None)
 
 
-def _buffer(leaf: Array, dtype: Any) -> Array:
-    return jnp.zeros(leaf.shape, dtype or _tree.wide_dtype(leaf))
-
-
 def _update(
     name: str,
     updates: Any,
@@ -257,6 +256,7 @@ def _update(
         raise ValueError(f"memopt.{name} needs `params`: call tx.update(grads, state, params)")
     weights, roles = leaves.checked(name, params), leaves.roles_by_path(axes, params)
     at_step: dict[Any, Hyper] = {}
+    keys = averages.keys(state.m, state.count)
     out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
     for path, g in leaves.checked(name, updates).items():
         v = leaves.lookup(name, state.v, path, "the state")
@@ -267,7 +267,7 @@ def _update(
         h = at_step[dtype] if path in decayed else at_step[dtype]._replace(weight_decay=None)
         where = layout(tuple(p.shape), roles[path])
         m = None if state.m is None else state.m[path]
-        u, new_v[path], m = step(g, p, v, m, h, where=where, config=config)
+        u, new_v[path], m = step(g, p, v, m, keys.get(path), h, where=where, config=config)
         if new_m is not None:
             new_m[path] = m
         out.append(u)
