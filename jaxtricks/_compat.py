@@ -15,7 +15,13 @@ def enable_x64() -> contextlib.AbstractContextManager[Any]:
     return home.enable_x64(True)
 
 
-def zeros_alike(x: Any) -> jax.Array:
+def zeros_alike(x: Any, dtype: Any) -> jax.Array:
     """Zeros that are sharded as x is, whatever sharding the compiler finds for x: there is no public name."""
-    zeros, _ = shard_alike.shard_alike(jnp.zeros_like(x), jax.lax.stop_gradient(x))
-    return zeros
+    x = jax.lax.stop_gradient(x).astype(dtype)  # zeros converted later would be folded, and lie anywhere
+    return alike(jnp.zeros_like(x), x)
+
+
+def alike(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x, sharded by the compiler as the other is: the same shape and dtype."""
+    x, _ = shard_alike.shard_alike(x, other)
+    return x

@@ -43,10 +43,13 @@ References. Shazeer, Stern, "Adafactor: Adaptive Learning Rates with Sublinear M
 Kolesnikov, Houlsby, Beyer, "Scaling Vision Transformers", arXiv 2106.04560 (Big Vision's variant).
 """
 
-from jaxtricks.memopt.accounting import state_bytes
+from jaxtricks.memopt.accounting import state_bytes, state_table
+from jaxtricks.memopt.averages import Int8
 from jaxtricks.memopt.cover import Sm3State, scale_by_sm3, sm3
 from jaxtricks.memopt.factored import Factored, Full
 from jaxtricks.memopt.presets import PRESETS
+from jaxtricks.memopt.rounding import StochasticRoundState, apply_updates, stochastic_round
+from jaxtricks.memopt.sharding import state_specs
 from jaxtricks.memopt.transform import AdafactorState, adafactor, scale_by_adafactor
 
 __all__ = [
@@ -54,10 +57,16 @@ __all__ = [
     "AdafactorState",
     "Factored",
     "Full",
+    "Int8",
     "Sm3State",
+    "StochasticRoundState",
     "adafactor",
+    "apply_updates",
     "scale_by_adafactor",
     "scale_by_sm3",
     "sm3",
     "state_bytes",
+    "state_specs",
+    "state_table",
+    "stochastic_round",
 ]

@@ -1,10 +1,17 @@
 """What an optimizer's state costs, from shapes alone."""
 
-import jax
-import optax
+import math
+from typing import Any
 
-from jaxtricks import _tree
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtricks import _table, _tree
 from jaxtricks._types import Params
+from jaxtricks.memopt.factored import Full
+from jaxtricks.memopt.sharding import shardings_of, state_specs
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
@@ -23,4 +30,135 @@ def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
       >>> state_bytes(optax.adam(1e-3), params)
       8388612
     """
-    return _tree.nbytes(jax.eval_shape(tx.init, params))
+    return _tree.nbytes(jax.eval_shape(tx.init, _shapes(params)))
+
+
+def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Table:
+    """What the state of every parameter costs; allocates nothing.
+
+    Args:
+      tx: any optax transformation or chain.
+      params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
+        several devices, there is a column of what one device holds.
+
+    Returns:
+      A table (its `str()` is text), largest first: parameter, shape, state in bytes, state per
+      parameter byte, and per device. Notes name the matrices whose second moment Adafactor keeps whole,
+      and what that costs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtricks.memopt import adafactor
+      >>> params = {"q": jax.ShapeDtypeStruct((1024, 16, 64), jnp.float32)}
+      >>> print(state_table(adafactor(), params))
+      parameter  shape       state    state/param
+      ---------  ----------  -------  -----------
+      q          1024x16x64  4.0 MiB            1
+      others     -           4 B                -
+      total      -           4.0 MiB            1
+      q is not factored: 4.0 MiB, where 8.0 KiB would do; say what its axes are (axes=), or lower min_dim_size_to_factor.
+    """
+    table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
+    state = jax.eval_shape(tx.init, _shapes(params))
+    held = jax.tree.map(_nbytes, state)
+    owned = _by_owner(held, table)
+    local = None
+    if shardings is not None:
+        local = _by_owner(_local_bytes(tx, params, state, shardings), table)
+    order = sorted(table, key=lambda path: -owned[path])
+    rows = [_row(path, table[path], owned, local) for path in order]
+    rows.append(_row("others", None, owned, local, key=None))
+    rows.append(_total(table, owned, local))
+    headers = ("parameter", "shape", "state", "state/param")
+    notes = [note for path in order for note in _unfactored(path, table[path], state)]
+    return _table.make(headers if local is None else (*headers, "per device"), rows, notes)
+
+
+def _shapes(params: Params) -> Params:
+    """The parameters as shapes on one device."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), params)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+
+
+def _nbytes(x: Any) -> int:
+    return _tree.nbytes(x)
+
+
+def _by_owner(sizes: Any, table: dict[str, Any]) -> dict[str | None, int]:
+    """{path: bytes of all state below that path}, None = what belongs to no parameter."""
+    owned: dict[str | None, int] = dict.fromkeys([*table, None], 0)
+    for path, size in _tree.leaves_with_paths(sizes):
+        owned[_owner(path, table)] += size
+    return owned
+
+
+def _owner(path: str, table: dict[str, Any]) -> str | None:
+    """The longest parameter path that stands in a path of the state."""
+    keys = path.split("/")
+    for width in range(len(keys), 0, -1):
+        for start in range(len(keys) - width + 1):
+            found = "/".join(keys[start : start + width])
+            if found in table:
+                return found
+    return None
+
+
+def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
+    specs = state_specs(tx, params, shardings)
+    mesh = next(s.mesh for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding))
+
+    def local(x: Any, spec: PartitionSpec) -> int:
+        shape = NamedSharding(mesh, spec).shard_shape(x.shape)
+        return _tree.nbytes(jax.ShapeDtypeStruct(shape, x.dtype))
+
+    return jax.tree.map(local, state, specs)
+
+
+def _row(path: str, leaf: Any, owned: Any, local: Any, key: Any = "") -> tuple[Any, ...]:
+    key = path if key == "" else key
+    shape = None if leaf is None else "x".join(map(str, leaf.shape)) or "scalar"
+    share = None if leaf is None else _ratio(owned[key], _tree.nbytes(leaf))
+    row = (path, shape, _table.format_bytes(owned[key]), share)
+    return row if local is None else (*row, _table.format_bytes(local[key]))
+
+
+def _total(table: dict[str, Any], owned: Any, local: Any) -> tuple[Any, ...]:
+    size = sum(owned.values())
+    row = ("total", None, _table.format_bytes(size), _ratio(size, _tree.nbytes(table)))
+    return row if local is None else (*row, _table.format_bytes(sum(local.values())))
+
+
+def _ratio(state: int, params: int) -> float | None:
+    return state / params if params else None
+
+
+def _unfactored(path: str, leaf: Any, state: Any) -> list[str]:
+    """A sentence if Adafactor keeps the whole second moment of a leaf that could be two sides."""
+    if len(leaf.shape) < 2 or 0 in leaf.shape:
+        return []
+    whole = [v for v in _second_moments(state, path) if isinstance(v, Full)]
+    cuts = range(1, len(leaf.shape))
+    sides = min(math.prod(leaf.shape[:c]) + math.prod(leaf.shape[c:]) for c in cuts)
+    sizes = [(v.v.dtype.itemsize * math.prod(leaf.shape), v.v.dtype.itemsize * sides) for v in whole]
+    return [
+        f"{path} is not factored: {_table.format_bytes(size)}, where {_table.format_bytes(least)} would "
+        "do; say what its axes are (axes=), or lower min_dim_size_to_factor."
+        for size, least in sizes
+        if size > least
+    ]
+
+
+def _second_moments(state: Any, path: str) -> list[Any]:
+    found: list[Any] = []
+
+    def visit(x: Any) -> bool:
+        v = getattr(x, "v", None)
+        if isinstance(v, dict) and path in v:
+            found.append(v[path])
+        return False
+
+    jax.tree.leaves(state, is_leaf=visit)
+    return found

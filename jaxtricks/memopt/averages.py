@@ -2,12 +2,14 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtricks import _tree
+from jaxtricks import _compat
 from jaxtricks._types import Array, Key
 from jaxtricks.memopt import leaves
 
@@ -47,10 +49,11 @@ def zeros(leaf: Any, dtype: Any) -> Array | Int8:
     """An empty average for one leaf, placed as the leaf is; None = float32 or better."""
     if dtype != jnp.int8:
         return leaves.zeros(leaf, dtype=dtype)
-    merged, (*leading, width) = _blocked(leaf.shape)
-    scale = jnp.zeros((*leading, math.ceil(width / BLOCK)), jnp.float32)
-    if merged == 1 and width % BLOCK == 0:
-        scale = leaves.place(scale, leaf, range(leaf.ndim))
+    if leaves.on_one_device(leaf):
+        *leading, width = _merged(leaf.shape)
+        scale = jnp.zeros((*leading, math.ceil(width / BLOCK)), jnp.float32)
+    else:
+        scale = _no_scale(leaf)
     return Int8(leaves.zeros(leaf, dtype=jnp.int8), scale)
 
 
@@ -71,34 +74,49 @@ def read(m: Any, dtype: Any) -> Array:
     """The average as an array of the dtype."""
     if not isinstance(m, Int8):
         return m.astype(dtype)
-    blocks = _split(m.values.astype(dtype)) * m.scale.astype(dtype)[..., None]
-    return _join(blocks, m.values.shape)
+
+    def decode(values: Array, scale: Array) -> Array:
+        return _join(_split(values.astype(dtype)) * scale.astype(dtype)[..., None], values.shape)
+
+    return _regrouped(decode, lambda whole, scale: whole, *m)
 
 
 def write(x: Array, like: Any, key: Key | None) -> Any:
     """x in the form of `like`; int8 is rounded up with the probability of the remainder (unbiased)."""
     if not isinstance(like, Int8):
         return x.astype(like.dtype)
+    noise = jax.random.bits(key, x.shape, jnp.uint16)
+    new = Int8(*_regrouped(_encode, lambda whole, scale: (whole, scale), x, noise))
+    # Left alone, the compiler may find another place for a scale than `zeros` did.
+    return jax.tree.map(_compat.alike, new, like)
+
+
+def _encode(x: Array, noise: Array) -> tuple[Array, Array]:
     blocks = _split(x)
     scale = jnp.max(jnp.abs(blocks), axis=-1) / _LARGEST
     steps = blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
-    # Below 128 a sum with 16 random bits is exact to half a bit.
-    noise = jax.random.bits(key, blocks.shape, jnp.uint16).astype(x.dtype) / 2**16
-    rounded = jnp.clip(jnp.floor(steps + noise), -_LARGEST, _LARGEST)
-    return Int8(_join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32))
+    lower = jnp.floor(steps)
+    up = _split(noise).astype(x.dtype) / 2**16 < steps - lower
+    rounded = jnp.clip(lower + up.astype(x.dtype), -_LARGEST, _LARGEST)
+    return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
 
 
-def _blocked(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """How many of the last axes a block spans, and the shape with these merged into one."""
-    merged = min(1, len(shape))
-    while merged < len(shape) and math.prod(shape[len(shape) - merged :]) < BLOCK:
-        merged += 1
-    cut = len(shape) - merged
-    return merged, (*shape[:cut], math.prod(shape[cut:]))
+@jax.jit
+def _no_scale(leaf: Any) -> Array:
+    zeros = _compat.zeros_alike(leaf, jnp.float32)
+    return _regrouped(lambda x: jnp.sum(_split(x), axis=-1), lambda whole, scale: scale, zeros)
+
+
+def _merged(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its last axes merged into one, as many as a block needs to be full."""
+    cut = max(0, len(shape) - 1)
+    while cut and math.prod(shape[cut:]) < BLOCK:
+        cut -= 1
+    return (*shape[:cut], math.prod(shape[cut:]))
 
 
 def _split(x: Array) -> Array:
-    _, (*leading, width) = _blocked(x.shape)
+    *leading, width = _merged(x.shape)
     count = math.ceil(width / BLOCK)
     flat = x.reshape(*leading, width)
     padded = jnp.pad(flat, [(0, 0)] * len(leading) + [(0, count * BLOCK - width)])
@@ -106,5 +124,27 @@ def _split(x: Array) -> Array:
 
 
 def _join(blocks: Array, shape: tuple[int, ...]) -> Array:
-    _, (*leading, width) = _blocked(shape)
+    *leading, width = _merged(shape)
     return blocks.reshape(*leading, -1)[..., :width].reshape(shape)
+
+
+def _regrouped(fn: Callable[..., Any], out: Callable[..., Any], x: Array, *rest: Array) -> Any:
+    """fn(x, *rest), which reshapes; out(sharding of x, that of its scales) says how the results lie.
+
+    On a mesh of Explicit axes a reshape asks how its result lies, so fn runs with them Auto.
+    """
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return fn(x, *rest)
+    *leading, width = _merged(x.shape)
+    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+    last = None
+    if len(leading) == x.ndim - 1 and width % (BLOCK * _shards(sharding.mesh, spec[-1])) == 0:
+        last = spec[-1]
+    scale = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(leading)], last))
+    return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(x, *rest)
+
+
+def _shards(mesh: Any, names: Any) -> int:
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)

@@ -71,8 +71,9 @@ class Hyper(NamedTuple):
 
 
 class _Direction(NamedTuple):
-    """u = g times the factors, which broadcast; mean of u^2 per slice, None if nobody asks."""
+    """u = g times size times the factors, all of which broadcast; mean of u^2 per slice, None if unasked."""
 
+    size: Array | None
     factors: tuple[Array, ...]
     mean_square: Array | None
 
@@ -107,8 +108,10 @@ def step(
     slices = where.others if config.clip_per_slice else tuple(range(g.ndim))
     moments = _factored if isinstance(v, Factored) else _full
     v, direction = moments(g, v, hyper, where, None if hyper.clip is None else slices)
-    scale = _scale(p.astype(dtype), direction.mean_square, hyper, where, config)
-    u = _times(g.astype(dtype), direction.factors, scale)
+    # Numbers are multiplied with numbers, the product with the smallest factor, and only that with the leaf.
+    scale = _scale(p.astype(dtype), direction, hyper, where, config)
+    small, *factors = direction.factors
+    u = functools.reduce(jnp.multiply, [small * scale, *factors], g.astype(dtype))
     if hyper.rate is None:
         return u.astype(result), v, m
     if m is not None:
@@ -125,33 +128,34 @@ def _full(g: Any, v: Full, hyper: Hyper, where: Layout, slices: Any) -> tuple[Fu
     square = jnp.square(g.astype(v.v.dtype))
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
     mean_square = None if slices is None else _mean(square / new, slices)
-    return Full(new), _Direction((jax.lax.rsqrt(new),), mean_square)
+    return Full(new), _Direction(None, (jax.lax.rsqrt(new),), mean_square)
 
 
 def _factored(
     g: Any, v: Factored, hyper: Hyper, where: Layout, slices: Any
 ) -> tuple[Factored, _Direction]:
     dtype = v.v_in.dtype
-    olds = [jnp.expand_dims(v.v_in, where.columns), jnp.expand_dims(v.v_out, where.rows)]
-    sides = [where.columns, where.rows]  # over what v_in and v_out are means
+    sides = (where.columns, where.rows)  # what v_in and v_out are means over
     # The side with the last axis comes second: two means at once are cheap where memory is contiguous.
     first = int(max(where.rows) < max(where.columns))
     second = 1 - first
+    new = list(v)
 
-    def moment(i: int, mean: Array) -> Array:
-        return _lerp(olds[i], mean + hyper.eps_square, hyper.one_minus_beta2)
+    def accumulate(i: int, mean: Array) -> Array:
+        mean = jnp.squeeze(mean, sides[i]) + hyper.eps_square
+        new[i] = _lerp(v[i], mean, hyper.one_minus_beta2)
+        return jnp.expand_dims(new[i], sides[i])
 
-    new = [olds[0], olds[1]]
-    new[first] = moment(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
-    plain, weighted = _two_means(g, 1 / new[first], sides[second])
-    new[second] = moment(second, plain)
+    early = accumulate(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
+    plain, weighted = _two_means(g, 1 / early, sides[second])
+    late = accumulate(second, plain)
+    norm = _mean(late if second == 0 else early, where.rows)
+    mean_square = None
+    if slices is not None:  # norm and what it multiplies vary with "batch" and "none" axes only
+        mean_square = _mean(norm * _mean(weighted / late, sides[first]), slices)
     # V itself is never formed: the product of the two means may leave the range of the dtype.
-    v_in, v_out = new
-    norm = _mean(v_in, where.rows)
-    mean_square = None if slices is None else _mean(norm * (weighted / new[second]), slices)
-    factors = (jax.lax.rsqrt(v_in) * jnp.sqrt(norm), jax.lax.rsqrt(v_out))
-    kept = Factored(jnp.squeeze(v_in, where.columns), jnp.squeeze(v_out, where.rows))
-    return kept, _Direction(factors, mean_square)
+    factors = (jax.lax.rsqrt(late), jax.lax.rsqrt(early))
+    return Factored(*new), _Direction(jnp.sqrt(norm), factors, mean_square)
 
 
 def _two_means(g: Array, weight: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -172,24 +176,18 @@ def _two_means(g: Array, weight: Array, axes: tuple[int, ...]) -> tuple[Array, A
     return jax.lax.platform_dependent(g, weight, cpu=stacked, default=separate)
 
 
-def _scale(p: Array, mean_square: Any, hyper: Hyper, where: Layout, config: Config) -> Any:
-    """What u is multiplied with, per slice: clipping, RMS(p), and the learning rate if it comes here."""
-    scale = None
-    if mean_square is not None:
-        scale = 1 / jnp.maximum(jnp.sqrt(mean_square) / hyper.clip, 1)
+def _scale(p: Array, direction: _Direction, hyper: Hyper, where: Layout, config: Config) -> Any:
+    """What multiplies u, per slice: its own size, clipping, RMS(p), and the rate if it comes here."""
+    factors = [jnp.ones([], p.dtype)] if direction.size is None else [direction.size]
     if config.parameter_scale:
         size = jnp.maximum(jnp.sqrt(_mean(jnp.square(p), where.others)), hyper.eps_scale)
-        size = size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale)
-        scale = size if scale is None else scale * size
+        factors.append(size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale))
     if hyper.rate is not None and not config.momentum_before_rate:
-        scale = hyper.rate if scale is None else scale * hyper.rate
-    return scale
-
-
-def _times(g: Array, factors: tuple[Array, ...], scale: Any) -> Array:
-    # The scale goes to the smallest factor, not to the leaf.
-    first, *rest = factors
-    return functools.reduce(jnp.multiply, rest, g * (first if scale is None else first * scale))
+        factors.append(hyper.rate)
+    scale = functools.reduce(jnp.multiply, factors)
+    if direction.mean_square is None:
+        return scale
+    return scale / jnp.maximum(jnp.sqrt(direction.mean_square) / hyper.clip, 1)
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:

@@ -54,20 +54,23 @@ def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
       dtype: None = that of the leaf, float32 at least.
     """
     dtype = _tree.wide_dtype(leaf) if dtype is None else dtype
-    if isinstance(leaf, jax.core.Tracer) or len(_devices(leaf)) > 1:
-        return _zeros_alike(leaf, without=without, dtype=np.dtype(dtype))
-    return jnp.zeros([n for i, n in enumerate(leaf.shape) if i not in without], dtype)
+    if on_one_device(leaf):
+        return jnp.zeros([n for i, n in enumerate(leaf.shape) if i not in without], dtype)
+    return _zeros_alike(leaf, without=without, dtype=np.dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("without", "dtype"))
 def _zeros_alike(leaf: Any, *, without: tuple[int, ...], dtype: Any) -> Array:
     # Plain zeros depend on nothing, so that XLA would put all of them on every device; the sum over
     # zeros that are sharded as the leaf has the leaf's sharding without these axes, and costs nothing.
-    return jnp.sum(_compat.zeros_alike(leaf).astype(dtype), axis=without, dtype=dtype)
+    zeros = _compat.zeros_alike(leaf, dtype)
+    return jnp.sum(zeros, axis=without) if without else zeros
 
 
-def _devices(leaf: Any) -> Any:
-    return getattr(getattr(leaf, "sharding", None), "device_set", ())
+def on_one_device(leaf: Any) -> bool:
+    """Whether the leaf is known to lie on one device: no tracer, no shards."""
+    devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
+    return not isinstance(leaf, jax.core.Tracer) and len(devices) <= 1
 
 
 def reread(*arrays: Array) -> tuple[Array, ...]:
