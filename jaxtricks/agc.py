@@ -230,16 +230,16 @@ def adaptive_grad_clip(
             reports.append(units)
         clipped = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
         count = optax.safe_increment(state.count) if scheduled else None
-        return clipped, AgcState(*_summary(reports), count)
+        return clipped, AgcState(*_summary(reports, clip, floor), count)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 class _Units(NamedTuple):
-    """Of every unit of a leaf, flat: whether it was clipped, and its ratio."""
+    """Norms of every unit of the gradient and of the weights, in one dtype."""
 
-    clipped: Any
-    ratio: Any
+    g: Any
+    w: Any
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -266,25 +266,35 @@ def _norm(x: Any, axes: tuple[int, ...]) -> Array:
     return jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
 
+def _floored(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
+    """(norm of the weights or eps, the bound on the norm of the gradient)."""
+    dtype = units.w.dtype
+    size = jnp.maximum(units.w, jnp.asarray(eps).astype(dtype))
+    return size, jnp.asarray(clipping).astype(dtype) * size
+
+
 @functools.partial(jax.jit, static_argnames="axes")
 def _clip_leaf(g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]) -> Any:
     g = jnp.asarray(g)
     g_norm, w_norm = _norm(g, axes), _norm(w, axes)
     dtype = _tree.wide_dtype(g_norm, w_norm)
-    g_norm, w_norm = g_norm.astype(dtype), w_norm.astype(dtype)
-    w_norm = jnp.maximum(w_norm, jnp.asarray(eps).astype(dtype))
-    bound = jnp.asarray(clipping).astype(dtype) * w_norm
-    clip = g_norm > bound
-    factor = jnp.where(clip, bound / jnp.maximum(g_norm, _GRADIENT_FLOOR), jnp.ones_like(bound))
-    ratio = g_norm / jnp.maximum(w_norm, jnp.finfo(dtype).tiny)
-    ratio = jnp.where(jnp.isnan(ratio), jnp.full_like(ratio, jnp.inf), ratio)
-    units = _Units(clip.ravel(), ratio.ravel().astype(jnp.float32))
-    return (g.astype(dtype) * factor).astype(g.dtype), units
+    units = _Units(g_norm.astype(dtype), w_norm.astype(dtype))
+    _, bound = _floored(units, clipping, eps)
+    factor = bound / jnp.maximum(units.g, _GRADIENT_FLOOR)
+    factor = jnp.where(units.g > bound, factor, jnp.ones_like(factor))
+    return (g.astype(dtype) * factor).astype(g.dtype), jax.tree.map(jnp.ravel, units)
 
 
-def _summary(leaves: list[_Units]) -> tuple[Array, Array]:
+def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Array]:
+    """(fraction of units clipped, largest ratio) of all leaves, float32 []."""
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
-    # One reduction over all units: two for every leaf would dominate the compile time of large trees.
-    clipped, ratio = (jnp.concatenate(x) for x in zip(*leaves, strict=True))
-    return jnp.mean(clipped, dtype=jnp.float32), jnp.max(ratio)
+    # Once over the units of all leaves: for every leaf it would dominate the compile time of large trees.
+    dtype = _tree.common_dtype(*(units.g for units in leaves))
+    units = _Units(
+        *(jnp.concatenate([x.astype(dtype) for x in xs]) for xs in zip(*leaves, strict=True))
+    )
+    size, bound = _floored(units, clipping, eps)
+    ratio = units.g / jnp.maximum(size, jnp.finfo(dtype).tiny)
+    ratio = jnp.where(jnp.isnan(ratio), jnp.full_like(ratio, jnp.inf), ratio)
+    return jnp.mean(units.g > bound, dtype=jnp.float32), jnp.max(ratio).astype(jnp.float32)
