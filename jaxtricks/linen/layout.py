@@ -43,7 +43,8 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> axes.Exact:
       (path, shape) -> roles for the paths of variables["params"]; None for parameters of unknown layers
       and for those that nn.map_variables stores in another shape than their layer sees. A parameter that
       two layers share has the roles of the first that is called. Every position of nn.ConvLocal is an
-      independent copy: "batch".
+      independent copy: "batch". Below `nnx.bridge.ToLinen`, `jt.nnx.roles` decides; what it could only
+      assume is None here.
 
     Example:
       >>> import jax.numpy as jnp
