@@ -22,15 +22,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtricks import _table, _tree
-from jaxtricks._types import Params, PathRule, Roles
+from jaxtricks._types import Params, Roles
 
 ROLES = ("batch", "in", "out", "none")
 
 _DENSE: Roles = ("in", "out")
 # Names that fix the meaning in Flax: "Dense_3/kernel" is a matrix whatever the rest of the path.
 _LAYERS = re.compile(r"^(Dense|Conv|WSConv|Embed)(_\d+)?$")
+# The matrices of recurrent cells: "hi" (linen; "if_" in nnx, since "if" is Python's), "dense_h" (nnx).
+_GATES = re.compile(r"^([ih][ifgornz]_?|dense_[ih])$")
+# What nn.vmap and nn.scan put before the name of a class: the parameters below have further axes.
+_LIFTED = re.compile(r"^(Vmap|Scan)[A-Z]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +58,45 @@ class Rule:
         return None
 
     def check(self, paths: Iterable[str]) -> None:
-        """Raise if a pattern matches none of the paths, or a path no pattern."""
+        """Raise if a pattern matches none of the paths or is never the first, or a path has none."""
         paths = list(paths)
+        matching = {path: self._matching(path) for path in paths}
         for pattern, _ in self.patterns:
-            if not any(re.fullmatch(pattern, path) for path in paths):
+            matched = [path for path in paths if pattern in matching[path]]
+            if not matched:
                 raise ValueError(
                     f"axes: the rule {pattern!r} matches no parameter; paths look like {_some(paths)}"
                 )
+            if all(matching[path][0] != pattern for path in matched):
+                earlier = matching[matched[0]][0]
+                raise ValueError(
+                    f"axes: the rule {pattern!r} is never used, since {earlier!r} comes first; swap them"
+                )
         for path in paths:
-            if not any(re.fullmatch(pattern, path) for pattern, _ in self.patterns):
+            if not matching[path]:
                 raise ValueError(
                     f"axes: no rule matches the parameter {path!r}; add one or pass strict=False"
                 )
+
+    def _matching(self, path: str) -> list[str]:
+        return [pattern for pattern, _ in self.patterns if re.fullmatch(pattern, path)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exact:
+    """A rule (path, shape) -> roles from known paths; what `exact` and the two `roles` return.
+
+    Attributes:
+      table: {path: roles}.
+      assumed: paths whose stacked axis could not be known; `describe` marks them.
+    """
+
+    table: Mapping[str, Roles]
+    assumed: frozenset[str] = frozenset()
+
+    def __call__(self, path: str, shape: tuple[int, ...]) -> Roles | None:
+        """Roles of the path, None for an unknown one; leading axes beyond them are "batch"."""
+        return _stacked(path, shape, self.table[path]) if path in self.table else None
 
 
 def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
@@ -73,7 +105,8 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     Args:
       rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"), the first match
         wins. A leaf may have more axes than roles: the leading ones are "batch".
-      strict: complain (in `init`) about a regex that matches nothing and a leaf nothing matches.
+      strict: complain (in `init`) about a regex that matches nothing or that an earlier one always
+        precedes, and about a leaf nothing matches.
 
     Returns:
       A rule for `axes=`.
@@ -97,14 +130,18 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     return Rule(tuple((pattern, tuple(roles)) for pattern, roles in rules.items()), strict)
 
 
-def exact(roles: Mapping[str, Roles]) -> PathRule:
-    """Rule from known paths, as a model's own layers give them; None for every other leaf."""
-    table = dict(roles)
+def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
+    """Rule from known paths, as a model's own layers give them; None for every other leaf.
 
-    def rule(path: str, shape: tuple[int, ...]) -> Roles | None:
-        return _stacked(path, shape, table[path]) if path in table else None
+    Args:
+      roles: {path: roles}; a leaf may have more axes, the leading ones are "batch".
+      assumed: paths for which the place of a "batch" axis is an assumption, for `describe` to mark.
 
-    return rule
+    Example:
+      >>> exact({"a/kernel": ("in", "out")})("a/kernel", (5, 3, 4))
+      ('batch', 'in', 'out')
+    """
+    return Exact(dict(roles), frozenset(assumed))
 
 
 def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
@@ -115,8 +152,11 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
       shape: shape of the leaf; only its rank is used.
 
     Returns:
-      Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out`, for `embedding`, `scale`
-      and `bias` of rank 1, else None. A rank that the name does not explain gives None as well.
+      Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out` and the gates of recurrent
+      cells (`hi`, `if`, `dense_h`, ...), for `embedding`, `lora_a`, `lora_b`, and for `scale`, `bias`
+      and `gain` of rank 1, else None. A rank that the name does not explain gives None as well, and so
+      does a Conv kernel of rank 5 (3-D, or 2-D and stacked?). Of rank 4 it is taken for a 2-D one; a
+      stacked 1-D one looks the same unless flax has named it ("VmapConv_0"): use the model's `roles`.
 
     Example:
       >>> infer("Dense_0/kernel", (3, 4)), infer("mystery/kernel", (3, 4, 5))
@@ -127,10 +167,12 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
     rank = len(shape)
     if name in ("scale", "bias", "gain"):
         return ("none",) if rank == 1 else None
-    if name == "embedding":
+    if name in ("embedding", "lora_a", "lora_b"):
         return _DENSE if rank == 2 else None
-    if name != "kernel":
+    if name != "kernel" or any(map(_LIFTED.match, parents)):
         return None
+    if _GATES.match(parent):
+        return _DENSE if rank == 2 else None
     if parent in ("query", "key", "value") and rank == 3:
         return ("in", "out", "out")
     if parent == "out" and rank == 3:
@@ -139,7 +181,7 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
     if layer and layer[1] == "Dense":
         return _DENSE if rank == 2 else None
     if layer and layer[1] in ("Conv", "WSConv"):
-        return ("in",) * (rank - 1) + ("out",) if 3 <= rank <= 5 else None
+        return ("in",) * (rank - 1) + ("out",) if rank in (3, 4) else None
     return None
 
 
@@ -167,24 +209,34 @@ def describe(params: Params, rule: Any) -> _table.Table:
     """What a rule decided for each leaf.
 
     Args:
-      params: pytree of arrays or ShapeDtypeStructs.
+      params: pytree of arrays, ShapeDtypeStructs or boxes around them; None leaves are left out.
       rule: anything `axes=` takes.
 
     Returns:
       A table (its `str()` is text) of path, shape and roles; "by rank and size" where the rule says
-      None and the transform falls back on its reference's own rule.
+      None and the transform falls back on its reference's own rule. Notes below it count those leaves,
+      and the ones whose stacked axis is an assumption.
+
+    Raises:
+      ValueError: as `leaf_roles`.
+
+    Example:
+      >>> print(describe({"Dense_0": {"kernel": np.ones((3, 4))}, "w": np.ones((2, 3, 4))}, infer))
+      parameter       shape  roles
+      --------------  -----  ----------------
+      Dense_0/kernel  3x4    in out
+      w               2x3x4  by rank and size
+      1 of 2 leaves: by rank and size, as the transform's reference does without `axes`, \
+which cannot tell stacked layers and heads; take the roles from the model \
+(jt.nnx.roles, jt.linen.roles) or write axes.by_path
     """
+    leaves = _tree.leaves_with_paths(params)
+    assumed = rule.assumed if isinstance(rule, Exact) else frozenset()
     rows = [
-        (
-            path,
-            "x".join(map(str, leaf.shape)) or "scalar",
-            " ".join(roles or ()) or _fallback(leaf, roles),
-        )
-        for (path, leaf), roles in zip(
-            _tree.leaves_with_paths(params), leaf_roles(rule, params), strict=True
-        )
+        (path, "x".join(map(str, np.shape(x))) or "scalar", _words(x, r, path in assumed))
+        for (path, x), r in zip(leaves, leaf_roles(rule, params), strict=True)
     ]
-    return _table.make(("parameter", "shape", "roles"), rows)
+    return _table.make(("parameter", "shape", "roles"), rows, _notes([row[2] for row in rows]))
 
 
 def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
@@ -204,10 +256,10 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     if isinstance(axes, Rule) and axes.strict and not _tree.has_masked(params):
         axes.check(path for path, _ in leaves)
     if callable(axes):
-        found = [axes(path, tuple(leaf.shape)) for path, leaf in leaves]
+        found = [axes(path, np.shape(leaf)) for path, leaf in leaves]
     else:
         found = _flatten_like(params, axes)
-    return [_checked(p, x.shape, r) for (p, x), r in zip(leaves, found, strict=True)]
+    return [_checked(p, np.shape(x), r) for (p, x), r in zip(leaves, found, strict=True)]
 
 
 def positions(roles: Roles, *words: str) -> tuple[int, ...]:
@@ -245,12 +297,40 @@ def _check_words(name: str, roles: Any) -> None:
 
 def _stacked(path: str, shape: tuple[int, ...], roles: Roles) -> Roles:
     if len(shape) < len(roles):
-        raise ValueError(f"axes: {path!r} has shape {tuple(shape)} but the rule gives {roles}")
+        raise ValueError(
+            f"axes: {path!r} has shape {tuple(shape)} but the rule gives {roles}; "
+            'give one role per axis (only leading axes may go without: they are "batch")'
+        )
     return ("batch",) * (len(shape) - len(roles)) + roles
 
 
-def _fallback(leaf: Any, roles: Roles | None) -> str:
-    return "by rank and size" if roles is None else "scalar"
+_BY_RANK = "by rank and size"
+_ASSUMED = " (assumed)"
+
+
+def _words(leaf: Any, roles: Roles | None, assumed: bool) -> str:
+    if np.ndim(leaf) == 0:
+        return "scalar"
+    return _BY_RANK if roles is None else " ".join(roles) + _ASSUMED * assumed
+
+
+def _notes(words: list[str]) -> list[str]:
+    """What to do about leaves without roles, and about those whose roles are an assumption."""
+    undecided = words.count(_BY_RANK)
+    assumed = sum(w.endswith(_ASSUMED) for w in words)
+    notes = []
+    if undecided:
+        notes.append(
+            f"{undecided} of {len(words)} leaves: {_BY_RANK}, as the transform's reference does "
+            "without `axes`, which cannot tell stacked layers and heads; take the roles from the "
+            "model (jt.nnx.roles, jt.linen.roles) or write axes.by_path"
+        )
+    if assumed:
+        notes.append(
+            f"{assumed} of {len(words)} leaves{_ASSUMED}: their sizes do not show which axis was "
+            "stacked, so the first that fits is taken; if it is another one, write axes.by_path"
+        )
+    return notes
 
 
 def _some(paths: list[str]) -> str:

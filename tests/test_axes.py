@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 from jaxtricks import axes
 
@@ -24,12 +27,24 @@ def shape(*n):
         ("Embed_0/embedding", (100, 8), ("in", "out")),
         ("norm/scale", (8,), ("none",)),
         ("norm/bias", (8,), ("none",)),
+        ("lora/lora_a", (8, 2), ("in", "out")),
+        ("lora_b", (2, 8), ("in", "out")),
+        ("cell/hi/kernel", (4, 4), ("in", "out")),
+        ("cell/if_/kernel", (3, 4), ("in", "out")),
+        ("cell/dense_h/kernel", (4, 12), ("in", "out")),
         # What a name does not explain is left to the transform, never guessed.
         ("Dense_0/kernel", (2, 3, 4), None),
         ("norm/scale", (2, 8), None),
         ("kernel", (3, 4), None),
         ("Denser/kernel", (3, 4), None),
         ("mystery/w", (3, 4), None),
+        ("cell/hi/kernel", (5, 4, 4), None),
+        ("cell/ih/kernel", (3, 3, 4, 16), None),
+        ("lora_a", (5, 8, 2), None),
+        ("Conv_0/kernel", (3, 3, 3, 4, 5), None),  # 3-D, or 2-D and stacked?
+        ("Embed_0/embedding", (5, 100, 8), None),
+        ("VmapConv_0/Conv_0/kernel", (3, 3, 4, 5), None),
+        ("ScanBlock_0/query/kernel", (3, 8, 8), None),
     ],
 )
 def test_infer_decides_only_what_a_name_fixes(path, dims, roles):
@@ -55,6 +70,14 @@ def test_strict_rules_name_what_does_not_fit():
         axes.leaf_roles(missing, params)
     loose = axes.by_path({"a/kernel": ("in", "out"), "c": ("none",)}, strict=False)
     assert axes.leaf_roles(loose, params) == [("in", "out"), None]
+    late = {".*": ("none",), "a/kernel": ("in", "out")}
+    with pytest.raises(ValueError, match=r"'a/kernel' is never used, since '\.\*' comes first"):
+        axes.leaf_roles(axes.by_path(late), params)
+    partly = {"a/.*": ("in", "out"), "(a|b)/.*": ("none",)}  # the second is of use for b
+    assert axes.leaf_roles(axes.by_path(partly), params) == [("in", "out"), ("none",)]
+    many = axes.by_path({".*": ("in", "in", "out")})
+    with pytest.raises(ValueError, match=r"'a/kernel' has shape \(2, 3\).*give one role per axis"):
+        axes.leaf_roles(many, params)
     masked = {"a": params["a"], "b": {"bias": optax.MaskedNode()}}
     assert axes.leaf_roles(unused, masked) == [("in", "out")]
 
@@ -105,12 +128,56 @@ def test_is_kernel():
     assert not axes.is_kernel("bias/scale", (5, 3))
 
 
+def test_exact_marks_what_is_assumed():
+    rule = axes.exact({"a": ("batch", "in"), "b": ("none",)}, assumed=["a", "gone"])
+    table = axes.describe({"a": shape(2, 2), "b": shape(2)}, rule)
+    assert [row[2] for row in table.rows] == ["batch in (assumed)", "none"]
+    assert len(table.notes) == 1 and table.notes[0].startswith("1 of 2 leaves (assumed)")
+
+
 def test_describe_is_a_table():
-    text = str(axes.describe({"Dense_0": {"kernel": shape(2, 3)}, "x": shape()}, axes.infer))
-    assert "Dense_0/kernel" in text
-    assert "2x3" in text
-    assert "in out" in text
-    assert "by rank and size" in text
+    params = {
+        "Dense_0": {"kernel": shape(2, 3)},
+        "absent": None,
+        "complex": jnp.ones(2, jnp.complex64),
+        "key": jax.random.split(jax.random.key(0), 3),
+        "none": optax.MaskedNode(),
+        "number": 3.0,
+        "steps": np.zeros((2, 2), np.int32),
+        "x": shape(),
+    }
+    table = axes.describe(params, axes.infer)
+    assert table.rows == (
+        ("Dense_0/kernel", "2x3", "in out"),
+        ("complex", "2", "by rank and size"),
+        ("key", "3", "by rank and size"),
+        ("number", "scalar", "scalar"),
+        ("steps", "2x2", "by rank and size"),
+        ("x", "scalar", "scalar"),
+    )
+    (note,) = table.notes
+    assert note.startswith("3 of 6 leaves: by rank and size") and "jt.linen.roles" in note
+    assert note in str(table)
+    assert not axes.describe({"Dense_0": params["Dense_0"], "x": shape()}, axes.infer).notes
+
+
+@pytest.mark.parametrize("rule", [None, lambda path, shape: None, {"a": None, "b": None}])
+def test_describe_counts_every_leaf_that_nothing_decides(rule):
+    table = axes.describe({"a": shape(2, 3), "b": shape(3)}, rule)
+    assert [row[2] for row in table.rows] == ["by rank and size"] * 2
+    assert table.notes[0].startswith("2 of 2")
+
+
+def test_describe_reads_states_and_boxes():
+    boxed = nn.Dense(
+        4, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    )
+    params = boxed.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    rule = axes.by_path({"kernel": ("in", "out"), "bias": ("none",)})
+    for tree in (params, state, nnx.to_pure_dict(state)):
+        table = axes.describe(tree, rule)
+        assert table.rows == (("bias", "4", "none"), ("kernel", "3x4", "in out"))
 
 
 def test_positions():

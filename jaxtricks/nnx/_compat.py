@@ -18,9 +18,31 @@ def modules(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
             yield path, value
 
 
+def variable_paths(model: nnx.Module) -> dict[int, tuple[Any, ...]]:
+    """{id: path} of every variable; of one that layers share it is the first path, as in nnx.state.
+
+    `nnx.iter_graph` yields a shared variable once, in 0.11.2 under every path.
+    """
+    paths: dict[int, tuple[Any, ...]] = {}
+    for path, value in nnx.iter_graph(model):
+        if isinstance(value, nnx.Variable):
+            paths.setdefault(id(value), path)
+    return paths
+
+
+def partition_names(variable: nnx.Variable) -> tuple[Any, ...] | None:
+    """Names of a variable's axes for sharding, or None; "sharding_names" is 0.11.2's word for it."""
+    metadata = variable.get_metadata()
+    names = metadata.get("out_sharding") or metadata.get("sharding_names")
+    return tuple(names) if names else None
+
+
+# Absent in 0.11.2: PReLU.
+PRELU: tuple[type, ...] = (nnx.PReLU,) if hasattr(nnx, "PReLU") else ()
+
 # Absent in 0.11.2: InstanceNorm.
 NORMS: tuple[type, ...] = tuple(
     getattr(nnx, name)
-    for name in ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+    for name in ("BatchNorm", "LayerNorm", "RMSNorm", "InstanceNorm")
     if hasattr(nnx, name)
 )
