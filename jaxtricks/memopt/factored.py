@@ -71,11 +71,12 @@ class Hyper(NamedTuple):
 
 
 class _Direction(NamedTuple):
-    """u = g times size times the factors, all of which broadcast; mean of u^2 per slice, None if unasked."""
+    """u = g times size times the factors, all of which broadcast; means over slices, None if unasked."""
 
     size: Array | None
     factors: tuple[Array, ...]
     mean_square: Array | None
+    parameter_square: Array | None
 
 
 def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
@@ -105,11 +106,10 @@ def step(
 ) -> Any:
     """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
     dtype, result = v[0].dtype, leaves.update_dtype(g, p)
-    slices = where.others if config.clip_per_slice else tuple(range(g.ndim))
     moments = _factored if isinstance(v, Factored) else _full
-    v, direction = moments(g, v, hyper, where, None if hyper.clip is None else slices)
+    v, direction = moments(g, p, v, hyper, where, config)
     # Numbers are multiplied with numbers, the product with the smallest factor, and only that with the leaf.
-    scale = _scale(p.astype(dtype), direction, hyper, where, config)
+    scale = _scale(direction, hyper, config)
     small, *factors = direction.factors
     u = functools.reduce(jnp.multiply, [small * scale, *factors], g.astype(dtype))
     if hyper.rate is None:
@@ -124,15 +124,22 @@ def step(
     return (-u).astype(result), v, m
 
 
-def _full(g: Any, v: Full, hyper: Hyper, where: Layout, slices: Any) -> tuple[Full, _Direction]:
+def _full(
+    g: Any, p: Any, v: Full, hyper: Hyper, where: Layout, config: Config
+) -> tuple[Full, _Direction]:
     square = jnp.square(g.astype(v.v.dtype))
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
-    mean_square = None if slices is None else _mean(square / new, slices)
-    return Full(new), _Direction(None, (jax.lax.rsqrt(new),), mean_square)
+    slices = _slices(hyper, where, config)
+    ratio, weights = square / new, jnp.square(p.astype(new.dtype))
+    if config.parameter_scale and slices == where.others:
+        means = _means(ratio, weights, slices)
+    else:
+        means = _optional_mean(ratio, slices), _parameter_square(p, new.dtype, where, config)
+    return Full(new), _Direction(None, (jax.lax.rsqrt(new),), *means)
 
 
 def _factored(
-    g: Any, v: Factored, hyper: Hyper, where: Layout, slices: Any
+    g: Any, p: Any, v: Factored, hyper: Hyper, where: Layout, config: Config
 ) -> tuple[Factored, _Direction]:
     dtype = v.v_in.dtype
     sides = (where.columns, where.rows)  # what v_in and v_out are means over
@@ -147,54 +154,93 @@ def _factored(
         return jnp.expand_dims(new[i], sides[i])
 
     early = accumulate(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
-    plain, weighted = _two_means(g, 1 / early, sides[second])
+    plain, weighted = _two_means(g, early, sides[second])
     late = accumulate(second, plain)
-    norm = _mean(late if second == 0 else early, where.rows)
-    mean_square = None
-    if slices is not None:  # norm and what it multiplies vary with "batch" and "none" axes only
-        mean_square = _mean(norm * _mean(weighted / late, sides[first]), slices)
+    # mean(v_in) = mean(v_out), averages of the same mean of g^2: take the one that is at hand. It and
+    # what it multiplies vary with "batch" and "none" axes only.
+    norm, square = _means(late, weighted / late, sides[first])
+    mean_square = _optional_mean(norm * square, _slices(hyper, where, config))
     # V itself is never formed: the product of the two means may leave the range of the dtype.
     factors = (jax.lax.rsqrt(late), jax.lax.rsqrt(early))
-    return Factored(*new), _Direction(jnp.sqrt(norm), factors, mean_square)
+    parameter_square = _parameter_square(p, dtype, where, config)
+    return Factored(*new), _Direction(jnp.sqrt(norm), factors, mean_square, parameter_square)
 
 
-def _two_means(g: Array, weight: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """(mean of g^2, mean of g^2 weight) over the axes, in one pass over g on every backend."""
+def _slices(hyper: Hyper, where: Layout, config: Config) -> tuple[int, ...] | None:
+    """Axes over which RMS(u) is taken; None without clipping."""
+    if hyper.clip is None:
+        return None
+    return where.others if config.clip_per_slice else tuple(sorted(where.batch + where.others))
 
-    def separate(g: Array, weight: Array) -> tuple[Array, Array]:
-        square = jnp.square(g.astype(weight.dtype))
-        return _mean(square, axes), _mean(square * weight, axes)
 
-    def stacked(g: Array, weight: Array) -> tuple[Array, Array]:
+def _parameter_square(p: Any, dtype: Any, where: Layout, config: Config) -> Array | None:
+    axes = where.others if config.parameter_scale else None
+    return _optional_mean(jnp.square(p.astype(dtype)), axes)
+
+
+def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean of g^2, mean of g^2 / v) over the axes, in one pass over g on every backend."""
+
+    def separate(g: Array, v: Array) -> tuple[Array, Array]:
+        square = jnp.square(g.astype(v.dtype))
+        return _mean(square, axes), _mean(square * (1 / v), axes)
+
+    def stacked(g: Array, v: Array) -> tuple[Array, Array]:
         # XLA's CPU backend has no reduction with two results: one with an axis more reads g once.
-        (g,) = leaves.reread(g)
-        weights = jnp.stack([jnp.ones_like(weight), weight])
-        square = jnp.square(g.astype(weight.dtype))[None]
-        means = _mean(square * weights, tuple(i + 1 for i in axes))
+        share = 1 / _count(g, axes)
+        weights = jnp.stack([jnp.full_like(v, share), share / v])
+        # Without the barrier it would share g^2 with the other pass, and write it to memory for that.
+        square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
+        later = tuple(i + 1 for i in axes)
+        means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
         return means[0], means[1]
 
-    return jax.lax.platform_dependent(g, weight, cpu=stacked, default=separate)
+    return jax.lax.platform_dependent(g, v, cpu=stacked, default=separate)
 
 
-def _scale(p: Array, direction: _Direction, hyper: Hyper, where: Layout, config: Config) -> Any:
-    """What multiplies u, per slice: its own size, clipping, RMS(p), and the rate if it comes here."""
-    factors = [jnp.ones([], p.dtype)] if direction.size is None else [direction.size]
-    if config.parameter_scale:
-        size = jnp.maximum(jnp.sqrt(_mean(jnp.square(p), where.others)), hyper.eps_scale)
+def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
+    """What multiplies u, per slice: its own size, RMS(p), the rate if it comes here, and clipping."""
+    factors = [] if direction.size is None else [direction.size]
+    if direction.parameter_square is not None:
+        size = jnp.maximum(jnp.sqrt(direction.parameter_square), hyper.eps_scale)
         factors.append(size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale))
     if hyper.rate is not None and not config.momentum_before_rate:
         factors.append(hyper.rate)
-    scale = functools.reduce(jnp.multiply, factors)
+    scale = functools.reduce(jnp.multiply, factors) if factors else jnp.ones_like(hyper.eps_square)
     if direction.mean_square is None:
         return scale
     return scale / jnp.maximum(jnp.sqrt(direction.mean_square) / hyper.clip, 1)
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:
-    return (1 - weight) * old + weight * new
+    return old + weight * (new - old)
 
 
 def _mean(x: Array, axes: tuple[int, ...]) -> Array:
-    # Zero for a leaf without elements, which has no mean.
-    n = max(1, math.prod(x.shape[i] for i in axes))
-    return jnp.sum(x, axis=axes, keepdims=True) / n
+    return jnp.sum(x, axis=axes, keepdims=True) / _count(x, axes)
+
+
+def _optional_mean(x: Array, axes: tuple[int, ...] | None) -> Array | None:
+    return None if axes is None else _mean(x, axes)
+
+
+def _means(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The means of two arrays of one shape.
+
+    Few numbers are summed in one reduction with two results: of each small sum alone XLA's CPU backend
+    makes three kernels, which is what the compile time of large trees is spent on.
+    """
+    n = _count(a, axes)
+    if n >= _MANY:
+        return _mean(a, axes), _mean(b, axes)
+    zero = jnp.zeros([], a.dtype)
+    sums = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    return jnp.expand_dims(sums[0], axes) / n, jnp.expand_dims(sums[1], axes) / n
+
+
+_MANY = 4096
+
+
+def _count(x: Array, axes: tuple[int, ...]) -> int:
+    # One for a leaf without elements: its mean is zero.
+    return max(1, math.prod(x.shape[i] for i in axes))
