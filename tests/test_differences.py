@@ -189,6 +189,36 @@ class TestAdafactor:
             init(optax.adafactor)
         assert init(memopt.adafactor).hyperparams["learning_rate"] == np.float32(0.1)
 
+    def test_otherwise_the_keywords_translate(self):
+        # Every argument of optax.adafactor under its name here: the table of the card.
+        theirs = optax.adafactor(
+            learning_rate=0.02, min_dim_size_to_factor=8, decay_rate=0.7, decay_offset=-3,
+            multiply_by_parameter_scale=True, clipping_threshold=1.5, momentum=0.9,
+            dtype_momentum=jnp.float32, weight_decay_rate=0.01, eps=1e-8, factored=True,
+            weight_decay_mask={"w": True, "b": False},
+        )  # fmt: skip
+        ours = memopt.adafactor(
+            0.02, min_dim_size_to_factor=8, decay_rate=0.7, decay_offset=-3,
+            multiply_by_parameter_scale=True, clipping_threshold=1.5, beta1=0.9,
+            momentum_dtype="float32", weight_decay=0.01 / 0.02, eps=(1e-8, 1e-3), factored=True,
+            weight_decay_mask={"w": True, "b": False},
+        )  # fmt: skip
+        assert len(inspect.signature(optax.adafactor).parameters) == 12, MEMOPT
+        rng = np.random.default_rng(0)
+        draw = lambda: {
+            k: rng.normal(size=n).astype("f") for k, n in {"w": (8, 16), "b": 5}.items()
+        }
+        params = draw()
+        states = [tx.init(params) for tx in (theirs, ours)]
+        for _ in range(3):
+            grads = draw()
+            (a, left), (b, right) = (
+                tx.update(grads, s, params) for tx, s in zip((theirs, ours), states, strict=True)
+            )
+            states = left, right
+            for key in params:
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-7)
+
 
 def sm3_float64(grads):
     """The last step of SM3-II on a matrix; 1e-30 under the root, as in the reference."""

@@ -26,9 +26,10 @@ def plain(name: str, x: Any) -> float:
 
 def check_number(name: str, x: Any, low: float = -math.inf) -> None:
     """Raise unless a number is finite and above `low`; device arrays pass, they may be traced."""
-    if isinstance(x, int | float | np.generic | np.ndarray) and not np.all(
-        (low < x) & (x < math.inf)
-    ):
+    if isinstance(x, jax.Array):
+        return
+    values = np.asarray(x)
+    if not np.all((low < values) & (values < math.inf)):
         wanted = "finite number" if low == -math.inf else f"number > {low:g}"
         raise ValueError(f"cyclical.{name} is {x}: give a {wanted}")
 

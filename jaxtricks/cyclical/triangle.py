@@ -37,7 +37,8 @@ def cyclical(
         exact; others are rounded to the nearest of those.
       step_size_down: iterations from peak to base; None = step_size_up.
       mode: how the amplitude shrinks.
-      gamma: factor per iteration of "exp_range", > 0; a number or array [].
+      gamma: factor per iteration of "exp_range", > 0; a number (which keeps its digits near 1) or array
+        [].
       scale_fn: scale as a function of your own instead of `mode`; it gets a floating array shaped as
         the step (in float32 whole numbers beyond 2^24 are rounded).
       scale_by: what scale_fn gets: "cycle" (1, 2, ...) or "iteration" (0, 1, ...).
