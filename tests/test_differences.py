@@ -92,6 +92,10 @@ class TestAdafactor:
         assert np.max(np.abs(error)) > 0.1, MEMOPT
         error = first(ours(min_dim_size_to_factor=2), g, g) - reference
         assert np.max(np.abs(error)) < 1e-5
+        same = ours(min_dim_size_to_factor=2, axes=memopt.PRESETS["big_vision"]["axes"])
+        np.testing.assert_allclose(
+            first(same, g, g), first(theirs(min_dim_size_to_factor=2), g, g), rtol=1e-5
+        )
 
     @pytest.mark.parametrize("size", [0.0, 1e-4])
     def test_is_nan_in_float16_when_a_square_underflows(self, size):
