@@ -1,6 +1,7 @@
 """cyclical against the Keras callback and PyTorch, and in exact rationals."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import jax
@@ -15,6 +16,7 @@ from jaxtricks.cyclical import (
     one_cycle_momentum,
     warm_restarts,
 )
+from jaxtricks.cyclical.phase import plain
 
 
 def sine(cycle):
@@ -94,6 +96,26 @@ def test_exact_in_float32_after_any_number_of_steps(up, down, ours):
         expected.append(float(at / up if at <= up else (up + down - at) / down))
     rate = cyclical(0.0, 1.0, float(up), float(down))
     np.testing.assert_allclose(rate(jnp.asarray(steps, jnp.int32)), expected, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("mode", ["triangular2", "exp_range"])
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [(Fraction(3), Fraction(7)), (Fraction(7, 3), Fraction(11, 7)), (Fraction(997, 999), 10**7)],
+)
+def test_every_mode_is_exact_in_float32_after_any_number_of_steps(up, down, mode, ours):
+    gamma, steps = 1 - 2e-8, [0, 1, 5, 23, 1000, 49_999_999, 50_000_000, 2**31 - 2, 2**31 - 1]
+    expected = []
+    for step in steps:
+        cycle, at = divmod(Fraction(step), up + down)
+        scale = 0.5 ** min(cycle, 999) if mode == "triangular2" else np.exp(step * np.log(gamma))
+        expected.append(scale * float(at / up if at <= up else (up + down - at) / down))
+    steps = jnp.asarray(steps, jnp.int32)
+    settings = (float(up), float(down)), {"mode": mode, "gamma": gamma}
+    rate = cyclical(0.0, 1.0, *settings[0], **settings[1])(steps)
+    np.testing.assert_allclose(rate, expected, rtol=0, atol=3e-7)
+    momentum = cyclical_momentum(0.0, 1.0, *settings[0], **settings[1])(steps)
+    np.testing.assert_allclose(momentum, 1 - np.asarray(expected), rtol=0, atol=3e-7)
 
 
 def test_cycles_are_counted_exactly(ours):
@@ -191,6 +213,45 @@ class TestOneCycleAtTheEdges:
         compare_edges(total, pct, three, 2e-6)
 
 
+def path_of_torch(total, pct, anneal, values):
+    """OneCycleLR.get_lr of every step, through the given values, in float64."""
+    ends = [pct * total - 1, *([2 * pct * total - 2] if len(values) == 4 else []), total - 1]
+    path = []
+    for step in range(total):
+        i = next(i for i, end in enumerate(ends) if step <= end or end == ends[-1])
+        start, (a, b) = (0, *ends)[i], values[i : i + 2]
+        done = (step - start) / (ends[i] - start)
+        path.append(
+            (b - a) * done + a
+            if anneal == "linear"
+            else b + (a - b) / 2 * (np.cos(np.pi * done) + 1)
+        )
+    return np.asarray(path)
+
+
+@pytest.mark.parametrize("anneal", ["cos", "linear"])
+@pytest.mark.parametrize("three", [False, True])
+@pytest.mark.parametrize("total", [2, 3, 7, 61, 1000])
+def test_one_cycle_is_torchs_at_odd_settings(total, three, anneal, ours):
+    tried, steps = 0, jnp.arange(1000)  # one shape for all: it compiles once
+    for pct in (0.05, 0.123, 0.29, 0.37, 0.4999, 0.85, 0.99):
+        if three and not 1 / total < pct <= 0.5:
+            continue
+        tried, shape = tried + 1, dict(pct_start=pct, anneal=anneal, three_phase=three)
+        initial, last = 0.7 / 13, 0.7 / 13 / 77
+        values = [initial, 0.7, initial, last] if three else [initial, 0.7, last]
+        rate = one_cycle(0.7, total, div_factor=13.0, final_div_factor=77.0, **shape)
+        rates = np.asarray(rate(steps))[:total]
+        expected = path_of_torch(total, pct, anneal, values)
+        np.testing.assert_allclose(rates, expected, rtol=0, atol=0.7 * 4e-7, err_msg=f"{pct}")
+        # A tenth between bounds near 1: less than a rounding error of a float32 near 1 is impossible.
+        momenta = np.asarray(one_cycle_momentum(0.85, 0.95, total, **shape)(steps))[:total]
+        values = [0.95, 0.85, 0.95, 0.95] if three else [0.95, 0.85, 0.95]
+        expected = path_of_torch(total, pct, anneal, values)
+        np.testing.assert_allclose(momenta, expected, rtol=0, atol=0.1 * 1e-6, err_msg=f"{pct}")
+    assert tried or (three and total == 2)
+
+
 def test_one_cycle_starts_peaks_ends_and_holds(ours):
     rate = one_cycle(1.0, 10, div_factor=4.0, final_div_factor=8.0)
     steps = jnp.asarray([-5, 0, 2, 9, 10, 2**31 - 1])
@@ -220,14 +281,29 @@ def test_warm_restarts_equal_torch_in_float32(golden, ours):
 
 @pytest.mark.parametrize(
     ("period", "mult"),
-    [(1, 1), (10, 1), (4.5, 1), (7 / 3, 1), (10, 2), (1, 3), (4.5, 1.5), (7 / 3, 1.25)],
+    [
+        (1, 1),
+        (10, 1),
+        (4.5, 1),
+        (7 / 3, 1),
+        (997 / 991, 1),
+        (10, 2),
+        (1, 3),
+        (4.5, 1.5),
+        (7 / 3, 1.25),
+    ]
+    # Some cycles end on whole iterations, if the factor is taken as the fraction that it means.
+    + [(13 / 7, 2), (9, 4 / 3), (9, 5 / 3), (10, 1.1), (100, 1.05)]
+    # Hundreds of cycles; digits of no small fraction.
+    + [(1000, 1.02), (10, 2**0.5)],
 )
 def test_warm_restarts_are_exact_in_float32_after_any_number_of_steps(period, mult, ours):
-    exact = Fraction(period).limit_denominator(1000)
+    exact, near = (Fraction(x).limit_denominator(1000) for x in (period, mult))
+    mult = near if float(near) == mult else Fraction(mult)
     restarts, start, length = [], Fraction(0), exact
-    while len(restarts) < 12:
-        restarts.append(round(start))
-        start, length = start + length, length * Fraction(mult)
+    while len(restarts) < 24:
+        restarts += [math.floor(start), math.ceil(start)]
+        start, length = start + length, length * mult
     steps = sorted({0, 1, 2, *restarts, 2**24 + 1, 50_000_000, 50_000_003, 2**31 - 1})
     expected = []
     for step in steps:
@@ -235,9 +311,9 @@ def test_warm_restarts_are_exact_in_float32_after_any_number_of_steps(period, mu
         if mult == 1:
             start = step // length * length
         while start + length <= step:
-            start, length = start + length, length * Fraction(mult)
+            start, length = start + length, length * mult
         expected.append(0.25 + 0.75 * (1 + np.cos(np.pi * float((step - start) / length))) / 2)
-    rate = jax.jit(warm_restarts(1.0, period, period_mult=mult, floor=0.25))
+    rate = jax.jit(warm_restarts(1.0, period, period_mult=float(mult), floor=0.25))
     np.testing.assert_allclose(rate(jnp.asarray(steps, jnp.int32)), expected, rtol=0, atol=4e-7)
     square = jnp.asarray(steps[:4], jnp.int32).reshape(2, 2)
     np.testing.assert_array_equal(rate(square).ravel(), rate(square.ravel()))
@@ -259,6 +335,41 @@ def test_schedules_scan_and_their_bounds_may_be_traced(ours):
     for row, peak, floor in zip(traced, peaks, floors, strict=True):
         np.testing.assert_allclose(row, sweep(float(peak), float(floor)), rtol=3e-6)
     assert len(np.unique(traced[0], axis=0)) > 20
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base, peak: cyclical(base, peak, 4.5, 3, mode="triangular2"),
+        lambda base, peak: cyclical(base, peak, 4.5, mode="exp_range", gamma=base),
+        lambda base, peak: cyclical_momentum(base, peak, 3),
+        lambda base, peak: one_cycle(peak, 20, div_factor=peak / base, three_phase=True),
+        lambda base, peak: one_cycle_momentum(base, peak, 20, anneal="linear"),
+        lambda base, peak: warm_restarts(peak, 5.5, period_mult=2, floor=base),
+    ],
+)
+def test_gradients_are_those_of_the_bounds(make, x64, ours):
+    at = (jnp.float64(0.5), jnp.float64(0.9))
+    total = lambda base, peak: jnp.sum(make(base, peak)(jnp.arange(40)) ** 2)
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1)))(*at)
+    for i, slope in enumerate(slopes):
+        up, down = ([x + (j == i) * d for j, x in enumerate(at)] for d in (1e-6, -1e-6))
+        np.testing.assert_allclose(slope, (total(*up) - total(*down)) / 2e-6, rtol=1e-6)
+        assert abs(slope) > 1e-3
+
+
+def test_bounds_of_any_dtype(ours):
+    wide, narrow = np.float64(0.9), jnp.bfloat16(0.5)
+    for schedule in (
+        cyclical(narrow, wide, 4),
+        cyclical_momentum(narrow, wide, 4),
+        one_cycle(wide, 9, div_factor=narrow),
+        one_cycle_momentum(narrow, wide, 9),
+        warm_restarts(wide, 4, floor=narrow),
+    ):
+        assert schedule(jnp.int8(3)).dtype == jnp.float32
+        assert 0.4 < schedule(np.uint32(3)) < 1.8
+        assert schedule(jnp.zeros((2, 0), jnp.int32)).shape == (2, 0)
 
 
 def test_bounds_and_gamma_may_be_traced(ours):
@@ -290,6 +401,13 @@ def test_negative_steps_count_as_zero(ours):
     assert cyclical(0.25, 1.0, 4)(-3) == 0.25
 
 
+@pytest.mark.parametrize("x", ["4", None, np.ones(2)])
+def test_static_arguments_are_plain_numbers(x, ours):
+    # The annotations say so too, but only these tests check them.
+    with pytest.raises(ValueError, match="f: `n` is .*give a plain number"):
+        plain("f: `n`", x)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -297,10 +415,22 @@ def test_negative_steps_count_as_zero(ours):
         (lambda: cyclical(scale_by="epoch"), "scale_by"),
         (lambda: cyclical(step_size_up=0), "step_size_up"),
         (lambda: cyclical(step_size_down=-1.0), "step_size_down"),
-        (lambda: cyclical(step_size_up=0.25), "shorter"),
+        (lambda: cyclical(step_size_up=0.25), "`step_size_up` makes cycles of 0.5"),
+        (lambda: cyclical(step_size_up=float("nan")), "step_size_up"),
+        (lambda: cyclical(step_size_up=2**30), "step_size_up"),
+        (lambda: cyclical(step_size_up=np.ones(2)), "step_size_up"),
+        (lambda: cyclical(float("nan")), "`base`"),
+        (lambda: cyclical(gamma=np.float32(-1)), "gamma"),
+        (lambda: cyclical(gamma=float("inf")), "gamma"),
         (lambda: cyclical(gamma=0.0), "gamma"),
         (lambda: cyclical()(1.5), "integer"),
-        (lambda: cyclical_momentum(0.8, 0.9, 0), "step_size_up"),
+        (lambda: cyclical_momentum(0.8, 0.9, 0), "cyclical_momentum: `step_size_up`"),
+        (lambda: cyclical_momentum(0.8, 0.9, mode="up"), "cyclical_momentum: `mode`"),
+        (lambda: cyclical_momentum(0.8, float("inf")), "cyclical_momentum: `peak`"),
+        (lambda: one_cycle(1.0, 2**30), "total_steps"),
+        (lambda: one_cycle(float("nan"), 10), "`peak`"),
+        (lambda: one_cycle(1.0, 10, pct_start=-0.1), "pct_start"),
+        (lambda: one_cycle(1.0, 10, div_factor=np.float32(-2)), "div_factor"),
         (lambda: one_cycle(1.0, 0), "total_steps"),
         (lambda: one_cycle(1.0, 10.5), "total_steps"),
         (lambda: one_cycle(1.0, 10, anneal="exp"), "anneal"),
@@ -314,7 +444,10 @@ def test_negative_steps_count_as_zero(ours):
         (lambda: jax.jit(lambda n: one_cycle(1.0, n)(0))(3), "traced"),
         (lambda: one_cycle_momentum(0.8, 0.9, -1), "one_cycle_momentum"),
         (lambda: warm_restarts(1.0, 0), "first_period"),
-        (lambda: warm_restarts(1.0, 0.5), "shorter"),
+        (lambda: warm_restarts(1.0, 0.5), "`first_period` makes cycles of 0.5"),
+        (lambda: warm_restarts(1.0, float("nan")), "first_period"),
+        (lambda: warm_restarts(1.0, 10, floor=float("nan")), "floor"),
+        (lambda: warm_restarts(1.0, 10, period_mult=float("nan")), "period_mult"),
         (lambda: warm_restarts(1.0, 10, period_mult=0.5), "period_mult"),
         (lambda: warm_restarts(1.0, 10, period_mult=1.001), "period_mult"),
         (lambda: warm_restarts(1.0, 10, period_mult=float("inf")), "period_mult"),

@@ -147,6 +147,35 @@ def test_suggestions_by_hand(ours):
     np.testing.assert_allclose(last.suggestion, 100, rtol=1e-5)
 
 
+EIGENVALUES = np.geomspace(1 / 30, 1, 20, dtype=np.float32)
+
+
+def regression(carry, batch, lr):
+    """Least squares in twenty unknowns, of curvatures 1/30 to 1."""
+    loss = lambda w: 0.5 * jnp.mean((batch["x"] @ w - batch["noise"]) ** 2)
+    value, grad = jax.value_and_grad(loss)(carry)
+    return carry - lr * grad, value
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_the_suggestion_trains_and_is_not_timid(noise, ours):
+    rng, seeds = np.random.default_rng(0), 12
+    start = rng.normal(scale=3, size=(seeds, 20)).astype(np.float32) / np.sqrt(EIGENVALUES)
+    x = rng.normal(size=(seeds, 100, 16, 20)).astype(np.float32) * np.sqrt(EIGENVALUES)
+    batches = {"x": x, "noise": rng.normal(scale=noise, size=(seeds, 100, 16)).astype(np.float32)}
+
+    def losses(w, batches):
+        """The suggestion, and how far training at it, and at a thousandth of it, gets."""
+        rate = lr_range_test(regression, w, batches, lo=1e-4, hi=100.0).suggestion
+        train = lambda lr: jax.lax.scan(lambda w, b: regression(w, b, lr), w, batches)[1]
+        return rate, *(jnp.mean(train(lr)[-10:]) / train(lr)[0] for lr in (rate, rate / 1000))
+
+    rates, at, below = jax.jit(jax.vmap(losses))(start, batches)
+    # Full gradients diverge from 2 on, those of 16 examples earlier.
+    assert np.all((rates > 0.05) & (rates < 2))
+    assert np.all(at < 0.25) and np.median(at) < 0.05 and np.all(below > 0.3)
+
+
 def test_it_ends_where_the_batches_end_and_takes_no_more_than_it_needs(ours):
     r = both(scripted([3.0, 2.0, 1.0, 1.0]), 0, 4, num_steps=10)
     assert len(r.losses) == 4
@@ -214,3 +243,17 @@ def test_the_picture_shows_the_curve_and_the_suggestion():
     np.testing.assert_array_equal(smoothed.get_ydata(), r.smoothed)
     assert axis.get_xscale() == "log" and set(line.get_xdata()) == {r.suggestion}
     assert len(plot.lr_range(r._replace(suggestion=np.nan)).axes[0].get_lines()) == 2
+
+
+def test_the_picture_is_scaled_to_the_fall_not_to_the_explosion():
+    def limits(losses):
+        n = len(losses)
+        r = lr_range_test(scripted(losses), 0, np.zeros(n), num_steps=n, smoothing=0.0)
+        return plot.lr_range(r).axes[0].get_ylim()
+
+    np.testing.assert_allclose(limits([5.0, 4.0, 1.0, 3.0, 1e6]), (0.6, 7.0))
+    # Nothing explodes, nothing falls, nothing is there: as matplotlib likes it.
+    low, high = limits([5.0, 4.0, 1.0, 3.0, 3.0])
+    assert 0.7 < low < 1 and 5 < high < 5.3
+    assert limits([1.0, 2.0, 1e6])[1] > 1e6
+    assert all(np.isfinite(limits([np.nan, 1.0])))

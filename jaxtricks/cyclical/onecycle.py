@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks._types import Array, Scalar, Schedule
-from jaxtricks.cyclical.phase import blend, cast, iteration, plain
+from jaxtricks.cyclical.phase import blend, cast, check_number, iteration, plain
 
 _LIMIT = 2**30
 
@@ -55,9 +55,9 @@ def one_cycle(
       Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
       Rates", arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR.
     """
-    for name, x in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
-        if isinstance(x, int | float) and not x > 0:
-            raise ValueError(f"cyclical.one_cycle: `{name}` is {x}: give a number > 0")
+    check_number("one_cycle: `peak`", peak)
+    check_number("one_cycle: `div_factor`", div_factor, 0)
+    check_number("one_cycle: `final_div_factor`", final_div_factor, 0)
     ends = _ends("one_cycle", total_steps, pct_start, anneal, three_phase)
 
     def values(dtype: Any) -> list[Array]:
@@ -104,6 +104,8 @@ def one_cycle_momentum(
     References:
       Smith and Topin, arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR (cycle_momentum).
     """
+    check_number("one_cycle_momentum: `base`", base)
+    check_number("one_cycle_momentum: `peak`", peak)
     ends = _ends("one_cycle_momentum", total_steps, pct_start, anneal, three_phase)
 
     def values(dtype: Any) -> list[Array]:
@@ -158,9 +160,10 @@ def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
 
 
 def _leg(n: Array, start: float, end: float, points: Any, anneal: str, dtype: Any) -> Array:
-    # Whole iterations are subtracted as integers; the fractions that remain are below 1.
-    first, final = math.floor(start), math.ceil(end)
-    done = (n - first).astype(dtype) - (start - first)
-    left = (final - n).astype(dtype) - (final - end)
+    # From the first whole iteration on and up to the last: integers and a positive rest, which add up
+    # without cancelling. Outside the leg both are meaningless, and not used.
+    first, final = math.ceil(start), math.floor(end)
+    done = (n - first).astype(dtype) + (first - start)
+    left = (final - n).astype(dtype) + (end - final)
     length = end - start
     return blend(points[0], points[1], done / length, left / length, cos=anneal == "cos")

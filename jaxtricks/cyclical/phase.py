@@ -19,7 +19,19 @@ def plain(name: str, x: Any) -> float:
     """A static number; `name` is "function: `argument`" for the message."""
     if isinstance(x, jax.core.Tracer):
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
+    if isinstance(x, str) or x is None or np.ndim(x) != 0:
+        raise ValueError(f"cyclical.{name} is {x!r}: give a plain number")
     return float(x)
+
+
+def check_number(name: str, x: Any, low: float = -math.inf) -> None:
+    """Raise unless a number is finite and above `low`; device arrays pass, they may be traced."""
+    if isinstance(x, jax.Array):
+        return
+    values = np.asarray(x)
+    if not np.all((low < values) & (values < math.inf)):
+        wanted = "finite number" if low == -math.inf else f"number > {low:g}"
+        raise ValueError(f"cyclical.{name} is {x}: give a {wanted}")
 
 
 def exact(name: str, x: Any) -> Fraction:
@@ -31,10 +43,12 @@ def exact(name: str, x: Any) -> Fraction:
     return nearest or Fraction(1, _MAX_DENOMINATOR)
 
 
-def representable(period: Fraction) -> Fraction:
-    """The period as a fraction whose numerator fits int32."""
+def representable(name: str, period: Fraction) -> Fraction:
+    """The period as a fraction whose numerator fits int32; `name` is the argument to lengthen."""
     if period < 1:
-        raise ValueError("cyclical: a cycle is shorter than one iteration: lengthen it")
+        raise ValueError(
+            f"cyclical.{name} makes cycles of {float(period):g} iterations: lengthen it, to 1 or more"
+        )
     # Only legs with two different, large denominators are affected.
     return period.limit_denominator(max(1, (_LIMIT - 1) // math.ceil(period)))
 
@@ -80,11 +94,14 @@ def _divmod_sum(position: Array, shift: int, r: Array, digit: int, a: int) -> tu
 def blend(start: Any, end: Any, done: Array, left: Array, *, cos: bool) -> Array:
     """From start (done 0, left 1) to end (done 1, left 0), along half a cosine or a line.
 
-    Both fractions are given, so that nothing cancels: each end is met exactly, however small.
+    Both fractions are given, so that nothing cancels: each end is met exactly, however small, and what
+    is added to the nearer end is at most half the way, however narrow.
     """
     if cos:
         done, left = (jnp.square(jnp.sin(x * (np.pi / 2))) for x in (done, left))
-    return cast(start, done.dtype) * left + cast(end, done.dtype) * done
+    start, end = cast(start, done.dtype), cast(end, done.dtype)
+    span = end - start
+    return jnp.where(done < left, start + span * done, end - span * left)
 
 
 def cast(x: Any, dtype: Any) -> Array:

@@ -219,6 +219,7 @@ def _observe(seen: _Seen, loss: Array, weights: Array, stop_factor: Any) -> _See
     return kept._replace(stopped=diverged | ~finite)
 
 
+@jax.jit
 def _steepest(lrs: Array, smoothed: Array, count: Array) -> Array:
     """The rate in the longest fall where the second-order difference quotient over log(rate) is least."""
     step = jnp.diff(jnp.log(lrs))

@@ -9,10 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks._types import Array, Scalar, Schedule
-from jaxtricks.cyclical.phase import blend, exact, iteration, phase, plain, representable
+from jaxtricks.cyclical.phase import (
+    blend,
+    check_number,
+    exact,
+    iteration,
+    phase,
+    plain,
+    representable,
+)
 
 _STEPS = 2**32 - 1
 _MAX_CYCLES = 1000
+_GRAIN = 2**128
 
 
 def warm_restarts(
@@ -28,7 +37,7 @@ def warm_restarts(
       first_period: iterations of the first cycle, >= 1. Fractions whose denominator is at most 1000
         are exact; others are rounded to the nearest of those.
       period_mult: length of a cycle over that of the one before, 1 or more (not so near 1 that there
-        would be more than 1000 different cycles in 2^32 iterations).
+        would be more than 1000 different cycles in 2^32 iterations); exact as first_period is.
       floor: rate that a cycle falls to (the restart comes when it would be reached); a number or
         array [].
 
@@ -49,11 +58,14 @@ def warm_restarts(
       Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983,
       equation 5; torch.optim.lr_scheduler.CosineAnnealingWarmRestarts.
     """
-    period = representable(exact("warm_restarts: `first_period`", first_period))
+    check_number("warm_restarts: `peak`", peak)
+    check_number("warm_restarts: `floor`", floor)
+    name = "warm_restarts: `first_period`"
+    period = representable(name, exact(name, first_period))
     mult = plain("warm_restarts: `period_mult`", period_mult)
     if not 1 <= mult < math.inf:
         raise ValueError(f"cyclical.warm_restarts: `period_mult` is {mult}: give a number >= 1")
-    starts = _starts(period, Fraction(mult)) if mult > 1 else []
+    starts = _starts(period, mult) if mult > 1 else []
 
     def schedule(step: Any) -> Array:
         n, dtype = iteration(step), jnp.result_type(float)
@@ -66,13 +78,18 @@ def warm_restarts(
     return schedule
 
 
-def _starts(period: Fraction, mult: Fraction) -> list[Fraction]:
+def _starts(period: Fraction, mult: float) -> list[Fraction]:
     """Where the cycles start, up to the first start that no step reaches."""
+    # A float that is the nearest one to 4/3 or 1.1 means that, so that cycles end on whole iterations.
+    rational = Fraction(mult).limit_denominator(1000)
+    ratio = rational if float(rational) == mult else Fraction(mult)
     starts, length = [Fraction(0)], period
     while starts[-1] < _STEPS:
         starts.append(starts[-1] + length)
-        # A float's worth of digits: exact powers of a fraction grow without end.
-        length = Fraction(float(length * mult))
+        length *= ratio
+        if length.denominator > _GRAIN:
+            # Exact powers of a fraction grow without end; by now no cycle can end on a whole iteration.
+            length = Fraction(round(length * _GRAIN), _GRAIN)
         if len(starts) > _MAX_CYCLES:
             raise ValueError(
                 f"cyclical.warm_restarts: `period_mult` is {float(mult)}: give 1, or a number so large"

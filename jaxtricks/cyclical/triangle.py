@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks._types import Array, Scalar, Schedule
-from jaxtricks.cyclical.phase import exact, iteration, phase, representable
+from jaxtricks.cyclical.phase import cast, check_number, exact, iteration, phase, representable
 
 _MODES = ("triangular", "triangular2", "exp_range")
 
@@ -32,13 +32,15 @@ def cyclical(
 
     Args:
       base: rate at step 0 and between cycles; a number or array [].
-      peak: rate in the middle of the first cycle; a number or array [].
+      peak: rate in the middle of the first cycle, below base for a valley; a number or array [].
       step_size_up: iterations from base to peak, > 0. Fractions whose denominator is at most 1000 are
         exact; others are rounded to the nearest of those.
       step_size_down: iterations from peak to base; None = step_size_up.
       mode: how the amplitude shrinks.
-      gamma: factor per iteration of "exp_range", > 0; a number or array [].
-      scale_fn: scale as a function of your own instead of `mode`; it gets a floating array [].
+      gamma: factor per iteration of "exp_range", > 0; a number (which keeps its digits near 1) or array
+        [].
+      scale_fn: scale as a function of your own instead of `mode`; it gets a floating array shaped as
+        the step (in float32 whole numbers beyond 2^24 are rounded).
       scale_by: what scale_fn gets: "cycle" (1, 2, ...) or "iteration" (0, 1, ...).
 
     Returns:
@@ -47,7 +49,8 @@ def cyclical(
 
     Raises:
       ValueError: an unknown mode or scale_by, a step size that is not positive, is traced or too large,
-        gamma not positive; when called, a step that is not an integer.
+        a cycle below one iteration, gamma not positive, a bound that is not finite; when called, a
+        step that is not an integer.
 
     Example:
       >>> rate = cyclical(0.0, 1.0, 4, mode="triangular2")
@@ -57,26 +60,10 @@ def cyclical(
     References:
       Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.
     """
-    _check_words(mode, scale_by)
-    if isinstance(gamma, int | float) and not gamma > 0:
-        raise ValueError(f"cyclical.cyclical: `gamma` is {gamma}: give a number > 0")
-    up = exact("cyclical: `step_size_up`", step_size_up)
-    down = up if step_size_down is None else exact("cyclical: `step_size_down`", step_size_down)
-    period = representable(up + down)
-    low: Any = base
-
-    def schedule(step: Any) -> Array:
-        n, dtype = iteration(step), jnp.result_type(float)
-        cycle, position = phase(n, period)
-        if scale_fn is not None:
-            seen = n if scale_by == "iteration" else cycle + np.uint32(1)
-            scale = jnp.asarray(scale_fn(seen.astype(dtype))).astype(dtype)
-        else:
-            scale = _scale(mode, gamma, n, cycle, dtype)
-        x = _triangle(position, up, down, period, dtype) * scale
-        return jnp.asarray(base).astype(dtype) + jnp.asarray(peak - low).astype(dtype) * x
-
-    return schedule
+    return _triangles(
+        "cyclical", ("base", base), ("peak", peak), (step_size_up, step_size_down), mode, gamma,
+        scale_fn, scale_by,
+    )  # fmt: skip
 
 
 def cyclical_momentum(
@@ -121,25 +108,58 @@ def cyclical_momentum(
       torch.optim.lr_scheduler.CyclicLR (cycle_momentum).
     """
     # It is the same triangle upside down.
-    return cyclical(
-        peak,
-        base,
-        step_size_up,
-        step_size_down,
-        mode=mode,
-        gamma=gamma,
-        scale_fn=scale_fn,
-        scale_by=scale_by,
-    )
+    return _triangles(
+        "cyclical_momentum", ("peak", peak), ("base", base), (step_size_up, step_size_down), mode,
+        gamma, scale_fn, scale_by,
+    )  # fmt: skip
 
 
-def _check_words(mode: str, scale_by: str) -> None:
+def _triangles(
+    name: str,
+    low: tuple[str, Scalar],
+    high: tuple[str, Scalar],
+    step_sizes: tuple[Scalar, Scalar | None],
+    mode: str,
+    gamma: Scalar,
+    scale_fn: Callable[[Any], Any] | None,
+    scale_by: str,
+) -> Schedule:
+    for argument, x in (low, high):
+        check_number(f"{name}: `{argument}`", x)
+    _check_scale(name, mode, gamma, scale_by)
+    up = exact(f"{name}: `step_size_up`", step_sizes[0])
+    down = up if step_sizes[1] is None else exact(f"{name}: `step_size_down`", step_sizes[1])
+    period = representable(f"{name}: `step_size_up`", up + down)
+
+    def schedule(step: Any) -> Array:
+        n, dtype = iteration(step), jnp.result_type(float)
+        cycle, position = phase(n, period)
+        if scale_fn is not None:
+            seen = n if scale_by == "iteration" else cycle + np.uint32(1)
+            scale = jnp.asarray(scale_fn(seen.astype(dtype))).astype(dtype)
+        else:
+            scale = _scale(mode, gamma, n, cycle, dtype)
+        x = _triangle(position, up, down, period, dtype) * scale
+        return cast(low[1], dtype) + _span(low[1], high[1], dtype) * x
+
+    return schedule
+
+
+def _span(low: Any, high: Any, dtype: Any) -> Array:
+    # Python numbers are subtracted in double precision, before rounding.
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        return cast(high - low, dtype)
+    return cast(high, dtype) - cast(low, dtype)
+
+
+def _check_scale(name: str, mode: str, gamma: Any, scale_by: str) -> None:
     if mode not in _MODES:
-        raise ValueError(f"cyclical.cyclical: `mode` is {mode!r}: give one of {', '.join(_MODES)}")
+        raise ValueError(f"cyclical.{name}: `mode` is {mode!r}: give one of {', '.join(_MODES)}")
     if scale_by not in ("cycle", "iteration"):
         raise ValueError(
-            f"cyclical.cyclical: `scale_by` is {scale_by!r}: give 'cycle' or 'iteration'"
+            f"cyclical.{name}: `scale_by` is {scale_by!r}: give 'cycle' or 'iteration'"
         )
+    check_number(f"{name}: `gamma`", gamma, 0)
 
 
 def _triangle(position: Array, up: Fraction, down: Fraction, period: Fraction, dtype: Any) -> Array:

@@ -50,7 +50,7 @@ def lr_range(r: Any) -> Any:
 
     Returns:
       A matplotlib figure of one panel: losses (thin), smoothed (thick), a dashed line at the suggestion
-      unless it is NaN.
+      unless it is NaN. Where the loss explodes it leaves the panel: the scale is that of its fall.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -65,12 +65,22 @@ def lr_range(r: Any) -> Any:
         axis.axvline(
             float(r.suggestion), color="tab:blue", ls="--", label=f"steepest: {r.suggestion:.2g}"
         )
+    _scale_to_fall(axis, list(r.losses), list(r.smoothed))
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
+
+
+def _scale_to_fall(axis: Any, losses: list[Any], smoothed: list[Any]) -> None:
+    if not losses:
+        return
+    low, high = float(min(losses)), float(max(smoothed[: smoothed.index(min(smoothed)) + 1]))
+    top = high + (high - low) / 2
+    if low < high and max(losses) > top:
+        axis.set_ylim(low - (high - low) / 10, top)
 
 
 _KINDS = {
