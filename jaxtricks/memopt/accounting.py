@@ -56,7 +56,7 @@ def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Tabl
       q          1024x16x64  4.0 MiB            1
       others     -           4 B                -
       total      -           4.0 MiB            1
-      q is not factored: 4.0 MiB, where 8.0 KiB would do; say what its axes are (axes=), or lower min_dim_size_to_factor.
+      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass axes=, or lower min_dim_size_to_factor
     """
     table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))
@@ -142,10 +142,12 @@ def _unfactored(path: str, leaf: Any, state: Any) -> list[str]:
     whole = [v for v in _second_moments(state, path) if isinstance(v, Full)]
     cuts = range(1, len(leaf.shape))
     sides = min(math.prod(leaf.shape[:c]) + math.prod(leaf.shape[c:]) for c in cuts)
-    sizes = [(v.v.dtype.itemsize * math.prod(leaf.shape), v.v.dtype.itemsize * sides) for v in whole]
+    sizes = [
+        (v.v.dtype.itemsize * math.prod(leaf.shape), v.v.dtype.itemsize * sides) for v in whole
+    ]
     return [
         f"{path} is not factored: {_table.format_bytes(size)}, where {_table.format_bytes(least)} would "
-        "do; say what its axes are (axes=), or lower min_dim_size_to_factor."
+        "do: pass axes=, or lower min_dim_size_to_factor"
         for size, least in sizes
         if size > least
     ]

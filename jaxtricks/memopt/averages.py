@@ -60,9 +60,7 @@ def zeros(leaf: Any, dtype: Any) -> Array | Int8:
 def keys(m: Any, count: Any) -> Any:
     """{path: key} for the averages that are rounded at random; the same at the same (step, path)."""
     at_step = jax.random.fold_in(jax.random.key(0), count)
-    return {
-        path: leaf_key(at_step, path) for path, x in (m or {}).items() if isinstance(x, Int8)
-    }
+    return {path: leaf_key(at_step, path) for path, x in (m or {}).items() if isinstance(x, Int8)}
 
 
 def leaf_key(key: Key, path: str) -> Key:
@@ -81,7 +79,7 @@ def read(m: Any, dtype: Any) -> Array:
     return _regrouped(decode, lambda whole, scale: whole, *m)
 
 
-def write(x: Array, like: Any, key: Key | None) -> Any:
+def write(x: Array, like: Any, key: Any) -> Any:
     """x in the form of `like`; int8 is rounded up with the probability of the remainder (unbiased)."""
     if not isinstance(like, Int8):
         return x.astype(like.dtype)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _tree
 from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves
@@ -36,7 +35,7 @@ class Sm3State(NamedTuple):
 
 def scale_by_sm3(
     *,
-    momentum: ScalarOrSchedule = _NO_MOMENTUM,
+    momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
     momentum_dtype: Any = None,
     axes: Any = None,
     eps: ScalarOrSchedule = 1e-30,
@@ -71,7 +70,7 @@ def scale_by_sm3(
 def sm3(
     learning_rate: ScalarOrSchedule,
     *,
-    momentum: ScalarOrSchedule = _NO_MOMENTUM,
+    momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
     momentum_dtype: Any = None,
     axes: Any = None,
     eps: ScalarOrSchedule = 1e-30,
@@ -85,7 +84,7 @@ def sm3(
 
     Args:
       learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
-      momentum: the number 0 = none and no buffer; an array or schedule always has its buffer.
+      momentum: None or the number 0 = none and no buffer; an array or schedule always has its buffer.
       momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
         random (unbiased, the same at the same step and path); None = float32, float64 for float64
         parameters.
@@ -139,7 +138,9 @@ def _transform(
             p = leaves.lookup(name, weights, path, "`params`")
             m = None if state.m is None else state.m[path]
             hyper = [leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
-            u, new_v[path], m = _step(g, v, m, keys.get(path), *hyper, where=_axes(g.shape, roles[path]))
+            u, new_v[path], m = _step(
+                g, v, m, keys.get(path), *hyper, where=_axes(g.shape, roles[path])
+            )
             if new_m is not None:
                 new_m[path] = m
             out.append(u.astype(leaves.update_dtype(g, p)))

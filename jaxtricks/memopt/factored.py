@@ -16,6 +16,8 @@ from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Roles
 from jaxtricks.memopt import averages, leaves
 
+_MANY = 4096  # from here on XLA's CPU backend sums in one kernel
+
 
 class Factored(NamedTuple):
     """Second moment of a factored leaf, V = v_in v_out / mean(v_in).
@@ -131,7 +133,7 @@ def _full(
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
     slices = _slices(hyper, where, config)
     ratio, weights = square / new, jnp.square(p.astype(new.dtype))
-    if config.parameter_scale and slices == where.others:
+    if slices is not None and config.parameter_scale and slices == where.others:
         means = _means(ratio, weights, slices)
     else:
         means = _optional_mean(ratio, slices), _parameter_square(p, new.dtype, where, config)
@@ -213,7 +215,8 @@ def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:
-    return old + weight * (new - old)
+    # Not old + weight (new - old): at weight 1, before decay_offset, that loses what is much below old.
+    return (1 - weight) * old + weight * new
 
 
 def _mean(x: Array, axes: tuple[int, ...]) -> Array:
@@ -236,9 +239,6 @@ def _means(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     zero = jnp.zeros([], a.dtype)
     sums = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
     return jnp.expand_dims(sums[0], axes) / n, jnp.expand_dims(sums[1], axes) / n
-
-
-_MANY = 4096
 
 
 def _count(x: Array, axes: tuple[int, ...]) -> int:

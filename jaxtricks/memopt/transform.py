@@ -197,7 +197,9 @@ def adafactor(
         if leaves.is_zero(beta1):
             return state
         table = leaves.checked("adafactor", params)
-        return state._replace(m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()})
+        return state._replace(
+            m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
+        )
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         off = leaves.is_zero(weight_decay) or params is None
