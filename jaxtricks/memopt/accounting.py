@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtricks import _table, _tree
@@ -14,11 +13,11 @@ from jaxtricks.memopt.factored import Full
 from jaxtricks.memopt.sharding import shardings_of, state_specs
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
+def state_bytes(tx: Any, params: Params) -> int:
     """Bytes of the state that `tx.init(params)` would make; allocates nothing.
 
     Args:
-      tx: any optax transformation or chain.
+      tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs.
 
     Returns:
@@ -33,11 +32,11 @@ def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
     return _tree.nbytes(jax.eval_shape(tx.init, _shapes(params)))
 
 
-def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Table:
+def state_table(tx: Any, params: Params) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 
     Args:
-      tx: any optax transformation or chain.
+      tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
         several devices, there is a column of what one device holds.
 

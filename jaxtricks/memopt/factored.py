@@ -182,22 +182,29 @@ def _parameter_square(p: Any, dtype: Any, where: Layout, config: Config) -> Arra
 
 def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """(mean of g^2, mean of g^2 / v) over the axes, in one pass over g on every backend."""
+    return jax.lax.platform_dependent(
+        g,
+        v,
+        cpu=functools.partial(two_means_stacked, axes=axes),
+        default=functools.partial(two_means_separate, axes=axes),
+    )
 
-    def separate(g: Array, v: Array) -> tuple[Array, Array]:
-        square = jnp.square(g.astype(v.dtype))
-        return _mean(square, axes), _mean(square * (1 / v), axes)
 
-    def stacked(g: Array, v: Array) -> tuple[Array, Array]:
-        # XLA's CPU backend has no reduction with two results: one with an axis more reads g once.
-        share = 1 / _count(g, axes)
-        weights = jnp.stack([jnp.full_like(v, share), share / v])
-        # Without the barrier it would share g^2 with the other pass, and write it to memory for that.
-        square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
-        later = tuple(i + 1 for i in axes)
-        means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
-        return means[0], means[1]
+def two_means_separate(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The two means as they are written: the compilers for accelerators make one pass of them."""
+    square = jnp.square(g.astype(v.dtype))
+    return _mean(square, axes), _mean(square * (1 / v), axes)
 
-    return jax.lax.platform_dependent(g, v, cpu=stacked, default=separate)
+
+def two_means_stacked(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """One reduction with an axis more: XLA's CPU backend has none with two results."""
+    share = 1 / _count(g, axes)
+    weights = jnp.stack([jnp.full_like(v, share), share / v])
+    # Without the barrier g^2 would be shared with the other pass, and written to memory for that.
+    square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
+    later = tuple(i + 1 for i in axes)
+    means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
+    return means[0], means[1]
 
 
 def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:

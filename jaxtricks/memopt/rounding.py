@@ -40,7 +40,7 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       A GradientTransformation whose update needs `params`.
 
     Raises:
-      ValueError: in `update`, no `params`.
+      ValueError: a seed that is none; in `update`, no `params`.
 
     Example:
       >>> tx = optax.chain(optax.sgd(1.0), stochastic_round(0))
@@ -55,6 +55,9 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical Precision",
       arXiv 1502.02551, section 3.
     """
+
+    if not hasattr(seed, "dtype") and not isinstance(seed, int):
+        raise ValueError(f"memopt.stochastic_round: `seed` is {seed!r}: give an int or a key")
 
     def init_fn(params: Params) -> StochasticRoundState:
         del params
@@ -110,12 +113,12 @@ def _rounded(updates: Any, params: Params, key: Key) -> Any:
             return u
         wide = p.astype(jnp.float32)
         noise = jax.random.bits(averages.leaf_key(key, path), p.shape, jnp.uint16)
-        return _to_neighbour(wide + u.astype(jnp.float32), p.dtype, noise) - wide
+        return to_neighbour(wide + u.astype(jnp.float32), p.dtype, noise) - wide
 
     return _tree.map_with_path(one, updates)
 
 
-def _to_neighbour(x: Array, dtype: Any, noise: Array) -> Array:
+def to_neighbour(x: Array, dtype: Any, noise: Array) -> Array:
     """x (float32), rounded to a value of the dtype with 16 random bits.
 
     What lies between two bfloat16 numbers has exactly 16 bits, so there the probability is exact.
