@@ -47,6 +47,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Float
 
@@ -182,7 +183,8 @@ def adaptive_grad_clip(
       A GradientTransformation whose update needs `params`.
 
     Raises:
-      ValueError: a negative number; in `init`, a rule that does not fit the parameters.
+      ValueError: a negative number; in `init`, a rule that does not fit the parameters, or a parameter
+        that is clipped and not floating.
 
     Example:
       >>> tx = adaptive_grad_clip(0.1)
@@ -197,7 +199,7 @@ def adaptive_grad_clip(
       arXiv 2102.06171, eq. 3.
     """
     for name, x in (("clipping", clipping), ("eps", eps)):
-        if isinstance(x, int | float) and not x >= 0:
+        if isinstance(x, int | float | np.number) and not float(x.real) >= 0:
             raise ValueError(f"agc.adaptive_grad_clip: `{name}` is {x}: give a number >= 0")
     scheduled = callable(clipping) or callable(eps)
 
@@ -207,6 +209,7 @@ def adaptive_grad_clip(
             where.check(leaves)
         for (path, leaf), roles in zip(leaves.items(), axes_.leaf_roles(axes, params), strict=True):
             _unit_axes(path, tuple(jnp.shape(leaf)), roles)
+            _check_dtype(path, leaf, where)
         # Two arrays, not one twice: a donated state may not hold a buffer twice.
         fraction, ratio = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
         return AgcState(fraction, ratio, jnp.zeros([], jnp.int32) if scheduled else None)
@@ -240,6 +243,15 @@ class _Units(NamedTuple):
 
     g: Any
     w: Any
+
+
+def _check_dtype(path: str, leaf: Any, where: Callable[[str], bool] | None) -> None:
+    if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) or not (where is None or where(path)):
+        return
+    raise ValueError(
+        f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it out by `where`, or hide "
+        "it with optax.masked"
+    )
 
 
 def _matches(pattern: str, path: str) -> bool:
