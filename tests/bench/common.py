@@ -132,11 +132,13 @@ def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.nda
     return {name: np.array(ts) for name, ts in times.items()}
 
 
-def command(module: str) -> tuple[str, pathlib.Path | None]:
-    """(the command line as it was typed, the file of its `--out`)."""
+def arguments(module: str, **numbers: int) -> tuple[str, argparse.Namespace]:
+    """(the command line as it was typed, its arguments: `--out` and the numbers, with defaults)."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--out", type=pathlib.Path, help="write the tables here too, as Markdown")
-    return " ".join([parser.prog, *sys.argv[1:]]), parser.parse_args().out
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return " ".join([parser.prog, *sys.argv[1:]]), parser.parse_args()
 
 
 def publish(tables: Sequence[_table.Table], heading: str, out: pathlib.Path | None = None) -> None:

@@ -67,7 +67,7 @@ def rows(params: Any, with_int8: bool = True) -> list[tuple[Any, ...]]:
 
 def main() -> None:
     """Compile and print; `--out FILE` writes the same as Markdown."""
-    command, out = common.command("tests.bench.tpu")
+    command, args = common.arguments("tests.bench.tpu")
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
     heading = (
         f"Optimizers, compiled for one chip of TPU {TOPOLOGY}: `{command}`\n\n{packages}.\n"
@@ -80,7 +80,7 @@ def main() -> None:
         _table.make((name, *HEADERS[1:]), rows(params, with_int8))
         for name, (params, with_int8) in trees.items()
     ]
-    common.publish(tables, heading, out)
+    common.publish(tables, heading, args.out)
 
 
 if __name__ == "__main__":
