@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
 from jaxtricks import memopt
-from jaxtricks.memopt import averages
+from jaxtricks.memopt import averages, noise
 
 SHAPES = {
     "w": (256, 512),
@@ -217,7 +217,7 @@ def test_int8_momentum_costs_1_03_bytes():
 def test_int8_blocks_of_any_shape(shape, scales, ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     empty = averages.zeros(x, jnp.dtype("int8"))
-    m = averages.write(x, empty, jax.random.key(0))
+    m = averages.write(x, empty, noise.of_step(jax.random.key(0), 0))
     assert (m.values.shape, m.scale.shape) == (shape, scales)
     chex.assert_trees_all_equal_shapes_and_dtypes(m, empty)
     step = np.max(np.abs(x), initial=0) / 127
@@ -229,11 +229,12 @@ def test_int8_rounding_is_unbiased_and_keeps_the_largest(ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=128), jnp.float32)
     empty = averages.zeros(x, jnp.dtype("int8"))
 
-    def once(key):
-        return averages.read(averages.write(x, empty, key), jnp.float32)
+    def once(step):
+        seed = noise.of_step(jax.random.key(1), step)
+        return averages.read(averages.write(x, empty, seed), jnp.float32)
 
     n = 4000
-    samples = jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(1), n))
+    samples = jax.jit(jax.vmap(once))(jnp.arange(n))
     step = float(jnp.max(jnp.abs(x)) / 127)
     error = np.abs(np.mean(samples, 0) - x)
     assert np.max(error) < 5 * 0.5 * step / np.sqrt(n)  # 5 standard deviations at most of a step
@@ -277,16 +278,16 @@ def test_int8_momentum_follows_float32_and_repeats_itself(make, ours):
         assert np.sqrt(np.mean(np.square(rough[n] - exact[n]))) < 0.02 * moved
 
 
-def test_int8_keys_are_of_step_and_path(ours):
+def test_int8_seeds_are_of_step_and_path(ours):
     m = {n: averages.zeros(jnp.ones(8), jnp.dtype("int8")) for n in ("a", "b")}
     data = lambda count, table: {
-        n: jax.random.key_data(k).tolist() for n, k in averages.keys(table, count).items()
+        n: seed.tolist() for n, seed in averages.seeds(table, count).items()
     }
     first = data(3, m)
     assert first["a"] != first["b"]
     assert data(4, m)["a"] != first["a"]
     assert data(3, {"a": m["a"]})["a"] == first["a"]  # what else there is does not matter
-    assert averages.keys({"a": jnp.ones(3)}, 0) == {}
+    assert averages.seeds({"a": jnp.ones(3)}, 0) == {}
 
 
 def test_int8_in_an_nnx_optimizer():

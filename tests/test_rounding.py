@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
 from jaxtricks import memopt
+from jaxtricks.memopt import noise as bits
 from jaxtricks.memopt import rounding
 
 LOW = ["bfloat16", "float16"]
@@ -44,9 +45,9 @@ def neighbours(x, dtype):
 def test_rounds_to_a_neighbour_with_the_probability_of_the_remainder(dtype, ours):
     x = values(dtype)
     lower, upper = neighbours(x, dtype)
-    noise = jnp.arange(0, 2**16, 7, dtype=jnp.uint16)
+    noise = jnp.arange(0, 2**16, 7, dtype=jnp.float32)
     every = jax.jit(
-        jax.vmap(lambda n: rounding.to_neighbour(x, jnp.dtype(dtype), jnp.full(x.shape, n)))
+        jax.vmap(lambda n: rounding.to_neighbour(x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)))
     )
     rounded = wide(every(noise))
     assert np.all((rounded == lower) | (rounded == upper))
@@ -62,7 +63,7 @@ def test_what_has_no_neighbours(dtype, ours):
         [0.0, np.inf, -np.inf, np.nan, float(info.max), float(info.max) * 1.003], jnp.float32
     )
     for n in (0, 30000, 65535):
-        rounded = rounding.to_neighbour(x, jnp.dtype(dtype), jnp.full(x.shape, n, jnp.uint16))
+        rounded = rounding.to_neighbour(x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16))
         np.testing.assert_array_equal(rounded, x.astype(dtype).astype(jnp.float32))
 
 
@@ -88,6 +89,28 @@ def test_lands_exactly_on_rounded_values_through_optax_and_nnx(dtype):
     # Its path is "kernel", not "w": other bits, the same two neighbours.
     assert np.all((wide(model.kernel[...]) == lower) | (wide(model.kernel[...]) == upper))
     assert model.kernel[...].dtype == jnp.dtype(dtype)
+
+
+def test_the_bits_are_uniform_and_unrelated(ours):
+    shape, steps = (64, 256), 64
+    seeds = jax.vmap(lambda t: bits.of_leaf(bits.of_step(jax.random.key(0), t), "w"))(
+        jnp.arange(steps)
+    )
+    x = wide(jax.jit(jax.vmap(lambda s: bits.uniform(s, shape)))(seeds)).reshape(steps, -1)
+    n = x.size
+    assert np.all((x >= 0) & (x < 1) & (x * 2**16 == np.floor(x * 2**16)))
+    share, _ = np.histogram(x, bins=64, range=(0, 1))
+    assert np.sum((share - n / 64) ** 2) / (n / 64) < 63 + 5 * np.sqrt(2 * 63)  # chi square
+    z = (x - 0.5) * np.sqrt(12)
+
+    def unrelated(a, b):
+        return abs(np.mean(a * b)) < 5 / np.sqrt(a.size)
+
+    assert unrelated(z[:, 1:], z[:, :-1])  # neighbours
+    assert unrelated(z[1:], z[:-1])  # steps
+    assert unrelated(z[:, 256:], z[:, :-256])  # rows
+    assert unrelated(z[1:] ** 2 - 1, z[:-1] ** 2 - 1)
+    assert np.max(np.abs(z.mean(0))) < 6 / np.sqrt(steps)  # no entry is favoured
 
 
 def test_one_step_is_unbiased(ours):

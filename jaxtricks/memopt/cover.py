@@ -131,7 +131,7 @@ def _transform(
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         tree = updates if params is None else params
         weights, roles = leaves.checked(name, tree), leaves.roles_by_path(axes, tree)
-        keys = averages.keys(state.m, state.count)
+        seeds = averages.seeds(state.m, state.count)
         out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
         for path, g in leaves.checked(name, updates).items():
             v = leaves.lookup(name, state.v, path, "the state")
@@ -139,7 +139,7 @@ def _transform(
             m = None if state.m is None else state.m[path]
             hyper = [leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
             u, new_v[path], m = _step(
-                g, v, m, keys.get(path), *hyper, where=_axes(g.shape, roles[path])
+                g, v, m, seeds.get(path), *hyper, where=_axes(g.shape, roles[path])
             )
             if new_m is not None:
                 new_m[path] = m
@@ -169,7 +169,7 @@ def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
 
 @functools.partial(jax.jit, static_argnames="where")
 def _step(
-    g: Any, v: Any, m: Any, key: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
+    g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
 ) -> Any:
     """(update, v, m) of one leaf in the dtype of its state."""
     maxima = []
@@ -183,7 +183,7 @@ def _step(
     u = jnp.where(total == 0, jnp.zeros_like(g), g * jax.lax.rsqrt(total))
     if m is not None:
         u = momentum * averages.read(m, u.dtype) + (1 - momentum) * u
-        m = averages.write(u, m, key)
+        m = averages.write(u, m, seed)
     return (u if rate is None else -rate * u), v, m
 
 

@@ -104,7 +104,7 @@ def zeros(leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | 
 
 @functools.partial(jax.jit, static_argnames=("where", "config"))
 def step(
-    g: Any, p: Any, v: Any, m: Any, key: Any, hyper: Hyper, *, where: Layout, config: Config
+    g: Any, p: Any, v: Any, m: Any, seed: Any, hyper: Hyper, *, where: Layout, config: Config
 ) -> Any:
     """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
     dtype, result = v[0].dtype, leaves.update_dtype(g, p)
@@ -118,7 +118,7 @@ def step(
         return u.astype(result), v, m
     if m is not None:
         u = hyper.beta1 * averages.read(m, dtype) + (1 - hyper.beta1) * u
-        m = averages.write(u, m, key)
+        m = averages.write(u, m, seed)
     if config.momentum_before_rate:
         u = hyper.rate * u
     if hyper.weight_decay is not None:
