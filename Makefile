@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints/newest.txt
 COLAB_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) $(shell command -v python3.13))
 PYTEST_WORKERS ?= 2
+TPU_VENV ?= $(VENV)-tpu
 
 .PHONY: demo test test-all test-colab check format bench clean
 
@@ -19,8 +20,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow'
 
-test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+# The TPU compiler lives apart: in the ordinary environment it would greet every look for devices.
+# (beartype: the package `tests` imports it.)
+$(TPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[tpu]' beartype
+	touch $@
+
+test-all: $(VENV)/.installed $(TPU_VENV)/.installed
+	TPU_PYTHON=$(abspath $(TPU_VENV))/bin/python $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -41,4 +49,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-colab runs
+	rm -rf $(VENV) $(TPU_VENV) .venv-colab .venv-colab-tpu runs

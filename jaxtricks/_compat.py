@@ -17,7 +17,9 @@ def enable_x64() -> contextlib.AbstractContextManager[Any]:
 
 def zeros_alike(x: Any, dtype: Any) -> jax.Array:
     """Zeros that are sharded as x is, whatever sharding the compiler finds for x: there is no public name."""
-    x = jax.lax.stop_gradient(x).astype(dtype)  # zeros converted later would be folded, and lie anywhere
+    x = jax.lax.stop_gradient(x).astype(
+        dtype
+    )  # zeros converted later would be folded, and lie anywhere
     return alike(jnp.zeros_like(x), x)
 
 

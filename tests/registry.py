@@ -26,6 +26,7 @@ GRADIENT_TRANSFORMS: dict[str, Callable[..., Any]] = {
     "memopt.scale_by_adafactor": partial(memopt.scale_by_adafactor, min_dim_size_to_factor=4),
     "memopt.sm3": partial(memopt.sm3, 0.1, momentum=0.9),
     "memopt.scale_by_sm3": memopt.scale_by_sm3,
+    "memopt.stochastic_round": partial(memopt.stochastic_round, 0),
     "amp.dynamic_loss_scale": partial(
         amp.dynamic_loss_scale, agc.adaptive_grad_clip(0.1), init=4.0
     ),

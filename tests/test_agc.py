@@ -194,6 +194,16 @@ def test_schedules_count_and_constants_do_not(ours):
 def test_mistakes_say_what_to_do():
     with pytest.raises(ValueError, match="clipping"):
         agc.adaptive_grad_clip(-1)
+    with pytest.raises(ValueError, match="eps"):
+        agc.adaptive_grad_clip(eps=np.float32(-1))
+    with pytest.raises(ValueError, match="one per axis"):
+        agc.adaptive_grad_clip(axes={"w": ("in",)}).init({"w": jnp.ones((2, 3))})
+    mixed = {"w": jnp.ones(3), "z": jnp.ones(3, jnp.complex64), "n": jnp.arange(3)}
+    with pytest.raises(ValueError, match="'n' is int32"):
+        agc.adaptive_grad_clip().init(mixed)
+    with pytest.raises(ValueError, match="'z' is complex64"):
+        agc.adaptive_grad_clip(where=agc.exclude("n")).init(mixed)
+    agc.adaptive_grad_clip(where=agc.exclude("n", "z")).init(mixed)
     tx = agc.adaptive_grad_clip()
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="'v'"):

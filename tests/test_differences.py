@@ -184,7 +184,12 @@ class TestAdafactor:
         for name in ("v_row", "v_col"):
             x, y = (getattr(s[0], name)["w"] for s in (state, after))
             assert x.sharding.is_fully_replicated and not y.sharding.is_fully_replicated, MEMOPT
-        # Here belongs our half, with memopt.state_specs: the same layout before and after.
+        own = memopt.adafactor(1e-2)
+        before = own.init(params)
+        _, after = jax.jit(own.update)(params, before, params)
+        specs = memopt.state_specs(own, params, {"w": P("data", "model")})
+        for state in (before, after):
+            assert [x.sharding.spec for x in state.v["w"]] == list(specs.v["w"])
 
     def test_cannot_be_injected_under_jit(self):  # google-deepmind/optax#412
         params = {"w": jnp.ones((4, 4))}

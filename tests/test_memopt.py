@@ -397,6 +397,17 @@ def test_scale_by_is_the_update_without_rate_and_sign(ours):
         (lambda: memopt.adafactor(momentum_dtype="int32"), "momentum_dtype"),
         (lambda: memopt.adafactor(momentum_dtype="fp17"), "momentum_dtype"),
         (lambda: memopt.sm3(0.1, momentum=-1), "momentum"),
+        (lambda: memopt.adafactor(-1e-3), "`learning_rate` is -0.001: give a number >= 0"),
+        (lambda: memopt.adafactor(np.float32("nan")), "learning_rate"),
+        (lambda: memopt.sm3(-0.1), "learning_rate"),
+        (lambda: memopt.adafactor(weight_decay=-0.1), "weight_decay"),
+        (lambda: memopt.adafactor(decay_rate=-0.8), "decay_rate"),
+        (lambda: memopt.adafactor(decay="adam", decay_rate=1.5), "decay_rate"),
+        (lambda: memopt.sm3(0.1, eps=-1), "eps"),
+        (lambda: memopt.sm3(0.1, axes={"w": ("in",)}).init({"w": jnp.ones((2, 3))}), "one per axis"),
+        (lambda: memopt.adafactor(axes={"w": ("row", "in")}).init({"w": jnp.ones((2, 3))}), "'row'"),
+        (lambda: memopt.adafactor().init({"z": jnp.ones(3, jnp.complex64)}), "'z' is complex64"),
+        (lambda: memopt.sm3(0.1).init({"z": jnp.ones(3, jnp.complex64)}), "'z' is complex64"),
         (lambda: memopt.adafactor().init({"n": jnp.arange(3)}), "int32"),
         (lambda: memopt.adafactor(axes=jt.axes.by_path({"x": ("in",)})).init({"w": jnp.ones(3)}), "'x'"),
     ],
@@ -404,6 +415,46 @@ def test_scale_by_is_the_update_without_rate_and_sign(ours):
 def test_mistakes_say_what_to_do(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+MAKERS = {
+    "adafactor": lambda: memopt.adafactor(1e-2, min_dim_size_to_factor=2),
+    "adafactor, int8": lambda: memopt.adafactor(1e-2, beta1=0.9, momentum_dtype="int8"),
+    "sm3": lambda: memopt.sm3(0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_spoils_its_leaf_and_no_other(name, bad):
+    tx = MAKERS[name]()
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    grads = {"w": jnp.ones((4, 3)).at[1, 1].set(bad), "b": jnp.full(3, 0.5)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = update(grads, state, params)
+        assert not np.all(np.isfinite(updates["w"]))
+        assert np.all(np.isfinite(updates["b"]))
+    _, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+    assert not np.all(np.isfinite(jnp.concatenate([jnp.ravel(x) for x in state.v["w"]])))
+    assert np.all(np.isfinite(jnp.concatenate([jnp.ravel(x) for x in state.v["b"]])))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_skip_nonfinite_keeps_it_out_of_the_state(name, bad):
+    tx = jt.amp.skip_nonfinite(MAKERS[name]())
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    good = {"w": jnp.ones((4, 3)), "b": jnp.full(3, 0.5)}
+    broken = {**good, "w": good["w"].at[1, 1].set(bad)}
+    update = jax.jit(tx.update)
+    _, before = update(good, tx.init(params), params)
+    updates, after = update(broken, before, params)
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, before.inner_state)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    resumed, _ = update(good, after, params)
+    expected, _ = update(good, before, params)
+    jax.tree.map(np.testing.assert_array_equal, resumed, expected)
 
 
 def test_another_trees_state_is_refused():

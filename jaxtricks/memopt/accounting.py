@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtricks import _table, _tree
@@ -14,11 +13,11 @@ from jaxtricks.memopt.factored import Full
 from jaxtricks.memopt.sharding import shardings_of, state_specs
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
+def state_bytes(tx: Any, params: Params) -> int:
     """Bytes of the state that `tx.init(params)` would make; allocates nothing.
 
     Args:
-      tx: any optax transformation or chain.
+      tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs.
 
     Returns:
@@ -33,11 +32,11 @@ def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
     return _tree.nbytes(jax.eval_shape(tx.init, _shapes(params)))
 
 
-def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Table:
+def state_table(tx: Any, params: Params) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 
     Args:
-      tx: any optax transformation or chain.
+      tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
         several devices, there is a column of what one device holds.
 
@@ -56,7 +55,7 @@ def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Tabl
       q          1024x16x64  4.0 MiB            1
       others     -           4 B                -
       total      -           4.0 MiB            1
-      q is not factored: 4.0 MiB, where 8.0 KiB would do; say what its axes are (axes=), or lower min_dim_size_to_factor.
+      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass axes=, or lower min_dim_size_to_factor
     """
     table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))
@@ -142,10 +141,12 @@ def _unfactored(path: str, leaf: Any, state: Any) -> list[str]:
     whole = [v for v in _second_moments(state, path) if isinstance(v, Full)]
     cuts = range(1, len(leaf.shape))
     sides = min(math.prod(leaf.shape[:c]) + math.prod(leaf.shape[c:]) for c in cuts)
-    sizes = [(v.v.dtype.itemsize * math.prod(leaf.shape), v.v.dtype.itemsize * sides) for v in whole]
+    sizes = [
+        (v.v.dtype.itemsize * math.prod(leaf.shape), v.v.dtype.itemsize * sides) for v in whole
+    ]
     return [
         f"{path} is not factored: {_table.format_bytes(size)}, where {_table.format_bytes(least)} would "
-        "do; say what its axes are (axes=), or lower min_dim_size_to_factor."
+        "do: pass axes=, or lower min_dim_size_to_factor"
         for size, least in sizes
         if size > least
     ]

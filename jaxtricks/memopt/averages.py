@@ -1,7 +1,6 @@
 """The moving average of the step: in a floating dtype, or in int8 with a scale for every 128 entries."""
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _compat
-from jaxtricks._types import Array, Key
-from jaxtricks.memopt import leaves
+from jaxtricks._types import Array
+from jaxtricks.memopt import leaves, noise
 
 BLOCK = 128
 _LARGEST = 127
@@ -57,17 +56,13 @@ def zeros(leaf: Any, dtype: Any) -> Array | Int8:
     return Int8(leaves.zeros(leaf, dtype=jnp.int8), scale)
 
 
-def keys(m: Any, count: Any) -> Any:
-    """{path: key} for the averages that are rounded at random; the same at the same (step, path)."""
-    at_step = jax.random.fold_in(jax.random.key(0), count)
-    return {
-        path: leaf_key(at_step, path) for path, x in (m or {}).items() if isinstance(x, Int8)
-    }
-
-
-def leaf_key(key: Key, path: str) -> Key:
-    """A leaf's own key: of its path, so that hiding other leaves does not change it."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+def seeds(m: Any, count: Any) -> dict[str, Array]:
+    """{path: seed} for the averages that are rounded at random; the same at the same (step, path)."""
+    paths = [path for path, x in (m or {}).items() if isinstance(x, Int8)]
+    if not paths:
+        return {}
+    at_step = noise.of_step(jax.random.key(0), count)
+    return {path: noise.of_leaf(at_step, path) for path in paths}
 
 
 def read(m: Any, dtype: Any) -> Array:
@@ -81,22 +76,21 @@ def read(m: Any, dtype: Any) -> Array:
     return _regrouped(decode, lambda whole, scale: whole, *m)
 
 
-def write(x: Array, like: Any, key: Key | None) -> Any:
+def write(x: Array, like: Any, seed: Any) -> Any:
     """x in the form of `like`; int8 is rounded up with the probability of the remainder (unbiased)."""
     if not isinstance(like, Int8):
         return x.astype(like.dtype)
-    noise = jax.random.bits(key, x.shape, jnp.uint16)
-    new = Int8(*_regrouped(_encode, lambda whole, scale: (whole, scale), x, noise))
+    new = Int8(*_regrouped(_encode, lambda whole, scale: (whole, scale), x, seed))
     # Left alone, the compiler may find another place for a scale than `zeros` did.
     return jax.tree.map(_compat.alike, new, like)
 
 
-def _encode(x: Array, noise: Array) -> tuple[Array, Array]:
+def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
     blocks = _split(x)
     scale = jnp.max(jnp.abs(blocks), axis=-1) / _LARGEST
     steps = blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
     lower = jnp.floor(steps)
-    up = _split(noise).astype(x.dtype) / 2**16 < steps - lower
+    up = _split(noise.uniform(seed, x.shape)).astype(x.dtype) < steps - lower
     rounded = jnp.clip(lower + up.astype(x.dtype), -_LARGEST, _LARGEST)
     return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _tree
 from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves
@@ -36,7 +35,7 @@ class Sm3State(NamedTuple):
 
 def scale_by_sm3(
     *,
-    momentum: ScalarOrSchedule = _NO_MOMENTUM,
+    momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
     momentum_dtype: Any = None,
     axes: Any = None,
     eps: ScalarOrSchedule = 1e-30,
@@ -71,7 +70,7 @@ def scale_by_sm3(
 def sm3(
     learning_rate: ScalarOrSchedule,
     *,
-    momentum: ScalarOrSchedule = _NO_MOMENTUM,
+    momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
     momentum_dtype: Any = None,
     axes: Any = None,
     eps: ScalarOrSchedule = 1e-30,
@@ -85,7 +84,7 @@ def sm3(
 
     Args:
       learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
-      momentum: the number 0 = none and no buffer; an array or schedule always has its buffer.
+      momentum: None or the number 0 = none and no buffer; an array or schedule always has its buffer.
       momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
         random (unbiased, the same at the same step and path); None = float32, float64 for float64
         parameters.
@@ -132,14 +131,16 @@ def _transform(
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         tree = updates if params is None else params
         weights, roles = leaves.checked(name, tree), leaves.roles_by_path(axes, tree)
-        keys = averages.keys(state.m, state.count)
+        seeds = averages.seeds(state.m, state.count)
         out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
         for path, g in leaves.checked(name, updates).items():
             v = leaves.lookup(name, state.v, path, "the state")
             p = leaves.lookup(name, weights, path, "`params`")
             m = None if state.m is None else state.m[path]
             hyper = [leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
-            u, new_v[path], m = _step(g, v, m, keys.get(path), *hyper, where=_axes(g.shape, roles[path]))
+            u, new_v[path], m = _step(
+                g, v, m, seeds.get(path), *hyper, where=_axes(g.shape, roles[path])
+            )
             if new_m is not None:
                 new_m[path] = m
             out.append(u.astype(leaves.update_dtype(g, p)))
@@ -168,7 +169,7 @@ def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
 
 @functools.partial(jax.jit, static_argnames="where")
 def _step(
-    g: Any, v: Any, m: Any, key: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
+    g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
 ) -> Any:
     """(update, v, m) of one leaf in the dtype of its state."""
     maxima = []
@@ -179,10 +180,10 @@ def _step(
     v = tuple(maxima) or (nu,)
     # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
     total = nu + eps
-    u = jnp.where(total > 0, g * jax.lax.rsqrt(total), jnp.zeros_like(g))
+    u = jnp.where(total == 0, jnp.zeros_like(g), g * jax.lax.rsqrt(total))
     if m is not None:
         u = momentum * averages.read(m, u.dtype) + (1 - momentum) * u
-        m = averages.write(u, m, key)
+        m = averages.write(u, m, seed)
     return (u if rate is None else -rate * u), v, m
 
 

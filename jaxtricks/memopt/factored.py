@@ -16,6 +16,8 @@ from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Roles
 from jaxtricks.memopt import averages, leaves
 
+_MANY = 4096  # from here on XLA's CPU backend sums in one kernel
+
 
 class Factored(NamedTuple):
     """Second moment of a factored leaf, V = v_in v_out / mean(v_in).
@@ -102,7 +104,7 @@ def zeros(leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | 
 
 @functools.partial(jax.jit, static_argnames=("where", "config"))
 def step(
-    g: Any, p: Any, v: Any, m: Any, key: Any, hyper: Hyper, *, where: Layout, config: Config
+    g: Any, p: Any, v: Any, m: Any, seed: Any, hyper: Hyper, *, where: Layout, config: Config
 ) -> Any:
     """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
     dtype, result = v[0].dtype, leaves.update_dtype(g, p)
@@ -116,7 +118,7 @@ def step(
         return u.astype(result), v, m
     if m is not None:
         u = hyper.beta1 * averages.read(m, dtype) + (1 - hyper.beta1) * u
-        m = averages.write(u, m, key)
+        m = averages.write(u, m, seed)
     if config.momentum_before_rate:
         u = hyper.rate * u
     if hyper.weight_decay is not None:
@@ -131,7 +133,7 @@ def _full(
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
     slices = _slices(hyper, where, config)
     ratio, weights = square / new, jnp.square(p.astype(new.dtype))
-    if config.parameter_scale and slices == where.others:
+    if slices is not None and config.parameter_scale and slices == where.others:
         means = _means(ratio, weights, slices)
     else:
         means = _optional_mean(ratio, slices), _parameter_square(p, new.dtype, where, config)
@@ -180,22 +182,29 @@ def _parameter_square(p: Any, dtype: Any, where: Layout, config: Config) -> Arra
 
 def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """(mean of g^2, mean of g^2 / v) over the axes, in one pass over g on every backend."""
+    return jax.lax.platform_dependent(
+        g,
+        v,
+        cpu=functools.partial(two_means_stacked, axes=axes),
+        default=functools.partial(two_means_separate, axes=axes),
+    )
 
-    def separate(g: Array, v: Array) -> tuple[Array, Array]:
-        square = jnp.square(g.astype(v.dtype))
-        return _mean(square, axes), _mean(square * (1 / v), axes)
 
-    def stacked(g: Array, v: Array) -> tuple[Array, Array]:
-        # XLA's CPU backend has no reduction with two results: one with an axis more reads g once.
-        share = 1 / _count(g, axes)
-        weights = jnp.stack([jnp.full_like(v, share), share / v])
-        # Without the barrier it would share g^2 with the other pass, and write it to memory for that.
-        square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
-        later = tuple(i + 1 for i in axes)
-        means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
-        return means[0], means[1]
+def two_means_separate(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The two means as they are written: the compilers for accelerators make one pass of them."""
+    square = jnp.square(g.astype(v.dtype))
+    return _mean(square, axes), _mean(square * (1 / v), axes)
 
-    return jax.lax.platform_dependent(g, v, cpu=stacked, default=separate)
+
+def two_means_stacked(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """One reduction with an axis more: XLA's CPU backend has none with two results."""
+    share = 1 / _count(g, axes)
+    weights = jnp.stack([jnp.full_like(v, share), share / v])
+    # Without the barrier g^2 would be shared with the other pass, and written to memory for that.
+    square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
+    later = tuple(i + 1 for i in axes)
+    means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
+    return means[0], means[1]
 
 
 def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
@@ -213,7 +222,8 @@ def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:
-    return old + weight * (new - old)
+    # Not old + weight (new - old): at weight 1, before decay_offset, that loses what is much below old.
+    return (1 - weight) * old + weight * new
 
 
 def _mean(x: Array, axes: tuple[int, ...]) -> Array:
@@ -236,9 +246,6 @@ def _means(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     zero = jnp.zeros([], a.dtype)
     sums = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
     return jnp.expand_dims(sums[0], axes) / n, jnp.expand_dims(sums[1], axes) / n
-
-
-_MANY = 4096
 
 
 def _count(x: Array, axes: tuple[int, ...]) -> int:

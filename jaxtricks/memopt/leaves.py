@@ -104,7 +104,7 @@ def is_zero(x: Any) -> bool:
 
 def check_number(name: str, argument: str, x: Any, low: float, high: float = float("inf")) -> None:
     """Raise if a plain number lies outside [low, high]; arrays and schedules pass."""
-    if isinstance(x, int | float | np.generic) and not low <= x <= high:
+    if isinstance(x, int | float | np.number) and not low <= float(x.real) <= high:
         limit = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
         raise ValueError(f"memopt.{name}: `{argument}` is {x}: give a number {limit}")
 

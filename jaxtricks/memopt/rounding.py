@@ -8,7 +8,7 @@ import optax
 
 from jaxtricks import _tree
 from jaxtricks._types import Array, Key, Params
-from jaxtricks.memopt import averages, leaves
+from jaxtricks.memopt import leaves, noise
 
 
 class StochasticRoundState(NamedTuple):
@@ -31,7 +31,8 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
     Rounded at random it arrives on average. `optax.apply_updates` and `nnx.Optimizer`, which add the
     update and cast, land exactly on the rounded value. Leaves of float32 and float64 pass unchanged.
 
-    Keys are folded from step and path, and the bits do not depend on how a leaf is sharded.
+    The bits are a hash of seed, step, path and place: they do not depend on how a leaf is sharded, and
+    cost no memory.
 
     Args:
       seed: an int, or a key of `jax.random.key`.
@@ -40,7 +41,7 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       A GradientTransformation whose update needs `params`.
 
     Raises:
-      ValueError: in `update`, no `params`.
+      ValueError: a seed that is none; in `update`, no `params`.
 
     Example:
       >>> tx = optax.chain(optax.sgd(1.0), stochastic_round(0))
@@ -56,6 +57,9 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       arXiv 1502.02551, section 3.
     """
 
+    if not hasattr(seed, "dtype") and not isinstance(seed, int):
+        raise ValueError(f"memopt.stochastic_round: `seed` is {seed!r}: give an int or a key")
+
     def init_fn(params: Params) -> StochasticRoundState:
         del params
         return StochasticRoundState(jnp.zeros([], jnp.int32))
@@ -65,10 +69,9 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
             raise ValueError(
                 "memopt.stochastic_round needs `params`: call tx.update(grads, state, params)"
             )
-        key = jax.random.fold_in(_key(seed), state.count)
-        return _rounded(updates, params, key), StochasticRoundState(
-            optax.safe_increment(state.count)
-        )
+        at_step = noise.of_step(_key(seed), state.count)
+        count = optax.safe_increment(state.count)
+        return _rounded(updates, params, at_step), StochasticRoundState(count)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -91,7 +94,7 @@ def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Pa
       [1.5, 1.5, 1.5]
     """
     if key is not None:
-        updates = _rounded(updates, params, key)
+        updates = _rounded(updates, params, noise.of_step(key, 0))
     return optax.apply_updates(params, updates)
 
 
@@ -100,7 +103,7 @@ def _key(seed: Any) -> Key:
     return seed if typed else jax.random.key(seed)
 
 
-def _rounded(updates: Any, params: Params, key: Key) -> Any:
+def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
     """The updates that land on rounded values, in float32."""
     weights = _tree.by_path(params)
 
@@ -109,23 +112,24 @@ def _rounded(updates: Any, params: Params, key: Key) -> Any:
         if not _tree.is_floating(p) or p.dtype.itemsize > 2:
             return u
         wide = p.astype(jnp.float32)
-        noise = jax.random.bits(averages.leaf_key(key, path), p.shape, jnp.uint16)
-        return _to_neighbour(wide + u.astype(jnp.float32), p.dtype, noise) - wide
+        chance = noise.uniform(noise.of_leaf(at_step, path), p.shape)
+        return to_neighbour(wide + u.astype(jnp.float32), p.dtype, chance) - wide
 
     return _tree.map_with_path(one, updates)
 
 
-def _to_neighbour(x: Array, dtype: Any, noise: Array) -> Array:
-    """x (float32), rounded to a value of the dtype with 16 random bits.
+def to_neighbour(x: Array, dtype: Any, chance: Array) -> Array:
+    """x (float32), rounded up to a value of the dtype where `chance` is below the remainder, else down.
 
-    What lies between two bfloat16 numbers has exactly 16 bits, so there the probability is exact.
+    `chance` is uniform over the multiples of 2^-16 in [0, 1). What lies between two bfloat16 numbers has
+    exactly 16 bits, so there the probability is exact.
     """
     info = jnp.finfo(dtype)
     _, exponent = jnp.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
     spacing = jnp.maximum(exponent - 1, info.minexp) - info.nmant
     steps = jnp.ldexp(x, -spacing)
     lower = jnp.floor(steps)
-    up = noise.astype(jnp.float32) / 2**16 < steps - lower
+    up = chance < steps - lower
     rounded = jnp.ldexp(lower + up.astype(jnp.float32), spacing)
     inside = jnp.abs(x) <= float(info.max)  # false for NaN too: beyond the range, to the nearest
     return jnp.where(inside, rounded, x.astype(dtype).astype(jnp.float32))

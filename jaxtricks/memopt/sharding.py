@@ -3,14 +3,13 @@
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _tree
 from jaxtricks._types import Params
 
 
-def state_specs(tx: optax.GradientTransformation, params: Params, param_specs: Any) -> Any:
+def state_specs(tx: Any, params: Params, param_specs: Any) -> Any:
     """PartitionSpecs of the state that `tx.init(params)` makes.
 
     What is shaped as a parameter takes its spec; a mean over some axes takes the spec without them
@@ -18,7 +17,7 @@ def state_specs(tx: optax.GradientTransformation, params: Params, param_specs: A
     abstract `init`, so they hold for any chain of optax and ours.
 
     Args:
-      tx: any optax transformation or chain.
+      tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs.
       param_specs: a PartitionSpec or NamedSharding for every parameter; None or a missing axis =
         replicated.

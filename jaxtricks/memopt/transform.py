@@ -197,7 +197,9 @@ def adafactor(
         if leaves.is_zero(beta1):
             return state
         table = leaves.checked("adafactor", params)
-        return state._replace(m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()})
+        return state._replace(
+            m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
+        )
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         off = leaves.is_zero(weight_decay) or params is None
@@ -256,7 +258,7 @@ def _update(
         raise ValueError(f"memopt.{name} needs `params`: call tx.update(grads, state, params)")
     weights, roles = leaves.checked(name, params), leaves.roles_by_path(axes, params)
     at_step: dict[Any, Hyper] = {}
-    keys = averages.keys(state.m, state.count)
+    seeds = averages.seeds(state.m, state.count)
     out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
     for path, g in leaves.checked(name, updates).items():
         v = leaves.lookup(name, state.v, path, "the state")
@@ -267,7 +269,7 @@ def _update(
         h = at_step[dtype] if path in decayed else at_step[dtype]._replace(weight_decay=None)
         where = layout(tuple(p.shape), roles[path])
         m = None if state.m is None else state.m[path]
-        u, new_v[path], m = step(g, p, v, m, keys.get(path), h, where=where, config=config)
+        u, new_v[path], m = step(g, p, v, m, seeds.get(path), h, where=where, config=config)
         if new_m is not None:
             new_m[path] = m
         out.append(u)

@@ -1,1 +1,1 @@
-"""`make bench`: ours against the peer, alternating in one process; ratios, never absolute claims."""
+"""Measurements: what our transforms cost beside their peers; `make bench` prints every table."""

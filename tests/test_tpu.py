@@ -1,0 +1,63 @@
+"""The optimizers' traffic on a TPU v5e, from its compiler: no TPU is needed, libtpu is.
+
+`make test-all` installs libtpu into an environment of its own (beside the ordinary one, where it would
+greet every command that looks for devices) and names its interpreter in TPU_PYTHON.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+from typing import NamedTuple
+
+import pytest
+
+from tests.bench import common
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = "import json; from tests.bench import tpu; print(json.dumps(tpu.rows(tpu.leaf())))"
+# Bytes accessed on one 8192 x 8192 leaf, as a ratio to AdamW's 28 a parameter (p, g, m, v read, p, m, v
+# written), and 1 % more.
+LIMITS = {
+    "memopt.adafactor": 0.87,  # g three times, p twice, p written: 24 bytes
+    "memopt.sm3": 12 / 28 * 1.01,  # p, g, p written
+    "memopt.sm3 momentum 0.9": 20 / 28 * 1.01,  # and m read and written
+    "agc, sgd momentum 0.9": 1.01,  # the norms read g and p once more: 28 bytes
+}
+TEMP_MIB = 2
+
+
+class Row(NamedTuple):
+    """One row of `tpu.rows`, after its name."""
+
+    accessed: float
+    ratio: float
+    temp: float
+    state: float
+
+
+def interpreter() -> str:
+    """The one of TPU_PYTHON, which must work; else that of ./.venv-tpu, if there is one."""
+    found = os.environ.get("TPU_PYTHON", "")
+    if not found:
+        found = str(ROOT / ".venv-tpu" / "bin" / "python")
+        if not os.path.exists(found):
+            pytest.skip(
+                "needs libtpu: `make test-all` installs it, or name an interpreter in TPU_PYTHON"
+            )
+    return found
+
+
+@pytest.mark.slow
+def test_traffic_with_hbm():
+    done = subprocess.run(
+        [interpreter(), "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = {row[0]: Row(*row[1:]) for row in json.loads(done.stdout.splitlines()[-1])}
+    print("\n".join(f"{name:32}{row.accessed:8.2f}" for name, row in rows.items()))
+    assert set(rows) == set(common.optimizers())
+    assert rows["adamw"].accessed == pytest.approx(28, rel=1e-3)
+    assert {n: rows[n].ratio for n, limit in LIMITS.items() if rows[n].ratio > limit} == {}
+    assert {n: rows[n].temp for n in LIMITS if rows[n].temp > TEMP_MIB} == {}
+    assert rows["memopt.adafactor"].accessed < rows["optax.adafactor"].accessed
