@@ -32,11 +32,11 @@ whose norm overflows (float32 gradients above 1e19) gets no update, an infinite 
 NaN is passed on, so that a guard further out sees it; other units are clipped as usual, and `max_ratio`
 is inf.
 
-Differences from the paper. With `axes=None` the units are the reference code's, by rank alone (rank 5 as
-in optax); that is wrong for scanned layers, attention outputs (H, K, D), 1-D convolutions and stacked
-biases: pass `axes=`. Norms are float32 or better. The state reports what was clipped.
+Differences from the paper and from optax/flax. With `axes=None` the units are the reference code's, by rank
+alone (rank 5 as in optax); that is wrong for scanned layers, attention outputs (H, K, D), 1-D convolutions
+and stacked biases: pass `axes=`. Norms are float32 or better. The state reports what was clipped.
 
-Differences from optax 0.2.8. Each is a test in tests/test_differences.py that fails when optax mends it.
+What optax 0.2.8 does otherwise. Each is a test in tests/test_differences.py that fails when optax mends it.
 
     units    by rank (optax#906, #1340, #1576): wrong for scanned Dense and Conv, attention output
              (H, K, D), 1-D convolutions and stacked biases; its axis= is one for the whole tree

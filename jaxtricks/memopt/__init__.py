@@ -59,12 +59,12 @@ guard outside, with amp.skip_nonfinite. On a mesh, `init` (jitted or not, Auto o
 v_in, v_out and the accumulators as the parameters are placed, without the axes that are gone, and steps
 keep them there; `state_specs` says where for any chain, for out_shardings and checkpoints.
 
-Differences from the paper. As in the reference, momentum averages the scaled step and is not debiased.
-Clipping and scale are per stacked layer (clip_per_slice=False clips as Mesh TensorFlow does); weight decay
-is multiplied by the learning rate; before decay_offset beta2_t is 0. V is divided by the mean of v_out
+Differences from the paper and from optax/flax. As in the reference, momentum averages the scaled step and is
+not debiased. Clipping and scale are per stacked layer (clip_per_slice=False clips as Mesh TensorFlow does);
+weight decay is multiplied by the learning rate; before decay_offset beta2_t is 0. V is divided by the mean of v_out
 where that is cheaper than the mean of v_in: both are averages of the mean of g^2.
 
-Differences from optax 0.2.8. Each is a test in tests/test_differences.py that fails when optax mends it.
+What optax 0.2.8 does otherwise. Each is a test in tests/test_differences.py that fails when optax mends it.
 
     optax.adafactor
       no learning rate     adafactor() steps by RMS(p) times 1; here None is the paper's relative step
