@@ -61,8 +61,8 @@ keep them there; `state_specs` says where for any chain, for out_shardings and c
 
 Differences from the paper and from optax/flax. As in the reference, momentum averages the scaled step and is
 not debiased. Clipping and scale are per stacked layer (clip_per_slice=False clips as Mesh TensorFlow does);
-weight decay is multiplied by the learning rate; before decay_offset beta2_t is 0. V is divided by the mean of v_out
-where that is cheaper than the mean of v_in: both are averages of the mean of g^2.
+weight decay is multiplied by the learning rate; before decay_offset beta2_t is 0. V is divided by the mean
+of v_out where that is cheaper than the mean of v_in: both are averages of the mean of g^2.
 
 What optax 0.2.8 does otherwise. Each is a test in tests/test_differences.py that fails when optax mends it.
 
