@@ -20,16 +20,17 @@ relative to RMS(p): 1e-2 moves a weight by about 1 %; with multiply_by_parameter
 absolute, and Adam's rates are the place to start. beta1=0.9 in "bfloat16" costs two bytes a parameter,
 in "int8" 1.03: a scale for every 128 entries, rounded at random without bias, the same at the same step
 and path. sm3(0.1, momentum=0.9) with a warm-up (the transformer measured below wanted 0.015). Say axes= as
-soon as layers are stacked (scan, vmap) or kernels have more than two axes, and read `state_table`: below min_dim_size_to_factor nothing is factored,
-and an attention kernel (1024, 16, 64) without axes= is not factored at all.
+soon as layers are stacked (scan, vmap) or kernels have more than two axes, and read `state_table`: below
+min_dim_size_to_factor nothing is factored, and an attention kernel (1024, 16, 64) without axes= is not
+factored at all.
 
 When it helps and when not. When optimizer memory is what limits the model or the batch. It saves
 nothing on vectors, and little where momentum is wanted in float32. SM3 never forgets (like Adagrad):
 for long runs with a changing loss Adafactor is the safer choice. Measured (python -m tests.bench.training:
 one-layer character transformer, 200 steps, n = 3, four rates tried for each, six for SM3): validation
-2.20 +- 0.01 nats for AdamW, 2.08 +- 0.03 for Adafactor with 0.004 of its state, 2.32 +- 0.04 for SM3 with 0.5 of it and the
-same with int8 momentum and 0.13 of it: on so short a run SM3 is 6 % behind. stochastic_round is for
-parameters kept in 16 bits: to the nearest, steps below 1/512 of a bfloat16 weight are lost. It does nothing
+2.20 +- 0.01 nats for AdamW, 2.08 +- 0.03 for Adafactor with 0.004 of its state, 2.32 +- 0.04 for SM3 with
+0.5 of it and the same with int8 momentum and 0.13 of it: on so short a run SM3 is 6 % behind.
+stochastic_round is for parameters kept in 16 bits: to the nearest, steps below 1/512 of a bfloat16 weight are lost. It does nothing
 in float32. Measured (python -m tests.bench.rounding, the same model, n = 3): at a peak rate of 1e-3 the
 validation loss is 1.203 of float32's to the nearest and 1.000 rounded at random; at 1e-2, 1.005 and 1.000.
 
