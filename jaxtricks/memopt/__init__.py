@@ -24,15 +24,16 @@ soon as layers are stacked (scan, vmap) or kernels have more than two axes, and 
 min_dim_size_to_factor nothing is factored, and an attention kernel (1024, 16, 64) without axes= is not
 factored at all.
 
-When it helps and when not. When optimizer memory is what limits the model or the batch. It saves
-nothing on vectors, and little where momentum is wanted in float32. SM3 never forgets (like Adagrad):
-for long runs with a changing loss Adafactor is the safer choice. Measured (python -m tests.bench.training:
+When it helps and when not. When optimizer memory is what limits the model or the batch. It saves nothing
+on vectors, and little where momentum is wanted in float32. SM3 never forgets (like Adagrad): for long
+runs with a changing loss Adafactor is the safer choice. Measured (python -m tests.bench.training:
 one-layer character transformer, 200 steps, n = 3, four rates tried for each, six for SM3): validation
 2.20 +- 0.01 nats for AdamW, 2.08 +- 0.03 for Adafactor with 0.004 of its state, 2.32 +- 0.04 for SM3 with
 0.5 of it and the same with int8 momentum and 0.13 of it: on so short a run SM3 is 6 % behind.
 stochastic_round is for parameters kept in 16 bits: to the nearest, steps below 1/512 of a bfloat16 weight
-are lost. It does nothing in float32. Measured (python -m tests.bench.rounding, the same model, n = 3): at a peak rate of 1e-3 the
-validation loss is 1.203 of float32's to the nearest and 1.000 rounded at random; at 1e-2, 1.005 and 1.000.
+are lost. It does nothing in float32. Measured (python -m tests.bench.rounding, the same model, n = 3): at
+a peak rate of 1e-3 the validation loss is 1.203 of float32's to the nearest and 1.000 rounded at random;
+at 1e-2, 1.005 and 1.000.
 
 Cost. State: `state_bytes`, `state_table`. The step beside AdamW's on two CPU cores (jax 0.10.2, optax
 0.2.8, 10.5 M parameters in 145 leaves, float32, donated; tests/bench/results/optimizers.md, `make bench`):
