@@ -59,15 +59,14 @@ def state_table(tx: Any, params: Params) -> _table.Table:
     """
     table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))
-    held = jax.tree.map(_nbytes, state)
-    owned = _by_owner(held, table)
+    owned = _by_owner(jax.tree.map(_tree.nbytes, state), table)
     local = None
     if shardings is not None:
         local = _by_owner(_local_bytes(tx, params, state, shardings), table)
     order = sorted(table, key=lambda path: -owned[path])
-    rows = [_row(path, table[path], owned, local) for path in order]
-    rows.append(_row("others", None, owned, local, key=None))
-    rows.append(_total(table, owned, local))
+    rows = [_row(path, table[path], path, owned, local) for path in order]
+    rows.append(_row("others", None, None, owned, local))
+    rows.append(_row("total", table, "total", _with_total(owned), _with_total(local)))
     headers = ("parameter", "shape", "state", "state/param")
     notes = [note for path in order for note in _unfactored(path, table[path], state)]
     return _table.make(headers if local is None else (*headers, "per device"), rows, notes)
@@ -80,10 +79,6 @@ def _shapes(params: Params) -> Params:
 
 def _dtype(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
-
-
-def _nbytes(x: Any) -> int:
-    return _tree.nbytes(x)
 
 
 def _by_owner(sizes: Any, table: dict[str, Any]) -> dict[str | None, int]:
@@ -116,22 +111,18 @@ def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
     return jax.tree.map(local, state, specs)
 
 
-def _row(path: str, leaf: Any, owned: Any, local: Any, key: Any = "") -> tuple[Any, ...]:
-    key = path if key == "" else key
-    shape = None if leaf is None else "x".join(map(str, leaf.shape)) or "scalar"
-    share = None if leaf is None else _ratio(owned[key], _tree.nbytes(leaf))
-    row = (path, shape, _table.format_bytes(owned[key]), share)
+def _row(name: str, params: Any, key: str | None, owned: Any, local: Any) -> tuple[Any, ...]:
+    """One line: the state under `key`, beside the parameters (one, all, or None) that it serves."""
+    shape = None
+    if hasattr(params, "shape"):
+        shape = "x".join(map(str, params.shape)) or "scalar"
+    size = _tree.nbytes(params)
+    row = (name, shape, _table.format_bytes(owned[key]), owned[key] / size if size else None)
     return row if local is None else (*row, _table.format_bytes(local[key]))
 
 
-def _total(table: dict[str, Any], owned: Any, local: Any) -> tuple[Any, ...]:
-    size = sum(owned.values())
-    row = ("total", None, _table.format_bytes(size), _ratio(size, _tree.nbytes(table)))
-    return row if local is None else (*row, _table.format_bytes(sum(local.values())))
-
-
-def _ratio(state: int, params: int) -> float | None:
-    return state / params if params else None
+def _with_total(sizes: dict[str | None, int] | None) -> dict[str | None, int] | None:
+    return None if sizes is None else {"total": sum(sizes.values())}
 
 
 def _unfactored(path: str, leaf: Any, state: Any) -> list[str]:
