@@ -51,11 +51,14 @@ from jaxtricks.reparam.bound import error_bound
 from jaxtricks.reparam.forward import apply
 from jaxtricks.reparam.fusion import fuse
 from jaxtricks.reparam.nodes import AvgPool, Conv, Identity, Norm, Scale, Sequential, Sum
+from jaxtricks.reparam.report import FusedLayer, FuseReport
 from jaxtricks.reparam.unfusion import unfuse
 
 __all__ = [
     "AvgPool",
     "Conv",
+    "FuseReport",
+    "FusedLayer",
     "Identity",
     "Norm",
     "Scale",
