@@ -90,10 +90,11 @@ USE = f"""  from jax import export
 
 def settings_of(made: runs.Run) -> Train:
     """The settings that a run was made with, recomputation off."""
-    given = dict(made.about["config"])
-    tricks = Tricks(**{**given.pop("tricks"), "remat": False})
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    return Train(**{**given, **lists, "tricks": tricks, "text": Text(**given["text"])})
+    given: dict[str, Any] = dict(made.about["config"])
+    given["tricks"] = Tricks(**{**given["tricks"], "remat": False})
+    given["text"] = Text(**given["text"])
+    given["widths"] = tuple(given["widths"])
+    return Train(**given)
 
 
 def restored(

@@ -72,7 +72,8 @@ def fuse(
 
     def run(watch: Watch, *inputs: Any) -> Any:
         with nn.intercept_methods(functools.partial(_watched, watch)):
-            return module.apply(variables, *inputs, **flags)
+            # Mutable, so that training mode is met by our sentence, not by flax's.
+            return module.apply(variables, *inputs, **flags, mutable=True)[0]
 
     probed = Probed(run, example)
     convs, norms = _layers(probed.example, module, variables, flags)
@@ -150,8 +151,9 @@ def _exchanged(
         how = {name: getattr(conv, attribute) for name, attribute in _GEOMETRY.items()}
         how |= {name: how[name] or 1 for name in ("strides", "dilation")}  # None is flax's one
         convs.append((one.layer, tuple(how.items())))
-        for path in filter(lambda p: p is not None, (one.layer, one.norm_layer)):
-            _drop(smaller, path)
+        _drop(smaller, one.layer)
+        if one.norm_layer is not None:
+            _drop(smaller, one.norm_layer)
         params = {"kernel": conv.kernel[...], "bias": conv.bias[...]}
         _put(smaller["params"], one.layer, params)
     folded = tuple(one.norm_layer for one in units if one.norm_layer is not None)

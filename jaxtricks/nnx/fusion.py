@@ -64,11 +64,8 @@ def fuse(
     copy = nnx.clone(model)
     convs, norms = layers(copy)
     if example is None:
-        units, kept = (
-            alone(convs),
-            dict.fromkeys(norms, "without `example` it is not known what feeds it"),
-        )
-        probed, inputs = None, {}
+        units, probed, inputs = alone(convs), None, {}
+        kept = dict.fromkeys(norms, "without `example` it is not known what feeds it")
     else:
         probed = Probed(spied(model, (*convs, *norms)), example)
         units, kept = paired(convs, norms, probed.flow())
