@@ -34,9 +34,11 @@ scalar variance). vmap, scan and remat: the functions are pure, the module's sta
 Differences from the paper and from optax/flax. "Variance over (N, C, H, W)" can be taken about the channel
 means (variance="channel": the variance that is left after centering, the default) or about the grand mean
 (variance="grand"); they differ by the variance of the channel means. Moments are taken about a
-mean of a sample: E[x^2] - E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax averages the
-devices' means, which is wrong once masks leave unequal counts and NaN for an empty shard; here sums and
-counts are summed. Renormalization and constraints on scale and bias are not offered.
+mean of a sample: E[x^2] - E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax
+averages the devices' means, which is wrong once masks leave unequal counts and NaN for an empty shard; here
+sums and counts are summed. nnx.BatchNorm casts running statistics to the output's dtype, which in bfloat16
+loses the mean; here they stay float32 (tests/test_ebn_modules.py). Renormalization and constraints on scale
+and bias are not offered.
 
 References. Luo, Peng, "Extended Batch Normalization", arXiv 2003.05569.
 """

@@ -1,4 +1,4 @@
-"""What optimizers and normalizations cost on the CPU backend, exactly: bytes accessed, temporaries, state, equations.
+"""What optimizers and normalizations cost on the CPU backend, exactly: bytes, temporaries, state, equations.
 
 Nothing is timed. The counts are those of the compiled step (update and apply_updates, params and state
 donated); 12 bytes a parameter are the least possible: read p and g, write p. Those of a normalization
