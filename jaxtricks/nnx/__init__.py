@@ -5,6 +5,7 @@ Everything here calls the rooms' pure functions; only what owns parameters or st
 
 from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
 from jaxtricks.nnx.conv import WSConv
+from jaxtricks.nnx.diverse import DilatedReparamBlock, DiverseBranchBlock, MobileOneBlock
 from jaxtricks.nnx.layout import roles
 from jaxtricks.nnx.norm import ExtendedBatchNorm
 from jaxtricks.nnx.pure import functional
@@ -12,7 +13,10 @@ from jaxtricks.nnx.recompute import recompute_grad
 
 __all__ = [
     "ACBlock",
+    "DilatedReparamBlock",
+    "DiverseBranchBlock",
     "ExtendedBatchNorm",
+    "MobileOneBlock",
     "RepVGGBlock",
     "WSConv",
     "functional",
