@@ -30,8 +30,8 @@ def fuse(
 ) -> tuple[Any, reparam.FuseReport]:
     """The model for inference, and the proof that it computes the same function.
 
-    Every block (ACBlock, RepVGGBlock, ...), WSConv and convolution with a `weightstd.standardized` hook becomes
-    a plain nnx.Conv. Given an example, so does a convolution with the normalization behind it, where the
+    Every block (ACBlock, RepVGGBlock, ...), WSConv and convolution with a `weightstd.standardized` hook turns
+    into a plain nnx.Conv. Given an example, so does a convolution with the normalization behind it, where the
     traced output of the convolution goes to that normalization and nowhere else.
 
     Args:
