@@ -206,7 +206,8 @@ def heading(command: str, rounds: int = ROUNDS) -> str:
     return (
         f"Layers: `{command}`\n\n{hardware()}.\n\n"
         f"x: [{BATCH}, {SIDE}, {SIDE}, {CHANNELS}], float32; 3x3 convolutions, {CHANNELS} to {CHANNELS}\n"
-        "channels. Train step: value and gradients by parameters and x. BatchNorm: nnx.BatchNorm(use_fast_variance=False). Median\n"
+        "channels. Train step: value and gradients by parameters and x. BatchNorm:\n"
+        "nnx.BatchNorm(use_fast_variance=False). Median\n"
         f"over {rounds} rounds of the milliseconds, and of the ratio to the base in the same round."
     )
 
