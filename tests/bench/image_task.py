@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The data; mean and deviation [3] are those of the training images, on the scale 0 to 255."""
+    """The data; mean and deviation [1, 1, 1, 3] are those of the training images, on the scale 0 to 255."""
 
     train: Split
     validation: Split
@@ -89,11 +89,11 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
         chosen["test"] += [*test[: per_class["test"]]]
     splits = {}
     for name, index in chosen.items():
-        images = np.stack([halved(stored.read(i)[0]) for i in index])
+        images = np.stack([halved(stored.read(int(i))[0]) for i in index])
         splits[name] = Split(images, stored.labels[index])
     pixels = splits["train"].images.astype(np.float32)
-    stats = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
-    return Task(**splits, classes=len(stored.classes), mean=stats[0], deviation=stats[1])
+    mean, deviation = (f((0, 1, 2), keepdims=True) for f in (pixels.mean, pixels.std))
+    return Task(**splits, classes=len(stored.classes), mean=mean, deviation=deviation)
 
 
 def halved(image: np.ndarray) -> np.ndarray:
