@@ -1,4 +1,4 @@
-"""The command line: train | compare | lr-find | ablate | explain. Parsing imports no jax."""
+"""The command line: train | compare | lr-find | fuse | ablate | explain. Parsing imports no jax."""
 
 import ast
 import importlib.util
@@ -11,17 +11,18 @@ from typing import Any
 import tyro
 
 from jaxtricks import KEYS
-from jaxtricks.lab.config import Ablate, Compare, Explain, LrFind, Train, UserError
+from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
 
 USER_ERROR = 2
 COMMANDS = {
     "train": Train,
     "compare": Compare,
     "lr-find": LrFind,
+    "fuse": Fuse,
     "ablate": Ablate,
     "explain": Explain,
 }
-Command = Train | Compare | LrFind | Ablate | Explain
+Command = Train | Compare | LrFind | Fuse | Ablate | Explain
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -70,6 +71,8 @@ def run(cfg: Command, command: str) -> None:
             _compare(cfg)
         case LrFind():
             _lr_find(cfg, command)
+        case Fuse():
+            _fuse(cfg, command)
         case Ablate():
             _ablate(cfg, command)
         case Train():
@@ -111,6 +114,12 @@ def _lr_find(cfg: LrFind, command: str) -> None:
 
     found = find_lr.run(cfg, command)
     _draw(plot.lr_range(found), pathlib.Path(cfg.out) / find_lr.PICTURE)
+
+
+def _fuse(cfg: Fuse, command: str) -> None:
+    from jaxtricks.lab import deploy
+
+    deploy.run(cfg, command)
 
 
 def _ablate(cfg: Ablate, command: str) -> None:

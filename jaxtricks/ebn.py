@@ -22,7 +22,10 @@ channel are good already. One channel of high variance shrinks all the others, s
 look at the ratio of the channels' variances to the scalar if training stalls. With a single value per channel
 (batch 1, no space) mean_c is the value itself and the output is the bias, as in batch normalization.
 
-Cost. As batch normalization; the running variance is a scalar.
+Cost. Less than batch normalization: one pass over x for both sums, about a mean taken from 1/16 of it, where
+Flax makes two or three. Bytes accessed by the train step (value and gradients) of a norm on [64, 32, 32, 64],
+in sizes of x: 13.3, nnx.BatchNorm 17, with use_fast_variance=False 20 (tests/test_cost.py). With a mask a
+whole pass takes the sample's place. The running variance is a scalar.
 
 Composes with. jit under SPMD needs nothing; inside shard_map or pmap give `axis_name`. Masks may leave
 different counts on every device, or none. It folds into a convolution in front of it (`reparam.Norm` takes a
@@ -30,16 +33,18 @@ scalar variance). vmap, scan and remat: the functions are pure, the module's sta
 
 Differences from the paper and from optax/flax. "Variance over (N, C, H, W)" can be taken about the channel
 means (variance="channel": the variance that is left after centering, the default) or about the grand mean
-(variance="grand"); they differ by the variance of the channel means. Moments are centred first: single-pass
-E[x^2] - E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax averages the
-devices' means, which is wrong once masks leave unequal counts and NaN for an empty shard; here sums and
-counts are summed. Renormalization and constraints on scale and bias are not offered.
+(variance="grand"); they differ by the variance of the channel means. Moments are taken about a
+mean of a sample: E[x^2] - E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax
+averages the devices' means, which is wrong once masks leave unequal counts and NaN for an empty shard; here
+sums and counts are summed. nnx.BatchNorm casts running statistics to the output's dtype, which in bfloat16
+loses the mean; here they stay float32 (tests/test_ebn_modules.py). Renormalization and constraints on scale
+and bias are not offered.
 
 References. Luo, Peng, "Extended Batch Normalization", arXiv 2003.05569.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,15 +152,15 @@ def moments(
     def only(values: Array) -> Array:
         return values if keep is None else jnp.where(keep, values, 0)
 
-    first = jnp.sum(only(jax.lax.stop_gradient(x)), axis=over)
-    count, first = _psum(jnp.stack([count, first]), axis_name)
-    safe = jnp.maximum(count, 1)
     # The sums are taken about a first estimate of the mean and corrected by what it missed. The result
     # does not depend on that estimate, so no gradient needs to flow through it.
-    shift = first / safe
-    centred = only(x - _row(shift, x))
-    sums = jnp.stack([jnp.sum(centred, axis=over), jnp.sum(centred * centred, axis=over)])
-    rest, squares = _psum(sums, axis_name)
+    guess = jax.lax.stop_gradient(x)
+    guess = _sample(guess) if keep is None else only(guess)
+    seen = count * (guess.size / x.size) if x.size else count
+    count, seen, first = _psum(jnp.stack([count, seen, jnp.sum(guess, axis=over)]), axis_name)
+    safe = jnp.maximum(count, 1)
+    shift = first / jnp.maximum(seen, 1)
+    rest, squares = _psum(jnp.stack(_sums(only(x - _row(shift, x)))), axis_name)
     miss = rest / safe
     mean = shift + miss
     n = jnp.sum(count)
@@ -198,10 +203,53 @@ def normalize(
     factor = jax.lax.rsqrt(jnp.asarray(var, dtype) + epsilon)
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
-    y = (jnp.asarray(x, dtype) - _row(jnp.asarray(mean, dtype), x)) * _row(factor, x)
+    mean = jnp.asarray(mean, dtype)
+    # The same function of mean, but its gradient is sent through the offset: with that of bias it is one
+    # sum over the cotangents, where (x - mean) * factor would need a second.
+    fixed = jax.lax.stop_gradient(mean)
+    offset = (fixed - mean) * factor
     if bias is not None:
-        y = y + _row(jnp.asarray(bias, dtype), x)
+        offset = offset + jnp.asarray(bias, dtype)
+    y = (jnp.asarray(x, dtype) - _row(fixed, x)) * _row(factor, x) + _row(offset, x)
     return y.astype(x.dtype)
+
+
+def _sample(x: Array) -> Array:
+    """A lattice of at least 1/16 of the positions, by strides along space (the batch may be sharded).
+
+    Its mean m is as good as the true one to take squares about. With a share p of every channel's entries
+    in the sample, n var >= sum over the sample of (x - mean)^2 >= p n (m - mean)^2 for any data, so that
+    E[(x - m)^2] = var + (m - mean)^2 <= (1 + 1/p) var: what is subtracted to get var from it costs at most
+    a factor 1 + 1/p in relative error. Without a spatial axis the sample is everything.
+    """
+    space = x.ndim - 2
+    if space < 1:
+        return x
+    return x[(slice(None), *[slice(None, None, int(16 ** (1 / space)))] * space)]
+
+
+@jax.custom_jvp
+def _sums(x: Array) -> tuple[Array, Array]:
+    """(sum of x, sum of x^2) over all axes but the last, in one reading of x.
+
+    A reduction of a pair, which has no derivative of its own in JAX. Over one axis first: over all of
+    them at once the CPU backend does not vectorize it.
+    """
+    pair = (x, x * x)
+    if x.ndim > 1:
+        zero = jnp.zeros_like(x, shape=())
+        pair = jax.lax.reduce(
+            pair, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 2,)
+        )
+    over = tuple(range(x.ndim - 2))
+    return jnp.sum(pair[0], axis=over), jnp.sum(pair[1], axis=over)
+
+
+@_sums.defjvp
+def _sums_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    over = tuple(range(x.ndim - 1))
+    return _sums(x), (jnp.sum(dx, axis=over), 2 * jnp.sum(x * dx, axis=over))
 
 
 def _row(values: Array, x: Array) -> Array:

@@ -1,7 +1,8 @@
-"""What the optimizers cost on the CPU backend, exactly: bytes accessed, temporaries, state, equations.
+"""What optimizers and normalizations cost on the CPU backend, exactly: bytes, temporaries, state, equations.
 
 Nothing is timed. The counts are those of the compiled step (update and apply_updates, params and state
-donated); 12 bytes a parameter are the least possible: read p and g, write p.
+donated); 12 bytes a parameter are the least possible: read p and g, write p. Those of a normalization
+are of its forward pass in training and of value_and_grad, in sizes of its input.
 """
 
 import functools
@@ -13,7 +14,7 @@ import pytest
 
 from jaxtricks import _jaxpr
 from jaxtricks.memopt import state_bytes
-from tests.bench import common, grouping
+from tests.bench import blocks, common, grouping
 
 LEAF = common.shapes(w=(512, 1024))
 TREE = common.shapes(w=(512, 1024), q=(256, 256), up=(256, 1024), bias=(1024,), scale=(256,))
@@ -124,3 +125,14 @@ def test_stacking_equal_leaves_is_the_same_step(name):
     assert jax.tree.structure(updates) == jax.tree.structure(stacked)
     for u, s in zip(jax.tree.leaves(updates), jax.tree.leaves(stacked), strict=True):
         np.testing.assert_allclose(u, s, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(u))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extended_batch_norm_moves_fewer_bytes_than_batch_norm(dtype):
+    found = {name: blocks.norm_bytes(make, dtype) for name, make in blocks.norms(64).items()}
+    for theirs in ("BatchNorm", "BatchNorm, fast variance"):
+        for ours, other in zip(found["ExtendedBatchNorm"], found[theirs], strict=True):
+            assert ours <= 0.9 * other
+    # Forward: read for the sample (1/16, counted three times), read once, read and write.
+    if NEW and dtype == "float32":
+        assert found["ExtendedBatchNorm"][0] <= 3.4

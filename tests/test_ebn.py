@@ -249,3 +249,135 @@ def test_module_settings():
         unset(jnp.ones((2, 3)))
     x = jnp.array([[4.0, 0.0, 2.0]])
     np.testing.assert_allclose(unset(x, use_running_average=True), x / np.sqrt(1 + 1e-3), rtol=1e-6)
+
+
+def adversarial(kind):
+    """Data on which a variance about a sampled mean could lose its digits; the lattice is x[:, ::4, ::4]."""
+    x = np.random.default_rng(0).normal(size=(8, 32, 32, 3))
+    if kind == "noise on a large mean":
+        return x + 1e4
+    if kind == "zero border":
+        x[:, 4:28, 4:28] += 1e4
+        x[:, [*range(4), *range(28, 32)]] = 0
+        x[:, :, [*range(4), *range(28, 32)]] = 0
+    elif kind == "the sample is far off":
+        x = 1e-3 * x + 1e4
+        x[:, ::4, ::4] -= 2e4
+    elif kind == "the sample is constant":
+        x = x + 1e4
+        x[:, ::4, ::4] = 1e4
+    elif kind == "only the sample varies":
+        x[:] = 1e4
+        x[:, ::4, ::4] += np.random.default_rng(1).normal(size=(8, 8, 8, 3))
+    elif kind == "one outlier in the sample":
+        x[0, 0, 0] = 1e6
+    elif kind == "trend along space":
+        x = 1e4 + np.broadcast_to(np.arange(32.0)[:, None, None], x.shape) + 1e-2 * x
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "noise on a large mean",
+        "zero border",
+        "the sample is far off",
+        "the sample is constant",
+        "only the sample varies",
+        "one outlier in the sample",
+        "trend along space",
+    ],
+)
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 1, 3), (0, 3)])
+def test_one_pass_about_a_sampled_mean_keeps_its_digits(x64, ours, kind, dtype, axes):
+    """Two spatial axes, one and none; at most 1 + 16 times the error of an exact shift."""
+    x = adversarial(kind).astype(dtype)
+    x = x[tuple(slice(None) if i in axes else 4 for i in range(4))]
+    over = tuple(range(x.ndim - 1))
+    exact = np.asarray(x, np.longdouble)
+    mean, var = jax.jit(ebn.extended_moments)(x)
+    unit = np.finfo(dtype).eps
+    expected = exact.var(over).mean()
+    np.testing.assert_allclose(np.longdouble(var), expected, rtol=20 * unit, atol=1e-300)
+    deviation = np.abs(np.longdouble(mean) - exact.mean(over))
+    assert np.all(deviation <= 2 * unit * (np.abs(exact.mean(over)) + 20 * np.sqrt(expected)))
+
+
+def test_sample_is_a_sixteenth_at_least_and_never_along_the_batch():
+    for shape in [(3, 64, 2), (3, 5, 2), (3, 32, 31, 2), (3, 1, 7, 2), (3, 9, 8, 7, 2), (2, 3)]:
+        sample = ebn._sample(np.zeros(shape))
+        assert sample.shape[0] == shape[0] and sample.shape[-1] == shape[-1]
+        assert 16 * sample.size >= np.prod(shape)
+    assert ebn._sample(np.zeros((1, 64, 64, 1))).size == 256
+
+
+@pytest.mark.parametrize("variance", ["channel", "grand"])
+def test_derivatives_without_a_mask(x64, ours, variance):
+    """Both modes and second derivatives, through moments and normalize together, and over a mapped axis."""
+    rng = np.random.default_rng(0)
+    x, tangent = rng.normal(2.0, 1.0, (2, 4, 6, 3)), rng.normal(size=(4, 6, 3))
+    scale, bias = rng.normal(size=3), rng.normal(size=3)
+
+    def ours_(x, scale, bias, axis_name=None):
+        mean, var = ebn.extended_moments(x, variance=variance, axis_name=axis_name)
+        return ebn.normalize(x, mean, var, scale, bias)
+
+    def plain(x, scale, bias):
+        over = tuple(range(x.ndim - 1))
+        row = lambda v: jnp.reshape(v, (1,) * len(over) + (3,))
+        mean = jnp.mean(x, over, keepdims=True)
+        var = jnp.mean(jnp.square(x - (mean if variance == "channel" else jnp.mean(mean))))
+        return (x - mean) / jnp.sqrt(var + 1e-3) * row(scale) + row(bias)
+
+    def total(f):
+        return lambda *args: jnp.sum(jnp.sin(f(*args)))
+
+    one = x[0], scale, bias
+    for transform in (jax.grad, jax.hessian, jax.jacfwd):
+        expected = transform(total(plain), (0, 1, 2))(*one)
+        got = transform(total(ours_), (0, 1, 2))(*one)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, expected
+        )
+    push = lambda f: jax.jvp(lambda x: f(x, scale, bias), (x[0],), (tangent,))
+    np.testing.assert_allclose(push(ours_), push(plain), rtol=1e-9, atol=1e-11)
+    mapped = jax.vmap(functools.partial(ours_, axis_name="i"), (0, None, None), axis_name="i")
+    for transform in (jax.grad, jax.hessian):
+        got, expected = (transform(total(f), (1, 2))(x, scale, bias) for f in (mapped, plain))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, expected
+        )
+    got, expected = (jax.grad(total(f))(x, scale, bias) for f in (mapped, plain))
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("axis", ["batch", "channels", "height"])
+def test_sharded_arrays_under_jit_equal_one_device(ours, axis):
+    """No axis_name: the arrays are global, whatever the layout."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3.0, 2.0, (8, 16, 4, 16)).astype(np.float32)
+    weights = rng.normal(size=x.shape).astype(np.float32)
+    scale = rng.normal(size=16).astype(np.float32)
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    spec = {
+        "batch": PartitionSpec("d"),
+        "height": PartitionSpec(None, "d"),
+        "channels": PartitionSpec(None, None, None, "d"),
+    }[axis]
+
+    @jax.jit
+    def run(x, scale):
+        def loss(x, scale):
+            mean, var = ebn.extended_moments(x)
+            return jnp.sum(ebn.normalize(x, mean, var, scale) * weights), (mean, var)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, scale)
+
+    place = lambda a, s: jax.device_put(a, jax.sharding.NamedSharding(mesh, s))
+    row = PartitionSpec("d") if axis == "channels" else PartitionSpec()
+    sharded = run(place(x, spec), place(scale, row))
+    assert sharded[1][0].sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), sharded, run(x, scale)
+    )

@@ -197,3 +197,51 @@ def test_transformer_names_what_does_not_fit():
     model = models.Transformer(5, **TEXT, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="13 tokens"):
         model(jnp.zeros((1, 13), jnp.int32))
+
+
+def test_nfnet_stochastic_depth():
+    """Rates rise linearly; branches drop in training alone, by key; it learns, and keeps no statistics."""
+    model = models.NFNet(1, CLASSES, **SHAPE, blocks=2, drop_rate=0.4, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose([block.rate for block in model.blocks], [0, 0.1, 0.2, 0.3])
+    assert not jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    for block in model.blocks:
+        block.skip_gain[...] = jnp.ones(())
+    apply, params, state = jt.nnx.functional(model)
+    x, labels = batch("nfnet")
+    run = jax.jit(functools.partial(apply, train=True))
+    draws = [run(params, state, x, key=jax.random.key(seed))[0] for seed in (0, 0, 1, 2, 3)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert any(np.abs(draws[0] - other).max() > 1e-4 for other in draws[2:])
+    evaluated = jax.jit(functools.partial(apply, train=False))(params, state, x)[0]
+    plain = models.NFNet(1, CLASSES, **SHAPE, blocks=2, rngs=nnx.Rngs(0))
+    nnx.update(plain, nnx.state(model, nnx.Param))
+    np.testing.assert_allclose(evaluated, plain(x), atol=1e-6)
+    with pytest.raises(ValueError, match="key"):
+        apply(params, state, x, train=True)
+    again = models.NFNet(
+        1, CLASSES, **SHAPE, blocks=2, drop_rate=0.4, recompute=True, rngs=nnx.Rngs(0)
+    )
+    rerun = jt.nnx.functional(again)[0]
+    np.testing.assert_allclose(
+        rerun(params, state, x, train=True, key=jax.random.key(0))[0], draws[0], atol=1e-6
+    )
+    with pytest.raises(ValueError, match="drop_rate"):
+        models.NFNet(1, CLASSES, drop_rate=1.5, rngs=nnx.Rngs(0))
+
+    def loss(params, state, key):
+        logits, state = apply(params, state, x, train=True, key=key)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), state
+
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(carry, key):
+        params, state, opt = carry
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(params, state, key)
+        updates, opt = tx.update(grads, opt, params)
+        return (optax.apply_updates(params, updates), state, opt), value
+
+    carry = params, state, tx.init(params)
+    _, values = jax.lax.scan(step, carry, jax.random.split(jax.random.key(4), 60))
+    assert values[-10:].mean() < 0.5 * values[:10].mean()

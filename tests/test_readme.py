@@ -5,8 +5,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import jaxtricks as jt
+from tests import strangers
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
@@ -24,6 +26,19 @@ def test_the_example_trains():
     assert losses[-1] < 0.5 * losses[0]
     assert set(metrics) == {"agc/clipped_fraction", "agc/max_ratio"}
     assert all(isinstance(value, jax.Array) for value in metrics.values())
+
+
+def test_a_model_is_converted_and_fused(capsys):
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "convert" in c)
+    before, after = code.split("plain, report", 1)
+    model = strangers.trained(strangers.made(strangers.ResNet), images)
+    scope = {"jt": jt, "nnx": nnx, "model": model, "images": images}
+    exec(before, scope)
+    strangers.trained(scope["model"], images, steps=1)
+    exec("plain, report" + after, scope)
+    assert "blocks/0/conv1" in capsys.readouterr().out
+    assert jnp.allclose(scope["plain"](images), scope["model"](images), atol=1e-5)
 
 
 def test_the_table_has_the_ten_keys():

@@ -451,3 +451,144 @@ def kernel(*shape):
 def test_what_does_not_fuse_says_why(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+# ---- the bound of rounding
+
+
+def test_error_bound_is_its_equation(x64):
+    """16 u (S_fused + sum S_branch), every S by NumPy."""
+    rng = np.random.default_rng(0)
+    norm = random_norm(rng, 4)
+    big = rp.Conv(rng.normal(size=(3, 3, 4, 4)), rng.normal(size=4))
+    node = rp.Sum(rp.Sequential(big, norm), rp.Scale(rng.normal(size=4)))
+    x = rng.normal(size=(2, 7, 7, 4))
+    how = dict(strides=(2, 2), pads=[(1, 1)] * 2, dilation=(1, 1))
+    t = np.abs(norm.scale) / np.sqrt(norm.var + norm.epsilon)
+    inner = reference.conv(np.abs(x), np.abs(big.kernel), **how) + np.abs(big.bias)
+    first = (inner + np.abs(norm.mean)) * t + np.abs(norm.bias)
+    second = np.abs(x)[:, ::2, ::2] * np.abs(node.nodes[1].gain)
+    fused = rp.fuse(node)
+    whole = reference.conv(np.abs(x), np.abs(fused.kernel), **how) + np.abs(fused.bias)
+    total = whole.max() + first.max() + second.max()
+    got = rp.error_bound(node, x, strides=2, padding=1)
+    np.testing.assert_allclose(got, 16 * 2**-53 * total, rtol=1e-12)
+    given = rp.error_bound(node, x, strides=2, padding=1, fused=rp.Conv(0 * fused.kernel))
+    np.testing.assert_allclose(given, 16 * 2**-53 * (total - whole.max()), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "u"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_error_bound_has_the_roundoff_of_the_input(ours, dtype, u):
+    node, x = block(), 1000 * jnp.ones((2, 6, 6, 4), dtype)
+    wide = rp.error_bound(node, x.astype(jnp.float32))
+    bound = rp.error_bound(node, x)
+    assert bound.dtype == jnp.float32 and bound.shape == ()
+    np.testing.assert_allclose(bound / u, wide * 2**24, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_error_bound_holds_where_branches_cancel_and_finds_a_wrong_kernel(ours, scale):
+    """Two branches of 1e3 that leave 1; a tap that is wrong by a thousandth is more than rounding."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 4, 4)).astype(np.float32)
+    small = rp.Norm(np.zeros(4, "f"), np.full(4, 1e-6, "f"), np.ones(4, "f"), np.zeros(4, "f"), 0.0)
+    node = rp.Sum(
+        rp.Sequential(rp.Conv(kernel), small), rp.Conv(-1000 * kernel), rp.Conv(scale * kernel)
+    )
+    x = rng.normal(size=(2, 9, 9, 4)).astype(np.float32)
+    fused = rp.fuse(node)
+    bound = rp.error_bound(node, x, fused=fused)
+    difference = np.abs(rp.apply(fused, x) - rp.apply(node, x)).max()
+    assert 0 < difference <= bound
+    wrong = rp.Conv(fused.kernel.at[0, 0, 0, 0].add(0.1))
+    assert np.abs(rp.apply(wrong, x) - rp.apply(node, x)).max() > bound
+
+
+# ---- branches for a convolution
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_unfuse_is_the_inverse_of_fuse(x64, seed):
+    node, x, how = random_case(seed)
+    node = jax.tree.map(jnp.asarray, node)
+    # The last branch of random_case is a bare convolution as large as the window; here the first.
+    free = node.nodes[-1]
+    free = rp.Sequential(free, random_norm(np.random.default_rng(seed), free.kernel.shape[-1]))
+    if rp.fuse(node).groups != free.nodes[0].groups:
+        free = rp.Sequential(rp.Conv(rp.fuse(node).kernel), free.nodes[1])
+    like = rp.Sum(free, *node.nodes[:-1])
+    target = rp.fuse(like)
+    target = rp.Conv(jnp.cos(target.kernel * 9), jnp.sin(target.bias * 9), target.groups)
+    made = jax.jit(rp.unfuse)(target, like)
+    assert jax.tree.structure(made) == jax.tree.structure(like)
+    back = rp.fuse(made)
+    np.testing.assert_allclose(back.kernel, target.kernel, atol=1e-11)
+    np.testing.assert_allclose(back.bias, target.bias, atol=1e-11)
+    y = rp.apply(target, x, **how)
+    np.testing.assert_allclose(rp.apply(made, x, **how), y, atol=1e-10 * max(1, np.abs(y).max()))
+    changed = [
+        jax.tree_util.keystr(p)
+        for (p, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(like), strict=True
+        )
+        if not np.array_equal(a, b)
+    ]
+    # One kernel and one bias, of one branch.
+    assert [c.rsplit(".")[-1] for c in changed] == ["kernel", "bias"]
+    assert changed[0].split("nodes")[1] == changed[1].split("nodes")[1]
+
+
+def test_unfuse_in_its_other_forms(ours):
+    rng = np.random.default_rng(0)
+    target = rp.Conv(rng.normal(size=(3, 3, 1, 4)).astype("f"), np.ones(4, "f"), groups=4)
+    gain = rp.Scale(np.full(4, -2.0, "f"))
+    bare = rp.Conv(np.zeros((3, 3, 1, 4), "f"), np.zeros(4, "f"), groups=4)
+    for like in (bare, rp.Sum(bare, rp.Identity(4)), rp.Sequential(bare, rp.Identity(4), gain)):
+        back = rp.fuse(rp.unfuse(target, like))
+        assert back.groups == 4
+        close(back.kernel, target.kernel, 1e-6)
+        close(back.bias, target.bias, 1e-6)
+    # A dilated convolution is one of the window's size.
+    dilated = rp.Conv(rng.normal(size=(2, 2, 1, 4)).astype("f"), groups=4, dilation=2)
+    close(rp.fuse(rp.unfuse(dilated, bare)).kernel, rp.fuse(dilated).kernel, 1e-6)
+
+
+def test_unfuse_under_vmap_and_grad(ours):
+    likes = [jax.tree.map(lambda a, i=i: a * i, block()) for i in (1.0, 2.0, 3.0)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *likes)
+    kernels = jax.random.normal(jax.random.key(5), (3, 3, 3, 4, 4))
+    made = jax.vmap(lambda k, n: rp.unfuse(rp.Conv(k), n))(kernels, stacked)
+    close(jax.vmap(rp.fuse)(made).kernel, kernels, 1e-5)
+    round_trip = lambda k: jnp.sum(jnp.sin(rp.fuse(rp.unfuse(rp.Conv(k), likes[0])).kernel))
+    close(jax.grad(round_trip)(kernels[0]), jnp.cos(kernels[0]), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "like", "words"),
+    [
+        (rp.Conv(kernel(1, 1, 4, 4)), block, r"fuse\(conv, size\)"),
+        (rp.Conv(kernel(3, 4, 4)), block, "has the kernel"),
+        (rp.Conv(kernel(3, 3, 4, 4), dilation=2), block, "dilation 2"),
+        (rp.Conv(kernel(3, 3, 3, 4)), block, "maps 3 channels to 4"),
+        (rp.Conv(kernel(3, 3, 4, 4)), lambda: rp.Identity(4), "no branch of `like`"),
+        (
+            rp.Conv(kernel(3, 3, 4, 4)),
+            lambda: rp.Conv(kernel(3, 3, 1, 4), groups=4),
+            "groups",
+        ),
+        (
+            rp.Conv(kernel(3, 3, 2, 4), groups=2),
+            lambda: rp.Sum(rp.Conv(kernel(3, 3, 2, 4), groups=2), rp.Conv(kernel(1, 1, 4, 4))),
+            "all branches together 1",
+        ),
+        (
+            rp.Conv(kernel(3, 5, 4, 4)),
+            lambda: rp.Sum(rp.Conv(kernel(3, 1, 4, 4)), rp.Conv(kernel(1, 5, 4, 4))),
+            "reaches every tap",
+        ),
+        (rp.Conv(kernel(3, 3, 4, 4), kernel(4)), lambda: rp.Conv(kernel(3, 3, 4, 4)), "bias"),
+    ],
+)
+def test_what_does_not_unfuse_says_why(conv, like, words):
+    with pytest.raises(ValueError, match=words):
+        rp.unfuse(conv, like())

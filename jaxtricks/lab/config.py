@@ -239,6 +239,22 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fuse:
+    """A run's model with every block and normalization fused: weights and a program for deployment."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory of `jaxtricks train`; its newest checkpoint is taken."""
+    out: str = ""
+    """Directory to create: model.safetensors, model.stablehlo, fuse.json; RUN/fused if not given."""
+    batch: int = 64
+    """Images to compare and to time both models on."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that can't be meant."""
+        at_least(self.batch, 1, "--batch", "a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
 class Ablate:
     """What each trick costs and gains: baseline, each alone, all, and all but one, on one data set."""
 

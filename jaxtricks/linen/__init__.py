@@ -6,8 +6,9 @@ initializing.) Their arguments are those of the twins, without `rngs`; `in_featu
 None, which stands for those of the input, as usual in linen.
 """
 
+from jaxtricks.linen.fusion import fuse
 from jaxtricks.linen.layers import ACBlock, ExtendedBatchNorm, WSConv
 from jaxtricks.linen.layout import roles
 from jaxtricks.linen.pure import functional
 
-__all__ = ["ACBlock", "ExtendedBatchNorm", "WSConv", "functional", "roles"]
+__all__ = ["ACBlock", "ExtendedBatchNorm", "WSConv", "functional", "fuse", "roles"]

@@ -136,8 +136,9 @@ class ExtendedBatchNorm(nn.Module):
           mask: which entries count, see `ebn.extended_moments`.
         """
         shape = (_in_features("ExtendedBatchNorm", self.num_features, x),)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, (), jnp.float32)
+        wide = norm.statistics_dtype(self.param_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
+        var = self.variable("batch_stats", "var", jnp.ones, (), wide)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         scale = bias = None
         if self.use_scale:

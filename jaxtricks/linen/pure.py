@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from jaxtricks._types import ApplyFn, Key, Params, State
+from jaxtricks.linen.fused import Fused
 from jaxtricks.nnx import pure
 
 
@@ -67,12 +68,19 @@ def functional(
     return apply, _plain(variables.get("params", {})), state
 
 
+def eval_kwargs(module: nn.Module) -> dict[str, Any]:
+    """The keyword arguments that tell a module's call to evaluate."""
+    return dict(_train_kwargs(module, None)(False))
+
+
 def _train_kwargs(module: nn.Module, given: Any) -> Callable[[bool], Mapping[str, Any]]:
     if callable(given):
         return given
     if given is None:
         known = {"train": True, "training": True, "is_training": True}
         known |= {"deterministic": False, "use_running_average": False}
+        while isinstance(module, Fused):
+            module = module.module
         has = inspect.signature(type(module).__call__).parameters
         given = {name: value for name, value in known.items() if name in has}
     if any(not isinstance(value, bool) for value in given.values()):

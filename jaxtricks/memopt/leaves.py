@@ -34,7 +34,8 @@ def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
     if path not in table:
         raise ValueError(
             f"memopt.{name}: {path!r} has a gradient but {what} has no such entry: "
-            "call tx.init(params) and tx.update(grads, state, params) with the same tree"
+            "call tx.init(params) and tx.update(grads, state, params) with the same tree; if the "
+            "model has changed since (converted, fused), rebuild the optimizer"
         )
     return table[path]
 

@@ -5,9 +5,11 @@ Everything here calls the rooms' pure functions; only what owns parameters or st
 
 from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
 from jaxtricks.nnx.conv import WSConv
+from jaxtricks.nnx.convert import convert, plain_paths
+from jaxtricks.nnx.fusion import fuse
 from jaxtricks.nnx.layout import roles
 from jaxtricks.nnx.norm import ExtendedBatchNorm
-from jaxtricks.nnx.pure import functional
+from jaxtricks.nnx.pure import filled, functional
 from jaxtricks.nnx.recompute import recompute_grad
 
 __all__ = [
@@ -15,7 +17,11 @@ __all__ = [
     "ExtendedBatchNorm",
     "RepVGGBlock",
     "WSConv",
+    "convert",
+    "filled",
     "functional",
+    "fuse",
+    "plain_paths",
     "recompute_grad",
     "roles",
 ]

@@ -166,11 +166,7 @@ def convolution(
     size = kernel.shape[:-2]
     strides = geometry.per_axis("strides", strides, rank)
     dilation = geometry.per_axis("dilation", dilation, rank)
-    if isinstance(padding, str) and padding.upper() in _PAD_MODES:
-        x = _pad_like(
-            x, padding.upper(), [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
-        )
-        padding = "VALID"
+    x, padding = pad_by_mode(x, padding, size, dilation)
     pads = geometry.resolve(padding, x.shape[x.ndim - rank - 1 : -1], size, strides, dilation)
     y = geometry.convolve(
         x,
@@ -184,10 +180,16 @@ def convolution(
     return y if bias is None else y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _pad_like(x: Array, mode: str, totals: list[int]) -> Array:
+def pad_by_mode(
+    x: Array, padding: geometry.Padding, size: Sequence[int], dilation: Sequence[int]
+) -> tuple[Array, geometry.Padding]:
+    """(x, padding) for a convolution that pads with zeros: "CIRCULAR" and "REFLECT" are done here."""
+    if not isinstance(padding, str) or padding.upper() not in _PAD_MODES:
+        return x, padding
+    totals = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
     pads = [(t // 2, t - t // 2) for t in totals]
     lead = [(0, 0)] * (x.ndim - len(pads) - 1)
-    return jnp.pad(x, [*lead, *pads, (0, 0)], mode=_PAD_MODES[mode])
+    return jnp.pad(x, [*lead, *pads, (0, 0)], mode=_PAD_MODES[padding.upper()]), "VALID"
 
 
 def _hashable(value: int | Sequence[int]) -> int | tuple[int, ...]:

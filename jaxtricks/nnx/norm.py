@@ -27,6 +27,11 @@ class Running(NamedTuple):
     var: Array
 
 
+def statistics_dtype(param_dtype: Any) -> Any:
+    """Of running statistics: float32, or float64 where the parameters are."""
+    return _tree.wide_dtype(jax.ShapeDtypeStruct((), param_dtype))
+
+
 def batch_statistics(
     x: Array,
     running: Running,
@@ -80,7 +85,8 @@ class ExtendedBatchNorm(nnx.Module):
       use_running_average: True in evaluation; `model.train()` and `model.eval()` set it.
       rngs: keys; "params" is used.
 
-    Variables: scale [C] and bias [C], nnx.Param; mean [C] and var [], nnx.BatchStat, float32.
+    Variables: scale [C] and bias [C], nnx.Param; mean [C] and var [], nnx.BatchStat, float32
+    (float64 for float64 parameters).
 
     Example:
       >>> norm = ExtendedBatchNorm(4, rngs=nnx.Rngs(0))
@@ -111,8 +117,9 @@ class ExtendedBatchNorm(nnx.Module):
         shape = (num_features,)
         scale_init = scale_init or jax.nn.initializers.ones
         bias_init = bias_init or jax.nn.initializers.zeros
-        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones((), jnp.float32))
+        wide = statistics_dtype(param_dtype)
+        self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
+        self.var = nnx.BatchStat(jnp.ones((), wide))
         self.scale = (
             nnx.Param(scale_init(rngs.params(), shape, param_dtype))
             if use_scale

@@ -45,6 +45,31 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params, State]:
     return _Functional(model).apply, params, state
 
 
+def filled(model: nnx.Module, params: Params, state: State) -> Any:
+    """The module with the variables that `apply` was trained with: the way back from `functional`.
+
+    Args:
+      model: the module that `functional` was given, or one like it; it is copied.
+      params: as `functional` returned them, trained.
+      state: the same.
+
+    Raises:
+      ValueError: a tree of another structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> apply, params, state = functional(model)
+      >>> _, state = apply(params, state, jnp.ones((2, 3)), train=True)
+      >>> filled(model, params, state).mean[...].tolist() == state["mean"].tolist()
+      True
+    """
+    graph, old_params, keys, old_state = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
+    for name, given, like in (("params", params, old_params), ("state", state, old_state)):
+        _check(name, given, like)
+    return nnx.merge(graph, _filled(old_params, params), keys, _filled(old_state, state), copy=True)
+
+
 class _Functional:
     """The static part of a model, and how to run it on given variables; changes the model's mode."""
 
@@ -113,7 +138,7 @@ def _check(name: str, tree: Any, like: Any) -> None:
         path = min(wanted ^ given)
         problem = "is missing" if path in wanted else "does not belong there"
         raise ValueError(
-            f"nnx.functional: in `{name}` {path!r} {problem}; pass a tree like the one functional returned"
+            f"nnx: in `{name}` {path!r} {problem}; pass a tree like the one functional returned"
         )
 
 

@@ -2,7 +2,8 @@
 
 What. Convolutions, normalizations with frozen statistics, poolings and identities are linear, so a sum of
 such branches is one convolution. This room is the algebra: nodes that describe branches, `apply` that
-computes them one by one, `fuse` that gives the convolution. The layers that train are `jt.nnx.ACBlock`
+computes them one by one, `fuse` that gives the convolution, `unfuse` that gives branches for a convolution,
+`error_bound` that says how far apart rounding may put the two. The layers that train are `jt.nnx.ACBlock`
 and `jt.linen.ACBlock`.
 
 Use.
@@ -38,26 +39,33 @@ too), parity, dilation, groups, depthwise, 1, 2 or 3 spatial axes, even and rect
 implementations fail at dilation or ignore it. A 1x1 -> KxK sequence (and 1x1 -> average pooling) is exact
 at the border because the intermediate is padded with its value on zero input; the reference's training mode
 uses running statistics for that border. Frozen statistics only: the training mode of branches is that of
-the layers. Equality is up to rounding of the branches' terms: where they cancel, errors are relative to the
-terms, not to the output. On GPU and TPU pass precision="highest" to compare.
+the layers. Equality is up to rounding of the branches' terms (`error_bound`): where they cancel, errors are
+relative to the terms, not to the output. On GPU and TPU pass precision="highest" to compare.
 
 References. Ding, Guo, Ding, Han, "ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric
 Convolution Blocks", arXiv 1908.03930. Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG", arXiv 2101.03697. Ding,
 Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
 """
 
+from jaxtricks.reparam.bound import error_bound
 from jaxtricks.reparam.forward import apply
 from jaxtricks.reparam.fusion import fuse
 from jaxtricks.reparam.nodes import AvgPool, Conv, Identity, Norm, Scale, Sequential, Sum
+from jaxtricks.reparam.report import FusedLayer, FuseReport
+from jaxtricks.reparam.unfusion import unfuse
 
 __all__ = [
     "AvgPool",
     "Conv",
+    "FuseReport",
+    "FusedLayer",
     "Identity",
     "Norm",
     "Scale",
     "Sequential",
     "Sum",
     "apply",
+    "error_bound",
     "fuse",
+    "unfuse",
 ]

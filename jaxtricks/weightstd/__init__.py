@@ -24,6 +24,9 @@ Use.
     alpha, beta = first[0]
     x = jnp.ones((2, 8, 8, 16))
     y = x + alpha * jt.weightstd.stochastic_depth(jax.random.key(0), beta * act(x), 0.1)
+    # for inference: the parameters of plain convolutions
+    params = {"conv": {"kernel": kernel, "gain": jnp.ones(16)}}
+    params = jt.weightstd.bake(params)
 
 Settings to start from. preset "nfnet" with a gain (NFNets, no normalization layers), or preset "qiao" without
 one in front of group normalization. A whole network without normalization: scaled activations, alpha 0.2, a
@@ -37,7 +40,9 @@ normalization the mean and scale of a channel are removed anyway. Depthwise 3x3 
 take statistics of; a depthwise 1x1 kernel gives one, which would vanish, so it raises.
 
 Cost. A few elementwise passes over the kernel (not the activations), and no parameters but the gains. The
-result does not depend on the batch: standardize once outside a loop over microbatches.
+result does not depend on the batch. Microbatches in a scan: `hat, pull = jax.vjp(standardize, kernel)`
+outside, gradients by `hat` summed inside, `pull(total)` at the end (tests/test_weightstd_modules.py). `bake`
+leaves inference nothing to do. Timings: `python -m tests.bench.blocks`.
 
 Composes with. Any function of a parameter tree (`standardize_params`), vmap over stacked kernels, remat,
 `reparam` (branches of `ACBlock(conv=WSConv)` fuse), `agc` and `memopt` (they see the raw kernel). Statistics
@@ -62,7 +67,7 @@ normalization", arXiv 2102.06171.
 
 from jaxtricks.weightstd.hook import Hook, standardized
 from jaxtricks.weightstd.kernel import PRESETS, standardize
-from jaxtricks.weightstd.params import l2, standardize_params
+from jaxtricks.weightstd.params import bake, l2, standardize_params
 from jaxtricks.weightstd.propagation import (
     ResidualScale,
     ScaledActivation,
@@ -76,6 +81,7 @@ __all__ = [
     "Hook",
     "ResidualScale",
     "ScaledActivation",
+    "bake",
     "l2",
     "residual_scales",
     "scaled_activation",

@@ -1,6 +1,6 @@
 """Standardization and the kernel penalty over whole parameter trees."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,12 +53,72 @@ def standardize_params(
     def change(path: str, leaf: Any) -> Any:
         if not where(path):
             return leaf
-        try:
-            return standardize(leaf, preset=preset, eps=eps, out_axis=_out_axes(roles[path]))
-        except ValueError as error:
-            raise ValueError(f"{error} [at {path!r}]") from None
+        out_axis = _out_axes(roles[path])
+        return _at(path, standardize, leaf, preset=preset, eps=eps, out_axis=out_axis)
 
     return _tree.map_with_path(change, params)
+
+
+def bake(
+    params: Params,
+    *,
+    where: Callable[[str], bool] | None = None,
+    axes: PathRule | Any = None,
+    preset: str = "nfnet",
+    eps: float | None = None,
+) -> Params:
+    """Parameters of plain convolutions from those of standardized ones, for inference.
+
+    Every dict that holds a `kernel` and a `gain`, as a `WSConv`'s does, gets standardize(kernel, gain) in
+    place of the kernel and loses the gain: the parameters of a plain convolution, the same function.
+
+    Args:
+      params: nested dicts (or lists) of arrays.
+      where: where(path) -> True for the kernels to bake ("block/0/conv/kernel"), with a gain or without;
+        None = those with one.
+      axes: roles as in `standardize_params`; None = everything but the last axis is reduced.
+      preset: see `standardize`; the one that the model was trained with.
+      eps: see `standardize`.
+
+    Returns:
+      A tree like params without the gains; kernels keep their dtype.
+
+    Raises:
+      ValueError: nothing is chosen, or a kernel that cannot be standardized.
+
+    Example:
+      >>> conv = {"kernel": jnp.arange(6.0).reshape(3, 2), "gain": jnp.full(2, 2.0), "bias": jnp.ones(2)}
+      >>> baked = bake({"conv": conv})["conv"]
+      >>> sorted(baked), bool(jnp.allclose((baked["kernel"] ** 2).sum(0), 4.0))
+      (['bias', 'kernel'], True)
+    """
+    roles = dict(zip(_tree.by_path(params), axes_.leaf_roles(axes, params), strict=True))
+    found = []
+
+    def change(node: Any, at: str) -> Any:
+        if isinstance(node, list | tuple):
+            return type(node)(change(child, f"{at}{i}/") for i, child in enumerate(node))
+        if not isinstance(node, Mapping):
+            return node
+        path, new = f"{at}kernel", dict(node)
+        chosen = node.get("gain") is not None if where is None else where(path)
+        if node.get("kernel") is not None and not isinstance(node["kernel"], Mapping) and chosen:
+            found.append(path)
+            rule = {"preset": preset, "eps": eps, "out_axis": _out_axes(roles[path])}
+            new["kernel"] = _at(path, standardize, node["kernel"], new.pop("gain", None), **rule)
+        return {key: change(child, f"{at}{key}/") for key, child in new.items()}
+
+    baked = change(params, "")
+    if not found:
+        raise ValueError(
+            "weightstd.bake: no `kernel` "
+            + (
+                "with a `gain` beside it: choose kernels by `where`"
+                if where is None
+                else "is chosen by `where`"
+            )
+        )
+    return baked
 
 
 def l2(
@@ -88,6 +148,14 @@ def l2(
     dtype = _tree.wide_dtype(*leaves)
     total = sum((jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves), jnp.zeros((), dtype))
     return jnp.asarray(scale, dtype) * total
+
+
+def _at(path: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """fn(*args, **kwargs), whose errors say where they arose."""
+    try:
+        return fn(*args, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"{error} [at {path!r}]") from None
 
 
 def _out_axes(roles: Roles | None) -> int | tuple[int, ...]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxtricks.nnx as jnnx
 from jaxtricks import weightstd
-from jaxtricks._types import Array
+from jaxtricks._types import Array, Key
 
 Activation = Callable[[Array], Array]
 
@@ -34,6 +34,7 @@ class NFBlock(nnx.Module):
         scale: weightstd.ResidualScale,
         conv: Callable[..., Any],
         act: Activation,
+        rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
         self.first = conv(in_features, out_features, (3, 3), strides=strides, rngs=rngs)
@@ -45,21 +46,25 @@ class NFBlock(nnx.Module):
         self.skip_gain = nnx.Param(jnp.zeros(()))
         self.alpha, self.beta = scale
         self.act = act
+        self.rate = rate
 
-    def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+    def __call__(self, x: Array, key: Key | None = None) -> Array:
+        """[N, H, W, in_features] -> [N, H', W', out_features]; with a key, branches are dropped."""
         out = self.act(x) * self.beta
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.second(self.act(self.first(out)))
+        if key is not None and self.rate:
+            out = weightstd.stochastic_depth(key, out, self.rate)
         return shortcut + out * (self.alpha * self.skip_gain[...])
 
 
 class NFNet(nnx.Module):
     """Normalizer-free residual network for small images (Brock et al., arXiv 2101.08692, section 4).
 
-    Nothing depends on the batch, and training computes what evaluation computes. What normalization did is
-    done in advance: kernels are standardized, activations keep the variance of their inputs, and every
-    block knows the variance that it receives. Train it with adaptive gradient clipping (`agc`).
+    Nothing depends on the batch, and without stochastic depth training computes what evaluation computes.
+    What normalization did is done in advance: kernels are standardized, activations keep the variance of
+    their inputs, and every block knows the variance that it receives. Train it with adaptive gradient
+    clipping (`agc`).
 
     Args:
       in_channels: C of the images [N, H, W, C].
@@ -69,6 +74,8 @@ class NFNet(nnx.Module):
       conv: factory (in_features, out_features, kernel_size, *, strides, rngs) of the convolutions.
       activation: elementwise; it is scaled to unit variance here.
       alpha: scale of every branch.
+      drop_rate: stochastic depth in training: of n blocks the i-th (from 0) drops its branch, for every
+        example by itself, with probability drop_rate * i / n. Keys come from the stream "dropout".
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
 
@@ -82,9 +89,12 @@ class NFNet(nnx.Module):
         conv: Callable[..., Any] = WSConv,
         activation: Activation = jax.nn.relu,
         alpha: float = 0.2,
+        drop_rate: float = 0.0,
         recompute: bool = False,
         rngs: nnx.Rngs,
     ):
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"NFNet: `drop_rate` is {drop_rate}; give one in [0, 1]")
         self.act = weightstd.scaled_activation(activation)
         self.stem = conv(in_channels, widths[0], (3, 3), strides=1, rngs=rngs)
         layers = []
@@ -100,6 +110,7 @@ class NFNet(nnx.Module):
                     scale=scale,
                     conv=conv,
                     act=self.act,
+                    rate=drop_rate * len(layers) / (blocks * len(widths)),
                     rngs=rngs,
                 )
                 layers.append(block)
@@ -109,10 +120,14 @@ class NFNet(nnx.Module):
         small = nnx.initializers.normal(0.01)
         self.head = nnx.Linear(features, num_classes, kernel_init=small, rngs=rngs)
         self.recompute = recompute
+        self.deterministic = False  # set by model.train() and model.eval()
+        self.rngs = rngs.dropout.fork() if drop_rate else None
 
     def __call__(self, x: Array) -> Array:
         """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
         x = self.stem(x)
+        drops = self.rngs is not None and not self.deterministic
         for block in self.blocks:
-            x = jnnx.recompute_grad(block)(x) if self.recompute else block(x)
+            run = jnnx.recompute_grad(block) if self.recompute else block
+            x = run(x, self.rngs() if drops else None)
         return self.head(jnp.mean(self.act(x), axis=(1, 2)))

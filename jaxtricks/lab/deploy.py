@@ -1,0 +1,177 @@
+"""The `fuse` command: a run's model as plain convolutions, in files that need nothing of this library."""
+
+import functools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export
+from rich.console import Console
+
+import jaxtricks as jt
+from jaxtricks import _tree
+from jaxtricks._types import Array
+from jaxtricks.lab import about, compose, loop, runs, train
+from jaxtricks.lab import data as data_lib
+from jaxtricks.lab.checkpoint import Checkpoints
+from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
+from jaxtricks.lab.examples import to_float
+from jaxtricks.lab.rundir import RunDir, writing
+
+WEIGHTS, PROGRAM, REPORT = "model.safetensors", "model.stablehlo", "fuse.json"
+_ROUNDS = 30
+
+
+class Artifact(NamedTuple):
+    """A model as a function of its weights and of images.
+
+    Attributes:
+      weights: {path: array}.
+      program: the serialized StableHLO of (weights, images uint8 [b, H, W, C]) -> logits [b, classes].
+    """
+
+    weights: dict[str, np.ndarray]
+    program: bytes
+
+
+def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
+    """Fuse a run's model, compare the two, and write weights, program and report.
+
+    Args:
+      cfg: checked settings.
+      command: the command line, for the report.
+
+    Returns:
+      What fuse.json says.
+
+    Raises:
+      UserError: something that the person can mend.
+    """
+    say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    made = runs.read(cfg.run)
+    settings = settings_of(made)
+    if settings.model == "transformer":
+        raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
+    data = train.load(settings)
+    model = restored(settings, data, made.path, say)
+    folder = RunDir(cfg.out or str(made.path / "fused"), about.session(command))
+    images = next(data_lib.eval_batches(data.test, cfg.batch))["image"]
+    try:
+        fused, report = jt.nnx.fuse(model, example=to_float(jnp.asarray(images)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    say(str(report))
+    artifact = exported(fused, images)
+    write(artifact, folder.path)
+    result = compared(model, fused, artifact, images) | _report(report)
+    folder.write(REPORT, result)
+    say(
+        f"largest difference of the logits: fused {result['difference']:.2g}, from the files "
+        f"{result['difference_of_files']:.2g}; {cfg.batch} images: {result['ms_before']:.2f} ms before, "
+        f"{result['ms_after']:.2f} ms after ({result['ms_after'] / result['ms_before']:.2f}x)"
+    )
+    say(
+        f"{folder.path / WEIGHTS} and {folder.path / PROGRAM}; to run them without jaxtricks:\n{USE}"
+    )
+    return result
+
+
+USE = f"""  from jax import export
+  from safetensors.numpy import load_file
+  program = export.deserialize(open("{PROGRAM}", "rb").read())
+  logits = program.call(load_file("{WEIGHTS}"), images)  # images: uint8 [N, H, W, C]"""
+
+
+def settings_of(made: runs.Run) -> Train:
+    """The settings that a run was made with, recomputation off."""
+    given: dict[str, Any] = dict(made.about["config"])
+    given["tricks"] = Tricks(**{**given["tricks"], "remat": False})
+    given["text"] = Text(**given["text"])
+    given["widths"] = tuple(given["widths"])
+    return Train(**given)
+
+
+def restored(
+    cfg: Train, data: data_lib.Data, path: pathlib.Path, say: Callable[[str], None]
+) -> Any:
+    """The model of the newest checkpoint in evaluation mode, averaged where the run averaged."""
+    folder = path / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{path} has no checkpoint: train with --save-every below --steps")
+    program = loop.build(cfg, data)
+    like = program.init(cfg.seed, data.counts)
+    checkpoints = Checkpoints(folder, cfg.keep)
+    found = checkpoints.restore(like, say)
+    checkpoints.close()
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint: train with --save-every below --steps")
+    say(f"step {found.step} of {path}")
+    model = compose.build_model(cfg, data.shape[-1], len(data.classes), like.key)
+    model = jt.nnx.filled(model, program.averaged(found.state), found.state.model_state)
+    model.eval()
+    return model
+
+
+def exported(model: nnx.Module, images: Array) -> Artifact:
+    """The model as weights and a program for CPU, GPU and TPU, with any number of images."""
+    graph, state, rest = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+    weights = {path: np.asarray(x) for path, x in _tree.by_path(state).items()}
+
+    def predict(weights: dict[str, Array], images: Array) -> Array:
+        filled = _tree.map_with_path(lambda path, _: weights[path], state)
+        return nnx.merge(graph, filled, rest, copy=True)(to_float(images)).astype(jnp.float32)
+
+    shape = export.symbolic_shape("b," + ",".join(map(str, images.shape[1:])))
+    program = export.export(jax.jit(predict), platforms=("cpu", "cuda", "tpu"))(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
+        jax.ShapeDtypeStruct(shape, jnp.uint8),
+    )
+    return Artifact(weights, bytes(program.serialize()))
+
+
+def write(artifact: Artifact, folder: pathlib.Path) -> None:
+    """The two files."""
+    from safetensors.numpy import save
+
+    for name, content in ((WEIGHTS, save(artifact.weights)), (PROGRAM, artifact.program)):
+        with writing(folder / name) as path:
+            path.write_bytes(content)
+
+
+def compared(model: Any, fused: Any, artifact: Artifact, images: Array) -> dict[str, Any]:
+    """Differences of logits and times of both models, one after the other in every round."""
+    x = to_float(jnp.asarray(images))
+    calls = {"before": _call(model), "after": _call(fused)}
+    logits = {name: np.asarray(call(x), np.float32) for name, call in calls.items()}
+    from_files = export.deserialize(bytearray(artifact.program)).call(artifact.weights, images)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call(x))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        "difference": float(np.abs(logits["before"] - logits["after"]).max()),
+        "difference_of_files": float(np.abs(logits["before"] - np.asarray(from_files)).max()),
+        "same_class": float(np.mean(logits["before"].argmax(-1) == logits["after"].argmax(-1))),
+        **{f"ms_{name}": statistics.median(values) for name, values in times.items()},
+    }
+
+
+def _call(model: nnx.Module) -> Callable[[Array], Array]:
+    """The jitted model; its variables are arguments, or XLA would compute with them in advance."""
+    apply, params, state = jt.nnx.functional(model)
+    run = jax.jit(functools.partial(apply, train=False))
+    return lambda x: run(params, state, x)[0]
+
+
+def _report(report: jt.reparam.FuseReport) -> dict[str, Any]:
+    layers = [{**row._asdict(), "ratio": row.ratio} for row in report.layers]
+    whole = None if report.model is None else report.model._asdict()
+    return {"layers": layers, "model": whole, "kept": dict(report.kept)}

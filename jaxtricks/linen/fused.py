@@ -1,0 +1,52 @@
+"""A linen module some of whose layers are computed by plain convolutions."""
+
+from typing import Any
+
+from flax import linen as nn
+
+from jaxtricks import _tree
+from jaxtricks.nnx import conv
+
+
+class Fused(nn.Module):
+    """What `jt.linen.fuse` returns: the module with other layers, under the same paths.
+
+    Its variables are those of a network of plain convolutions. Where the module would call a fused layer, the
+    convolution with the kernel and bias at the layer's path runs; a folded normalization passes its input on.
+
+    Attributes:
+      module: the original.
+      convs: (path, strides and so on as pairs) of the fused layers.
+      folded: paths of the normalizations that are part of a convolution now.
+    """
+
+    module: nn.Module
+    convs: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+    folded: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        """The same paths as the original's."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original computes in evaluation mode."""
+        convs = dict(self.convs)
+
+        def plain(call: Any, inputs: Any, flags: Any, context: Any) -> Any:
+            path = layer_path(context.module)
+            if context.method_name == "__call__" and path in self.folded:
+                return inputs[0]
+            if context.method_name != "__call__" or path not in convs:
+                return call(*inputs, **flags)
+            kernel, bias = (context.module.get_variable("params", n) for n in ("kernel", "bias"))
+            how = dict(convs[path])
+            dtype = _tree.common_dtype(inputs[0], kernel, bias, given=how.pop("dtype"))
+            return conv.convolution(inputs[0], kernel, bias, dtype=dtype, **how)
+
+        with nn.intercept_methods(plain):
+            return self.module(*args, **kwargs)
+
+
+def layer_path(module: nn.Module) -> str:
+    """The path of a bound module."""
+    return "/".join(module.path)

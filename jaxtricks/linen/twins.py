@@ -1,0 +1,86 @@
+"""The nnx layer that computes what a linen layer does, with the same variables."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+import jaxtricks.nnx as jnnx
+from jaxtricks import _tree
+from jaxtricks.linen import layers
+
+BLOCKS: dict[type, Any] = {layers.ACBlock: jnnx.ACBlock}
+CONVS: dict[type, Any] = {nn.Conv: nnx.Conv, layers.WSConv: jnnx.WSConv}
+NORMS: dict[type, Any] = {
+    nn.BatchNorm: nnx.BatchNorm,
+    layers.ExtendedBatchNorm: jnnx.ExtendedBatchNorm,
+}
+KINDS = CONVS | BLOCKS | NORMS
+
+# Attributes of linen layers that are arguments of their twins.
+_FIELDS = (
+    "kernel_size strides padding kernel_dilation feature_group_count dtype param_dtype precision "
+    "mask conv_general_dilated preset eps use_gain use_bias use_scale epsilon axis mode "
+    "internal_features num_branches"
+)
+
+
+def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) -> Any:
+    """The nnx layer.
+
+    Args:
+      module: a layer of a type in `KINDS`.
+      variables: {"params": ..., "batch_stats": ...} of this layer alone.
+      evaluates: whether its normalizations use their running statistics.
+
+    Raises:
+      ValueError: stacked variables (nn.scan, nn.vmap), or a block whose parts have no twin.
+    """
+    kind = next(kind for kind in KINDS if isinstance(module, kind))
+    fields = {n: value for n in _FIELDS.split() if (value := getattr(module, n, None)) is not None}
+    if kind in NORMS:
+        sizes = variables["batch_stats"]["mean"].shape[-1:]
+    else:
+        sizes = _sizes(module, variables["params"])
+        fields |= {n: _factory(getattr(module, n)) for n in ("conv", "norm") if kind in BLOCKS}
+    made = _filled(lambda: KINDS[kind](*sizes, rngs=nnx.Rngs(0), **fields), variables)
+    (made.eval if evaluates else made.train)()
+    return made
+
+
+def _sizes(module: Any, params: Mapping[str, Any]) -> tuple[int, int]:
+    """(in_features, out_features)."""
+    while "kernel" not in params:
+        params = next(tree for tree in params.values() if isinstance(tree, Mapping))
+    *_, fan_in, out = params["kernel"].shape
+    return fan_in * module.feature_group_count, out
+
+
+def _factory(given: Callable[..., Any]) -> Callable[..., Any]:
+    """The nnx factory of a block's part."""
+    base, keywords = given, {}
+    while isinstance(base, functools.partial):
+        base, keywords = base.func, {**base.keywords, **keywords}
+    if base not in KINDS:
+        raise ValueError(f"linen.fuse: a block of {base} does not fuse: it has no twin in flax.nnx")
+    return functools.partial(KINDS[base], **keywords)
+
+
+def _filled(make: Callable[[], nnx.Module], variables: Mapping[str, Any]) -> Any:
+    """The module with these variables; it is made abstractly, since initializers take long to compile."""
+    graph, params, stats = nnx.split(nnx.eval_shape(make), nnx.Param, nnx.BatchStat)
+
+    def fill(tree: Any, like: Any) -> Any:
+        given = _tree.by_path(tree)
+        if {p: x.shape for p, x in given.items()} != {
+            p: x.shape for p, x in _tree.by_path(like).items()
+        }:
+            raise ValueError("linen.fuse: stacked layers (nn.scan, nn.vmap) do not fuse")
+        return _tree.map_with_path(lambda path, _: jnp.asarray(given[path]), like)
+
+    return nnx.merge(
+        graph, fill(variables["params"], params), fill(variables["batch_stats"], stats)
+    )

@@ -1,0 +1,217 @@
+"""A convolution or a block, and the normalization behind it, if any: what fuses into one nnx.Conv."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtricks import _jaxpr, _tree, reparam
+from jaxtricks._types import Array
+from jaxtricks.nnx import _compat
+from jaxtricks.nnx.branch import Branched, effective_kernel, frozen_norm
+from jaxtricks.nnx.conv import pad_by_mode
+from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks.remat import measure
+from jaxtricks.reparam import geometry
+
+NORMS = (nnx.BatchNorm, ExtendedBatchNorm)
+
+
+class Unit(NamedTuple):
+    """What one plain convolution can stand for in evaluation mode.
+
+    Attributes:
+      layer: path of the convolution.
+      conv: nnx.Conv, WSConv or a block.
+      norm: the normalization of its output, or None.
+      norm_layer: its path.
+    """
+
+    layer: str
+    conv: Any
+    norm: Any = None
+    norm_layer: str | None = None
+
+    def __call__(self, x: Array) -> Array:
+        """What the model computes."""
+        y = self.conv(x)
+        return y if self.norm is None else self.norm(y, use_running_average=True)
+
+    def node(self) -> Any:
+        """The unit in the branch algebra, with its running statistics."""
+        if isinstance(self.conv, Branched):
+            node = self.conv.branches()
+        else:
+            kernel, bias = effective_kernel(self.conv)
+            node = reparam.Conv(kernel, bias, groups=self.conv.feature_group_count)
+        return node if self.norm is None else reparam.Sequential(node, frozen_norm(self.norm))
+
+    def fused(self) -> nnx.Conv:
+        """The plain convolution."""
+        return plain_conv(self.conv, reparam.fuse(self.node(), self.conv.kernel_size))
+
+    def check(self) -> None:
+        """Raise if the unit is in training mode, if its statistics say nothing yet, or if it is stacked."""
+        if largest_conv(self.conv).kernel[...].ndim != self.rank + 2:
+            raise ValueError(
+                f"{self.layer!r} is stacked (nnx.vmap): fuse one layer, or its `branches()`"
+            )
+        norms = dict(_norms(self.conv, self.layer))
+        if self.norm is not None:
+            norms[str(self.norm_layer)] = self.norm
+        for path, norm in norms.items():
+            if norm.use_running_average is not True:
+                raise ValueError(
+                    f"{path!r} is in training mode, in which it is no fixed function: evaluate first "
+                    "(model.eval() in nnx, train=False or use_running_average=True in linen)"
+                )
+        if norms and all(map(_untouched, norms.values())):
+            raise ValueError(
+                f"the statistics of {min(norms)!r} were never updated (mean 0, variance 1): train the "
+                "model, or load them with its parameters, before it is fused"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.conv.kernel_size)
+
+    def probe(self) -> Array:
+        """An input to compare on where no example is given."""
+        extents = _extents(self.conv)
+        shape = (2, *(2 * n + 3 for n in extents), self.conv.in_features)
+        return jnp.asarray(
+            np.random.default_rng(0).normal(size=shape), _dtype(self.conv, jnp.float32)
+        )
+
+    def compared(self, fused: nnx.Conv, x: Array) -> reparam.FusedLayer:
+        """The fused convolution against the unit on x [..., *spatial, in_features].
+
+        Raises:
+          ValueError: they differ by more than rounding allows.
+        """
+        x = jnp.asarray(x, _dtype(self.conv, x.dtype)).reshape(
+            (-1, *x.shape[x.ndim - self.rank - 1 :])
+        )
+        size, dilation = self.conv.kernel_size, _per_axis(self.conv, "kernel_dilation")
+        padded, padding = pad_by_mode(x, self.conv.padding, size, dilation)
+        with jax.default_matmul_precision("highest"):
+            error = largest_difference(self(x), fused(x))
+            bound = reparam.error_bound(
+                self.node(),
+                padded,
+                strides=_per_axis(self.conv, "strides"),
+                padding=padding,
+                dilation=dilation,
+                kernel_size=size,
+            )
+        layers = (self.conv,) if self.norm is None else (self.conv, self.norm)
+        found = reparam.FusedLayer(
+            self.layer,
+            len(self.conv.parts()) if isinstance(self.conv, Branched) else 1,
+            error,
+            float(bound),
+            sum(map(variables, layers)),
+            variables(fused),
+            flops(self, x),
+            flops(fused, x),
+        )
+        return within_bound(found)
+
+
+def plain_conv(layer: Any, merged: reparam.Conv) -> nnx.Conv:
+    """An nnx.Conv of this kernel and bias with the geometry of `layer`, in its dtypes."""
+    dtype = layer_dtypes(layer)
+    conv: Any = nnx.Conv(
+        layer.in_features,
+        layer.out_features,
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        kernel_dilation=layer.kernel_dilation,
+        feature_group_count=merged.groups,
+        dtype=dtype.compute,
+        param_dtype=dtype.param,
+        kernel_init=nnx.initializers.zeros,  # the default takes seconds to compile, for each shape
+        rngs=nnx.Rngs(0),
+    )
+    conv.kernel[...] = merged.kernel.astype(dtype.param)
+    bias = jnp.zeros(layer.out_features) if merged.bias is None else merged.bias
+    conv.bias[...] = bias.astype(dtype.param)
+    return conv
+
+
+class _Dtypes(NamedTuple):
+    compute: Any
+    param: Any
+
+
+def largest_conv(layer: Any) -> Any:
+    """The layer itself, or a block's convolution with the largest kernel."""
+    return layer.parts()[0][1].conv if isinstance(layer, Branched) else layer
+
+
+def layer_dtypes(layer: Any) -> _Dtypes:
+    """(dtype of the computation or None, dtype of the kernel) of a convolution or a block."""
+    conv = largest_conv(layer)
+    return _Dtypes(conv.dtype, conv.kernel[...].dtype)
+
+
+def within_bound(found: reparam.FusedLayer) -> reparam.FusedLayer:
+    """The comparison itself, or an error if it shows another function."""
+    # Not "error > bound": that would let NaN pass.
+    if not found.max_error <= found.bound:
+        raise ValueError(
+            f"fused and unfused {found.layer or 'model'!r} differ by {found.max_error:.3g}, where rounding "
+            f"allows {found.bound:.3g}: it is not fused; please report this with the layer"
+        )
+    return found
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    """max |a - b| over all floating leaves."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    wide = [
+        (jnp.asarray(x, _tree.wide_dtype(x, y)), jnp.asarray(y, _tree.wide_dtype(x, y)))
+        for x, y in pairs
+    ]
+    return max((float(jnp.max(jnp.abs(x - y))) for x, y in wide if x.size), default=0.0)
+
+
+def variables(module: nnx.Module) -> int:
+    """Number of parameters and running statistics."""
+    state = nnx.state(module, (nnx.Param, nnx.BatchStat))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def flops(fn: Any, *inputs: Any) -> int:
+    """Floating-point operations of fn(*inputs)."""
+    return measure.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
+
+
+def _norms(module: nnx.Module, path: str) -> list[tuple[str, Any]]:
+    found = []
+    for inner, value in _compat.modules(module):
+        if isinstance(value, NORMS):
+            found.append(("/".join(map(str, filter(None, (path, *inner)))), value))
+    return found
+
+
+def _untouched(norm: Any) -> bool:
+    return bool(jnp.all(norm.mean[...] == 0) & jnp.all(norm.var[...] == 1))
+
+
+def _dtype(conv: Any, dtype: Any) -> Any:
+    return layer_dtypes(conv).compute or dtype
+
+
+def _per_axis(conv: Any, name: str) -> tuple[int, ...]:
+    return geometry.per_axis(name, getattr(conv, name) or 1, len(conv.kernel_size))
+
+
+def _extents(conv: Any) -> list[int]:
+    dilation = _per_axis(conv, "kernel_dilation")
+    return [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, dilation, strict=True)]

@@ -1,0 +1,66 @@
+"""What fusing a model did, with the proof that it is the same function."""
+
+from typing import NamedTuple
+
+from jaxtricks import _table
+
+
+class FusedLayer(NamedTuple):
+    """One convolution that stands for several layers.
+
+    Attributes:
+      layer: its path; "" is the model.
+      branches: convolutions, poolings and normalizations alone that it stands for.
+      max_error: largest |fused - branches| on the inputs of the check.
+      bound: what rounding allows there: see `reparam.error_bound`.
+      params_before: parameters and running statistics.
+      params_after: parameters.
+      flops_before: floating-point operations on the inputs of the check.
+      flops_after: the same of the fused convolution.
+    """
+
+    layer: str
+    branches: int
+    max_error: float
+    bound: float
+    params_before: int
+    params_after: int
+    flops_before: int
+    flops_after: int
+
+    @property
+    def ratio(self) -> float:
+        """Error over bound; at most 1."""
+        return self.max_error / self.bound if self.bound else 0.0
+
+
+class FuseReport(NamedTuple):
+    """What `fuse` returns beside the model; `str` of it is the table.
+
+    Attributes:
+      layers: the fused layers.
+      model: the whole model on the example; None without one. Its bound is what the layers' bounds come
+        to at the output, carried there by the derivative of the model.
+      kept: (path, reason) of normalizations that stay.
+    """
+
+    layers: tuple[FusedLayer, ...]
+    model: FusedLayer | None = None
+    kept: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def table(self) -> _table.Table:
+        """One row a fused layer, and one for the model."""
+        headers = ("layer", "branches", "max error", "bound", "ratio")
+        headers += ("parameters", "fused", "FLOPs", "fused")
+        rows = [_row(layer.layer or ".", layer) for layer in self.layers]
+        if self.model is not None:
+            rows.append(_row("the model", self.model))
+        notes = [f"kept {path}: {reason}" for path, reason in self.kept]
+        return _table.make(headers, rows, notes)
+
+
+def _row(name: str, layer: FusedLayer) -> tuple[object, ...]:
+    return (name, layer.branches, layer.max_error, layer.bound, layer.ratio, *layer[4:])
