@@ -56,7 +56,7 @@ def test_the_order_is_whole_epochs_and_does_not_depend_on_how_many_are_needed():
 
 
 def tiny(rngs):
-    return RepVGG(3, 10, widths=(8,), blocks=1, block=small_block, rngs=rngs)
+    return RepVGG(3, 10, widths=(8,), blocks=0, block=small_block, rngs=rngs)
 
 
 small_block = functools.partial(
@@ -70,7 +70,10 @@ def rows(task):
     saves, rows = [], {}
     networks.measure(
         task,
-        {"one": arm, "two": arm._replace(rates=(), images=100, like=("one", float("nan")), fuse=False)},
+        {
+            "one": arm,
+            "two": arm._replace(rates=(), images=100, like=("one", float("nan")), fuse=False),
+        },
         rows,
         lambda: saves.append(len(rows)),
         seeds=2,
