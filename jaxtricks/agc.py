@@ -21,6 +21,13 @@ or near 1, clipping is too large or too small.
 
 When it helps and when not. Networks without normalization, large batches, high learning rates. With
 batch normalization and moderate rates it rarely does anything: the clipped fraction will say so.
+CIFAR-10 at 16 x 16, NFNet of 8 layers, batch 512, 24 steps, n = 3 seeds: at rates 0.03 to 0.3 clipping 0.08
+costs 0.3 to 1.2 points of test accuracy; at 1 it gives 28.0 +- 0.4 % against 23.2 +- 5.6 %; at 3 no run
+diverges (16.6 +- 3.4 %), without it 3 of 3 do; at 10 all do. The best with it (28.0, rate 1) and without
+(26.8 +- 0.1, rate 0.3) are close: it widens the range of rates. A ResNet of that size with batch
+normalization is far better in so few steps (two rates tried for each): 45.1 +- 0.6 against 36.5 +- 0.7 %
+(batch 256, 96 steps), 38.3 +- 0.8 against 28.5 +- 1.5 (batch 1024, 24 steps). Long schedules are not shown.
+`python -m tests.bench.networks --data cifar10.zip`.
 
 Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum 0.80 of AdamW's
 step on two CPU cores (optax's 0.80), 32 bytes a parameter against 40, trace and compile 1.15 of AdamW's

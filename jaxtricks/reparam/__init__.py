@@ -25,6 +25,10 @@ evaluation mode.
 When it helps and when not. Plain and residual convolutional networks gain a few tenths of a point in the
 papers' experiments; differences of that size need several seeds to see. The function class does not grow,
 only training changes. Do not fuse before training is over: the fused network trains differently.
+On CIFAR-10 at 16 x 16 (7 convolutions without shortcuts, batch 128, 120 steps, n = 3 seeds, two rates tried
+for each) we saw no gain: plain 43.2 +- 0.8 % of the test images, ACBlock 43.0 +- 0.2, RepVGGBlock 41.4 +-
+0.7. Fusing changed no prediction, and logits (up to 8) by 3.4e-6 at most. Longer training, where the
+papers' gains are, is not shown. `python -m tests.bench.networks --data cifar10.zip --only branches`.
 
 Cost. Training computes every branch. After fusing: exactly one convolution with bias.
 
