@@ -106,7 +106,7 @@ class Branch(nnx.Module):
 
     def linear(self) -> list[reparam.nodes.Node]:
         """What comes before the branch's own normalization."""
-        nodes = [] if self.first is None else self.first.nodes()
+        nodes: list[Any] = [] if self.first is None else self.first.nodes()
         if isinstance(self.conv, Pool):
             nodes.append(reparam.AvgPool(self.conv.size))
         elif self.conv is not None:

@@ -3,8 +3,8 @@
 What. Convolutions, normalizations with frozen statistics, poolings and identities are linear, so a sum of
 such branches is one convolution. This room is the algebra: nodes that describe branches, `apply` that
 computes them one by one, `fuse` that gives the convolution, `unfuse` that gives branches for a convolution,
-`error_bound` that says how far apart rounding may put the two. The layers that train are `jt.nnx.ACBlock`
-and `jt.linen.ACBlock`.
+`error_bound` that says how far apart rounding may put the two. The layers that train are `jt.nnx.ACBlock`,
+`RepVGGBlock`, `DiverseBranchBlock`, `MobileOneBlock`, `DilatedReparamBlock`, and `jt.linen.ACBlock`.
 
 Use.
 
@@ -26,7 +26,8 @@ When it helps and when not. Plain and residual convolutional networks gain a few
 papers' experiments; differences of that size need several seeds to see. The function class does not grow,
 only training changes. Do not fuse before training is over: the fused network trains differently.
 
-Cost. Training computes every branch. After fusing: exactly one convolution with bias.
+Cost. Training computes every branch; with mode="online" it computes one convolution, whose kernel is made of
+all branches in every step, and one normalization. After fusing: exactly one convolution with bias.
 
 Composes with. jit, grad, vmap (stacked layers, ensembles); nodes are pytrees. `fuse` is differentiable, so a
 penalty on the fused kernel works. Kernels may be standardized first (`weightstd`), the normalization may have
