@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +19,7 @@ from jaxtricks.nnx.plain import plain_conv
 from jaxtricks.reparam import geometry
 
 Factory = Callable[..., Any]
-Mode = Literal["branches", "online"]
+Mode = str
 
 
 class Branched(nnx.Module):
