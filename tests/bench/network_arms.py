@@ -97,7 +97,7 @@ def small_batches(size: int = 8_192) -> Experiment:
     norms = {"BatchNorm": nnx.BatchNorm, "ExtendedBatchNorm": jt.nnx.ExtendedBatchNorm}
     for batch in (32, 8, 4, 2):
         for name, norm in norms.items():
-            tuned = {"rates": (0.03, 0.1)}
+            tuned = {"rates": (0.01, 0.03, 0.1, 0.3)}
             scaled = {"like": (f"{name} 32", batch / 32)}
             arms[f"{name} {batch}"] = Arm(
                 f"ResNet, {name}",
