@@ -1,4 +1,4 @@
-"""Structural re-parameterization: train several linear branches, deploy one convolution.
+r"""Structural re-parameterization: train several linear branches, deploy one convolution.
 
 What. Convolutions, normalizations with frozen statistics, poolings and identities are linear, so a sum of
 such branches is one convolution. This room is the algebra: nodes that describe branches, `apply` that
@@ -17,6 +17,11 @@ Use.
     x = jnp.ones((2, 7, 7, 4))
     y = rp.apply(branches, x, strides=2)
     y_fused = rp.apply(rp.fuse(branches), x, strides=2)     # the same, one convolution
+
+A whole model, yours or another's: `jt.nnx.convert(model, {r"blocks/\d+/conv1": jt.nnx.ACBlock}, rngs=rngs)` keeps
+its function in evaluation mode, then train it; `jt.nnx.fuse(model, example=x)` gives plain convolutions, which
+take up batch normalizations as well, and a report of errors against rounding bounds (`jt.linen.fuse` too).
+`jaxtricks fuse RUN` does so for a run of the lab.
 
 Settings to start from. ACBlock in place of 3x3 convolutions followed by batch normalization; gamma_init 1/3
 is an option of the reference code that its authors found to help on CIFAR. Fuse after training, in
