@@ -1,4 +1,4 @@
-r"""Structural re-parameterization: train several linear branches, deploy one convolution.
+"""Structural re-parameterization: train several linear branches, deploy one convolution.
 
 What. Convolutions, normalizations with frozen statistics, poolings and identities are linear, so a sum of
 such branches is one convolution. This room is the algebra: nodes that describe branches, `apply` that
@@ -18,8 +18,8 @@ Use.
     y = rp.apply(branches, x, strides=2)
     y_fused = rp.apply(rp.fuse(branches), x, strides=2)     # the same, one convolution
 
-A whole model, yours or another's: `jt.nnx.convert(model, {r"blocks/\d+/conv1": jt.nnx.ACBlock}, rngs=rngs)` keeps
-its function in evaluation mode, then train it; `jt.nnx.fuse(model, example=x)` gives plain convolutions, which
+A whole model, yours or another's: `jt.nnx.convert(model, {".*/conv1": jt.nnx.ACBlock}, rngs=rngs)` keeps its
+function in evaluation mode, then train it; `jt.nnx.fuse(model, example=x)` gives plain convolutions, which
 take up batch normalizations as well, and a report of errors against rounding bounds (`jt.linen.fuse` too).
 `jaxtricks fuse RUN` does so for a run of the lab.
 
