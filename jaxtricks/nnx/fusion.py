@@ -50,7 +50,7 @@ def fuse(
         what does not fuse (by name, with the reason), or a difference that rounding does not explain.
 
     Example:
-      >>> import jaxtricks as jt
+      >>> import jax, jaxtricks as jt
       >>> block = jt.nnx.RepVGGBlock(4, 4, norm=jt.nnx.ExtendedBatchNorm, rngs=nnx.Rngs(0))
       >>> _ = block(jax.random.normal(jax.random.key(0), (2, 8, 8, 4)))  # a training step
       >>> block.eval()
