@@ -53,8 +53,8 @@ def fuse(
       ValueError: as `jt.nnx.fuse`, and for a missing example.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> conv, x = ours.WSConv(None, 4, (3, 3)), jnp.ones((1, 6, 6, 3))
+      >>> import jax.numpy as jnp, jaxtricks as jt
+      >>> conv, x = jt.linen.WSConv(None, 4, (3, 3)), jnp.ones((1, 6, 6, 3))
       >>> variables = conv.init(jax.random.key(0), x)
       >>> plain, params, report = fuse(conv, variables, example=x)
       >>> sorted(params["params"]), report.layers[0].ratio < 1, plain.apply(params, x).shape
