@@ -95,4 +95,28 @@ MODULES: dict[str, Callable[..., Any]] = {
     "nnx.RepVGGBlock, WSConv, ExtendedBatchNorm": lambda rngs: nnx.RepVGGBlock(
         4, 4, feature_group_count=2, conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, rngs=rngs
     ),
+    "nnx.RepVGGBlock, online": lambda rngs: nnx.RepVGGBlock(
+        4, 4, norm=nnx.ExtendedBatchNorm, mode="online", rngs=rngs
+    ),
+    "nnx.DiverseBranchBlock, WSConv": lambda rngs: nnx.DiverseBranchBlock(
+        4,
+        4,
+        (3, 3),
+        conv=nnx.WSConv,
+        norm=nnx.ExtendedBatchNorm,
+        internal_features=6,
+        rngs=rngs,
+    ),
+    "nnx.DiverseBranchBlock, depthwise": lambda rngs: nnx.DiverseBranchBlock(
+        4, 4, (3, 3), feature_group_count=4, norm=nnx.ExtendedBatchNorm, rngs=rngs
+    ),
+    "nnx.DiverseBranchBlock, online": lambda rngs: nnx.DiverseBranchBlock(
+        4, 4, (3, 3), norm=nnx.ExtendedBatchNorm, mode="online", rngs=rngs
+    ),
+    "nnx.MobileOneBlock": lambda rngs: nnx.MobileOneBlock(
+        4, 4, num_branches=2, conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, rngs=rngs
+    ),
+    "nnx.DilatedReparamBlock": lambda rngs: nnx.DilatedReparamBlock(
+        4, 4, (5, 5), conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, rngs=rngs
+    ),
 }

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,7 +201,8 @@ def test_evaluation_in_bfloat16():
         assert y.dtype == jnp.bfloat16
         error[name] = np.abs(np.float64(y) - exact).max()
     print(error)
-    assert error["flax"] > 1, FLAX
+    if tuple(map(int, flax.__version__.split(".")[:2])) >= (0, 12):  # 0.11 was right
+        assert error["flax"] > 1, FLAX
     assert error["ours"] < 0.02
 
 

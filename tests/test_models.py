@@ -159,7 +159,7 @@ def test_repvgg_fused_is_a_copy_of_plain_convolutions():
     for _ in range(3):
         model(images)
     model.eval()
-    fused = model.fused()
+    fused, _ = jt.nnx.fuse(model)
     assert [type(layer.block) for layer in fused.layers] == [nnx.Conv] * 3
     assert all(type(layer.block) is jt.nnx.RepVGGBlock for layer in model.layers)
     np.testing.assert_allclose(fused(images), model(images), atol=2e-5)

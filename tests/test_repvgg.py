@@ -128,7 +128,7 @@ def test_roles_settings_and_mistakes():
     for path, shape in shapes.items():
         kernel = path.endswith("kernel")
         assert rule(path, shape) == (("in", "in", "in", "out") if kernel else ("none",))
-    with pytest.raises(ValueError, match=r"RepVGGBlock: .*\(height, width\)"):
-        jt.nnx.RepVGGBlock(3, 4, (3,), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"RepVGGBlock: .*give 1 to 3 sizes"):
+        jt.nnx.RepVGGBlock(3, 4, (3, 3, 3, 3), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="CIRCULAR"):
         jt.nnx.RepVGGBlock(3, 4, padding="CIRCULAR", rngs=nnx.Rngs(0))

@@ -217,15 +217,14 @@ class ACBlock(nn.Module):
           use_running_average: overrides the block's own setting for this call.
         """
         _in_features("ACBlock", self.in_features, x)
-        size = blocks.two_axes(self.kernel_size)
-        strides = geometry.per_axis("strides", self.strides or 1, 2)
-        dilation = geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, 2)
-        sizes = blocks.lines(size)
+        size = blocks.window(self.kernel_size, "ACBlock", 2)
+        strides = geometry.per_axis("strides", self.strides or 1, len(size))
+        dilation = geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size))
+        names, sizes = zip(*blocks.lines(size).items(), strict=True)
         inputs = geometry.branch_inputs(
             x, size, sizes, strides=strides, padding=self.padding, dilation=dilation
         )
         mode = self.use_running_average if use_running_average is None else use_running_average
-        names = ("square", "vertical", "horizontal")
         outputs = [
             self._branch(name, k, strides, dilation)(i, mode)
             for name, k, i in zip(names, sizes, inputs, strict=True)

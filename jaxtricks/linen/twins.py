@@ -53,9 +53,8 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
 
 def _sizes(module: Any, params: Mapping[str, Any]) -> tuple[int, int]:
     """(in_features, out_features)."""
-    while "kernel" not in params:
-        params = next(tree for tree in params.values() if isinstance(tree, Mapping))
-    *_, fan_in, out = params["kernel"].shape
+    kernel = params["kernel"] if "kernel" in params else params["square"]["conv"]["kernel"]
+    *_, fan_in, out = kernel.shape
     return fan_in * module.feature_group_count, out
 
 

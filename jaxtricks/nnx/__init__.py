@@ -6,6 +6,7 @@ Everything here calls the rooms' pure functions; only what owns parameters or st
 from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.convert import convert, plain_paths
+from jaxtricks.nnx.diverse import DilatedReparamBlock, DiverseBranchBlock, MobileOneBlock
 from jaxtricks.nnx.fusion import fuse
 from jaxtricks.nnx.layout import roles
 from jaxtricks.nnx.norm import ExtendedBatchNorm
@@ -14,7 +15,10 @@ from jaxtricks.nnx.recompute import recompute_grad
 
 __all__ = [
     "ACBlock",
+    "DilatedReparamBlock",
+    "DiverseBranchBlock",
     "ExtendedBatchNorm",
+    "MobileOneBlock",
     "RepVGGBlock",
     "WSConv",
     "convert",

@@ -1,26 +1,28 @@
-"""Blocks of branches that train in parallel and deploy as one convolution."""
+"""ACNet's and RepVGG's blocks: branches that train in parallel and deploy as one convolution."""
 
 from collections.abc import Sequence
 
 from flax import nnx
 
-from jaxtricks.nnx.branch import Branch, Branched, Factory, Size, two_axes
+from jaxtricks.nnx.branch import Branched, Factory, Maker, Mode, window
+from jaxtricks.nnx.parts import Branch, Size
 from jaxtricks.reparam import geometry
 
-__all__ = ["ACBlock", "RepVGGBlock", "lines", "two_axes"]
+__all__ = ["ACBlock", "RepVGGBlock", "lines", "window"]
 
 
 class ACBlock(Branched):
     """Asymmetric convolution block: KxK, Kx1 and 1xK branches, each with its normalization, summed.
 
-    y = norm(conv_KxK(x)) + norm(conv_Kx1(x)) + norm(conv_1xK(x)). It stands for a convolution *and* its
-    normalization. The small kernels are centred on the KxK kernel's centre tap and derive their padding
-    from it, so that `fused()` is exact for every stride, padding, dilation, group count and input size.
+    y = norm(conv_KxK(x)) + norm(conv_Kx1(x)) + norm(conv_1xK(x)), with three axes a cube and one line per
+    axis. It stands for a convolution *and* its normalization. The small kernels are centred on the KxK
+    kernel's centre tap and derive their padding from it, so that `fused()` is exact for every stride,
+    padding, dilation, group count and input size.
 
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
-      kernel_size: (kh, kw), of the KxK branch and of the fused convolution.
+      kernel_size: (kh, kw) or (kd, kh, kw), of the KxK branch and of the fused convolution.
       strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
       kernel_dilation: an int or one per spatial axis.
@@ -28,13 +30,16 @@ class ACBlock(Branched):
       conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
       norm: factory of the normalizations, called norm(features, scale_init=..., rngs=...): nnx.BatchNorm,
         ExtendedBatchNorm, or a partial.
-      gamma_init: initial scale of the normalizations.
+      gamma_init: initial scale of the branches' normalizations (online: of their gains).
+      mode: "branches", or "online" for one convolution a step: a gain per channel in each branch, the
+        kernels added, and one normalization behind.
       rngs: keys; "params" is used.
 
-    Variables: {square, vertical, horizontal}/conv/kernel and /norm/{scale, bias, mean, var}.
+    Variables: {square, vertical, horizontal}/conv/kernel and /norm/{scale, bias, mean, var}, with three axes
+    depth/ too; in online mode /gain in place of each norm, and norm/{scale, bias, mean, var}.
 
     Raises:
-      ValueError: a kernel size without two axes, or padding that is not zeros.
+      ValueError: a kernel size without two or three axes, or padding that is not zeros.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,8 +48,11 @@ class ACBlock(Branched):
       (1, 4, 4, 8)
 
     References:
-      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3.
+      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3. Hu, Feng, Hua, Lai, Huang, Gong, Xu,
+      "Online Convolutional Re-parameterization", CVPR 2022 (the online mode).
     """
+
+    least_axes = 2
 
     def __init__(
         self,
@@ -59,8 +67,10 @@ class ACBlock(Branched):
         conv: Factory = nnx.Conv,
         norm: Factory = nnx.BatchNorm,
         gamma_init: float = 1.0,
+        mode: Mode = "branches",
         rngs: nnx.Rngs,
     ):
+        self.gamma_init = gamma_init
         super().__init__(
             in_features,
             out_features,
@@ -69,19 +79,19 @@ class ACBlock(Branched):
             padding=padding,
             kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count,
+            conv=conv,
+            norm=norm,
+            mode=mode,
+            rngs=rngs,
         )
 
-        def branch(size: Size) -> Branch:
-            layer = self.convolution(conv, size, rngs)
-            scale_init = nnx.initializers.constant(gamma_init)
-            return Branch(layer, norm(out_features, scale_init=scale_init, rngs=rngs))
-
-        self.square, self.vertical, self.horizontal = map(branch, lines(self.kernel_size))
+    def _make(self, make: Maker) -> None:
+        for name, size in lines(self.kernel_size).items():
+            setattr(self, name, make.branch(size, scale=self.gamma_init))
 
     def parts(self) -> list[tuple[Size, Branch]]:
-        """(kernel size, branch) of the square, vertical and horizontal branch."""
-        branches = (self.square, self.vertical, self.horizontal)
-        return list(zip(lines(self.kernel_size), branches, strict=True))
+        """(kernel size, branch) of the square branch and of the lines."""
+        return [(size, getattr(self, name)) for name, size in lines(self.kernel_size).items()]
 
 
 class RepVGGBlock(Branched):
@@ -95,7 +105,8 @@ class RepVGGBlock(Branched):
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
-      kernel_size: (kh, kw), of the KxK branch and of the fused convolution.
+      kernel_size: an int for one spatial axis, else one int per axis, of the KxK branch and of the fused
+        convolution.
       strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
       kernel_dilation: an int or one per spatial axis.
@@ -103,12 +114,14 @@ class RepVGGBlock(Branched):
       conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
       norm: factory of the normalizations, called norm(features, rngs=...): nnx.BatchNorm,
         ExtendedBatchNorm, or a partial.
+      mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
-    Variables: {square, point}/conv/kernel, {square, point, identity}/norm/{scale, bias, mean, var}.
+    Variables: {square, point}/conv/kernel, {square, point, identity}/norm/{scale, bias, mean, var}; in
+    online mode {square, point, identity}/gain and norm/{scale, bias, mean, var}.
 
     Raises:
-      ValueError: a kernel size without two axes, or padding that is not zeros.
+      ValueError: a kernel size without one to three axes, or padding that is not zeros.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,7 +137,7 @@ class RepVGGBlock(Branched):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: Sequence[int] = (3, 3),
+        kernel_size: int | Sequence[int] = (3, 3),
         strides: int | Sequence[int] | None = 1,
         *,
         padding: geometry.Padding = "SAME",
@@ -132,6 +145,7 @@ class RepVGGBlock(Branched):
         feature_group_count: int = 1,
         conv: Factory = nnx.Conv,
         norm: Factory = nnx.BatchNorm,
+        mode: Mode = "branches",
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -142,22 +156,29 @@ class RepVGGBlock(Branched):
             padding=padding,
             kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count,
+            conv=conv,
+            norm=norm,
+            mode=mode,
+            rngs=rngs,
         )
 
-        def branch(size: Size) -> Branch:
-            return Branch(self.convolution(conv, size, rngs), norm(out_features, rngs=rngs))
-
-        self.square, self.point = branch(self.kernel_size), branch((1, 1))
-        passes = in_features == out_features and self.strides == (1, 1)
-        self.identity = Branch(None, norm(out_features, rngs=rngs)) if passes else None
+    def _make(self, make: Maker) -> None:
+        self.square = make.branch(self.kernel_size)
+        self.point = make.branch((1,) * len(self.kernel_size))
+        self.identity = make.identity()
 
     def parts(self) -> list[tuple[Size, Branch]]:
         """(kernel size, branch) of the KxK, 1x1 and, where there is one, identity branch."""
-        parts = [(self.kernel_size, self.square), ((1, 1), self.point)]
-        return parts if self.identity is None else [*parts, ((1, 1), self.identity)]
+        ones = (1,) * len(self.kernel_size)
+        parts = [(self.kernel_size, self.square), (ones, self.point)]
+        return parts if self.identity is None else [*parts, (ones, self.identity)]
 
 
-def lines(kernel_size: Size) -> list[Size]:
-    """Kernel sizes of the square, vertical and horizontal branch."""
-    height, width = kernel_size
-    return [(height, width), (height, 1), (1, width)]
+def lines(kernel_size: Size) -> dict[str, Size]:
+    """Kernel sizes of the square branch and of one line per axis."""
+    names = ("depth", "vertical", "horizontal")[-len(kernel_size) :]
+    along = {
+        name: tuple(k if i == axis else 1 for i, k in enumerate(kernel_size))
+        for axis, name in enumerate(names)
+    }
+    return {"square": kernel_size, **along}

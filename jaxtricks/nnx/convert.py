@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtricks import weightstd
 from jaxtricks._types import Array
 from jaxtricks.nnx import _compat, surgery
-from jaxtricks.nnx.branch import Branched, effective_kernel
+from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.norm import ExtendedBatchNorm
-from jaxtricks.nnx.unit import largest_conv
+from jaxtricks.nnx.parts import effective_kernel
+from jaxtricks.nnx.plain import largest_conv
 
 Rule = type | str
 Target = Callable[..., Any] | None

@@ -30,8 +30,8 @@ def fuse(
 ) -> tuple[Any, reparam.FuseReport]:
     """The model for inference, and the proof that it computes the same function.
 
-    Every block (ACBlock, RepVGGBlock, ...), WSConv and convolution with a `weightstd.standardized` hook becomes
-    a plain nnx.Conv. Given an example, so does a convolution with the normalization behind it, where the
+    Every block (ACBlock, RepVGGBlock, ...), WSConv and convolution with a `weightstd.standardized` hook turns
+    into a plain nnx.Conv. Given an example, so does a convolution with the normalization behind it, where the
     traced output of the convolution goes to that normalization and nowhere else.
 
     Args:
@@ -50,7 +50,7 @@ def fuse(
         what does not fuse (by name, with the reason), or a difference that rounding does not explain.
 
     Example:
-      >>> import jaxtricks as jt
+      >>> import jax, jaxtricks as jt
       >>> block = jt.nnx.RepVGGBlock(4, 4, norm=jt.nnx.ExtendedBatchNorm, rngs=nnx.Rngs(0))
       >>> _ = block(jax.random.normal(jax.random.key(0), (2, 8, 8, 4)))  # a training step
       >>> block.eval()

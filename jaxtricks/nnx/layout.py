@@ -12,6 +12,7 @@ from jaxtricks._types import Roles
 from jaxtricks.nnx import _compat
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks.nnx.parts import Branch, First
 
 NONE: Roles = ("none",)
 
@@ -212,6 +213,10 @@ def _lora(module: Any) -> dict[str, tuple[Axis, ...]]:
     }
 
 
+def _gain(module: Any) -> dict[str, tuple[Axis, ...]]:
+    return {"gain": _axes("none", module.features)}
+
+
 def _prelu(module: Any) -> dict[str, tuple[Axis, ...]]:
     return {"negative_slope": ()}
 
@@ -228,5 +233,7 @@ LAYERS: dict[type, Callable[[Any], dict[str, tuple[Axis, ...]]]] = {
     nnx.GroupNorm: _group_norm,
     **dict.fromkeys(_compat.NORMS, _norm),
     ExtendedBatchNorm: _norm,
+    Branch: _gain,
+    First: _gain,
     **dict.fromkeys(_compat.PRELU, _prelu),
 }

@@ -11,9 +11,11 @@ from flax import nnx
 from jaxtricks import _jaxpr, _tree, reparam
 from jaxtricks._types import Array
 from jaxtricks.nnx import _compat
-from jaxtricks.nnx.branch import Branched, effective_kernel, frozen_norm
+from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import pad_by_mode
 from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks.nnx.parts import effective_kernel, frozen_norm
+from jaxtricks.nnx.plain import largest_conv, layer_dtypes, plain_conv
 from jaxtricks.remat import measure
 from jaxtricks.reparam import geometry
 
@@ -120,44 +122,6 @@ class Unit(NamedTuple):
             flops(fused, x),
         )
         return within_bound(found)
-
-
-def plain_conv(layer: Any, merged: reparam.Conv) -> nnx.Conv:
-    """An nnx.Conv of this kernel and bias with the geometry of `layer`, in its dtypes."""
-    dtype = layer_dtypes(layer)
-    conv: Any = nnx.Conv(
-        layer.in_features,
-        layer.out_features,
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.kernel_dilation,
-        feature_group_count=merged.groups,
-        dtype=dtype.compute,
-        param_dtype=dtype.param,
-        kernel_init=nnx.initializers.zeros,  # the default takes seconds to compile, for each shape
-        rngs=nnx.Rngs(0),
-    )
-    conv.kernel[...] = merged.kernel.astype(dtype.param)
-    bias = jnp.zeros(layer.out_features) if merged.bias is None else merged.bias
-    conv.bias[...] = bias.astype(dtype.param)
-    return conv
-
-
-class _Dtypes(NamedTuple):
-    compute: Any
-    param: Any
-
-
-def largest_conv(layer: Any) -> Any:
-    """The layer itself, or a block's convolution with the largest kernel."""
-    return layer.parts()[0][1].conv if isinstance(layer, Branched) else layer
-
-
-def layer_dtypes(layer: Any) -> _Dtypes:
-    """(dtype of the computation or None, dtype of the kernel) of a convolution or a block."""
-    conv = largest_conv(layer)
-    return _Dtypes(conv.dtype, conv.kernel[...].dtype)
 
 
 def within_bound(found: reparam.FusedLayer) -> reparam.FusedLayer:

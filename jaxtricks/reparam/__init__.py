@@ -3,8 +3,8 @@
 What. Convolutions, normalizations with frozen statistics, poolings and identities are linear, so a sum of
 such branches is one convolution. This room is the algebra: nodes that describe branches, `apply` that
 computes them one by one, `fuse` that gives the convolution, `unfuse` that gives branches for a convolution,
-`error_bound` that says how far apart rounding may put the two. The layers that train are `jt.nnx.ACBlock`
-and `jt.linen.ACBlock`.
+`error_bound` that says how far apart rounding may put the two. The layers that train are `jt.nnx.ACBlock`,
+`RepVGGBlock`, `DiverseBranchBlock`, `MobileOneBlock`, `DilatedReparamBlock`, and `jt.linen.ACBlock`.
 
 Use.
 
@@ -18,6 +18,11 @@ Use.
     y = rp.apply(branches, x, strides=2)
     y_fused = rp.apply(rp.fuse(branches), x, strides=2)     # the same, one convolution
 
+A whole model, yours or another's: `jt.nnx.convert(model, {".*/conv1": jt.nnx.ACBlock}, rngs=rngs)` keeps its
+function in evaluation mode, then train it; `jt.nnx.fuse(model, example=x)` gives plain convolutions, which
+take up batch normalizations as well, and a report of errors against rounding bounds (`jt.linen.fuse` too).
+`jaxtricks fuse RUN` does so for a run of the lab.
+
 Settings to start from. ACBlock in place of 3x3 convolutions followed by batch normalization; gamma_init 1/3
 is an option of the reference code that its authors found to help on CIFAR. Fuse after training, in
 evaluation mode.
@@ -30,7 +35,8 @@ for each) we saw no gain: plain 43.2 +- 0.8 % of the test images, ACBlock 43.0 +
 0.7. Fusing changed no prediction, and logits (up to 8) by 3.4e-6 at most. Longer training, where the
 papers' gains are, is not shown. `python -m tests.bench.networks --data cifar10.zip --only branches`.
 
-Cost. Training computes every branch. After fusing: exactly one convolution with bias.
+Cost. Training computes every branch; with mode="online" it computes one convolution, whose kernel is made of
+all branches in every step, and one normalization. After fusing: exactly one convolution with bias.
 
 Composes with. jit, grad, vmap (stacked layers, ensembles); nodes are pytrees. `fuse` is differentiable, so a
 penalty on the fused kernel works. Kernels may be standardized first (`weightstd`), the normalization may have

@@ -142,13 +142,11 @@ def branched(block: Any) -> tuple[Any, Any]:
     return block, block.fused()
 
 
-def branch_blocks() -> dict[str, Callable[[], Any]]:
+def branch_blocks(**how: Any) -> dict[str, Callable[[], Any]]:
     """Blocks of several branches that fuse into one 3x3 convolution."""
-    args, rngs = (CHANNELS, CHANNELS), nnx.Rngs(0)
-    return {
-        "ACBlock": lambda: jt.nnx.ACBlock(*args, (3, 3), rngs=rngs),
-        "RepVGGBlock": lambda: jt.nnx.RepVGGBlock(*args, rngs=rngs),
-    }
+    kinds = (jt.nnx.ACBlock, jt.nnx.RepVGGBlock, jt.nnx.DiverseBranchBlock)
+    args, rngs = (CHANNELS, CHANNELS, (3, 3)), nnx.Rngs(0)
+    return {kind.__name__: functools.partial(kind, *args, rngs=rngs, **how) for kind in kinds}
 
 
 def branch_inference() -> Runs:
@@ -161,8 +159,12 @@ def branch_inference() -> Runs:
 
 
 def branch_steps() -> Runs:
-    """Train steps of the branches and of convolution and BatchNorm."""
-    runs = {f"{name}, branches": runner(make()) for name, make in branch_blocks().items()}
+    """Train steps of the branches, of one kernel made of them, and of convolution and BatchNorm."""
+    runs = {
+        f"{name}, {mode}": runner(make())
+        for mode in ("branches", "online")
+        for name, make in branch_blocks(mode=mode).items()
+    }
     norm = norms(CHANNELS)["BatchNorm, fast variance"]()
     return runs | {"nnx.Conv, BatchNorm": runner(Sequence(convolution(use_bias=False), norm))}
 
@@ -206,7 +208,8 @@ def heading(command: str, rounds: int = ROUNDS) -> str:
     return (
         f"Layers: `{command}`\n\n{hardware()}.\n\n"
         f"x: [{BATCH}, {SIDE}, {SIDE}, {CHANNELS}], float32; 3x3 convolutions, {CHANNELS} to {CHANNELS}\n"
-        "channels. Train step: value and gradients by parameters and x. BatchNorm: nnx.BatchNorm(use_fast_variance=False). Median\n"
+        "channels. Train step: value and gradients by parameters and x. BatchNorm:\n"
+        "nnx.BatchNorm(use_fast_variance=False). Median\n"
         f"over {rounds} rounds of the milliseconds, and of the ratio to the base in the same round."
     )
 

@@ -197,15 +197,11 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
 
 def fused(arm: Arm, params: Any, state: Any, split: Split, scaled: Any) -> dict[str, Any]:
     """How far the fused network's logits are from those of the network that was trained."""
-    model = arm.build(nnx.Rngs(0))
-    for kind, values in ((nnx.Param, params), (nnx.BatchStat, state)):
-        variables = nnx.state(model, kind)
-        nnx.replace_by_pure_dict(variables, values)
-        nnx.update(model, variables)
+    model = jt.nnx.filled(arm.build(nnx.Rngs(0)), params, state)
     model.eval()
+    deployed, _ = jt.nnx.fuse(model)
     parts = [scaled(images) for images, _ in _parts(split)]
-    both = [np.concatenate([nnx.jit(m)(x) for x in parts]) for m in (model, model.fused())]
-    branches, plain = both
+    branches, plain = (np.concatenate([nnx.jit(m)(x) for x in parts]) for m in (model, deployed))
     return {
         "difference": float(np.abs(branches - plain).max()),
         "largest": float(np.abs(branches).max()),

@@ -126,8 +126,8 @@ class NFNet(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
         x = self.stem(x)
-        drops = self.rngs is not None and not self.deterministic
+        draw = None if self.deterministic else self.rngs
         for block in self.blocks:
             run = jnnx.recompute_grad(block) if self.recompute else block
-            x = run(x, self.rngs() if drops else None)
+            x = run(x, None if draw is None else draw())
         return self.head(jnp.mean(self.act(x), axis=(1, 2)))

@@ -30,7 +30,7 @@ class RepVGG(nnx.Module):
       num_classes: outputs.
       widths: channels of each stage; every stage after the first halves the resolution.
       blocks: blocks a stage, beside the one that reads the image.
-      block: factory (in_features, out_features, *, strides, rngs) of blocks with a method `fused()`.
+      block: factory (in_features, out_features, *, strides, rngs) of blocks; `jt.nnx.fuse` deploys them.
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
 
@@ -61,13 +61,3 @@ class RepVGG(nnx.Module):
         for layer in self.layers:
             x = jnnx.recompute_grad(layer)(x) if self.recompute else layer(x)
         return self.head(jnp.mean(x, axis=(1, 2)))
-
-    def fused(self) -> "RepVGG":
-        """The deployed network: a copy whose blocks are plain convolutions.
-
-        It computes what this one computes in evaluation mode, up to rounding. Fuse after training.
-        """
-        model = nnx.clone(self)
-        for layer in model.layers:
-            layer.block = layer.block.fused()
-        return model
