@@ -20,6 +20,10 @@ CONV = dict(
     strides=2, kernel_dilation=(1, 2), feature_group_count=2, preset="timm", use_bias=True, eps=1e-5
 )
 ACB = dict(strides=(2, 1), padding=((1, 1), (0, 2)), gamma_init=0.5)
+# The default initializer takes seconds to compile, for each shape.
+UNIFORM = nn.initializers.uniform(0.2)
+PLAIN_NNX = dict(conv=functools.partial(nnx.Conv, kernel_init=UNIFORM))
+PLAIN_LINEN = dict(conv=functools.partial(nn.Conv, kernel_init=UNIFORM))
 TWINS = {
     "WSConv": (
         lambda r: jt.nnx.WSConv(4, 6, (3, 2), **CONV, rngs=r),
@@ -43,6 +47,30 @@ TWINS = {
         ),
         lambda: jt.linen.ACBlock(
             None, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+        ),
+    ),
+    "RepVGGBlock": (
+        lambda r: jt.nnx.RepVGGBlock(4, 4, kernel_dilation=2, **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.RepVGGBlock(None, 4, kernel_dilation=2, **PLAIN_LINEN),
+    ),
+    "RepVGGBlock, strided": (
+        lambda r: jt.nnx.RepVGGBlock(
+            4, 4, strides=2, feature_group_count=2, norm=jt.nnx.ExtendedBatchNorm, rngs=r
+        ),
+        lambda: jt.linen.RepVGGBlock(
+            4, 4, strides=2, feature_group_count=2, norm=jt.linen.ExtendedBatchNorm
+        ),
+    ),
+    "DiverseBranchBlock": (
+        lambda r: jt.nnx.DiverseBranchBlock(4, 8, (3, 3), strides=2, **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.DiverseBranchBlock(None, 8, (3, 3), strides=2, **PLAIN_LINEN),
+    ),
+    "DiverseBranchBlock, depthwise": (
+        lambda r: jt.nnx.DiverseBranchBlock(
+            4, 4, (3, 3), feature_group_count=4, norm=jt.nnx.ExtendedBatchNorm, rngs=r
+        ),
+        lambda: jt.linen.DiverseBranchBlock(
+            4, 4, (3, 3), feature_group_count=4, norm=jt.linen.ExtendedBatchNorm
         ),
     ),
 }

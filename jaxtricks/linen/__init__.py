@@ -6,9 +6,19 @@ initializing.) Their arguments are those of the twins, without `rngs`; `in_featu
 None, which stands for those of the input, as usual in linen.
 """
 
+from jaxtricks.linen.blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
 from jaxtricks.linen.fusion import fuse
-from jaxtricks.linen.layers import ACBlock, ExtendedBatchNorm, WSConv
+from jaxtricks.linen.layers import ExtendedBatchNorm, WSConv
 from jaxtricks.linen.layout import roles
 from jaxtricks.linen.pure import functional
 
-__all__ = ["ACBlock", "ExtendedBatchNorm", "WSConv", "functional", "fuse", "roles"]
+__all__ = [
+    "ACBlock",
+    "DiverseBranchBlock",
+    "ExtendedBatchNorm",
+    "RepVGGBlock",
+    "WSConv",
+    "functional",
+    "fuse",
+    "roles",
+]

@@ -1,11 +1,19 @@
 """A linen module some of whose layers are computed by plain convolutions."""
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
 
 from jaxtricks import _tree
 from jaxtricks.nnx import conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """Holds an unbound module."""
+
+    module: nn.Module
 
 
 class Fused(nn.Module):
@@ -15,18 +23,19 @@ class Fused(nn.Module):
     convolution with the kernel and bias at the layer's path runs; a folded normalization passes its input on.
 
     Attributes:
-      module: the original.
+      original: the module; wrapped, since flax would give a module that is a field another path.
       convs: (path, strides and so on as pairs) of the fused layers.
       folded: paths of the normalizations that are part of a convolution now.
     """
 
-    module: nn.Module
+    original: Original
     convs: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
     folded: tuple[str, ...] = ()
 
-    def setup(self) -> None:
-        """The same paths as the original's."""
-        nn.share_scope(self, self.module)
+    @property
+    def module(self) -> nn.Module:
+        """The original module."""
+        return self.original.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the original computes in evaluation mode."""
@@ -44,7 +53,7 @@ class Fused(nn.Module):
             return conv.convolution(inputs[0], kernel, bias, dtype=dtype, **how)
 
         with nn.intercept_methods(plain):
-            return self.module(*args, **kwargs)
+            return self.module.apply(self.variables, *args, **kwargs)
 
 
 def layer_path(module: nn.Module) -> str:

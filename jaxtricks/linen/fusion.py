@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from jaxtricks import reparam
-from jaxtricks.linen.fused import Fused, layer_path
+from jaxtricks.linen.fused import Fused, Original, layer_path
 from jaxtricks.linen.pure import eval_kwargs
 from jaxtricks.linen.twins import BLOCKS, KINDS, NORMS, twin
 from jaxtricks.nnx import fusion
@@ -158,7 +158,7 @@ def _exchanged(
         _put(smaller["params"], one.layer, params)
     folded = tuple(one.norm_layer for one in units if one.norm_layer is not None)
     smaller = {name: tree for name, tree in smaller.items() if jax.tree.leaves(tree)}
-    return Fused(module, tuple(convs), folded), smaller
+    return Fused(Original(module), tuple(convs), folded), smaller
 
 
 def _drop(variables: dict[str, Any], path: str) -> None:

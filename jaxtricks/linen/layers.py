@@ -1,7 +1,5 @@
-"""WSConv, ExtendedBatchNorm and ACBlock as linen modules: a few lines around what their nnx twins call."""
+"""WSConv and ExtendedBatchNorm as linen modules: a few lines around what their nnx twins call."""
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,7 +8,7 @@ from flax import linen as nn
 
 from jaxtricks import _tree
 from jaxtricks._types import Array
-from jaxtricks.nnx import blocks, conv, norm
+from jaxtricks.nnx import conv, norm
 from jaxtricks.reparam import geometry
 
 Sizes = int | Sequence[int]
@@ -62,7 +60,7 @@ class WSConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., *spatial, in_features] -> [..., *spatial', out_features]."""
-        features = _in_features("WSConv", self.in_features, x)
+        features = in_features("WSConv", self.in_features, x)
         out = (self.out_features,)
         shape = conv.kernel_shape(
             features, self.out_features, self.kernel_size, self.feature_group_count
@@ -135,7 +133,7 @@ class ExtendedBatchNorm(nn.Module):
           use_running_average: overrides the module's own setting for this call.
           mask: which entries count, see `ebn.extended_moments`.
         """
-        shape = (_in_features("ExtendedBatchNorm", self.num_features, x),)
+        shape = (in_features("ExtendedBatchNorm", self.num_features, x),)
         wide = norm.statistics_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
         var = self.variable("batch_stats", "var", jnp.ones, (), wide)
@@ -161,103 +159,8 @@ class ExtendedBatchNorm(nn.Module):
         return norm.normalize_to(x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
 
 
-class _Branch(nn.Module):
-    """A convolution without padding or bias, then a normalization."""
-
-    conv: Callable[..., Any]
-    norm: Callable[..., Any]
-
-    @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        mode = {} if use_running_average is None else {"use_running_average": use_running_average}
-        return self.norm(name="norm")(self.conv(name="conv")(x), **mode)
-
-
-class ACBlock(nn.Module):
-    """KxK, Kx1 and 1xK branches, each with its normalization, summed; see `jt.nnx.ACBlock`.
-
-    Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
-      kernel_size: (kh, kw).
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: nn.Conv, this module's WSConv, or a partial of either.
-      norm: nn.BatchNorm, this module's ExtendedBatchNorm, or a partial of either.
-      gamma_init: initial scale of the normalizations.
-      use_running_average: True in evaluation; None = as the normalizations say.
-
-    Example:
-      >>> import jax
-      >>> block = ACBlock(None, 8, (3, 3), norm=ExtendedBatchNorm)
-      >>> sorted(jax.eval_shape(block.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"])
-      ['horizontal', 'square', 'vertical']
-    """
-
-    in_features: int | None
-    out_features: int
-    kernel_size: Sequence[int]
-    strides: Sizes | None = 1
-    padding: geometry.Padding = "SAME"
-    kernel_dilation: Sizes | None = 1
-    feature_group_count: int = 1
-    conv: Callable[..., Any] = nn.Conv
-    norm: Callable[..., Any] = nn.BatchNorm
-    gamma_init: float = 1.0
-    use_running_average: bool | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """[..., H, W, in_features] -> [..., H', W', out_features].
-
-        Args:
-          x: the input.
-          use_running_average: overrides the block's own setting for this call.
-        """
-        _in_features("ACBlock", self.in_features, x)
-        size = blocks.window(self.kernel_size, "ACBlock", 2)
-        strides = geometry.per_axis("strides", self.strides or 1, len(size))
-        dilation = geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size))
-        names, sizes = zip(*blocks.lines(size).items(), strict=True)
-        inputs = geometry.branch_inputs(
-            x, size, sizes, strides=strides, padding=self.padding, dilation=dilation
-        )
-        mode = self.use_running_average if use_running_average is None else use_running_average
-        outputs = [
-            self._branch(name, k, strides, dilation)(i, mode)
-            for name, k, i in zip(names, sizes, inputs, strict=True)
-        ]
-        return functools.reduce(operator.add, outputs)
-
-    def _branch(
-        self, name: str, size: tuple[int, int], strides: Sequence[int], dilation: Sequence[int]
-    ) -> _Branch:
-        conv = functools.partial(
-            _convolution(self.conv, self.out_features),
-            kernel_size=size,
-            strides=tuple(strides),
-            padding="VALID",
-            kernel_dilation=tuple(dilation),
-            feature_group_count=self.feature_group_count,
-            use_bias=False,
-        )
-        scale_init = nn.initializers.constant(self.gamma_init)
-        return _Branch(conv, functools.partial(self.norm, scale_init=scale_init), name=name)
-
-
-def _in_features(name: str, given: int | None, x: Array) -> int:
+def in_features(name: str, given: int | None, x: Array) -> int:
+    """Channels of x, or an error if others were given."""
     if given is not None and given != x.shape[-1]:
         raise ValueError(f"linen.{name} was made for {given} features but is given {x.shape[-1]}")
     return x.shape[-1]
-
-
-def _convolution(factory: Callable[..., Any], features: int) -> Callable[..., Any]:
-    """The factory with its number of output channels; flax's and ours name it differently."""
-    base = factory
-    while isinstance(base, functools.partial):
-        base = base.func
-    if base is WSConv:
-        return functools.partial(factory, None, features)
-    return functools.partial(factory, features)

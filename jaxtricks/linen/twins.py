@@ -10,9 +10,13 @@ from flax import nnx
 
 import jaxtricks.nnx as jnnx
 from jaxtricks import _tree
-from jaxtricks.linen import layers
+from jaxtricks.linen import blocks, layers
 
-BLOCKS: dict[type, Any] = {layers.ACBlock: jnnx.ACBlock}
+BLOCKS: dict[type, Any] = {
+    blocks.ACBlock: jnnx.ACBlock,
+    blocks.RepVGGBlock: jnnx.RepVGGBlock,
+    blocks.DiverseBranchBlock: jnnx.DiverseBranchBlock,
+}
 CONVS: dict[type, Any] = {nn.Conv: nnx.Conv, layers.WSConv: jnnx.WSConv}
 NORMS: dict[type, Any] = {
     nn.BatchNorm: nnx.BatchNorm,
@@ -23,8 +27,7 @@ KINDS = CONVS | BLOCKS | NORMS
 # Attributes of linen layers that are arguments of their twins.
 _FIELDS = (
     "kernel_size strides padding kernel_dilation feature_group_count dtype param_dtype precision "
-    "mask conv_general_dilated preset eps use_gain use_bias use_scale epsilon axis mode "
-    "internal_features num_branches"
+    "mask conv_general_dilated preset eps use_gain use_bias use_scale epsilon axis internal_features"
 )
 
 
