@@ -107,14 +107,16 @@ def convolve(
     Any number of leading axes; negative pads crop.
     """
     rank = kernel.ndim - 2
-    # Cropping first: backends are not agreed on negative padding inside a convolution.
-    x = zero_pad(x, tuple((min(low, 0), min(high, 0)) for low, high in pads))
+    if any(side < 0 for pair in pads for side in pair):
+        # Backends are not agreed on negative padding inside a convolution. Both sides at once: a small
+        # branch of a cropped window may read nothing but the padding of the other side.
+        x, pads = zero_pad(x, pads), ((0, 0),) * rank
     lead, spatial = x.shape[: x.ndim - rank - 1], x.shape[x.ndim - rank - 1 :]
     y = jax.lax.conv_general_dilated(
         jnp.reshape(x, (-1, *spatial)) if len(lead) != 1 else jnp.asarray(x),
         jnp.asarray(kernel),
         tuple(strides),
-        [(max(low, 0), max(high, 0)) for low, high in pads],
+        pads,
         rhs_dilation=tuple(dilation),
         dimension_numbers=channels_last(rank),
         feature_group_count=groups,
