@@ -236,3 +236,24 @@ def test_bfloat16_parameters_keep_float32_statistics():
     )
     assert y.dtype == jnp.bfloat16
     assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(new))
+
+
+def test_a_diverse_block_of_boxed_and_stacked_parameters():
+    """The border reads scales and biases, which partitioned parameters have in boxes."""
+    boxed = nn.with_partitioning(nn.initializers.ones, ("model",))
+    norm = functools.partial(jt.linen.ExtendedBatchNorm, scale_init=boxed)
+    block = jt.linen.DiverseBranchBlock(None, 4, (3, 3), norm=norm, **PLAIN_LINEN)
+    variables = nn.meta.unbox(init(block, X))
+    plain = jt.linen.DiverseBranchBlock(
+        None, 4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN
+    )
+    run = lambda m: m.apply(variables, X, mutable=["batch_stats"])[0]
+    close(run(block), run(plain), 0)
+    stack = nn.vmap(
+        jt.linen.DiverseBranchBlock,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=4,
+    )(None, 4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN)
+    assert not jt.linen.roles(stack, X).assumed

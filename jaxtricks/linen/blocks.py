@@ -245,7 +245,9 @@ def _frozen(norm: Any) -> reparam.Norm:
     """A bound normalization with its running statistics as they are now."""
 
     def parameter(name: str) -> Array | None:
-        return norm.get_variable("params", name) if norm.has_variable("params", name) else None
+        if not norm.has_variable("params", name):
+            return None
+        return nn.meta.unbox(norm.get_variable("params", name))
 
     mean, var = (jnp.asarray(norm.get_variable("batch_stats", name)) for name in ("mean", "var"))
     return reparam.Norm(mean, var, parameter("scale"), parameter("bias"), norm.epsilon)
