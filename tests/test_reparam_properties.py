@@ -20,6 +20,7 @@ SETTINGS = hypothesis.settings(
     derandomize=True,
     deadline=None,
     database=None,
+    phases=[hypothesis.Phase.generate],  # shrinking would compile a program at every step
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 # Largest kernel, own dilation and input per axis, by number of spatial axes.
@@ -262,9 +263,29 @@ def test_sharded_inputs():
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = jax.random.normal(jax.random.key(0), (8, 7, 8, 4))
     run = jax.jit(functools.partial(rp.apply, strides=2))
-    y = run(rp.fuse(node), jax.device_put(x, place))
-    assert len(y.sharding.device_set) == 8
-    close(y, run(node, x))
+    expected = run(node, x)
+    for form in (node, rp.fuse(node)):
+        y = run(form, jax.device_put(x, place))
+        assert len(y.sharding.device_set) == 8
+        close(y, expected)
+
+
+def test_gradients_by_every_parameter_agree():
+    """In float64, through the branches and through the fused kernel."""
+    with _compat.enable_x64():
+        node = jax.tree.map(lambda a: a[0].astype(np.float64), layers(1))
+        x = np.random.default_rng(0).normal(size=(2, 7, 8, 4))
+
+        def loss(form, node, x):
+            return jnp.sum(jnp.sin(rp.apply(form(node), x, strides=2)))
+
+        grads = [
+            jax.jit(jax.grad(functools.partial(loss, form), argnums=(0, 1)))(node, x)
+            for form in (lambda node: node, rp.fuse)
+        ]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1, np.abs(b).max()))
 
 
 def close(a, b):
