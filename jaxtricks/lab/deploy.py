@@ -102,15 +102,16 @@ def restored(
 ) -> Any:
     """The model of the newest checkpoint in evaluation mode, averaged where the run averaged."""
     folder = path / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{path} has no checkpoint: train with --save-every below --steps")
+    missing = UserError(f"{path} has no checkpoint: train with --save-every below --steps")
+    if not folder.is_dir():  # opening the checkpoints would make it
+        raise missing
     program = loop.build(cfg, data)
     like = program.init(cfg.seed, data.counts)
     checkpoints = Checkpoints(folder, cfg.keep)
     found = checkpoints.restore(like, say)
     checkpoints.close()
     if found is None:
-        raise UserError(f"{folder} has no checkpoint: train with --save-every below --steps")
+        raise missing
     say(f"step {found.step} of {path}")
     model = compose.build_model(cfg, data.shape[-1], len(data.classes), like.key)
     model = jt.nnx.filled(model, program.averaged(found.state), found.state.model_state)

@@ -67,6 +67,8 @@ class _Block(nn.Module):
     norm: Factory = nn.BatchNorm
     use_running_average: bool | None = None
 
+    least_axes = 1  # no field: every block has its own
+
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
         """[..., *spatial, in_features] -> [..., *spatial', out_features].
@@ -91,43 +93,32 @@ class _Block(nn.Module):
 
     def _window(self) -> tuple[Size, Size, Size]:
         """(size, strides, dilation), one number per spatial axis."""
-        least = 2 if isinstance(self, ACBlock) else 1
-        size = blocks.window(self.kernel_size, type(self).__name__, least)
+        size = branch.window(self.kernel_size, type(self).__name__, self.least_axes)
         strides = geometry.per_axis("strides", self.strides or 1, len(size))
-        return (
-            size,
-            strides,
-            geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size)),
-        )
+        dilation = geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size))
+        return size, strides, dilation
 
     def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
         """(kernel size, branch) of every branch."""
         raise NotImplementedError
 
-    def _convolution(self, size: Size, **how: Any) -> Factory:
+    def _convolution(self, size: Size, features: int | None = None, **how: Any) -> Factory:
         """A branch's convolution; it expects an input that is padded already."""
         _, strides, dilation = self._window()
-        how = {
-            "strides": strides,
-            "kernel_dilation": dilation,
-            "features": self.out_features,
-            **how,
-        }
         return functools.partial(
-            _with_features(self.conv, how.pop("features")),
+            _with_features(self.conv, features or self.out_features),
             kernel_size=size,
             padding="VALID",
             feature_group_count=self.feature_group_count,
             use_bias=False,
-            **how,
+            **{"strides": strides, "kernel_dilation": dilation, **how},
         )
 
     def _first(self, features: int, residual: bool) -> Factory:
         ones = (1,) * len(self._window()[0])
-        how: dict[str, Any] = {"strides": ones, "kernel_dilation": ones, "features": features}
-        if residual:
-            how["kernel_init"] = nn.initializers.zeros
-        return functools.partial(_First, self._convolution(ones, **how), self.norm, residual)
+        how: dict[str, Any] = {"kernel_init": nn.initializers.zeros} if residual else {}
+        conv = self._convolution(ones, features, strides=ones, kernel_dilation=ones, **how)
+        return functools.partial(_First, conv, self.norm, residual)
 
 
 class ACBlock(_Block):
@@ -155,6 +146,8 @@ class ACBlock(_Block):
     """
 
     gamma_init: float = 1.0
+
+    least_axes = 2
 
     def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
         norm = functools.partial(self.norm, scale_init=nn.initializers.constant(self.gamma_init))
@@ -255,7 +248,5 @@ def _frozen(norm: Any) -> reparam.Norm:
 
 def _with_features(factory: Factory, features: int) -> Factory:
     """The factory with its number of output channels; flax's and ours name it differently."""
-    base = factory
-    while isinstance(base, functools.partial):
-        base = base.func
+    base, _ = parts.unpacked(factory)
     return functools.partial(factory, *((None,) if base is WSConv else ()), features)

@@ -1,7 +1,6 @@
 """`jt.nnx.fuse` for linen: layers are found where the module calls them, and compared by their nnx twins."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ from jaxtricks.linen.pure import eval_kwargs
 from jaxtricks.linen.twins import BLOCKS, KINDS, NORMS, twin
 from jaxtricks.nnx import fusion
 from jaxtricks.nnx.probe import Probed, Watch, traced, whole_model
-from jaxtricks.nnx.unit import Unit
+from jaxtricks.nnx.surgery import below
+from jaxtricks.nnx.unit import Unit, count
 
 # What `Fused` passes on, and the attribute of nnx.Conv that holds it.
 _GEOMETRY = {
@@ -111,12 +111,12 @@ def _layers(
 
     with nn.intercept_methods(note):
         traced(lambda *inputs: module.apply(variables, *inputs, **flags, mutable=True)[0], example)
-    blocks = tuple(f"{p}/" if p else "" for p, m in called.items() if isinstance(m, tuple(BLOCKS)))
+    blocks = [path for path, layer in called.items() if isinstance(layer, tuple(BLOCKS))]
     convs, norms = {}, {}
     for path, layer in called.items():
-        if any(path.startswith(block) and path != block.rstrip("/") for block in blocks):
+        if any(path != block and path.startswith(below(block)) for block in blocks):
             continue
-        evaluates = not any(p == path or p.startswith(f"{path}/" if path else "") for p in trains)
+        evaluates = not any(p == path or p.startswith(below(path)) for p in trains)
         try:
             made = twin(layer, _at(variables, path), evaluates=evaluates)
         except ValueError:
@@ -185,4 +185,4 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 def _count(variables: Any) -> int:
     """Number of parameters and running statistics."""
     known = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(known))
+    return count(known)

@@ -11,6 +11,7 @@ from flax import nnx
 import jaxtricks.nnx as jnnx
 from jaxtricks import _tree
 from jaxtricks.linen import blocks, layers
+from jaxtricks.nnx.parts import unpacked
 
 BLOCKS: dict[type, Any] = {
     blocks.ACBlock: jnnx.ACBlock,
@@ -63,9 +64,7 @@ def _sizes(module: Any, params: Mapping[str, Any]) -> tuple[int, int]:
 
 def _factory(given: Callable[..., Any]) -> Callable[..., Any]:
     """The nnx factory of a block's part."""
-    base, keywords = given, {}
-    while isinstance(base, functools.partial):
-        base, keywords = base.func, {**base.keywords, **keywords}
+    base, keywords = unpacked(given)
     if base not in KINDS:
         raise ValueError(f"linen.fuse: a block of {base} does not fuse: it has no twin in flax.nnx")
     return functools.partial(KINDS[base], **keywords)

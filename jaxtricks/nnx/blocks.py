@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from jaxtricks.nnx.branch import Branched, Factory, Maker, Mode, window
+from jaxtricks.nnx.branch import Branched, Factory, Maker, Mode
 from jaxtricks.nnx.parts import Branch, Size
 from jaxtricks.reparam import geometry
-
-__all__ = ["ACBlock", "RepVGGBlock", "lines", "window"]
 
 
 class ACBlock(Branched):
@@ -132,35 +130,6 @@ class RepVGGBlock(Branched):
     References:
       Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG", arXiv 2101.03697, section 3.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int] = (3, 3),
-        strides: int | Sequence[int] | None = 1,
-        *,
-        padding: geometry.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
-        feature_group_count: int = 1,
-        conv: Factory = nnx.Conv,
-        norm: Factory = nnx.BatchNorm,
-        mode: Mode = "branches",
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(
-            in_features,
-            out_features,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            feature_group_count=feature_group_count,
-            conv=conv,
-            norm=norm,
-            mode=mode,
-            rngs=rngs,
-        )
 
     def _make(self, make: Maker) -> None:
         self.square = make.branch(self.kernel_size)

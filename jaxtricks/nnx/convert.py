@@ -15,7 +15,7 @@ from jaxtricks.nnx import _compat, surgery
 from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.norm import ExtendedBatchNorm
-from jaxtricks.nnx.parts import effective_kernel
+from jaxtricks.nnx.parts import effective_kernel, unpacked
 from jaxtricks.nnx.plain import largest_conv
 
 Rule = type | str
@@ -108,10 +108,10 @@ def plain_paths(model: nnx.Module) -> dict[str, str]:
     found, inside = {}, []
     for path, module in surgery.modules(model):
         if isinstance(module, Branched):
-            inside.append(f"{path}/" if path else "")
+            inside.append(surgery.below(path))
             found[f"{inside[-1]}kernel"] = places[id(largest_conv(module).kernel)]
         elif isinstance(module, ExtendedBatchNorm):
-            inside.append(f"{path}/var" if path else "var")
+            inside.append(f"{surgery.below(path)}var")
     inside = tuple(inside)
     kept = {path: path for path in places.values() if not (inside and path.startswith(inside))}
     return found | kept
@@ -138,7 +138,7 @@ def _decided(
                 "targets: give one"
             )
         if rule is not None or isinstance(module, Branched):
-            inside.append(f"{path}/" if path else "")
+            inside.append(surgery.below(path))
     for rule in rules:
         if rule not in used:
             name = repr(rule) if isinstance(rule, str) else rule.__name__
@@ -200,10 +200,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
 
 def _accepted(target: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the target has and that its author has not bound."""
-    bound = getattr(target, "keywords", {})
-    base: Any = target
-    while isinstance(base, functools.partial):
-        base = base.func
+    base, bound = unpacked(target)
     # Of a module class, `inspect.signature` sees the metaclass.
     names = inspect.signature(base.__init__ if isinstance(base, type) else base).parameters
     if "conv" in names and "conv" not in bound and "out_features" in arguments:

@@ -87,10 +87,8 @@ def merged(
     units: Sequence[Unit], inputs: Mapping[str, Array]
 ) -> tuple[list[nnx.Conv], tuple[reparam.FusedLayer, ...]]:
     """(plain convolutions, how each compares with its unit on its input, else on a random one)."""
-    plain = [one.fused() for one in units]
-    pairs = zip(units, plain, strict=True)
-    rows = (one.compared(conv, inputs.get(one.layer, one.probe())) for one, conv in pairs)
-    return plain, tuple(rows)
+    made = [one.fused(inputs[one.layer] if one.layer in inputs else one.probe()) for one in units]
+    return [conv for conv, _ in made], tuple(row for _, row in made)
 
 
 def staying(units: Sequence[Unit], kept: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -107,7 +105,7 @@ def layers(model: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
             continue
         seen.add(id(module))
         if isinstance(module, Branched):
-            inside.append(f"{path}/" if path else "")
+            inside.append(surgery.below(path))
         if isinstance(module, nnx.Conv | WSConv | Branched):
             convs[path] = module
         elif isinstance(module, NORMS):

@@ -1,5 +1,6 @@
 """What blocks are made of: a branch, what may stand in front of its kernel, and how both become nodes."""
 
+import functools
 import math
 from typing import Any
 
@@ -77,6 +78,7 @@ class Branch(nnx.Module):
       gain: [C] in its place; None in mode "branches".
       first: what stands in front of the convolution, or None.
       dilation: of the convolution beyond that of the window.
+      features: channels of the output; `jt.nnx.roles` reads it.
     """
 
     def __init__(
@@ -148,6 +150,14 @@ def with_border(y: Array, pads: geometry.Pads, norm: reparam.Norm) -> Array:
     inside = geometry.zero_pad(inside, pads) > 0
     value = value.reshape((1,) * (y.ndim - 1) + (-1,))
     return jnp.where(inside, geometry.zero_pad(y, pads), value)
+
+
+def unpacked(factory: Any) -> tuple[Any, dict[str, Any]]:
+    """(what a factory is a partial of, the keyword arguments bound to it)."""
+    keywords: dict[str, Any] = {}
+    while isinstance(factory, functools.partial):
+        factory, keywords = factory.func, {**factory.keywords, **keywords}
+    return factory, keywords
 
 
 def effective_kernel(conv: Any) -> tuple[Array, Array | None]:

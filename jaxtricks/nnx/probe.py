@@ -69,11 +69,10 @@ class Probed:
 
 def spied(model: nnx.Module, watched: Iterable[str]) -> Callable[..., Any]:
     """run(watch, *inputs) of a copy of the model in which these layers are watched; see `Probed`."""
-    model, paths, seen = nnx.clone(model), frozenset(watched), set()
+    model, paths = nnx.clone(model), frozenset(watched)
     holder: list[Watch] = [_unchanged]
     for path, module in surgery.modules(model):
-        if path in paths and id(module) not in seen:
-            seen.add(id(module))
+        if path in paths:
             _spy(module, path, holder)
     call = pure_call(model)
 

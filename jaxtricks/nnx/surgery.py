@@ -22,6 +22,11 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     return walk(model, ())
 
 
+def below(path: str) -> str:
+    """What the paths of everything inside the module at `path` begin with."""
+    return f"{path}/" if path else ""
+
+
 def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module:
     """The model with the modules of these ids exchanged wherever they are referred to; it is changed itself.
 

@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxtricks import _jaxpr, _tree, reparam
 from jaxtricks._types import Array
-from jaxtricks.nnx import _compat
+from jaxtricks.nnx import surgery
 from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import pad_by_mode
 from jaxtricks.nnx.norm import ExtendedBatchNorm
-from jaxtricks.nnx.parts import effective_kernel, frozen_norm
+from jaxtricks.nnx.parts import conv_node, frozen_norm
 from jaxtricks.nnx.plain import largest_conv, layer_dtypes, plain_conv
 from jaxtricks.remat import measure
 from jaxtricks.reparam import geometry
@@ -47,13 +47,8 @@ class Unit(NamedTuple):
         if isinstance(self.conv, Branched):
             node = self.conv.branches()
         else:
-            kernel, bias = effective_kernel(self.conv)
-            node = reparam.Conv(kernel, bias, groups=self.conv.feature_group_count)
+            node = conv_node(self.conv)
         return node if self.norm is None else reparam.Sequential(node, frozen_norm(self.norm))
-
-    def fused(self) -> nnx.Conv:
-        """The plain convolution."""
-        return plain_conv(self.conv, reparam.fuse(self.node(), self.conv.kernel_size))
 
     def check(self) -> None:
         """Raise if the unit is in training mode, if its statistics say nothing yet, or if it is stacked."""
@@ -61,7 +56,11 @@ class Unit(NamedTuple):
             raise ValueError(
                 f"{self.layer!r} is stacked (nnx.vmap): fuse one layer, or its `branches()`"
             )
-        norms = dict(_norms(self.conv, self.layer))
+        norms = {
+            surgery.below(self.layer) + path: module
+            for path, module in surgery.modules(self.conv)
+            if isinstance(module, NORMS)
+        }
         if self.norm is not None:
             norms[str(self.norm_layer)] = self.norm
         for path, norm in norms.items():
@@ -89,8 +88,8 @@ class Unit(NamedTuple):
             np.random.default_rng(0).normal(size=shape), _dtype(self.conv, jnp.float32)
         )
 
-    def compared(self, fused: nnx.Conv, x: Array) -> reparam.FusedLayer:
-        """The fused convolution against the unit on x [..., *spatial, in_features].
+    def fused(self, x: Array) -> tuple[nnx.Conv, reparam.FusedLayer]:
+        """The plain convolution, and how it compares with the unit on x [..., *spatial, in_features].
 
         Raises:
           ValueError: they differ by more than rounding allows.
@@ -99,16 +98,20 @@ class Unit(NamedTuple):
             (-1, *x.shape[x.ndim - self.rank - 1 :])
         )
         size, dilation = self.conv.kernel_size, _per_axis(self.conv, "kernel_dilation")
+        node = self.node()
+        merged = reparam.fuse(node, size)
+        plain = plain_conv(self.conv, merged)
         padded, padding = pad_by_mode(x, self.conv.padding, size, dilation)
         with jax.default_matmul_precision("highest"):
-            error = largest_difference(self(x), fused(x))
+            error = largest_difference(self(x), plain(x))
             bound = reparam.error_bound(
-                self.node(),
+                node,
                 padded,
                 strides=_per_axis(self.conv, "strides"),
                 padding=padding,
                 dilation=dilation,
                 kernel_size=size,
+                fused=merged,
             )
         layers = (self.conv,) if self.norm is None else (self.conv, self.norm)
         found = reparam.FusedLayer(
@@ -117,11 +120,11 @@ class Unit(NamedTuple):
             error,
             float(bound),
             sum(map(variables, layers)),
-            variables(fused),
+            variables(plain),
             flops(self, x),
-            flops(fused, x),
+            flops(plain, x),
         )
-        return within_bound(found)
+        return plain, within_bound(found)
 
 
 def within_bound(found: reparam.FusedLayer) -> reparam.FusedLayer:
@@ -147,21 +150,17 @@ def largest_difference(a: Any, b: Any) -> float:
 
 def variables(module: nnx.Module) -> int:
     """Number of parameters and running statistics."""
-    state = nnx.state(module, (nnx.Param, nnx.BatchStat))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    return count(nnx.state(module, (nnx.Param, nnx.BatchStat)))
+
+
+def count(tree: Any) -> int:
+    """Number of entries of all arrays."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def flops(fn: Any, *inputs: Any) -> int:
     """Floating-point operations of fn(*inputs)."""
     return measure.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
-
-
-def _norms(module: nnx.Module, path: str) -> list[tuple[str, Any]]:
-    found = []
-    for inner, value in _compat.modules(module):
-        if isinstance(value, NORMS):
-            found.append(("/".join(map(str, filter(None, (path, *inner)))), value))
-    return found
 
 
 def _untouched(norm: Any) -> bool:

@@ -51,10 +51,6 @@ class Flow(NamedTuple):
     reads: Mapping[str, list[str | None]]
     read_by: Mapping[str, list[list[str | None]]]
 
-    def calls(self, layer: str) -> int:
-        """How often the layer runs."""
-        return max(len(self.reads.get(layer, ())), len(self.read_by.get(layer, ())))
-
     def source(self, norm: str, convs: Mapping[str, Any]) -> str:
         """The one convolution that feeds this normalization, and nothing else.
 

@@ -77,21 +77,6 @@ def zero_pad(x: Array, pads: Pads) -> Array:
     return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def branch_inputs(
-    x: Array,
-    kernel: Sequence[int],
-    branches: Sequence[Sequence[int]],
-    *,
-    strides: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-) -> list[Array]:
-    """x padded or cropped for each branch's kernel size, so that all of them run with "VALID"."""
-    spatial = x.shape[x.ndim - len(kernel) - 1 : -1]
-    pads = resolve(padding, spatial, kernel, strides, dilation)
-    return [zero_pad(x, place(pads, kernel, size, dilation)) for size in branches]
-
-
 def convolve(
     x: Array,
     kernel: Array,

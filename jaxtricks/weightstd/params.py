@@ -110,13 +110,9 @@ def bake(
 
     baked = change(params, "")
     if not found:
+        cure = "with a `gain` beside it: choose kernels by `where`"
         raise ValueError(
-            "weightstd.bake: no `kernel` "
-            + (
-                "with a `gain` beside it: choose kernels by `where`"
-                if where is None
-                else "is chosen by `where`"
-            )
+            f"weightstd.bake: no `kernel` {cure if where is None else 'is chosen by `where`'}"
         )
     return baked
 

@@ -22,19 +22,6 @@ TIMES = ("row", "ms", "ratio", "to")
 Runs = dict[str, Callable[[], Any]]
 
 
-class Sequence(nnx.Module):
-    """Layers in a row."""
-
-    def __init__(self, *layers: Any):
-        self.layers = nnx.data(list(layers))
-
-    def __call__(self, x: Any) -> Any:
-        """What the last layer gives."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def norms(channels: int) -> dict[str, Callable[[], Any]]:
     """What the bytes and steps of normalizations are taken of; the second is the base."""
     batch_norm = functools.partial(nnx.BatchNorm, channels)
@@ -89,7 +76,9 @@ def convolution(**settings: Any) -> Any:
 def norm_steps() -> Runs:
     """Train steps of convolution, normalization, relu; the base is BatchNorm without fast variance."""
     return {
-        f"conv, {name}, relu": runner(Sequence(convolution(use_bias=False), make(), jax.nn.relu))
+        f"conv, {name}, relu": runner(
+            nnx.Sequential(convolution(use_bias=False), make(), jax.nn.relu)
+        )
         for name, make in norms(CHANNELS).items()
     }
 
@@ -166,7 +155,7 @@ def branch_steps() -> Runs:
         for name, make in branch_blocks(mode=mode).items()
     }
     norm = norms(CHANNELS)["BatchNorm, fast variance"]()
-    return runs | {"nnx.Conv, BatchNorm": runner(Sequence(convolution(use_bias=False), norm))}
+    return runs | {"nnx.Conv, BatchNorm": runner(nnx.Sequential(convolution(use_bias=False), norm))}
 
 
 # Table: (its runs, the row that ratios are taken to).
