@@ -1,11 +1,13 @@
 """Jaxprs: trace, walk, count. The one place that looks inside equations (amp and remat share it)."""
 
+import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
@@ -56,3 +58,56 @@ def census(fn: Callable[..., Any], *args: Any) -> Counter[tuple[str, str]]:
         for eqn in walk(closed.jaxpr)
         if eqn.outvars and hasattr(eqn.outvars[0].aval, "dtype")
     )
+
+
+def opened(jaxpr: Any) -> Jaxpr:
+    """The jaxpr without its constants."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def is_literal(v: Any) -> bool:
+    """Whether an operand is a constant written into the equation."""
+    return isinstance(v, core.Literal)
+
+
+def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
+    """The results of an equation on other operands (of other dtypes, say), in the caller's trace.
+
+    Args:
+      eqn: the equation; its context (mesh, compute type) and its place in the source are kept.
+      operands: one an operand; a literal's may be a NumPy scalar.
+      params: parameters to replace.
+    """
+    literal = [
+        is_literal(v) and not hasattr(x, "dtype") for v, x in zip(eqn.invars, operands, strict=True)
+    ]
+    invars = [v if kept else core.Var(v.aval) for v, kept in zip(eqn.invars, literal, strict=True)]
+    eqn = eqn.replace(invars=invars, params={**eqn.params, **params})
+    given = [v for v, kept in zip(invars, literal, strict=True) if not kept]
+    one = Jaxpr(
+        (), given, eqn.outvars, [eqn], eqn.effects, _anonymous(len(given), len(eqn.outvars))
+    )
+    values = [x for x, kept in zip(operands, literal, strict=True) if not kept]
+    return core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*values)
+
+
+@functools.cache
+def _anonymous(inputs: int, outputs: int) -> Any:
+    """Names that the constructor of a jaxpr asks for; they appear nowhere."""
+    info = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
+    return info._replace(arg_names=("",) * inputs, result_paths=("",) * outputs)
+
+
+@contextlib.contextmanager
+def place_of(eqn: Any) -> Iterator[Any]:
+    """Under it, operations carry the equation's names and source line; yields the bare equation."""
+    source = eqn.source_info
+    names = source_info_util.current_name_stack() + source.name_stack
+    bare = source.replace(name_stack=source_info_util.new_name_stack())
+    with source_info_util.user_context(source.traceback, name_stack=names):
+        yield eqn.replace(source_info=bare)
+
+
+def source_line(eqn: Any) -> str:
+    """ "file.py:12:4 (function)" of an equation; "" where only libraries were at work."""
+    return source_info_util.summarize(eqn.source_info).rpartition("/")[2]

@@ -86,12 +86,13 @@ def test_value_and_grad_scales_gradients_not_the_loss(ours):
 
 
 def test_float16_gradients_survive_by_scaling():
-    # 1e-5 * 1e-4 underflows in float16 unless the loss is scaled.
+    # The product 1e-5 * 1e-4 of the backward pass underflows in float16 unless the loss is scaled.
     def loss(w, x):
-        return (w * x).astype(jnp.float16).sum() * jnp.float16(1e-4)
+        return (x @ w).sum() * 1e-4
 
-    w, x = jnp.ones(4), jnp.full(4, 1e-5, jnp.float32)
-    plain = amp.value_and_grad(loss, "p=f32,c=f16,o=f32")(w, x)[1]
+    w, x = jnp.ones(4), jnp.full((1, 4), 1e-5, jnp.float32)
+    with pytest.warns(UserWarning, match="loss scaling"):
+        plain = amp.value_and_grad(loss, "p=f32,c=f16,o=f32")(w, x)[1]
     scaled = amp.value_and_grad(loss, "p=f32,c=f16,o=f32", scale=2.0**12)(w, x)[1]
     assert (plain == 0).all()
     np.testing.assert_allclose(scaled / 2.0**12, 1e-9, rtol=2e-2)

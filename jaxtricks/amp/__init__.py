@@ -37,6 +37,8 @@ array; the rewrite that picks operations by itself (autocast) is not built yet.
 References. Micikevicius et al., Mixed Precision Training, arXiv 1710.03740 (loss scaling: section 3.2).
 """
 
+from jaxtricks.amp.autocast import autocast, full_precision
+from jaxtricks.amp.explain import Explanation, Island, explain
 from jaxtricks.amp.grads import (
     DynamicLossScaleState,
     SkipNonfiniteState,
@@ -58,13 +60,18 @@ from jaxtricks.amp.scale import (
 __all__ = [
     "DynamicLossScale",
     "DynamicLossScaleState",
+    "Explanation",
+    "Island",
     "NoOpLossScale",
     "Policy",
     "SkipNonfiniteState",
     "StaticLossScale",
     "all_finite",
+    "autocast",
     "check",
     "dynamic_loss_scale",
+    "explain",
+    "full_precision",
     "loss_scale",
     "select_tree",
     "skip_nonfinite",

@@ -1,5 +1,6 @@
 """Scaled differentiation, and the optax links that unscale, skip and count."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import optax
 
 from jaxtricks import _tree
 from jaxtricks._types import Array, Params, Scalar
-from jaxtricks.amp.policy import Policy, with_policy
-from jaxtricks.amp.scale import StaticLossScale, all_finite, next_scale, select_tree
+from jaxtricks.amp.autocast import autocast
+from jaxtricks.amp.policy import Policy, as_policy
+from jaxtricks.amp.scale import AxisName, StaticLossScale, all_finite, next_scale, select_tree
 
 
 class DynamicLossScaleState(NamedTuple):
@@ -65,8 +67,8 @@ def value_and_grad(
 
     Args:
       loss_fn: (params, *args) -> loss [] (or (loss, aux)).
-      policy: cast the arguments to its compute dtype and the results to its output dtype; gradients
-        come in the dtype of the uncast arguments. None casts nothing.
+      policy: `autocast` loss_fn with it; gradients come in the dtype of the arguments. None leaves
+        loss_fn as it is. float16 without a scale warns.
       scale: float32 [] (`amp.loss_scale(opt_state)`), or any of the loss scales; None is 1.
       has_aux: loss_fn returns (loss, aux).
       argnums: as in jax.value_and_grad.
@@ -80,7 +82,16 @@ def value_and_grad(
       >>> value_and_grad(lambda w: w**2, scale=8.0)(jnp.float32(3.0))
       (Array(9., dtype=float32), Array(48., dtype=float32))
     """
-    fn = loss_fn if policy is None else with_policy(loss_fn, policy)
+    fn = loss_fn
+    if policy is not None:
+        policy = as_policy(policy)
+        if policy.compute == jnp.float16 and scale is None:
+            warnings.warn(
+                "amp.value_and_grad: float16 gradients below 6e-8 become zero without loss scaling; pass "
+                "scale=amp.loss_scale(opt_state) and wrap the optimizer in amp.dynamic_loss_scale",
+                stacklevel=2,
+            )
+        fn = autocast(loss_fn, policy)
     factor = jnp.float32(1 if scale is None else getattr(scale, "value", scale))
 
     def scaled(*args: Any, **kwargs: Any) -> Any:
@@ -107,6 +118,7 @@ def dynamic_loss_scale(
     growth: Scalar = 2.0,
     backoff: Scalar = 0.5,
     min_scale: Scalar = 1.0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide gradients by the loss scale, skip the step if they are not finite, adapt the scale.
 
@@ -119,12 +131,14 @@ def dynamic_loss_scale(
       growth_interval: finite steps before the scale is multiplied by `growth`.
       growth, backoff: factors after growth_interval finite steps and after a non-finite one.
       min_scale: the scale never falls below it.
+      axis_name: see `all_finite`: devices that hold different gradients skip together.
 
     Returns:
       A GradientTransformation; read the scale with `loss_scale(opt_state)`.
 
     Raises:
-      ValueError: growth or growth_interval below 1, backoff below 0.
+      ValueError: growth or growth_interval below 1, backoff below 0; (from init) another loss scale
+        inside.
 
     References:
       Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
@@ -140,15 +154,19 @@ def dynamic_loss_scale(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> DynamicLossScaleState:
-        return DynamicLossScaleState(
-            jnp.float32(init), jnp.int32(0), jnp.int32(0), inner.init(params)
-        )
+        inner_state = inner.init(params)
+        if _states(inner_state, DynamicLossScaleState):
+            raise ValueError(
+                "amp.dynamic_loss_scale: `inner` has a loss scale of its own, which would divide again; "
+                "keep the outermost one"
+            )
+        return DynamicLossScaleState(jnp.float32(init), jnp.int32(0), jnp.int32(0), inner_state)
 
     def update_fn(
         updates: Any, state: DynamicLossScaleState, params: Params | None = None, **extra: Any
     ) -> tuple[Any, DynamicLossScaleState]:
         grads = StaticLossScale(state.scale).unscale(updates)
-        finite = all_finite(grads)
+        finite = all_finite(grads, axis_name)
         updates, inner_state = _guarded(inner, finite, grads, state.inner_state, params, extra)
         scale, clean = next_scale(
             state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
@@ -160,13 +178,17 @@ def dynamic_loss_scale(
 
 
 def skip_nonfinite(
-    inner: optax.GradientTransformation, max_consecutive: Scalar = 5
+    inner: optax.GradientTransformation,
+    max_consecutive: Scalar = 5,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skip steps whose gradients are not finite; never apply them.
 
     Args:
       inner: the transformation to protect.
       max_consecutive: more skipped steps in a row than this make `check` raise.
+      axis_name: see `all_finite`.
 
     Returns:
       A GradientTransformation: `dynamic_loss_scale` without the scale.
@@ -181,7 +203,7 @@ def skip_nonfinite(
     def update_fn(
         updates: Any, state: SkipNonfiniteState, params: Params | None = None, **extra: Any
     ) -> tuple[Any, SkipNonfiniteState]:
-        finite = all_finite(updates)
+        finite = all_finite(updates, axis_name)
         updates, inner_state = _guarded(inner, finite, updates, state.inner_state, params, extra)
         consecutive = jnp.where(finite, 0, state.consecutive + 1)
         skipped = state.skipped + (~finite).astype(jnp.int32)

@@ -9,6 +9,7 @@ from jaxtricks import _tree
 from jaxtricks._types import Array, Scalar
 
 T = TypeVar("T")
+AxisName = str | tuple[str, ...] | None
 
 
 @_tree.node
@@ -113,10 +114,17 @@ def next_scale(
     return jnp.where(finite, grown, smaller), jnp.where(finite & ~grow, clean, 0)
 
 
-def all_finite(tree: Any) -> Array:
-    """Whether every floating leaf is free of inf and NaN: bool [], True for an empty tree."""
+def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
+    """Whether every floating leaf is free of inf and NaN: bool [], True for an empty tree.
+
+    Args:
+      tree: gradients, say.
+      axis_name: mapped axes (of shard_map or pmap) along which the leaves differ; the answer is for
+        all of them together. Under jit, arrays are whole and none is needed.
+    """
     checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_floating(x)]
-    return jnp.stack(checks).all() if checks else jnp.bool_(True)
+    finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
+    return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
 
 
 def select_tree(pred: Array, on_true: T, on_false: T) -> T:

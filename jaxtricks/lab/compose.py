@@ -167,17 +167,11 @@ def build_loss(cfg: Train, counts: Array) -> Callable[..., Array]:
 
 def differentiate(cfg: Train, loss_fn: Callable[..., Any], opt_state: Any) -> Callable[..., Any]:
     """(params, *args) -> ((loss, aux), gradients as the optimizer wants them)."""
-    # amp: gradients leave multiplied by the scale that the optimizer divides by.
-    scale = jt.amp.loss_scale(opt_state) if cfg.tricks.amp else None
-    return jt.amp.value_and_grad(loss_fn, scale=scale, has_aux=True)
-
-
-def cast_inputs(cfg: Train, params: Any, inputs: Array) -> tuple[Any, Array]:
-    """Parameters and inputs in the dtype of the computation (statistics stay in float32)."""
-    # amp: convolutions and products in bfloat16; the loss casts its logits back.
-    if cfg.tricks.amp:
-        return jt.amp.Policy.parse(BFLOAT16).cast_to_compute((params, inputs))
-    return params, inputs
+    if not cfg.tricks.amp:
+        return jax.value_and_grad(loss_fn, has_aux=True)
+    # amp: products in bfloat16; gradients leave multiplied by the scale that the optimizer divides by.
+    scale = jt.amp.loss_scale(opt_state)
+    return jt.amp.value_and_grad(loss_fn, BFLOAT16, scale=scale, has_aux=True)
 
 
 def build_reads(cfg: Train) -> Callable[[Any], Any]:

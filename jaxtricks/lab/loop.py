@@ -89,7 +89,6 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
         )
 
     def loss_fn(params: Any, model_state: Any, inputs: Array, labels: Array, counts: Array) -> Any:
-        params, inputs = compose.cast_inputs(cfg, params, inputs)
         logits, model_state = apply(params, model_state, inputs, train=True)
         loss = compose.build_loss(cfg, counts)(logits, labels)
         correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)

@@ -4,6 +4,7 @@ Everything here calls the rooms' pure functions; only what owns parameters or st
 """
 
 from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
+from jaxtricks.nnx.carried import autocast, recompute_grad
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.convert import convert, plain_paths
 from jaxtricks.nnx.diverse import DilatedReparamBlock, DiverseBranchBlock, MobileOneBlock
@@ -11,7 +12,6 @@ from jaxtricks.nnx.fusion import fuse
 from jaxtricks.nnx.layout import roles
 from jaxtricks.nnx.norm import ExtendedBatchNorm
 from jaxtricks.nnx.pure import filled, functional
-from jaxtricks.nnx.recompute import recompute_grad
 
 __all__ = [
     "ACBlock",
@@ -21,6 +21,7 @@ __all__ = [
     "MobileOneBlock",
     "RepVGGBlock",
     "WSConv",
+    "autocast",
     "convert",
     "filled",
     "functional",

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtricks import _jaxpr, _tree
+from jaxtricks._call import Call
 from jaxtricks._types import Array
 
 
@@ -39,28 +39,12 @@ def recompute_grad(fn: Callable[..., Any], *, seed: Any = None) -> Callable[...,
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        dynamic = [i for i, x in enumerate(leaves) if _is_dynamic(x)]
-
-        def flat(*arrays: Any) -> Any:
-            filled = list(leaves)
-            for i, x in zip(dynamic, arrays, strict=True):
-                filled[i] = x
-            args, kwargs = jax.tree.unflatten(treedef, filled)
-            return fn(*args, **kwargs)
-
-        arrays = [jnp.asarray(leaves[i]) for i in dynamic]
+        call = Call(fn, args, kwargs)
         # The trace turns closed-over tracers into inputs: a custom_vjp may not close over them.
-        closed, out_tree = _jaxpr.trace(flat, *arrays)
-        run = _recomputed(closed.jaxpr)
-        return jax.tree.unflatten(out_tree, run(*closed.consts, *arrays))
+        closed, _ = _jaxpr.trace(call.run, *call.arrays)
+        return call.assemble(_recomputed(closed.jaxpr)(*closed.consts, *call.arrays))
 
     return wrapped
-
-
-def _is_dynamic(x: Any) -> bool:
-    # Python numbers stay static, so `if flag:` and `range(n)` keep working inside fn.
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def _recomputed(jaxpr: _jaxpr.Jaxpr) -> Callable[..., list[Any]]:

@@ -1,0 +1,71 @@
+"""A call with everything but its arrays fixed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_CURE = "return the new value, or for a flax.nnx module use jaxtricks.nnx.autocast"
+
+
+class Call:
+    """A call as a function of its arrays alone.
+
+    Args:
+      fn: the function.
+      args, kwargs: what it is called with; leaves that are no arrays stay what they are.
+    """
+
+    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any):
+        self._fn = fn
+        self._leaves, self._structure = jax.tree.flatten((args, kwargs))
+        arrays = [x for x in self._leaves if _is_array(x)]
+        self.arrays = [
+            jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x for x in arrays
+        ]
+        self._outputs: Any = None
+
+    def run(self, *arrays: Any) -> list[Any]:
+        """The arrays among fn's results; `assemble` puts the rest back."""
+        given = iter(arrays)
+        leaves = [next(given) if _is_array(x) else x for x in self._leaves]
+        args, kwargs = jax.tree.unflatten(self._structure, leaves)
+        try:
+            out = self._fn(*args, **kwargs)
+        except Exception as error:
+            # flax.nnx: fn closes over a module and changes it.
+            if type(error).__name__ == "TraceContextError":
+                error.add_note(f"{_CURE}, and pass it as an argument")
+            raise
+        _refuse_changes(leaves, (args, kwargs))
+        self._outputs = jax.tree.flatten(out)
+        return [x for x in self._outputs[0] if _is_array(x)]
+
+    def assemble(self, arrays: Sequence[Any]) -> Any:
+        """fn's results, with these arrays in the places of its own."""
+        leaves, structure = self._outputs
+        given = iter(arrays)
+        return jax.tree.unflatten(structure, [next(given) if _is_array(x) else x for x in leaves])
+
+
+def _is_array(x: Any) -> bool:
+    # Python numbers stay static, so `if flag:` and `range(n)` keep working inside fn.
+    return isinstance(x, jax.Array | np.ndarray | np.generic) or _is_shape(x)
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _refuse_changes(before: Sequence[Any], arguments: Any) -> None:
+    """fn got copies of its containers: what it wrote into them (batch statistics) would be lost."""
+    after, _ = jax.tree_util.tree_flatten_with_path(arguments)
+    changed = [path for (path, x), old in zip(after, before, strict=False) if x is not old]
+    if changed or len(after) != len(before):
+        where = f" ({jax.tree_util.keystr(changed[0])})" if changed else ""
+        raise ValueError(
+            f"the traced function changes one of its arguments in place{where}, and a trace works on "
+            f"copies; {_CURE}"
+        )

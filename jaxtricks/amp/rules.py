@@ -1,0 +1,150 @@
+"""What autocast does with each primitive: one table, and the exceptions that its parameters make."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+MATMUL, DENY, LOCAL, WIDE = "matmul", "deny", "local", "wide"
+FOLLOW, LAYOUT, EXACT, OPAQUE = "follow", "layout", "exact", "opaque"
+
+# Class -> primitives. jaxprs of jax 0.7 to 0.10; where a primitive was renamed, both names stand here.
+TABLE = {
+    # Operands in the compute dtype, and so is the result; the hardware accumulates in float32.
+    MATMUL: "dot_general conv_general_dilated ragged_dot ragged_dot_general",
+    # Operands in float32; the result stays in float32 and draws its partners up to it.
+    DENY: """
+        exp exp2 expm1 log log1p pow rsqrt tan asin acos atan sinh cosh asinh acosh atanh erf_inv
+        reduce reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window
+        scatter-add scatter-sub scatter-mul
+        lgamma digamma polygamma zeta igamma igammac igamma_grad_a regularized_incomplete_beta
+        bessel_i0e bessel_i1e random_gamma random_gamma_grad
+        cholesky lu lu_pivots_to_permutation qr geqrf geqp3 householder_product ormqr eig eigh svd
+        schur hessenberg tridiagonal tridiagonal_solve triangular_solve fft complex real imag conj""",
+    # Computed in float32; the result goes back to the compute dtype if an operand was in it.
+    LOCAL: """
+        sin cos sqrt cbrt atan2 rem reduce_precision reduce_window_sum select_and_scatter_add
+        select_and_gather_add select_and_scatter psum psum2 psum_invariant psum_invariant_p
+        reduce_scatter unreduced_psum unreduced_reduce_scatter""",
+    # Exact in any dtype, but the derivative sums: computed as LOCAL, so that it sums in float32.
+    WIDE: """
+        gather reduce_max reduce_min reduce_window_max reduce_window_min sort top_k approx_top_k tile
+        pvary pbroadcast pcast all_gather all_gather_invariant all_gather_reduced""",
+    # Elementwise: computed where the operands are, in float32 if every consumer wants that.
+    FOLLOW: """
+        add sub mul div neg tanh logistic erf erfc integer_pow square max min abs sign floor ceil round
+        clamp select_n add_any""",
+    # Data movement: the dtype passes through.
+    LAYOUT: """
+        reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice scatter scatter-max
+        scatter-min concatenate pad rev squeeze expand_dims copy copy_p stop_gradient cummax cummin split
+        stack unstack name sharding_constraint reshard mesh_cast layout_constraint all_to_all
+        ragged_all_to_all ppermute pmax pmin optimization_barrier device_put argmax argmin empty2
+        dce_sink stage""",
+    # Operands as they were without autocast, since the result is not a number or must be exact.
+    EXACT: """
+        eq ne lt le gt ge eq_to lt_to le_to is_finite bitcast_convert_type nextafter iota rng_uniform
+        rng_bit_generator""",
+    # Not looked into: operands as they were, the result stays in float32.
+    OPAQUE: """
+        pallas_call ffi_call tpu_custom_call custom_linear_solve custom_partitioning_call custom_partitioning
+        custom_lin xla_pmap pure_callback io_callback debug_callback debug_print python_callback
+        debug_partitioning call""",
+}
+# float16 overflows at 65504, the square of 256.
+FLOAT16_DENY = frozenset({"integer_pow", "square"})
+# Equations with bodies, which autocast goes into (`states`, `emit`).
+BODIES = frozenset(
+    {
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat2",
+        "checkpoint",
+        "remat",
+        "scan",
+        "while",
+        "cond",
+    }
+    | {"shard_map", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+)
+CONVERT = "convert_element_type"
+
+PRODUCTS = frozenset(TABLE[MATMUL].split())
+_CLASS = {name: kind for kind, names in TABLE.items() for name in names.split()}
+
+
+def known(primitive: str) -> bool:
+    """Whether the table (or the code for bodies) says what to do with it."""
+    return primitive in _CLASS or primitive in BODIES or primitive == CONVERT
+
+
+def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
+    """The caller's own rows, primitive -> class, checked.
+
+    Raises:
+      ValueError: an unknown class, or a primitive with a body or without a class of its own.
+    """
+    rules = dict(rules or {})
+    for primitive, kind in rules.items():
+        if kind not in TABLE:
+            raise ValueError(
+                f"amp.autocast: `rules` gives {primitive!r} the class {kind!r}; "
+                f"use one of {', '.join(TABLE)}"
+            )
+        if primitive in BODIES or primitive == CONVERT:
+            raise ValueError(
+                f"amp.autocast: `rules` cannot reclass {primitive!r}; "
+                "name the primitives inside it, or wrap a part in amp.full_precision"
+            )
+    return rules
+
+
+def classify(eqn: Any, low: np.dtype, rules: Mapping[str, str]) -> tuple[str, str]:
+    """(class of an equation, the exception that was made: "" if none)."""
+    name = eqn.primitive.name
+    if name in rules:
+        return rules[name], "rules="
+    kind = _CLASS.get(name, OPAQUE)
+    if kind == MATMUL:
+        why = _no_matmul(eqn, low)
+        return (DENY, why) if why else (kind, "")
+    if kind == LAYOUT and name == "broadcast_in_dim" and _grows(eqn):
+        return WIDE, ""
+    if low == np.float16 and (name in FLOAT16_DENY or _squares(eqn)):
+        return DENY, "float16 squares overflow at 256"
+    return kind, "" if name in _CLASS else "unknown primitive"
+
+
+def _no_matmul(eqn: Any, low: np.dtype) -> str:
+    if eqn.params.get("precision") is not None:
+        return f"precision={_precision(eqn.params['precision'])}"
+    if eqn.primitive.name == "dot_general" and _is_inner(eqn):
+        return "an inner product: a reduction"
+    for v in eqn.invars:
+        dtype = v.aval.dtype
+        if dtype not in (np.float32, low) and jnp.issubdtype(dtype, jnp.inexact):
+            return f"an operand is {dtype}"
+    return ""
+
+
+def _precision(value: Any) -> str:
+    pair = value if isinstance(value, tuple) else (value, value)
+    return "/".join(dict.fromkeys(str(p) for p in pair))
+
+
+def _is_inner(eqn: Any) -> bool:
+    """No free axis on either side: each result is one inner product."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    sides = zip(eqn.invars, contracting, batch, strict=True)
+    return all(v.aval.ndim == len(c) + len(b) for v, c, b in sides)
+
+
+def _grows(eqn: Any) -> bool:
+    return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
+
+
+def _squares(eqn: Any) -> bool:
+    return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
