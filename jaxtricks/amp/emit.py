@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -86,6 +87,8 @@ class Emitter:
             return [read(eqn.invars[0], None)]  # to float32 again, or to low and already there
         if decision.kind == table.FOLLOW and decision.run == LOW:
             operands = [self._spread(eqn, v, read) for v in eqn.invars]
+        elif decision.kind == table.EXACT:
+            operands = [self._rounded(v, read) for v in eqn.invars]
         else:
             operands = [read(v, decision.run) for v in eqn.invars]
         if eqn.primitive.name == "broadcast_in_dim" and decision.run == LOW:
@@ -107,6 +110,15 @@ class Emitter:
             return read(v, LOW)
         axes = range(len(shape) - v.aval.ndim, len(shape))
         return self.cast(lax.broadcast_in_dim(read(v, FULL), shape, tuple(axes)), LOW)
+
+    def _rounded(self, v: Any, read: Callable[[Any, State], Any]) -> Any:
+        """An operand of a comparison. XLA may drop a rounding that float32 follows, on one side only:
+        then the largest value of an array would equal none of its elements."""
+        x = read(v, FULL)
+        if not is_full(v) or _jaxpr.is_literal(v) or read(v, None).dtype == _FULL:
+            return x
+        bits = jnp.finfo(self.low)
+        return lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
     def _with_bodies(self, eqn: Any, decision: Decision, read: Callable[..., Any]) -> list[Any]:
         name, params, bodies = eqn.primitive.name, eqn.params, decision.bodies

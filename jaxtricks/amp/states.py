@@ -139,8 +139,10 @@ class Analyzer:
         return self._simple(eqn, ins, all(wants.get(v, True) for v in eqn.outvars if is_full(v)))
 
     def _simple(self, eqn: Any, ins: States, wanted: bool) -> Decision:
-        kind, why = table.classify(eqn, self.low, self.rules)
         held = [s for s in ins if s is not None]
+        if not held and not any(map(is_full, eqn.outvars)):
+            return Decision(table.EXACT, "", None, _all(eqn, None))
+        kind, why = table.classify(eqn, self.low, self.rules)
         if not held:
             made = kind == table.OPAQUE or any(map(_is_inexact, eqn.invars))
             return Decision(kind, why, None, _all(eqn, FULL if made else FREE))
