@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints/newest.txt
 COLAB_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) $(shell command -v python3.13))
 PYTEST_WORKERS ?= 2
+# By files: what a file builds and compiles once stays in one process.
+PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
 
 .PHONY: demo test test-all test-colab check format bench clean
@@ -17,8 +19,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/.installed
 	$(BIN)/jaxtricks ablate
 
+# Twice, for speed: see XLA_FLAGS in tests/conftest.py.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow'
+	CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock'
+	$(PYTEST) -m 'stock and not slow' tests
 
 # The TPU compiler lives apart: in the ordinary environment it would greet every look for devices.
 # (beartype: the package `tests` imports it.)
@@ -28,7 +32,7 @@ $(TPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 test-all: $(VENV)/.installed $(TPU_VENV)/.installed
-	TPU_PYTHON=$(abspath $(TPU_VENV))/bin/python $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	TPU_PYTHON=$(abspath $(TPU_VENV))/bin/python $(PYTEST)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

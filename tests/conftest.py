@@ -5,7 +5,15 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Nearly all the time of this suite is XLA compiling small programs that then run once. CHEAP_COMPILER=1,
+# as `make test` sets it, compiles them in a quarter of the time: LLVM at -O0 and XLA's older emitters.
+# Tests of what the compiler's own choices decide (bytes, last bits) are marked `stock`; those `make test`
+# runs without it, as `make test-all` runs everything.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if os.environ.get("CHEAP_COMPILER"):
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import numpy as np
@@ -14,6 +22,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Compiled programs go with their module: thousands, with an MLIR context each, slow compiling down."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from jaxtricks import _jaxpr
 from jaxtricks.memopt import state_bytes
 from tests.bench import blocks, common, grouping
 
+pytestmark = pytest.mark.stock
 LEAF = common.shapes(w=(512, 1024))
 TREE = common.shapes(w=(512, 1024), q=(256, 256), up=(256, 1024), bias=(1024,), scale=(256,))
 TREES = {"leaf": LEAF, "tree": TREE}

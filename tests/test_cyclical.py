@@ -76,6 +76,7 @@ def test_equals_torch(setting, golden, x64, ours):
     np.testing.assert_allclose(momentum(steps), arrays[f"momentum/{setting}"], rtol=1e-12)
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize(
     ("up", "down"),
     [
@@ -98,6 +99,7 @@ def test_exact_in_float32_after_any_number_of_steps(up, down, ours):
     np.testing.assert_allclose(rate(jnp.asarray(steps, jnp.int32)), expected, rtol=0, atol=3e-7)
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("mode", ["triangular2", "exp_range"])
 @pytest.mark.parametrize(
     ("up", "down"),
@@ -118,6 +120,7 @@ def test_every_mode_is_exact_in_float32_after_any_number_of_steps(up, down, mode
     np.testing.assert_allclose(momentum, 1 - np.asarray(expected), rtol=0, atol=3e-7)
 
 
+@pytest.mark.stock
 def test_cycles_are_counted_exactly(ours):
     rate = cyclical(0.0, 1.0, 0.75, 0.5, scale_fn=lambda cycle: cycle, mode="triangular2")
     steps = np.asarray([1, 2, 3, 4, 12_345_679])
@@ -279,6 +282,7 @@ def test_warm_restarts_equal_torch_in_float32(golden, ours):
     compare_warm_restarts(golden, 1e-6)
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize(
     ("period", "mult"),
     [

@@ -1,5 +1,6 @@
 """Data echoing: the schedule by brute force, resume at every position for every kind of source."""
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -61,6 +62,7 @@ def test_the_distance_holds_from_the_first_output_to_the_last(factor):
             assert iterator.min_distance == distance
 
 
+@functools.cache
 def best_of_any_schedule(n, factor):
     """No schedule that reads at most once per output can beat this: after reading element i, which
     is output i or later, there are floor(n e) - 1 - i outputs left for its other copies."""

@@ -129,6 +129,7 @@ def test_four_devices_compute_what_one_computes(digits, tricks):
     chex.assert_trees_all_close(*results, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.stock
 def test_all_ten_at_once_learn_and_report(digits):
     cfg = dataclasses.replace(TINY, tricks=Tricks.of(*jt.KEYS), steps=60)
     program, state, batches = start(cfg, digits)

@@ -9,6 +9,8 @@ import jaxtricks as jt
 from jaxtricks import remat
 from jaxtricks.remat import measure, recompute
 
+pytestmark = pytest.mark.stock
+
 
 def mlp(layers=8, width=64, batch=256):
     keys = jax.random.split(jax.random.key(0), layers + 1)

@@ -14,6 +14,7 @@ from jaxtricks import memopt
 from jaxtricks.memopt import noise as bits
 from jaxtricks.memopt import rounding
 
+pytestmark = pytest.mark.stock
 LOW = ["bfloat16", "float16"]
 
 
