@@ -76,6 +76,8 @@ LOSSES: dict[str, Callable[..., Any]] = {
 WRAPPERS: dict[str, Callable[..., Any]] = {
     "remat.recompute_grad": remat.recompute_grad,
     "amp.with_policy, full": partial(amp.with_policy, policy="full"),
+    "amp.autocast, full": partial(amp.autocast, policy="full"),
+    "amp.full_precision": amp.full_precision,
 }
 
 # name -> factory (rngs) -> nnx module that maps [N, 8, 8, 4] to [N, 8, 8, 4]

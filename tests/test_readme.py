@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 import jaxtricks as jt
@@ -44,3 +45,15 @@ def test_a_model_is_converted_and_fused(capsys):
 def test_the_table_has_the_ten_keys():
     assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == list(jt.KEYS)
     assert "Not on PyPI yet" in README and "make demo" in README and "make test" in README
+
+
+def test_a_loss_is_made_low(capsys):
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "autocast" in c)
+    keys = jax.random.split(jax.random.key(0), 3)
+    up, down, x = (jax.random.normal(k, (8, 8)) for k in keys)
+    params = {"up": up, "bias": jnp.zeros((1, 8)), "down": down}
+    scope = {"jt": jt, "jax": jax, "optax": optax, "params": params, "x": x, "y": jnp.arange(8)}
+    exec(code, scope)
+    assert "5 products in bfloat16, 0 in float32" in capsys.readouterr().out
+    grads = scope["grad_fn"](params, x, scope["y"])
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))

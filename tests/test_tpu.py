@@ -1,4 +1,4 @@
-"""The optimizers' traffic on a TPU v5e, from its compiler: no TPU is needed, libtpu is.
+"""Traffic and memory on a TPU v5e, from its compiler: no TPU is needed, libtpu is.
 
 `make test-all` installs libtpu into an environment of its own (beside the ordinary one, where it would
 greet every command that looks for devices) and names its interpreter in TPU_PYTHON.
@@ -48,16 +48,38 @@ def interpreter() -> str:
     return found
 
 
-@pytest.mark.slow
-def test_traffic_with_hbm():
+def compiled(script: str) -> list[list]:
+    """What the script prints, from a process that compiles for the TPU."""
     done = subprocess.run(
-        [interpreter(), "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [interpreter(), "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    rows = {row[0]: Row(*row[1:]) for row in json.loads(done.stdout.splitlines()[-1])}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_traffic_with_hbm():
+    rows = {row[0]: Row(*row[1:]) for row in compiled(SCRIPT)}
     print("\n".join(f"{name:32}{row.accessed:8.2f}" for name, row in rows.items()))
     assert set(rows) == set(common.optimizers())
     assert rows["adamw"].accessed == pytest.approx(28, rel=1e-3)
     assert {n: rows[n].ratio for n, limit in LIMITS.items() if rows[n].ratio > limit} == {}
     assert {n: rows[n].temp for n in LIMITS if rows[n].temp > TEMP_MIB} == {}
     assert rows["memopt.adafactor"].accessed < rows["optax.adafactor"].accessed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "way", "limit"),
+    [
+        ("scan", "grad(autocast)", 1.03),
+        ("remat", "grad(autocast), auto carry", 1.03),
+        ("unrolled", "grad(autocast)", 1.10),
+    ],
+)
+def test_autocast_needs_the_memory_of_a_cast_by_hand(form, way, limit):
+    names = ("cast by hand", way)
+    found = f"tpu_amp.rows({form!r}, {names})"
+    script = f"import json; from tests.bench import tpu_amp; print(json.dumps({found}))"
+    rows = {name: ratio for name, _, ratio, _, _ in compiled(script)}
+    assert set(rows) == set(names) and rows[way] <= limit

@@ -7,7 +7,7 @@ from tests.bench import amp, common, optimizers, recompute
 def main() -> None:
     """Print the tables."""
     heading = f"{hardware()}; {amp.ROUNDS} rounds in turn, medians"
-    common.publish([amp.table(), recompute.table()], heading)
+    common.publish([amp.table(), amp.build_table(), recompute.table()], heading)
     print()
     common.publish(optimizers.tables(), optimizers.heading("python -m tests.bench"))
 

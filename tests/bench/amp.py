@@ -1,17 +1,22 @@
-"""The loss scale beside the optimizer alone."""
+"""The loss scale beside the optimizer alone, and what it takes to trace and compile with autocast."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxtricks as jt
 from jaxtricks import _table, _tree
 from tests.bench import common
+from tests.bench import language_model as lm
 
 ROUNDS = 30
+BUILDS = 5
+SIZE = lm.Size(layers=6, width=64, heads=4, length=32, batch=2, vocabulary=64)
 
 
 def pairs() -> dict[str, tuple[Any, Any]]:
@@ -42,3 +47,39 @@ def compiled_update(tx: Any, params: Any) -> tuple[Any, float, int]:
     update = jax.jit(tx.update).lower(grads, state, params).compile()
     seconds = time.perf_counter() - start
     return lambda: jax.block_until_ready(update(grads, state, params)), seconds, _tree.nbytes(state)
+
+
+def build_table() -> _table.Table:
+    """CPU seconds to trace, and to lower and compile, as ratios: medians of builds taken in turn."""
+    rows = []
+    for form in lm.forms():
+        args = lm.shapes(SIZE, form != "unrolled")
+        loss, hand = lm.loss(SIZE, form), lm.loss(SIZE, form, jnp.bfloat16)
+        cast = jt.amp.autocast(loss)
+        ways = {"loss": loss, "hand": jax.grad(hand), "cast loss": cast, "cast": jax.grad(cast)}
+        ways["cast grad"] = jt.amp.autocast(jax.grad(loss))
+        builds = [{n: build(fn, args) for n, fn in ways.items()} for _ in range(BUILDS)]
+        traced, compiled = (
+            {n: float(np.median([b[n][i] for b in builds])) for n in ways} for i in (0, 1)
+        )
+        rows.append(
+            (
+                form,
+                traced["cast loss"] / traced["loss"],
+                *(t[n] / t["hand"] for t in (traced, compiled) for n in ("cast", "cast grad")),
+            )
+        )
+    ratios = ("grad(autocast)", "autocast(grad)")
+    headers = ["decoder, 6 layers", "trace: autocast(loss) / loss"]
+    headers += [f"{what}: {way} / by hand" for what in ("trace", "compile") for way in ratios]
+    return _table.make(tuple(headers), rows)
+
+
+def build(fn: Callable[..., Any], args: Any) -> tuple[float, float]:
+    """CPU seconds to trace fn, and to lower and compile it, from nothing."""
+    jax.clear_caches()
+    start = time.process_time()
+    traced = jax.jit(fn).trace(*args)
+    middle = time.process_time()
+    traced.lower().compile()
+    return middle - start, time.process_time() - middle

@@ -78,7 +78,7 @@ def row(name: str, fn: Fn, args: Any, exact: Any) -> tuple[Any, ...]:
         error = distance(jax.jit(grad)(*args), exact)
         kept = jax.eval_shape(lambda *xs: jax.vjp(lambda p: fn(p, *xs[1:]), xs[0])[1], *args)
     except Exception as e:  # a peer's; whatever it is
-        return (name, f"{type(e).__name__}: {str(e)[:60]}", *[""] * (len(HEADERS) - 2))
+        return (name, f"{type(e).__name__}: {str(e)[:40]}", *[""] * (len(HEADERS) - 2))
     casts = sum(n for (primitive, _), n in found.items() if primitive == "convert_element_type")
     shares = [share(found, names) for names in (PRODUCTS, SUMS, SENSITIVE)]
     return name, f"{error:.1e}", *shares, casts, _tree.nbytes(kept) / 2**20

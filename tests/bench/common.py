@@ -16,7 +16,7 @@ import jaxtricks as jt
 from jaxtricks import _table
 
 BASE = "adamw"  # what every ratio is taken to
-_TEMP_CONSTANT = 2**32  # libtpu adds it to the temporaries of some programs
+TEMP_CONSTANT = 2**32  # libtpu adds it to the temporaries of some programs
 
 
 class Cost(NamedTuple):
@@ -92,7 +92,7 @@ def compile_step(tx: Any, params: Any, place: Callable[[Any], Any] = lambda x: x
 def cost(compiled: Any, tx: Any, params: Any) -> Cost:
     """Costs of what `compile_step` gives."""
     n, accessed = count(params), compiled.cost_analysis()["bytes accessed"]
-    temp = compiled.memory_analysis().temp_size_in_bytes % _TEMP_CONSTANT
+    temp = compiled.memory_analysis().temp_size_in_bytes % TEMP_CONSTANT
     return Cost(accessed / n, temp, jt.memopt.state_bytes(tx, params) / n)
 
 
