@@ -28,7 +28,7 @@ from tests.bench.text_task import in_float32
 POLICY = "p=f32,c={},o=f32"
 INIT, GROWTH_INTERVAL = 2.0**24, 50  # of the loss scale
 TEXT_RATE = 2e-3  # AdamW's best in `training`
-IMAGE_RATE = 0.1  # the best of the batch-norm ResNet's in `networks` at the nearest batch size
+IMAGE_RATE = 0.1  # the batch-norm ResNet's best in `networks` at 32 images a step
 PER_CLASS = {"train": 1000, "validation": 100, "test": 300}
 LOSS_TARGET = 1.01  # of float32's
 
@@ -152,16 +152,16 @@ def column(runs: list[dict[str, Any]], name: str) -> np.ndarray:
 
 def heading(command: str, given: argparse.Namespace) -> str:
     """What was run, on what, how often."""
-    model = text_task.model_settings()
+    model = ", ".join(f"{value} {name}" for name, value in text_task.model_settings().items())
     return (
         f"Training with autocast: `{command}`\n\n{hardware()}.\n\n"
         f"One process, n = {given.seeds} seeds, mean +- sample standard deviation. Training loss: nats, "
         "mean over the last\ntenth of the steps. Warm-up over a tenth, then a cosine to zero. Ratios are to "
         "the float32 run of the same\nseed: same initial weights, same batches. nudged: initial weights "
-        "rounded to bfloat16 once, the rest float32;\nso much does a ratio vary without any 16-bit product. "
+        "rounded to bfloat16 once, the rest float32:\nso much does a ratio vary without any 16-bit product. "
         f"overflows: the loss scale starts at 2^{np.log2(INIT):.0f} and\ndoubles after {GROWTH_INTERVAL} "
         "clean steps (else 2^15 and 2000); a step that overflows is skipped, and its batch\nis lost.\n\n"
-        f"First table: the lab's transformer by character, {model}, AdamW at\n{TEXT_RATE:g}, "
+        f"First table: the lab's transformer by character ({model}), AdamW at\n{TEXT_RATE:g}, "
         f"{given.text_steps} steps of {given.text_batch} x {text_task.CONTEXT} characters. Second table: a "
         "ResNet of 8 layers with batch normalization on\nCIFAR-10 at 16 x 16, "
         f"{PER_CLASS['train']} training and {PER_CLASS['test']} test images a class, SGD with Nesterov "
@@ -174,7 +174,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="CIFAR-10, as `networks`")
     parser.add_argument("--out", type=pathlib.Path, help="write the tables here too, as Markdown")
-    sizes = {"text-steps": 160, "text-batch": 4, "image-steps": 160, "image-batch": 32, "seeds": 3}
+    sizes = {"text-steps": 250, "text-batch": 4, "image-steps": 400, "image-batch": 64, "seeds": 3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
