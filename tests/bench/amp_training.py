@@ -5,7 +5,8 @@ optimizer state are float32 in all of them. Training is chaotic: a rounding erro
 differ as much as two of float32 would. The arm "float32, nudged" shows how much that is: float32, but for
 the initial weights, which are rounded to bfloat16 once. float16 has two arms: one with the default loss
 scale, and one whose scale starts so large that the first steps overflow and grows so often that later
-ones do too; what is between them is the price of the skipped steps.
+ones do too; what is between them is the price of the skipped steps. `--control` measures that price alone:
+float32 whose steps are skipped at about the same places.
 """
 
 import argparse
@@ -31,6 +32,16 @@ TEXT_RATE = 2e-3  # AdamW's best in `training`
 IMAGE_RATE = 0.1  # the batch-norm ResNet's best in `networks` at 32 images a step
 PER_CLASS = {"train": 1000, "validation": 100, "test": 300}
 LOSS_TARGET = 1.01  # of float32's
+ARMS = (
+    "nudged: initial weights rounded to bfloat16 once, the rest float32:\nso much does a ratio vary without "
+    f"any 16-bit product. overflows: the loss scale starts at 2^{np.log2(INIT):.0f} and\ndoubles after "
+    f"{GROWTH_INTERVAL} clean steps (else 2^15 and 2000); a step that overflows is skipped, and its batch\n"
+    "is lost."
+)
+CONTROL = (
+    "steps skipped: float32 without the first 7 steps,\nnor the one after every "
+    f"{GROWTH_INTERVAL} others: about those that overflow in float16."
+)
 
 
 class Way(NamedTuple):
@@ -42,8 +53,10 @@ class Way(NamedTuple):
     protect: Callable[[Any], Any] = lambda tx: tx
 
 
-def ways() -> list[Way]:
-    """float32 comes first: the others are compared with it."""
+def ways(control: bool = False) -> list[Way]:
+    """float32 comes first: the others, or the control alone, are compared with it."""
+    if control:
+        return [Way("float32"), Way("float32, steps skipped", protect=skipping)]
     default = jt.amp.dynamic_loss_scale
     forced = functools.partial(default, init=INIT, growth_interval=GROWTH_INTERVAL)
     return [
@@ -54,6 +67,15 @@ def ways() -> list[Way]:
         Way("float16, autocast", autocast("f16"), protect=default),
         Way("float16, autocast, overflows", autocast("f16"), protect=forced),
     ]
+
+
+def skipping(tx: Any) -> Any:
+    """The optimizer without the steps that overflow in float16: from 2^24 to 2^17, then after each growth."""
+
+    def taken(step: Any, **extra: Any) -> Any:
+        return (step >= 7) & ((step - 6) % (GROWTH_INTERVAL + 1) != 0)
+
+    return optax.conditionally_mask(tx, taken)
 
 
 def nudged(params: Any) -> Any:
@@ -77,10 +99,12 @@ def autocast(dtype: str) -> Callable[..., Callable[..., Any]]:
     return differentiate
 
 
-def text_runs(steps: int, batch: int, seeds: int) -> dict[str, list[dict[str, Any]]]:
+def text_runs(
+    compared: list[Way], steps: int, batch: int, seeds: int
+) -> dict[str, list[dict[str, Any]]]:
     """{arm: figures of every seed} of the transformer."""
     task, found = text_task.make_task(), {}
-    for way in ways():
+    for way in compared:
         arm = text_task.Arm(
             way.name,
             lambda rate, way=way: way.protect(optax.adamw(rate)),
@@ -96,13 +120,13 @@ def text_runs(steps: int, batch: int, seeds: int) -> dict[str, list[dict[str, An
 
 
 def image_runs(
-    data: pathlib.Path, steps: int, batch: int, seeds: int
+    compared: list[Way], data: pathlib.Path, steps: int, batch: int, seeds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """{arm: figures of every seed} of the ResNet with batch normalization."""
     task, found = image_task.make_task(data, PER_CLASS), {}
     build = network_arms.resnet(network_arms.batch_norm(batch))
     sgd = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
-    for way in ways():
+    for way in compared:
         arm = image_task.Arm(
             way.name,
             build,
@@ -157,10 +181,8 @@ def heading(command: str, given: argparse.Namespace) -> str:
         f"Training with autocast: `{command}`\n\n{hardware()}.\n\n"
         f"One process, n = {given.seeds} seeds, mean +- sample standard deviation. Training loss: nats, "
         "mean over the last\ntenth of the steps. Warm-up over a tenth, then a cosine to zero. Ratios are to "
-        "the float32 run of the same\nseed: same initial weights, same batches. nudged: initial weights "
-        "rounded to bfloat16 once, the rest float32:\nso much does a ratio vary without any 16-bit product. "
-        f"overflows: the loss scale starts at 2^{np.log2(INIT):.0f} and\ndoubles after {GROWTH_INTERVAL} "
-        "clean steps (else 2^15 and 2000); a step that overflows is skipped, and its batch\nis lost.\n\n"
+        "the float32 run of the same\nseed: same initial weights, same batches. "
+        f"{CONTROL if given.control else ARMS}\n\n"
         f"First table: the lab's transformer by character ({model}), AdamW at\n{TEXT_RATE:g}, "
         f"{given.text_steps} steps of {given.text_batch} x {text_task.CONTEXT} characters. Second table: a "
         "ResNet of 8 layers with batch normalization on\nCIFAR-10 at 16 x 16, "
@@ -174,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="CIFAR-10, as `networks`")
     parser.add_argument("--out", type=pathlib.Path, help="write the tables here too, as Markdown")
+    parser.add_argument("--control", action="store_true", help="float32 with steps skipped, alone")
     sizes = {"text-steps": 250, "text-batch": 4, "image-steps": 400, "image-batch": 64, "seeds": 3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -183,9 +206,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Train and print; `--out FILE` writes the same as Markdown."""
     given = arguments()
-    text = text_runs(given.text_steps, given.text_batch, given.seeds)
-    images = image_runs(given.data, given.image_steps, given.image_batch, given.seeds)
-    out = f" --out {given.out}" if given.out else ""
+    compared = ways(given.control)
+    text = text_runs(compared, given.text_steps, given.text_batch, given.seeds)
+    images = image_runs(compared, given.data, given.image_steps, given.image_batch, given.seeds)
+    out = " --control" * given.control + (f" --out {given.out}" if given.out else "")
     command = f"python -m tests.bench.amp_training --data {given.data.name}{out}"
     tables = [table(text, "validation loss"), table(images, "test %")]
     common.publish(tables, heading(command, given), given.out)
