@@ -15,7 +15,7 @@ from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks.lab.data import files
-from tests.bench.text_task import TAIL, schedule
+from tests.bench.text_task import TAIL, in_float32, schedule
 
 EVALUATED = 500  # images of one call in evaluation
 LOOK = 10  # steps between two looks at the validation accuracy, or at whether the loss is finite
@@ -53,6 +53,8 @@ class Arm(NamedTuple):
       tx: rate -> optimizer; its state does not depend on the rate.
       target: validation accuracy whose first step is looked for.
       fuse: whether the trained network is compared with its fused form.
+      differentiate: (loss, optimizer state, has_aux) -> (params, images) -> ((loss, aux), grads).
+      start: initial parameters -> those to start from.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Arm(NamedTuple):
     tx: Callable[[Any], Any] = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
     target: float | None = None
     fuse: bool = False
+    differentiate: Callable[..., Any] = in_float32
+    start: Callable[[Any], Any] = lambda params: params
 
     @property
     def steps(self) -> int:
@@ -142,11 +146,13 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), count)
         x, labels = augmented(key, scaled(train.images[index])), train.labels[index]
 
-        def loss_fn(params: Any) -> Any:
+        def loss_fn(params: Any, x: Any) -> Any:
             logits, after = apply(params, state, x, train=True)
+            logits = logits.astype(jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), after
 
-        (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        differentiated = arm.differentiate(loss_fn, moments, has_aux=True)
+        (loss, state), grads = differentiated(params, x)
         updates, moments = arm.tx(rate).update(grads, moments, params)
         return (optax.apply_updates(params, updates), state, moments), loss
 
@@ -163,6 +169,7 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
     def run(seed: int, rate: float) -> dict[str, Any]:
         start, losses, reached = time.perf_counter(), [], None
         _, params, state = jt.nnx.functional(arm.build(nnx.Rngs(seed)))
+        params = arm.start(params)
         carry = (params, state, arm.tx(0.0).init(params))
         index = order(len(train.labels), arm.steps * arm.batch, seed).reshape(arm.steps, -1)
         for i in range(arm.steps):
@@ -184,6 +191,7 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
             "validation": accuracy(carry, task.validation),
             "test": accuracy(carry, task.test),
         }
+        found |= {name: float(x) for name, x in jt.metrics(carry[2]).items()}
         if arm.target is not None:
             found["reached"] = reached
         if arm.fuse:

@@ -30,7 +30,8 @@ class Task(NamedTuple):
 
     Attributes:
       init: seed -> parameters in float32.
-      loss: (params, windows int [N, CONTEXT + 1]) -> nats per character, computed in float32.
+      loss: (params, windows int [N, CONTEXT + 1]) -> nats per character, computed in the dtype of the
+        parameters up to the logits.
       roles: of the parameters' axes.
       train, validation: characters as codes; validation is the last tenth.
     """
@@ -42,19 +43,42 @@ class Task(NamedTuple):
     validation: np.ndarray
 
 
+def in_float32(loss: Callable[..., Any], state: Any, **options: Any) -> Callable[..., Any]:
+    """Loss and gradients, computed in float32 whatever the parameters are stored in."""
+    del state
+    return jax.value_and_grad(lambda params, *rest: loss(_wide(params), *rest), **options)
+
+
 class Arm(NamedTuple):
-    """A way to train: `tx(rate)` makes its optimizer; the state does not depend on the rate."""
+    """A way to train.
+
+    Attributes:
+      name: for the table.
+      tx: rate -> optimizer; its state does not depend on the rate.
+      dtype: the parameters'.
+      differentiate: (loss, optimizer state) -> (params, windows) -> (loss, grads).
+      start: initial parameters -> those to start from.
+    """
 
     name: str
     tx: Callable[[Any], optax.GradientTransformation]
     dtype: Any = jnp.float32
+    differentiate: Callable[..., Any] = in_float32
+    start: Callable[[Any], Any] = lambda params: params
 
 
 class Run(NamedTuple):
-    """One finished run: the training loss of every step and the final validation loss."""
+    """One finished run.
+
+    Attributes:
+      losses: the training loss of every step.
+      validation: the final validation loss.
+      metrics: what the optimizer reports at the end.
+    """
 
     losses: np.ndarray
     validation: float
+    metrics: dict[str, float]
 
 
 def make_task() -> Task:
@@ -70,9 +94,8 @@ def make_task() -> Task:
     apply, _, state = jt.nnx.functional(model)
 
     def loss(params: Any, windows: Any) -> Any:
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        logits, _ = apply(wide, state, windows[:, :-1], train=True)
-        labels = windows[:, 1:]
+        logits, _ = apply(params, state, windows[:, :-1], train=True)
+        logits, labels = logits.astype(jnp.float32), windows[:, 1:]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def init(seed: int) -> Any:
@@ -107,15 +130,15 @@ def trainer(task: Task, arm: Arm, *, steps: int, batch: int) -> Callable[[int, f
 
     @jax.jit
     def step(params: Any, state: Any, windows: Any, rate: Any) -> Any:
-        loss, grads = jax.value_and_grad(task.loss)(params, windows)
+        loss, grads = arm.differentiate(task.loss, state)(params, windows)
         updates, state = arm.tx(rate).update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    evaluate = jax.jit(task.loss)
+    evaluate = jax.jit(lambda params, windows: task.loss(_wide(params), windows))
 
     def run(seed: int, rate: float) -> Run:
         start = time.perf_counter()
-        params = jax.tree.map(lambda p: p.astype(arm.dtype), task.init(seed))
+        params = jax.tree.map(lambda p: p.astype(arm.dtype), arm.start(task.init(seed)))
         state, losses = arm.tx(0.0).init(params), []
         for i in range(steps):
             now = np.float32(rate * schedule(i, steps))
@@ -123,7 +146,9 @@ def trainer(task: Task, arm: Arm, *, steps: int, batch: int) -> Callable[[int, f
             losses.append(loss)
         found = [float(evaluate(params, w)) for w in np.array_split(held, 8)]
         weights = [len(w) for w in np.array_split(held, 8)]
-        done = Run(np.asarray(losses, np.float64), float(np.average(found, weights=weights)))
+        metrics = {name: float(x) for name, x in jt.metrics(state).items()}
+        held_loss = float(np.average(found, weights=weights))
+        done = Run(np.asarray(losses, np.float64), held_loss, metrics)
         took = time.perf_counter() - start
         print(
             f"{arm.name}, rate {rate:g}, seed {seed}: {tail(done):.4f} training, "
@@ -181,3 +206,7 @@ def spread(figure: dict[str, float]) -> str:
 def model_settings() -> dict[str, int]:
     """The size of the model."""
     return {"context": CONTEXT, "features": FEATURES, "layers": LAYERS, "heads": HEADS}
+
+
+def _wide(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
