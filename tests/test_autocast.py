@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+from jax.experimental import pallas
 
 import jaxtricks as jt
 from jaxtricks import _jaxpr, _tree, amp
@@ -282,6 +283,22 @@ def test_refs_are_refused():
 
     with pytest.raises(ValueError, match="Ref"):
         amp.autocast(fn)(W)
+    np.testing.assert_array_equal(amp.autocast(amp.full_precision(fn))(W), fn(W))
+
+
+def test_kernels_are_left_as_they_are():
+    def double(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    def fn(x, w):
+        doubled = pallas.pallas_call(
+            double, jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True
+        )(x)
+        return doubled @ w
+
+    found = amp.explain(fn, X, W)
+    assert (found.low, found.opaque) == (1, {"pallas_call": 1})
+    np.testing.assert_allclose(amp.autocast(fn)(X, W), 2 * X @ W, atol=0.1)
 
 
 def test_explain_says_where_and_why():

@@ -13,7 +13,7 @@ from jaxtricks import _jaxpr
 from jaxtricks._call import Call
 from jaxtricks.amp.emit import Emitter
 from jaxtricks.amp.policy import Policy, as_policy
-from jaxtricks.amp.rules import check_rules
+from jaxtricks.amp.rules import BODIES, check_rules
 from jaxtricks.amp.states import FREE, FULL, FULL_PRECISION, LOW, Analysis, Analyzer, is_full
 
 DEFAULT = "p=f32,c=bf16,o=f32"
@@ -156,12 +156,17 @@ class Settings(NamedTuple):
 
 
 def _refuse_refs(jaxpr: Any) -> None:
-    for eqn in _jaxpr.walk(jaxpr):
-        if eqn.primitive.name != "pallas_call" and any(map(_is_ref, eqn.invars)):
+    for eqn in jaxpr.eqns:
+        if eqn.params.get("name") == FULL_PRECISION:
+            continue
+        if any(map(_is_ref, eqn.invars)):
             raise ValueError(
                 f"amp.autocast: the function uses a Ref at {_jaxpr.source_line(eqn)}, which has a fixed "
                 "dtype; pass and return arrays instead, or wrap that part in amp.full_precision"
             )
+        if eqn.primitive.name in BODIES:  # the Refs of a Pallas kernel are its own
+            for inner in _jaxpr.sub_jaxprs(eqn):
+                _refuse_refs(inner)
 
 
 def _is_ref(v: Any) -> bool:
