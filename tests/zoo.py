@@ -196,7 +196,7 @@ def sorting_and_pooling() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "MLP": perceptron,
     "CNN": cnn,
-    **{f"transformer, {form}": functools.partial(transformer, form) for form in lm.forms()},
+    **{f"transformer, {form}": functools.partial(transformer, form) for form in lm.FORMS},
     "LSTM": lstm,
     "custom rules": custom_rules,
     "mixture of experts": mixture_of_experts,

@@ -14,7 +14,7 @@ from jaxtricks._call import Call
 from jaxtricks.amp.emit import Emitter
 from jaxtricks.amp.policy import Policy, as_policy
 from jaxtricks.amp.rules import BODIES, check_rules
-from jaxtricks.amp.states import FREE, FULL, FULL_PRECISION, LOW, Analysis, Analyzer, is_full
+from jaxtricks.amp.states import FREE, FULL, FULL_PRECISION, LOW, Analysis, Analyzer, held, is_full
 
 DEFAULT = "p=f32,c=bf16,o=f32"
 
@@ -133,9 +133,9 @@ class Settings(NamedTuple):
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
         _refuse_refs(closed.jaxpr)
         analyzer = Analyzer(self.policy.compute, self.rules, self.scan_carry)
-        low = self.policy.output == self.policy.compute
-        outs = [(LOW if low else FULL) if is_full(v) else None for v in closed.jaxpr.outvars]
-        ins = [FREE if is_full(v) else None for v in closed.jaxpr.invars]
+        leaving = LOW if self.policy.output == self.policy.compute else FULL
+        outs = [held(v, leaving) for v in closed.jaxpr.outvars]
+        ins = [held(v, FREE) for v in closed.jaxpr.invars]
         analysis = analyzer.analyse(closed.jaxpr, ins, [s == FULL for s in outs]).leaving(outs)
         return Traced(call, closed, analyzer, analysis)
 

@@ -107,11 +107,11 @@ class Analyzer:
 
     def _analyse(self, jaxpr: Any, ins: States, wanted: tuple[bool, ...]) -> Analysis:
         wants = self._demand(jaxpr, wanted)
-        states = {v: FREE if is_full(v) else None for v in jaxpr.constvars}
+        states = {v: held(v, FREE) for v in jaxpr.constvars}
         states |= dict(zip(jaxpr.invars, ins, strict=True))
 
         def state(v: Any) -> State:
-            return (FREE if is_full(v) else None) if _jaxpr.is_literal(v) else states[v]
+            return held(v, FREE) if _jaxpr.is_literal(v) else states[v]
 
         decisions = []
         for eqn in jaxpr.eqns:
@@ -122,31 +122,31 @@ class Analyzer:
         return Analysis(jaxpr, ins, tuple(decisions), tuple(map(state, jaxpr.outvars)), changed)
 
     def _decide(self, eqn: Any, ins: States, wants: Mapping[Any, bool]) -> Decision:
-        name = eqn.primitive.name
-        outs = tuple(wants.get(v, True) if is_full(v) else False for v in eqn.outvars)
+        name, wanted = eqn.primitive.name, _wanted(eqn, wants)
         if name == table.CONVERT:
             return self._convert(eqn, ins[0])
         if eqn.params.get("name") == FULL_PRECISION:
             return Decision(FULL_PRECISION, "", FULL, _all(eqn, FULL))
         if name in _CALLS:
-            return self._call(eqn, ins, outs)
+            return self._call(eqn, ins, wanted)
         if name == "scan":
             return self._scan(eqn, ins)
         if name == "while":
             return self._while(eqn, ins)
         if name == "cond":
-            return self._cond(eqn, ins, outs)
-        return self._simple(eqn, ins, all(wants.get(v, True) for v in eqn.outvars if is_full(v)))
+            return self._cond(eqn, ins, wanted)
+        return self._simple(eqn, ins, wanted)
 
-    def _simple(self, eqn: Any, ins: States, wanted: bool) -> Decision:
-        held = [s for s in ins if s is not None]
-        if not held and not any(map(is_full, eqn.outvars)):
+    def _simple(self, eqn: Any, ins: States, wanted: Sequence[bool]) -> Decision:
+        operands = [s for s in ins if s is not None]
+        if not operands and not any(map(is_full, eqn.outvars)):
             return Decision(table.EXACT, "", None, _all(eqn, None))
         kind, why = table.classify(eqn, self.low, self.rules)
-        if not held:
+        if not operands:
             made = kind == table.OPAQUE or any(map(_is_inexact, eqn.invars))
             return Decision(kind, why, None, _all(eqn, FULL if made else FREE))
-        run, out = _RUN[kind](max(held), wanted and any(map(is_full, eqn.outvars)))
+        full = [w for v, w in zip(eqn.outvars, wanted, strict=True) if is_full(v)]
+        run, out = _RUN[kind](max(operands), bool(full) and all(full))
         return Decision(kind, why, run, _all(eqn, out))
 
     def _convert(self, eqn: Any, state: State) -> Decision:
@@ -160,7 +160,8 @@ class Analyzer:
         return Decision(table.CONVERT, "", None, _all(eqn, FULL if _is_inexact(source) else FREE))
 
     def _call(self, eqn: Any, ins: States, wanted: Sequence[bool]) -> Decision:
-        (body,) = (self.analyse(j, ins, wanted) for j in bodies(eqn))
+        (jaxpr,) = bodies(eqn)
+        body = self.analyse(jaxpr, ins, wanted)
         # The backward rule may hold products where the function has none.
         rebuilt = body.changed or eqn.primitive.name in _CUSTOM_VJP
         return Decision(BODY, "", None, body.outs, (body,), rebuilt)
@@ -173,7 +174,7 @@ class Analyzer:
         low = [self._may_lower(jaxpr, v, s) for v, s in zip(carries, ins[first:last], strict=True)]
         while True:
             carry = [
-                _held(v, LOW if is_low else FULL) for v, is_low in zip(carries, low, strict=True)
+                held(v, LOW if is_low else FULL) for v, is_low in zip(carries, low, strict=True)
             ]
             wanted = [s == FULL for s in carry] + [False] * (len(jaxpr.outvars) - len(carry))
             body = self.analyse(jaxpr, (*ins[:first], *carry, *ins[last:]), wanted)
@@ -246,7 +247,7 @@ class Analyzer:
 
     def _operands(self, eqn: Any, wants: Mapping[Any, bool]) -> list[bool] | None:
         """Whether an equation wants its operands in float32; None if it does not care."""
-        outs = tuple(wants.get(v, True) if is_full(v) else False for v in eqn.outvars)
+        outs = _wanted(eqn, wants)
         n, name = len(eqn.invars), eqn.primitive.name
         if eqn.params.get("name") == FULL_PRECISION or name == table.CONVERT:
             return [True] * n
@@ -280,12 +281,18 @@ def body_name(eqn: Any) -> str:
     return next(k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
 
 
-def _all(eqn: Any, state: State) -> States:
-    return tuple(_held(v, state) for v in eqn.outvars)
-
-
-def _held(v: Any, state: State) -> State:
+def held(v: Any, state: State) -> State:
+    """The state, for a float32 variable or literal; None for the others."""
     return state if is_full(v) else None
+
+
+def _all(eqn: Any, state: State) -> States:
+    return tuple(held(v, state) for v in eqn.outvars)
+
+
+def _wanted(eqn: Any, wants: Mapping[Any, bool]) -> tuple[bool, ...]:
+    """Whether each result is wanted in float32; what nobody reads is not in the way."""
+    return tuple(is_full(v) and wants.get(v, True) for v in eqn.outvars)
 
 
 def _is_inexact(v: Any) -> bool:
@@ -294,7 +301,15 @@ def _is_inexact(v: Any) -> bool:
 
 
 def _around(joined: int, wanted: bool) -> tuple[int, int]:
-    return FULL, (FULL if wanted else LOW) if joined == LOW else joined
+    return FULL, FULL if joined == LOW and wanted else joined
+
+
+def _there(joined: int, wanted: bool) -> tuple[int, int]:
+    return LOW if joined == LOW else FULL, joined
+
+
+def _there_unless_wanted(joined: int, wanted: bool) -> tuple[int, int]:
+    return (FULL, FULL) if joined == LOW and wanted else _there(joined, wanted)
 
 
 # Class -> (joined state of the operands, wanted in float32) -> (state to run in, state of the results).
@@ -305,8 +320,6 @@ _RUN = {
     table.EXACT: lambda joined, wanted: (FULL, FREE),
     table.LOCAL: _around,
     table.WIDE: _around,
-    table.LAYOUT: lambda joined, wanted: (LOW if joined == LOW else FULL, joined),
-    table.FOLLOW: lambda joined, wanted: (
-        (FULL, FULL) if joined == LOW and wanted else (LOW if joined == LOW else FULL, joined)
-    ),
+    table.LAYOUT: _there,
+    table.FOLLOW: _there_unless_wanted,
 }

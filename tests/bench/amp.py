@@ -53,7 +53,7 @@ def compiled_update(tx: Any, params: Any) -> tuple[Any, float, int]:
 def build_table() -> _table.Table:
     """CPU seconds to trace, and to lower and compile, as ratios: medians of builds taken in turn."""
     rows = []
-    for form in lm.forms():
+    for form in lm.FORMS:
         args = lm.shapes(SIZE, form != "unrolled")
         loss, hand = lm.loss(SIZE, form), lm.loss(SIZE, form, jnp.bfloat16)
         cast = jt.amp.autocast(loss)

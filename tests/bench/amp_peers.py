@@ -44,7 +44,7 @@ def tasks() -> dict[str, tuple[Fn, Fn, tuple[Any, Any]]]:
     found: dict[str, Any] = {
         "MLP, 3 layers": (mlp, amp.with_policy(mlp, "p=f32,c=bf16,o=f32"), (layers, batch))
     }
-    for form in lm.forms():
+    for form in lm.FORMS:
         losses = lm.loss(SIZE, form), lm.loss(SIZE, form, jnp.bfloat16)
         found[f"transformer, {form}"] = (*losses, lm.draw(SIZE, form != "unrolled"))
     return found

@@ -1,6 +1,5 @@
 """A decoder in plain JAX, written twice over: as one writes it in float32, and cast by hand to bfloat16."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 Loss = Callable[[Any, Any], Any]
+FORMS = "unrolled", "scan", "remat"  # ways to write the layers
 
 
 class Size(NamedTuple):
@@ -97,9 +97,3 @@ def loss(size: Size, form: str = "unrolled", low: Any = None) -> Loss:
         return -jnp.mean(picked)
 
     return run
-
-
-@functools.cache
-def forms() -> tuple[str, ...]:
-    """The ways to write the layers."""
-    return "unrolled", "scan", "remat"

@@ -56,7 +56,7 @@ def main() -> None:
         f"Gradient of a decoder, compiled for one chip of TPU {tpu.TOPOLOGY}: `{command}`\n\n{packages}.\n"
         f"{SIZE}.\nExact counts of the compiler; nothing is run."
     )
-    tables = [_table.make((form, *HEADERS[1:]), rows(form)) for form in lm.forms()]
+    tables = [_table.make((form, *HEADERS[1:]), rows(form)) for form in lm.FORMS]
     common.publish(tables, heading, args.out)
 
 
