@@ -84,11 +84,16 @@ def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
     invars = [v if kept else core.Var(v.aval) for v, kept in zip(eqn.invars, literal, strict=True)]
     eqn = eqn.replace(invars=invars, params={**eqn.params, **params})
     given = [v for v, kept in zip(invars, literal, strict=True) if not kept]
-    one = Jaxpr(
-        (), given, eqn.outvars, [eqn], eqn.effects, _anonymous(len(given), len(eqn.outvars))
-    )
+    one = made((), given, eqn.outvars, [eqn])
     values = [x for x, kept in zip(operands, literal, strict=True) if not kept]
     return core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*values)
+
+
+def made(consts: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], eqns: Any) -> Jaxpr:
+    """A jaxpr of these variables and equations."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    names = _anonymous(len(consts) + len(ins), len(outs))
+    return Jaxpr(tuple(consts), list(ins), list(outs), list(eqns), effects, names)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import remat
-from jaxtricks.remat import measure, recompute
+from jaxtricks.remat import measure, tie
 
 pytestmark = pytest.mark.stock
 
@@ -125,7 +125,7 @@ def test_weights_alone_are_tied_only_if_it_pays():
     x, w = jnp.ones((64, 8)), jnp.ones((8, 8))
 
     def tied(fn, *args):
-        return recompute.tied_inputs(jt._jaxpr.trace(fn, *args)[0].jaxpr)
+        return tie.tied_inputs(jt._jaxpr.trace(fn, *args)[0].jaxpr)
 
     # Either would do; the kernel is the smaller copy.
     assert tied(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w), w, x) == {0}
@@ -138,14 +138,14 @@ def test_weights_alone_are_tied_only_if_it_pays():
 
 def test_the_tie_changes_no_value():
     values = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e30, -3.0], jnp.float32)
-    zero = recompute.zero_after([values, jnp.arange(3), jnp.zeros((0, 2))])
+    zero = tie.zero_after([values, jnp.arange(3), jnp.zeros((0, 2))])
     assert zero.dtype == jnp.uint32 and int(zero) == 0
     for x in (values, values.astype(jnp.bfloat16), jnp.arange(-2, 2), jnp.array([True, False])):
-        late = recompute._late(x, zero)
+        late = tie.late(x, zero)
         assert late.dtype == x.dtype
         assert np.asarray(late).tobytes() == np.asarray(x).tobytes()
     key = jax.random.key(3)
-    assert (jax.random.key_data(recompute._late(key, zero)) == jax.random.key_data(key)).all()
+    assert (jax.random.key_data(tie.late(key, zero)) == jax.random.key_data(key)).all()
 
 
 def test_bfloat16_and_integer_only_functions():

@@ -166,7 +166,7 @@ def compile_step(program: Program, state: TrainState, batch: Any) -> Compiled:
     """Compile the step for arguments like these."""
     traced = jax.jit(program.step, donate_argnums=0).trace(state, batch)
     step = traced.lower().compile()
-    return Compiled(step, measure.report(step, traced.jaxpr.jaxpr).temp)
+    return Compiled(step, measure.report(step, traced.jaxpr).temp)
 
 
 class Meter:

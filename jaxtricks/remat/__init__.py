@@ -33,7 +33,19 @@ same mask.
 References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
 """
 
+from jaxtricks.remat.budget import BudgetInfeasible
 from jaxtricks.remat.measure import Report, memory
+from jaxtricks.remat.planner import auto_remat, plan
+from jaxtricks.remat.plans import Plan, plan_from_json
 from jaxtricks.remat.recompute import recompute_grad
 
-__all__ = ["Report", "memory", "recompute_grad"]
+__all__ = [
+    "BudgetInfeasible",
+    "Plan",
+    "Report",
+    "auto_remat",
+    "memory",
+    "plan",
+    "plan_from_json",
+    "recompute_grad",
+]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _jaxpr, _table
+from jaxtricks.remat import flat
 
 
 class Report(NamedTuple):
@@ -50,15 +51,16 @@ def memory(fn: Callable[..., Any], *args: Any) -> Report:
     """
     jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
     traced = jitted.trace(*args)
-    return report(traced.lower().compile(), traced.jaxpr.jaxpr)
+    return report(traced.lower().compile(), traced.jaxpr)
 
 
-def report(compiled: Any, jaxpr: _jaxpr.Jaxpr) -> Report:
-    """Report of an executable and the jaxpr it was made from."""
+def report(compiled: Any, program: _jaxpr.ClosedJaxpr) -> Report:
+    """Report of an executable and the jaxpr it was made from; dead code counts no operations."""
     m = compiled.memory_analysis()
     temp = max(0, m.temp_size_in_bytes - _constant_temp())
     args, outs, alias = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
-    return Report(temp, args, outs, alias, args + outs - alias + temp, flops(jaxpr))
+    needed = flops(flat.pruned(flat.inlined(program).jaxpr))
+    return Report(temp, args, outs, alias, args + outs - alias + temp, needed)
 
 
 def flops(jaxpr: _jaxpr.Jaxpr) -> int:
@@ -67,10 +69,11 @@ def flops(jaxpr: _jaxpr.Jaxpr) -> int:
     The body of a scan counts as often as it runs, the dearest branch of a cond once, the body of a
     while loop once (its trip count is not in the program).
     """
-    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+    return sum(map(eqn_flops, jaxpr.eqns))
 
 
-def _eqn_flops(eqn: Any) -> int:
+def eqn_flops(eqn: Any) -> int:
+    """Floating-point operations of one equation; see `flops`."""
     name, inner = eqn.primitive.name, list(_jaxpr.sub_jaxprs(eqn))
     if name == "scan":
         return eqn.params["length"] * flops(inner[0])
@@ -87,7 +90,9 @@ def _eqn_flops(eqn: Any) -> int:
     if name == "conv_general_dilated":
         rhs_spec = eqn.params["dimension_numbers"].rhs_spec
         kernel = eqn.invars[1].aval.shape
-        return 2 * _size(eqn.outvars[0]) * math.prod(kernel) // max(1, kernel[rhs_spec[0]])
+        sums = 2 * _size(eqn.outvars[0]) * math.prod(kernel) // max(1, kernel[rhs_spec[0]])
+        # The gradient of a strided convolution reads zeros between its inputs: no work.
+        return sums // math.prod(eqn.params["lhs_dilation"])
     if name.startswith("reduce_"):
         return max(map(_float_size, eqn.invars))
     return sum(map(_float_size, eqn.outvars)) if name in _ELEMENTWISE else 0

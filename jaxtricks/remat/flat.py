@@ -1,0 +1,169 @@
+"""Jaxprs as flat lists of equations: inline, cut, prune, fingerprint."""
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Var
+
+from jaxtricks import _jaxpr
+
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+
+
+def inlined(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
+    """The same program with its jitted calls written out; every variable is its own."""
+    eqns: list[Any] = []
+    consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+
+    def write(jaxpr: _jaxpr.Jaxpr, env: dict[Any, Any]) -> list[Any]:
+        for eqn in jaxpr.eqns:
+            operands = [_read(env, v) for v in eqn.invars]
+            if _is_plain_call(eqn):
+                inner = _callee(eqn)
+                consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
+                outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
+            else:
+                outs = [Var(v.aval) for v in eqn.outvars]
+                eqns.append(eqn.replace(invars=operands, outvars=outs))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [_read(env, v) for v in jaxpr.outvars]
+
+    outs = write(closed.jaxpr, {})
+    flat = _jaxpr.made(tuple(consts), closed.jaxpr.invars, outs, eqns)
+    return _jaxpr.ClosedJaxpr(flat, list(consts.values()))
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return v if _jaxpr.is_literal(v) else env.get(v, v)
+
+
+def _is_plain_call(eqn: Any) -> bool:
+    if eqn.primitive.name not in CALLS:
+        return False
+    # A jitted function with shardings of its own means them.
+    given = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
+    return not any(isinstance(s, jax.sharding.Sharding) for s in given)
+
+
+def _callee(eqn: Any) -> _jaxpr.ClosedJaxpr:
+    body = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    return body if isinstance(body, _jaxpr.ClosedJaxpr) else _jaxpr.ClosedJaxpr(body, ())
+
+
+def read_by(eqns: Sequence[Any]) -> list[Any]:
+    """Variables that the equations read and do not make, in order of use."""
+    made = {v for eqn in eqns for v in eqn.outvars}
+    read = [v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made]
+    return list(dict.fromkeys(read))
+
+
+def piece(eqns: Sequence[Any], outs: Sequence[Any]) -> _jaxpr.Jaxpr:
+    """The equations as a jaxpr of what they read."""
+    return _jaxpr.made((), read_by(eqns), outs, eqns)
+
+
+def replaced(
+    jaxpr: _jaxpr.Jaxpr, saved: Collection[int]
+) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
+    """fn(inputs, values): the results of the saved equations are values, differentiated as if computed.
+
+    Args:
+      jaxpr: an inlined one; inputs are its constvars, then its invars.
+      saved: indices of equations; values are all of their outputs in order.
+    """
+    ends = [*sorted(i + 1 for i in saved), len(jaxpr.eqns)]
+    parts = [jaxpr.eqns[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    swaps = [list(eqns[-1].outvars) for eqns in parts[:-1]] + [[]]
+    runs = []
+    for eqns, needed in zip(parts, _needed_after(parts, jaxpr.outvars), strict=True):
+        runs.append(piece(eqns, [v for eqn in eqns for v in eqn.outvars if v in needed]))
+
+    def run(inputs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+        given = iter(values)
+        for part, swapped in zip(runs, swaps, strict=True):
+            results = _jaxpr.as_fun(part)((), *[env[v] for v in part.invars])
+            env.update(zip(part.outvars, results, strict=True))
+            for v, value in zip(swapped, given, strict=False):
+                env[v] = _swap(env[v], value) if v in env else value
+        return [v.val if _jaxpr.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    return run
+
+
+def _needed_after(parts: Sequence[Sequence[Any]], outvars: Sequence[Any]) -> list[set[Any]]:
+    needed = {v for v in outvars if isinstance(v, Var)}
+    after = []
+    for eqns in reversed(parts):
+        after.append(set(needed))
+        needed |= set(read_by(eqns))
+    return after[::-1]
+
+
+@jax.custom_jvp
+def _swap(computed: Any, value: Any) -> Any:
+    del computed
+    return value
+
+
+@_swap.defjvp
+def _swap_jvp(primals: Any, tangents: Any) -> Any:
+    # The value of one, the derivative of the other: what computes the first is dead code.
+    return primals[1], tangents[0]
+
+
+def pruned(jaxpr: _jaxpr.Jaxpr, used: Sequence[bool] | None = None) -> _jaxpr.Jaxpr:
+    """The jaxpr without equations whose results nobody reads.
+
+    Args:
+      jaxpr: any; its inputs stay.
+      used: which outputs are read; None is all.
+    """
+    outs = [v for i, v in enumerate(jaxpr.outvars) if used is None or used[i]]
+    needed = {v for v in outs if isinstance(v, Var)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            kept.append(_pruned_body(eqn, needed))
+            needed.update(v for v in eqn.invars if isinstance(v, Var))
+    return _jaxpr.made(jaxpr.constvars, jaxpr.invars, outs, kept[::-1])
+
+
+def _pruned_body(eqn: Any, needed: set[Any]) -> Any:
+    """A scan without the stacked outputs that nobody reads (counted, never run)."""
+    if eqn.primitive.name != "scan":
+        return eqn
+    carry = eqn.params["num_carry"]
+    used = [i < carry or v in needed for i, v in enumerate(eqn.outvars)]
+    body = eqn.params["jaxpr"]
+    outs = [v for v, u in zip(eqn.outvars, used, strict=True) if u]
+    slim = _jaxpr.ClosedJaxpr(pruned(body.jaxpr, used), body.consts)
+    return eqn.replace(outvars=outs, params={**eqn.params, "jaxpr": slim})
+
+
+def fingerprint(jaxpr: _jaxpr.Jaxpr) -> str:
+    """Twelve hexadecimal digits: equal for equal operations on equal shapes, wherever they stand."""
+    return hashlib.sha256(repr(_written(jaxpr)).encode()).hexdigest()[:12]
+
+
+def _written(jaxpr: _jaxpr.Jaxpr) -> Any:
+    inputs = (*jaxpr.constvars, *jaxpr.invars)
+    number = {v: i for i, v in enumerate(inputs)}
+    shapes = [v.aval.str_short() for v in inputs]
+    lines = []
+    for eqn in jaxpr.eqns:
+        number |= {v: len(number) + i for i, v in enumerate(eqn.outvars)}
+        reads = [str(v) if _jaxpr.is_literal(v) else number[v] for v in eqn.invars]
+        outs = [v.aval.str_short() for v in eqn.outvars]
+        params = sorted((k, v) for k, v in eqn.params.items() if _is_plain(v))
+        inner = [_written(j) for j in _jaxpr.sub_jaxprs(eqn)]
+        lines.append((eqn.primitive.name, reads, outs, params, inner))
+    return shapes, lines, [str(v) if _jaxpr.is_literal(v) else number[v] for v in jaxpr.outvars]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):  # dimension numbers and paddings, too
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)

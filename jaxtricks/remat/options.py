@@ -1,0 +1,234 @@
+"""What can be kept of a stage, and what each choice costs: traced, not guessed."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtricks import _jaxpr
+from jaxtricks.remat import chain, cost, flat, measure, tie
+from jaxtricks.remat.recompute import recomputed
+
+KEEP = "keep"  # all that the derivative needs, as without recomputation
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+_MOST_SAVED = 6  # how many sets of saved products are tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a stage runs.
+
+    Attributes:
+      saved: how many products are kept, those that save most arithmetic a byte first; None keeps all
+        that the derivative needs, 0 recomputes from the inputs.
+      outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the scan alone.
+    """
+
+    saved: int | None = None
+    outer: int = 0
+
+    def __str__(self) -> str:
+        kept = {None: KEEP, 0: "recompute"}.get(self.saved, f"save {self.saved}")
+        return f"scan in {self.outer}, {kept}" if self.outer else kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A choice and its price.
+
+    Attributes:
+      choice: the choice.
+      kept: bytes that stay until the backward pass, inputs and outputs of the stage apart.
+      extra: operations beyond those of keeping everything.
+      backward: bytes alive at most during its backward pass, what is kept apart.
+    """
+
+    choice: Choice
+    kept: float
+    extra: float
+    backward: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """The options of a stage that no other option beats, and the price of its forward pass."""
+
+    options: tuple[Option, ...]
+    forward: float
+    forward_bytes: float
+
+
+def price(stage: chain.Stage, varied: Sequence[bool], flops_per_byte: float) -> Priced:
+    """Options of a stage, each priced from the trace of its own derivative.
+
+    Args:
+      stage: the stage.
+      varied: which of its inputs depend on what is differentiated.
+      flops_per_byte: see `cost.FLOPS_PER_BYTE`.
+    """
+    found = [_price(stage, choice, varied, flops_per_byte) for choice in choices(stage)]
+    base = found[0].extra
+    found = [dataclasses.replace(o, extra=max(0.0, o.extra - base)) for o in found]
+    return Priced(
+        tuple(_undominated(found)),
+        math.inf if stage.fixed else cost.work(stage.jaxpr, flops_per_byte),
+        cost.peak_live(stage.jaxpr),
+    )
+
+
+def choices(stage: chain.Stage) -> list[Choice]:
+    """What is tried for a stage; the first is to keep all."""
+    if stage.fixed:
+        return [Choice()]
+    loop = largest_scan(stage.jaxpr)
+    products = len(_products(stage.jaxpr))
+    found = [Choice(n) for n in (None, 0, *_counts(products))]
+    if loop is None:
+        return found
+    inner = [0, *_counts(len(_products(flat.inlined(loop.params["jaxpr"]).jaxpr)))]
+    found += [Choice(n, 1) for n in inner]
+    splits = _splits(loop.params["length"])
+    return found + [Choice(n, k) for k in splits for n in (None, *inner)]
+
+
+def _counts(products: int) -> Iterable[int]:
+    return range(max(1, products // _MOST_SAVED), products + 1, max(1, products // _MOST_SAVED))
+
+
+def _splits(length: int) -> list[int]:
+    divisors = [d for d in range(2, length) if length % d == 0]
+    return sorted(divisors, key=lambda d: abs(math.log(d / math.sqrt(length))))[:3]
+
+
+def largest_scan(jaxpr: _jaxpr.Jaxpr) -> Any:
+    """The scan with most arithmetic in a jaxpr; None if there is none to split."""
+    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] > 1]
+    return max(scans, key=measure.eqn_flops, default=None)
+
+
+def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
+    """Equations that are products, those with most arithmetic a byte of result first."""
+    found = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name in _PRODUCTS]
+    return sorted(found, key=lambda i: -_gain(jaxpr.eqns[i]))
+
+
+def _gain(eqn: Any) -> float:
+    return measure.eqn_flops(eqn) / max(1, sum(map(tie.var_bytes, eqn.outvars)))
+
+
+def run(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
+    """The jaxpr, run as chosen: a function of (*constvars, *invars)."""
+    if choice.outer:
+        return _with_scan(jaxpr, choice)
+    if choice.saved is None:
+        return _plain(jaxpr)
+    return recomputed(jaxpr, saved=_products(jaxpr)[: choice.saved])
+
+
+def _plain(jaxpr: _jaxpr.Jaxpr) -> Callable[..., list[Any]]:
+    n = len(jaxpr.constvars)
+    return lambda *xs: _jaxpr.as_fun(jaxpr)(xs[:n], *xs[n:])
+
+
+def _with_scan(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
+    """Everything kept but inside the largest scan."""
+    loop = largest_scan(jaxpr)
+    at = next(i for i, eqn in enumerate(jaxpr.eqns) if eqn is loop)
+    inputs = (*jaxpr.constvars, *jaxpr.invars)
+    before = flat.piece(jaxpr.eqns[:at], [v for e in jaxpr.eqns[:at] for v in e.outvars])
+    after = flat.piece(jaxpr.eqns[at + 1 :], [v for e in jaxpr.eqns[at + 1 :] for v in e.outvars])
+
+    def go(*xs: Any) -> list[Any]:
+        env = dict(zip(inputs, xs, strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if _jaxpr.is_literal(v) else env[v]
+
+        for part, fn in ((before, _plain(before)), (loop, _split(loop, choice)), (after, _plain(after))):
+            env.update(zip(part.outvars, fn(*map(read, part.invars)), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return go
+
+
+def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
+    """The scan as two nested ones; the outer body and the inner one are recomputed."""
+    p = loop.params
+    consts, carries, length, reverse = (p[k] for k in ("num_consts", "num_carry", "length", "reverse"))
+    body = flat.inlined(p["jaxpr"])
+    step = _plain(body.jaxpr)
+    if choice.saved is not None:
+        saved = _products(body.jaxpr)[: choice.saved]
+        step = recomputed(body.jaxpr, saved=saved, ordered=False)
+
+    def go(*xs: Any) -> list[Any]:
+        fixed, init, rows = xs[:consts], xs[consts : consts + carries], xs[consts + carries :]
+
+        def one(carry: Any, row: Any) -> tuple[Any, Any]:
+            out = step(*body.consts, *fixed, *carry, *row)
+            return out[:carries], out[carries:]
+
+        def many(carry: Any, rows: Any) -> tuple[Any, Any]:
+            return jax.lax.scan(one, carry, rows, length // choice.outer, reverse=reverse)
+
+        if choice.outer == 1:
+            carry, out = many(list(init), list(rows))
+            return [*carry, *out]
+        rows = [x.reshape(choice.outer, -1, *x.shape[1:]) for x in rows]
+        outer = jax.checkpoint(many, prevent_cse=False)
+        carry, out = jax.lax.scan(outer, list(init), rows, choice.outer, reverse=reverse)
+        return [*carry, *(y.reshape(length, *y.shape[2:]) for y in out)]
+
+    return go
+
+
+def _price(
+    stage: chain.Stage, choice: Choice, varied: Sequence[bool], flops_per_byte: float
+) -> Option:
+    """Price of a choice; `extra` is still the operations of both passes."""
+    jaxpr = stage.jaxpr
+    shapes = [_shape(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
+    wrt = [i for i, v in enumerate(shapes) if varied[i] and jnp.issubdtype(v.dtype, jnp.inexact)]
+    fn = run(jaxpr, choice)
+    structure: Any = None
+
+    def forward(*xs: Any) -> tuple[Any, Any]:
+        nonlocal structure
+
+        def of_varied(*ys: Any) -> Any:
+            full = list(xs)
+            for i, y in zip(wrt, ys, strict=True):
+                full[i] = y
+            return fn(*full)
+
+        outs, pullback = jax.vjp(of_varied, *[xs[i] for i in wrt])
+        residuals, structure = jax.tree.flatten(pullback)
+        return outs, residuals
+
+    there = flat.pruned(flat.inlined(jax.make_jaxpr(forward)(*shapes)).jaxpr)
+    outs, residuals = there.outvars[: len(jaxpr.outvars)], there.outvars[len(jaxpr.outvars) :]
+    kept = {v for v in residuals if not _jaxpr.is_literal(v)} - {*there.invars, *outs}
+    pullback = jax.make_jaxpr(lambda rs, cts: jax.tree.unflatten(structure, rs)(cts))
+    back = flat.pruned(flat.inlined(pullback([*map(_shape, residuals)], [*map(_shape, outs)])).jaxpr)
+    total = cost.work(there, flops_per_byte) + cost.work(back, flops_per_byte)
+    return Option(choice, sum(map(tie.var_bytes, kept)), total, cost.peak_live(back))
+
+
+def _shape(v: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+
+
+def _undominated(options: Sequence[Option]) -> list[Option]:
+    kept: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.kept, o.extra, o.backward)):
+        if not any(_beats(p, o) for p in kept):
+            kept = [*(p for p in kept if not _beats(o, p)), o]
+    return kept
+
+
+def _beats(a: Option, b: Option) -> bool:
+    # The transient counts: splits of a scan differ in nothing else.
+    return a.kept <= b.kept and a.extra <= b.extra and a.kept + a.backward <= b.kept + b.backward

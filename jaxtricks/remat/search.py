@@ -1,0 +1,162 @@
+"""From the model's schedules to one whose compiled bytes meet the budget."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jax.extend.core import Var
+
+from jaxtricks import _jaxpr
+from jaxtricks.remat import chain, cost, flat, measure, options
+from jaxtricks.remat.plans import Recipe
+from jaxtricks.remat.solve import Again, Run, Schedule, Solution
+
+_AIM = 0.98  # of the budget: the next guess should fall just below
+_CLOSE = 0.005  # of the step's operations: a gain not worth another compilation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A program as a chain of priced stages.
+
+    Attributes:
+      ends, stages: the chain.
+      prints: fingerprints of the stages.
+      solution: the best schedules by the model.
+    """
+
+    ends: tuple[int, ...]
+    stages: list[chain.Stage]
+    prints: tuple[str, ...]
+    solution: Solution
+
+    @classmethod
+    def of(cls, program: _jaxpr.Jaxpr, varied: Sequence[bool], platform: str) -> "Problem":
+        """The problem of an inlined program.
+
+        Args:
+          program: the forward pass.
+          varied: which of its invars are differentiated.
+          platform: "cpu", "gpu" or "tpu".
+        """
+        ends = chain.cut(program)
+        stages = chain.stages(program, ends)
+        prints = tuple(flat.fingerprint(stage.jaxpr) for stage in stages)
+        moving = {v for v, moves in zip(program.invars, varied, strict=True) if moves}
+        for eqn in program.eqns:
+            if any(isinstance(v, Var) and v in moving for v in eqn.invars):
+                moving.update(eqn.outvars)
+        known: dict[object, options.Priced] = {}
+        prices = []
+        for stage, name in zip(stages, prints, strict=True):
+            moves = tuple(v in moving for v in (*stage.jaxpr.constvars, *stage.jaxpr.invars))
+            if (name, moves) not in known:
+                known[name, moves] = options.price(stage, moves, cost.FLOPS_PER_BYTE[platform])
+            prices.append(known[name, moves])
+        return cls(tuple(ends), stages, prints, Solution(prices, [s.carry for s in stages]))
+
+    def recipe(self, schedule: Schedule | None) -> Recipe:
+        """The schedule with what it is for."""
+        return Recipe(self.ends, self.prints, schedule)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Figures:
+    """A compiled program: its report and its jaxpr."""
+
+    report: measure.Report
+    jaxpr: _jaxpr.ClosedJaxpr
+
+    def alive(self) -> np.ndarray:
+        """Bytes alive, unfused, at each operation."""
+        return cost.live_bytes(flat.pruned(flat.inlined(self.jaxpr).jaxpr))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tried:
+    """A schedule (None: unplanned) and what the compiler made of it."""
+
+    schedule: Schedule | None
+    figures: Figures
+
+    @property
+    def temp(self) -> int:
+        """Bytes of temporaries."""
+        return self.figures.report.temp
+
+
+class Search:
+    """Compiles schedules, most promising first.
+
+    Attributes:
+      tried: what was compiled, the unplanned program apart.
+    """
+
+    def __init__(
+        self,
+        solution: Solution,
+        compiled: Callable[[Schedule], Figures],
+        unplanned: Figures,
+        max_compiles: int,
+    ):
+        self._solution, self._compiled = solution, compiled
+        self._unplanned, self._left = Tried(None, unplanned), max_compiles
+        self.tried: list[Tried] = []
+        # {index of a schedule of the solution: bytes that it took}
+        self._seen: dict[int, int] = {len(solution.memory) - 1: unplanned.report.temp}
+
+    def best(self, temp: int) -> Tried:
+        """The cheapest schedule found within these bytes of temporaries, else the smallest one."""
+        if self._unplanned.temp <= temp:
+            return self._unplanned
+        while self._left and (i := self._next(temp)) is not None:
+            self._seen[i] = self._try(self._solution.schedule(i)).temp
+        if not self._fitting(temp):
+            for schedule in self._by_hand():
+                if self._left and self._try(schedule).temp <= temp:
+                    break
+        cheapest = min(self._fitting(temp), key=lambda t: t.figures.report.flops, default=None)
+        return cheapest or min([*self.tried, self._unplanned], key=lambda t: t.temp)
+
+    def _fitting(self, temp: int) -> list[Tried]:
+        return [t for t in self.tried if t.temp <= temp]
+
+    def _try(self, schedule: Schedule) -> Tried:
+        self._left -= 1
+        self.tried.append(Tried(schedule, self._compiled(schedule)))
+        return self.tried[-1]
+
+    def _next(self, temp: int) -> int | None:
+        """The schedule to compile next; None if nothing is to be gained."""
+        memory, extra = self._solution.memory, self._solution.extra
+        low = max((i for i, n in self._seen.items() if n <= temp), default=-1)
+        high = min((i for i, n in self._seen.items() if n > temp and i > low), default=len(memory))
+        if high - low <= 1:
+            return None
+        if low >= 0 and extra[low] - extra[high - 1] < _CLOSE * self._solution.step:
+            return None
+        if low >= 0 and high < len(memory):
+            slope = (memory[high] - memory[low]) / (self._seen[high] - self._seen[low])
+            aim = memory[low] + slope * (_AIM * temp - self._seen[low])
+        else:
+            known = high if high < len(memory) else low
+            aim = memory[known] * _AIM * temp / self._seen[known]
+        guess = int(np.searchsorted(memory, aim, "right")) - 1
+        return min(max(guess, low + 1), high - 1)
+
+    def _by_hand(self) -> Iterator[Schedule]:
+        """What people write, for budgets below the model's reach: binary recursion, sqrt(n) groups."""
+        n = self._solution.stages
+        again = options.Choice(0)
+        yield _halves(0, n)
+        size = math.isqrt(n - 1) + 1
+        groups = [range(a, min(a + size, n)) for a in range(0, n, size)]
+        yield tuple(Again(tuple(Run(i, again) for i in group)) for group in groups)
+
+
+def _halves(a: int, b: int) -> Schedule:
+    if b - a == 1:
+        return (Run(a, options.Choice()),)
+    middle = (a + b) // 2
+    return (Again(_halves(a, middle)), *_halves(middle, b))

@@ -1,0 +1,132 @@
+"""Which stages to keep, which to run again, and how to nest: a dynamic programme over memory.
+
+A schedule of a chain is a list of steps: run one stage as some option says, or run a group of stages
+keeping only its input, and, when the cotangent arrives, run the group by a schedule of its own. With a
+the carries, kept_o, extra_o, back_o the prices of option o, and m bytes for stages s..t,
+
+    cost(s, t, m) = min( min_o extra_o + cost(s+1, t, m - kept_o - a_s)           if kept_o + back_o <= m
+                         min_k forward(s..k) + cost(s, k, m) + cost(k+1, t, m - a_k) )
+
+after Herrmann, Beaumont et al., Optimal checkpointing for heterogeneous chains, arXiv 1911.13214, with
+options of every stage and their transients.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxtricks.remat.options import Choice, Priced
+
+SLOTS = 1000  # steps of memory; too few round small carries up
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run a stage as chosen."""
+
+    stage: int
+    choice: Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """Run these steps keeping their input only, and once more in the backward pass."""
+
+    steps: "Schedule"
+
+
+Schedule = tuple[Run | Again, ...]
+
+
+def stages_of(schedule: Schedule) -> Iterator[int]:
+    """The stages in order."""
+    for step in schedule:
+        if isinstance(step, Run):
+            yield step.stage
+        else:
+            yield from stages_of(step.steps)
+
+
+class Solution:
+    """All schedules that are the cheapest for some memory.
+
+    Attributes:
+      memory: model bytes of each distinct schedule, increasing: float64 [schedules].
+      extra: operations that it runs twice: float64 [schedules].
+      step: operations of both passes, roughly.
+      stages: how many there are.
+    """
+
+    def __init__(self, prices: Sequence[Priced], carries: Sequence[int], slots: int = SLOTS):
+        self._prices, self._slots = prices, slots
+        kept = [max(o.kept for o in p.options) + a for p, a in zip(prices, carries, strict=True)]
+        transient = max(max(o.backward for o in p.options) + p.forward_bytes for p in prices)
+        self._unit = max(1.0, (sum(kept) + transient) / slots)
+        self._carry = [self._up(a) for a in carries]
+        self.stages = len(prices)
+        self.step = 3 * sum(p.forward for p in prices if math.isfinite(p.forward))
+        self._solve()
+        cost = self._cost[0, -1]
+        falls = np.flatnonzero(np.isfinite(cost) & (cost < np.append(math.inf, cost[:-1]) - 1e-9))
+        self._at, self.memory, self.extra = falls, falls * self._unit, cost[falls]
+
+    def schedule(self, i: int) -> Schedule:
+        """The i-th schedule."""
+        return tuple(self._steps(0, len(self._prices) - 1, int(self._at[i])))
+
+    def _up(self, n: float) -> int:
+        return math.ceil(n / self._unit - 1e-9)
+
+    def _solve(self) -> None:
+        n, width = len(self._prices), self._slots + 1
+        self._cost = np.full((n, n, width), math.inf)
+        self._best = np.full((n, n, width), -1, np.int16)  # option, or number of options + split
+        # later[s, t]: the cost of stages s..t where the carry into s has to be held as well.
+        later = np.full((n, n, width), math.inf)
+        forward = [p.forward for p in self._prices]
+        for s in reversed(range(n)):
+            for t in range(s, n):
+                self._keep(s, t)
+                if t > s:
+                    again = np.cumsum(forward[s:t])[:, None] + self._cost[s, s:t]
+                    again = again + later[s + 1 : t + 1, t]
+                    best = again.argmin(0)
+                    self._take(s, t, again.min(0), best + len(self._prices[s].options))
+                if s:
+                    later[s, t] = _shifted(self._cost[s, t], self._carry[s - 1])
+
+    def _keep(self, s: int, t: int) -> None:
+        """Stage s first, by each of its options."""
+        m = np.arange(self._slots + 1)
+        for i, o in enumerate(self._prices[s].options):
+            need = max(self._up(o.kept + o.backward), self._up(self._prices[s].forward_bytes))
+            rest = np.zeros(len(m))
+            if t > s:
+                rest = _shifted(self._cost[s + 1, t], self._up(o.kept) + self._carry[s])
+            self._take(s, t, np.where(m >= need, o.extra + rest, math.inf), np.full(len(m), i))
+
+    def _take(self, s: int, t: int, cost: np.ndarray, choice: np.ndarray) -> None:
+        better = cost < self._cost[s, t] - 1e-9
+        self._cost[s, t] = np.where(better, cost, self._cost[s, t])
+        self._best[s, t] = np.where(better, choice, self._best[s, t])
+
+    def _steps(self, s: int, t: int, m: int) -> Iterator[Run | Again]:
+        while s <= t:
+            options, best = self._prices[s].options, int(self._best[s, t, m])
+            if best < len(options):
+                yield Run(s, options[best].choice)
+                m -= self._up(options[best].kept) + self._carry[s]
+                s += 1
+            else:
+                k = s + best - len(options)
+                yield Again(tuple(self._steps(s, k, m)))
+                m -= self._carry[k]
+                s = k + 1
+
+
+def _shifted(cost: np.ndarray, by: int) -> np.ndarray:
+    out = np.full_like(cost, math.inf)
+    out[by:] = cost[: len(cost) - by]
+    return out
