@@ -1,5 +1,11 @@
-"""What a jaxpr costs before any compiler saw it: time in units of a floating-point operation, live bytes."""
+"""What a jaxpr costs before any compiler saw it: time in units of a floating-point operation, live bytes.
 
+A compiler fuses elementwise operations into what reads them. The counts here do so in the simplest way: a
+cheap result with one reader that can take it in is never written, and its operands live as long as the reader.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +17,16 @@ from jaxtricks.remat import measure, tie
 # Operations that a machine does in the time of one byte of memory traffic; fusion spares accelerators
 # most of the traffic that an unfused count sees.
 FLOPS_PER_BYTE = {"cpu": 4.0, "gpu": 40.0, "tpu": 60.0}
+
+_CHEAP = frozenset(
+    (
+        "add sub mul neg abs sign max min square integer_pow add_any and or not xor select_n clamp eq ne lt "
+        "le gt ge convert_element_type broadcast_in_dim reshape squeeze expand_dims iota name stop_gradient "
+        "copy is_finite population_count shift_right_logical bitcast_convert_type reduce_precision pvary"
+    ).split()
+)
+_FUSES = _CHEAP | frozenset("div sqrt rsqrt exp log tanh logistic erf pow reduce_sum reduce_max".split())
+_VIEWS = frozenset(("reshape", "squeeze", "expand_dims", "name", "stop_gradient", "copy"))
 
 
 def work(jaxpr: _jaxpr.Jaxpr, flops_per_byte: float) -> float:
@@ -32,22 +48,48 @@ def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
 
 
 def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
-    """Bytes of intermediates alive while each equation runs, inputs and results apart: [equations].
-
-    Every intermediate is counted as written out, so this is above what a fusing compiler needs.
-    """
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if isinstance(v, Var)}
-    last |= dict.fromkeys((v for v in jaxpr.outvars if isinstance(v, Var)), len(jaxpr.eqns))
-    change = np.zeros(len(jaxpr.eqns) + 1)
-    inside = np.zeros(len(jaxpr.eqns))
-    for i, eqn in enumerate(jaxpr.eqns):
+    """Bytes of intermediates alive while each equation runs, inputs apart: float64 [equations]."""
+    n = len(jaxpr.eqns)
+    readers = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, Var))
+    last = {v: n for v in jaxpr.outvars if isinstance(v, Var)}
+    reader: dict[Any, str] = {}
+    change, inside = np.zeros(n + 1), np.zeros(n)
+    for i in reversed(range(n)):
+        eqn = jaxpr.eqns[i]
+        name, out = eqn.primitive.name, eqn.outvars[0] if eqn.outvars else None
+        fused = name in _VIEWS and out in last
+        fused |= name in _CHEAP and readers[out] == 1 and last.get(out, n) < n and reader[out] in _FUSES
+        until = last[out] if fused else i
+        for v in eqn.invars:
+            if isinstance(v, Var):
+                last[v] = max(last.get(v, -1), until)
+                reader[v] = name
         inside[i] = max(map(peak_live, _jaxpr.sub_jaxprs(eqn)), default=0)
-        for v in eqn.outvars:
+        for v in () if fused else eqn.outvars:
             change[i] += tie.var_bytes(v)
-            change[min(last.get(v, i) + 1, len(jaxpr.eqns))] -= tie.var_bytes(v)
+            change[min(last.get(v, i) + 1, n)] -= tie.var_bytes(v)
     return np.cumsum(change)[:-1] + inside
 
 
 def peak_live(jaxpr: Any) -> float:
     """The largest of `live_bytes`."""
     return float(live_bytes(jaxpr).max(initial=0))
+
+
+def kept_bytes(jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[Any]) -> float:
+    """Bytes of residuals that are written out: what cheap operations make of others is made again.
+
+    Args:
+      jaxpr: the program that makes them.
+      residuals: some of its variables.
+      known: variables that are kept in any case.
+    """
+    wanted, have, total = set(residuals), {*known, *jaxpr.invars, *jaxpr.constvars}, 0.0
+    for eqn in jaxpr.eqns:
+        operands = [v for v in eqn.invars if isinstance(v, Var)]
+        if eqn.primitive.name in _CHEAP and have.issuperset(operands):
+            have.update(eqn.outvars)
+        for v in wanted.intersection(eqn.outvars) - have:
+            total += tie.var_bytes(v)
+            have.add(v)
+    return total

@@ -12,15 +12,23 @@ from jaxtricks import _jaxpr
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
-def inlined(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
-    """The same program with its jitted calls written out; every variable is its own."""
+RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat2", "remat")
+
+
+def inlined(closed: _jaxpr.ClosedJaxpr, calls: Sequence[str] = CALLS) -> _jaxpr.ClosedJaxpr:
+    """The same program with its calls written out; every variable is its own.
+
+    Args:
+      closed: any jaxpr.
+      calls: names of primitives; with `RULES` among them the values are right and derivatives are lost.
+    """
     eqns: list[Any] = []
     consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
 
     def write(jaxpr: _jaxpr.Jaxpr, env: dict[Any, Any]) -> list[Any]:
         for eqn in jaxpr.eqns:
             operands = [_read(env, v) for v in eqn.invars]
-            if _is_plain_call(eqn):
+            if eqn.primitive.name in calls and not _means_shardings(eqn):
                 inner = _callee(eqn)
                 consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
                 outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
@@ -39,16 +47,13 @@ def _read(env: dict[Any, Any], v: Any) -> Any:
     return v if _jaxpr.is_literal(v) else env.get(v, v)
 
 
-def _is_plain_call(eqn: Any) -> bool:
-    if eqn.primitive.name not in CALLS:
-        return False
-    # A jitted function with shardings of its own means them.
+def _means_shardings(eqn: Any) -> bool:
     given = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
-    return not any(isinstance(s, jax.sharding.Sharding) for s in given)
+    return any(isinstance(s, jax.sharding.Sharding) for s in given)
 
 
 def _callee(eqn: Any) -> _jaxpr.ClosedJaxpr:
-    body = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    body = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
     return body if isinstance(body, _jaxpr.ClosedJaxpr) else _jaxpr.ClosedJaxpr(body, ())
 
 

@@ -210,11 +210,11 @@ def _price(
 
     there = flat.pruned(flat.inlined(jax.make_jaxpr(forward)(*shapes)).jaxpr)
     outs, residuals = there.outvars[: len(jaxpr.outvars)], there.outvars[len(jaxpr.outvars) :]
-    kept = {v for v in residuals if not _jaxpr.is_literal(v)} - {*there.invars, *outs}
+    kept = cost.kept_bytes(there, {v for v in residuals if not _jaxpr.is_literal(v)}, {v for v in outs if not _jaxpr.is_literal(v)})
     pullback = jax.make_jaxpr(lambda rs, cts: jax.tree.unflatten(structure, rs)(cts))
     back = flat.pruned(flat.inlined(pullback([*map(_shape, residuals)], [*map(_shape, outs)])).jaxpr)
     total = cost.work(there, flops_per_byte) + cost.work(back, flops_per_byte)
-    return Option(choice, sum(map(tie.var_bytes, kept)), total, cost.peak_live(back))
+    return Option(choice, kept, total, cost.peak_live(back))
 
 
 def _shape(v: Any) -> jax.ShapeDtypeStruct:

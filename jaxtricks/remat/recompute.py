@@ -75,7 +75,7 @@ def recomputed(
     kept = [v for i in sorted(saved) for v in jaxpr.eqns[i].outvars]
     outputs = len(jaxpr.outvars)
     inputs = (*jaxpr.constvars, *jaxpr.invars)
-    tied = tie.tied_inputs(jaxpr, saved) if ordered else set()
+    tied = sorted(tie.tied_inputs(jaxpr, saved)) if ordered else []
     first = _jaxpr.as_fun(_jaxpr.made((), inputs, [*jaxpr.outvars, *kept], jaxpr.eqns))
     again = flat.replaced(jaxpr, saved) if kept else lambda xs, _: first((), *xs)
 
@@ -92,9 +92,10 @@ def recomputed(
     def backward(residuals: tuple[Any, Any], cotangents: list[Any]) -> tuple[Any, ...]:
         xs, values = residuals
         if ordered:
-            zero = tie.zero_after(cotangents)
-            xs = [tie.late(x, zero) if i in tied else x for i, x in enumerate(xs)]
-            values = [tie.late(x, zero) for x in values]
+            late, cotangents = tie.wait([*(xs[i] for i in tied), *values], cotangents)
+            values = late[len(tied) :]
+            given = dict(zip(tied, late, strict=False))
+            xs = [given.get(i, x) for i, x in enumerate(xs)]
         return jax.vjp(lambda *xs: again(xs, values), *xs)[1](cotangents)
 
     run.defvjp(forward, backward)

@@ -9,19 +9,63 @@ import jax.numpy as jnp
 
 from jaxtricks import _jaxpr, _tree
 from jaxtricks._types import Array
+from jaxtricks.remat import flat
 
 
-def zero_after(cotangents: Any) -> Array:
-    """Integer 0 that no compiler can know before the cotangents: uint32 [].
+def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], list[Any]]:
+    """xs and cotangents, bit for bit, none before all of the cotangents are there.
+
+    Accelerators have a barrier for this. XLA's CPU backend deletes barriers before it merges common
+    subexpressions, and a mere dependence by data does not stop it from fusing the sum of all cotangents
+    of a residual stream into its last reader, which keeps every term alive. There it is a conditional,
+    whose other branch is never taken and which no pass can see through.
+
+    Args:
+      xs: arrays of any dtype, typed keys among them.
+      cotangents: those of integer outputs (float0) pass by.
+    """
+    keys = [jax.random.key_impl(x) if _is_key(x) else None for x in xs]
+    data = [x if k is None else jax.random.key_data(x) for x, k in zip(xs, keys, strict=True)]
+    moving = [ct for ct in cotangents if _tree.is_floating(ct)]
+    out = jax.lax.platform_dependent(
+        _never(moving), *data, *moving, cpu=_conditional, default=_barrier
+    )
+    late = [
+        x if k is None else jax.random.wrap_key_data(x, impl=k)
+        for x, k in zip(out[: len(xs)], keys, strict=True)
+    ]
+    passed = iter(out[len(xs) :])
+    return late, [next(passed) if _tree.is_floating(ct) else ct for ct in cotangents]
+
+
+def _conditional(never: Array, *xs: Array) -> list[Array]:
+    return jax.lax.cond(never, lambda xs: [_other(x) for x in xs], lambda xs: xs, list(xs))
+
+
+def _other(x: Array) -> Array:
+    # Both branches doing the same would be merged.
+    return x + x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x
+
+
+def _barrier(never: Array, *xs: Array) -> list[Array]:
+    return list(jax.lax.optimization_barrier((never, *xs))[1:])
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _never(cotangents: Sequence[Array]) -> Array:
+    """False, which no compiler can know before the cotangents: bool [].
 
     A population count is at most 32, so shifted right by six it is 0; XLA does no range analysis on it.
     """
     z = jnp.uint32(0)
-    for ct in jax.tree.leaves(cotangents):
-        if _tree.is_floating(ct) and ct.size:
+    for ct in cotangents:
+        if ct.size:
             first = _first(ct).astype(jnp.float32)
             z = z | jax.lax.population_count(jax.lax.bitcast_convert_type(first, jnp.uint32))
-    return z >> 6
+    return z >> 6 > 0
 
 
 def _first(x: Array) -> Array:
@@ -29,21 +73,10 @@ def _first(x: Array) -> Array:
     return jnp.max(x) if any(jax.typeof(x).sharding.spec) else x[(0,) * x.ndim]
 
 
-def late(x: Array, zero: Array) -> Array:
-    """x, bit for bit, once the zero is known."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = jax.random.key_data(x)
-        return jax.random.wrap_key_data(data + zero.astype(data.dtype), impl=jax.random.key_impl(x))
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        # -0.0 + 0.0 would be 0.0; x * 1 is x for every x.
-        return x * (zero + 1).astype(x.dtype)
-    return x ^ zero.astype(x.dtype)
-
-
 def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:
     """Which inputs must wait for the cotangent so that (nearly) all of the recompute waits.
 
-    What depends on no tied input can be merged with the first pass, and is then kept. Tying copies an
+    What depends on no tied input can be merged with the first pass, and is then kept. Tying may copy an
     input, so weights are tied only if enough is computed from them alone. Greedy cover: take the input
     that makes most further bytes wait, until the next one costs more than it brings.
 
@@ -55,6 +88,10 @@ def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:
       Indices into (*constvars, *invars).
     """
     inputs = [*jaxpr.constvars, *jaxpr.invars]
+    if not saved:
+        # What one input of a recomputed block reaches inside it need not be all of the block.
+        closed = _jaxpr.ClosedJaxpr(jaxpr, jaxpr.constvars)
+        jaxpr = flat.inlined(closed, (*flat.CALLS, *flat.RULES)).jaxpr
     reach = [_reached(jaxpr, [var], saved) for var in inputs]
     kept = [v for i in saved for v in jaxpr.eqns[i].outvars]
     tied: set[int] = set()
