@@ -33,7 +33,9 @@ same mask.
 References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
 """
 
+from jaxtricks.remat.loops import scan
 from jaxtricks.remat.measure import Report, memory
 from jaxtricks.remat.recompute import recompute_grad
+from jaxtricks.remat.segments import sequential
 
-__all__ = ["Report", "memory", "recompute_grad"]
+__all__ = ["Report", "memory", "recompute_grad", "scan", "sequential"]
