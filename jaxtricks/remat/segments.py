@@ -35,6 +35,7 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
         params that are not one a function.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> run = sequential([lambda w, x: jnp.tanh(w * x)] * 9)
       >>> float(jax.grad(run, argnums=1)([jnp.float32(1.0)] * 9, jnp.float32(0.0)))
       1.0
