@@ -34,10 +34,12 @@ References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 16
 """
 
 from jaxtricks.remat.budget import BudgetInfeasible
+from jaxtricks.remat.loops import scan
 from jaxtricks.remat.measure import Report, memory
 from jaxtricks.remat.planner import auto_remat, plan
 from jaxtricks.remat.plans import Plan, plan_from_json
 from jaxtricks.remat.recompute import recompute_grad
+from jaxtricks.remat.segments import sequential
 
 __all__ = [
     "BudgetInfeasible",
@@ -48,4 +50,6 @@ __all__ = [
     "plan",
     "plan_from_json",
     "recompute_grad",
+    "scan",
+    "sequential",
 ]
