@@ -13,22 +13,6 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
     """Three stages of post-activation blocks with batch statistics, on 32 x 32 images."""
     plan = _stages(width, blocks_a_stage)
 
-    def block_params(key: Any, fan_in: int, features: int) -> Any:
-        keys = jax.random.split(key, 3)
-        p = {
-            "conv1": layers.normal(keys[0], 3, 3, fan_in, features),
-            "norm1": layers.norm_params(features),
-        }
-        p |= {
-            "conv2": layers.normal(keys[1], 3, 3, features, features),
-            "norm2": layers.norm_params(features),
-        }
-        return (
-            p
-            if fan_in == features
-            else p | {"skip": layers.normal(keys[2], 1, 1, fan_in, features)}
-        )
-
     def block(stride: int) -> Callable[[Any, Any], Any]:
         def run(p: Any, x: Any) -> Any:
             h = jax.nn.relu(batch_norm(p["norm1"], layers.conv(x, p["conv1"], stride)))
@@ -43,7 +27,7 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, len(plan) + 1)
         k1, k2, k3 = jax.random.split(key, 3)
-        blocks = [block_params(k, i, o) for k, (i, o, _) in zip(keys, plan, strict=True)]
+        blocks = [_block_params(k, i, o, o) for k, (i, o, _) in zip(keys, plan, strict=True)]
         embed = {"conv": layers.normal(k1, 3, 3, 3, width), "norm": layers.norm_params(width)}
         params = {"embed": embed, "blocks": blocks, "head": layers.normal(k2, 4 * width, 10)}
         return params, layers.images(k3, batch)
@@ -61,15 +45,6 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
     """Two stages of pre-activation blocks with statistics of groups, and pooling over all places."""
     plan = _stages(width, blocks_a_stage, count=2)
 
-    def block_params(key: Any, fan_in: int, features: int) -> Any:
-        keys = jax.random.split(key, 3)
-        p = {"norm1": layers.norm_params(fan_in), "norm2": layers.norm_params(features)}
-        p |= {"conv1": layers.normal(keys[0], 3, 3, fan_in, features)}
-        p |= {"conv2": layers.normal(keys[1], 3, 3, features, features)}
-        if fan_in == features:
-            return p
-        return p | {"skip": layers.normal(keys[2], 1, 1, fan_in, features)}
-
     def activate(p: Any, x: Any) -> Any:
         grouped = x.reshape(*x.shape[:-1], 4, -1)
         shaped = {name: a.reshape(4, -1) for name, a in p.items()}
@@ -86,7 +61,7 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, len(plan) + 1)
         k1, k2, k3 = jax.random.split(key, 3)
-        blocks = [block_params(k, i, o) for k, (i, o, _) in zip(keys, plan, strict=True)]
+        blocks = [_block_params(k, i, o, i) for k, (i, o, _) in zip(keys, plan, strict=True)]
         head = {"norm": layers.norm_params(2 * width), "w": layers.normal(k2, 2 * width, 10)}
         embed = layers.normal(k1, 3, 3, 3, width)
         return {"embed": embed, "blocks": blocks, "head": head}, layers.images(k3, batch)
@@ -101,6 +76,16 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
         embed=lambda p, batch: layers.conv(batch[0], p),
         head=head,
     )
+
+
+def _block_params(key: Any, fan_in: int, features: int, first_norm: int) -> Any:
+    keys = jax.random.split(key, 3)
+    p = {"norm1": layers.norm_params(first_norm), "norm2": layers.norm_params(features)}
+    p |= {"conv1": layers.normal(keys[0], 3, 3, fan_in, features)}
+    p |= {"conv2": layers.normal(keys[1], 3, 3, features, features)}
+    if fan_in == features:
+        return p
+    return p | {"skip": layers.normal(keys[2], 1, 1, fan_in, features)}
 
 
 def _stages(width: int, blocks: int, count: int = 3) -> list[tuple[int, int, int]]:
