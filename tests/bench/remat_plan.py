@@ -46,7 +46,7 @@ def build(loss: Callable[..., Any], args: tuple[Any, Any]) -> Built:
     traced = jax.jit(jax.value_and_grad(loss)).trace(*args)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
-    return Built(measure.report(compiled, traced.jaxpr.jaxpr), compiled(*args)[1], seconds)
+    return Built(measure.report(compiled, traced.jaxpr), compiled(*args)[1], seconds)
 
 
 def by_hand(model: chains.Model) -> dict[str, chains.Chain]:

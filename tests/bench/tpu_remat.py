@@ -16,7 +16,7 @@ from tests.bench import common
 from tests.bench import remat_chains as chains
 from tests.bench import remat_models as models
 
-SIZE = {"n": 12, "width": 512, "length": 512, "batch": 8, "heads": 8, "vocabulary": 1024}
+SIZE = {"n": 4, "width": 512, "length": 512, "batch": 8, "heads": 8, "vocabulary": 1024}
 WRAPS = {"jax.checkpoint": jax.checkpoint, "recompute_grad": remat.recompute_grad}
 HEADERS = ("way", "temp MiB", "to plain", "TFLOP", "to plain", "GiB accessed", "to plain")
 
