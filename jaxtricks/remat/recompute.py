@@ -6,12 +6,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from jaxtricks import _jaxpr
 from jaxtricks._call import Call
 from jaxtricks.remat import flat, tie
 
 Ad = Literal["reverse", "both"]
+# ({input: what is differentiated}, {input: what is not}, values of the saved equations)
+Residuals = tuple[dict[int, Any], dict[int, Any], list[Any]]
 
 
 def recompute_grad(fn: Callable[..., Any], *, seed: Any = None, ad: Ad = "reverse") -> Any:
@@ -83,20 +87,34 @@ def recomputed(
     def run(*xs: Any) -> list[Any]:
         return first((), *xs)[:outputs]
 
-    def forward(*xs: Any) -> tuple[list[Any], tuple[Any, Any]]:
+    def forward(*primals: Any) -> tuple[list[Any], Residuals]:
+        xs = [p.value for p in primals]
+        moving = {i: p.value for i, p in enumerate(primals) if p.perturbed}
+        fixed = {i: p.value for i, p in enumerate(primals) if not p.perturbed}
         if ad == "reverse" and not kept:
-            return run(*xs), (xs, ())
+            return run(*xs), (moving, fixed, [])
         results = first((), *xs)
-        return results[:outputs], (xs, results[outputs:])
+        return results[:outputs], (moving, fixed, results[outputs:])
 
-    def backward(residuals: tuple[Any, Any], cotangents: list[Any]) -> tuple[Any, ...]:
-        xs, values = residuals
+    def backward(residuals: Residuals, cotangents: list[Any]) -> tuple[Any, ...]:
+        moving, fixed, values = residuals
+        xs, cotangents = moving | fixed, list(map(_instantiated, cotangents))
         if ordered:
             late, cotangents = tie.wait([*(xs[i] for i in tied), *values], cotangents)
             values = late[len(tied) :]
-            given = dict(zip(tied, late, strict=False))
-            xs = [given.get(i, x) for i, x in enumerate(xs)]
-        return jax.vjp(lambda *xs: again(xs, values), *xs)[1](cotangents)
+            xs |= dict(zip(tied, late, strict=False))
 
-    run.defvjp(forward, backward)
+        def rerun(moving: dict[int, Any]) -> list[Any]:
+            return again([(xs | moving)[i] for i in range(len(xs))], values)
+
+        (found,) = jax.vjp(rerun, {i: xs[i] for i in moving})[1](cotangents)
+        return tuple(found.get(i) for i in range(len(xs)))
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _instantiated(ct: Any) -> Any:
+    if isinstance(ct, SymbolicZero):
+        return (np if ct.dtype == jax.dtypes.float0 else jnp).zeros(ct.shape, ct.dtype)
+    return ct
