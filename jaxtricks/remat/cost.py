@@ -27,6 +27,8 @@ _CHEAP = frozenset(
 )
 _FUSES = _CHEAP | frozenset("div sqrt rsqrt exp log tanh logistic erf pow reduce_sum reduce_max".split())
 _VIEWS = frozenset(("reshape", "squeeze", "expand_dims", "name", "stop_gradient", "copy"))
+_FREE = _VIEWS | {"broadcast_in_dim"}
+_FUSED_AGAIN = 2  # operations that a compiler repeats in the backward pass rather than keep their result
 
 
 def work(jaxpr: _jaxpr.Jaxpr, flops_per_byte: float) -> float:
@@ -77,19 +79,22 @@ def peak_live(jaxpr: Any) -> float:
 
 
 def kept_bytes(jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[Any]) -> float:
-    """Bytes of residuals that are written out: what cheap operations make of others is made again.
+    """Bytes of residuals that are written out: what few cheap operations make of others is made again.
 
     Args:
       jaxpr: the program that makes them.
       residuals: some of its variables.
       known: variables that are kept in any case.
     """
-    wanted, have, total = set(residuals), {*known, *jaxpr.invars, *jaxpr.constvars}, 0.0
+    wanted, total = set(residuals), 0.0
+    # {variable: how many operations away from something kept}
+    away = dict.fromkeys([*known, *jaxpr.invars, *jaxpr.constvars], 0)
     for eqn in jaxpr.eqns:
         operands = [v for v in eqn.invars if isinstance(v, Var)]
-        if eqn.primitive.name in _CHEAP and have.issuperset(operands):
-            have.update(eqn.outvars)
-        for v in wanted.intersection(eqn.outvars) - have:
+        if eqn.primitive.name in _CHEAP and all(v in away for v in operands):
+            steps = max((away[v] for v in operands), default=0) + (eqn.primitive.name not in _FREE)
+            away |= dict.fromkeys(eqn.outvars, steps) if steps <= _FUSED_AGAIN else {}
+        for v in wanted.intersection(eqn.outvars) - away.keys():
             total += tie.var_bytes(v)
-            have.add(v)
+            away[v] = 0
     return total

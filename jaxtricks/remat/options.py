@@ -1,8 +1,9 @@
 """What can be kept of a stage, and what each choice costs: traced, not guessed."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtricks.remat.recompute import recomputed
 KEEP = "keep"  # all that the derivative needs, as without recomputation
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 _MOST_SAVED = 6  # how many sets of saved products are tried
+_MOST_TRIED = 12  # and how many products alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +24,16 @@ class Choice:
     """How a stage runs.
 
     Attributes:
-      saved: how many products are kept, those that save most arithmetic a byte first; None keeps all
-        that the derivative needs, 0 recomputes from the inputs.
+      saved: equations whose results are kept, of the stage or of its scan's body; None keeps all that
+        the derivative needs, () recomputes from the inputs.
       outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the scan alone.
     """
 
-    saved: int | None = None
+    saved: tuple[int, ...] | None = None
     outer: int = 0
 
     def __str__(self) -> str:
-        kept = {None: KEEP, 0: "recompute"}.get(self.saved, f"save {self.saved}")
+        kept = KEEP if self.saved is None else f"save {len(self.saved)}" if self.saved else "recompute"
         return f"scan in {self.outer}, {kept}" if self.outer else kept
 
 
@@ -69,9 +71,15 @@ def price(stage: chain.Stage, varied: Sequence[bool], flops_per_byte: float) -> 
       varied: which of its inputs depend on what is differentiated.
       flops_per_byte: see `cost.FLOPS_PER_BYTE`.
     """
-    found = [_price(stage, choice, varied, flops_per_byte) for choice in choices(stage)]
-    base = found[0].extra
-    found = [dataclasses.replace(o, extra=max(0.0, o.extra - base)) for o in found]
+    pricer = functools.partial(_price, stage, varied=varied, flops_per_byte=flops_per_byte)
+    base = pricer(Choice())
+    found = [base]
+    if not stage.fixed:
+        found += _saving(pricer, _products(stage.jaxpr), 0)
+        for outer in _splits(largest_scan(stage.jaxpr)):
+            found += [pricer(Choice(None, outer))] if outer > 1 else []
+            found += _saving(pricer, _body_products(stage.jaxpr), outer)
+    found = [dataclasses.replace(o, extra=max(0.0, o.extra - base.extra)) for o in found]
     return Priced(
         tuple(_undominated(found)),
         math.inf if stage.fixed else cost.work(stage.jaxpr, flops_per_byte),
@@ -79,40 +87,45 @@ def price(stage: chain.Stage, varied: Sequence[bool], flops_per_byte: float) -> 
     )
 
 
-def choices(stage: chain.Stage) -> list[Choice]:
-    """What is tried for a stage; the first is to keep all."""
-    if stage.fixed:
-        return [Choice()]
-    loop = largest_scan(stage.jaxpr)
-    products = len(_products(stage.jaxpr))
-    found = [Choice(n) for n in (None, 0, *_counts(products))]
+def _saving(pricer: Callable[[Choice], Option], products: Sequence[int], outer: int) -> list[Option]:
+    """Recompute from the inputs, and keep growing sets of products, the most profitable first.
+
+    What one product is worth is measured: the last of a block is often not read by any derivative.
+    """
+    bare = pricer(Choice((), outer))
+    worth = {}
+    for i in products:
+        alone = pricer(Choice((i,), outer))
+        if alone.extra < bare.extra and alone.kept > bare.kept:
+            worth[i] = (bare.extra - alone.extra) / (alone.kept - bare.kept)
+    order = sorted(worth, key=lambda i: -worth[i])
+    sizes = range(1, len(order) + 1, max(1, len(order) // _MOST_SAVED))
+    return [bare, *(pricer(Choice(tuple(sorted(order[:n])), outer)) for n in sizes)]
+
+
+def _splits(loop: Any) -> list[int]:
+    """Iterations of the outer of two loops; 1 leaves one loop with a recomputed body."""
     if loop is None:
-        return found
-    inner = [0, *_counts(len(_products(flat.inlined(loop.params["jaxpr"]).jaxpr)))]
-    found += [Choice(n, 1) for n in inner]
-    splits = _splits(loop.params["length"])
-    return found + [Choice(n, k) for k in splits for n in (None, *inner)]
-
-
-def _counts(products: int) -> Iterable[int]:
-    return range(max(1, products // _MOST_SAVED), products + 1, max(1, products // _MOST_SAVED))
-
-
-def _splits(length: int) -> list[int]:
+        return []
+    length = loop.params["length"]
     divisors = [d for d in range(2, length) if length % d == 0]
-    return sorted(divisors, key=lambda d: abs(math.log(d / math.sqrt(length))))[:3]
+    return [1, *sorted(divisors, key=lambda d: abs(math.log(d / math.sqrt(length))))[:3]]
+
+
+def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
+    """The equations with most arithmetic a byte of result."""
+    found = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name in _PRODUCTS]
+    return sorted(found, key=lambda i: -_gain(jaxpr.eqns[i]))[:_MOST_TRIED]
+
+
+def _body_products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
+    return _products(flat.inlined(largest_scan(jaxpr).params["jaxpr"]).jaxpr)
 
 
 def largest_scan(jaxpr: _jaxpr.Jaxpr) -> Any:
     """The scan with most arithmetic in a jaxpr; None if there is none to split."""
     scans = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] > 1]
     return max(scans, key=measure.eqn_flops, default=None)
-
-
-def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
-    """Equations that are products, those with most arithmetic a byte of result first."""
-    found = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name in _PRODUCTS]
-    return sorted(found, key=lambda i: -_gain(jaxpr.eqns[i]))
 
 
 def _gain(eqn: Any) -> float:
@@ -125,7 +138,7 @@ def run(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
         return _with_scan(jaxpr, choice)
     if choice.saved is None:
         return _plain(jaxpr)
-    return recomputed(jaxpr, saved=_products(jaxpr)[: choice.saved])
+    return recomputed(jaxpr, saved=choice.saved)
 
 
 def _plain(jaxpr: _jaxpr.Jaxpr) -> Callable[..., list[Any]]:
@@ -161,8 +174,7 @@ def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
     body = flat.inlined(p["jaxpr"])
     step = _plain(body.jaxpr)
     if choice.saved is not None:
-        saved = _products(body.jaxpr)[: choice.saved]
-        step = recomputed(body.jaxpr, saved=saved, ordered=False)
+        step = recomputed(body.jaxpr, saved=choice.saved, ordered=False)
 
     def go(*xs: Any) -> list[Any]:
         fixed, init, rows = xs[:consts], xs[consts : consts + carries], xs[consts + carries :]
@@ -186,7 +198,7 @@ def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
 
 
 def _price(
-    stage: chain.Stage, choice: Choice, varied: Sequence[bool], flops_per_byte: float
+    stage: chain.Stage, choice: Choice, *, varied: Sequence[bool], flops_per_byte: float
 ) -> Option:
     """Price of a choice; `extra` is still the operations of both passes."""
     jaxpr = stage.jaxpr

@@ -160,16 +160,20 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
 
 def _packed(schedule: Schedule) -> list[Any]:
     return [
-        [s.stage, s.choice.saved, s.choice.outer] if isinstance(s, Run) else {"again": _packed(s.steps)}
+        dataclasses.astuple(s) if isinstance(s, Run) else {"again": _packed(s.steps)}
         for s in schedule
     ]
 
 
 def _unpacked(steps: Sequence[Any]) -> Schedule:
     return tuple(
-        Again(_unpacked(s["again"])) if isinstance(s, dict) else Run(s[0], Choice(s[1], s[2]))
+        Again(_unpacked(s["again"])) if isinstance(s, dict) else Run(s[0], _choice(*s[1]))
         for s in steps
     )
+
+
+def _choice(saved: Sequence[int] | None, outer: int) -> Choice:
+    return Choice(None if saved is None else tuple(saved), outer)
 
 
 def rows(stages: Sequence[chain.Stage], schedule: Schedule | None) -> tuple[tuple[Any, ...], ...]:

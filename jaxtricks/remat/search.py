@@ -104,7 +104,7 @@ class Search:
         self._unplanned, self._left = Tried(None, unplanned), max_compiles
         self.tried: list[Tried] = []
         # {index of a schedule of the solution: bytes that it took}
-        self._seen: dict[int, int] = {len(solution.memory) - 1: unplanned.report.temp}
+        self._seen: dict[int, int] = {}
 
     def best(self, temp: int) -> Tried:
         """The cheapest schedule found within these bytes of temporaries, else the smallest one."""
@@ -139,16 +139,18 @@ class Search:
         if low >= 0 and high < len(memory):
             slope = (memory[high] - memory[low]) / (self._seen[high] - self._seen[low])
             aim = memory[low] + slope * (_AIM * temp - self._seen[low])
-        else:
+        elif self._seen:
             known = high if high < len(memory) else low
             aim = memory[known] * _AIM * temp / self._seen[known]
+        else:
+            aim = _AIM * temp
         guess = int(np.searchsorted(memory, aim, "right")) - 1
         return min(max(guess, low + 1), high - 1)
 
     def _by_hand(self) -> Iterator[Schedule]:
         """What people write, for budgets below the model's reach: binary recursion, sqrt(n) groups."""
         n = self._solution.stages
-        again = options.Choice(0)
+        again = options.Choice(())
         yield _halves(0, n)
         size = math.isqrt(n - 1) + 1
         groups = [range(a, min(a + size, n)) for a in range(0, n, size)]
