@@ -54,6 +54,22 @@ def stages(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> list[Stage]:
     return found
 
 
+def carries(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> np.ndarray:
+    """Bytes that a run of stages adds to what is alive: float64 [stages, stages].
+
+    Entry [s, k] counts what stages s..k make and later stages read, long-lived values apart; what only
+    passes through is held already.
+    """
+    born, last = _lifetimes(program)
+    stage_of = np.searchsorted(ends, np.arange(len(program.eqns)), "right")
+    made = np.zeros((len(ends), len(ends)))
+    for v in born.keys() - _long_lived(program, born, last):
+        first = stage_of[born[v]]
+        final = int(np.searchsorted(ends, last.get(v, -1), "right"))
+        made[first, first:final] += tie.var_bytes(v)
+    return np.cumsum(made[::-1], 0)[::-1]
+
+
 def cut(program: _jaxpr.Jaxpr, max_stages: int = MAX_STAGES) -> list[int]:
     """Where the stages end: at prominent minima of the live bytes, and around collectives.
 

@@ -54,7 +54,7 @@ class Problem:
             if (name, moves) not in known:
                 known[name, moves] = options.price(stage, moves, cost.FLOPS_PER_BYTE[platform])
             prices.append(known[name, moves])
-        return cls(tuple(ends), stages, prints, Solution(prices, [s.carry for s in stages]))
+        return cls(tuple(ends), stages, prints, Solution(prices, chain.carries(program, ends)))
 
     def recipe(self, schedule: Schedule | None) -> Recipe:
         """The schedule with what it is for."""

@@ -4,11 +4,12 @@ A schedule of a chain is a list of steps: run one stage as some option says, or 
 keeping only its input, and, when the cotangent arrives, run the group by a schedule of its own. With a
 the carries, kept_o, extra_o, back_o the prices of option o, and m bytes for stages s..t,
 
-    cost(s, t, m) = min( min_o extra_o + cost(s+1, t, m - kept_o - a_s)           if kept_o + back_o <= m
-                         min_k forward(s..k) + cost(s, k, m) + cost(k+1, t, m - a_k) )
+    cost(s, t, m) = min( min_o extra_o + cost(s+1, t, m - kept_o - a_ss)           if kept_o + back_o <= m
+                         min_k forward(s..k) + cost(s, k, m) + cost(k+1, t, m - a_sk) )
 
 after Herrmann, Beaumont et al., Optimal checkpointing for heterogeneous chains, arXiv 1911.13214, with
-options of every stage and their transients.
+options of every stage and their transients. What stages s..k add to the carry, a_sk, is less than what is
+alive there: the input of a residual block passes through.
 """
 
 import dataclasses
@@ -59,12 +60,12 @@ class Solution:
       stages: how many there are.
     """
 
-    def __init__(self, prices: Sequence[Priced], carries: Sequence[int], slots: int = SLOTS):
+    def __init__(self, prices: Sequence[Priced], carries: np.ndarray, slots: int = SLOTS):
         self._prices, self._slots = prices, slots
-        kept = [max(o.kept for o in p.options) + a for p, a in zip(prices, carries, strict=True)]
+        kept = sum(max(o.kept for o in p.options) for p in prices) + carries.diagonal().sum()
         transient = max(max(o.backward for o in p.options) + p.forward_bytes for p in prices)
-        self._unit = max(1.0, (sum(kept) + transient) / slots)
-        self._carry = [self._up(a) for a in carries]
+        self._unit = max(1.0, (kept + transient) / slots)
+        self._carry = np.ceil(carries / self._unit - 1e-9).astype(int)
         self.stages = len(prices)
         self.step = 3 * sum(p.forward for p in prices if math.isfinite(p.forward))
         self._solve()
@@ -83,19 +84,15 @@ class Solution:
         n, width = len(self._prices), self._slots + 1
         self._cost = np.full((n, n, width), math.inf)
         self._best = np.full((n, n, width), -1, np.int16)  # option, or number of options + split
-        # later[s, t]: the cost of stages s..t where the carry into s has to be held as well.
-        later = np.full((n, n, width), math.inf)
         forward = [p.forward for p in self._prices]
         for s in reversed(range(n)):
             for t in range(s, n):
                 self._keep(s, t)
                 if t > s:
-                    again = np.cumsum(forward[s:t])[:, None] + self._cost[s, s:t]
-                    again = again + later[s + 1 : t + 1, t]
-                    best = again.argmin(0)
-                    self._take(s, t, again.min(0), best + len(self._prices[s].options))
-                if s:
-                    later[s, t] = _shifted(self._cost[s, t], self._carry[s - 1])
+                    # One row a split k: the first group ends with k, its carry is held by the rest.
+                    later = _shifted(self._cost[s + 1 : t + 1, t], self._carry[s, s:t])
+                    again = np.cumsum(forward[s:t])[:, None] + self._cost[s, s:t] + later
+                    self._take(s, t, again.min(0), again.argmin(0) + len(self._prices[s].options))
 
     def _keep(self, s: int, t: int) -> None:
         """Stage s first, by each of its options."""
@@ -104,7 +101,8 @@ class Solution:
             need = max(self._up(o.kept + o.backward), self._up(self._prices[s].forward_bytes))
             rest = np.zeros(len(m))
             if t > s:
-                rest = _shifted(self._cost[s + 1, t], self._up(o.kept) + self._carry[s])
+                held = self._up(o.kept) + self._carry[s, s]
+                rest = _shifted(self._cost[s + 1, t][None], np.array([held]))[0]
             self._take(s, t, np.where(m >= need, o.extra + rest, math.inf), np.full(len(m), i))
 
     def _take(self, s: int, t: int, cost: np.ndarray, choice: np.ndarray) -> None:
@@ -117,16 +115,16 @@ class Solution:
             options, best = self._prices[s].options, int(self._best[s, t, m])
             if best < len(options):
                 yield Run(s, options[best].choice)
-                m -= self._up(options[best].kept) + self._carry[s]
+                m -= self._up(options[best].kept) + self._carry[s, s]
                 s += 1
             else:
                 k = s + best - len(options)
                 yield Again(tuple(self._steps(s, k, m)))
-                m -= self._carry[k]
+                m -= self._carry[s, k]
                 s = k + 1
 
 
-def _shifted(cost: np.ndarray, by: int) -> np.ndarray:
-    out = np.full_like(cost, math.inf)
-    out[by:] = cost[: len(cost) - by]
-    return out
+def _shifted(cost: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Rows moved to the right, each by its own number; infinite where nothing is left."""
+    at = np.arange(cost.shape[1])[None] - by[:, None]
+    return np.where(at < 0, math.inf, np.take_along_axis(cost, np.maximum(at, 0), 1))
