@@ -43,9 +43,7 @@ class Effect:
         return str(_table.make(("checkpoints", "temp", "peak", "flops"), rows))
 
 
-def check_effective(
-    fn: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0
-) -> Effect:
+def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0) -> Effect:
     """Whether the checkpoints in a loss make jit(value_and_grad(fn)) need less memory; warns if not.
 
     Compiles fn as it is and with every checkpoint (jax.checkpoint, flax's remat, `recompute_grad` and what

@@ -12,7 +12,14 @@ from jaxtricks import _jaxpr
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
-RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat2", "remat")
+RULES = (
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "checkpoint",
+    "remat2",
+    "remat",
+)
 
 
 def inlined(

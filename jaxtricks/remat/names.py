@@ -105,7 +105,9 @@ def checkpoint(
 
 def label_of(eqn: Any) -> str | None:
     """The name that an equation gives, if it gives one."""
-    return _jaxpr.params(eqn)["name"] if _jaxpr.primitive(eqn) in ("name", "CheckpointName") else None
+    return (
+        _jaxpr.params(eqn)["name"] if _jaxpr.primitive(eqn) in ("name", "CheckpointName") else None
+    )
 
 
 def _labels(eqns: Iterable[Any]) -> list[str]:

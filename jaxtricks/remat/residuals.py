@@ -9,6 +9,7 @@ from jaxtricks import _jaxpr, _table
 from jaxtricks.remat import flat, tie
 from jaxtricks.remat.names import label_of
 
+
 def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     """What the forward pass of fn(*args) keeps for the backward pass, largest first; nothing is run.
 
@@ -34,7 +35,7 @@ def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     closed, _ = _jaxpr.trace(forward, *args)
     jaxpr = flat.inlined(closed).jaxpr
     paths = ["args" + jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(args)]
-    origin: dict[Any, tuple[str, str]] = {v: ("constant", "") for v in jaxpr.constvars}
+    origin: dict[Any, tuple[str, str]] = dict.fromkeys(jaxpr.constvars, ("constant", ""))
     origin |= {v: ("argument", p) for v, p in zip(jaxpr.invars, paths, strict=True)}
     same: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
