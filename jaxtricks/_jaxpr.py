@@ -32,9 +32,23 @@ def as_fun(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
     return run
 
 
+def params(eqn: Any) -> dict[str, Any]:
+    """Parameters of an equation; under jax_remat3 those of names and checkpoints lie one level down."""
+    return eqn.params["_prim"].params if _is_high(eqn) else eqn.params
+
+
+def primitive(eqn: Any) -> str:
+    """Name of the primitive; under jax_remat3 names and checkpoints are classes of one primitive."""
+    return type(eqn.params["_prim"]).__name__ if _is_high(eqn) else eqn.primitive.name
+
+
+def _is_high(eqn: Any) -> bool:
+    return eqn.primitive.name == "call_hi_primitive"
+
+
 def sub_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
     """The jaxprs among the parameters of an equation (bodies of scan, cond, pjit, custom rules)."""
-    for value in eqn.params.values():
+    for value in params(eqn).values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.ClosedJaxpr):
                 yield item.jaxpr

@@ -34,22 +34,30 @@ References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 16
 """
 
 from jaxtricks.remat.budget import BudgetInfeasible
+from jaxtricks.remat.effect import Effect, check_effective
 from jaxtricks.remat.loops import scan
 from jaxtricks.remat.measure import Report, memory
+from jaxtricks.remat.names import checkpoint, name
 from jaxtricks.remat.planner import auto_remat, plan
 from jaxtricks.remat.plans import Plan, plan_from_json
 from jaxtricks.remat.recompute import recompute_grad
+from jaxtricks.remat.residuals import residuals
 from jaxtricks.remat.segments import sequential
 
 __all__ = [
     "BudgetInfeasible",
+    "Effect",
     "Plan",
     "Report",
     "auto_remat",
+    "check_effective",
+    "checkpoint",
     "memory",
+    "name",
     "plan",
     "plan_from_json",
     "recompute_grad",
+    "residuals",
     "scan",
     "sequential",
 ]

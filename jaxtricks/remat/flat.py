@@ -12,15 +12,27 @@ from jaxtricks import _jaxpr
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
-RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat2", "remat")
+RULES = (
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "checkpoint",
+    "remat2",
+    "remat",
+)
 
 
-def inlined(closed: _jaxpr.ClosedJaxpr, calls: Sequence[str] = CALLS) -> _jaxpr.ClosedJaxpr:
+def inlined(
+    closed: _jaxpr.ClosedJaxpr,
+    calls: Sequence[str] = CALLS,
+    also: Callable[[Any], bool] = lambda eqn: False,
+) -> _jaxpr.ClosedJaxpr:
     """The same program with its calls written out; every variable is its own.
 
     Args:
       closed: any jaxpr.
       calls: names of primitives; with `RULES` among them the values are right and derivatives are lost.
+      also: whether to write out an equation of another primitive.
     """
     eqns: list[Any] = []
     consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
@@ -28,7 +40,7 @@ def inlined(closed: _jaxpr.ClosedJaxpr, calls: Sequence[str] = CALLS) -> _jaxpr.
     def write(jaxpr: _jaxpr.Jaxpr, env: dict[Any, Any]) -> list[Any]:
         for eqn in jaxpr.eqns:
             operands = [_read(env, v) for v in eqn.invars]
-            if eqn.primitive.name in calls and not _means_shardings(eqn):
+            if (eqn.primitive.name in calls and not _means_shardings(eqn)) or also(eqn):
                 inner = _callee(eqn)
                 consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
                 outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
@@ -53,7 +65,8 @@ def _means_shardings(eqn: Any) -> bool:
 
 
 def _callee(eqn: Any) -> _jaxpr.ClosedJaxpr:
-    body = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+    params = _jaxpr.params(eqn)
+    body = next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)
     return body if isinstance(body, _jaxpr.ClosedJaxpr) else _jaxpr.ClosedJaxpr(body, ())
 
 

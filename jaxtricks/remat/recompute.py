@@ -83,8 +83,9 @@ def recomputed(
     first = _jaxpr.as_fun(_jaxpr.made((), inputs, [*jaxpr.outvars, *kept], jaxpr.eqns))
     again = flat.replaced(jaxpr, saved) if kept else lambda xs, _: first((), *xs)
 
+    # The name is what `is_recomputed` finds in a trace.
     @jax.custom_vjp
-    def run(*xs: Any) -> list[Any]:
+    def jaxtricks_recomputed(*xs: Any) -> list[Any]:
         return first((), *xs)[:outputs]
 
     def forward(*primals: Any) -> tuple[list[Any], Residuals]:
@@ -92,7 +93,7 @@ def recomputed(
         moving = {i: p.value for i, p in enumerate(primals) if p.perturbed}
         fixed = {i: p.value for i, p in enumerate(primals) if not p.perturbed}
         if ad == "reverse" and not kept:
-            return run(*xs), (moving, fixed, [])
+            return jaxtricks_recomputed(*xs), (moving, fixed, [])
         results = first((), *xs)
         return results[:outputs], (moving, fixed, results[outputs:])
 
@@ -110,8 +111,16 @@ def recomputed(
         (found,) = jax.vjp(rerun, {i: xs[i] for i in moving})[1](cotangents)
         return tuple(found.get(i) for i in range(len(xs)))
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
-    return run
+    jaxtricks_recomputed.defvjp(forward, backward, symbolic_zeros=True)
+    return jaxtricks_recomputed
+
+
+def is_recomputed(eqn: Any) -> bool:
+    """Whether an equation is a call of what `recomputed` returns."""
+    if not eqn.primitive.name.startswith("custom_vjp_call"):
+        return False
+    info = next(_jaxpr.sub_jaxprs(eqn)).debug_info
+    return info is not None and info.func_src_info.startswith("jaxtricks_recomputed ")
 
 
 def _instantiated(ct: Any) -> Any:
