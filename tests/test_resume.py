@@ -40,8 +40,8 @@ RUN = Train(
 PLANNED = Train(
     tricks=Tricks.of("amp"),
     model="transformer",
-    text=Text(context=16, features=16, layers=2, heads=2),
-    remat_budget="0.8",
+    text=Text(context=16, features=16, layers=1, heads=2),
+    remat_budget="0.95",
     steps=6,
     batch=8,
     accumulate=2,
@@ -129,6 +129,7 @@ def test_sigterm_saves_and_going_on_is_bit_equal(whole, stopped, tmp_path, capsy
     assert json.loads((out / rundir.CONFIG).read_text())["resumed"][0]["step"] == 18
 
 
+@pytest.mark.slow
 def test_a_planned_run_goes_on_with_the_same_plan(tmp_path):
     cfgs = [dataclasses.replace(PLANNED, out=str(tmp_path / name)) for name in ("whole", "stopped")]
     whole = train.run(cfgs[0])

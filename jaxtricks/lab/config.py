@@ -236,6 +236,8 @@ class Plan(Train):
     """What the budget is of: the step's arguments, results and temporaries, or temporaries alone."""
     topology: str | None = None
     """A TPU that is not attached, such as v5e:2x2; its first chip is planned for. Needs jaxtricks[tpu]."""
+    max_compiles: int = 6
+    """Programs that may be compiled after the unplanned one; most of the time goes there."""
     data: str = "auto"
     """Data to take the shapes from, as in train. "auto" reads none: --size, --channels and --classes tell."""
     size: int = 0
@@ -252,6 +254,7 @@ class Plan(Train):
         super().check()
         if not self.remat_budget:
             raise UserError("plan needs --budget: bytes such as 4GiB, or a fraction such as 0.5")
+        at_least(self.max_compiles, 1, "--max-compiles", "a positive number")
         at_least(self.channels, 1, "--channels", "3 for colour, 1 for gray")
         at_least(self.classes, 0, "--classes", "zero or a positive number")
         if self.topology and self.devices > 1:

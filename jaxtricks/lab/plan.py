@@ -28,7 +28,8 @@ def run(cfg: Plan, command: str = "") -> remat.Plan:
     say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
     data = described(cfg) if cfg.data == "auto" else train.load(cfg)
     say(_introduction(cfg, data))
-    found = planning.plan(cfg, data, loop.build(cfg, data), wrt=cfg.wrt, topology=cfg.topology)
+    settings = {name: getattr(cfg, name) for name in ("wrt", "max_compiles", "topology")}
+    found = planning.plan(cfg, data, loop.build(cfg, data), **settings)
     say(str(found.describe()))
     if cfg.out:
         folder = RunDir(cfg.out, about.of_run(cfg, command))

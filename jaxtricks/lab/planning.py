@@ -44,6 +44,7 @@ def plan(
     program: loop.Program,
     *,
     wrt: Wrt = "peak",
+    max_compiles: int = 6,
     topology: str | None = None,
 ) -> remat.Plan:
     """The loss of a run's step, planned within that step: jitted, donated, on its devices.
@@ -52,7 +53,7 @@ def plan(
       cfg: the settings; their budget is met.
       data: what the program was built for.
       program: of the settings.
-      wrt, topology: of `remat.plan`.
+      wrt, max_compiles, topology: of `remat.plan`.
 
     Raises:
       UserError: the budget can't be met or read, or the topology is unknown.
@@ -76,6 +77,7 @@ def plan(
             has_aux=True,
             within=within,
             wrt=wrt,
+            max_compiles=max_compiles,
             topology=topology,
         )
     except ValueError as error:
