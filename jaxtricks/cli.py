@@ -1,4 +1,4 @@
-"""The command line: train | compare | lr-find | fuse | ablate | explain. Parsing imports no jax."""
+"""The command line: train | compare | lr-find | fuse | ablate | plan | explain. Parsing imports no jax."""
 
 import ast
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from jaxtricks import KEYS
-from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
+from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Plan, Train, UserError
 
 USER_ERROR = 2
 COMMANDS = {
@@ -20,9 +20,10 @@ COMMANDS = {
     "lr-find": LrFind,
     "fuse": Fuse,
     "ablate": Ablate,
+    "plan": Plan,
     "explain": Explain,
 }
-Command = Train | Compare | LrFind | Fuse | Ablate | Explain
+Command = Train | Compare | LrFind | Fuse | Ablate | Plan | Explain
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -75,6 +76,8 @@ def run(cfg: Command, command: str) -> None:
             _fuse(cfg, command)
         case Ablate():
             _ablate(cfg, command)
+        case Plan():
+            _plan(cfg, command)
         case Train():
             _train(cfg, command)
 
@@ -128,6 +131,15 @@ def _ablate(cfg: Ablate, command: str) -> None:
 
     rows = ablate.run(cfg, command)
     _draw(plot.ablation(rows), pathlib.Path(cfg.out) / report.PICTURE)
+
+
+def _plan(cfg: Plan, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab import plan
+
+    found = plan.run(cfg, command)
+    if cfg.out:
+        _draw(plot.plan(found), pathlib.Path(cfg.out) / plan.PICTURE)
 
 
 def _draw(figure: Any, path: pathlib.Path) -> None:

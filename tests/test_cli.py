@@ -11,6 +11,7 @@ from PIL import Image
 
 import jaxtricks as jt
 from jaxtricks import cli
+from jaxtricks.lab import loop, plan
 
 HEADS = (
     "What.",
@@ -99,6 +100,13 @@ def test_explain_prints_the_card(capsys):
         (("compare", "/nowhere"), ("/nowhere", "no run")),
         (("ablate", "--seeds", "0"), ("--seeds", "at least 1")),
         (("ablate", "--tricks"), ("--tricks", "empty")),
+        (("plan",), ("--budget", "4GiB")),
+        (("plan", "--budget", "4 buckets"), ("--budget", "4 buckets", "4GiB")),
+        (("plan", "--budget", "0"), ("--budget", "above 0")),
+        (("plan", "--budget", "0.5", "--topology", "v5e"), ("topology", "v5e:2x2")),
+        (("plan", "--budget", "0.5", "--topology", "v5e:2x2", "--devices", "2"), ("--devices",)),
+        (("plan", "--budget", "0.5", "--channels", "0"), ("--channels", "at least 1")),
+        (("train", "--remat-budget", "much"), ("--remat-budget", "much", "4GiB")),
     ],
 )
 def test_mistakes_get_one_sentence(capsys, args, words):
@@ -223,6 +231,47 @@ def test_lr_find_suggests_and_draws(capsys, tmp_path):
 def test_a_directory_that_cannot_be_written(capsys):
     text = fails(capsys, "train", "--out", "/proc/nothing/run", "--widths", "4")
     assert "can't write /proc/nothing/run" in text and "--out" in text
+
+
+SMALL_TEXT = (
+    "--context",
+    "16",
+    "--features",
+    "16",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--batch",
+    "8",
+)
+
+
+def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
+    args = ["plan", "--model", "transformer", *SMALL_TEXT, "--budget", "0.95", "--wrt", "temp"]
+    args += ["--max-compiles", "2"]
+    cli.main([*args, "--classes", "50", "--out", str(tmp_path / "plan")])
+    out = capsys.readouterr().out
+    assert "8 windows of 16 characters, 50 classes" in out and "FLOPs" in out
+    cfg = cli.parse([*args, "--classes", "50"])
+    program = loop.build(cfg, plan.described(cfg))
+    text = (tmp_path / "plan/plan.json").read_text()
+    found = jt.remat.plan_from_json(text, program.loss)
+    assert found.wrt == "temp" and found.peak <= found.budget == int(0.95 * found.baseline)
+    # What was written is the plan of this program: its stages are compared in the trace.
+    batch = loop.example_batch(cfg, plan.described(cfg))
+    inputs = program.inputs(program.init(0, np.ones(50)), batch)
+    (loss, _), (wanted, _) = found.fn(*inputs), program.loss(*inputs)
+    assert loss == wanted and (tmp_path / "plan/plan.png").stat().st_size > 5_000
+
+
+def test_a_budget_out_of_reach_leaves_nothing_behind(capsys, tmp_path):
+    out = tmp_path / "run"
+    args = ["--model", "transformer", *SMALL_TEXT, "--out", str(out)]
+    text = fails(capsys, "plan", *args, "--budget", "1000", "--max-compiles", "1")
+    assert "--budget is 1000 B" in text and "smallest peak reached" in text
+    fails(capsys, "train", *args, "--remat-budget", "much")
+    assert not out.exists()
 
 
 def test_an_existing_run_is_never_overwritten(capsys, tmp_path):

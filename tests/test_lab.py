@@ -13,7 +13,7 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import _jaxpr, cli
-from jaxtricks.lab import ablate, compose, data, examples, loop, report, rundir, train
+from jaxtricks.lab import ablate, compose, data, examples, loop, planning, report, rundir, train
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from tests.test_cli import make_images
@@ -152,6 +152,36 @@ def test_amp_computes_every_convolution_in_bfloat16(digits, tricks):
     counts = _jaxpr.census(program.step, state, next(batches))
     dtypes = {dtype for name, dtype in counts if name in ("conv_general_dilated", "dot_general")}
     assert dtypes == {"bfloat16"}
+
+
+@pytest.mark.slow
+def test_a_planned_step_trains_what_the_step_trains(digits):
+    cfg = dataclasses.replace(TINY, remat_budget="0.8")
+    program, state, batches = start(cfg, digits)
+    found = planning.plan(cfg, digits, program)
+    planned = program.step_of(found.fn)
+    batches = list(itertools.islice(batches, 2))
+    results = []
+    for step in (program.step, planned):
+        after = state
+        for batch in batches:
+            after, metrics = jax.jit(step)(after, batch)
+        results.append((after.params, after.model_state, metrics))
+    chex.assert_trees_all_close(*results, atol=1e-5, rtol=1e-5)
+    before, after = map(jax.tree.leaves, (state.model_state, results[1][1]))
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))  # batch statistics
+    compiled = jax.jit(planned, donate_argnums=0)
+    peak = jt.remat.memory(compiled, state, batches[0]).peak
+    assert peak == found.peak <= found.budget < found.baseline
+
+
+def test_remat_means_every_block_without_a_budget_and_the_plan_with_one(digits):
+    def recomputes(**settings):
+        cfg = dataclasses.replace(TINY, **settings)
+        return compose.build_model(cfg, 1, 10, jax.random.key(0)).recompute
+
+    assert recomputes(tricks=Tricks.of("remat")) and not recomputes(remat_budget="0.5")
+    assert not recomputes(tricks=Tricks.of("remat"), remat_budget="0.5")
 
 
 @pytest.mark.slow

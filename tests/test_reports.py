@@ -394,3 +394,45 @@ def test_names_of_points_cover_nothing():
     for i, box in enumerate(boxes):
         assert panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 <= panel.y1
         assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+@pytest.fixture(scope="module")
+def planned():
+    def loss(ws, x):
+        for w in ws:
+            x = jax.numpy.tanh(x @ w)
+        return (x**2).mean()
+
+    ws, x = [np.eye(16, dtype=np.float32)] * 8, np.ones((512, 16), np.float32)
+    return jt.remat.plan(loss, ws, x, budget_bytes=0.6, wrt="temp"), loss
+
+
+def test_a_plan_is_drawn_over_time_and_against_what_it_costs(planned):
+    plan, _ = planned
+    expected = np.array([[plan.peak, 0.3], [plan.baseline, 0.0]])
+    time, trade = drawn(plot.plan(dataclasses.replace(plan, frontier=expected))).axes
+    assert line_labels(time) == ["unplanned", "planned", "budget"]
+    for line, alive in zip(time.get_lines(), plan.timeline, strict=False):
+        np.testing.assert_allclose(line.get_ydata(), alive / 2**20)
+        assert line.get_xdata()[0] == 0 and line.get_xdata()[-1] == 1
+    assert "MiB" in time.get_ylabel() and "temporaries (MiB)" in trade.get_xlabel()
+    assert line_labels(trade) == ["expected", "budget"]
+    points = {c.get_label(): c.get_offsets() for c in trade.collections}
+    np.testing.assert_allclose(points["tried"], np.array(plan.tried) * [2.0**-20, 100])
+    np.testing.assert_allclose(points["planned"], [[plan.peak / 2**20, 100 * plan.extra_flops]])
+    np.testing.assert_allclose(points["unplanned"], [[plan.baseline / 2**20, 0]])
+    assert trade.get_lines()[1].get_xdata()[0] == plan.budget / 2**20
+
+
+def test_a_plan_that_was_read_is_drawn_without_its_timeline(planned):
+    plan, loss = planned
+    again = jt.remat.plan_from_json(plan.to_json(), loss)
+    time, trade = drawn(plot.plan(again)).axes
+    assert "this plan was read" in time.texts[0].get_text() and not time.get_lines()
+    assert {c.get_label() for c in trade.collections} == {"unplanned", "planned"}
+
+
+def test_a_large_plan_is_drawn_in_gib(planned):
+    time, trade = plot.plan(dataclasses.replace(planned[0], budget=3 * 2**30)).axes
+    assert "GiB" in time.get_ylabel() and "GiB" in trade.get_xlabel()
+    assert trade.get_lines()[0].get_xdata()[0] == 3

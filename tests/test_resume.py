@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtricks.lab import rundir, train
+from jaxtricks.lab import run_report, rundir, runs, train
 from jaxtricks.lab.config import Text, Train, Tricks, UserError
 from jaxtricks.lab.rundir import RunDir
 
@@ -34,6 +34,19 @@ RUN = Train(
     eval_every=8,
     save_every=7,
     keep=2,
+)
+
+
+PLANNED = Train(
+    tricks=Tricks.of("amp"),
+    model="transformer",
+    text=Text(context=16, features=16, layers=1, heads=2),
+    remat_budget="0.95",
+    steps=6,
+    batch=8,
+    accumulate=2,
+    log_every=2,
+    save_every=2,
 )
 
 
@@ -114,6 +127,19 @@ def test_sigterm_saves_and_going_on_is_bit_equal(whole, stopped, tmp_path, capsy
     results = [json.loads((run / rundir.RESULT).read_text()) for run in (whole, out)]
     assert results[0]["test"] == results[1]["test"]
     assert json.loads((out / rundir.CONFIG).read_text())["resumed"][0]["step"] == 18
+
+
+@pytest.mark.slow
+def test_a_planned_run_goes_on_with_the_same_plan(tmp_path):
+    cfgs = [dataclasses.replace(PLANNED, out=str(tmp_path / name)) for name in ("whole", "stopped")]
+    whole = train.run(cfgs[0])
+    assert stop_at(3, cfgs[1]) is None
+    assert train.run(dataclasses.replace(cfgs[1], resume=True)) == whole
+    assert log_of(cfgs[0].out) == log_of(cfgs[1].out)
+    plan = whole["plan"]
+    assert plan["peak_bytes"] <= plan["budget_bytes"] < plan["unplanned_peak_bytes"]
+    run_report.write(runs.read(cfgs[0].out), ())
+    assert "peak of the planned step" in (tmp_path / "whole/report.md").read_text()
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(

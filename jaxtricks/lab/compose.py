@@ -46,8 +46,9 @@ def build_model(cfg: Train, inputs: int, num_classes: int, key: Key) -> nnx.Modu
       num_classes: outputs: classes of the images, or characters.
       key: of the initial weights.
     """
-    # remat: keep only each block's input for the backward pass.
-    common: dict[str, Any] = {"recompute": cfg.tricks.remat, "rngs": nnx.Rngs(key)}
+    # remat: keep only each block's input for the backward pass; with a budget the whole loss is planned.
+    recompute = cfg.tricks.remat and not cfg.remat_budget
+    common: dict[str, Any] = {"recompute": recompute, "rngs": nnx.Rngs(key)}
     if cfg.model == "transformer":
         return models.Transformer(num_classes, **dataclasses.asdict(cfg.text), **common)
     common |= {"widths": cfg.widths, "blocks": cfg.blocks}
@@ -165,13 +166,18 @@ def build_loss(cfg: Train, counts: Array) -> Callable[..., Array]:
     return smoothed
 
 
+def cast(cfg: Train, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss in the precision that it trains in."""
+    # amp: products in bfloat16.
+    return jt.amp.autocast(loss_fn, BFLOAT16) if cfg.tricks.amp else loss_fn
+
+
 def differentiate(cfg: Train, loss_fn: Callable[..., Any], opt_state: Any) -> Callable[..., Any]:
     """(params, *args) -> ((loss, aux), gradients as the optimizer wants them)."""
     if not cfg.tricks.amp:
         return jax.value_and_grad(loss_fn, has_aux=True)
-    # amp: products in bfloat16; gradients leave multiplied by the scale that the optimizer divides by.
-    scale = jt.amp.loss_scale(opt_state)
-    return jt.amp.value_and_grad(loss_fn, BFLOAT16, scale=scale, has_aux=True)
+    # amp: gradients leave multiplied by the scale that the optimizer divides by.
+    return jt.amp.value_and_grad(loss_fn, scale=jt.amp.loss_scale(opt_state), has_aux=True)
 
 
 def build_reads(cfg: Train) -> Callable[[Any], Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxtricks import cyclical
-from jaxtricks.lab import about, loop, train
+from jaxtricks.lab import about, loop, planning, train
 from jaxtricks.lab.config import LrFind
 from jaxtricks.lab.rundir import RunDir
 from jaxtricks.lab.trainer import open_batches
@@ -39,7 +39,7 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     folder = RunDir(cfg.out, about.of_run(cfg, command, data))
     train.introduce(data, say)
     # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
-    program = loop.build(cfg, data, rate=1.0)
+    program, _ = planning.prepare(cfg, data, rate=1.0)
     state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
 
     @jax.jit

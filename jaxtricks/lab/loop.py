@@ -47,12 +47,19 @@ class Program(NamedTuple):
     Attributes:
       init: (seed, counts) -> TrainState.
       step: (state, batch, rate=None) -> (state, metrics); not jitted. A rate multiplies the updates.
+      loss: (params, model_state, inputs, labels, counts) -> (loss, (model_state, accuracy)), in the
+        precision of the run; what the step differentiates.
+      inputs: (state, batch) -> the arguments that the step gives the loss.
+      step_of: the step with another loss of the same arguments and results.
       averaged: state -> the parameters to evaluate.
       predict: (params, model_state, batch) -> (logits float32, labels); not jitted.
     """
 
     init: Callable[[int, np.ndarray], TrainState]
     step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    loss: Callable[..., Any]
+    inputs: Callable[[TrainState, Any], tuple[Any, ...]]
+    step_of: Callable[[Callable[..., Any]], Callable[..., tuple[TrainState, dict[str, Array]]]]
     averaged: Callable[[TrainState], Any]
     predict: Callable[[Any, Any, Any], tuple[Array, Array]]
 
@@ -94,20 +101,26 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
         correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return loss.mean(), (model_state, correct.mean())
 
-    def step(
-        state: TrainState, batch: Any, rate: Any = None
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def inputs(state: TrainState, batch: Any) -> tuple[Any, ...]:
         key = jax.random.fold_in(state.key, state.step)
-        grad_fn = compose.differentiate(cfg, loss_fn, state.opt_state)
-        (loss, (model_state, accuracy)), grads = grad_fn(
-            state.params, state.model_state, *examples(batch, key), state.counts
-        )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        if rate is not None:
-            updates = optax.tree.scale(rate, updates)
-        params = optax.apply_updates(state.params, updates)
-        new = TrainState(params, model_state, opt_state, state.step + 1, state.key, state.counts)
-        return new, {"loss": loss, "accuracy": accuracy, **jt.metrics(opt_state)}
+        return state.params, state.model_state, *examples(batch, key), state.counts
+
+    def step_of(loss: Callable[..., Any]) -> Callable[..., Any]:
+        def step(
+            state: TrainState, batch: Any, rate: Any = None
+        ) -> tuple[TrainState, dict[str, Array]]:
+            grad_fn = compose.differentiate(cfg, loss, state.opt_state)
+            (value, (model_state, accuracy)), grads = grad_fn(*inputs(state, batch))
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            if rate is not None:
+                updates = optax.tree.scale(rate, updates)
+            params = optax.apply_updates(state.params, updates)
+            new = TrainState(
+                params, model_state, opt_state, state.step + 1, state.key, state.counts
+            )
+            return new, {"loss": value, "accuracy": accuracy, **jt.metrics(opt_state)}
+
+        return step
 
     def averaged(state: TrainState) -> Any:
         return compose.averaged(cfg, state.params, state.opt_state)
@@ -117,7 +130,8 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
         inputs, labels = examples(batch, None)
         return apply(params, model_state, inputs, train=False)[0], labels
 
-    return Program(init, step, averaged, predict)
+    loss = compose.cast(cfg, loss_fn)
+    return Program(init, step_of(loss), loss, inputs, step_of, averaged, predict)
 
 
 class Placement(NamedTuple):
@@ -142,12 +156,17 @@ class Placement(NamedTuple):
 
 def example_batch(cfg: Train, data: data_lib.Data) -> Any:
     """A batch of zeros of the right shapes, in place."""
-    n, shape = cfg.micro_batch, data.shape
-    if data.kind == "text":
-        batch = {"text": np.zeros((n, *shape), np.int32)}
-    else:
-        batch = {"image": np.zeros((n, *shape), np.uint8), "label": np.zeros(n, np.int32)}
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_shapes(cfg, data))
     return jax.device_put(batch, Placement.over(cfg.devices).batch)
+
+
+def batch_shapes(cfg: Train, data: data_lib.Data) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a micro-batch."""
+    shape = cfg.micro_batch, *data.shape
+    if data.kind == "text":
+        return {"text": jax.ShapeDtypeStruct(shape, np.int32)}
+    label = jax.ShapeDtypeStruct(shape[:1], np.int32)
+    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": label}
 
 
 class Compiled(NamedTuple):

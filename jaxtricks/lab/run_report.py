@@ -232,6 +232,7 @@ def _costs(run: Run) -> str:
         "parameters": _say("{:,}".format, result.get("parameters")),
         "optimizer state": _say(_table.format_bytes, result.get("state_bytes")),
         "temporaries of the compiled step": _say(_table.format_bytes, result.get("temp_bytes")),
+        "peak of the planned step": _say(_planned, result.get("plan")),
         "time of a step, median": _say("{:.2f} ms".format, run.step_ms),
         "examples per second, median": _say("{:,.0f}".format, run.examples_per_s),
         "read from the data per step": _say(
@@ -240,6 +241,13 @@ def _costs(run: Run) -> str:
     }
     body = [(name, value) for name, value in costs.items() if value is not None]
     return _table.make(("cost", "value"), body).markdown() if body else "Nothing is measured yet."
+
+
+def _planned(plan: dict[str, Any]) -> str:
+    peak, unplanned, asked = (
+        _table.format_bytes(plan[f"{name}_bytes"]) for name in ("peak", "unplanned_peak", "budget")
+    )
+    return f"{peak} of {unplanned} (budget {asked}), {plan['extra_flops']:+.1%} operations"
 
 
 def _say(form: Callable[[Any], str], value: Any) -> str | None:

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from jaxtricks import _table
-from jaxtricks.lab import about, loop, writers
+from jaxtricks.lab import about, loop, planning, writers
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
@@ -47,14 +47,18 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
     console = Console()
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     data = load(cfg)
-    place = loop.Placement.over(cfg.devices)  # a mistake here must leave no directory behind
+    # A mistake here must leave no directory behind.
+    place = loop.Placement.over(cfg.devices)
+    prepared = planning.prepare(cfg, data)
     folder = RunDir(cfg.out, about.of_run(cfg, command, data), resume=cfg.resume)
     introduce(data, say)
+    if prepared.plan:
+        say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep)
         stack.callback(checkpoints.close)
-        trainer = Trainer(cfg, data, place, folder, checkpoints)
+        trainer = Trainer(cfg, data, prepared, place, folder, checkpoints)
         start = trainer.restore(say, about.session(command)) if folder.resumed else 0
         for writer in (outputs := writers.open_writers(cfg, folder.path, start)):
             stack.callback(writer.close)

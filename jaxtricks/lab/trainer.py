@@ -9,7 +9,7 @@ import jax
 from rich.progress import Progress
 
 from jaxtricks import _tree
-from jaxtricks.lab import compose, loop
+from jaxtricks.lab import compose, loop, planning
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train
@@ -43,12 +43,13 @@ class Trainer:
         self,
         cfg: Train,
         data: data_lib.Data,
+        prepared: planning.Prepared,
         place: loop.Placement,
         folder: RunDir,
         checkpoints: Checkpoints,
     ):
         self.cfg, self.data, self.folder, self.checkpoints = cfg, data, folder, checkpoints
-        program = loop.build(cfg, data)
+        program, self.plan = prepared
         self.evaluate = Evaluator(program, data, cfg.micro_batch)
         self.state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
         self.batches = open_batches(cfg, data, place)
@@ -133,12 +134,14 @@ class Trainer:
             for name, source in splits.items()
             if source is not None
         }
+        planned = {"plan": planning.figures(self.plan)} if self.plan else {}
         return {
             "kind": data.kind,
             **measured,
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
             "state_bytes": _tree.nbytes(self.state.opt_state),
             "temp_bytes": self.compiled.temp_bytes,
+            **planned,
             "bytes_read": bytes_read,
         }
 

@@ -4,7 +4,8 @@ shown or saved.
 Figures read in grayscale: position, marker, line style and hatching carry the meaning, colour only helps.
 """
 
+from jaxtricks.plot._plans import plan
 from jaxtricks.plot._runs import compare, curves, groups
 from jaxtricks.plot._tricks import ablation, lr_range
 
-__all__ = ["ablation", "compare", "curves", "groups", "lr_range"]
+__all__ = ["ablation", "compare", "curves", "groups", "lr_range", "plan"]

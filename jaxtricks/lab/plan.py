@@ -1,0 +1,64 @@
+"""The `plan` command: what the training step of a run recomputes to meet a budget; nothing is trained."""
+
+import functools
+
+import numpy as np
+from rich.console import Console
+
+from jaxtricks import remat
+from jaxtricks.lab import about, loop, planning, train
+from jaxtricks.lab import data as data_lib
+from jaxtricks.lab.config import Plan, Train
+from jaxtricks.lab.rundir import RunDir
+
+PLAN, PICTURE = "plan.json", "plan.png"
+_SIDE, _CLASSES, _CHARACTERS = 32, 10, 128  # where the command line says nothing
+
+
+def run(cfg: Plan, command: str = "") -> remat.Plan:
+    """Plan a training step, print what it recomputes, and with `out` write the plan.
+
+    Args:
+      cfg: checked settings.
+      command: the command line, for config.json.
+
+    Raises:
+      UserError: a budget that can't be met, or something else that the person can mend.
+    """
+    say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    data = described(cfg) if cfg.data == "auto" else train.load(cfg)
+    say(_introduction(cfg, data))
+    settings = {name: getattr(cfg, name) for name in ("wrt", "max_compiles", "topology")}
+    found = planning.plan(cfg, data, loop.build(cfg, data), **settings)
+    say(str(found.describe()))
+    if cfg.out:
+        folder = RunDir(cfg.out, about.of_run(cfg, command))
+        folder.write_text(PLAN, found.to_json() + "\n")
+        say(f"plan: {folder.path / PLAN}")
+    return found
+
+
+def described(cfg: Plan) -> data_lib.Data:
+    """A data set without examples: what a training step depends on."""
+    text = cfg.model == "transformer"
+    side = cfg.size or _SIDE
+    classes = cfg.classes or (_CHARACTERS if text else _CLASSES)
+    none = data_lib.Source(lambda i: ({}, 0), 0)
+    return data_lib.Data(
+        name="none",
+        kind="text" if text else "image",
+        train=none,
+        validation=None,
+        test=none,
+        classes=tuple(map(str, range(classes))),
+        shape=(cfg.text.context + 1,) if text else (side, side, cfg.channels),
+        flip=cfg.channels == 3,
+        counts=np.ones(classes, np.int64),
+        notes=(),
+    )
+
+
+def _introduction(cfg: Train, data: data_lib.Data) -> str:
+    shape = "x".join(map(str, data.shape))
+    what = f"windows of {cfg.text.context} characters" if data.kind == "text" else f"{shape} images"
+    return f"{cfg.model}, {cfg.micro_batch} {what}, {len(data.classes)} classes"
