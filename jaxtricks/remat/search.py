@@ -13,6 +13,7 @@ from jaxtricks.remat.plans import Recipe
 from jaxtricks.remat.solve import Again, Run, Schedule, Solution
 
 _AIM = 0.98  # of the budget: the next guess should fall just below
+_FULL = 0.96  # of the budget: used up
 _CLOSE = 0.005  # of the step's operations: a gain not worth another compilation
 
 
@@ -110,12 +111,12 @@ class Search:
         """The cheapest schedule found within these bytes of temporaries, else the smallest one."""
         if self._unplanned.temp <= temp:
             return self._unplanned
-        while self._left and (i := self._next(temp)) is not None:
+        # The last one is for the smallest: what is called infeasible has been tried.
+        while self._left > (not self._fitting(temp)) and (i := self._next(temp)) is not None:
             self._seen[i] = self._try(self._solution.schedule(i)).temp
-        if not self._fitting(temp):
-            for schedule in self._by_hand():
-                if self._left and self._try(schedule).temp <= temp:
-                    break
+        for schedule in self._smallest():
+            if self._left and not self._fitting(temp):
+                self._try(schedule)
         cheapest = min(self._fitting(temp), key=lambda t: t.figures.report.flops, default=None)
         return cheapest or min([*self.tried, self._unplanned], key=lambda t: t.temp)
 
@@ -134,6 +135,8 @@ class Search:
         high = min((i for i, n in self._seen.items() if n > temp and i > low), default=len(memory))
         if high - low <= 1:
             return None
+        if low >= 0 and self._seen[low] > _FULL * temp:
+            return None
         if low >= 0 and extra[low] - extra[high - 1] < _CLOSE * self._solution.step:
             return None
         if low >= 0 and high < len(memory):
@@ -147,13 +150,15 @@ class Search:
         guess = int(np.searchsorted(memory, aim, "right")) - 1
         return min(max(guess, low + 1), high - 1)
 
-    def _by_hand(self) -> Iterator[Schedule]:
-        """What people write, for budgets below the model's reach: binary recursion, sqrt(n) groups."""
+    def _smallest(self) -> Iterator[Schedule]:
+        """What needs least: by the model, and what people write, binary recursion and sqrt(n) groups."""
+        if 0 not in self._seen:
+            yield self._solution.schedule(0)
         n = self._solution.stages
-        again = options.Choice(())
         yield _halves(0, n)
         size = math.isqrt(n - 1) + 1
         groups = [range(a, min(a + size, n)) for a in range(0, n, size)]
+        again = options.Choice(())
         yield tuple(Again(tuple(Run(i, again) for i in group)) for group in groups)
 
 

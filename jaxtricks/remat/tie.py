@@ -78,7 +78,9 @@ def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:
 
     What depends on no tied input can be merged with the first pass, and is then kept. Tying may copy an
     input, so weights are tied only if enough is computed from them alone. Greedy cover: take the input
-    that makes most further bytes wait, until the next one costs more than it brings.
+    that makes most further bytes wait, until the next one costs more than it brings. With convolutions
+    all are tied: XLA's CPU backend transposes their operands for the gradient of the kernel, and does so
+    in the first pass, and keeps the copies, where it can.
 
     Args:
       jaxpr: the traced function; inputs are its constvars, then its invars.
@@ -88,6 +90,8 @@ def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:
       Indices into (*constvars, *invars).
     """
     inputs = [*jaxpr.constvars, *jaxpr.invars]
+    if any(eqn.primitive.name == "conv_general_dilated" for eqn in _jaxpr.walk(jaxpr)):
+        return set(range(len(inputs)))
     if not saved:
         # What one input of a recomputed block reaches inside it need not be all of the block.
         closed = _jaxpr.ClosedJaxpr(jaxpr, jaxpr.constvars)
