@@ -70,6 +70,39 @@ def _callee(eqn: Any) -> _jaxpr.ClosedJaxpr:
     return body if isinstance(body, _jaxpr.ClosedJaxpr) else _jaxpr.ClosedJaxpr(body, ())
 
 
+def sunk(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
+    """The same program with parts of its inputs taken where they are first read.
+
+    Code that walks over a sequence or stacked weights slices all of it first; those slices would be alive
+    across the whole program.
+    """
+    program = closed.jaxpr
+    inputs = {*program.constvars, *program.invars}
+    waiting: dict[Any, Any] = {}
+    eqns: list[Any] = []
+
+    def fetch(operands: Sequence[Any]) -> None:
+        for v in operands:
+            if isinstance(v, Var) and v in waiting:
+                eqn = waiting.pop(v)
+                fetch(eqn.invars)
+                eqns.append(eqn)
+
+    for eqn in program.eqns:
+        reads = [v for v in eqn.invars if isinstance(v, Var)]
+        if eqn.primitive.name in _PARTS and all(v in inputs or v in waiting for v in reads):
+            waiting[eqn.outvars[0]] = eqn
+        else:
+            fetch(reads)
+            eqns.append(eqn)
+    fetch(program.outvars)
+    flat = _jaxpr.made(program.constvars, program.invars, program.outvars, eqns)
+    return _jaxpr.ClosedJaxpr(flat, closed.consts)
+
+
+_PARTS = ("slice", "squeeze", "reshape", "dynamic_slice", "convert_element_type", "broadcast_in_dim")
+
+
 def read_by(eqns: Sequence[Any]) -> list[Any]:
     """Variables that the equations read and do not make, in order of use."""
     made = {v for eqn in eqns for v in eqn.outvars}

@@ -174,7 +174,7 @@ def _checked(
             f"fn has side effects ({', '.join(effects)}) that recomputation would run twice: move them "
             "out of the loss, into its aux output say"
         )
-    return flat.inlined(closed)
+    return flat.sunk(flat.inlined(closed))
 
 
 def _varied(args: Any, wanted: Sequence[int]) -> list[bool]:

@@ -41,7 +41,7 @@ class Recipe:
         @functools.wraps(fn)
         def planned(*args: Any) -> Any:
             closed, structure = _jaxpr.trace(fn, *args)
-            program = flat.inlined(closed)
+            program = flat.sunk(flat.inlined(closed))
             stages = self._matched(program.jaxpr)
             run = emit.scheduled(program.jaxpr, stages, schedule)
             outs = run(*program.consts, *jax.tree.leaves(args))
