@@ -9,7 +9,7 @@ _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 _UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
 
 
-class BudgetInfeasible(ValueError):
+class BudgetInfeasible(ValueError):  # noqa: N818 (reads as what it says)
     """No plan meets the budget.
 
     Attributes:

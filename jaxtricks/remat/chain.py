@@ -16,9 +16,11 @@ _WINDOW = 6  # equations to either side that a cut is compared with
 _NEAR, _CHEAPER = 0.15, 1.2  # a cut inside a block has cheaper ones near it on both sides
 
 COLLECTIVES = frozenset(
-    (
-        "psum psum_invariant psum2 pmax pmin pmean ppermute pbroadcast all_gather all_gather_invariant "
-        "all_gather_reduced all_to_all psum_scatter reduce_scatter unreduced_psum ragged_all_to_all"
+    " ".join(
+        (
+            "psum psum_invariant psum2 pmax pmin pmean ppermute pbroadcast all_to_all ragged_all_to_all",
+            "all_gather all_gather_invariant all_gather_reduced psum_scatter reduce_scatter unreduced_psum",
+        )
     ).split()
 )
 

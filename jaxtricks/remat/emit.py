@@ -19,9 +19,9 @@ def scheduled(
     needed = _needed_after(program, stages)
 
     def go(*xs: Any) -> list[Any]:
-        env = dict(zip((*program.constvars, *program.invars), xs, strict=True))
+        env: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), xs, strict=True))
         _run(schedule, env)
-        return [v.val if _jaxpr.is_literal(v) else env[v] for v in program.outvars]
+        return flat.read(program.outvars, env)
 
     def _run(steps: Schedule, env: dict[Any, Any]) -> None:
         for step in steps:

@@ -1,7 +1,7 @@
 """Jaxprs as flat lists of equations: inline, cut, prune, fingerprint."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,19 @@ def sunk(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
     return _jaxpr.ClosedJaxpr(flat, closed.consts)
 
 
-_PARTS = ("slice", "squeeze", "reshape", "dynamic_slice", "convert_element_type", "broadcast_in_dim")
+_PARTS = (
+    "slice",
+    "squeeze",
+    "reshape",
+    "dynamic_slice",
+    "convert_element_type",
+    "broadcast_in_dim",
+)
+
+
+def read(variables: Sequence[Any], env: Mapping[Any, Any]) -> list[Any]:
+    """Values of variables and literals."""
+    return [v.val if _jaxpr.is_literal(v) else env[v] for v in variables]
 
 
 def read_by(eqns: Sequence[Any]) -> list[Any]:
@@ -132,14 +144,14 @@ def replaced(
         runs.append(piece(eqns, [v for eqn in eqns for v in eqn.outvars if v in needed]))
 
     def run(inputs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
         given = iter(values)
         for part, swapped in zip(runs, swaps, strict=True):
             results = _jaxpr.as_fun(part)((), *[env[v] for v in part.invars])
             env.update(zip(part.outvars, results, strict=True))
             for v, value in zip(swapped, given, strict=False):
                 env[v] = _swap(env[v], value) if v in env else value
-        return [v.val if _jaxpr.is_literal(v) else env[v] for v in jaxpr.outvars]
+        return read(jaxpr.outvars, env)
 
     return run
 
@@ -201,7 +213,7 @@ def fingerprint(jaxpr: _jaxpr.Jaxpr) -> str:
 
 def _written(jaxpr: _jaxpr.Jaxpr) -> Any:
     inputs = (*jaxpr.constvars, *jaxpr.invars)
-    number = {v: i for i, v in enumerate(inputs)}
+    number: dict[Any, int] = {v: i for i, v in enumerate(inputs)}
     shapes = [v.aval.str_short() for v in inputs]
     lines = []
     for eqn in jaxpr.eqns:

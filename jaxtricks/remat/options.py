@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 
 from jaxtricks import _jaxpr
 from jaxtricks.remat import chain, cost, flat, measure, tie
@@ -33,7 +34,9 @@ class Choice:
     outer: int = 0
 
     def __str__(self) -> str:
-        kept = KEEP if self.saved is None else f"save {len(self.saved)}" if self.saved else "recompute"
+        kept = (
+            KEEP if self.saved is None else f"save {len(self.saved)}" if self.saved else "recompute"
+        )
         return f"scan in {self.outer}, {kept}" if self.outer else kept
 
 
@@ -87,7 +90,9 @@ def price(stage: chain.Stage, varied: Sequence[bool], flops_per_byte: float) -> 
     )
 
 
-def _saving(pricer: Callable[[Choice], Option], products: Sequence[int], outer: int) -> list[Option]:
+def _saving(
+    pricer: Callable[[Choice], Option], products: Sequence[int], outer: int
+) -> list[Option]:
     """Recompute from the inputs, and keep growing sets of products, the most profitable first.
 
     What one product is worth is measured: the last of a block is often not read by any derivative.
@@ -155,12 +160,13 @@ def _with_scan(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
     after = flat.piece(jaxpr.eqns[at + 1 :], [v for e in jaxpr.eqns[at + 1 :] for v in e.outvars])
 
     def go(*xs: Any) -> list[Any]:
-        env = dict(zip(inputs, xs, strict=True))
+        env: dict[Any, Any] = dict(zip(inputs, xs, strict=True))
 
         def read(v: Any) -> Any:
             return v.val if _jaxpr.is_literal(v) else env[v]
 
-        for part, fn in ((before, _plain(before)), (loop, _split(loop, choice)), (after, _plain(after))):
+        parts = (before, _plain(before)), (loop, _split(loop, choice)), (after, _plain(after))
+        for part, fn in parts:
             env.update(zip(part.outvars, fn(*map(read, part.invars)), strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -170,7 +176,7 @@ def _with_scan(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
 def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
     """The scan as two nested ones; the outer body and the inner one are recomputed."""
     p = loop.params
-    consts, carries, length, reverse = (p[k] for k in ("num_consts", "num_carry", "length", "reverse"))
+    consts, carries, length = p["num_consts"], p["num_carry"], p["length"]
     body = flat.inlined(p["jaxpr"])
     step = _plain(body.jaxpr)
     if choice.saved is not None:
@@ -184,14 +190,14 @@ def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
             return out[:carries], out[carries:]
 
         def many(carry: Any, rows: Any) -> tuple[Any, Any]:
-            return jax.lax.scan(one, carry, rows, length // choice.outer, reverse=reverse)
+            return jax.lax.scan(one, carry, rows, length // choice.outer, p["reverse"])
 
         if choice.outer == 1:
             carry, out = many(list(init), list(rows))
             return [*carry, *out]
         rows = [x.reshape(choice.outer, -1, *x.shape[1:]) for x in rows]
         outer = jax.checkpoint(many, prevent_cse=False)
-        carry, out = jax.lax.scan(outer, list(init), rows, choice.outer, reverse=reverse)
+        carry, out = jax.lax.scan(outer, list(init), rows, choice.outer, p["reverse"])
         return [*carry, *(y.reshape(length, *y.shape[2:]) for y in out)]
 
     return go
@@ -222,9 +228,12 @@ def _price(
 
     there = flat.pruned(flat.inlined(jax.make_jaxpr(forward)(*shapes)).jaxpr)
     outs, residuals = there.outvars[: len(jaxpr.outvars)], there.outvars[len(jaxpr.outvars) :]
-    kept = cost.kept_bytes(there, {v for v in residuals if not _jaxpr.is_literal(v)}, {v for v in outs if not _jaxpr.is_literal(v)})
+    variables, known = ([v for v in vs if isinstance(v, Var)] for vs in (residuals, outs))
+    kept = cost.kept_bytes(there, variables, known)
     pullback = jax.make_jaxpr(lambda rs, cts: jax.tree.unflatten(structure, rs)(cts))
-    back = flat.pruned(flat.inlined(pullback([*map(_shape, residuals)], [*map(_shape, outs)])).jaxpr)
+    back = flat.pruned(
+        flat.inlined(pullback([*map(_shape, residuals)], [*map(_shape, outs)])).jaxpr
+    )
     total = cost.work(there, flops_per_byte) + cost.work(back, flops_per_byte)
     return Option(choice, kept, total, cost.peak_live(back))
 

@@ -64,7 +64,6 @@ def plan(
     """
     if wrt not in ("peak", "temp"):
         raise ValueError(f'wrt must be "peak" or "temp", not {wrt!r}')
-    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     program = _checked(fn, args, wanted, has_aux)
     problem = Problem.of(program.jaxpr, _varied(args, wanted), target.platform(topology))

@@ -208,7 +208,9 @@ def _groups(schedule: Schedule | None, n: int) -> list[int]:
     return groups
 
 
-def _row(stages: Sequence[chain.Stage], run: Sequence[int], what: str, depth: int) -> tuple[Any, ...]:
+def _row(
+    stages: Sequence[chain.Stage], run: Sequence[int], what: str, depth: int
+) -> tuple[Any, ...]:
     eqns = [eqn for i in run for eqn in stages[i].jaxpr.eqns]
     label = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
     line = next((found for eqn in eqns if (found := _jaxpr.source_line(eqn))), "")

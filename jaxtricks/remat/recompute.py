@@ -124,6 +124,7 @@ def is_recomputed(eqn: Any) -> bool:
 
 
 def _instantiated(ct: Any) -> Any:
-    if isinstance(ct, SymbolicZero):
-        return (np if ct.dtype == jax.dtypes.float0 else jnp).zeros(ct.shape, ct.dtype)
-    return ct
+    if not isinstance(ct, SymbolicZero):
+        return ct
+    aval: Any = ct
+    return (np if aval.dtype == jax.dtypes.float0 else jnp).zeros(aval.shape, aval.dtype)

@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.extend.core import Var
 
 from jaxtricks import _jaxpr
-from jaxtricks.remat import chain, cost, flat, measure, options
+from jaxtricks.remat import chain, cost, flat, hand, measure, options
 from jaxtricks.remat.plans import Recipe
-from jaxtricks.remat.solve import Again, Run, Schedule, Solution
+from jaxtricks.remat.solve import Schedule, Solution
 
 _AIM = 0.98  # of the budget: the next guess should fall just below
 _FULL = 0.96  # of the budget: used up
+_ERROR = 1.3  # the model's bytes may be this much above the compiler's
 _CLOSE = 0.005  # of the step's operations: a gain not worth another compilation
 
 
@@ -114,9 +115,11 @@ class Search:
         # The last one is for the smallest: what is called infeasible has been tried.
         while self._left > (not self._fitting(temp)) and (i := self._next(temp)) is not None:
             self._seen[i] = self._try(self._solution.schedule(i)).temp
-        for schedule in self._smallest():
-            if self._left and not self._fitting(temp):
+        for schedule in hand.schedules(self._solution):
+            if self._left and self._promises(schedule, temp):
                 self._try(schedule)
+        if self._left and not self._fitting(temp) and 0 not in self._seen:
+            self._try(self._solution.schedule(0))
         cheapest = min(self._fitting(temp), key=lambda t: t.figures.report.flops, default=None)
         return cheapest or min([*self.tried, self._unplanned], key=lambda t: t.temp)
 
@@ -150,20 +153,8 @@ class Search:
         guess = int(np.searchsorted(memory, aim, "right")) - 1
         return min(max(guess, low + 1), high - 1)
 
-    def _smallest(self) -> Iterator[Schedule]:
-        """What needs least: by the model, and what people write, binary recursion and sqrt(n) groups."""
-        if 0 not in self._seen:
-            yield self._solution.schedule(0)
-        n = self._solution.stages
-        yield _halves(0, n)
-        size = math.isqrt(n - 1) + 1
-        groups = [range(a, min(a + size, n)) for a in range(0, n, size)]
-        again = options.Choice(())
-        yield tuple(Again(tuple(Run(i, again) for i in group)) for group in groups)
-
-
-def _halves(a: int, b: int) -> Schedule:
-    if b - a == 1:
-        return (Run(a, options.Choice()),)
-    middle = (a + b) // 2
-    return (Again(_halves(a, middle)), *_halves(middle, b))
+    def _promises(self, schedule: Schedule, temp: int) -> bool:
+        """Whether a schedule may fit and be cheaper than what fits, by the model and its usual error."""
+        memory, extra = self._solution.priced(schedule)
+        found = [self._solution.priced(t.schedule)[1] for t in self._fitting(temp) if t.schedule]
+        return bool(memory < _ERROR * temp and extra < min(found, default=math.inf))

@@ -57,16 +57,16 @@ class Solution:
       memory: model bytes of each distinct schedule, increasing: float64 [schedules].
       extra: operations that it runs twice: float64 [schedules].
       step: operations of both passes, roughly.
-      stages: how many there are.
+      prices, carries: of the stages; see `chain.carries`.
     """
 
     def __init__(self, prices: Sequence[Priced], carries: np.ndarray, slots: int = SLOTS):
-        self._prices, self._slots = prices, slots
+        self.prices, self._slots = prices, slots
         kept = sum(max(o.kept for o in p.options) for p in prices) + carries.diagonal().sum()
         transient = max(max(o.backward for o in p.options) + p.forward_bytes for p in prices)
         self._unit = max(1.0, (kept + transient) / slots)
         self._carry = np.ceil(carries / self._unit - 1e-9).astype(int)
-        self.stages = len(prices)
+        self.carries = carries
         self.step = 3 * sum(p.forward for p in prices if math.isfinite(p.forward))
         self._solve()
         cost = self._cost[0, -1]
@@ -75,16 +75,37 @@ class Solution:
 
     def schedule(self, i: int) -> Schedule:
         """The i-th schedule."""
-        return tuple(self._steps(0, len(self._prices) - 1, int(self._at[i])))
+        return tuple(self._steps(0, len(self.prices) - 1, int(self._at[i])))
+
+    def priced(self, schedule: Schedule, held: float = 0.0) -> tuple[float, float]:
+        """(model bytes, operations run twice) of any schedule, on top of the bytes held."""
+        peak, extra = held, 0.0
+        for step in schedule:
+            stages = list(stages_of((step,)))
+            if isinstance(step, Run):
+                price = self.prices[step.stage]
+                option = next(
+                    (o for o in price.options if o.choice == step.choice),
+                    min(price.options, key=lambda o: o.extra),
+                )
+                most, again = max(option.kept + option.backward, price.forward_bytes), option.extra
+                peak, kept = max(peak, held + most), option.kept
+            else:
+                inner, again = self.priced(step.steps, held)
+                again += sum(self.prices[i].forward for i in stages)
+                peak, kept = max(peak, inner), 0.0
+            held += kept + self.carries[stages[0], stages[-1]]
+            extra += again
+        return peak, extra
 
     def _up(self, n: float) -> int:
         return math.ceil(n / self._unit - 1e-9)
 
     def _solve(self) -> None:
-        n, width = len(self._prices), self._slots + 1
+        n, width = len(self.prices), self._slots + 1
         self._cost = np.full((n, n, width), math.inf)
         self._best = np.full((n, n, width), -1, np.int16)  # option, or number of options + split
-        forward = [p.forward for p in self._prices]
+        forward = [p.forward for p in self.prices]
         for s in reversed(range(n)):
             for t in range(s, n):
                 self._keep(s, t)
@@ -92,13 +113,13 @@ class Solution:
                     # One row a split k: the first group ends with k, its carry is held by the rest.
                     later = _shifted(self._cost[s + 1 : t + 1, t], self._carry[s, s:t])
                     again = np.cumsum(forward[s:t])[:, None] + self._cost[s, s:t] + later
-                    self._take(s, t, again.min(0), again.argmin(0) + len(self._prices[s].options))
+                    self._take(s, t, again.min(0), again.argmin(0) + len(self.prices[s].options))
 
     def _keep(self, s: int, t: int) -> None:
         """Stage s first, by each of its options."""
         m = np.arange(self._slots + 1)
-        for i, o in enumerate(self._prices[s].options):
-            need = max(self._up(o.kept + o.backward), self._up(self._prices[s].forward_bytes))
+        for i, o in enumerate(self.prices[s].options):
+            need = max(self._up(o.kept + o.backward), self._up(self.prices[s].forward_bytes))
             rest = np.zeros(len(m))
             if t > s:
                 held = self._up(o.kept) + self._carry[s, s]
@@ -112,15 +133,15 @@ class Solution:
 
     def _steps(self, s: int, t: int, m: int) -> Iterator[Run | Again]:
         while s <= t:
-            options, best = self._prices[s].options, int(self._best[s, t, m])
+            options, best = self.prices[s].options, int(self._best[s, t, m])
             if best < len(options):
                 yield Run(s, options[best].choice)
-                m -= self._up(options[best].kept) + self._carry[s, s]
+                m -= self._up(options[best].kept) + int(self._carry[s, s])
                 s += 1
             else:
                 k = s + best - len(options)
                 yield Again(tuple(self._steps(s, k, m)))
-                m -= self._carry[s, k]
+                m -= int(self._carry[s, k])
                 s = k + 1
 
 

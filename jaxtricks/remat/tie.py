@@ -27,10 +27,10 @@ def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], l
     keys = [jax.random.key_impl(x) if _is_key(x) else None for x in xs]
     data = [x if k is None else jax.random.key_data(x) for x, k in zip(xs, keys, strict=True)]
     moving = [ct for ct in cotangents if _tree.is_floating(ct)]
-    out = jax.lax.platform_dependent(
+    out: list[Any] = jax.lax.platform_dependent(
         _never(moving), *data, *moving, cpu=_conditional, default=_barrier
     )
-    late = [
+    late: list[Any] = [
         x if k is None else jax.random.wrap_key_data(x, impl=k)
         for x, k in zip(out[: len(xs)], keys, strict=True)
     ]
@@ -109,9 +109,7 @@ def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:
         waiting |= reach[best]
 
 
-def _reached(
-    jaxpr: _jaxpr.Jaxpr, sources: Sequence[Any], saved: Collection[int]
-) -> dict[int, int]:
+def _reached(jaxpr: _jaxpr.Jaxpr, sources: Sequence[Any], saved: Collection[int]) -> dict[int, int]:
     """{index of equation: bytes of its outputs} for the equations that depend on the sources."""
     seen, found = set(sources), {}
     for i, eqn in enumerate(jaxpr.eqns):

@@ -1,0 +1,255 @@
+"""The planner: budgets met by compiled bytes, gradients unchanged, mistakes refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxtricks as jt
+from jaxtricks import remat
+from jaxtricks.remat import chain, flat
+
+pytestmark = pytest.mark.stock
+
+
+def mlp(layers=12, width=32, batch=512):
+    keys = jax.random.split(jax.random.key(0), layers + 1)
+    params = [jax.random.normal(k, (width, width)) * 0.2 for k in keys[1:]]
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return (x**2).mean()
+
+    return loss, params, jax.random.normal(keys[0], (batch, width))
+
+
+def transformer(layers=3, width=32, length=32, batch=8):
+    key = jax.random.key(1)
+    shapes = {"qkv": (width, 3 * width), "out": (width, width)}
+    shapes |= {"up": (width, 4 * width), "down": (4 * width, width)}
+    params = [
+        {n: 0.1 * jax.random.normal(jax.random.fold_in(key, 9 * i + j), s)
+         for j, (n, s) in enumerate(shapes.items())}
+        for i in range(layers)
+    ]  # fmt: skip
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    def loss(params, x):
+        for p in params:
+            q, k, v = jnp.split(norm(x) @ p["qkv"], 3, -1)
+            a = jax.nn.softmax(q @ k.swapaxes(-1, -2) / width**0.5)
+            x = x + (a @ v) @ p["out"]
+            x = x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
+        return (x**2).mean()
+
+    return loss, params, jax.random.normal(key, (batch, length, width))
+
+
+def convnet(blocks=3, channels=8, batch=8):
+    keys = jax.random.split(jax.random.key(2), blocks + 1)
+    params = [0.2 * jax.random.normal(k, (3, 3, channels, channels)) for k in keys[1:]]
+
+    def loss(params, x):
+        for w in params:
+            mean, var = (f(x, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+            h = (x - mean) * jax.lax.rsqrt(var + 1e-5)
+            dims = ("NHWC", "HWIO", "NHWC")
+            x = x + jax.lax.conv_general_dilated(
+                jax.nn.relu(h), w, (1, 1), "SAME", dimension_numbers=dims
+            )
+        return (x**2).mean()
+
+    return loss, params, jax.random.normal(keys[0], (batch, 16, 16, channels))
+
+
+def scanned(layers=16):
+    _, params, x = mlp(layers)
+
+    def loss(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
+        return (x**2).mean()
+
+    return loss, jnp.stack(params), x
+
+
+def close(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "fraction"),
+    [(mlp, 0.5), (transformer, 0.4), (convnet, 0.6), (scanned, 0.3)],
+    ids=lambda p: getattr(p, "__name__", p),
+)
+def test_the_compiled_program_meets_the_budget_with_the_same_gradients(model, fraction):
+    loss, params, x = model()
+    plan = remat.plan(loss, params, x, budget_bytes=fraction, wrt="temp")
+    measured = remat.memory(jax.value_and_grad(plan.fn), params, x)
+    assert plan.peak == measured.temp <= fraction * plan.baseline == fraction * plan.unplanned.temp
+    assert 0 < plan.extra_flops == measured.flops / plan.unplanned.flops - 1 < 0.7
+    assert plan.compiles == len(plan.tried) <= 6
+    want = jax.jit(jax.value_and_grad(loss))(params, x)
+    close(jax.jit(jax.value_and_grad(plan.fn))(params, x), want)
+    assert (
+        "recompute" in str(plan)
+        or "save" in str(plan)
+        or "group" in str(plan)
+        or "scan" in str(plan)
+    )
+
+
+def test_a_budget_that_is_met_anyway_changes_nothing():
+    loss, params, x = mlp(3)
+    plan = remat.plan(loss, params, x, budget_bytes="1GiB")
+    assert plan.fn is loss and plan.compiles == 0 and plan.extra_flops == 0
+    assert plan.peak == plan.baseline == remat.memory(jax.value_and_grad(loss), params, x).peak
+
+
+def test_less_memory_never_costs_less_and_the_smallest_is_named():
+    loss, params, x = mlp()
+    plans = [remat.plan(loss, params, x, budget_bytes=f, wrt="temp") for f in (0.7, 0.5)]
+    assert plans[0].extra_flops < plans[1].extra_flops
+    with pytest.raises(remat.BudgetInfeasible, match="smallest temp reached is") as caught:
+        remat.plan(loss, params, x, budget_bytes=0.02, wrt="temp", max_compiles=3)
+    assert plans[1].baseline * 0.02 < caught.value.best < plans[1].baseline / 2
+    with pytest.raises(remat.BudgetInfeasible, match="are arguments and results"):
+        remat.plan(loss, params, x, budget_bytes=1000, max_compiles=1)
+
+
+def test_a_plan_is_read_back_with_the_same_bytes():
+    loss, params, x = transformer()
+    plan = remat.plan(loss, params, x, budget_bytes=0.5, wrt="temp", max_compiles=3)
+    again = remat.plan_from_json(plan.to_json(), loss)
+    assert remat.memory(jax.value_and_grad(again.fn), params, x).temp == plan.peak
+    assert (again.peak, again.extra_flops, str(again)) == (plan.peak, plan.extra_flops, str(plan))
+    with pytest.raises(ValueError, match="plan again"):
+        again.fn(params, x.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="plan again"):
+        again.fn(params[:2], x)
+    for text in ("{}", "nonsense", json.dumps({"format": 99})):
+        with pytest.raises(ValueError, match="no plan"):
+            remat.plan_from_json(text, loss)
+
+
+def test_within_the_users_donated_step():
+    loss, params, x = mlp()
+    tx = optax.adamw(1e-3)
+
+    def step_of(loss):
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state, x):
+            value, grads = jax.value_and_grad(loss)(params, x)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return step, (params, jax.eval_shape(tx.init, params), x)
+
+    plan = remat.plan(loss, params, x, budget_bytes=0.8, within=step_of)
+    step, args = step_of(plan.fn)
+    report = remat.memory(step, *args)
+    assert report.peak == plan.peak <= 0.8 * plan.baseline and report.alias > 0
+    one = remat.plan(loss, params, x, budget_bytes=0.8, within=lambda f: jax.jit(jax.grad(f)))
+    assert one.peak < plan.peak  # no optimizer in it
+
+
+def test_auto_remat_plans_once_a_signature_inside_jit_vmap_and_autocast():
+    loss, params, x = mlp()
+    planned = remat.auto_remat(loss, 0.6, wrt="temp", max_compiles=3)
+    want = jax.grad(loss)(params, x)
+    close(jax.jit(jax.grad(planned))(params, x), want)
+    rows = jax.vmap(jax.grad(planned), (None, 0))(params, jnp.stack([x, 2 * x]))
+    close(jax.tree.map(lambda g: g[0], rows), want)
+    cast = jt.amp.autocast(loss)
+    plan = remat.plan(cast, params, x, budget_bytes=0.6, wrt="temp")
+    temp = remat.memory(jax.value_and_grad(cast), params, x).temp
+    assert plan.baseline == temp
+    assert plan.peak <= 0.6 * temp
+    with pytest.raises(ValueError, match="closes over traced"):
+        jax.jit(lambda p: remat.auto_remat(lambda x: loss(p, x), 0.5)(x))(params)
+
+
+def test_aux_argnums_and_integer_batches():
+    def loss(table, tokens, scale):
+        x = table[tokens] * scale
+        for _ in range(6):
+            x = jnp.sin(x)
+        return x.sum(), {"mean": x.mean()}
+
+    args = jnp.ones((50, 16)), jnp.arange(256) % 50, jnp.float32(0.5)
+    plan = remat.plan(loss, *args, budget_bytes=0.9, has_aux=True, argnums=(0, 2), wrt="temp")
+    grad = functools.partial(jax.grad, argnums=(0, 2), has_aux=True)
+    close(grad(plan.fn)(*args), grad(loss)(*args))
+
+
+def test_mistakes_are_one_sentence():
+    loss, params, x = mlp(3)
+    refused = functools.partial(remat.plan, budget_bytes=0.5)
+    with pytest.raises(ValueError, match="one float scalar"):
+        refused(lambda p, x: x @ p[0], params, x)
+    with pytest.raises(ValueError, match="one float scalar"):
+        refused(lambda p, x: None, params, x)
+    with pytest.raises(ValueError, match="no float array"):
+        refused(loss, params, x, argnums=())
+    with pytest.raises(ValueError, match="no float array"):
+        refused(lambda n: n.astype(jnp.float32).sum(), jnp.arange(3))
+    with pytest.raises(ValueError, match="side effects"):
+        refused(lambda p, x: [jax.debug.print("{}", x[0, 0]), loss(p, x)][1], params, x)
+    for budget in ("4 lightyears", "", 0, -1.0):
+        with pytest.raises(ValueError, match="budget_bytes"):
+            remat.plan(loss, params, x, budget_bytes=budget)
+    with pytest.raises(ValueError, match="topology must be like"):
+        refused(loss, params, x, topology="v5e")
+
+
+def test_collectives_are_never_run_twice():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    p = jax.sharding.PartitionSpec
+    share = jax.shard_map(
+        lambda x: jax.lax.pmean(x, "data"), mesh=mesh, in_specs=p("data"), out_specs=p()
+    )
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.tanh(jnp.sin(jnp.cos(x @ w)))
+            x = x + share(x).mean()
+        return (x**2).mean()
+
+    _, ws, x = mlp(6)
+    plan = remat.plan(loss, ws, x, budget_bytes=0.98, wrt="temp")
+
+    def collectives(fn):
+        program = flat.inlined(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
+        names = [eqn.primitive.name for eqn in jt._jaxpr.walk(flat.pruned(program))]
+        return sum(name in chain.COLLECTIVES for name in names)
+
+    assert 0 < collectives(plan.fn) <= collectives(loss)
+    close(jax.jit(jax.grad(plan.fn))(ws, x), jax.jit(jax.grad(loss))(ws, x))
+
+
+def test_forward_over_reverse_where_it_is_asked_for():
+    def f(x):
+        return jnp.sin(jnp.sin(x) * x).sum()
+
+    x = jnp.arange(3.0)
+    close(jax.hessian(remat.recompute_grad(f, ad="both"))(x), jax.hessian(f)(x))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.hessian(remat.recompute_grad(f))(x)
+
+
+def test_linen_models_through_functional():
+    linen = pytest.importorskip("flax.linen")
+    model = linen.Sequential([linen.Dense(16), jnp.tanh] * 4)
+    x = jnp.ones((256, 16))
+    params = model.init(jax.random.key(0), x)
+    plan = remat.plan(
+        lambda p, x: (model.apply(p, x) ** 2).mean(), params, x, budget_bytes=0.9, wrt="temp"
+    )
+    assert plan.peak <= 0.9 * plan.baseline
