@@ -75,6 +75,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 # name -> wrapper fn -> fn that keeps values and gradients (to rounding where it says so)
 WRAPPERS: dict[str, Callable[..., Any]] = {
     "remat.recompute_grad": remat.recompute_grad,
+    "remat.checkpoint": remat.checkpoint,
     "amp.with_policy, full": partial(amp.with_policy, policy="full"),
     "amp.autocast, full": partial(amp.autocast, policy="full"),
     "amp.full_precision": amp.full_precision,

@@ -1,36 +1,47 @@
-"""remat: recompute activations in the backward pass, and measure what that saved.
+"""remat: recompute activations in the backward pass, by hand or planned for a budget of bytes.
 
 What. `recompute_grad(f)` computes f as ever but keeps only its inputs for the backward pass and runs f
-again there. `memory(fn, *args)` compiles fn and reads XLA's buffer assignment: bytes of temporaries,
-arguments, outputs, and the peak they add up to.
+again there. `plan(loss, ..., budget_bytes=)` decides by itself what to keep and what to run again, and
+compiles until XLA's own buffer assignment meets the budget.
 
-Use. Wrap each block, not the whole network:
+Use. By hand, one wrapper a block; or a plan, whose fn is a drop-in for the loss:
 
     for block in blocks:
         x = jt.remat.recompute_grad(block)(x)
-    print(jt.remat.memory(jax.value_and_grad(loss), params, batch))
 
-Settings to start from. One wrapper a residual block or transformer layer, or sqrt(n) wrappers over
-groups of layers. A function whose only residual is its input has nothing to save.
+    plan = jt.remat.plan(loss, params, batch, budget_bytes="4GiB")      # or 0.5: half of today's
+    print(plan)                                                         # jt.plot.plan(plan) draws it
+    grads = jax.jit(jax.grad(plan.fn))(params, batch)
+
+`auto_remat(loss, budget)` plans at the first call with each signature. `checkpoint(f, save="attn")` keeps
+what `name(x, "attn")` marks. `sequential(fns)` and `scan(body, init, xs)` need memory of sqrt(n) or log(n)
+layers. `memory`, `residuals` and `check_effective` say what is kept and whether recomputing helped.
+
+Settings to start from. budget_bytes just below what the machine has, and `within=` with your whole donated
+step, so that the optimizer's memory is in the figure. By hand, one wrapper a residual block or layer.
 
 When it helps and when not. Where activations, not parameters or optimizer state, fill the memory: deep
-nets, long sequences, large images. On a net that fits it only adds the second forward pass.
+nets, long sequences, large images. On a net that fits it only adds a second forward pass. A function
+whose only residual is its input has nothing to save.
 
-Cost. One more forward pass of what is wrapped (about a third more FLOPs where all of it is), one copy
-of its input, and a handful of integer operations.
+Cost. `python -m tests.bench.remat_plan` writes tests/bench/results/remat_plan.md: temporaries of value and
+gradient in float32, compiled for CPU with jax 0.10.2; extra FLOPs counted in the traced program.
+
+Planning compiles the program a few times and runs nothing.
 
 Composes with. jit, grad, vmap, scan, sharding, nesting, custom rules inside; traced values that the
-function closes over (parameters, keys) receive their gradients. A Flax NNX module that updates its own
-variables goes through `jt.nnx.recompute_grad(module)`. Reverse mode only: forward mode through it is
-refused by JAX.
+function closes over receive their gradients. Plan what autocast returns, so that the plan sees the final
+dtypes. Flax modules go through `functional`, or `jt.nnx.recompute_grad(module)`. Collective operations
+are never run twice. Reverse mode; ad="both" allows forward over reverse.
 
-Differences from the paper and from optax/flax. `jax.checkpoint` saves nothing in unrolled code on
-XLA's CPU backend: the barriers it relies on are removed before common subexpressions are merged. Here
-the recomputation depends on the cotangent by data, bit for bit without changing a value, so it cannot
-be merged or moved. Random numbers need no seed bookkeeping: keys are inputs, so both passes draw the
-same mask.
+Differences from the paper and from optax/flax. `jax.checkpoint` saves nothing in unrolled code on XLA's CPU
+backend: the barriers it relies on are removed before common subexpressions are merged. Here the second run
+waits for the cotangent behind a conditional that no pass sees through, and on accelerators behind a barrier
+that takes the cotangent (jax_remat3 drops it from its own). The paper plans against its own allocator;
+this plan is measured by the compiler. Random numbers need no seeds: keys are inputs of both passes.
 
-References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
+References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. Beaumont et al.,
+Optimal checkpointing for heterogeneous chains, arXiv 1911.13214.
 """
 
 from jaxtricks.remat.budget import BudgetInfeasible

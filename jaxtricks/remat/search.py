@@ -147,7 +147,7 @@ class Search:
             aim = memory[low] + slope * (_AIM * temp - self._seen[low])
         elif self._seen:
             known = high if high < len(memory) else low
-            aim = memory[known] * _AIM * temp / self._seen[known]
+            aim = memory[known] * _AIM * temp / max(1, self._seen[known])
         else:
             aim = _AIM * temp
         guess = int(np.searchsorted(memory, aim, "right")) - 1
