@@ -1,5 +1,6 @@
 """The planner: budgets met by compiled bytes, gradients unchanged, mistakes refused."""
 
+import contextlib
 import functools
 import json
 
@@ -79,6 +80,15 @@ def scanned(layers=16):
     return loss, jnp.stack(params), x
 
 
+@contextlib.contextmanager
+def remat3():
+    jax.config.update("jax_remat3", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_remat3", False)
+
+
 def close(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -129,6 +139,11 @@ def test_a_plan_is_read_back_with_the_same_bytes():
     plan = remat.plan(loss, params, x, budget_bytes=0.5, wrt="temp", max_compiles=3)
     again = remat.plan_from_json(plan.to_json(), loss)
     assert remat.memory(jax.value_and_grad(again.fn), params, x).temp == plan.peak
+    if hasattr(
+        jax.config, "jax_remat3"
+    ):  # the default to come: its barriers leave the cotangent out
+        with remat3():
+            assert remat.memory(jax.value_and_grad(again.fn), params, x).temp == plan.peak
     assert (again.peak, again.extra_flops, str(again)) == (plan.peak, plan.extra_flops, str(plan))
     with pytest.raises(ValueError, match="plan again"):
         again.fn(params, x.astype(jnp.bfloat16))
@@ -196,6 +211,8 @@ def test_mistakes_are_one_sentence():
         refused(lambda p, x: x @ p[0], params, x)
     with pytest.raises(ValueError, match="one float scalar"):
         refused(lambda p, x: None, params, x)
+    with pytest.raises(ValueError, match="nothing to recompute"):
+        refused(lambda x: x, jnp.float32(1.0))
     with pytest.raises(ValueError, match="no float array"):
         refused(loss, params, x, argnums=())
     with pytest.raises(ValueError, match="no float array"):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtricks import _jaxpr
 from jaxtricks.remat import budget, flat, measure, plans, target
@@ -81,7 +82,7 @@ def plan(
     best = search.best(asked - fixed)
     if best.figures.report.temp > asked - fixed:
         raise budget.BudgetInfeasible(asked, best.figures.report.temp + fixed, fixed, wrt)
-    recipe = problem.recipe(best.schedule)
+    recipe, solution = problem.recipe(best.schedule), problem.solution
     base = unplanned.report.flops
     report, tried = best.figures.report, [t.figures.report for t in search.tried]
     return Plan(
@@ -96,6 +97,7 @@ def plan(
         unplanned=unplanned.report,
         compiles=len(tried),
         tried=tuple((r.temp + fixed, r.flops / base - 1) for r in tried),
+        frontier=np.stack([solution.memory + fixed, solution.extra / solution.step], 1),
         timeline=(unplanned.alive(), best.figures.alive()),
         rows=plans.rows(problem.stages, best.schedule),
     )
@@ -162,6 +164,8 @@ def _checked(
             f"fn must return {'(loss, aux) with ' if has_aux else ''}one float scalar, the loss, not "
             f"{jax.tree.map(lambda a: a.str_short(), outs)}: take a mean or a sum inside"
         )
+    if not closed.eqns:
+        raise ValueError("fn returns one of its arguments as it is: there is nothing to recompute")
     leaves = jax.tree.leaves([args[i] for i in wanted])
     if not any(jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in leaves):
         raise ValueError(

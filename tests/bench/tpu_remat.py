@@ -1,7 +1,7 @@
 """Recomputation, compiled for a TPU v5e that is not attached: `python -m tests.bench.tpu_remat`.
 
-Temporaries, FLOPs and bytes accessed of a decoder's gradient: nothing recomputed, `jax.checkpoint`, whose
-barriers the TPU's compiler keeps, and `remat.recompute_grad`, ordered by data. Needs libtpu, as `tpu` does.
+Temporaries, FLOPs and bytes accessed of a decoder's gradient: nothing recomputed, `jax.checkpoint`,
+`remat.recompute_grad` and a plan. Needs libtpu, as `tpu` does.
 """
 
 from tests.bench import tpu  # isort: skip  (it sets the environment before jax is imported)
@@ -16,8 +16,9 @@ from tests.bench import common
 from tests.bench import remat_chains as chains
 from tests.bench import remat_models as models
 
-SIZE = {"n": 4, "width": 512, "length": 512, "batch": 8, "heads": 8, "vocabulary": 1024}
+SIZE = {"n": 3, "width": 512, "length": 512, "batch": 8, "heads": 8, "vocabulary": 1024}
 WRAPS = {"jax.checkpoint": jax.checkpoint, "recompute_grad": remat.recompute_grad}
+PLANNED = 0.2  # budget of temporaries
 HEADERS = ("way", "temp MiB", "to plain", "TFLOP", "to plain", "GiB accessed", "to plain")
 
 
@@ -33,6 +34,16 @@ def rows(size: dict[str, int], names: tuple[str, ...] = ()) -> list[tuple[Any, .
     model = models.transformer(**size)
     args = tpu.place(model.shapes())
     found = [(n, *cost(model.loss(w), args)) for n, w in ways().items() if not names or n in names]
+    if not names:
+        plan = remat.plan(
+            model.loss(),
+            *model.shapes(),
+            budget_bytes=PLANNED,
+            wrt="temp",
+            max_compiles=3,
+            topology=tpu.TOPOLOGY,
+        )
+        found.append((f"planned for {PLANNED:.0%} of plain", *cost(plan.fn, args)))
     base = found[0]
     return [
         (name, t / 2**20, t / base[1], f / 1e12, f / base[2], a / 2**30, a / base[3])
