@@ -11,7 +11,8 @@ from typing import Any
 import tyro
 
 from jaxtricks import KEYS
-from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Plan, Train, UserError
+from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
+from jaxtricks.lab.plan_config import Plan
 
 USER_ERROR = 2
 COMMANDS = {

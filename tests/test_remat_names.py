@@ -9,21 +9,15 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtricks import _jaxpr, remat
+from tests import flags
 
 from .test_remat import mlp
 
 
 @pytest.fixture(params=[False, True], ids=["remat", "remat3"])
 def remat3(request):
-    if not request.param:
-        yield False
-        return
-    if not hasattr(jax.config, "jax_remat3"):
-        pytest.skip("this jax has no jax_remat3")
-    before = jax.config.jax_remat3
-    jax.config.update("jax_remat3", True)
-    yield True
-    jax.config.update("jax_remat3", before)
+    with flags.remat3(request.param):
+        yield request.param
 
 
 def block(p, x):

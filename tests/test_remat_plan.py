@@ -1,6 +1,5 @@
 """The planner: budgets met by compiled bytes, gradients unchanged, mistakes refused."""
 
-import contextlib
 import functools
 import json
 
@@ -13,6 +12,7 @@ import pytest
 import jaxtricks as jt
 from jaxtricks import remat
 from jaxtricks.remat import chain, flat
+from tests.flags import remat3
 
 pytestmark = pytest.mark.stock
 
@@ -78,15 +78,6 @@ def scanned(layers=16):
         return (x**2).mean()
 
     return loss, jnp.stack(params), x
-
-
-@contextlib.contextmanager
-def remat3():
-    jax.config.update("jax_remat3", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_remat3", False)
 
 
 def close(a, b):

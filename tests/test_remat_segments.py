@@ -1,7 +1,5 @@
 """sequential and scan: the same numbers as the plain chain and lax.scan, in fewer bytes."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from jaxtricks import remat
 from jaxtricks.remat import loops, segments
+from tests.flags import remat3
 
 pytestmark = pytest.mark.stock  # bytes, and gradients to the last bits
 SHAPE = jax.ShapeDtypeStruct
@@ -21,21 +20,6 @@ def close(a, b, rtol=1e-6):
 
 def exponent(ns, temps):
     return np.polyfit(np.log(ns), np.log(temps), 1)[0]
-
-
-@contextlib.contextmanager
-def remat3(on):
-    if not hasattr(jax.config, "jax_remat3"):
-        if on:
-            pytest.skip("this jax has no jax_remat3")
-        yield
-        return
-    before = jax.config.jax_remat3
-    jax.config.update("jax_remat3", on)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_remat3", before)
 
 
 # ---- sequential

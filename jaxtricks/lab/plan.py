@@ -8,7 +8,8 @@ from rich.console import Console
 from jaxtricks import remat
 from jaxtricks.lab import about, loop, planning, train
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab.config import Plan, Train
+from jaxtricks.lab.config import Train
+from jaxtricks.lab.plan_config import Plan
 from jaxtricks.lab.rundir import RunDir
 
 PLAN, PICTURE = "plan.json", "plan.png"

@@ -8,8 +8,9 @@ import jax
 from jaxtricks import remat
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import loop
-from jaxtricks.lab.config import Plan, Train, UserError
-from jaxtricks.remat import budget
+from jaxtricks.lab.config import Train, UserError
+from jaxtricks.lab.plan_config import Plan
+from jaxtricks.remat import budget, target
 from jaxtricks.remat.planner import Wrt
 
 
@@ -105,7 +106,4 @@ def _budget(text: str) -> str | float:
 
 
 def _placed(shapes: Any, sharding: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type),
-        shapes,
-    )
+    return jax.tree.map(lambda x: target.shape(x, sharding), shapes)

@@ -42,17 +42,15 @@ class Stage:
 
 def stages(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> list[Stage]:
     """The stages that end before these equations (the last is the number of equations)."""
-    born, last = _lifetimes(program)
-    long_lived = _long_lived(program, born, last)
-    consts, found = set(program.constvars), []
+    _, last = _lifetimes(program)
+    alive, consts, found = _alive(program), set(program.constvars), []
     for a, b in zip([0, *ends], ends, strict=False):
         eqns = program.eqns[a:b]
         outs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= b]
-        alive = (v for v in born if v not in long_lived and born[v] < b <= last.get(v, -1))
         ins = [v for v in flat.read_by(eqns) if v not in consts]
         jaxpr = _jaxpr.made([v for v in flat.read_by(eqns) if v in consts], ins, outs, eqns)
         fixed = any(e.primitive.name in COLLECTIVES for e in _jaxpr.walk(jaxpr))
-        found.append(Stage(jaxpr, sum(map(tie.var_bytes, alive)), fixed))
+        found.append(Stage(jaxpr, int(alive[b - 1]), fixed))
     return found
 
 

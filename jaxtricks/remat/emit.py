@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.extend.core import Var
-
 from jaxtricks import _jaxpr
 from jaxtricks.remat import flat, options
 from jaxtricks.remat.chain import Stage
@@ -16,7 +14,7 @@ def scheduled(
     program: _jaxpr.Jaxpr, stages: Sequence[Stage], schedule: Schedule
 ) -> Callable[..., list[Any]]:
     """The program as a function of (*constvars, *invars), its stages run by the schedule."""
-    needed = _needed_after(program, stages)
+    needed = flat.needed_after([stage.jaxpr.eqns for stage in stages], program.outvars)
 
     def go(*xs: Any) -> list[Any]:
         env: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), xs, strict=True))
@@ -47,12 +45,3 @@ def scheduled(
         return ins, outs, recompute_grad(inner)
 
     return go
-
-
-def _needed_after(program: _jaxpr.Jaxpr, stages: Sequence[Stage]) -> list[set[Any]]:
-    needed = {v for v in program.outvars if isinstance(v, Var)}
-    after = []
-    for stage in reversed(stages):
-        after.append(set(needed))
-        needed |= {*stage.jaxpr.constvars, *stage.jaxpr.invars}
-    return after[::-1]

@@ -70,7 +70,12 @@ def _callee(eqn: Any) -> _jaxpr.ClosedJaxpr:
     return body if isinstance(body, _jaxpr.ClosedJaxpr) else _jaxpr.ClosedJaxpr(body, ())
 
 
-def sunk(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
+def straight(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
+    """The program as the planner cuts it: its calls written out, its inputs' parts where they are read."""
+    return _sunk(inlined(closed))
+
+
+def _sunk(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
     """The same program with parts of its inputs taken where they are first read.
 
     Code that walks over a sequence or stacked weights slices all of it first; those slices would be alive
@@ -140,7 +145,7 @@ def replaced(
     parts = [jaxpr.eqns[a:b] for a, b in zip([0, *ends], ends, strict=False)]
     swaps = [list(eqns[-1].outvars) for eqns in parts[:-1]] + [[]]
     runs = []
-    for eqns, needed in zip(parts, _needed_after(parts, jaxpr.outvars), strict=True):
+    for eqns, needed in zip(parts, needed_after(parts, jaxpr.outvars), strict=True):
         runs.append(piece(eqns, [v for eqn in eqns for v in eqn.outvars if v in needed]))
 
     def run(inputs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
@@ -156,7 +161,8 @@ def replaced(
     return run
 
 
-def _needed_after(parts: Sequence[Sequence[Any]], outvars: Sequence[Any]) -> list[set[Any]]:
+def needed_after(parts: Sequence[Sequence[Any]], outvars: Sequence[Any]) -> list[set[Any]]:
+    """For each run of equations, the variables that later runs or the results read."""
     needed = {v for v in outvars if isinstance(v, Var)}
     after = []
     for eqns in reversed(parts):
@@ -175,6 +181,11 @@ def _swap(computed: Any, value: Any) -> Any:
 def _swap_jvp(primals: Any, tangents: Any) -> Any:
     # The value of one, the derivative of the other: what computes the first is dead code.
     return primals[1], tangents[0]
+
+
+def live(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.Jaxpr:
+    """What of a program runs: its calls written out, without dead code."""
+    return pruned(inlined(closed).jaxpr)
 
 
 def pruned(jaxpr: _jaxpr.Jaxpr, used: Sequence[bool] | None = None) -> _jaxpr.Jaxpr:

@@ -59,7 +59,7 @@ def report(compiled: Any, program: _jaxpr.ClosedJaxpr) -> Report:
     m = compiled.memory_analysis()
     temp = max(0, m.temp_size_in_bytes - _constant_temp())
     args, outs, alias = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
-    needed = flops(flat.pruned(flat.inlined(program).jaxpr))
+    needed = flops(flat.live(program))
     return Report(temp, args, outs, alias, args + outs - alias + temp, needed)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from jaxtricks import _jaxpr
-from jaxtricks.remat import chain, cost, flat, measure, tie
+from jaxtricks.remat import chain, cost, flat, loops, measure, tie
 from jaxtricks.remat.recompute import recomputed
 
 KEEP = "keep"  # all that the derivative needs, as without recomputation
@@ -74,7 +74,9 @@ def price(stage: chain.Stage, varied: Sequence[bool], flops_per_byte: float) -> 
       varied: which of its inputs depend on what is differentiated.
       flops_per_byte: see `cost.FLOPS_PER_BYTE`.
     """
-    pricer = functools.partial(_price, stage, varied=varied, flops_per_byte=flops_per_byte)
+    pricer = functools.cache(
+        functools.partial(_price, stage, varied=varied, flops_per_byte=flops_per_byte)
+    )
     base = pricer(Choice())
     found = [base]
     if not stage.fixed:
@@ -161,14 +163,10 @@ def _with_scan(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
 
     def go(*xs: Any) -> list[Any]:
         env: dict[Any, Any] = dict(zip(inputs, xs, strict=True))
-
-        def read(v: Any) -> Any:
-            return v.val if _jaxpr.is_literal(v) else env[v]
-
         parts = (before, _plain(before)), (loop, _split(loop, choice)), (after, _plain(after))
         for part, fn in parts:
-            env.update(zip(part.outvars, fn(*map(read, part.invars)), strict=True))
-        return [read(v) for v in jaxpr.outvars]
+            env.update(zip(part.outvars, fn(*flat.read(part.invars, env)), strict=True))
+        return flat.read(jaxpr.outvars, env)
 
     return go
 
@@ -189,16 +187,9 @@ def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
             out = step(*body.consts, *fixed, *carry, *row)
             return out[:carries], out[carries:]
 
-        def many(carry: Any, rows: Any) -> tuple[Any, Any]:
-            return jax.lax.scan(one, carry, rows, length // choice.outer, p["reverse"])
-
-        if choice.outer == 1:
-            carry, out = many(list(init), list(rows))
-            return [*carry, *out]
-        rows = [x.reshape(choice.outer, -1, *x.shape[1:]) for x in rows]
-        outer = jax.checkpoint(many, prevent_cse=False)
-        carry, out = jax.lax.scan(outer, list(init), rows, choice.outer, p["reverse"])
-        return [*carry, *(y.reshape(length, *y.shape[2:]) for y in out)]
+        outer = [choice.outer] if choice.outer > 1 else []
+        carry, out = loops.nested(one, list(init), list(rows), length, outer, reverse=p["reverse"])
+        return [*carry, *out]
 
     return go
 
@@ -226,14 +217,12 @@ def _price(
         residuals, structure = jax.tree.flatten(pullback)
         return outs, residuals
 
-    there = flat.pruned(flat.inlined(jax.make_jaxpr(forward)(*shapes)).jaxpr)
+    there = flat.live(jax.make_jaxpr(forward)(*shapes))
     outs, residuals = there.outvars[: len(jaxpr.outvars)], there.outvars[len(jaxpr.outvars) :]
     variables, known = ([v for v in vs if isinstance(v, Var)] for vs in (residuals, outs))
     kept = cost.kept_bytes(there, variables, known)
     pullback = jax.make_jaxpr(lambda rs, cts: jax.tree.unflatten(structure, rs)(cts))
-    back = flat.pruned(
-        flat.inlined(pullback([*map(_shape, residuals)], [*map(_shape, outs)])).jaxpr
-    )
+    back = flat.live(pullback([*map(_shape, residuals)], [*map(_shape, outs)]))
     total = cost.work(there, flops_per_byte) + cost.work(back, flops_per_byte)
     return Option(choice, kept, total, cost.peak_live(back))
 

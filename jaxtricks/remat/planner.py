@@ -68,8 +68,14 @@ def plan(
     wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     program = _checked(fn, args, wanted, has_aux)
     problem = Problem.of(program.jaxpr, _varied(args, wanted), target.platform(topology))
-    measured = functools.partial(_measured, within=within, args=args, topology=topology)
-    measured = functools.partial(measured, argnums=argnums, has_aux=has_aux)
+    measured = functools.partial(
+        _measured,
+        within=within,
+        args=args,
+        topology=topology,
+        argnums=argnums,
+        has_aux=has_aux,
+    )
     unplanned = measured(fn)
     fixed = unplanned.report.peak - unplanned.report.temp if wrt == "peak" else 0
     asked = budget.parse(budget_bytes, fixed + unplanned.report.temp)
@@ -124,7 +130,7 @@ def auto_remat(
 
     @functools.wraps(fn)
     def planned(*args: Any) -> Any:
-        shapes = jax.tree.map(_shape, args)
+        shapes = jax.tree.map(target.shape, args)
         leaves, structure = jax.tree.flatten(shapes)
         signature = structure, tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
         if signature not in found:
@@ -132,11 +138,6 @@ def auto_remat(
         return found[signature].fn(*args)
 
     return planned
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    aval = jax.typeof(x)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _measured(
@@ -177,7 +178,7 @@ def _checked(
             f"fn has side effects ({', '.join(effects)}) that recomputation would run twice: move them "
             "out of the loss, into its aux output say"
         )
-    return flat.sunk(flat.inlined(closed))
+    return flat.straight(closed)
 
 
 def _varied(args: Any, wanted: Sequence[int]) -> list[bool]:

@@ -41,7 +41,7 @@ class Recipe:
         @functools.wraps(fn)
         def planned(*args: Any) -> Any:
             closed, structure = _jaxpr.trace(fn, *args)
-            program = flat.sunk(flat.inlined(closed))
+            program = flat.straight(closed)
             stages = self._matched(program.jaxpr)
             run = emit.scheduled(program.jaxpr, stages, schedule)
             outs = run(*program.consts, *jax.tree.leaves(args))
@@ -81,7 +81,7 @@ class Plan:
       compiles: programs compiled after the unplanned one.
       tried: (bytes, extra_flops) of each.
       frontier: (bytes, extra_flops) that the model expects of its best schedules: float64 [schedules, 2].
-      timeline: bytes alive (unfused) at each operation, unplanned and planned.
+      timeline: bytes alive at each operation by estimate, unplanned and planned.
     """
 
     fn: Callable[..., Any]

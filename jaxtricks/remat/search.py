@@ -71,8 +71,8 @@ class Figures:
     jaxpr: _jaxpr.ClosedJaxpr
 
     def alive(self) -> np.ndarray:
-        """Bytes alive, unfused, at each operation."""
-        return cost.live_bytes(flat.pruned(flat.inlined(self.jaxpr).jaxpr))
+        """Bytes alive at each operation, as `cost.live_bytes` estimates them."""
+        return cost.live_bytes(flat.live(self.jaxpr))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,19 +23,22 @@ def platform(topology: str | None) -> str:
     return jax.default_backend() if topology is None else "tpu"
 
 
+def shape(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, a tracer or a shape, weak types kept; placed if there is a sharding."""
+    aval = jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
+
+
 def placed(tree: Any, topology: str | None) -> Any:
     """The shapes of a tree on the target; leaves that have a sharding of their own keep it."""
-    chip = None if topology is None else first_chip(topology)
+    if topology is None:
+        return tree
+    chip = first_chip(topology)
+    return jax.tree.map(lambda x: x if _has_place(x) else shape(x, chip), tree)
 
-    def shape(x: Any) -> Any:
-        if isinstance(x, jax.ShapeDtypeStruct) and (chip is None or x.sharding is not None):
-            return x
-        if chip is None:
-            return x
-        x = jax.typeof(x)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip, weak_type=x.weak_type)
 
-    return jax.tree.map(shape, tree)
+def _has_place(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
 
 
 @functools.cache

@@ -92,8 +92,12 @@ def compile_step(tx: Any, params: Any, place: Callable[[Any], Any] = lambda x: x
 def cost(compiled: Any, tx: Any, params: Any) -> Cost:
     """Costs of what `compile_step` gives."""
     n, accessed = count(params), compiled.cost_analysis()["bytes accessed"]
-    temp = compiled.memory_analysis().temp_size_in_bytes % TEMP_CONSTANT
-    return Cost(accessed / n, temp, jt.memopt.state_bytes(tx, params) / n)
+    return Cost(accessed / n, temp_bytes(compiled), jt.memopt.state_bytes(tx, params) / n)
+
+
+def temp_bytes(compiled: Any) -> int:
+    """Bytes of temporaries of an executable."""
+    return compiled.memory_analysis().temp_size_in_bytes % TEMP_CONSTANT
 
 
 def build_ratios(

@@ -41,7 +41,7 @@ def rows(form: str, names: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
     for name, fn in ways(form).items():
         if not names or name in names:
             compiled = jax.jit(fn).lower(*args).compile()
-            temp = compiled.memory_analysis().temp_size_in_bytes % common.TEMP_CONSTANT
+            temp = common.temp_bytes(compiled)
             accessed = compiled.cost_analysis()["bytes accessed"]
             found.append((name, temp / 2**20, accessed / 2**30))
     _, temp, accessed = found[0]

@@ -55,8 +55,7 @@ def cost(loss: Any, args: Any) -> tuple[float, float, float]:
     """(bytes of temporaries, FLOPs, bytes accessed) of value and gradient."""
     compiled = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
     counts = compiled.cost_analysis()
-    temp = compiled.memory_analysis().temp_size_in_bytes % common.TEMP_CONSTANT
-    return temp, counts["flops"], counts["bytes accessed"]
+    return common.temp_bytes(compiled), counts["flops"], counts["bytes accessed"]
 
 
 def main() -> None:
