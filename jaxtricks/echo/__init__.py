@@ -52,7 +52,9 @@ pipelines, arXiv 2010.13639.
 """
 
 from jaxtricks.echo.api import echo
+from jaxtricks.echo.device import echo_step, keys
+from jaxtricks.echo.report import Report, report
 from jaxtricks.echo.schedule import num_steps
 from jaxtricks.echo.stream import Echoed
 
-__all__ = ["Echoed", "echo", "num_steps"]
+__all__ = ["Echoed", "Report", "echo", "echo_step", "keys", "num_steps", "report"]

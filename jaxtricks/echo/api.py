@@ -1,5 +1,6 @@
 """The public function."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Literal
@@ -139,7 +140,7 @@ def _factors(factor: Any, class_of: Any) -> Factor:
 
 def _changes(factor: Sequence[Any]) -> Factor:
     starts = [i for i, _ in factor]
-    if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+    if starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(
             "echo.echo: (element, factor) pairs in `factor` must begin at element 0 and go up"
         )

@@ -36,7 +36,7 @@ class CalendarStream(Stream):
         super().__init__(*args, **kwargs)
 
     @property
-    def min_distance(self) -> int:  # pyrefly: ignore
+    def min_distance(self) -> int:
         """The least distance of this stream, drain included; the promised one until its end is seen."""
         self.settle()
         if self._end is None or not self.distance:
@@ -71,8 +71,8 @@ class CalendarStream(Stream):
             self._plan(*pulled)
         elif not self._due:
             raise StopIteration
-        elif self._tick == self._end - 1 and isinstance(self._calendar, VaryingCalendar):
-            self._due, self._least = drain(self._due, self._end, self.distance)
+        elif self._tick == self._read - 1 and isinstance(self._calendar, VaryingCalendar):
+            self._due, self._least = drain(self._due, self._read, self.distance)
         self._tick += 1
         self._now = self._due.pop(self._tick, None) or []
         self._gone = 0

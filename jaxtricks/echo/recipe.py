@@ -1,7 +1,6 @@
 """What `echo` was asked for, checked, and the streams it makes."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,6 +16,7 @@ from jaxtricks.echo.stream import Source, Stream
 from jaxtricks.echo.tuning import Tuner
 
 Factor = Fraction | tuple[Fraction, ...] | tuple[Change, ...]
+"""Of all elements, of each class, or from one element on until the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,9 @@ class Recipe:
     def stream(self, source: Source, elements: int = -1) -> Stream:
         """A stream of its outputs; elements is the length of the source, where that is to be checked."""
         copies, tuner = self._copies(), None
-        if self.auto:
-            source = ReadAhead(source)
-            busy = functools.partial(getattr, source, "busy")
-            tuner = Tuner(copies, busy, batch_size=self.batch_size)
+        if self.auto and isinstance(copies, Changing):
+            source = ahead = ReadAhead(source)
+            tuner = Tuner(copies, lambda: ahead.busy, batch_size=self.batch_size)
         shared = {
             "name": str(self),
             "elements": elements,
@@ -105,8 +104,8 @@ class Recipe:
         if isinstance(self.factor, Fraction):
             return Constant(self.factor)
         if self.class_of is not None:
-            return PerClass(self.factor, self.class_of)
-        return Changing(self.factor, self.most)
+            return PerClass([f for f in self.factor if isinstance(f, Fraction)], self.class_of)
+        return Changing([f for f in self.factor if isinstance(f, tuple)], self.most)
 
     def _held(self, distance: int) -> int:
         return distance if self.schedule == "pool" else self.calendar(distance).held

@@ -50,12 +50,10 @@ class Stream:
     The state is a snapshot of the source before the oldest element that is still needed, and a few
     integers: never the data. A resume reads again from there, when the next output is asked for.
 
-    A subclass decides what goes out: `_next`, `_position`, `_replay_to`, `_clear`.
+    A subclass decides what goes out: `_next`, `_position`, `_replay_to`, `_clear`, `min_distance`.
 
     Attributes:
       distance: outputs between copies, or the size of the pool; 0 until it is known.
-      min_distance: the least distance of this stream, drain included; the promised one until its end
-        is seen.
     """
 
     def __init__(
@@ -83,7 +81,11 @@ class Stream:
     # --- what a schedule adds
 
     distance: int
-    min_distance: int
+
+    @property
+    def min_distance(self) -> int:
+        """The least distance of this stream, drain included."""
+        raise NotImplementedError
 
     def _clear(self) -> None:
         """Forget all positions."""

@@ -23,7 +23,8 @@ DEAD_BAND = Fraction(3, 8)
 """The factor goes down only if it is more than this above R: rounding alone is up to a quarter."""
 WINDOW = 16
 """Batches of outputs between two decisions."""
-MOST_PATIENT = 32
+PATIENCE = 4, 64
+"""Least and most windows that have to contradict what was seen before; buffers must run dry in them."""
 _TIMEOUT = 600.0  # seconds that another host may be late for a decision
 
 Clock = Callable[[], float]
@@ -32,10 +33,10 @@ Clock = Callable[[], float]
 class Tuner:
     """Decides on the factor, at elements that are the same on all hosts.
 
-    A decision moves the factor by a quarter, or by twice as much as the move before if that went the
-    same way, and never below R. A move down that a move up had to mend makes the next one wait for
-    twice as many windows that ask for it: a source with a buffer of its own looks idle wherever it
-    isn't the bottleneck, and its R is found by trying.
+    A move is a quarter, or twice the move before if that went the same way, and never below R. A
+    source with a buffer of its own looks idle wherever it isn't the bottleneck; it is known by an R
+    that contradicts a factor that was too small just before. Then a move to such a factor waits for
+    `_patience` windows that ask for it, which doubles whenever the move had to be mended.
     """
 
     def __init__(
@@ -59,7 +60,13 @@ class Tuner:
         self._next: int | None = None
         self._warm = False
         self._run = 0  # moves in the same direction so far, negative for down
-        self._patience, self._low = 1, 0  # windows that must ask for less; that have, in a row
+        self._enough = Fraction(1)  # a quarter above the last factor that was too small
+        self._below = 0  # moves to below that, in a row
+        self._trusted = False  # whether R has agreed with it
+        self._patience, self._low = (
+            PATIENCE[0],
+            0,
+        )  # windows that must ask for one; that have, in a row
 
     def __call__(self, read: int, outputs: int) -> None:
         """Note that so many elements have been read and outputs made; decide if it is time to."""
@@ -81,29 +88,41 @@ class Tuner:
         if after == before:
             return
         self._copies.change(read, after)
-        direction = 1 if after > before else -1
-        if self._run < 0:
-            mended = direction > 0
-            self._patience = (
-                min(2 * self._patience, MOST_PATIENT) if mended else self._patience // 2 or 1
-            )
-        self._run = self._run + direction if self._run * direction >= 0 else direction
         self._low = 0
+        if after > before:
+            self._trusted &= not self._below
+            self._run, self._enough = max(self._run, 0) + 1, before + QUARTER
+            self._patience = min(self._patience * (2 if self._below else 1), PATIENCE[1])
+            self._below = 0
+            return
+        self._run = min(self._run, 0) - 1
+        if after < self._enough:
+            self._enough = after
+            self._patience = max(self._patience // (2 if self._below else 1), PATIENCE[0])
+            self._below += 1
 
     def _propose(self, read: int, outputs: int) -> Fraction:
         reads, outs, clock, busy = self._start
         share = (self._busy() - busy) / max(self._clock() - clock, 1e-9)
         gain = (outputs - outs) / (read - reads)
-        factor = self._copies.factor
-        saturated = share >= SATURATED
-        self._low = 0 if saturated or share * gain >= factor - DEAD_BAND else self._low + 1
-        step = QUARTER * 2 ** abs(self._run)
-        if saturated and gain >= SETTLED * factor:
+        factor, step = self._copies.factor, QUARTER * 2 ** abs(self._run)
+        if share >= SATURATED:
+            self._low = 0
+            if gain < SETTLED * factor:
+                return factor  # copies of the last move up are still to come
             return min(factor + (step if self._run > 0 else QUARTER), Fraction(self._copies.most))
-        if self._low >= self._patience:
-            ratio = Fraction(math.ceil(4 * share * gain), 4)
-            return max(factor - (step if self._run < 0 else QUARTER), ratio, Fraction(1))
-        return factor
+        if share * gain >= factor - DEAD_BAND:
+            self._low = 0
+            return factor
+        if self._run > 0 and gain >= SETTLED * factor:
+            self._trusted = share * gain >= self._enough - QUARTER - DEAD_BAND
+        ratio = max(Fraction(math.ceil(4 * share * gain), 4), Fraction(1))
+        if factor > self._enough:
+            return max(factor - (step if self._run < 0 else QUARTER), ratio, self._enough)
+        self._low += gain <= factor / SETTLED  # else copies of a larger factor are still to go out
+        if self._low < (1 if self._trusted else self._patience):
+            return factor
+        return max(factor - QUARTER * 2**self._below, ratio)
 
     def _exchange(self, factor: Fraction) -> list[Fraction]:
         if self._meeting is None:
