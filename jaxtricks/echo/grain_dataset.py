@@ -86,6 +86,12 @@ def _dataset_class() -> type:
         def set_state(self, state: dict[str, Any]) -> None:
             self._stream.restore(state)
 
+        def close(self) -> None:
+            """End the threads and workers of the pipeline."""
+            if hasattr(self, "_stream"):  # Grain closes what could not be built, too
+                self._stream.close()
+            super().close()
+
         @property
         def distance(self) -> int:
             """The distance of this stream; 0 while `max_bytes` waits for the first element."""

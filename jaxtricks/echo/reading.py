@@ -26,7 +26,7 @@ class ReadAhead:
             self._thread = _Thread(self._source)
         item = self._thread.items.get()
         if isinstance(item, BaseException):
-            self._stop()
+            self.close()
             raise item
         return item
 
@@ -36,7 +36,7 @@ class ReadAhead:
 
     def rewind(self, snapshot: Any) -> None:
         """Go to a snapshot; what has been read ahead is dropped."""
-        self._stop()
+        self.close()
         self._source.rewind(snapshot)
         self._begin = snapshot
 
@@ -45,7 +45,8 @@ class ReadAhead:
         """Seconds in which the source was at work, so far."""
         return self._busy + (self._thread.busy if self._thread else 0.0)
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """End the thread, after the read it is in."""
         if self._thread is not None:
             self._busy = self.busy
             self._thread.end()

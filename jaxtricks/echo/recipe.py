@@ -115,9 +115,10 @@ class Recipe:
         if self.max_bytes is None or not nbytes:
             return self.distance
         room = self.max_bytes // nbytes
-        distance = min(self.distance, room + 1)
-        if self._held(distance) > room:
-            distance = room // max(self.most - 1, 1)
+        pool = self.schedule == "pool"
+        distance = min(self.distance, room if pool else 1 + room // max(self.most - 1, 1))
+        while distance > 1 and self._held(distance) > room:  # a lag is rounded up
+            distance -= 1
         if distance < self.least:
             need = self._held(self.least) * nbytes
             raise ValueError(

@@ -156,6 +156,12 @@ class Stream:
         if self._tuner is not None:
             self._tuner.restart()
 
+    def close(self) -> None:
+        """End the thread of the source, if it has one."""
+        end = getattr(self._source, "close", None)
+        if end is not None:
+            end()
+
     def settle(self) -> None:
         """Read again what a state that was set asks for."""
         if self._pending is not None:
