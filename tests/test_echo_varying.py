@@ -86,7 +86,7 @@ def test_each_element_goes_out_as_often_as_its_factor_says(stage):
 @settings(max_examples=200, deadline=None)
 @given(stages())
 def test_the_distance_is_what_min_distance_says(stage):
-    arguments, n, copies = stage
+    arguments, n, _ = stage
     pairs, iterator = run(arguments, n)
     if arguments["schedule"] == "pool":
         assert iterator.min_distance == 1

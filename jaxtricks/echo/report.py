@@ -94,7 +94,7 @@ def report(
     >>> str(report(range(100), lambda batch: None, batch_size=4, steps=2)).startswith("echo")
     True
     """
-    if steps < 1 or (batch_size or 1) < 1:
+    if steps < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError("echo.report needs `steps` >= 1 and `batch_size` >= 1")
     work = after or _same
     upstream, groups = _time_reading(source, batch_size or 1, steps)

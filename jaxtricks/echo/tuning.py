@@ -25,6 +25,8 @@ WINDOW = 16
 """Batches of outputs between two decisions."""
 PATIENCE = 4, 64
 """Least and most windows that have to contradict what was seen before; buffers must run dry in them."""
+TRUSTED = 3
+"""The same where R can be measured: only noise contradicts it."""
 _TIMEOUT = 600.0  # seconds that another host may be late for a decision
 
 Clock = Callable[[], float]
@@ -115,12 +117,12 @@ class Tuner:
             self._low = 0
             return factor
         if self._run > 0 and gain >= SETTLED * factor:
-            self._trusted = share * gain >= self._enough - QUARTER - DEAD_BAND
+            self._trusted = share * gain >= 0.8 * (self._enough - QUARTER)
         ratio = max(Fraction(math.ceil(4 * share * gain), 4), Fraction(1))
         if factor > self._enough:
             return max(factor - (step if self._run < 0 else QUARTER), ratio, self._enough)
         self._low += gain <= factor / SETTLED  # else copies of a larger factor are still to go out
-        if self._low < (1 if self._trusted else self._patience):
+        if self._low < (TRUSTED if self._trusted else self._patience):
             return factor
         return max(factor - QUARTER * 2**self._below, ratio)
 
