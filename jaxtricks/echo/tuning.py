@@ -19,12 +19,14 @@ SATURATED = 0.97
 """Share of time at work from which a source counts as what everything waits for."""
 SETTLED = 0.95
 """Share of the factor's outputs that must have come before it is raised again."""
-DEAD_BAND = Fraction(3, 8)
+DEAD_BAND = Fraction(1, 2)
 """The factor goes down only if it is more than this above R: rounding alone is up to a quarter."""
 WINDOW = 16
 """Batches of outputs between two decisions."""
 PATIENCE = 4, 64
 """Least and most windows that have to contradict what was seen before; buffers must run dry in them."""
+AGREES = 0.8
+"""Share of a factor that was too small which R must reach, or it cannot be measured."""
 TRUSTED = 3
 """The same where R can be measured: only noise contradicts it."""
 _TIMEOUT = 600.0  # seconds that another host may be late for a decision
@@ -65,10 +67,9 @@ class Tuner:
         self._enough = Fraction(1)  # a quarter above the last factor that was too small
         self._below = 0  # moves to below that, in a row
         self._trusted = False  # whether R has agreed with it
-        self._patience, self._low = (
-            PATIENCE[0],
-            0,
-        )  # windows that must ask for one; that have, in a row
+        self._ratio = 0.0  # R when the factor went below it
+        self._patience = PATIENCE[0]  # windows that must ask for that, in a row
+        self._low = 0  # windows that have
 
     def __call__(self, read: int, outputs: int) -> None:
         """Note that so many elements have been read and outputs made; decide if it is time to."""
@@ -92,7 +93,7 @@ class Tuner:
         self._copies.change(read, after)
         self._low = 0
         if after > before:
-            self._trusted &= not self._below
+            self._trusted &= not self._below or self._ratio >= AGREES * before
             self._run, self._enough = max(self._run, 0) + 1, before + QUARTER
             self._patience = min(self._patience * (2 if self._below else 1), PATIENCE[1])
             self._below = 0
@@ -117,13 +118,14 @@ class Tuner:
             self._low = 0
             return factor
         if self._run > 0 and gain >= SETTLED * factor:
-            self._trusted = share * gain >= 0.8 * (self._enough - QUARTER)
+            self._trusted = share * gain >= AGREES * (self._enough - QUARTER)
         ratio = max(Fraction(math.ceil(4 * share * gain), 4), Fraction(1))
         if factor > self._enough:
             return max(factor - (step if self._run < 0 else QUARTER), ratio, self._enough)
         self._low += gain <= factor / SETTLED  # else copies of a larger factor are still to go out
         if self._low < (TRUSTED if self._trusted else self._patience):
             return factor
+        self._ratio = share * gain
         return max(factor - QUARTER * 2**self._below, ratio)
 
     def _exchange(self, factor: Fraction) -> list[Fraction]:
