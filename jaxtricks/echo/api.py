@@ -1,13 +1,13 @@
 """The public function."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxtricks.echo import grain_dataset
 from jaxtricks.echo.copies import rational
 from jaxtricks.echo.recipe import Factor, Recipe, most_copies
 from jaxtricks.echo.sources import EchoIterable
@@ -112,12 +112,22 @@ def echo(
         guard=guard,
         seed=seed,
     )
-    parent = grain_dataset.as_iter_dataset(source)
-    if parent is not None:
-        return grain_dataset.echo_dataset(parent, recipe)
+    dataset = _grain_dataset(source, recipe)
+    if dataset is not None:
+        return dataset
     if not isinstance(source, Iterable) and not callable(source):
         raise ValueError("echo.echo needs an iterable `source`, or a function that makes one")
     return EchoIterable(source, recipe)
+
+
+def _grain_dataset(source: Any, recipe: Recipe) -> Any:
+    """A Grain dataset, if the source is one."""
+    if "grain" not in sys.modules:  # then it cannot be one, and the import would be for nothing
+        return None
+    from jaxtricks.echo import grain_dataset
+
+    parent = grain_dataset.as_iter_dataset(source)
+    return None if parent is None else grain_dataset.EchoIterDataset(parent, recipe)
 
 
 def _factors(factor: Any, class_of: Any) -> Factor:

@@ -1,10 +1,10 @@
-"""The same as a Grain dataset. Grain is imported inside functions only, and only if it is used."""
+"""The same as a Grain dataset. Nothing imports this module unless Grain has been imported before."""
 
-import functools
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
+
+import grain
 
 from jaxtricks.echo.recipe import Recipe
 
@@ -52,86 +52,73 @@ def _spell(workers: list[int]) -> str:
 
 def as_iter_dataset(source: Any) -> Any | None:
     """The source as a grain.IterDataset if it is a Grain dataset, else None."""
-    if "grain" not in sys.modules:  # then it cannot be one, and the import would be for nothing
-        return None
-    import grain
-
     if isinstance(source, grain.MapDataset):
         return source.to_iter_dataset()
     return source if isinstance(source, grain.IterDataset) else None
 
 
-def echo_dataset(parent: Any, recipe: Recipe) -> Any:
-    """A grain.IterDataset that echoes its parent."""
-    return _dataset_class()(parent, recipe)
+class EchoDatasetIterator(grain.DatasetIterator):
+    """Iterator of `EchoIterDataset`."""
+
+    def __init__(self, parent: Any, recipe: Recipe, elements: int):
+        super().__init__(parent)
+        self._stream = recipe.stream(_GrainSource(parent), elements)
+
+    def __next__(self) -> Any:
+        return self._stream.next()
+
+    def get_state(self) -> dict[str, Any]:
+        """The position as a small dict, JSON."""
+        return self._stream.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Return to a position, in this process or another."""
+        self._stream.restore(state)
+
+    def close(self) -> None:
+        """End the threads and workers of the pipeline."""
+        if hasattr(self, "_stream"):  # Grain closes what could not be built, too
+            self._stream.close()
+        super().close()
+
+    @property
+    def distance(self) -> int:
+        """The distance of this stream; 0 while `max_bytes` waits for the first element."""
+        return self._stream.distance
+
+    @property
+    def min_distance(self) -> int:
+        """Least distance of this stream; the promised one until the source's end is seen."""
+        return self._stream.min_distance
+
+    @property
+    def changes(self) -> tuple[tuple[int, Fraction], ...]:
+        """((element, factor), ...): from which element on which factor holds."""
+        return self._stream.changes
 
 
-@functools.cache
-def _dataset_class() -> type:
-    import grain
+class EchoIterDataset(grain.IterDataset):
+    """A Grain dataset whose elements are echoed."""
 
-    class EchoDatasetIterator(grain.DatasetIterator):
-        """Iterator of `EchoIterDataset`."""
+    def __init__(self, parent: Any, recipe: Recipe):
+        super().__init__(parent)
+        self._recipe = recipe
+        self.distance, self.held = recipe.distance, recipe.held
+        self.min_distance = recipe.min_distance(2**62)  # of an endless one: not every has a length
 
-        def __init__(self, parent: Any, recipe: Recipe, elements: int):
-            super().__init__(parent)
-            self._stream = recipe.stream(_GrainSource(parent), elements)
+    def __iter__(self) -> EchoDatasetIterator:
+        parent = self.parents[0]
+        # Inside a worker of mp_prefetch this is the length of the worker's share.
+        return EchoDatasetIterator(iter(parent), self._recipe, _length(parent))
 
-        def __next__(self) -> Any:
-            return self._stream.next()
+    def __str__(self) -> str:
+        return f"EchoIterDataset({self._recipe})"
 
-        def get_state(self) -> dict[str, Any]:
-            return self._stream.state()
 
-        def set_state(self, state: dict[str, Any]) -> None:
-            self._stream.restore(state)
-
-        def close(self) -> None:
-            """End the threads and workers of the pipeline."""
-            if hasattr(self, "_stream"):  # Grain closes what could not be built, too
-                self._stream.close()
-            super().close()
-
-        @property
-        def distance(self) -> int:
-            """The distance of this stream; 0 while `max_bytes` waits for the first element."""
-            return self._stream.distance
-
-        @property
-        def min_distance(self) -> int:
-            """Least distance of this stream; the promised one until the source's end is seen."""
-            return self._stream.min_distance
-
-        @property
-        def changes(self) -> tuple[tuple[int, Fraction], ...]:
-            """((element, factor), ...): from which element on which factor holds."""
-            return self._stream.changes
-
-    class EchoIterDataset(grain.IterDataset):
-        """A Grain dataset whose elements are echoed."""
-
-        def __init__(self, parent: Any, recipe: Recipe):
-            super().__init__(parent)
-            self._recipe = recipe
-            self.distance, self.held = recipe.distance, recipe.held
-            self.min_distance = recipe.min_distance(
-                2**62
-            )  # of an endless one: not every has a length
-
-        def __iter__(self) -> EchoDatasetIterator:
-            parent = self.parents[0]
-            # Inside a worker of mp_prefetch this is the length of the worker's share.
-            return EchoDatasetIterator(iter(parent), self._recipe, _length(parent))
-
-        def __str__(self) -> str:
-            return f"EchoIterDataset({self._recipe})"
-
-    def _length(dataset: Any) -> int:
-        """Elements of the first MapDataset below, -1 if there is none."""
-        while not isinstance(dataset, grain.MapDataset):
-            if not dataset.parents:
-                return -1
-            dataset = dataset.parents[0]
-        return len(dataset)
-
-    return EchoIterDataset
+def _length(dataset: Any) -> int:
+    """Elements of the first MapDataset below, -1 if there is none."""
+    while not isinstance(dataset, grain.MapDataset):
+        if not dataset.parents:
+            return -1
+        dataset = dataset.parents[0]
+    return len(dataset)
