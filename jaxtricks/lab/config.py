@@ -126,8 +126,8 @@ class Train:
     """Decay of the moving average of the parameters that is evaluated; 0 evaluates the parameters."""
     imbalance: float = 1.0
     """Images of the largest over the smallest class; 1 keeps the data as it is."""
-    echo_factor: float = 2.0
-    """Uses of each image read, when echo is on."""
+    echo_factor: float | Literal["auto"] = 2.0
+    """Uses of each image read, when echo is on; auto follows how much slower reading is than the step."""
     remat_budget: str | None = None
     """Peak bytes of the training step, such as 4GiB, or a fraction of what it needs as it is, such as 0.5:
     what to recompute is planned once, before training, in place of remat's every block."""
@@ -163,7 +163,8 @@ class Train:
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         at_least(self.imbalance, 1, "--imbalance", "1 keeps the data as it is, 100 is a long tail")
-        at_least(self.echo_factor, 1, "--echo-factor", "1 uses every image once, 2 twice")
+        if self.echo_factor != "auto":
+            at_least(self.echo_factor, 1, "--echo-factor", "1 uses every image once, 2 twice")
         positive = "steps batch accumulate blocks devices log_every save_every keep"
         for name in positive.split():
             at_least(getattr(self, name), 1, _flag(name), "a positive number")
