@@ -52,7 +52,7 @@ pipelines, arXiv 2010.13639.
 """
 
 from jaxtricks.echo.api import echo
-from jaxtricks.echo.engine import Echoed
 from jaxtricks.echo.schedule import num_steps
+from jaxtricks.echo.stream import Echoed
 
 __all__ = ["Echoed", "echo", "num_steps"]

@@ -1,16 +1,19 @@
 """The public function."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxtricks.echo import grain_dataset
-from jaxtricks.echo import schedule as schedules
+from jaxtricks.echo.copies import rational
+from jaxtricks.echo.recipe import Factor, Recipe, most_copies
 from jaxtricks.echo.sources import EchoIterable
 
 DEFAULT_DISTANCE = 512
 BATCHES_APART = 4
+SCHEDULES = ("spread", "adjacent", "pool")
 
 
 def echo(
@@ -22,6 +25,7 @@ def echo(
     batch_size: int | None = None,
     max_bytes: int | None = None,
     class_of: Callable[[Any], int] | None = None,
+    max_factor: int = 6,
     tag: bool = False,
     guard: bool = True,
     seed: int = 0,
@@ -31,89 +35,148 @@ def echo(
     copies(i) = floor((i + 1) e) - floor(i e), exact in rationals: n elements make floor(n e).
 
     A Grain dataset gives a `grain.IterDataset`, to be mapped, batched and prefetched on. Any other
-    iterable, or a function that makes one, gives an iterable whose iterators have `get_state()` and
-    `set_state(state)`: exact at every position, a small dict of fixed shape, JSON if the source's
-    own state is. The source's state is used where its iterator, or the source itself, has
-    get_state/set_state or state_dict/load_state_dict. Without one, `set_state` starts the source
-    again and reads up to the position (the iterator's `fast_forwards` is True then).
+    iterable, a tf.data.Dataset, or a function that makes an iterable, gives an iterable whose
+    iterators have `get_state()` and `set_state(state)`: exact at every position, a small dict of
+    fixed shape, JSON if the source's own state is. The source's state is used where its iterator,
+    or the source itself, has get_state/set_state or state_dict/load_state_dict. Without one,
+    `set_state` starts the source again and reads up to the position (the iterator's `fast_forwards`
+    is True then).
 
     Args:
       source: grain.IterDataset (or MapDataset), any iterable, or a function that returns one.
       factor: e >= 1, mean copies per element; 2.5 gives 2, 3, 2, 3, ... Floats are taken to the
-        nearest fraction with a denominator up to 1000.
+        nearest fraction with a denominator up to 1000. [C] factors, one for every class, with
+        `class_of`. "auto" measures how much slower the source is than its consumer, and follows it
+        in quarter steps: the same on all hosts of `jax.distributed`, which must read and resume
+        alike. The `changes` of such an iterator, passed as the factor, replay its stream.
       schedule: "spread" keeps consecutive copies of an element `distance` outputs apart;
-        "adjacent" puts them in a row.
+        "adjacent" puts them in a row; "pool" draws them from a shuffle buffer, as the paper does.
       distance: for "spread", the least difference of output indices between consecutive copies of
         one element, over the whole stream. A finite source that is too short for it gets less at
-        its end, and `min_distance` says how much: exact on an iterator that has seen the end, and
-        beforehand where len(source) is known.
+        its end, as does one whose factor is not constant; `min_distance` says how much: exact on an
+        iterator that has seen the end, and beforehand where len(source) is known and the factor
+        constant. For "pool", the copies that the buffer holds; nothing is promised then.
       batch_size: outputs per batch later on; the distance is then 4 batches unless given. 1 if the
         elements are batches. Without either the distance is 512.
-      max_bytes: not built yet.
-      class_of: not built yet.
+      max_bytes: budget for the elements that are held for later copies, by the size of the first
+        one; the distance becomes as large as it allows, if one was not given.
+      class_of: element -> class 0 to C - 1; with [C] factors.
+      max_factor: a limit for "auto", whole.
       tag: give `Echoed(element, ordinal, copy)` tuples: the key of an augmentation.
-      guard: give read-only views of numpy arrays, so that an augmentation in place raises instead
-        of changing the copies still to come.
-      seed: of the random schedules; "spread" and "adjacent" draw nothing.
+      guard: give read-only views of numpy arrays, each copy in dicts and lists of its own, so that an
+        augmentation in place raises instead of changing the copies still to come. Raises too if the
+        source changes its first array later on, or if a jax.Array was donated before its next copy.
+      seed: of the draws of "pool"; "spread" and "adjacent" draw nothing.
 
     Returns:
       The echoed dataset or iterable. Both have `distance`, `min_distance` and `held` (elements that
-      are kept for later copies, at most); their iterators have `min_distance`.
+      are kept for later copies, at most); their iterators have `distance`, `min_distance` and
+      `changes`, ((element, factor), ...) unless factors are per class.
 
     Raises:
       ValueError: factor below 1 or not a number, a distance below the batch size, a distance for
-        "adjacent", or a source that cannot be iterated.
-      NotImplementedError: for an argument that is not built yet, naming it.
+        "adjacent", a budget that is too small (when the first element is read), or a source that
+        cannot be iterated.
 
     >>> list(echo("abcd", 2, distance=3))
     ['a', 'b', 'c', 'a', 'd', 'b', 'c', 'd']
     >>> list(echo("abc", 1.5, schedule="adjacent"))
     ['a', 'b', 'b', 'c']
+    >>> list(echo("aBcD", [1, 2], class_of=str.isupper, distance=2))
+    ['a', 'B', 'c', 'B', 'D', 'D']
 
     References:
       Choi et al., Faster neural network training with data echoing, arXiv 1907.05550.
     """
-    _refuse_unbuilt(factor, schedule, max_bytes, class_of)
-    e = schedules.rational(factor)
-    if schedule == "adjacent":
-        if distance is not None:
-            raise ValueError('echo.echo: `distance` is for schedule="spread": leave it out')
-        calendar = schedules.adjacent(e)
-    else:
-        calendar = schedules.spread(e, _distance(distance, batch_size))
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"echo.echo: `schedule` is {schedule!r}: pass one of {', '.join(SCHEDULES)}"
+        )
+    auto = isinstance(factor, str) and factor == "auto"
+    factors = ((0, Fraction(1)),) if auto else _factors(factor, class_of)
+    if auto and class_of is not None:
+        raise ValueError('echo.echo: `class_of` needs a `factor` per class, not "auto"')
+    chosen, least = _distance(schedule, distance, batch_size)
+    recipe = Recipe(
+        schedule=schedule,
+        factor=factors,
+        auto=auto,
+        most=_limit(max_factor) if auto else most_copies(factors),
+        distance=chosen,
+        least=least,
+        batch_size=batch_size or DEFAULT_DISTANCE // BATCHES_APART,
+        max_bytes=_budget(max_bytes, schedule),
+        class_of=class_of,
+        tag=tag,
+        guard=guard,
+        seed=seed,
+    )
     parent = grain_dataset.as_iter_dataset(source)
     if parent is not None:
-        return grain_dataset.echo_dataset(parent, calendar, tag=tag, guard=guard)
+        return grain_dataset.echo_dataset(parent, recipe)
     if not isinstance(source, Iterable) and not callable(source):
         raise ValueError("echo.echo needs an iterable `source`, or a function that makes one")
-    return EchoIterable(source, calendar, tag, guard)
+    return EchoIterable(source, recipe)
 
 
-def _refuse_unbuilt(factor: Any, schedule: str, max_bytes: Any, class_of: Any) -> None:
-    if schedule not in ("spread", "adjacent", "pool"):
-        raise ValueError(f'echo.echo: `schedule` is {schedule!r}: pass "spread" or "adjacent"')
-    unbuilt = {
-        '`schedule="pool"`': schedule == "pool",
-        "`max_bytes`": max_bytes is not None,
-        "`class_of`": class_of is not None,
-        '`factor="auto"`': isinstance(factor, str) and factor == "auto",
-        "a `factor` per class": isinstance(factor, list | tuple) or np.ndim(factor) > 0,
-    }
-    for name, asked in unbuilt.items():
-        if asked:
-            raise NotImplementedError(f"echo.echo: {name} is not built yet")
+def _factors(factor: Any, class_of: Any) -> Factor:
+    if not isinstance(factor, Sequence) or isinstance(factor, str):
+        factor = np.asarray(factor).tolist() if np.ndim(factor) else factor
+    if not isinstance(factor, Sequence) or isinstance(factor, str):
+        if class_of is not None:
+            raise ValueError(
+                "echo.echo: `class_of` needs a `factor` per class, [C], not one number"
+            )
+        return rational(factor)
+    if not len(factor):
+        raise ValueError("echo.echo: `factor` is empty: give one number, or one per class")
+    if all(isinstance(f, Sequence) and len(f) == 2 for f in factor) and class_of is None:
+        return _changes(factor)
+    if class_of is None:
+        raise ValueError("echo.echo: a `factor` per class needs `class_of`: element -> class")
+    return tuple(rational(f) for f in factor)
 
 
-def _distance(distance: int | None, batch_size: int | None) -> int:
+def _changes(factor: Sequence[Any]) -> Factor:
+    starts = [i for i, _ in factor]
+    if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(
+            "echo.echo: (element, factor) pairs in `factor` must begin at element 0 and go up"
+        )
+    return tuple((int(i), rational(f)) for i, f in factor)
+
+
+def _limit(max_factor: int) -> int:
+    if max_factor < 1:
+        raise ValueError(f"echo.echo needs `max_factor` >= 1, got {max_factor}")
+    return max_factor
+
+
+def _budget(max_bytes: int | None, schedule: str) -> int | None:
+    if max_bytes is not None and (max_bytes < 1 or schedule == "adjacent"):
+        raise ValueError(
+            f'echo.echo: `max_bytes` is {max_bytes}: give a positive number, for schedule="spread" or '
+            '"pool"'
+        )
+    return max_bytes
+
+
+def _distance(schedule: str, distance: int | None, batch_size: int | None) -> tuple[int, int]:
+    """(the distance, what it may not be less than)."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"echo.echo needs `batch_size` >= 1, got {batch_size}")
+    if schedule == "adjacent":
+        if distance is not None:
+            raise ValueError('echo.echo: `distance` is not for schedule="adjacent": leave it out')
+        return 1, 1
     if distance is None:
-        return DEFAULT_DISTANCE if batch_size is None else BATCHES_APART * batch_size
-    if batch_size is not None and distance < batch_size:
+        distance = DEFAULT_DISTANCE if batch_size is None else BATCHES_APART * batch_size
+        return distance, 1 if batch_size is None or schedule == "pool" else batch_size
+    if schedule == "spread" and batch_size is not None and distance < batch_size:
         raise ValueError(
             f"echo.echo: `distance` {distance} is smaller than `batch_size` {batch_size}, so that "
             "copies could share a batch: leave it out or make it larger"
         )
     if distance < 1:
         raise ValueError(f"echo.echo needs `distance` >= 1, got {distance}")
-    return distance
+    return distance, distance

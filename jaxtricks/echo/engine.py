@@ -1,161 +1,141 @@
-"""The iteration itself: one engine for every schedule and every kind of source."""
+"""The schedules with a calendar: spread and adjacent."""
 
-import collections
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import heapq
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
-import numpy as np
+from jaxtricks.echo import guard as guards
+from jaxtricks.echo.schedule import Calendar, VaryingCalendar
+from jaxtricks.echo.stream import Output, Stream
 
-from jaxtricks.echo.schedule import Calendar
-
-
-class Echoed(NamedTuple):
-    """An output with its origin (tag=True).
-
-    Attributes:
-      element: what the source gave.
-      ordinal: which element of the source it is, from 0.
-      copy: which of its copies, 0 is the first. (seed, ordinal, copy) is the key of an augmentation.
-    """
-
-    element: Any
-    ordinal: int
-    copy: int
+Due = dict[int, list[Output]]  # tick -> what goes out in it, last first
 
 
-@runtime_checkable
-class Source(Protocol):
-    """What the engine needs to know of a source."""
+class CalendarStream(Stream):
+    """Every copy goes out in a tick that is known when its element is read; tick t reads element t."""
 
-    def pull(self) -> Any:
-        """Return the next element, or raise StopIteration."""
-        ...
+    def __init__(
+        self,
+        *args: Any,
+        calendar: Callable[[int], Calendar | VaryingCalendar],
+        choose: Callable[[int], int],
+        fixed: bool,
+        **kwargs: Any,
+    ):
+        """Make a stream.
 
-    def snapshot(self) -> Any:
-        """The state from which the next pull can be repeated."""
-        ...
-
-    def rewind(self, snapshot: Any) -> None:
-        """Go back, or forward, to a snapshot."""
-        ...
-
-
-class Engine:
-    """Iterate over a source by a calendar, with an exact state at every position.
-
-    The state is a snapshot of the source before the oldest element that is still needed, and three
-    integers: never the data. A resume re-reads from there.
-    """
-
-    def __init__(self, source: Source, calendar: Calendar, *, tag: bool, guard: bool):
-        self._source = source
-        self._calendar = calendar
-        self._tag = tag
-        self._guard = guard
-        self._pending: dict[str, Any] | None = None
-        self._reset(first=0)
-
-    def _reset(self, first: int) -> None:
-        self._tick = first - 1
-        self._now: list[tuple[int, int]] = []  # (element, copy) that go out in this tick
-        self._position = 0
-        self._live: dict[int, Any] = {}
-        self._snapshots: collections.deque[Any] = collections.deque()
-        self._first = first
-        self._end: int | None = None
-
-    def next(self) -> Any:
-        """The next output, or StopIteration."""
-        self._replay()
-        while self._position >= len(self._now):
-            if self._end is not None and self._tick >= self._end + self._calendar.age:
-                raise StopIteration
-            self._advance()
-        i, k = self._now[self._position]
-        self._position += 1
-        element = self._live[i]
-        if k == self._calendar.copies(i) - 1:
-            del self._live[i]
-        return Echoed(element, i, k) if self._tag else element
-
-    def state(self) -> dict[str, Any]:
-        """The position, fixed in shape and JSON if the source's own state is."""
-        if self._pending is not None:
-            return self._pending
-        return {
-            "source": self._snapshots[0] if self._snapshots else self._source.snapshot(),
-            "first": self._first,
-            "tick": self._tick,
-            "position": self._position,
-            "schedule": str(self._calendar),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Return to a position; elements are read again when the next output is asked for."""
-        if state["schedule"] != str(self._calendar):
-            raise ValueError(
-                f"echo: the state was made by ({state['schedule']}), this is ({self._calendar}): "
-                "use the same factor, schedule and distance"
-            )
-        self._source.rewind(state["source"])
-        self._pending = dict(state)
+        Args:
+          args, kwargs: of Stream.
+          calendar: distance -> calendar.
+          choose: bytes of the first element -> distance.
+          fixed: whether that does not depend on the bytes.
+        """
+        self._calendar_of, self._choose = calendar, choose
+        self.distance = choose(0) if fixed else 0
+        self._least: int | None = None
+        super().__init__(*args, **kwargs)
 
     @property
-    def min_distance(self) -> int:
+    def min_distance(self) -> int:  # pyrefly: ignore
         """The least distance of this stream, drain included; the promised one until its end is seen."""
-        self._replay()
-        if self._end is None:
-            return self._calendar.distance
-        return self._calendar.least_distance(self._end)
+        self.settle()
+        if self._end is None or not self.distance:
+            return self.distance
+        if isinstance(self._calendar, Calendar):
+            return self._calendar.least_distance(self._end)
+        return self.distance if self._least is None else self._least
+
+    def _clear(self) -> None:
+        self._tick = self._first - 1
+        self._due: Due = {}
+        self._now: list[Output] = []
+        self._gone = 0  # how many have gone out in this tick
+        if self.distance:
+            self._use(self.distance)
+
+    def _use(self, distance: int) -> None:
+        self.distance = distance
+        self._calendar = self._calendar_of(distance)
+        self._age = self._calendar.age
+        self._lags: dict[int, list[tuple[int, int]]] = {}  # copies -> (copy, lag)
+
+    def _next(self) -> Output:
+        while not self._now:
+            self._advance()
+        self._gone += 1
+        return self._now.pop()
 
     def _advance(self) -> None:
+        pulled = self._pull()
+        if pulled is not None:
+            self._plan(*pulled)
+        elif not self._due:
+            raise StopIteration
+        elif self._tick == self._end - 1 and isinstance(self._calendar, VaryingCalendar):
+            self._due, self._least = drain(self._due, self._end, self.distance)
         self._tick += 1
-        self._position = 0
-        if self._end is None:
-            self._read()
-        while len(self._snapshots) > 1 and self._first < self._tick - self._calendar.age:
-            self._snapshots.popleft()
-            self._first += 1
-        end = self._tick + 1 if self._end is None else self._end
-        self._now = self._calendar.due(self._tick, end)
+        self._now = self._due.pop(self._tick, None) or []
+        self._gone = 0
 
-    def _read(self) -> None:
-        # Once per element: asking a long pipeline for its state costs more than an echo does.
-        self._snapshots.append(self._source.snapshot())
-        try:
-            element = self._source.pull()
-        except StopIteration:
-            self._end = self._tick
-        else:
-            self._live[self._tick] = freeze(element) if self._guard else element
+    def _plan(self, i: int, copies: int, element: Any) -> None:
+        if not self.distance:
+            self._use(self._choose(guards.nbytes(element)))
+        if copies not in self._lags:
+            self._lags[copies] = list(enumerate(self._calendar.lags_of(copies)))[::-1]
+        for k, lag in self._lags[copies]:
+            # What comes in last goes out first: the freshest element, its earliest copy.
+            self._due.setdefault(i + lag, []).append((i, k, element))
+        self._forget_until(i - self._age)
 
-    def _replay(self) -> None:
-        state, self._pending = self._pending, None
-        if state is None:
-            return
-        self._reset(first=state["first"])
-        while self._tick < state["tick"]:
+    def _position(self) -> dict[str, Any]:
+        return {"tick": self._tick, "position": self._gone, "distance": self.distance}
+
+    def _replay_to(self, position: Mapping[str, Any]) -> None:
+        if position["distance"]:
+            self._use(position["distance"])
+        while self._tick < position["tick"]:
             self._advance()
-        self._position = state["position"]
-        self._forget()
-
-    def _forget(self) -> None:
-        """Release what a replay has read and no later output needs."""
-        to_come = set(self._now[self._position :])
-        for i in list(self._live):
-            final = (i, self._calendar.copies(i) - 1)
-            if self._calendar.last_tick(i) <= self._tick and final not in to_come:
-                del self._live[i]
+        for _ in range(position["position"]):
+            self._now.pop()
+        self._gone = position["position"]
 
 
-def freeze(element: Any) -> Any:
-    """Read-only views of the numpy leaves: an in-place change would reach the later copies."""
-    return jax.tree.map(_freeze_leaf, element)
+def drain(due: Due, end: int, distance: int) -> tuple[Due, int]:
+    """Plan the outputs that are left when the source has ended, one a tick, for varying copies.
 
+    Of the elements whose next copy is far enough from the one before, that with the most copies left
+    goes first; if there is none, the one that comes nearest. This is the greedy rule that is optimal
+    for jobs with a cool-down.
 
-def _freeze_leaf(x: Any) -> Any:
-    if isinstance(x, np.ndarray) and x.flags.writeable:
-        x = x.view()
-        x.flags.writeable = False
-    return x
+    Args:
+      due: the calendar.
+      end: the first tick without an element.
+      distance: the distance to keep.
+
+    Returns:
+      (the new calendar, the least distance in it, `distance` at most).
+    """
+    left: dict[int, list[Output]] = {}
+    waiting = []  # (first tick that keeps the distance, ordinal)
+    for tick in sorted(due):
+        for output in due[tick]:
+            if output[0] not in left:
+                waiting.append((tick + 1, output[0]))
+            left.setdefault(output[0], []).append(output)
+    heapq.heapify(waiting)
+    ready: list[tuple[int, int, int]] = []  # (minus copies left, that tick, ordinal)
+    plan, least, now = {}, distance, end
+    while waiting or ready:
+        while waiting and waiting[0][0] <= now:
+            when, i = heapq.heappop(waiting)
+            heapq.heappush(ready, (-len(left[i]), when, i))
+        if ready:
+            *_, i = heapq.heappop(ready)
+        else:
+            when, i = heapq.heappop(waiting)
+            least = min(least, distance - (when - now))
+        plan[now] = [left[i].pop(0)]
+        if left[i]:
+            heapq.heappush(waiting, (now + distance, i))
+        now += 1
+    return plan, least

@@ -2,26 +2,52 @@
 
 import functools
 import sys
+from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
-from jaxtricks.echo.engine import Engine
-from jaxtricks.echo.schedule import Calendar
+from jaxtricks.echo.recipe import Recipe
 
 
 class _GrainSource:
-    """A Grain iterator as the engine wants it."""
+    """A Grain iterator as a stream wants it."""
 
     def __init__(self, iterator: Any):
         self._iterator = iterator
 
-    def pull(self) -> Any:
-        return next(self._iterator)
+    def read(self) -> tuple[Any, Any]:
+        snapshot = self._iterator.get_state()
+        return snapshot, next(self._iterator)
 
     def snapshot(self) -> Any:
         return self._iterator.get_state()
 
     def rewind(self, snapshot: Any) -> None:
+        # Grain takes a state of fewer workers as it is, and loses what the others were to read.
+        made, here = (sorted(_workers(x)) for x in (snapshot, self._iterator.get_state()))
+        if made != here:
+            raise ValueError(
+                f"echo: the state was made with {_spell(made)}, this pipeline has {_spell(here)}: use the "
+                "same number of workers (mp_prefetch) and the same steps"
+            )
         self._iterator.set_state(snapshot)
+
+
+def _workers(state: Any) -> Iterator[int]:
+    """How many iterators run side by side, wherever they do."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if key == "iterators_in_use_indices":
+                yield len(value)
+            else:
+                yield from _workers(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _workers(value)
+
+
+def _spell(workers: list[int]) -> str:
+    return f"{workers[0]} workers" if len(workers) == 1 else f"workers {workers or 'none'}"
 
 
 def as_iter_dataset(source: Any) -> Any | None:
@@ -35,9 +61,9 @@ def as_iter_dataset(source: Any) -> Any | None:
     return source if isinstance(source, grain.IterDataset) else None
 
 
-def echo_dataset(parent: Any, calendar: Calendar, *, tag: bool, guard: bool) -> Any:
+def echo_dataset(parent: Any, recipe: Recipe) -> Any:
     """A grain.IterDataset that echoes its parent."""
-    return _dataset_class()(parent, calendar, tag, guard)
+    return _dataset_class()(parent, recipe)
 
 
 @functools.cache
@@ -47,38 +73,59 @@ def _dataset_class() -> type:
     class EchoDatasetIterator(grain.DatasetIterator):
         """Iterator of `EchoIterDataset`."""
 
-        def __init__(self, parent: Any, calendar: Calendar, tag: bool, guard: bool):
+        def __init__(self, parent: Any, recipe: Recipe, elements: int):
             super().__init__(parent)
-            self._engine = Engine(_GrainSource(parent), calendar, tag=tag, guard=guard)
+            self._stream = recipe.stream(_GrainSource(parent), elements)
 
         def __next__(self) -> Any:
-            return self._engine.next()
+            return self._stream.next()
 
         def get_state(self) -> dict[str, Any]:
-            return self._engine.state()
+            return self._stream.state()
 
         def set_state(self, state: dict[str, Any]) -> None:
-            self._engine.restore(state)
+            self._stream.restore(state)
+
+        @property
+        def distance(self) -> int:
+            """The distance of this stream; 0 while `max_bytes` waits for the first element."""
+            return self._stream.distance
 
         @property
         def min_distance(self) -> int:
             """Least distance of this stream; the promised one until the source's end is seen."""
-            return self._engine.min_distance
+            return self._stream.min_distance
+
+        @property
+        def changes(self) -> tuple[tuple[int, Fraction], ...]:
+            """((element, factor), ...): from which element on which factor holds."""
+            return self._stream.changes
 
     class EchoIterDataset(grain.IterDataset):
         """A Grain dataset whose elements are echoed."""
 
-        def __init__(self, parent: Any, calendar: Calendar, tag: bool, guard: bool):
+        def __init__(self, parent: Any, recipe: Recipe):
             super().__init__(parent)
-            self._calendar, self._tag, self._guard = calendar, tag, guard
-            self.distance = self.min_distance = calendar.distance
-            self.held = calendar.held
+            self._recipe = recipe
+            self.distance, self.held = recipe.distance, recipe.held
+            self.min_distance = recipe.min_distance(
+                2**62
+            )  # of an endless one: not every has a length
 
         def __iter__(self) -> EchoDatasetIterator:
-            parent = self.parents[0].__iter__()
-            return EchoDatasetIterator(parent, self._calendar, self._tag, self._guard)
+            parent = self.parents[0]
+            # Inside a worker of mp_prefetch this is the length of the worker's share.
+            return EchoDatasetIterator(iter(parent), self._recipe, _length(parent))
 
         def __str__(self) -> str:
-            return f"EchoIterDataset(factor={self._calendar.factor}, distance={self.distance})"
+            return f"EchoIterDataset({self._recipe})"
+
+    def _length(dataset: Any) -> int:
+        """Elements of the first MapDataset below, -1 if there is none."""
+        while not isinstance(dataset, grain.MapDataset):
+            if not dataset.parents:
+                return -1
+            dataset = dataset.parents[0]
+        return len(dataset)
 
     return EchoIterDataset

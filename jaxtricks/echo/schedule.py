@@ -24,6 +24,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from jaxtricks.echo.copies import rational
+
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
@@ -41,33 +43,11 @@ class Calendar:
     lags: tuple[int, ...]
     thin: int
 
-    def __str__(self) -> str:
-        name = "adjacent" if self.distance == 1 else "spread"
-        return f"{name}, factor {self.factor}, distance {self.distance}"
-
-    def total(self, n: int) -> int:
-        """Outputs that n elements make: floor(n e)."""
-        return n * self.factor.numerator // self.factor.denominator
-
-    def copies(self, i: int) -> int:
-        """Outputs that element i makes: floor((i+1) e) - floor(i e)."""
-        return self.total(i + 1) - self.total(i)
-
-    def due(self, tick: int, end: int) -> list[tuple[int, int]]:
-        """The (element, copy) pairs that go out in a tick, of a source of `end` elements."""
-        pairs = []
-        for r, lag in enumerate(self.lags):
-            i = tick - lag
-            if 0 <= i < end:
-                full = self.copies(i) == len(self.lags)
-                if full or r != self.thin:
-                    pairs.append((i, r if full or r < self.thin else r - 1))
-        return pairs
-
-    def last_tick(self, i: int) -> int:
-        """When the last copy of element i goes out."""
-        sits_out_last = self.thin == len(self.lags) - 1 and self.copies(i) < len(self.lags)
-        return i + self.lags[-2 if sits_out_last else -1]
+    def lags_of(self, copies: int) -> tuple[int, ...]:
+        """Ticks from the reading of an element that makes so many copies to each of them."""
+        if copies == len(self.lags):
+            return self.lags
+        return self.lags[: self.thin] + self.lags[self.thin + 1 :]
 
     @property
     def age(self) -> int:
@@ -119,6 +99,36 @@ class Calendar:
         return n * self.factor.numerator // self.factor.denominator - short * n
 
 
+@dataclasses.dataclass(frozen=True)
+class VaryingCalendar:
+    """The ticks of copies whose number is not known before an element is read.
+
+    Copy k comes k (D - 1) ticks after the first one. While the source lasts every tick has a first
+    copy, so that the distance holds; the drain is planned when it begins, see `engine`.
+
+    Attributes:
+      most: the most copies of an element.
+      distance: least difference of output indices between consecutive copies of one element.
+    """
+
+    most: int
+    distance: int
+
+    def lags_of(self, copies: int) -> tuple[int, ...]:
+        """Ticks from the reading of an element that makes so many copies to each of them."""
+        return tuple(k * (self.distance - 1) for k in range(copies))
+
+    @property
+    def age(self) -> int:
+        """Ticks from reading an element to the last copy that it can have."""
+        return (self.most - 1) * (self.distance - 1)
+
+    @property
+    def held(self) -> int:
+        """The most elements that wait for a later copy at one time."""
+        return self.age
+
+
 def adjacent(factor: Fraction) -> Calendar:
     """All copies of an element in a row: what flat_map(repeat) does."""
     rounds = math.ceil(factor)
@@ -135,18 +145,9 @@ def spread(factor: Fraction, distance: int) -> Calendar:
     return Calendar(factor, distance, lags, thin=max(rounds - 2, 1) if rounds > 1 else 0)
 
 
-def rational(factor: object) -> Fraction:
-    """The factor as an exact fraction: 2.5 is 5/2, and a float like 1.1 the nearest of 1/1000 parts."""
-    if isinstance(factor, float | np.floating):
-        if not math.isfinite(factor):
-            raise ValueError(f"echo.echo needs a finite `factor`, got {factor}: 2 is a good start")
-        factor = Fraction(float(factor)).limit_denominator(1000)
-    if isinstance(factor, bool) or not isinstance(factor, int | np.integer | Fraction):
-        raise ValueError(f"echo.echo: `factor` is {factor!r}: pass a number >= 1")
-    factor = Fraction(int(factor)) if isinstance(factor, np.integer) else Fraction(factor)
-    if factor < 1:
-        raise ValueError(f"echo.echo needs `factor` >= 1, got {factor}: it cannot drop elements")
-    return factor
+def total(factor: Fraction, n: int) -> int:
+    """Outputs that n elements make: floor(n e)."""
+    return n * factor.numerator // factor.denominator
 
 
 def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
@@ -170,5 +171,4 @@ def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
     """
     if batch < 1 or fresh < 0:
         raise ValueError("echo.num_steps needs `batch` >= 1 and `fresh` >= 0")
-    e = rational(factor)
-    return fresh * e.numerator // e.denominator // batch
+    return total(rational(factor), fresh) // batch

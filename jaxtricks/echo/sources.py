@@ -3,10 +3,10 @@
 import base64
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from typing import Any
 
-from jaxtricks.echo.engine import Engine
-from jaxtricks.echo.schedule import Calendar
+from jaxtricks.echo.recipe import Recipe
 
 _PAIRS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 
@@ -26,14 +26,15 @@ class IterableSource:
         """Whether a resume reads and drops everything before the position."""
         return not (self._of_iterator or self._of_source)
 
-    def pull(self) -> Any:
-        """Return the next element, or raise StopIteration."""
+    def read(self) -> tuple[Any, Any]:
+        """(the state from which this can be repeated, the next element), or StopIteration."""
+        snapshot = self.snapshot()
         element = next(self._iterator)
         self._read += 1
-        return element
+        return snapshot, element
 
     def snapshot(self) -> Any:
-        """The state from which the next pull can be repeated."""
+        """The state from which the next read can be repeated."""
         if self._of_iterator:
             return _encode(getattr(self._iterator, self._of_iterator[0])())
         if self._of_source:
@@ -61,7 +62,7 @@ class IterableSource:
             self._iterator, self._read = again, 0
         for _ in range(count):
             try:
-                self.pull()
+                self.read()
             except StopIteration:
                 raise ValueError(
                     f"echo: `source` ended before element {count} of the state: it must give the "
@@ -77,23 +78,17 @@ class EchoIterator(Iterator[Any]):
         because neither the source nor its iterator has a state of its own.
     """
 
-    def __init__(
-        self,
-        source: Iterable[Any] | Callable[[], Iterable[Any]],
-        calendar: Calendar,
-        tag: bool,
-        guard: bool,
-    ):
+    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe):
         adapter = IterableSource(source)
-        self._engine = Engine(adapter, calendar, tag=tag, guard=guard)
+        self._stream = recipe.stream(adapter)
         self.fast_forwards = adapter.fast_forwards
 
     def __next__(self) -> Any:
-        return self._engine.next()
+        return self._stream.next()
 
     def get_state(self) -> dict[str, Any]:
         """The position as a small dict; JSON if the source's own state is."""
-        return self._engine.state()
+        return self._stream.state()
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Return to a position, in this process or another.
@@ -101,12 +96,22 @@ class EchoIterator(Iterator[Any]):
         Raises:
           ValueError: if the state is of another schedule, or the source cannot start again.
         """
-        self._engine.restore(state)
+        self._stream.restore(state)
+
+    @property
+    def distance(self) -> int:
+        """The distance of this stream; 0 while `max_bytes` waits for the first element."""
+        return self._stream.distance
 
     @property
     def min_distance(self) -> int:
         """Least distance of this stream; the promised one until the end of the source is seen."""
-        return self._engine.min_distance
+        return self._stream.min_distance
+
+    @property
+    def changes(self) -> tuple[tuple[int, Fraction], ...]:
+        """((element, factor), ...): from which element on which factor holds; empty if per class."""
+        return self._stream.changes
 
 
 class EchoIterable(Iterable[Any]):
@@ -117,35 +122,32 @@ class EchoIterable(Iterable[Any]):
       held: the most elements that are held for later copies.
     """
 
-    def __init__(
-        self,
-        source: Iterable[Any] | Callable[[], Iterable[Any]],
-        calendar: Calendar,
-        tag: bool,
-        guard: bool,
-    ):
-        self._source, self._calendar, self._tag, self._guard = source, calendar, tag, guard
-        self.distance = calendar.distance
-        self.held = calendar.held
+    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe):
+        self._source, self._recipe = source, recipe
+        self.distance, self.held = recipe.distance, recipe.held
 
     def __iter__(self) -> EchoIterator:
-        return EchoIterator(self._source, self._calendar, self._tag, self._guard)
+        return EchoIterator(self._source, self._recipe)
 
     def __len__(self) -> int:
-        return self._calendar.total(len(self._source))  # pyrefly: ignore
+        total = self._recipe.total(len(self._source))  # pyrefly: ignore
+        if total is None:
+            raise TypeError("an echoed source has no length where its factor is not constant")
+        return total
 
     @property
     def min_distance(self) -> int:
         """Least distance over the whole stream, drain included, if the source has a length."""
         try:
-            n = len(self._source)  # pyrefly: ignore
+            return self._recipe.min_distance(len(self._source))  # pyrefly: ignore
         except TypeError:
-            return self.distance
-        return self._calendar.least_distance(n)
+            return 1 if self._recipe.schedule == "pool" else self.distance
 
 
 def start(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
     """A new iterator over the source, which may be a function that makes one."""
+    if hasattr(source, "as_numpy_iterator"):  # a tf.data.Dataset
+        return iter(source.as_numpy_iterator())
     if isinstance(source, Iterable):
         return iter(source)
     return iter(source())

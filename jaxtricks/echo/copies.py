@@ -1,0 +1,164 @@
+"""How many copies each element makes: a mean factor, one for every class, or one that changes."""
+
+import collections
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+CHANGES = 64
+"""Changes of the factor that a state keeps; older ones are no longer needed to go on."""
+
+Change = tuple[int, Fraction]  # (first element it holds for, factor)
+
+
+@runtime_checkable
+class Copies(Protocol):
+    """A rule, and how far a stream has got with it.
+
+    Attributes:
+      most: the most copies that an element can make.
+    """
+
+    most: int
+
+    def take(self, i: int, element: Any) -> int:
+        """Copies of the element read as number i; asked once each, in order."""
+        ...
+
+    def forget(self) -> None:
+        """A resume will begin one element later than before."""
+        ...
+
+    def state(self) -> Any:
+        """What `take` needs to know where a resume begins; JSON of a fixed shape."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go back to that."""
+        ...
+
+
+class Constant:
+    """copies(i) = floor((i + 1) e) - floor(i e)."""
+
+    def __init__(self, factor: Fraction):
+        self.factor = factor
+        self.most = math.ceil(factor)
+        self._up, self._down = factor.numerator, factor.denominator
+
+    def __str__(self) -> str:
+        return f"factor {self.factor}"
+
+    def take(self, i: int, element: Any = None) -> int:
+        """Copies of element i."""
+        return (i + 1) * self._up // self._down - i * self._up // self._down
+
+    def forget(self) -> None:
+        """Nothing is counted."""
+
+    def state(self) -> None:
+        """Nothing is counted."""
+
+    def restore(self, state: Any) -> None:
+        """Nothing is counted."""
+
+
+class PerClass:
+    """The same rule within each class: element number j of class c makes copies_c(j)."""
+
+    def __init__(self, factors: Sequence[Fraction], class_of: Callable[[Any], int]):
+        self._rules = [Constant(factor) for factor in factors]
+        self._class_of = class_of
+        self.most = max(rule.most for rule in self._rules)
+        self.restore([0] * len(factors))
+
+    def __str__(self) -> str:
+        return f"factors {', '.join(str(rule.factor) for rule in self._rules)}"
+
+    def take(self, i: int, element: Any) -> int:
+        """Copies of the element, which is of class class_of(element)."""
+        c = self._class_of(element)
+        if not 0 <= c < len(self._rules):
+            raise ValueError(
+                f"echo.echo: `class_of` gives {c} for element {i}, and `factor` has "
+                f"{len(self._rules)} classes: it must give 0 to {len(self._rules) - 1}"
+            )
+        j = self._seen[c]
+        self._seen[c] = j + 1
+        self._classes.append(c)
+        return self._rules[c].take(j)
+
+    def forget(self) -> None:
+        """Count the oldest element as gone."""
+        self._gone[self._classes.popleft()] += 1
+
+    def state(self) -> list[int]:
+        """Elements of each class before the one where a resume begins."""
+        return list(self._gone)
+
+    def restore(self, state: Sequence[int]) -> None:
+        """Go back to these counts."""
+        self._gone, self._seen = list(state), list(state)
+        self._classes: collections.deque[int] = collections.deque()
+
+
+class Changing:
+    """A factor that holds from one element on, until the next: how `factor="auto"` is replayed."""
+
+    def __init__(self, changes: Sequence[Change], most: int):
+        self.changes = tuple(changes)
+        self.most = most
+        self._enter(0)
+
+    def __str__(self) -> str:
+        return f"changing factor, at most {self.most}"
+
+    @property
+    def factor(self) -> Fraction:
+        """The newest factor."""
+        return self.changes[-1][1]
+
+    def take(self, i: int, element: Any = None) -> int:
+        """Copies of element i."""
+        while self._at + 1 < len(self.changes) and i >= self.changes[self._at + 1][0]:
+            self._enter(self._at + 1)
+        return self._rule.take(i - self._since)
+
+    def change(self, i: int, factor: Fraction) -> None:
+        """Let the factor be another one from element i on."""
+        self.changes = (*self.changes, (i, factor))
+
+    def forget(self) -> None:
+        """All changes are kept until there are too many."""
+
+    def state(self) -> list[list[int]]:
+        """The newest changes as [element, numerator, denominator], filled up with -1."""
+        rows = [[i, f.numerator, f.denominator] for i, f in self.changes[-CHANGES:]]
+        return rows + [[-1, -1, -1]] * (CHANGES - len(rows))
+
+    def restore(self, state: Sequence[Sequence[int]]) -> None:
+        """Take over the changes of a state."""
+        self.changes = tuple((i, Fraction(up, down)) for i, up, down in state if i >= 0)
+        self._enter(0)
+
+    def _enter(self, at: int) -> None:
+        self._at = at
+        self._since, factor = self.changes[at]
+        self._rule = Constant(factor)
+
+
+def rational(factor: object) -> Fraction:
+    """The factor as an exact fraction: 2.5 is 5/2, and a float like 1.1 the nearest of 1/1000 parts."""
+    if isinstance(factor, float | np.floating):
+        if not math.isfinite(factor):
+            raise ValueError(f"echo.echo needs a finite `factor`, got {factor}: 2 is a good start")
+        factor = Fraction(float(factor)).limit_denominator(1000)
+    if isinstance(factor, bool) or not isinstance(factor, int | np.integer | Fraction):
+        raise ValueError(f'echo.echo: `factor` is {factor!r}: pass a number >= 1, or "auto"')
+    factor = Fraction(int(factor)) if isinstance(factor, np.integer) else Fraction(factor)
+    if factor < 1:
+        raise ValueError(f"echo.echo needs `factor` >= 1, got {factor}: it cannot drop elements")
+    return factor

@@ -1,0 +1,208 @@
+"""What all schedules share: reading, the state of the source at every element, and exact resume."""
+
+import collections
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtricks.echo import guard as guards
+from jaxtricks.echo.copies import Changing, Constant, Copies
+from jaxtricks.echo.tuning import Tuner
+
+
+class Echoed(NamedTuple):
+    """An output with its origin (tag=True).
+
+    Attributes:
+      element: what the source gave.
+      ordinal: which element of the source it is, from 0.
+      copy: which of its copies, 0 is the first. (seed, ordinal, copy) is the key of an augmentation.
+    """
+
+    element: Any
+    ordinal: int
+    copy: int
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a stream needs to know of a source."""
+
+    def read(self) -> tuple[Any, Any]:
+        """(the state from which this can be repeated, the next element), or StopIteration."""
+        ...
+
+    def snapshot(self) -> Any:
+        """The state from which the next read can be repeated."""
+        ...
+
+    def rewind(self, snapshot: Any) -> None:
+        """Go back, or forward, to a snapshot."""
+        ...
+
+
+Output = tuple[int, int, Any]  # (ordinal, copy, element)
+
+
+class Stream:
+    """Outputs one by one, with an exact state at every position.
+
+    The state is a snapshot of the source before the oldest element that is still needed, and a few
+    integers: never the data. A resume reads again from there, when the next output is asked for.
+
+    A subclass decides what goes out: `_next`, `_position`, `_replay_to`, `_clear`.
+
+    Attributes:
+      distance: outputs between copies, or the size of the pool; 0 until it is known.
+      min_distance: the least distance of this stream, drain included; the promised one until its end
+        is seen.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        copies: Copies,
+        *,
+        name: str,
+        elements: int,
+        tag: bool,
+        guard: bool,
+        tuner: Tuner | None = None,
+    ):
+        self._source = source
+        self._copies = copies
+        self._name = name
+        self._elements = elements
+        self._tag = tag
+        self._guard = guard
+        self._tuner = tuner
+        self._outputs = 0
+        self._pending: Mapping[str, Any] | None = None
+        self._start(first=0)
+
+    # --- what a schedule adds
+
+    distance: int
+    min_distance: int
+
+    def _clear(self) -> None:
+        """Forget all positions."""
+        raise NotImplementedError
+
+    def _next(self) -> Output:
+        """What goes out next, or StopIteration."""
+        raise NotImplementedError
+
+    def _position(self) -> dict[str, Any]:
+        """The integers of the state."""
+        raise NotImplementedError
+
+    def _replay_to(self, position: Mapping[str, Any]) -> None:
+        """Read on from the first element, up to a position."""
+        raise NotImplementedError
+
+    # --- what they share
+
+    def _start(self, first: int) -> None:
+        self._first = first
+        self._read = first  # elements read, those before the first one included
+        self._end: int | None = None
+        self._snapshots: collections.deque[Any] = collections.deque()
+        self._watch: guards.Watch | None = None
+        self._watching = self._guard
+        self._clear()
+
+    def next(self) -> Any:
+        """The next output, or StopIteration."""
+        if self._pending is not None:
+            self._replay(self._pending)
+        i, k, element = self._next()
+        self._outputs += 1
+        if self._guard:
+            if self._watching and k and self._watch is not None:
+                self._watching = self._watch.check(i, k, element)
+            element = guards.fresh(element)
+        return Echoed(element, i, k) if self._tag else element
+
+    def state(self) -> dict[str, Any]:
+        """The position, fixed in shape and JSON if the source's own state is."""
+        if self._pending is not None:
+            return dict(self._pending)
+        return {
+            "source": self._snapshots[0] if self._snapshots else self._source.snapshot(),
+            "first": self._first,
+            "copies": self._copies.state(),
+            **self._position(),
+            "elements": self._elements,
+            "schedule": self._name,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Return to a position; elements are read again when the next output is asked for."""
+        if state["schedule"] != self._name:
+            raise ValueError(
+                f"echo: the state was made by ({state['schedule']}), this is ({self._name}): "
+                "use the same factor, schedule and distance"
+            )
+        if min(state["elements"], self._elements) >= 0 and state["elements"] != self._elements:
+            raise ValueError(
+                f"echo: the state was made over {state['elements']} elements, this source has "
+                f"{self._elements}: use the same data, and the same number of workers"
+            )
+        self._source.rewind(state["source"])
+        self._pending = dict(state)
+        if self._tuner is not None:
+            self._tuner.restart()
+
+    def settle(self) -> None:
+        """Read again what a state that was set asks for."""
+        if self._pending is not None:
+            self._replay(self._pending)
+
+    @property
+    def changes(self) -> tuple[tuple[int, Fraction], ...]:
+        """(element, factor) pairs: from which element on which factor holds; empty if per class."""
+        self.settle()
+        if isinstance(self._copies, Changing):
+            return self._copies.changes
+        return ((0, self._copies.factor),) if isinstance(self._copies, Constant) else ()
+
+    def _replay(self, state: Mapping[str, Any]) -> None:
+        self._start(first=state["first"])
+        self._copies.restore(state["copies"])
+        try:
+            self._replay_to(state)
+        except StopIteration:
+            raise ValueError(
+                "echo: `source` ended before the position of the state: it must give the same elements "
+                "again"
+            ) from None
+        self._pending = None
+
+    def _pull(self) -> tuple[int, int, Any] | None:
+        """(ordinal, copies, element) of the next element, or None at the end of the source."""
+        if self._end is not None:
+            return None
+        try:
+            snapshot, element = self._source.read()
+        except StopIteration:
+            self._end = self._read
+            return None
+        i = self._read
+        copies = self._copies.take(i, element)
+        self._snapshots.append(snapshot)
+        self._read = i + 1
+        if self._guard:
+            element = guards.freeze(element)
+            if self._watch is None:
+                self._watch = guards.Watch(i, element)
+        if self._tuner is not None:
+            self._tuner(self._read, self._outputs)
+        return i, copies, element
+
+    def _forget_until(self, first: int) -> None:
+        """A resume no longer needs what comes before this element."""
+        while self._first < first:
+            self._snapshots.popleft()
+            self._copies.forget()
+            self._first += 1
