@@ -1,6 +1,7 @@
 """Where the echo stands: before the augmentation, after it, or after the batch; with Grain and without."""
 
 import itertools
+import json
 from collections import Counter, defaultdict
 
 import grain
@@ -15,7 +16,12 @@ from tests.bench.image_task import Split
 
 N, FACTOR, BATCH = 24, 3, 6
 IMAGES = np.random.default_rng(0).normal(size=(N, 4, 4, 1))
-EXAMPLES = [{"schedule": "adjacent"}, {"batch_size": BATCH}, {"distance": 7}]
+EXAMPLES = [
+    {"schedule": "adjacent"},
+    {"batch_size": BATCH},
+    {"distance": 7},
+    {"schedule": "pool", "distance": 8},
+]
 WHOLE = [{"schedule": "adjacent"}, {"batch_size": 1}]
 
 
@@ -109,9 +115,12 @@ def test_before_the_augmentation_every_copy_differs(kind, options, calls):
 
 @both
 def test_a_key_of_ordinal_and_copy_gives_the_same_images_in_every_order(kind, calls):
-    first, *rest = (copies(before(kind, calls, **options)) for options in EXAMPLES)
-    for other in rest:
-        assert all(np.array_equal(other[i], first[i]) for i in range(N))
+    def images(options):
+        found = copies(before(kind, calls, **options))
+        return {i: {image.tobytes() for image in found[i]} for i in found}
+
+    first, *rest = map(images, EXAMPLES)
+    assert all(other == first for other in rest)
 
 
 @both
@@ -185,8 +194,6 @@ def reader(arm, reads):
 @pytest.mark.parametrize("key", echo_arms.arms())
 def test_every_arm_of_the_bench_counts_its_reads_and_gives_each_copy_once(key):
     arm = echo_arms.arms()[key]
-    if not echo_arms.built(arm):
-        pytest.skip("not built yet")
     source, split = reader(arm, 448)
     found = list(echo_arms.stream(arm, source))
     assert len(source.given) == len(set(source.given)) == 448 * arm.reads
@@ -198,6 +205,18 @@ def test_every_arm_of_the_bench_counts_its_reads_and_gives_each_copy_once(key):
         assert np.array_equal(batch.images, split.images[index])
         pairs.update(zip(batch.ordinals.tolist(), batch.copies.tolist(), strict=True))
     assert pairs == dict.fromkeys(itertools.product(range(448 * arm.reads), range(arm.factor)), 1)
+
+
+def test_all_arms_begin_with_the_same_images_and_some_read_them_again():
+    arms = echo_arms.arms()
+    orders = {key: echo_arms.order(arm, 50, 20, seed=1) for key, arm in arms.items()}
+    first = orders["spread, each"]
+    assert len(set(first)) == len(first) == 20
+    assert all(np.array_equal(order[:20], first) for order in orders.values())
+    assert len(orders["fresh"]) == len(orders["epochs"]) == 80 and len(set(orders["fresh"])) == 50
+    passes = orders["epochs"].reshape(4, 20)
+    assert all(set(x) == set(first) for x in passes)
+    assert len({tuple(x) for x in passes}) == 4
 
 
 def test_the_bench_counts_what_shares_a_batch_and_how_far_copies_are_apart():
@@ -221,3 +240,41 @@ def test_on_the_device_copies_differ_by_the_key_and_are_equal_without_the_copy_i
         assert len({x.tobytes() for x in np.asarray(each[mine])}) > 8  # of 50 that are possible
         assert len({x.tobytes() for x in np.asarray(once[mine])}) == 1
         assert np.array_equal(once[16 * i], each[16 * i])  # copy 0
+
+
+def made_up(test, reads=10):
+    figures = {
+        "loss": 1.0,
+        "reads": reads,
+        "distinct": reads,
+        "shared": 0.25,
+        "apart": 9,
+        "held": 5,
+    }
+    return [{"seed": seed, "test": x, **figures} for seed, x in enumerate(test)]
+
+
+def test_the_table_pairs_seeds_and_says_what_is_within_noise():
+    rows = {
+        "none": made_up([0.40, 0.42]),
+        "fresh": made_up([0.50, 0.54], reads=40),
+        "epochs": made_up([0.51, 0.53], reads=40),
+        "spread, each": made_up([0.50, 0.52]),
+        "spread, once": made_up([0.45, 0.49]),
+    }
+    cells = echo_quality.cells("spread, each", rows)
+    assert cells["minus fresh"] == "-1.00 +- 1.00" and cells["of the gain"] == "91 %"
+    assert cells["test %"] == "51.00 +- 1.41" and cells["twice in a batch"] == "25.0 %"
+    assert echo_quality.cells("none", rows)["apart"] is None
+    each, once = echo_quality.table(rows).notes
+    assert "fresh data: met (-1.00 +- 1.00 points, 10 reads for 40); -1.00 +- 0.00 to" in each
+    assert "fresh data: MISSED (-5.00 +- 0.00" in once
+
+
+def test_finished_runs_are_kept_unless_they_are_of_other_settings(tmp_path):
+    out = tmp_path / "found.json"
+    assert echo_quality.kept(out, {"reads": 1}) == {}
+    out.write_text(json.dumps({"settings": {"reads": 1}, "rows": {"fresh": made_up([0.5])}}))
+    assert echo_quality.kept(out, {"reads": 1}) == {"fresh": made_up([0.5])}
+    with pytest.raises(SystemExit, match="remove it"):
+        echo_quality.kept(out, {"reads": 2})

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxtricks as jt
+from tests.bench import image_task
 from tests.bench.image_task import Split
 
 FACTOR, BATCH = 4, 64
@@ -23,6 +24,7 @@ class Arm(NamedTuple):
       factor: of `echo.echo`.
       reads: images from the source, as a multiple of what the echoed arms read.
       batches: whether the elements that are echoed are batches.
+      again: whether the reads are passes over the images of the echoed arms, in new orders.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Arm(NamedTuple):
     factor: int = FACTOR
     reads: int = 1
     batches: bool = False
+    again: bool = False
 
 
 class Batch(NamedTuple):
@@ -57,14 +60,25 @@ def arms() -> dict[str, Arm]:
     found = {
         "none": Arm("none: a quarter of the steps", "each", row, factor=1),
         "fresh": Arm("fresh images only", "each", row, factor=1, reads=FACTOR),
+        "epochs": Arm("none: read again", "each", row, factor=1, reads=FACTOR, again=True),
     }
     for key, arm in both.items():
         found[f"{key}, each"] = arm
         found[f"{key}, once"] = arm._replace(augmented="once")
-    for distance in (64, 512):
+    for distance in (64, 512, 2048):
         options = {"batch_size": BATCH, "distance": distance}
         found[f"spread {distance}, each"] = Arm(f"images, spread {distance}", "each", options)
+    wide = {"schedule": "pool", "distance": 4 * POOL}
+    found["pool 2048, each"] = Arm(f"images, pool {4 * POOL}", "each", wide)
     return found
+
+
+def order(arm: Arm, count: int, reads: int, seed: int) -> np.ndarray:
+    """The images that the source reads, of `count`: all arms begin alike."""
+    if not arm.again:
+        return image_task.order(count, reads * arm.reads, seed)
+    first = image_task.order(count, reads, seed)
+    return np.concatenate([first, first[image_task.order(reads, reads * (arm.reads - 1), seed)]])
 
 
 class Reader:
@@ -111,16 +125,6 @@ def apart(ordinals: np.ndarray) -> int | None:
     return int(np.diff(by_image)[same].min()) if same.any() else None
 
 
-def held(arm: Arm) -> int | None:
-    """The most images that wait for a later copy, if the stage says so."""
-    most = getattr(jt.echo.echo([], arm.factor, **arm.options), "held", None)
-    return most if most is None or not arm.batches else most * BATCH
-
-
-def built(arm: Arm) -> bool:
-    """Whether this version of echo has the arm's schedule."""
-    try:
-        jt.echo.echo([], arm.factor, **arm.options)
-    except NotImplementedError:
-        return False
-    return True
+def held(arm: Arm) -> int:
+    """The most images that wait for a later copy."""
+    return jt.echo.echo([], arm.factor, **arm.options).held * (BATCH if arm.batches else 1)

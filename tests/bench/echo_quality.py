@@ -83,7 +83,7 @@ def trainer(task: Task) -> Callable[[Arm, int, int], dict[str, Any]]:
 
     def run(arm: Arm, seed: int, reads: int) -> dict[str, Any]:
         start, losses, origins = time.perf_counter(), [], []
-        order = image_task.order(len(task.train.labels), reads * arm.reads, seed)
+        order = echo_arms.order(arm, len(task.train.labels), reads, seed)
         reader = echo_arms.Reader(task.train, order, BATCH if arm.batches else None)
         _, params, state = jt.nnx.functional(build(nnx.Rngs(seed)))
         carry = (params, state, optimizer(0.0).init(params))
@@ -111,11 +111,14 @@ def trainer(task: Task) -> Callable[[Arm, int, int], dict[str, Any]]:
     return run
 
 
-def measure(task: Task, rows: dict[str, list[Any]], save: Any, *, seeds: int, reads: int) -> None:
-    """Train every arm with every seed that has no figures yet, seed by seed."""
+def measure(
+    task: Task, rows: dict[str, list[Any]], save: Any, *, seeds: int, reads: int, only: Any = None
+) -> None:
+    """Train every arm, or `only` some, with every seed that has no figures yet, seed by seed."""
     run = trainer(task)
     for seed, (key, arm) in itertools.product(range(seeds), echo_arms.arms().items()):
-        if not echo_arms.built(arm) or any(r["seed"] == seed for r in rows.get(key, [])):
+        done = any(r["seed"] == seed for r in rows.get(key, []))
+        if done or key not in (only or echo_arms.arms()):
             continue
         rows.setdefault(key, []).append(run(arm, seed, reads))
         print(f"{key}: {rows[key][-1]}", flush=True)
@@ -158,7 +161,9 @@ def cells(key: str, rows: dict[str, list[Any]]) -> dict[str, Any]:
         "n": len(runs),
         "test %": networks.spread([100 * r["test"] for r in runs]),
         "minus fresh": None if key == BASE else points(over),
-        "of the gain": f"{100 - 100 * over.mean() / gain.mean():.0f} %" if echoed else None,
+        "of the gain": None
+        if key in (BASE, LEAST)
+        else f"{100 - 100 * over.mean() / gain.mean():.0f} %",
         "training loss": networks.spread([r["loss"] for r in runs], 3),
     }
 
@@ -168,9 +173,11 @@ def verdict(key: str, rows: dict[str, list[Any]]) -> str:
     arm, over = echo_arms.arms()[key], difference(rows[key], rows[BASE])
     met = "met" if abs(over.mean()) <= 2 * standard_error(over) else "MISSED"
     reads = f"{rows[key][0]['reads']:,} reads for {rows[BASE][0]['reads']:,}"
+    same = difference(rows[key], rows["epochs"]) if "epochs" in rows else None
     return (
         f"{arm.name}, augmented {arm.augmented}: within two standard errors of fresh data: {met} "
-        f"({points(over)} points, {reads})."
+        f"({points(over)} points, {reads})"
+        + (f"; {points(same)} to reading the same images again." if same is not None else ".")
     )
 
 
@@ -200,15 +207,16 @@ def markdown(found: dict[str, Any]) -> str:
     steps = jt.echo.num_steps(given["reads"], BATCH, FACTOR)
     text = (
         f"Mean +- sample standard deviation of n seeds. {given['reads']:,} images are read once and given "
-        f"{FACTOR} times, in {steps:,} steps of {BATCH}; fresh takes as many steps on "
-        f"{rows[BASE][0]['distinct']:,} distinct images, none {steps // FACTOR}. Augmented: each copy anew "
-        "(the echo stands before the augmentation) or once for all (after it). Read: distinct images, "
-        "counted by the source. Twice in a batch: places of a batch that hold another copy of an image in "
-        "it. Apart: the least number of images from one copy to the next, counted. Held: images that wait "
-        "for a later copy, at most. Minus fresh: percentage points, paired by seed, mean +- standard error. "
-        "Of the gain: what is kept of the difference from none to fresh. Training loss: mean over the last "
-        "tenth of the steps. The rate is the same for all arms and tuned for none; a small network and a "
-        "short run, so this compares the arms and is no record."
+        f"{FACTOR} times, in {steps:,} steps of {BATCH}. Fresh takes as many steps on "
+        f"{rows[BASE][0]['distinct']:,} distinct images, and none {steps // FACTOR} steps; read again: "
+        f"{FACTOR} passes over the images that the echoed arms read, in new orders. Augmented: each copy "
+        "anew (the echo stands before the augmentation) or once for all (after it). Read: distinct "
+        "images, counted by the source. Twice in a batch: places of a batch that hold another copy of an "
+        "image in it. Apart: the least number of images from one copy to the next, counted. Held: images "
+        "that wait for a later copy, at most. Minus fresh: percentage points, paired by seed, mean +- "
+        "standard error. Of the gain: what is kept of the difference from none to fresh. Training loss: "
+        "mean over the last tenth of the steps. The rate is the same for all arms and tuned for none; a "
+        "small network and a short run, so this compares the arms and is no record."
     )
     head = [f"Data echoing: `{about['command']}`", f"{about['hardware']}; {about['versions']}"]
     return "\n\n".join([*head, text, str(given), table(rows).markdown()]) + "\n"
@@ -230,6 +238,7 @@ def main() -> None:
     """Train what is missing, print the table, save the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
+    parser.add_argument("--only", choices=echo_arms.arms(), nargs="+", help="these arms")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--reads", type=int, default=16_000, help="images an echoed arm reads")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
@@ -245,7 +254,7 @@ def main() -> None:
             given.out.with_suffix(".md").write_text(markdown(found))
 
     task = image_task.make_task(given.data, PER_CLASS)
-    measure(task, rows, save, seeds=given.seeds, reads=given.reads)
+    measure(task, rows, save, seeds=given.seeds, reads=given.reads, only=given.only)
     save()
     print(markdown(found))
 
