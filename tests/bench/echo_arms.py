@@ -68,8 +68,10 @@ def arms() -> dict[str, Arm]:
     for distance in (64, 512, 2048):
         options = {"batch_size": BATCH, "distance": distance}
         found[f"spread {distance}, each"] = Arm(f"images, spread {distance}", "each", options)
-    wide = {"schedule": "pool", "distance": 4 * POOL}
-    found["pool 2048, each"] = Arm(f"images, pool {4 * POOL}", "each", wide)
+    wide = found["spread 2048, each"]
+    found["spread 2048, once"] = wide._replace(augmented="once")
+    large = {"schedule": "pool", "distance": 4 * POOL}
+    found["pool 2048, each"] = Arm(f"images, pool {4 * POOL}", "each", large)
     return found
 
 
