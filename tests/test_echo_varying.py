@@ -163,6 +163,18 @@ def test_the_pool_shuffles_and_depends_on_its_seed():
     assert draws[0][:32] == list(range(32))
 
 
+def test_the_pool_draws_every_copy_alike():
+    """A copy stays for as many draws as the pool holds, on average; a few stay for long."""
+    size, read, since, stays = 256, 0, {}, []
+    for x in echo.echo(range(20_000), 4, schedule="pool", distance=size, tag=True):
+        read += 1
+        since.setdefault(x.ordinal, read)
+        stays.append(read - since[x.ordinal])
+    later = np.array(stays)[np.array(stays) > 0]
+    assert 0.8 * size < later.mean() < 1.3 * size
+    assert np.mean(later > 4 * size) < 0.05
+
+
 def test_the_pool_bounds_how_long_a_copy_stays():
     size, latest = 16, 0
     newest = 0

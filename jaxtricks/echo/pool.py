@@ -97,7 +97,8 @@ class PoolStream(Stream):
     def _random(self) -> float:
         block, at = divmod(self._drawn, _DRAWS)
         if block != self._block:
-            bits = np.random.Philox(key=self._seed, counter=block)
+            # A step of the counter makes four numbers: blocks must lie further apart than that.
+            bits = np.random.Philox(key=self._seed, counter=block * _DRAWS)
             self._block, self._numbers = block, np.random.Generator(bits).random(_DRAWS).tolist()
         self._drawn += 1
         return self._numbers[at]
