@@ -59,9 +59,10 @@ def stored(path: pathlib.Path) -> Stored:
     flat = [(split, i) for split, source in sources.items() for i in range(len(source))]
     names = [f"record {i} of {path} ({split})" for split, i in flat]
     found = _labels(names, sources)
-    labels, notes = np.array([label for _, label in found], np.int64), []
-    feature = found[0][0]
-    given = _class_names(path, feature)
+    feature, notes = found[0][0], []
+    labels = np.array([label for _, label in found], np.int64)
+    file = (path if path.is_dir() else path.parent) / f"{feature.replace('/', '_')}.labels.txt"
+    given = tuple(file.read_text("utf-8").splitlines()) if file.is_file() else ()
     if feature == example_proto.LABEL[1] and not given and labels.min() == 1:
         labels, notes = labels - 1, ["labels are from 1 in the records, and from 0 here"]
     num_classes = arrays.check_classes(labels, str(path), len(given) or None)
@@ -118,8 +119,7 @@ def _open(path: pathlib.Path, files: list[pathlib.Path]) -> Any:
 
 
 def _labels(names: list[str], sources: dict[str, Any]) -> list[tuple[str, int]]:
-    """(feature, value) of the label of every record."""
-    found: list[tuple[str, int]] = []
+    found: list[tuple[str, int]] = []  # (feature, value)
     for source in sources.values():
         for start in range(0, len(source), _AT_ONCE):
             stop = min(start + _AT_ONCE, len(source))
@@ -148,9 +148,3 @@ def _label(name: str, raw: bytes) -> tuple[str, int]:
 def _said(error: Exception) -> str:
     # A file that is cut off gives a RuntimeError without a word.
     return str(error).splitlines()[0] if str(error) else "it is cut off"
-
-
-def _class_names(path: pathlib.Path, feature: str) -> tuple[str, ...]:
-    folder = path if path.is_dir() else path.parent
-    file = folder / f"{feature.replace('/', '_')}.labels.txt"
-    return tuple(file.read_text("utf-8").splitlines()) if file.is_file() else ()
