@@ -134,8 +134,7 @@ def test_threads_read_a_bounded_number_ahead():
     for _ in range(50):
         next(batches)
     batches.close()
-    # At most 2 blocks of 8 examples for each of 2 threads are waiting.
-    assert 50 * 16 <= source.bytes_read / 4 <= 50 * 16 + 2 * 2 * 8
+    assert 50 * 16 <= source.bytes_read / 4 <= 50 * 16 + 2 * batches_lib._AHEAD
 
 
 def test_text_is_stacked_too():

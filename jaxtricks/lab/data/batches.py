@@ -9,7 +9,8 @@ import numpy as np
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Example, Source
 
-_AHEAD = 8  # examples a reading thread may be ahead by
+_AHEAD = 16  # examples a reading thread may be ahead by
+_BLOCK = 8  # most examples it reads at a time
 _BATCHES_AHEAD = 2
 
 
@@ -58,8 +59,8 @@ def pipeline(
         batches = batches.batch(batch, drop_remainder=True, batch_fn=stack)
     else:
         # Threads share a batch, so that the first one does not wait for a whole one of each thread.
-        width = _largest_divisor(batch, _AHEAD) if readers else batch
-        batches = stream(block, 2 * _AHEAD // width)
+        width = _largest_divisor(batch, _BLOCK) if readers else batch
+        batches = stream(block, _AHEAD // width)
         if width < batch:
             batches = batches.batch(batch // width, batch_fn=_join)
     if to_device is not None:
