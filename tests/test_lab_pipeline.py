@@ -19,6 +19,7 @@ from jaxtricks.lab.data import batches as batches_lib
 from jaxtricks.lab.data import trees
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Source, UnreadableError
+from jaxtricks.lab.data.walk import walk
 from jaxtricks.lab.loop import Placement
 
 # The order.
@@ -60,6 +61,26 @@ def test_seeds_out_of_range(seed):
 
 
 # States.
+
+
+def test_a_walk_has_grains_states_and_tries_again_after_an_error():
+    broken = {3}
+
+    def read(i):
+        if i in broken:
+            raise OSError("the disk is away")
+        return 10 * i
+
+    ours = iter(walk(read).batch(2))
+    theirs = iter(grain.MapDataset.range(100).map(lambda i: 10 * i).to_iter_dataset().batch(2))
+    assert next(ours).tolist() == next(theirs).tolist() == [0, 10]
+    assert ours.get_state() == theirs.get_state()
+    single = iter(walk(read))
+    assert [next(single) for _ in range(3)] == [0, 10, 20]
+    with pytest.raises(OSError, match="away"):
+        next(single)
+    broken.clear()
+    assert next(single) == 30 and single.get_state() == {"next_index": 4}
 
 
 def numbered(n=150):

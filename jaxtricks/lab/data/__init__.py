@@ -2,7 +2,7 @@
 
 `source` (examples by index), `image` (decoding, resizing), `files`, `arrays`, `custom`, `records`,
 `example_proto`, `text` (what is stored where), `splits`, `look` (what the images are like), `loading`,
-`checking`, `order`, `batches`.
+`checking`, `order`, `walk`, `batches`.
 """
 
 from jaxtricks.lab.data.batches import eval_batches, pipeline

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Example, Source
+from jaxtricks.lab.data.walk import walk
 
 _AHEAD = 16  # examples a reading thread may be ahead by
 _BLOCK = 8  # most examples it reads at a time
@@ -46,6 +47,8 @@ def pipeline(
     order = shuffled(len(source), seed)
 
     def stream(read: Callable[[int], Any], ahead: int) -> Any:
+        if not readers:
+            return walk(read)
         # Over a range, not over a source: Grain weighs every element of a source, for 20 us.
         options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead * readers)
         return grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options)
