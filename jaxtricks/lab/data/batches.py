@@ -31,8 +31,8 @@ def pipeline(
       batch: examples a batch.
       seed: of the order.
       transform: IterDataset -> IterDataset of examples (dicts). One that returns its argument lets
-        examples be read and stacked in blocks: Grain's own work on each would take as long as
-        decoding a small image.
+        examples be read and stacked in blocks: with reading threads, Grain's own work on a single one
+        takes as long as decoding a small image.
       to_device: batch -> batch on its devices, run ahead in a thread; None stays in this thread and on
         the host.
       readers: threads that read and decode; 0 reads where the batches are asked for, and nothing
