@@ -1,7 +1,8 @@
 """Images or text in, batches out: what can be read, its splits, long tails, and the Grain pipeline.
 
-`source` (examples by index), `image` (decoding, resizing), `files`, `arrays`, `custom`, `text` (what is
-stored where), `splits`, `look` (what the images are like), `loading`, `checking`, `batches`.
+`source` (examples by index), `image` (decoding, resizing), `files`, `arrays`, `custom`, `records`,
+`example_proto`, `text` (what is stored where), `splits`, `look` (what the images are like), `loading`,
+`checking`, `order`, `walk`, `batches`.
 """
 
 from jaxtricks.lab.data.batches import eval_batches, pipeline

@@ -1,13 +1,17 @@
 """Examples in, batches out: the Grain pipeline of training, and all of a split for evaluation."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxtricks.lab.data.source import Source
+from jaxtricks.lab.data.order import shuffled
+from jaxtricks.lab.data.source import Example, Source
+from jaxtricks.lab.data.walk import walk
 
-_AHEAD = 8  # examples a reading thread may be ahead by
+_AHEAD = 16  # examples a reading thread may be ahead by
+_BLOCK = 8  # most examples it reads at a time
 _BATCHES_AHEAD = 2
 
 
@@ -26,7 +30,9 @@ def pipeline(
       source: random access to examples.
       batch: examples a batch.
       seed: of the order.
-      transform: IterDataset -> IterDataset, applied to single examples.
+      transform: IterDataset -> IterDataset of examples (dicts). One that returns its argument lets
+        examples be read and stacked in blocks: with reading threads, Grain's own work on a single one
+        takes as long as decoding a small image.
       to_device: batch -> batch on its devices, run ahead in a thread; None stays in this thread and on
         the host.
       readers: threads that read and decode; 0 reads where the batches are asked for, and nothing
@@ -38,14 +44,38 @@ def pipeline(
     """
     import grain
 
-    shuffled = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    ahead = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=_AHEAD * readers)
-    batches = transform(shuffled.to_iter_dataset(ahead)).batch(batch, drop_remainder=True)
+    order = shuffled(len(source), seed)
+
+    def stream(read: Callable[[int], Any], ahead: int) -> Any:
+        if not readers:
+            return walk(read)
+        # Over a range, not over a source: Grain weighs every element of a source, for 20 us.
+        options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead * readers)
+        return grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options)
+
+    def block(k: int) -> Example:
+        return stack([source[order(i)] for i in range(k * width, (k + 1) * width)])
+
+    examples = stream(lambda i: source[order(i)], _AHEAD)
+    batches = transform(examples)
+    if batches is not examples:
+        batches = batches.batch(batch, drop_remainder=True, batch_fn=stack)
+    else:
+        # Threads share a batch, so that the first one does not wait for a whole one of each thread.
+        width = _largest_divisor(batch, _BLOCK) if readers else batch
+        batches = stream(block, _AHEAD // width)
+        if width < batch:
+            batches = batches.batch(batch // width, batch_fn=_join)
     if to_device is not None:
         batches = grain.experimental.ThreadPrefetchIterDataset(
             batches.map(to_device), prefetch_buffer_size=_BATCHES_AHEAD
         )
     return iter(batches)
+
+
+def stack(examples: Sequence[Example]) -> Example:
+    """Examples -> a batch; np.array takes half the time of np.stack for small ones."""
+    return {key: np.array([example[key] for example in examples]) for key in examples[0]}
 
 
 def eval_batches(source: Source, batch: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -59,5 +89,12 @@ def eval_batches(source: Source, batch: int, limit: int | None = None) -> Iterat
     for start in range(0, len(order), batch):
         examples = [source[i] for i in order[start : start + batch]]
         padded = examples + [examples[0]] * (batch - len(examples))
-        stacked = {key: np.stack([e[key] for e in padded]) for key in examples[0]}
-        yield {**stacked, "where": np.arange(batch) < len(examples)}
+        yield {**stack(padded), "where": np.arange(batch) < len(examples)}
+
+
+def _join(blocks: Sequence[Example]) -> Example:
+    return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(d for d in range(1, most + 1) if number % d == 0)

@@ -49,11 +49,8 @@ def decode(raw: bytes, name: str) -> np.ndarray:
         raise UnreadableError(
             name, "it has no JPEG, PNG, BMP, WebP or GIF header" if raw else "it is empty"
         )
-    size = f"{header.width}x{header.height}"
-    if header.width * header.height > MAX_PIXELS:
-        raise UnreadableError(name, f"{size} is over the limit of {MAX_PIXELS // 10**6} megapixels")
-    if not header.width * header.height:
-        raise UnreadableError(name, f"its header says {size}")
+    if not 0 < header.width * header.height <= MAX_PIXELS:
+        raise UnreadableError(name, _oversized(header))
     try:
         return _decode_jpeg(raw, header) if header.kind == "JPEG" else _decode_any(raw, header)
     except Exception as error:  # a decoder that is fed a broken file may raise anything
@@ -101,7 +98,7 @@ def _read_jpeg_header(raw: bytes) -> Header:
         if marker in _FRAMES:
             height, width, components = struct.unpack_from(">HHB", raw, at + 5)
             return Header("JPEG", width, height, components)
-        at += 2 if marker in _ALONE else 2 + max(2, *struct.unpack_from(">H", raw, at + 2))
+        at += 2 if marker in _ALONE else 2 + max(2, raw[at + 2] << 8 | raw[at + 3])
 
 
 def _read_webp_header(raw: bytes) -> Header | None:
@@ -161,6 +158,13 @@ def _simplejpeg() -> Any:
     except ImportError:
         return None
     return simplejpeg
+
+
+def _oversized(header: Header) -> str:
+    size = f"{header.width}x{header.height}"
+    if not header.width * header.height:
+        return f"its header says {size}"
+    return f"{size} is over the limit of {MAX_PIXELS // 10**6} megapixels"
 
 
 def _reason(error: Exception) -> str:

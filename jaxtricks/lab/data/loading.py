@@ -7,13 +7,13 @@ import zipfile
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, custom, files, look, splits, text
+from jaxtricks.lab.data import arrays, custom, files, look, records, splits, text
 from jaxtricks.lab.data.image import conform
 from jaxtricks.lab.data.source import Data, Example, Shape, Source, Stored
 
 KNOWN = (
-    "give a folder or a zip of class folders, FILE.npz, FILE.txt, package.module:function, digits or "
-    "topics"
+    "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them, "
+    "FILE.txt, package.module:function, digits or topics"
 )
 
 
@@ -33,8 +33,8 @@ def load(
     Looks at the images first (all up to 10,000, else 2,000 of them): broken ones must not end a run.
 
     Args:
-      name: a folder or a zip of class folders, FILE.npz, FILE.txt, package.module:function, "digits"
-        or "topics".
+      name: a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them,
+        FILE.txt, package.module:function, "digits" or "topics".
       imbalance: images of the largest over the smallest class of the training split; class 0 keeps
         the most (exponential profile). 1 keeps the split as it is.
       seed: which images are kept and which are held out.
@@ -84,6 +84,8 @@ def open_images(name: str) -> Stored:
         return arrays.digits()
     if path.is_file() and path.suffix.lower() == ".npz":
         return arrays.npz(path)
+    if records.shards(path):
+        return records.stored(path)
     if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
         return files.stored(path)
     if not path.exists() and re.fullmatch(r"\w+(\.\w+)*:\w+", name):

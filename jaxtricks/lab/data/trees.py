@@ -19,6 +19,15 @@ MAX_BYTES = 256 * 2**20
 
 Parts = tuple[str, ...]
 
+_HEADER = struct.Struct(
+    "<4s22xHH"
+)  # of an entry: magic, ..., length of the name, of the extra fields
+_EXTRA = 64  # bytes of them that are read along; a zip with more costs a second read
+_UTF8 = 0x800  # the flag of names in UTF-8
+_PLAIN = (
+    0x00E | _UTF8
+)  # flags that change nothing about stored bytes: how hard to compress, sizes behind
+
 _TOO_LONG = f"it is over the limit of {MAX_BYTES // 2**20} MiB"
 _BROKEN = (
     zipfile.BadZipFile,
@@ -81,13 +90,18 @@ def open_zip(path: pathlib.Path) -> Tree:
         raise UserError(f"{path} is a broken zip ({error}): make or fetch it again") from error
     entries, images, folders = _contents(path, archive)
     lock = threading.Lock()  # zipfile counts its open entries without one
+    # `archive` keeps it open; Windows has no pread.
+    file = archive.fp.fileno() if archive.fp and hasattr(os, "pread") else None
 
     def read(name: str) -> bytes:
-        if entries[name].file_size > MAX_BYTES:
+        entry = entries[name]
+        if entry.file_size > MAX_BYTES:
             raise UnreadableError(name, _TOO_LONG)
         try:
+            if file is not None and _in_place(entry):
+                return _read_in_place(file, entry)
             with lock:
-                return archive.read(entries[name])
+                return archive.read(entry)
         except _BROKEN as error:
             raise UnreadableError(name, str(error) or "it ends too early") from error
 
@@ -110,6 +124,42 @@ def _contents(
         if inside < len(parts) and _image(name):
             images[parts], entries[name] = name, entry
     return entries, images, folders
+
+
+def _in_place(entry: zipfile.ZipInfo) -> bool:
+    """Whether the bytes of the entry are there as they are."""
+    plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~_PLAIN
+    return plain and entry.compress_size == entry.file_size
+
+
+def _read_in_place(file: int, entry: zipfile.ZipInfo) -> bytes:
+    """ZipFile.read of a stored entry with its checks, in a tenth of the time.
+
+    No lock: pread has no position that threads, or processes that inherit the file, could move.
+    """
+    size = entry.file_size
+    raw = os.pread(
+        file, _HEADER.size + len(entry.orig_filename) + _EXTRA + size, entry.header_offset
+    )
+    if len(raw) < _HEADER.size:
+        raise EOFError
+    magic, name_length, extra_length = _HEADER.unpack_from(raw)
+    if magic != b"PK\x03\x04":
+        raise zipfile.BadZipFile("Bad magic number for file header")
+    start = _HEADER.size + name_length
+    # Extra fields of the directory and of the header differ, so what they push back is known only here.
+    name = raw[_HEADER.size : start].decode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+    if name != entry.orig_filename:
+        raise zipfile.BadZipFile(f"its name in the directory and in its header, {name!r}, differ")
+    start += extra_length
+    content = raw[start : start + size]
+    if len(content) < size:
+        content = os.pread(file, size, entry.header_offset + start)
+    if len(content) < size:
+        raise EOFError
+    if zlib.crc32(content) != entry.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {entry.filename!r}")
+    return content
 
 
 def _refuse(path: pathlib.Path, name: str, entry: zipfile.ZipInfo) -> None:

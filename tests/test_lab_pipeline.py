@@ -1,0 +1,317 @@
+"""The lab's pipeline: its order, exact resumption at every position, reads in place, meshes."""
+
+import io
+import itertools
+import os
+import struct
+import threading
+import zipfile
+
+import grain
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxtricks as jt
+from jaxtricks.lab import data
+from jaxtricks.lab.data import batches as batches_lib
+from jaxtricks.lab.data import trees
+from jaxtricks.lab.data.order import shuffled
+from jaxtricks.lab.data.source import Source, UnreadableError
+from jaxtricks.lab.data.walk import walk
+from jaxtricks.lab.loop import Placement
+
+# The order.
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 17, 23, 257, 1437, 65_536, 65_538])
+def test_the_order_is_grains(length):
+    order = shuffled(length, 7)
+    theirs = grain.MapDataset.range(length).shuffle(seed=7).repeat()
+    positions = range(3 * length) if length < 2000 else range(length - 500, length + 500)
+    assert [order(i) for i in positions] == [theirs[i] for i in positions]
+
+
+def test_no_example_is_lost_where_grains_shuffle_loses_one():
+    length = 65_537
+    order = shuffled(length, 3)
+    first = np.array([order(i) for i in range(length)])
+    np.testing.assert_array_equal(np.sort(first), np.arange(length))
+    second = [order(i) for i in range(length, length + 1000)]
+    assert np.mean(first[:1000] == second) < 0.01
+
+
+def test_what_falls_on_the_padding_goes_where_the_padding_went():
+    length = 65_537
+    order = shuffled(length, 0)
+
+    def shuffle(i):
+        return grain.experimental.index_shuffle(i, max_index=length, seed=0, rounds=4)
+
+    [end] = [i for i in range(length) if shuffle(i) == length]
+    assert order(end) == shuffle(length) < length
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(ValueError, match="seed is"):
+        shuffled(10, seed)
+    assert 0 <= shuffled(10, 2**32 - 1)(25) < 10
+
+
+# States.
+
+
+def test_a_walk_has_grains_states_and_tries_again_after_an_error():
+    broken = {3}
+
+    def read(i):
+        if i in broken:
+            raise OSError("the disk is away")
+        return 10 * i
+
+    ours = iter(walk(read).batch(2))
+    theirs = iter(grain.MapDataset.range(100).map(lambda i: 10 * i).to_iter_dataset().batch(2))
+    assert next(ours).tolist() == next(theirs).tolist() == [0, 10]
+    assert ours.get_state() == theirs.get_state()
+    single = iter(walk(read))
+    assert [next(single) for _ in range(3)] == [0, 10, 20]
+    with pytest.raises(OSError, match="away"):
+        next(single)
+    broken.clear()
+    assert next(single) == 30 and single.get_state() == {"next_index": 4}
+
+
+def numbered(n=150):
+    def read(i):
+        return {"image": np.full((2, 2, 1), i, np.uint8), "label": np.int32(i)}, 4
+
+    return Source(read, n, np.arange(n, dtype=np.int32))
+
+
+TRANSFORMS = {
+    "plain": lambda ds: ds,
+    "echo2": lambda ds: jt.echo.echo(ds, 2, batch_size=6),
+    "echo1.5": lambda ds: jt.echo.echo(ds, 1.5, batch_size=6),
+}
+
+
+@pytest.mark.parametrize("to_device", [None, lambda b: b], ids=["host", "thread"])
+@pytest.mark.parametrize("readers", [0, 2])
+@pytest.mark.parametrize(
+    ("transform", "batch"),
+    # With threads: blocks that are batches, blocks of one, two blocks a batch.
+    [("plain", 6), ("plain", 11), ("plain", 16), ("echo2", 6), ("echo1.5", 6)],
+)
+def test_every_position_is_one_to_go_on_from(transform, readers, to_device, batch):
+    def start():
+        return data.pipeline(
+            numbered(),
+            batch=batch,
+            seed=3,
+            transform=TRANSFORMS[transform],
+            to_device=to_device,
+            readers=readers,
+        )
+
+    straight, states, labels = start(), [], []
+    for _ in range(14):
+        states.append(straight.get_state())
+        labels.append(next(straight)["label"].tolist())
+    assert labels[0] != labels[1]
+    for k, state in enumerate(states):
+        resumed = start()
+        resumed.set_state(state)
+        rest = [next(resumed)["label"].tolist() for _ in labels[k:]]
+        assert rest == labels[k:], k
+        resumed.close()
+
+
+@pytest.mark.parametrize("readers", [0, 3])
+@pytest.mark.parametrize("batch", [4, 7, 24])
+def test_blocks_hold_what_single_examples_would(readers, batch):
+    options = {"batch": batch, "seed": 5, "readers": readers}
+    whole = data.pipeline(numbered(), transform=lambda ds: ds, **options)
+    single = data.pipeline(numbered(), transform=lambda ds: ds.map(lambda e: e), **options)
+    theirs = grain.MapDataset.range(150).shuffle(seed=5).repeat()
+    for k in range(10):
+        ours, other = next(whole), next(single)
+        expected = [theirs[i] for i in range(k * batch, (k + 1) * batch)]
+        assert ours["label"].tolist() == other["label"].tolist() == expected
+        assert ours["image"].shape == (batch, 2, 2, 1) and ours["image"].dtype == np.uint8
+        assert ours["label"].dtype == other["label"].dtype == np.int32
+        np.testing.assert_array_equal(ours["image"][:, 0, 0, 0], expected)
+
+
+def test_blocks_divide_the_batch():
+    found = {n: batches_lib._largest_divisor(n, 8) for n in (1, 6, 8, 12, 17, 256, 250)}
+    assert found == {1: 1, 6: 6, 8: 8, 12: 6, 17: 1, 256: 8, 250: 5}
+
+
+def test_threads_read_a_bounded_number_ahead():
+    source = numbered()
+    batches = data.pipeline(source, batch=16, seed=0, transform=lambda ds: ds, readers=2)
+    for _ in range(50):
+        next(batches)
+    batches.close()
+    assert 50 * 16 <= source.bytes_read / 4 <= 50 * 16 + 2 * batches_lib._AHEAD
+
+
+def test_text_is_stacked_too():
+    d = data.load("topics", context=16)
+    batch = next(data.pipeline(d.train, batch=5, seed=0, transform=lambda ds: ds))
+    assert batch["text"].shape == (5, 17) and batch["text"].dtype == np.int32
+
+
+def test_batches_are_spread_over_a_mesh_and_the_state_is_the_consumers():
+    place = Placement.over(8)
+
+    def start(to_device):
+        return data.pipeline(
+            numbered(), batch=16, seed=1, transform=TRANSFORMS["echo2"], to_device=to_device
+        )
+
+    sharded, host = start(lambda b: jax.device_put(b, place.batch)), start(None)
+    for _ in range(5):
+        ours, expected = next(sharded), next(host)
+        assert ours["image"].sharding == place.batch
+        shards = ours["image"].addressable_shards
+        assert len({s.device for s in shards}) == 8
+        assert {s.data.shape for s in shards} == {(2, 2, 2, 1)}
+        np.testing.assert_array_equal(ours["image"], expected["image"])
+        # The thread is two batches ahead, and its state is not.
+        assert sharded.get_state() == host.get_state()
+    resumed = start(lambda b: jax.device_put(b, place.batch))
+    resumed.set_state(sharded.get_state())
+    np.testing.assert_array_equal(next(resumed)["label"], next(host)["label"])
+
+
+# Zips that are read in place.
+
+
+class Stream(io.BytesIO):
+    """A file that can't be sought in: sizes and checksums come after the bytes of an entry."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *_):
+        raise OSError("not seekable")
+
+
+def make_zip(path, kind):
+    """A zip of stored entries that has what zips may have; its contents."""
+    rng = np.random.default_rng(0)
+    files = {f"cat/{i}.jpg": rng.bytes(1000 + i) for i in range(3)} | {
+        "dog/äöü.jpg": rng.bytes(700)
+    }
+    files |= {"dog/none.jpg": b""}
+    target = Stream() if kind == "streamed" else io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, raw in files.items():
+            entry = zipfile.ZipInfo(name)
+            if kind.startswith("extra"):
+                n = int(kind[5:])
+                entry.extra = struct.pack("<HH", 0x7777, n) + bytes(n)
+            with archive.open(entry, "w", force_zip64=kind == "zip64") as file:
+                file.write(raw)
+    before = b"#!/bin/sh\n" if kind == "preamble" else b""
+    path.write_bytes(before + target.getvalue())
+    return files
+
+
+def no_zipfile(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("zipfile was asked to read")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", refuse)
+
+
+KINDS = ["plain", "extra8", "extra500", "zip64", "streamed", "preamble"]
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["pread", "zipfile"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_entries_are_read_in_place(tmp_path, monkeypatch, kind, in_place):
+    files = make_zip(tmp_path / "x.zip", kind)
+    if in_place:
+        no_zipfile(monkeypatch)
+    else:
+        monkeypatch.delattr(os, "pread")  # as on Windows
+    tree = trees.open_zip(tmp_path / "x.zip")
+    assert {name: tree.read(name) for name in tree.images.values()} == files
+
+
+def test_packed_entries_are_left_to_zipfile(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/0.jpg", b"a" * 1000)
+    tree = trees.open_zip(tmp_path / "x.zip")
+    assert tree.read("cat/0.jpg") == b"a" * 1000
+    no_zipfile(monkeypatch)
+    with pytest.raises(AssertionError, match="zipfile was asked"):
+        tree.read("cat/0.jpg")
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [(0, "Bad magic"), (31, "its name in the directory"), (200, "Bad CRC-32"), (None, "too early")],
+)
+def test_a_stored_entry_that_changed_is_unreadable(tmp_path, monkeypatch, at, words):
+    path = tmp_path / "x.zip"
+    files = make_zip(path, "plain")
+    no_zipfile(monkeypatch)
+    tree = trees.open_zip(path)
+    last = "cat/2.jpg"
+    assert tree.read(last) == files[last]
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"cat/2.jpg") - 30
+    with path.open("r+b") as file:  # in place, as a copy over the file does it
+        if at is None:
+            file.truncate(start + 300)
+        else:
+            file.seek(start + at)
+            file.write(bytes([raw[start + at] ^ 0x01]))
+    with pytest.raises(UnreadableError, match=rf"cat/2.jpg can't be read \(.*{words}"):
+        tree.read(last)
+    assert tree.read("cat/0.jpg") == files["cat/0.jpg"]
+    with path.open("r+b") as file:
+        file.truncate(start + 10)  # not even a header
+    with pytest.raises(UnreadableError, match="cat/2.jpg can't be read .it ends too early"):
+        tree.read(last)
+
+
+def test_threads_read_stored_entries_without_a_lock(tmp_path):
+    files = make_zip(tmp_path / "x.zip", "extra500")
+    tree, wrong = trees.open_zip(tmp_path / "x.zip"), []
+
+    def read():
+        for _, (name, raw) in itertools.product(range(50), files.items()):
+            if tree.read(name) != raw:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_zip_and_its_folder_give_the_same_batches(tmp_path):
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in (f"{c}/{i}.jpg" for c in ("cat", "dog") for i in range(12)):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(file, "JPEG")
+            archive.writestr(name, file.getvalue())
+        archive.extractall(tmp_path / "x")
+    loaded = [data.load(str(tmp_path / name)) for name in ("x.zip", "x")]
+    ours, theirs = (
+        data.pipeline(d.train, batch=8, seed=0, transform=lambda ds: ds, readers=r)
+        for d, r in zip(loaded, (0, 2), strict=True)
+    )
+    for _ in range(6):
+        a, b = next(ours), next(theirs)
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
