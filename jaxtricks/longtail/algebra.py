@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Num
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
+from jaxtricks.longtail.gap import floor, gap, logsumexp_of_others, of_label, rows
 
 
 @node
@@ -25,7 +26,7 @@ class Affine:
     """z'_j = gain_j z_j + offset_j - margin_y [j = y].
 
     Attributes:
-      gain: [C] factor of each logit.
+      gain: [C] factor of each logit, or [] of all of them.
       offset: [C] what is added to each logit.
       margin: [C] what is subtracted from the logit of the label, indexed by the label.
     """
@@ -184,47 +185,45 @@ class SoftmaxLoss:
             where = jnp.asarray(where)
             logits = jnp.where(where[..., None], logits, 0)
         form = self._form(logits)
-        z = _rows(form.gain, logits) * logits + _rows(form.offset, logits)
-        z = jnp.maximum(z, _floor(z))  # finite, so that no inf - inf arises below
         if _are_hard(labels, logits):
-            loss = self._hard(z, jnp.asarray(labels), form)
+            loss = self._hard(logits, jnp.asarray(labels), form)
         else:
+            z = rows(form.gain, logits) * logits + rows(form.offset, logits)
+            z = jnp.maximum(z, floor(z))  # finite, so that no inf - inf arises below
             loss = self._soft(z, floating(jnp.asarray(labels)), form)
         return loss if where is None else jnp.where(where, loss, 0)
 
     def _form(self, logits: Array) -> Affine:
         num_classes, dtype = logits.shape[-1], logits.dtype
-        form = Affine(jnp.ones(num_classes, dtype), *[jnp.zeros(num_classes, dtype)] * 2)
+        form = Affine(jnp.ones((), dtype), *[jnp.zeros(num_classes, dtype)] * 2)
         for transform in self.transforms:
             form = transform(form)
         return form
 
     def _hard(self, z: Array, labels: Array, form: Affine) -> Array:
-        is_label = labels[..., None] == _rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
-        others = jax.nn.logsumexp(jnp.where(is_label, _floor(z), z), axis=-1)
-        own = z - _rows(form.margin, z)
-        gap = others - jnp.sum(jnp.where(is_label, own, 0), axis=-1)
-        weights = _rows(self._class_weights(form), z)
-        loss = jnp.sum(jnp.where(is_label, weights, 0), axis=-1) * self._of_gap(gap)
+        distance = gap(z, form.gain, form.offset, labels) + of_label(form.margin, labels, z)
+        loss = self._of_gap(distance)
+        if self.weights is not None:
+            loss *= of_label(self._class_weights(form), labels, z)
         inside = (labels >= 0) & (labels < z.shape[-1])
         return jnp.where(inside, loss, jnp.nan)
 
     def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
-        gap = _logsumexp_of_others(z) - (z - _rows(form.margin, z))
-        weights = _rows(self._class_weights(form), z)
-        return jnp.sum(labels.astype(z.dtype) * weights * self._of_gap(gap), axis=-1)
+        distance = logsumexp_of_others(z) - (z - rows(form.margin, z))
+        weights = rows(self._class_weights(form), z)
+        return jnp.sum(labels.astype(z.dtype) * weights * self._of_gap(distance), axis=-1)
 
-    def _of_gap(self, gap: Array) -> Array:
+    def _of_gap(self, distance: Array) -> Array:
         # p_y = sigmoid(-gap): -log p_y and log(1 - p_y) are exact even where p_y rounds to 1.
-        loss = jax.nn.softplus(gap)
+        loss = jax.nn.softplus(distance)
         if isinstance(self.focal_gamma, int | float) and self.focal_gamma == 0:
             return loss
-        gamma = jnp.asarray(self.focal_gamma).astype(gap.dtype)
-        return loss * jnp.exp(-gamma * jax.nn.softplus(-gap))
+        gamma = jnp.asarray(self.focal_gamma).astype(distance.dtype)
+        return loss * jnp.exp(-gamma * jax.nn.softplus(-distance))
 
     def _class_weights(self, form: Affine) -> Array:
         if self.weights is None:
-            return jnp.ones_like(form.gain)
+            return jnp.ones_like(form.offset)
         return _per_class("softmax_loss: `weights`", self.weights, form)
 
 
@@ -267,27 +266,10 @@ def _are_hard(labels: Num[Array, "..."], logits: Array) -> bool:
 
 def _per_class(name: str, values: Array | Scalar, form: Affine) -> Array:
     values = jnp.asarray(values)
-    num_classes = form.gain.shape[-1]
+    num_classes = form.offset.shape[-1]
     if values.shape not in ((), (num_classes,)):
         raise ValueError(
             f"longtail.{name} has shape {values.shape} where the logits have {num_classes} classes: "
             "pass one number per class"
         )
     return jnp.broadcast_to(values.astype(form.gain.dtype), (num_classes,))
-
-
-def _rows(vector: Array, like: Array) -> Array:
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-def _floor(z: Array) -> Array:
-    return jnp.asarray(jnp.finfo(z.dtype).min / 8, z.dtype)
-
-
-def _logsumexp_of_others(z: Array) -> Array:
-    """log sum_{j != c} exp z_j for every c at once, without cancellation."""
-    top = jnp.argmax(z, axis=-1, keepdims=True) == _rows(jnp.arange(z.shape[-1]), z)
-    total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-    without_top = jax.nn.logsumexp(jnp.where(top, _floor(z), z), axis=-1, keepdims=True)
-    share = jnp.exp(jnp.where(top, total - 1, z) - total)  # <= 1/2 wherever it is used
-    return jnp.where(top, without_top, total + jnp.log1p(-share))

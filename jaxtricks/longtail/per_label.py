@@ -6,8 +6,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.algebra import _are_hard, _floor, _logsumexp_of_others, _rows
+from jaxtricks.longtail.algebra import _are_hard
 from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.gap import floor, logsumexp_of_others, rows
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
 
@@ -31,7 +32,7 @@ class LabelAwareSmoothing:
     ) -> Float[Array, "*batch"]:
         """The loss of every example; as `SoftmaxLoss`."""
         z, q, inside = _inputs(logits, labels, where)
-        offered = z > _floor(z)
+        offered = z > floor(z)
         e = _vector("label_aware_smoothing: `counts`", self.smoothing, z)
         each = _cross_entropies(z)
         total = jnp.sum(jnp.where(offered, each, 0), axis=-1)
@@ -67,7 +68,7 @@ class Seesaw:
         if inside is not None:
             return _finished(self._of_label(z, n, target), inside, where)
         one_hot = jnp.eye(z.shape[-1], dtype=z.dtype)
-        each = jax.vmap(lambda label: self._of_label(z, n, _rows(label, z)), out_axes=-1)(one_hot)
+        each = jax.vmap(lambda label: self._of_label(z, n, rows(label, z)), out_axes=-1)(one_hot)
         return _finished(jnp.sum(target * each, axis=-1), None, where)
 
     def _of_label(self, z: Array, n: Array, one_hot: Array) -> Array:
@@ -80,7 +81,7 @@ class Seesaw:
         mitigation = p * jnp.minimum(log_n - own(log_n), 0)
         least = jnp.log(jnp.asarray(0.01, z.dtype))
         compensation = q * jnp.maximum(log_p - jnp.maximum(own(log_p), least), 0)
-        others = jnp.where(one_hot > 0, _floor(z), z + mitigation + compensation)
+        others = jnp.where(one_hot > 0, floor(z), z + mitigation + compensation)
         return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1) - own(z)[..., 0])
 
 
@@ -117,8 +118,8 @@ class Lade:
 
     def _regulariser(self, z: Array, q: Array, keep: Array, prior: Array) -> Array:
         of_label = jnp.sum(q * z, axis=0) / (jnp.sum(q, axis=0) + 1e-8)
-        kept = jnp.where(keep[:, None], z, _floor(z))
-        offered = jnp.any(kept > _floor(z), axis=0)  # elsewhere the square below would overflow
+        kept = jnp.where(keep[:, None], z, floor(z))
+        offered = jnp.any(kept > floor(z), axis=0)  # elsewhere the square below would overflow
         spread = jax.nn.logsumexp(jnp.where(offered[None], kept, 0), axis=0)
         spread -= jnp.log(jnp.maximum(jnp.sum(keep), 1).astype(z.dtype))
         uniform = jnp.asarray(1 / z.shape[-1] + PRIOR_EPS, z.dtype)
@@ -156,7 +157,7 @@ class Equalization:
         rare = n < jnp.asarray(self.threshold).astype(z.dtype) * jnp.sum(n)
         gamma = jnp.asarray(self.gamma).astype(z.dtype)
         left_out = rare & jax.random.bernoulli(key, gamma, z.shape)
-        others = _logsumexp_of_others(jnp.where(left_out, _floor(z), z))
+        others = logsumexp_of_others(jnp.where(left_out, floor(z), z))
         return _finished(jnp.sum(q * jax.nn.softplus(others - z), axis=-1), inside, where)
 
 
@@ -189,7 +190,7 @@ class InfluenceBalanced:
         h = jnp.asarray(features).astype(z.dtype)
         if where is not None:
             h = jnp.where(jnp.asarray(where)[..., None], h, 0)
-        gap = _logsumexp_of_others(z) - z
+        gap = logsumexp_of_others(z) - z
         # ||p - onehot||_1 = 2 (1 - p_c), and 1 - p_c = sigmoid(gap) without cancellation.
         influence = 2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
         alpha, gamma = (jnp.asarray(x).astype(z.dtype) for x in (self.alpha, self.focal_gamma))
@@ -205,14 +206,14 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
     z = floating(jnp.asarray(logits))
     labels = jnp.asarray(labels)
     if hard := _are_hard(labels, z):
-        q = labels[..., None] == _rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
+        q = labels[..., None] == rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
     else:
         q = labels
     inside = jnp.any(q, axis=-1) if hard else None
     if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
         keep = jnp.asarray(where)[..., None]
         z, q = jnp.where(keep, z, 0), jnp.where(keep, q, jnp.zeros((), q.dtype))
-    return jnp.maximum(z, _floor(z)), q.astype(z.dtype), inside
+    return jnp.maximum(z, floor(z)), q.astype(z.dtype), inside
 
 
 def _finished(loss: Array, inside: Array | None, where: Array | None) -> Array:
@@ -223,7 +224,7 @@ def _finished(loss: Array, inside: Array | None, where: Array | None) -> Array:
 
 def _cross_entropies(z: Array) -> Array:
     """-log softmax(z)_c for every c, exact where p_c rounds to 1."""
-    return jax.nn.softplus(_logsumexp_of_others(z) - z)
+    return jax.nn.softplus(logsumexp_of_others(z) - z)
 
 
 def _vector(name: str, values: Array, z: Array) -> Array:
@@ -233,4 +234,4 @@ def _vector(name: str, values: Array, z: Array) -> Array:
             f"longtail.{name} has shape {values.shape} where the logits have {z.shape[-1]} "
             "classes: pass one number per class"
         )
-    return _rows(values.astype(z.dtype), z)
+    return rows(values.astype(z.dtype), z)
