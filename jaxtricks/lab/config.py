@@ -87,9 +87,9 @@ class Train:
     tricks: Tricks = dataclasses.field(default_factory=Tricks)
     text: Text = dataclasses.field(default_factory=Text)
     data: str = "auto"
-    """A folder or a zip of class folders ([train|val|test/]CLASS/*), FILE.npz (images, labels), FILE.txt,
-    package.module:function (any random-access source), "digits" or "topics" (both embedded). "auto" is
-    digits, or topics for the transformer."""
+    """A folder or a zip of class folders ([train|val|test/]CLASS/*), FILE.npz (images, labels),
+    FILE.array_record or a folder of them, FILE.txt, package.module:function (any random-access source),
+    "digits" or "topics" (both embedded). "auto" is digits, or topics for the transformer."""
     check_data: bool = False
     """Read every file once, list what cannot be read, and stop."""
     skip_unreadable: bool = False
