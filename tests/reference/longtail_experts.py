@@ -91,10 +91,11 @@ def sade(z, y, counts, tau):
         places = [k for k, other in enumerate(rising) if other == share]
         inverse[c] = np.mean([rising[len(pi) - 1 - k] for k in places])
     offsets = [np.zeros(len(pi)), np.log(pi), np.log(pi) - tau * np.log(inverse)]
-    rows = [
-        [-np.log(softmax(e + o)[c]) for e, c in zip(x, y, strict=True)] for x, o in zip(z, offsets)
-    ]
-    return np.sum(rows, axis=0)
+    out = np.zeros(len(y))
+    for expert, offset in zip(z, offsets, strict=True):
+        for i, label in enumerate(y):
+            out[i] -= np.log(softmax(expert[i] + offset)[label])
+    return out
 
 
 def paco(z, y, f, k, queue, queue_y, counts, alpha, beta, gamma, t, centre_t):

@@ -96,6 +96,7 @@ class Paco:
         z, f, k = (jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys))
         inside = (labels >= 0) & (labels < z.shape[-1])
         y = jnp.where(keep & inside, labels, NOBODY).astype(jnp.int32)
+        state = PacoState(jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32))
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
         loss = self._loss(z, f, y, others, jnp.concatenate([y, y, state.labels]))
         loss = jnp.where(inside, loss, jnp.nan)

@@ -83,7 +83,8 @@ def sade(counts: Counts, *, tau: Scalar = 2.0, compat: Compat = None) -> Sade:
 
 
 def _by_position(share: Array) -> Array:
-    rank = jnp.argsort(jnp.argsort(share, stable=True), stable=True)
+    """What the reference does: of equal counts the later class is the rarer one."""
+    rank = jnp.argsort(jnp.argsort(share[::-1], stable=True), stable=True)[::-1]
     return jnp.sort(share)[share.shape[0] - 1 - rank]
 
 
