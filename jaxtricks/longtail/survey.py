@@ -40,7 +40,7 @@ OLTR | CVPR19 | R | memory of centres, attention, cosine head | heads.cosine | \
   memory and attention are a model
 DCL | ICCV19 | S | sampler from imbalanced to balanced | sampling.progressive | its metric-learning term
 Meta-Weight-Net | NeurIPS19 | C | weight as a learned function of the loss | weighted | \
-  differentiate through optax.apply_updates
+  its network; the step through the optimizer is shown at `weighted`
 LDAM | NeurIPS19 | C | margin n^-1/4 on cosines, deferred weights | ldam, heads.normed, weights.deferred |
 Decoupling | ICLR20 | SCRD2 | cRT, LWS, tau-norm, NCM; four samplers | \
   heads.lws, heads.tau_normalize, heads.ncm, sampling.progressive |
