@@ -51,7 +51,7 @@ def divergence(
 ) -> Float[Array, "*batch"]:
     """How far the experts are from their mean: mean(T)^2 sum_e KL(softmax(zbar/T) || softmax(z_e/T)).
 
-    No gradient goes through zbar, the mean of the logits.
+    zbar is the mean of the logits. It is held constant; the gradient through it sums to zero anyway.
 
     Args:
       logits: [E, ..., C].
