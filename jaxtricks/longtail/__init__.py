@@ -58,7 +58,17 @@ Kini et al., VS loss, arXiv 2103.01550. Ye et al., CDT, arXiv 2001.01385. Lin et
 arXiv 1708.02002. Kang et al., Decoupling, arXiv 1910.09217.
 """
 
-from jaxtricks.longtail import data, heads, metrics, mix, posthoc, sampling, weights
+from jaxtricks.longtail import (
+    data,
+    distill,
+    experts,
+    heads,
+    metrics,
+    mix,
+    posthoc,
+    sampling,
+    weights,
+)
 from jaxtricks.longtail.algebra import (
     Affine,
     SoftmaxLoss,
@@ -89,6 +99,9 @@ from jaxtricks.longtail.presets import (
     weighted,
 )
 from jaxtricks.longtail.reduction import reduce
+from jaxtricks.longtail.running import class_mean
+from jaxtricks.longtail.stateful import equalization_v2, online_seesaw
+from jaxtricks.longtail.survey import methods
 
 __all__ = [
     "Affine",
@@ -99,9 +112,13 @@ __all__ = [
     "cdt",
     "class_balanced",
     "class_counts",
+    "class_mean",
     "cross_entropy",
     "data",
+    "distill",
     "equalization",
+    "equalization_v2",
+    "experts",
     "focal",
     "heads",
     "influence_balanced",
@@ -110,8 +127,10 @@ __all__ = [
     "ldam",
     "logit_adjusted",
     "margin",
+    "methods",
     "metrics",
     "mix",
+    "online_seesaw",
     "posthoc",
     "reduce",
     "sampling",

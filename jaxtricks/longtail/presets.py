@@ -35,6 +35,23 @@ def weighted(weights: Counts) -> SoftmaxLoss:
 
     Returns:
       A per-example loss; divide by N or by sum w_y with `reduce`: the peers disagree.
+
+    The weights may be learned, as in Meta-Weight-Net: differentiate the loss on a small balanced
+    set through one step of the optimizer. Here it wants less of the head and more of the tail.
+
+    >>> import jax, optax
+    >>> tx, y, balanced = optax.sgd(1.0), jnp.array([0, 0, 0, 1]), jnp.array([0, 1])
+    >>> def loss(params, weights, y):
+    ...     return weighted(weights)(jnp.stack([params] * len(y)), y).mean()
+    >>> def meta_loss(weights, params):
+    ...     gradients = jax.grad(loss)(params, weights, y)
+    ...     updates, _ = tx.update(gradients, tx.init(params), params)
+    ...     return loss(optax.apply_updates(params, updates), jnp.ones(2), balanced)
+    >>> print(jax.grad(meta_loss)(jnp.ones(2), jnp.zeros(2)).round(2))
+    [ 0.09 -0.03]
+
+    References:
+      Shu et al., Meta-Weight-Net, arXiv 1902.07379.
     """
     return softmax_loss(weights=weights)
 
