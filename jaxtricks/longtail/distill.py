@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.algebra import _floor
 from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.gap import floor
 
 Loss = Callable[..., Array]
 """loss(logits [..., C], labels, where=None) -> per-example [...]: any loss of the room."""
@@ -54,7 +54,7 @@ def kl_divergence(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"]
 ) -> Float[Array, "*batch"]:
     """KL(softmax(p) || softmax(q)) of logits, finite where both say -inf."""
-    p, q = (jnp.maximum(x, _floor(x)) for x in (p, q))
+    p, q = (jnp.maximum(x, floor(x)) for x in (p, q))
     log_p, log_q = jax.nn.log_softmax(p, axis=-1), jax.nn.log_softmax(q, axis=-1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 

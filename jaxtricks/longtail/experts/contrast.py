@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.algebra import _floor, _rows
 from jaxtricks.longtail.counts import Counts, as_vector, floating, log_prior
+from jaxtricks.longtail.gap import floor, rows
 from jaxtricks.longtail.stateful import Axis
 
 NOBODY = -1
@@ -107,16 +107,16 @@ class Paco:
         parameters = (self.alpha, self.beta, self.gamma, self.temperature, self.center_temperature)
         alpha, beta, gamma, t, centre_t = (jnp.asarray(x).astype(z.dtype) for x in parameters)
         scores = jnp.concatenate(
-            [(z + _rows(self._log_prior(z), z)) / centre_t, f @ others.T / t], 1
+            [(z + rows(self._log_prior(z), z)) / centre_t, f @ others.T / t], 1
         )
-        scores = jnp.maximum(scores, _floor(scores))
+        scores = jnp.maximum(scores, floor(scores))
         mine = jnp.arange(len(y))[:, None] == jnp.arange(len(theirs))[None]
         somebody = (theirs[None] != NOBODY) & ~mine
         same = jnp.where(somebody & (y[:, None] == theirs[None]), alpha, 0)
         own = jnp.where(y[:, None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None], beta, 0)
         weights = jnp.concatenate([own, same], axis=1)
-        offset = jnp.where(somebody, jnp.log(gamma), _floor(z))
-        offset = jnp.concatenate([jnp.zeros_like(z), jnp.maximum(offset, _floor(z))], axis=1)
+        offset = jnp.where(somebody, jnp.log(gamma), floor(z))
+        offset = jnp.concatenate([jnp.zeros_like(z), jnp.maximum(offset, floor(z))], axis=1)
         total = jax.nn.logsumexp(self._with_epsilon(scores + offset, scores), axis=1, keepdims=True)
         sum_ = jnp.sum(weights, axis=1)
         return jnp.sum(weights * (total - scores), axis=1) / jnp.where(sum_ > 0, sum_, 1)

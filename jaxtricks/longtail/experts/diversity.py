@@ -6,9 +6,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.algebra import _floor
 from jaxtricks.longtail.counts import Counts, as_vector, floating
 from jaxtricks.longtail.distill import Loss, kl_divergence
+from jaxtricks.longtail.gap import floor
 from jaxtricks.longtail.presets import cross_entropy
 
 
@@ -64,7 +64,7 @@ def divergence(
     z = floating(jnp.asarray(logits))
     if where is not None:
         z = jnp.where(jnp.asarray(where)[None, ..., None], z, 0)
-    z = jnp.maximum(z, _floor(z))
+    z = jnp.maximum(z, floor(z))
     t = jnp.asarray(temperature).astype(z.dtype)
     mean = jax.lax.stop_gradient(jnp.mean(z, axis=0, keepdims=True))
     z, mean = (x / t.reshape((1,) * (z.ndim - t.ndim) + t.shape) for x in (z, mean))

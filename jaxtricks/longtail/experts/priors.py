@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.algebra import _rows
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
 from jaxtricks.longtail.experts.diversity import aggregate
+from jaxtricks.longtail.gap import rows
 from jaxtricks.longtail.presets import cross_entropy
 
 Compat = Literal["reference"] | None
@@ -43,7 +43,7 @@ class Sade:
             )
 
         def of_expert(z: Array, offset: Array) -> Array:
-            return cross_entropy()(z + _rows(offset, z), labels, where=where)
+            return cross_entropy()(z + rows(offset, z), labels, where=where)
 
         return jnp.sum(jax.vmap(of_expert)(z, offsets), axis=0)
 
