@@ -1,6 +1,7 @@
 """Jaxprs as flat lists of equations: inline, cut, prune, fingerprint."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ def inlined(
     def write(jaxpr: _jaxpr.Jaxpr, env: dict[Any, Any]) -> list[Any]:
         for eqn in jaxpr.eqns:
             operands = [_read(env, v) for v in eqn.invars]
-            if (eqn.primitive.name in calls and not _means_shardings(eqn)) or also(eqn):
+            if _stays(eqn):
+                outs = operands
+            elif (eqn.primitive.name in calls and not _means_shardings(eqn)) or also(eqn):
                 inner = _callee(eqn)
                 consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
                 outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
@@ -57,6 +60,13 @@ def inlined(
 
 def _read(env: dict[Any, Any], v: Any) -> Any:
     return v if _jaxpr.is_literal(v) else env.get(v, v)
+
+
+def _stays(eqn: Any) -> bool:
+    """Whether it moves nothing: jax writes a reshard where a mesh is in force, and none elsewhere."""
+    if eqn.primitive.name != "reshard":
+        return False
+    return eqn.invars[0].aval.str_short() == eqn.outvars[0].aval.str_short()
 
 
 def _means_shardings(eqn: Any) -> bool:
@@ -224,11 +234,15 @@ def fingerprint(jaxpr: _jaxpr.Jaxpr) -> str:
 
 def _written(jaxpr: _jaxpr.Jaxpr) -> Any:
     inputs = (*jaxpr.constvars, *jaxpr.invars)
-    number: dict[Any, int] = {v: i for i, v in enumerate(inputs)}
+    fresh = itertools.count()
+    number: dict[Any, int] = {v: next(fresh) for v in inputs}
     shapes = [v.aval.str_short() for v in inputs]
     lines = []
     for eqn in jaxpr.eqns:
-        number |= {v: len(number) + i for i, v in enumerate(eqn.outvars)}
+        if _stays(eqn) and eqn.invars[0] in number:
+            number[eqn.outvars[0]] = number[eqn.invars[0]]
+            continue
+        number |= {v: next(fresh) for v in eqn.outvars}
         reads = [str(v) if _jaxpr.is_literal(v) else number[v] for v in eqn.invars]
         outs = [v.aval.str_short() for v in eqn.outvars]
         params = sorted((k, v) for k, v in eqn.params.items() if _is_plain(v))
