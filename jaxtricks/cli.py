@@ -1,4 +1,7 @@
-"""The command line: train | compare | lr-find | fuse | ablate | plan | explain. Parsing imports no jax."""
+"""The command line: train | compare | lr-find | fuse | ablate | longtail-bench | plan | explain.
+
+Parsing imports no jax.
+"""
 
 import ast
 import importlib.util
@@ -12,6 +15,7 @@ import tyro
 
 from jaxtricks import KEYS
 from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
+from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.plan_config import Plan
 
 USER_ERROR = 2
@@ -21,10 +25,11 @@ COMMANDS = {
     "lr-find": LrFind,
     "fuse": Fuse,
     "ablate": Ablate,
+    "longtail-bench": LongtailBench,
     "plan": Plan,
     "explain": Explain,
 }
-Command = Train | Compare | LrFind | Fuse | Ablate | Plan | Explain
+Command = Train | Compare | LrFind | Fuse | Ablate | LongtailBench | Plan | Explain
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -77,6 +82,10 @@ def run(cfg: Command, command: str) -> None:
             _fuse(cfg, command)
         case Ablate():
             _ablate(cfg, command)
+        case LongtailBench():
+            from jaxtricks.lab import longtail_bench
+
+            longtail_bench.run(cfg, command)
         case Plan():
             _plan(cfg, command)
         case Train():

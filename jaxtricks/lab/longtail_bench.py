@@ -1,0 +1,258 @@
+"""The `longtail-bench` command: long-tail methods on one data set, one trunk, one schedule."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+import jaxtricks as jt
+from jaxtricks import longtail
+from jaxtricks.lab import about, examples, longtail_methods, models
+from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import longtail_report as report
+from jaxtricks.lab.longtail_config import LongtailBench
+from jaxtricks.lab.longtail_methods import TRAINED, Method
+from jaxtricks.lab.rundir import RunDir
+
+BASE = "cross_entropy"
+WARM_UP = 0.05  # share of the run
+SECOND_STAGE = 0.1  # steps of cRT, as a share of those of the first
+_EVALUATED = 500  # images of one call
+
+
+class Images(NamedTuple):
+    """uint8 [N, H, W, C] and int32 [N]."""
+
+    images: Any
+    labels: Any
+
+
+class Carry(NamedTuple):
+    """What a step changes: {"trunk", "head"}, statistics of the trunk, the optimizer's state."""
+
+    params: Any
+    state: Any
+    moments: Any
+
+
+def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
+    """Train every method on every seed; write results.json and report.md.
+
+    Args:
+      cfg: checked settings.
+      command: the command line, for the report.
+
+    Returns:
+      The rows: method, seed, and the figures of `longtail.metrics.summary`.
+    """
+    console, rows = Console(), []
+    folder = RunDir(cfg.out, about.of_run(cfg, command))
+    names = [BASE, *(m for m in cfg.methods if m != BASE)]
+    data = None
+    for seed in range(cfg.seeds):
+        data = data_lib.load(cfg.data, imbalance=cfg.imbalance, seed=seed, size=cfg.size)
+        for name, scores in of_seed(cfg, names, data, seed):
+            rows.append({"method": name, "seed": seed, **scores})
+            console.print(f"seed {seed} {name:<18} {100 * scores['balanced_accuracy']:.1f} %")
+            folder.write("results.json", rows)  # what is done is kept
+    report.write(folder, rows, data, cfg, command)
+    console.print(str(report.table(rows)), highlight=False, soft_wrap=True)
+    return rows
+
+
+def of_seed(
+    cfg: LongtailBench, names: list[str], data: data_lib.Data, seed: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(method, figures), in the order of the names."""
+    train, test = gathered(data.train), gathered(data.test)
+    counts = jnp.asarray(longtail.class_counts(np.asarray(train.labels), len(data.classes)))
+    base: Carry | None = None
+    for name in names:
+        trainer = trainer_of(
+            cfg, TRAINED.get(name, TRAINED[BASE]), data.shape, data.flip, len(counts)
+        )
+        if name in TRAINED:
+            carry = trainer.fit(train, counts, seed, cfg.steps)
+            base = carry if name == BASE else base
+            logits = trainer.logits(carry, test)
+        else:
+            logits = second_stage(name, trainer, base, train, test, counts, cfg, seed)
+        yield name, scores(logits, test.labels, counts)
+
+
+def second_stage(
+    name: str,
+    trainer: "Trainer",
+    base: Any,
+    train: Images,
+    test: Images,
+    counts: Any,
+    cfg: LongtailBench,
+    seed: int,
+) -> Any:
+    """Logits of what starts from the network that cross entropy has trained."""
+    if name == "post_hoc":
+        return longtail.posthoc.adjust(trainer.logits(base, test), counts)
+    if name == "tau_norm":
+        kernel = longtail.heads.tau_normalize(base.params["head"]["kernel"], 1.0)
+        head = {"kernel": kernel, "bias": jnp.zeros_like(base.params["head"]["bias"])}
+        carry = base._replace(params={**base.params, "head": head})
+        return trainer.logits(carry, test)
+    steps = max(1, round(SECOND_STAGE * cfg.steps))
+    return trainer.logits(trainer.retrained(base, train, counts, seed, steps), test)
+
+
+def scores(logits: Any, labels: Any, counts: Any) -> dict[str, float]:
+    """Figures of the test images; thirds of the classes are many, medium and few."""
+    state = longtail.metrics.update(longtail.metrics.init(len(counts)), logits, jnp.asarray(labels))
+    found = longtail.metrics.summary(state, counts, split="rank")
+    wanted = ("balanced_accuracy", "many", "medium", "few", "ece")
+    return {key: float(found[key]) for key in wanted}
+
+
+def gathered(source: data_lib.Source) -> Images:
+    """All examples of a source."""
+    found = [source[i] for i in range(len(source))]
+    return Images(*(np.stack([e[key] for e in found]) for key in ("image", "label")))
+
+
+@functools.cache
+def trainer_of(
+    cfg: LongtailBench, method: Method, shape: tuple[int, ...], flip: bool, classes: int
+) -> "Trainer":
+    """One for all seeds, so that they share what is compiled."""
+    return Trainer(cfg, method, shape, flip, classes)
+
+
+class Trainer:
+    """Trains one method; steps are called one by one, as XLA's convolutions are slow in a CPU loop."""
+
+    def __init__(
+        self, cfg: LongtailBench, method: Method, shape: tuple[int, ...], flip: bool, classes: int
+    ):
+        self._cfg, self._method, self._classes = cfg, method, classes
+        self._pad, self._flip, self._channels = max(1, shape[0] // 8), flip, shape[-1]
+        self._apply, *_ = self._trunk(0)
+        self._step = jax.jit(self._update, donate_argnums=0)
+        self._head_step = jax.jit(functools.partial(self._update, head_only=True), donate_argnums=0)
+        self._forward = jax.jit(self._predict)
+
+    def fit(self, train: Images, counts: Any, seed: int, steps: int) -> Carry:
+        """Train from scratch, every epoch once through the images."""
+        params, state = self._init(seed)
+        carry = Carry(params, state, self._tx(0.0).init(params))
+        rng = np.random.default_rng(seed)
+        order: list[int] = []
+        for i in range(steps):
+            while len(order) < self._cfg.batch:
+                order += rng.permutation(len(train.labels)).tolist()
+            index, order = order[: self._cfg.batch], order[self._cfg.batch :]
+            carry = self._step(
+                carry, *_taken(train, index), counts, *_clock(i, steps, seed, self._cfg)
+            )
+        return carry
+
+    def retrained(self, base: Carry, train: Images, counts: Any, seed: int, steps: int) -> Carry:
+        """cRT: the head anew, on class-balanced batches; the trunk stays."""
+        head = self._init(seed + 1)[0]["head"]
+        params = jax.tree.map(jnp.copy, {**base.params, "head": head})  # steps donate it
+        carry = Carry(params, jax.tree.map(jnp.copy, base.state), self._tx(0.0).init(params))
+        balanced = longtail.sampling.class_probabilities(counts, 0.0)
+        table = longtail.sampling.table(jnp.asarray(train.labels), balanced)
+        draw = jax.jit(longtail.sampling.sample_indices, static_argnums=2)
+        for i in range(steps):
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            index = np.asarray(draw(key, table, self._cfg.batch))
+            clock = _clock(i, steps, seed, self._cfg)
+            carry = self._head_step(carry, *_taken(train, index), counts, *clock)
+        return carry
+
+    def logits(self, carry: Carry, split: Images) -> Any:
+        """[N, C] of all images."""
+        count = len(split.labels)
+        parts = [split.images[i : i + _EVALUATED] for i in range(0, count, _EVALUATED)]
+        short = _EVALUATED - len(parts[-1])
+        parts[-1] = np.concatenate([parts[-1], np.repeat(parts[-1][:1], short, axis=0)])
+        return jnp.concatenate([self._forward(carry, x) for x in parts])[:count]
+
+    def _trunk(self, seed: int) -> Any:
+        model = models.ResNet(
+            self._channels,
+            self._cfg.widths[-1],
+            widths=self._cfg.widths,
+            blocks=self._cfg.blocks,
+            rngs=nnx.Rngs(seed),
+        )
+        model.head = _Identity()
+        return jt.nnx.functional(model)
+
+    def _init(self, seed: int) -> tuple[Any, Any]:
+        _, trunk, state = self._trunk(seed)
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        width = self._cfg.widths[-1]
+        head = longtail_methods.init_head(key, self._method, width, self._classes)
+        return {"trunk": trunk, "head": head}, state
+
+    def _tx(self, rate: Any) -> optax.GradientTransformation:
+        decay = optax.add_decayed_weights(5e-4)
+        return optax.chain(decay, optax.sgd(rate, momentum=0.9, nesterov=True))
+
+    def _update(
+        self,
+        carry: Carry,
+        images: Any,
+        labels: Any,
+        counts: Any,
+        share: Any,
+        rate: Any,
+        key: Any,
+        head_only: bool = False,
+    ) -> Carry:
+        augment_key, mix_key = jax.random.split(key)
+        images = examples.augment(augment_key, images, pad=self._pad, flip=self._flip)
+        x, targets = examples.to_float(images), labels
+        if self._method.mixup:
+            x, targets = longtail.mix.mixup(mix_key, x, labels, self._classes)
+
+        def loss_fn(params: Any) -> Any:
+            features, state = self._apply(params["trunk"], carry.state, x, train=not head_only)
+            logits = longtail_methods.logits_of(self._method, params["head"], features)
+            return self._method.loss(logits, targets, counts, share).mean(), state
+
+        grads, state = jax.grad(loss_fn, has_aux=True)(carry.params)
+        updates, moments = self._tx(rate).update(grads, carry.moments, carry.params)
+        if head_only:
+            updates = {**updates, "trunk": jax.tree.map(jnp.zeros_like, updates["trunk"])}
+        return Carry(optax.apply_updates(carry.params, updates), state, moments)
+
+    def _predict(self, carry: Carry, images: Any) -> Any:
+        x = examples.to_float(images)
+        features, _ = self._apply(carry.params["trunk"], carry.state, x, train=False)
+        logits = longtail_methods.logits_of(self._method, carry.params["head"], features)
+        return longtail_methods.predicted(self._method, logits)
+
+
+class _Identity(nnx.Module):
+    """In place of the network's own head: the trunk ends in features."""
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+def _taken(split: Images, index: Any) -> tuple[Any, Any]:
+    return split.images[index], split.labels[index]
+
+
+def _clock(step: int, steps: int, seed: int, cfg: LongtailBench) -> tuple[Any, Any, Any]:
+    """(share of the run that is over, rate, key) of a step: a warm-up, then a cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    falling = 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm)))
+    rate = cfg.rate * (min(1.0, (step + 1) / warm) if step < warm else falling)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), seed), step)
+    return np.float32(step / steps), np.float32(rate), key
