@@ -58,7 +58,7 @@ Kini et al., VS loss, arXiv 2103.01550. Ye et al., CDT, arXiv 2001.01385. Lin et
 arXiv 1708.02002. Kang et al., Decoupling, arXiv 1910.09217.
 """
 
-from jaxtricks.longtail import data, heads, metrics, mix, posthoc, sampling, weights
+from jaxtricks.longtail import data, decoupling, heads, metrics, mix, posthoc, sampling, weights
 from jaxtricks.longtail.algebra import (
     Affine,
     SoftmaxLoss,
@@ -101,6 +101,7 @@ __all__ = [
     "class_counts",
     "cross_entropy",
     "data",
+    "decoupling",
     "equalization",
     "focal",
     "heads",
