@@ -127,5 +127,5 @@ MODULES: dict[str, Callable[..., Any]] = {
     "nnx.LWSHead": lambda rngs: nnx.LWSHead(4, 4, rngs=rngs),
     # as the reference starts: without calibration the gradient of its confidence is 0
     "nnx.DisAlignHead": lambda rngs: nnx.DisAlignHead(4, 4, compat="reference", rngs=rngs),
-    "nnx.CausalHead": lambda rngs: nnx.CausalHead(4, 4, alpha=0.5, rngs=rngs),
+    "nnx.CausalHead": lambda rngs: nnx.CausalHead(4, 4, tau=4.0, alpha=0.5, rngs=rngs),
 }

@@ -23,7 +23,7 @@ def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array
 
 
 class CausalHead(Head):
-    """De-confounded head: it learns the mean feature and subtracts it in evaluation; see `longtail.heads.tde`.
+    """De-confounded head: it knows the mean feature and subtracts it in evaluation; `longtail.heads.tde`.
 
     In training the logits are plain multi-head cosines, and the mean moves. The reference sums, m <-
     mu m + mean(x); this is (1 - mu) times that, and only the direction is used.
