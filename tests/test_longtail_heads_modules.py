@@ -107,11 +107,14 @@ def test_golden(golden):
         close(by_x, g[f"{setting}__grad_x"], 2e-6)
         if setting == "lws":
             close(by_params["scale"], g["lws__grad_scales"], 2e-6)
-    z = g["x"] @ w + b[None]
-    close(heads.lws(z, g["lws_scales"]), g["lws__out"], 2e-6)
-    # MiSLAS's layer scales logits that it is given
-    scales = g["lws_scales"]
-    close(heads.lws(z, scales), g["mislas_lws__out"], 2e-6)
+    # MiSLAS's layer scales the logits that it is given, here of a head without bias
+    z, back = jax.vjp(lambda x, f: heads.lws(x @ w, f), g["x"], g["lws_scales"])
+    close(z, g["mislas_lws__out"], 2e-6)
+    close(
+        back(jnp.asarray(g["cot"])),
+        (g["mislas_lws__grad_x"], g["mislas_lws__grad_learned_norm"].reshape(10)),
+        2e-6,
+    )
 
 
 def test_the_running_mean_has_the_direction_of_the_references():
@@ -195,6 +198,25 @@ def test_two_stages_with_an_lws_head():
     aligned, _ = decoupling.disalign(params, head="head")
     assert jax.tree.structure(aligned) == jax.tree.structure(like)
     close(third(aligned, state, X, train=False)[0], first(params, state, X, train=False)[0], 1e-6)
+
+
+def test_convert_puts_a_head_in_the_place_of_a_linear_layer():
+    model = nnx.Sequential(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 5, rngs=nnx.Rngs(1)))
+    model.layers[1].bias[...] = jnp.arange(5.0)
+    convert = functools.partial(jt.nnx.convert, model, rngs=nnx.Rngs(2))
+    for kind in (jt.nnx.LWSHead, jt.nnx.DisAlignHead):
+        new = convert({r"layers/1": kind})
+        assert type(new.layers[1]) is kind and type(new.layers[0]) is nnx.Linear
+        close(new(X), model(X), 1e-6)
+    fresh = convert({r"layers/1": functools.partial(jt.nnx.NormedHead, s=2.0)}, init="fresh")
+    assert np.abs(fresh(X)).max() <= 2 and fresh.layers[1].kernel.shape == (6, 5)
+    for target, message in (
+        (jt.nnx.NormedHead, "init='fresh'"),
+        (functools.partial(jt.nnx.DisAlignHead, compat="reference"), "another function"),
+        (functools.partial(jt.nnx.LWSHead, use_bias=False), "needs the bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert({r"layers/1": target})
 
 
 def test_ldam_on_a_normed_head_trains_without_a_warning():

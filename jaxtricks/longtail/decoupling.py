@@ -52,7 +52,7 @@ def crt(
     >>> params = {"trunk": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 3))}}
     >>> fresh, mask = crt(params, head="head", key=jax.random.key(0), init=jax.nn.initializers.zeros)
     >>> float(fresh["head"]["kernel"].sum()), mask
-    (0.0, {'trunk': {'kernel': False}, 'head': {'kernel': True}})
+    (0.0, {'head': {'kernel': True}, 'trunk': {'kernel': False}})
 
     References:
       Kang et al., arXiv 1910.09217, section 4.2.

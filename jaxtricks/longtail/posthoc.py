@@ -9,6 +9,13 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import UNSEEN_LOG_PRIOR, Counts, as_vector, floating, log_prior, seen
+from jaxtricks.longtail.held_out import (
+    balanced,
+    balanced_cross_entropy,
+    centered_shift,
+    check_classes,
+    held_out,
+)
 
 
 def adjust(
@@ -41,7 +48,7 @@ def adjust(
     """
     z = floating(jnp.asarray(logits))
     n = as_vector("posthoc.adjust: `counts`", counts).astype(z.dtype)
-    _check("adjust", "counts", n, z)
+    check_classes("adjust", "counts", n, z)
     shift = jnp.where(seen(n), -log_prior(n), UNSEEN_LOG_PRIOR)
     shift = jnp.asarray(tau).astype(z.dtype) * shift
     return z + shift.reshape((1,) * (z.ndim - 1) + shift.shape)
@@ -121,12 +128,12 @@ def fit_tau(
     if taus is None:
         best = calibrate(logits, labels, counts, where=where)
         return best.tau * best.temperature
-    held = _held_out("fit_tau", logits, labels, counts, where)
+    held = held_out("fit_tau", logits, labels, counts, where)
     grid = jnp.asarray(taus).astype(held.logits.dtype)
 
     def score(tau: Array) -> Array:
         right = jnp.argmax(adjust(held.logits, counts, tau), axis=-1) == held.labels
-        return _balanced(right.astype(held.logits.dtype), held)
+        return balanced(right.astype(held.logits.dtype), held)
 
     scores = jax.lax.map(score, grid)  # one at a time: [N, C] and not [T, N, C]
     best = scores >= jnp.max(scores) - 1e-6  # sums of the same fractions differ by rounding
@@ -165,7 +172,7 @@ def calibrate(
       labels: as for `fit_tau`.
       counts: [C] training examples per class; may be traced. A class without any is left out.
       where: [...] booleans; a masked example does not count.
-      max_steps: bound of the Newton steps, of which it needs some ten; static.
+      max_steps: bound of the Newton steps, of which it needs some twenty; static.
 
     Returns:
       (tau, temperature), scalars; tau 0 where the counts are balanced, since any would do; 0 and 1
@@ -178,46 +185,38 @@ def calibrate(
       Guo et al., On calibration of modern neural networks, arXiv 1706.04599. Menon et al., arXiv
       2007.07314, equation 9.
     """
-    held = _held_out("calibrate", logits, labels, counts, where)
-    dtype, offered = held.logits.dtype, seen(held.counts)
-    offered = offered | ~jnp.any(offered)
-    shift = jnp.where(seen(held.counts), -log_prior(held.counts), 0)
-    # centred, so that balanced counts leave tau nothing to do
-    center = jnp.sum(shift) / jnp.maximum(jnp.sum(offered), 1).astype(dtype)
-    shift = jnp.where(seen(held.counts), shift - center, 0)
+    held = held_out("calibrate", logits, labels, counts, where)
+    dtype = held.logits.dtype
+    offered, shift = centered_shift(held.counts)
     z = jnp.where(offered[None], held.logits, 0)
-    features = jnp.stack(
-        [z - jnp.mean(z, -1, keepdims=True), jnp.broadcast_to(shift[None], z.shape)]
-    )
-
-    def loss(theta: Array) -> Array:
-        scores = jnp.where(offered[None], jnp.einsum("k,knc->nc", theta, features), -jnp.inf)
-        log_p = jax.nn.log_softmax(scores, axis=-1)
-        return _balanced(-jnp.take_along_axis(log_p, held.labels[:, None], -1)[:, 0], held)
+    z = z - jnp.mean(z, axis=-1, keepdims=True)
 
     def newton(state: _Newton) -> _Newton:
-        gradient, hessian = jax.grad(loss)(state.theta), jax.hessian(loss)(state.theta)
-        ridge = state.damping * jnp.trace(hessian) + jnp.finfo(dtype).tiny ** 0.5
-        step = jnp.linalg.solve(hessian + ridge * jnp.eye(2, dtype=dtype), gradient)
+        ridge = state.damping * jnp.trace(state.hessian) + jnp.finfo(dtype).tiny ** 0.5
+        step = jnp.linalg.solve(state.hessian + ridge * jnp.eye(2, dtype=dtype), state.gradient)
         theta = state.theta - step
         theta = theta.at[0].set(jnp.clip(theta[0], 1e-3, 1e3))
-        value = loss(theta)
+        value, gradient, hessian = balanced_cross_entropy(theta, z, shift, offered, held)
         better = value <= state.value
-        moved = jnp.max(jnp.abs(theta - state.theta))
-        return _Newton(
-            jnp.where(better, theta, state.theta),
-            jnp.where(better, value, state.value),
-            jnp.clip(state.damping * jnp.where(better, 0.1, 10.0).astype(dtype), 1e-6, 1e6),
-            jnp.where(better, moved, state.moved),
-            state.step + 1,
+        factor = jnp.where(better, 0.1, 10.0).astype(dtype)
+        there = state._replace(
+            theta=theta,
+            value=value,
+            gradient=gradient,
+            hessian=hessian,
+            moved=jnp.max(jnp.abs(theta - state.theta)),
         )
+        chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), there, state)
+        damping = jnp.clip(state.damping * factor, 1e-6, 1e6)
+        return chosen._replace(damping=damping, step=state.step + 1)
 
     def going(state: _Newton) -> Array:
         return (state.step < max_steps) & (state.moved > float(jnp.finfo(dtype).eps) ** 0.7)
 
-    first = jnp.array([1, 0], dtype)
-    one = jnp.ones((), dtype)
-    last = jax.lax.while_loop(going, newton, _Newton(first, loss(first), one * 1e-3, one, 0))
+    first, one = jnp.array([1, 0], dtype), jnp.ones((), dtype)
+    value, gradient, hessian = balanced_cross_entropy(first, z, shift, offered, held)
+    start = _Newton(first, value, gradient, hessian, one * 1e-3, one, jnp.zeros((), jnp.int32))
+    last = jax.lax.while_loop(going, newton, start)
     return Calibration(last.theta[1], 1 / last.theta[0])
 
 
@@ -285,58 +284,19 @@ def estimate_prior(
 
 
 class _Newton(NamedTuple):
-    """Where the search is: (1/temperature, tau), its loss, the damping, the last step, how many."""
+    """Where the search for theta = (1/temperature, tau) is: the loss there, the damping, the last step."""
 
     theta: Array
     value: Array
+    gradient: Array
+    hessian: Array
     damping: Array
     moved: Array
-    step: Array | int
-
-
-class _HeldOut(NamedTuple):
-    """Held-out examples in a row, [N, C], [N] and [N], and the counts [C]; every class weighs the same."""
-
-    logits: Array
-    labels: Array
-    member: Array
-    counts: Array
-
-
-def _held_out(
-    name: str, logits: Array, labels: Array, counts: Counts, where: Array | None
-) -> _HeldOut:
-    z, y = floating(jnp.asarray(logits)), jnp.asarray(labels).reshape(-1)
-    n = as_vector(f"posthoc.{name}: `counts`", counts).astype(z.dtype)
-    _check(name, "counts", n, z)
-    z = z.reshape(-1, z.shape[-1])
-    inside = (y >= 0) & (y < z.shape[-1])
-    y = jnp.where(inside, y, 0)
-    keep = inside & seen(n)[y]
-    keep = keep if where is None else keep & jnp.asarray(where).reshape(-1)
-    return _HeldOut(jnp.where(keep[:, None], z, 0), y, keep, n)
-
-
-def _balanced(values: Array, held: _HeldOut) -> Array:
-    """The mean over the classes that have examples of the mean value of their examples."""
-    size = held.counts.shape[0]
-    kept = held.member.astype(values.dtype)
-    total = jnp.zeros(size, values.dtype).at[held.labels].add(jnp.where(held.member, values, 0))
-    members = jnp.zeros(size, values.dtype).at[held.labels].add(kept)
-    means = total / jnp.maximum(members, 1)
-    return jnp.sum(means) / jnp.maximum(jnp.sum(members > 0), 1).astype(values.dtype)
+    step: Array
 
 
 def _prior(name: str, values: Counts, z: Array, function: str = "shift_prior") -> Array:
     n = as_vector(f"posthoc.{function}: `{name}`", values).astype(z.dtype)
-    _check(function, name, n, z)
+    check_classes(function, name, n, z)
     total = jnp.sum(n)
     return n / jnp.where(total > 0, total, 1)
-
-
-def _check(function: str, name: str, values: Array, z: Array) -> None:
-    if values.shape[0] != z.shape[-1]:
-        raise ValueError(
-            f"longtail.posthoc.{function}: `{name}` has {values.shape[0]} classes where the logits "
-            f"have {z.shape[-1]}: pass one number per class"
-        )

@@ -53,8 +53,8 @@ class CausalHead(Head):
     Example:
       >>> head = CausalHead(8, 3, rngs=nnx.Rngs(0))
       >>> _ = head(jnp.ones((2, 8)))
-      >>> head.mean[...][0].round(4)
-      Array(0.1, dtype=float32)
+      >>> round(float(head.mean[...][0]), 4)
+      0.1
 
     References:
       Tang et al., "Long-tailed classification by keeping the good and removing the bad momentum causal

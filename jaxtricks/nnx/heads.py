@@ -236,8 +236,10 @@ class DisAlignHead(Head):
         zeros = jnp.zeros(out_features, param_dtype)
         self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
         start = decoupling.disalign_start((in_features, out_features), param_dtype, compat)
-        for name, value in start.items():
-            setattr(self, name, nnx.Param(value))
+        self.logit_scale = nnx.Param(start["logit_scale"])
+        self.logit_bias = nnx.Param(start["logit_bias"])
+        self.confidence_kernel = nnx.Param(start["confidence_kernel"])
+        self.confidence_bias = nnx.Param(start["confidence_bias"])
         self.use_bias = use_bias
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
