@@ -122,4 +122,10 @@ MODULES: dict[str, Callable[..., Any]] = {
     "nnx.DilatedReparamBlock": lambda rngs: nnx.DilatedReparamBlock(
         4, 4, (5, 5), conv=nnx.WSConv, norm=nnx.ExtendedBatchNorm, rngs=rngs
     ),
+    "nnx.CosineHead": lambda rngs: nnx.CosineHead(4, 4, rngs=rngs),
+    "nnx.NormedHead": lambda rngs: nnx.NormedHead(4, 4, rngs=rngs),
+    "nnx.LWSHead": lambda rngs: nnx.LWSHead(4, 4, rngs=rngs),
+    # as the reference starts: without calibration the gradient of its confidence is 0
+    "nnx.DisAlignHead": lambda rngs: nnx.DisAlignHead(4, 4, compat="reference", rngs=rngs),
+    "nnx.CausalHead": lambda rngs: nnx.CausalHead(4, 4, tau=4.0, alpha=0.5, rngs=rngs),
 }

@@ -8,14 +8,20 @@ None, which stands for those of the input, as usual in linen.
 
 from jaxtricks.linen.blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
 from jaxtricks.linen.fusion import fuse
+from jaxtricks.linen.heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
 from jaxtricks.linen.layers import ExtendedBatchNorm, WSConv
 from jaxtricks.linen.layout import roles
 from jaxtricks.linen.pure import functional
 
 __all__ = [
     "ACBlock",
+    "CausalHead",
+    "CosineHead",
+    "DisAlignHead",
     "DiverseBranchBlock",
     "ExtendedBatchNorm",
+    "LWSHead",
+    "NormedHead",
     "RepVGGBlock",
     "WSConv",
     "functional",

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtricks import _tree, axes
 from jaxtricks._types import Roles
 from jaxtricks.linen import _tags
+from jaxtricks.linen.heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
 from jaxtricks.linen.layers import ExtendedBatchNorm, WSConv
 from jaxtricks.nnx import layout
 
@@ -144,6 +145,10 @@ def _words(module: nn.Module, ranks: dict[str, int]) -> dict[str, Roles]:
         # OptimizedLSTMCell makes its matrices with DenseParams and joins them for the product only.
         case nn.Dense() | nn.recurrent.DenseParams():
             return {"kernel": ("in", "out"), "bias": layout.NONE}
+        case CausalHead() | CosineHead() | DisAlignHead() | LWSHead() | NormedHead():
+            return {
+                name: ("in", "out") if rank == 2 else layout.NONE for name, rank in ranks.items()
+            }
         case nn.Conv() | WSConv():
             spatial = ("in",) * len(_tuple(module.kernel_size))
             return {"kernel": (*spatial, "in", "out"), "bias": layout.NONE, "gain": layout.NONE}

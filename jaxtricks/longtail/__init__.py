@@ -60,6 +60,7 @@ arXiv 1708.02002. Kang et al., Decoupling, arXiv 1910.09217.
 
 from jaxtricks.longtail import (
     data,
+    decoupling,
     distill,
     experts,
     heads,
@@ -115,6 +116,7 @@ __all__ = [
     "class_mean",
     "cross_entropy",
     "data",
+    "decoupling",
     "distill",
     "equalization",
     "equalization_v2",

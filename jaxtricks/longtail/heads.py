@@ -9,6 +9,11 @@ from jaxtyping import Bool, Float, Int
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.kernels import check_normed as check_normed
+from jaxtricks.longtail.kernels import max_norm as max_norm
+from jaxtricks.longtail.kernels import max_norm_radius as max_norm_radius
+from jaxtricks.longtail.kernels import norm, unit
+from jaxtricks.longtail.kernels import tau_normalize as tau_normalize
 
 Kind = Literal["un", "l2n", "cl2n"]
 
@@ -33,7 +38,7 @@ def cosine(
       Liu et al., Large-scale long-tailed recognition in an open world, arXiv 1904.05160.
     """
     x = floating(jnp.asarray(x))
-    squashed = x / (1 + _norm(x))
+    squashed = x / (1 + norm(x))
     return jnp.asarray(s).astype(x.dtype) * _product("cosine", squashed, _unit_columns(kernel, x))
 
 
@@ -57,33 +62,8 @@ def normed(
       Cao et al., LDAM, arXiv 1906.07413.
     """
     x = floating(jnp.asarray(x))
-    cosines = _product("normed", _unit(x), _unit_columns(kernel, x))
+    cosines = _product("normed", unit(x), _unit_columns(kernel, x))
     return jnp.asarray(s).astype(x.dtype) * cosines
-
-
-def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C"]:
-    """Divide each class's weights by a power of their norm: w_c / ||w_c||^tau.
-
-    For a trained kernel, whose norms follow the class counts. Choose tau in [0, 2] on held-out data
-    by balanced accuracy; the reference drops the bias.
-
-    Args:
-      kernel: [D, C], a column per class; a zero column stays zero.
-      tau: 0 changes nothing, 1 makes unit columns. May be traced, differentiated and vmapped.
-
-    Returns:
-      [D, C] in float32 or wider.
-
-    >>> tau_normalize(jnp.array([[4.0, 1.0]]), 0.5).round(4)
-    Array([[2., 1.]], dtype=float32)
-
-    References:
-      Kang et al., Decoupling representation and classifier, arXiv 1910.09217.
-    """
-    w = floating(jnp.asarray(kernel))
-    square = jnp.sum(w**2, axis=0, keepdims=True)
-    log_norm = jnp.log(jnp.where(square > 0, square, 1)) / 2
-    return w * jnp.exp(-jnp.asarray(tau).astype(w.dtype) * log_norm)
 
 
 def lws(logits: Float[Array, "*batch C"], scales: Float[Array, "C"]) -> Float[Array, "*batch C"]:
@@ -267,30 +247,19 @@ def tde(
             "features: pass a divisor"
         )
     tau, gamma, alpha = (jnp.asarray(a).astype(x.dtype) for a in (tau, gamma, alpha))
-    part = _unit(x.reshape((*x.shape[:-1], heads, -1)))
+    part = unit(x.reshape((*x.shape[:-1], heads, -1)))
     if direction is not None:
-        d = _unit(jnp.asarray(direction).astype(x.dtype).reshape(heads, -1))
+        d = unit(jnp.asarray(direction).astype(x.dtype).reshape(heads, -1))
         d = d.reshape((1,) * (x.ndim - 1) + d.shape)
         part = part - alpha * jnp.sum(part * d, axis=-1, keepdims=True) * d
     w = jnp.asarray(kernel).astype(x.dtype)
     w = w.reshape((heads, -1, w.shape[-1]))
-    w = w / (_norm(w, axis=1) + gamma)
+    w = w / (norm(w, axis=1) + gamma)
     return tau / heads * _product("tde", part.reshape(x.shape), w.reshape(kernel.shape))
 
 
-def _norm(x: Array, axis: int = -1) -> Array:
-    """The norm along an axis, kept; its gradient at 0 is 0, not NaN."""
-    square = jnp.sum(x**2, axis=axis, keepdims=True)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-def _unit(x: Array, axis: int = -1) -> Array:
-    norm = _norm(x, axis)
-    return x / jnp.where(norm > 0, norm, 1)
-
-
 def _unit_columns(kernel: Array, x: Array) -> Array:
-    return _unit(jnp.asarray(kernel).astype(x.dtype), axis=0)
+    return unit(jnp.asarray(kernel).astype(x.dtype), axis=0)
 
 
 def _product(name: str, x: Array, kernel: Array) -> Array:
@@ -317,4 +286,4 @@ def _normalized(x: Array, center: Array, kind: Kind) -> Array:
         return x
     if kind == "cl2n":
         x = x - center.reshape((1,) * (x.ndim - 1) + center.shape)
-    return _unit(x)
+    return unit(x)

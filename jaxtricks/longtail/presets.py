@@ -1,8 +1,13 @@
 """The losses of the literature, each one line of the algebra."""
 
-import jax.numpy as jnp
+from typing import Any
 
-from jaxtricks._types import Scalar
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtricks._tree import node
+from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail import weights as class_weights
 from jaxtricks.longtail.algebra import (
     SoftmaxLoss,
@@ -13,6 +18,7 @@ from jaxtricks.longtail.algebra import (
     temper,
 )
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest
+from jaxtricks.longtail.kernels import check_normed
 
 
 def cross_entropy() -> SoftmaxLoss:
@@ -92,7 +98,8 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
     """Label-distribution-aware margin: CE(s (z - m_y e_y)), m_c = max_margin (n_min/n_c)^(1/4).
 
     The logits must be cosines in [-1, 1] (a head with normalised rows and no bias): on plain logits
-    s = 30 is far too large. For its deferred re-weighting compose it:
+    s = 30 is far too large, and eager calls with s > 1 warn (`heads.check_normed`, which a jitted loop
+    can call on its first logits). For its deferred re-weighting compose it:
     `softmax_loss(margin(m), scale(30.), weights=w)`.
 
     Args:
@@ -110,7 +117,10 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
     n = at_least_rarest(as_vector("ldam: `counts`", counts))
     top = jnp.asarray(max_margin).astype(n.dtype)
     margins = top * jnp.exp((jnp.log(jnp.min(n)) - jnp.log(n)) / 4)
-    return softmax_loss(margin(margins), scale(s))
+    loss = softmax_loss(margin(margins), scale(s))
+    if isinstance(s, jax.core.Tracer) or np.asarray(s) <= 1:
+        return loss
+    return _OfCosines(loss.transforms, loss.weights, loss.focal_gamma)
 
 
 def balanced_softmax(counts: Counts) -> SoftmaxLoss:
@@ -186,3 +196,12 @@ def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
       Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385.
     """
     return softmax_loss(temper(counts, gamma))
+
+
+@node
+class _OfCosines(SoftmaxLoss):
+    """A loss that warns where what it is given cannot be cosines."""
+
+    def __call__(self, logits: Array, labels: Array, *, where: Any = None) -> Array:
+        check_normed(logits, where)
+        return super().__call__(logits, labels, where=where)

@@ -5,20 +5,27 @@ Everything here calls the rooms' pure functions; only what owns parameters or st
 
 from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
 from jaxtricks.nnx.carried import autocast, recompute_grad
+from jaxtricks.nnx.causal import CausalHead
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.convert import convert, plain_paths
 from jaxtricks.nnx.diverse import DilatedReparamBlock, DiverseBranchBlock, MobileOneBlock
 from jaxtricks.nnx.fusion import fuse
+from jaxtricks.nnx.heads import CosineHead, DisAlignHead, LWSHead, NormedHead
 from jaxtricks.nnx.layout import roles
 from jaxtricks.nnx.norm import ExtendedBatchNorm
 from jaxtricks.nnx.pure import filled, functional
 
 __all__ = [
     "ACBlock",
+    "CausalHead",
+    "CosineHead",
     "DilatedReparamBlock",
+    "DisAlignHead",
     "DiverseBranchBlock",
     "ExtendedBatchNorm",
+    "LWSHead",
     "MobileOneBlock",
+    "NormedHead",
     "RepVGGBlock",
     "WSConv",
     "autocast",

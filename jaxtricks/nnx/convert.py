@@ -14,6 +14,7 @@ from jaxtricks._types import Array
 from jaxtricks.nnx import _compat, surgery
 from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import WSConv
+from jaxtricks.nnx.heads import DisAlignHead, LWSHead
 from jaxtricks.nnx.norm import ExtendedBatchNorm
 from jaxtricks.nnx.parts import effective_kernel, unpacked
 from jaxtricks.nnx.plain import largest_conv
@@ -26,6 +27,7 @@ _CONV = (
     "in_features out_features kernel_size strides padding kernel_dilation feature_group_count "
     "use_bias dtype param_dtype precision"
 )
+_LINEAR = "in_features out_features use_bias dtype param_dtype"
 _NORM = (
     "num_features momentum epsilon use_scale use_bias axis_name dtype param_dtype "
     "use_running_average"
@@ -195,7 +197,15 @@ def _arguments(layer: Any) -> dict[str, Any]:
                 "its parameters are stacked (nnx.vmap): convert a layer, then stack it"
             )
         return {name: getattr(layer, name) for name in _NORM.split()}
-    raise ValueError("only nnx.Conv, WSConv, nnx.BatchNorm and ExtendedBatchNorm are exchanged")
+    if isinstance(layer, nnx.Linear):
+        if layer.kernel[...].ndim != 2:
+            raise ValueError(
+                "its parameters are stacked (nnx.vmap): convert a layer, then stack it"
+            )
+        return {name: getattr(layer, name) for name in _LINEAR.split()}
+    raise ValueError(
+        "only nnx.Linear, nnx.Conv, WSConv, nnx.BatchNorm and ExtendedBatchNorm are exchanged"
+    )
 
 
 def _accepted(target: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -206,6 +216,8 @@ def _accepted(target: Callable[..., Any], arguments: dict[str, Any]) -> dict[str
     if "conv" in names and "conv" not in bound and "out_features" in arguments:
         given = {name: arguments[name] for name in ("dtype", "param_dtype", "precision")}
         arguments = arguments | {"conv": functools.partial(nnx.Conv, **given)}
+    if "kernel_size" in names and "in_features" in arguments and "kernel_size" not in arguments:
+        raise ValueError("only nnx.Conv and WSConv turn into convolutions and blocks")
     return {k: v for k, v in arguments.items() if k in names and k not in bound}
 
 
@@ -217,6 +229,8 @@ def _keep(layer: Any, new: Any) -> None:
         _keep_filters(new, *effective_kernel(layer))
     elif isinstance(new, ExtendedBatchNorm) and isinstance(layer, nnx.BatchNorm):
         _keep_statistics(layer, new)
+    elif isinstance(new, LWSHead | DisAlignHead) and isinstance(layer, nnx.Linear):
+        _keep_linear(layer, new)
     else:
         raise ValueError(
             f"how {type(new).__name__} could compute the same is not known: use init='fresh'"
@@ -253,6 +267,17 @@ def _keep_statistics(old: Any, new: Any) -> None:
     new.scale[...] = (scale * ratio).astype(new.param_dtype)
     if old.bias is not None:
         new.bias[...] = old.bias[...]
+
+
+def _keep_linear(old: Any, new: Any) -> None:
+    """The parameters of the linear head; what a second stage adds begins without effect."""
+    if old.bias is not None and new.bias is None:
+        raise ValueError("to compute the same, the head needs the bias of the layer")
+    if isinstance(new, DisAlignHead) and bool(jnp.any(new.logit_scale[...] != 0)):
+        raise ValueError("compat=\"reference\" begins with another function: use init='fresh'")
+    new.kernel[...] = old.kernel[...].astype(new.param_dtype)
+    if old.bias is not None:
+        new.bias[...] = old.bias[...].astype(new.param_dtype)
 
 
 def _evaluates(model: nnx.Module) -> bool:

@@ -10,7 +10,9 @@ from flax import nnx
 from jaxtricks import axes
 from jaxtricks._types import Roles
 from jaxtricks.nnx import _compat
+from jaxtricks.nnx.causal import CausalHead
 from jaxtricks.nnx.conv import WSConv
+from jaxtricks.nnx.heads import CosineHead, DisAlignHead, LWSHead, NormedHead
 from jaxtricks.nnx.norm import ExtendedBatchNorm
 from jaxtricks.nnx.parts import Branch, First
 
@@ -217,6 +219,16 @@ def _gain(module: Any) -> dict[str, tuple[Axis, ...]]:
     return {"gain": _axes("none", module.features)}
 
 
+def _head(module: Any) -> dict[str, tuple[Axis, ...]]:
+    per_class = _axes("none", module.out_features)
+    return {
+        "kernel": _matrix(module.in_features, module.out_features),
+        "confidence_kernel": _matrix(module.in_features, 1),
+        "confidence_bias": _axes("none", 1),
+        **dict.fromkeys(("bias", "scale", "logit_scale", "logit_bias"), per_class),
+    }
+
+
 def _prelu(module: Any) -> dict[str, tuple[Axis, ...]]:
     return {"negative_slope": ()}
 
@@ -233,6 +245,7 @@ LAYERS: dict[type, Callable[[Any], dict[str, tuple[Axis, ...]]]] = {
     nnx.GroupNorm: _group_norm,
     **dict.fromkeys(_compat.NORMS, _norm),
     ExtendedBatchNorm: _norm,
+    **dict.fromkeys((CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead), _head),
     Branch: _gain,
     First: _gain,
     **dict.fromkeys(_compat.PRELU, _prelu),

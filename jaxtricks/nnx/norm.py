@@ -179,12 +179,12 @@ class ExtendedBatchNorm(nnx.Module):
             self.use_running_average = use_running_average
 
 
-def choose(call: bool | None, module: bool | None) -> bool:
+def choose(call: bool | None, module: bool | None, name: str = "ExtendedBatchNorm") -> bool:
     """The call's setting, else the module's."""
     chosen = module if call is None else call
     if chosen is None:
         raise ValueError(
-            "ExtendedBatchNorm needs `use_running_average`: give it in the call or the constructor, or "
-            "use model.train() / model.eval()"
+            f"{name} needs `use_running_average`: give it in the call or the constructor, or use "
+            "model.train() / model.eval()"
         )
     return chosen
