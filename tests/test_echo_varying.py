@@ -165,9 +165,9 @@ def test_the_pool_shuffles_and_depends_on_its_seed():
 
 def test_the_pool_draws_every_copy_alike():
     """A copy stays for as many draws as the pool holds, on average; a few stay for long."""
-    size, read, since, stays = 256, 0, {}, []
-    for x in echo.echo(range(20_000), 4, schedule="pool", distance=size, tag=True):
-        read += 1
+    size, since, stays = 256, {}, []
+    stage = echo.echo(range(20_000), 4, schedule="pool", distance=size, tag=True)
+    for read, x in enumerate(stage):
         since.setdefault(x.ordinal, read)
         stays.append(read - since[x.ordinal])
     later = np.array(stays)[np.array(stays) > 0]
