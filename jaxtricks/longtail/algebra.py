@@ -17,7 +17,14 @@ from jaxtyping import Bool, Float, Int, Num
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
+from jaxtricks.longtail.counts import (
+    Counts,
+    as_vector,
+    at_least_rarest,
+    check_labels,
+    floating,
+    log_prior,
+)
 
 
 @node
@@ -174,10 +181,12 @@ class SoftmaxLoss:
             and any logits, NaN included.
 
         Returns:
-          [...] unreduced losses; NaN for an integer label outside [0, C) that is not masked.
+          [...] unreduced losses; 0 for an integer label outside [0, C), which outside of jit raises
+          unless it is masked.
 
         Raises:
-          ValueError: where the shapes do not fit each other or the counts.
+          ValueError: where the shapes do not fit each other or the counts; for a label outside [0, C)
+            that is not masked, where its value is known.
         """
         logits = floating(jnp.asarray(logits))
         if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
@@ -187,6 +196,7 @@ class SoftmaxLoss:
         z = _rows(form.gain, logits) * logits + _rows(form.offset, logits)
         z = jnp.maximum(z, _floor(z))  # finite, so that no inf - inf arises below
         if _are_hard(labels, logits):
+            check_labels(labels, logits.shape[-1], where)
             loss = self._hard(z, jnp.asarray(labels), form)
         else:
             loss = self._soft(z, floating(jnp.asarray(labels)), form)
@@ -207,7 +217,7 @@ class SoftmaxLoss:
         weights = _rows(self._class_weights(form), z)
         loss = jnp.sum(jnp.where(is_label, weights, 0), axis=-1) * self._of_gap(gap)
         inside = (labels >= 0) & (labels < z.shape[-1])
-        return jnp.where(inside, loss, jnp.nan)
+        return jnp.where(inside, loss, 0)
 
     def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
         gap = _logsumexp_of_others(z) - (z - _rows(form.margin, z))
