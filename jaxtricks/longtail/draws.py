@@ -44,13 +44,15 @@ def table(labels: Int[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
       probabilities, inside jit too.
 
     Raises:
-      ValueError: if a label is outside [0, C), or a probability negative or NaN.
+      ValueError: if there are no labels, one is outside [0, C), or a probability negative or NaN.
     """
     labels = np.asarray(labels).reshape(-1)
+    if not labels.size:
+        raise ValueError("longtail.sampling.table: `labels` are empty: there is nothing to draw")
     probabilities = as_vector("sampling.table: `probabilities`", probabilities)
     probabilities = probabilities.astype(jnp.float32)
     num_classes = probabilities.shape[0]
-    if labels.size and not (labels.min() >= 0 and labels.max() < num_classes):
+    if not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
             f"longtail.sampling.table: `labels` must be in [0, {num_classes}), the length of "
             "`probabilities`: drop the others first"

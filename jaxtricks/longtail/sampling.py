@@ -127,8 +127,8 @@ def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
     Returns:
       [C] rates in (0, 1); a class without examples has that of the rarest.
 
-    >>> meta_rates([90, 10], 0.5).round(3)
-    Array([0.25, 0.75], dtype=float32)
+    >>> [round(float(rate), 3) for rate in meta_rates([90, 10], 1.0)]
+    [0.1, 0.9]
 
     References:
       Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its SampleLearner.
