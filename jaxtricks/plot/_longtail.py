@@ -79,13 +79,20 @@ def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> No
         shares = [float(summary[group]) for group in _GROUPS]
         look = {"facecolor": _style(i, len(methods))["color"], "hatch": _HATCHES[i % len(_HATCHES)]}
         _bars(axis, centres, shares, 0.92 * width, alpha=0.55, **look)
-        for x, group, share in zip(centres, _GROUPS, shares, strict=True):
-            if group in ends.get(name, {}) and np.isfinite(share):
-                low, high = 100 * np.asarray(ends[name][group])
-                axis.vlines(x - 0.3 * width, low, high, color="black", lw=1.6)
+        _intervals(axis, centres, ends.get(name, {}))
     axis.set_xticks(range(len(_GROUPS)), [_group(name, None) for name in _GROUPS])
     axis.set_xlim(-0.5, len(_GROUPS) - 0.5)
     axis.set_ylim(0, 108)
     axis.set_ylabel("mean accuracy of the classes (%)")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
+
+
+def _intervals(axis: Any, centres: Sequence[float], ends: Mapping[str, Any]) -> None:
+    """Lines through the tops of the bars, whose values move above them."""
+    values = {text.xy[0]: text for text in axis.texts if hasattr(text, "xy")}
+    for x, group in zip(centres, _GROUPS, strict=True):
+        if group in ends and x in values:
+            low, high = 100 * np.asarray(ends[group])
+            axis.vlines(x, low, high, color="black", lw=1.6)
+            values[x].xy = (x, max(high, values[x].xy[1]))

@@ -20,8 +20,8 @@ def drawn(
 ) -> Callable[[int], int]:
     """Position in an endless stream -> index: a class by its probability, then any of its examples.
 
-    A function of (seed, position), with replacement; about 3 us a position. The state of a pipeline that
-    reads in this order is Grain's own index, as with `order.shuffled`.
+    A function of (seed, position), with replacement, and no slower than `order.shuffled`. The state of a
+    pipeline that reads in this order is Grain's own index, as with the other.
 
     Args:
       labels: int [N], the class of each example.
