@@ -139,7 +139,7 @@ def update_predictions(
     )  # what is no row is dropped by the scatter
     confidence = jnp.asarray(confidence).astype(jnp.float32).reshape(-1)
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)
-    column = jnp.searchsorted(edges, confidence, side="left").astype(jnp.int32) - 1
+    column = jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
     column = jnp.where(column >= 0, column, bins)
     correct = (labels == predictions).astype(jnp.int32)
 
