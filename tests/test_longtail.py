@@ -370,9 +370,19 @@ def test_masked_examples_cost_nothing_whatever_they_hold():
     close(soft, np.where(where, jax.jit(loss)(z, y), 0), 1e-6)
 
 
-def test_a_label_outside_the_classes_is_nan_and_only_there():
-    out = longtail.cross_entropy()(Z.astype(np.float32), np.array([0, 4, -1, 3, 3, 0]))
-    assert np.isnan(np.asarray(out)).tolist() == [False, True, True, False, False, False]
+def test_a_label_outside_the_classes_costs_nothing_in_jit_and_raises_outside():
+    z, y = Z.astype(np.float32), np.array([0, 4, -1, 3, 3, 0])
+    loss = longtail.cross_entropy()
+    value, grad = jax.jit(jax.value_and_grad(lambda z, y: loss(z, y).sum()))(z, y)
+    inside = np.array([0, 3, 4, 5])
+    assert float(value) == pytest.approx(float(loss(z[inside], y[inside]).sum()), rel=1e-6)
+    assert not np.any(grad[1:3]) and np.all(np.any(np.asarray(grad)[inside], axis=1))
+    with pytest.raises(ValueError, match="labels.*4 where the logits have 4"):
+        loss(z, y)
+    where = np.array([True, False, False, True, True, True])
+    assert np.asarray(loss(z, y, where=where))[1:3].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="labels.*-1"):
+        loss(z, jnp.asarray(y), where=np.arange(6) != 1)
 
 
 @pytest.mark.parametrize("name", registry.LOSSES)

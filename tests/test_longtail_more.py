@@ -236,8 +236,12 @@ def test_a_class_that_is_not_offered_and_a_label_outside(name):
     y = np.array([0, 2, 2, 3, 3, 0], np.int32)
     value, grad = jax.jit(jax.value_and_grad(lambda z: loss(z, y, **extra).sum()))(z)
     assert abs(value) < 1e6 and np.all(np.isfinite(grad))
-    out = loss(Z.astype(np.float32), np.array([0, 4, -1, 3, 3, 0], np.int32), **extra)
-    assert np.isnan(np.asarray(out)).tolist() == [False, True, True, False, False, False]
+    z, y = Z.astype(np.float32), np.array([0, 4, -1, 3, 3, 0], np.int32)
+    value, grad = jax.jit(jax.value_and_grad(lambda z, y: loss(z, y, **extra).sum()))(z, y)
+    assert np.isfinite(value) and np.all(np.isfinite(grad))
+    assert np.asarray(jax.jit(loss)(z, y, **extra))[1:3].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="labels"):
+        loss(z, y, **extra)
 
 
 @every

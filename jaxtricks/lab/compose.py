@@ -1,7 +1,7 @@
 """The one place that knows all ten tricks: a line each, in the order in which they compose.
 
 model (weightstd, ebn, reparam, remat) -> loss (longtail) -> gradients (amp) -> optimizer (agc, memopt,
-cyclical, amp) -> reads (echo).
+cyclical, amp) -> reads (longtail, echo).
 """
 
 import dataclasses
@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks import _tree
 from jaxtricks._types import Array, Key
+from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import models
 from jaxtricks.lab.config import Train, Tricks
 
@@ -186,6 +188,22 @@ def build_reads(cfg: Train) -> Callable[[Any], Any]:
     if cfg.tricks.echo:
         return lambda ds: jt.echo.echo(ds, cfg.echo_factor, batch_size=cfg.batch, seed=cfg.seed)
     return lambda ds: ds
+
+
+def build_order(cfg: Train, data: data_lib.Data) -> Callable[[int], int] | None:
+    """Position in the stream of examples read -> index; None is shuffled epochs."""
+    if cfg.sampling == "instance":
+        return None
+    # longtail: classes by the root of their counts, or evenly; progressive goes from the data to evenly.
+    sampling = jt.longtail.sampling
+    powers = {"square-root": 0.5, "balanced": 0.0, "progressive": 1.0}
+    probabilities = np.asarray(sampling.class_probabilities(data.counts, powers[cfg.sampling]))
+    if cfg.sampling != "progressive":
+        return data_lib.drawn(data.train.labels, probabilities, cfg.seed)
+    even = np.asarray(sampling.class_probabilities(data.counts, 0.0))
+    uses = cfg.echo_factor if cfg.tricks.echo and cfg.echo_factor != "auto" else 1
+    reads = max(1, round(cfg.steps * cfg.batch / uses))
+    return data_lib.drawn(data.train.labels, probabilities, cfg.seed, after=even, over=reads)
 
 
 def function_key(tricks: Tricks) -> tuple[bool, ...]:

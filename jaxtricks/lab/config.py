@@ -126,6 +126,9 @@ class Train:
     """Decay of the moving average of the parameters that is evaluated; 0 evaluates the parameters."""
     imbalance: float = 1.0
     """Images of the largest over the smallest class; 1 keeps the data as it is."""
+    sampling: Literal["instance", "square-root", "balanced", "progressive"] = "instance"
+    """How classes are drawn: as the data has them, by the square root of their counts, evenly, or from the
+    data to evenly over the run. All but instance draw with replacement; the loss stays as it is."""
     echo_factor: float | Literal["auto"] = 2.0
     """Uses of each image read, when echo is on; auto follows how much slower reading is than the step."""
     remat_budget: str | None = None
@@ -188,6 +191,7 @@ class Train:
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
         self._check_model()
+        self._check_sampling()
 
     def _check_model(self) -> None:
         for trick in self.tricks.on:
@@ -204,6 +208,21 @@ class Train:
             )
         if self.imbalance != 1:
             raise UserError("--imbalance thins out classes of images, and text has none: drop it")
+
+    def _check_sampling(self) -> None:
+        if self.sampling == "instance":
+            return
+        flag = f"--sampling {self.sampling}"
+        if self.tricks.longtail:
+            raise UserError(
+                f"{flag} and --longtail both make up for the class counts, together twice: drop one"
+            )
+        if self.model == "transformer":
+            raise UserError(f"{flag} draws classes of images, and text has none: drop it")
+        if self.sampling == "progressive" and self.tricks.echo and self.echo_factor == "auto":
+            raise UserError(
+                f"{flag} must know how many images the run reads: give --echo-factor a number"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,11 +50,12 @@ def write(
     lines = [
         f"# Long-tail methods on {data.name}",
         f"`{command}`" if command else "",
-        f"{len(data.train)} images of {len(data.classes)} classes ({counts}) to train on, {len(data.test)} "
-        f"to test on, {height} x {width}; ResNet of {layers} layers, widths {cfg.widths}; {cfg.steps} "
-        f"steps of {cfg.batch}, SGD with Nesterov momentum 0.9, rate {cfg.rate} for all methods, weight "
-        "decay 5e-4, cosine. Many, medium and few are thirds of the classes. Mean +- sample standard deviation over the "
-        "seeds; differences are paired by seed, mean +- standard error.",
+        f"{len(data.train)} images of {len(data.classes)} classes ({counts}) to train on, "
+        f"{len(data.test)} to test on, {height} x {width}; ResNet of {layers} layers, widths "
+        f"{cfg.widths}; {cfg.steps} steps of {cfg.batch}, SGD with Nesterov momentum 0.9, rate "
+        f"{cfg.rate} for all methods, weight decay 5e-4, cosine. Many, medium and few are thirds of the "
+        "classes. Mean +- sample standard deviation over the seeds; differences are paired by seed, mean "
+        "+- standard error.",
         table(rows).markdown(),
         f"{about.hardware()}; {about.versions()}",
     ]

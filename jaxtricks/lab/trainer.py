@@ -32,6 +32,7 @@ def open_batches(cfg: Train, data: data_lib.Data, place: loop.Placement) -> Any:
         seed=cfg.seed,
         transform=compose.build_reads(cfg),
         to_device=lambda batch: jax.device_put(batch, place.batch),
+        order=compose.build_order(cfg, data),
         readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
     )
 

@@ -17,7 +17,14 @@ from jaxtyping import Bool, Float, Int, Num
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
+from jaxtricks.longtail.counts import (
+    Counts,
+    as_vector,
+    at_least_rarest,
+    check_labels,
+    floating,
+    log_prior,
+)
 from jaxtricks.longtail.gap import floor, gap, logsumexp_of_others, of_label, rows
 
 
@@ -175,10 +182,12 @@ class SoftmaxLoss:
             and any logits, NaN included.
 
         Returns:
-          [...] unreduced losses; NaN for an integer label outside [0, C) that is not masked.
+          [...] unreduced losses; 0 for an integer label outside [0, C), which outside of jit raises
+          unless it is masked.
 
         Raises:
-          ValueError: where the shapes do not fit each other or the counts.
+          ValueError: where the shapes do not fit each other or the counts; for a label outside [0, C)
+            that is not masked, where its value is known.
         """
         logits = floating(jnp.asarray(logits))
         if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
@@ -186,6 +195,7 @@ class SoftmaxLoss:
             logits = jnp.where(where[..., None], logits, 0)
         form = self._form(logits)
         if _are_hard(labels, logits):
+            check_labels(labels, logits.shape[-1], where)
             loss = self._hard(logits, jnp.asarray(labels), form)
         else:
             z = rows(form.gain, logits) * logits + rows(form.offset, logits)
@@ -206,7 +216,7 @@ class SoftmaxLoss:
         if self.weights is not None:
             loss *= of_label(self._class_weights(form), labels, z)
         inside = (labels >= 0) & (labels < z.shape[-1])
-        return jnp.where(inside, loss, jnp.nan)
+        return jnp.where(inside, loss, 0)
 
     def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
         distance = logsumexp_of_others(z) - (z - rows(form.margin, z))

@@ -100,6 +100,33 @@ def pareto_counts(
     return _whole(n_min + (n_max - n_min) * share + 1e-9)
 
 
+def balanced_counterpart(counts: Int[Array, "C"] | Sequence[Any]) -> Int[np.ndarray, "C"]:
+    """As many examples in all, as evenly as they go: the training set behind the upper reference A_u.
+
+    Args:
+      counts: [C] of a long-tailed training set.
+
+    Returns:
+      [C] int64 with the same sum, which differ by at most 1; the largest classes have the one more.
+
+    Raises:
+      ValueError: if a count is negative.
+
+    >>> balanced_counterpart([50, 9, 3]).tolist()
+    [21, 21, 20]
+
+    References:
+      Zhang et al., Deep long-tailed learning: a survey, arXiv 2110.04596, section 4.1.
+    """
+    counts = np.asarray(counts).reshape(-1).astype(np.int64)
+    if np.any(counts < 0):
+        raise ValueError("longtail.data.balanced_counterpart: `counts` must not be negative")
+    each, more = divmod(int(counts.sum()), max(len(counts), 1))
+    result = np.full(len(counts), each, np.int64)
+    result[np.argsort(-counts, kind="stable")[:more]] += 1
+    return result
+
+
 def longtail_indices(
     labels: Int[Array, "N"] | Sequence[Any],
     counts: Int[Array, "C"] | Sequence[Any],

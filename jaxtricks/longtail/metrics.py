@@ -1,5 +1,6 @@
 """Test metrics of long-tailed classifiers from one confusion state, updated under jit."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -8,32 +9,50 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Scalar
+from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, floating
+from jaxtricks.longtail.scores import Split, calibration_error, groups, ratio, scores
 
 ECE_BINS = 15
 
 
 @node
 class State:
-    """What was seen so far. States add: psum them over devices, tree.map(add) over hosts.
+    """What was seen so far. States add: `merge` them, or psum them over devices (lax.psum(state, axis)).
 
     Attributes:
       confusion: [C, C + 1] int32, examples of class i predicted as j; the last column counts rows
         whose logits were not numbers.
-      bin_count: [B] int32, examples per bin of confidence.
-      bin_correct: [B] int32, correct ones among them.
-      bin_confidence: [B] float32, sum of their confidences.
+      class_bin_count: [C, B] int32, examples per class and bin of confidence.
+      class_bin_correct: [C, B] int32, correct ones among them.
+      class_bin_confidence: [C, B] float32, sum of their confidences.
+      out_of_range: [] int32, labels that were no class, where they should count.
     """
 
     confusion: Array
-    bin_count: Array
-    bin_correct: Array
-    bin_confidence: Array
+    class_bin_count: Array
+    class_bin_correct: Array
+    class_bin_confidence: Array
+    out_of_range: Array
+
+    @property
+    def bin_count(self) -> Int[Array, "B"]:
+        """[B] examples per bin of confidence."""
+        return jnp.sum(self.class_bin_count, axis=0)
+
+    @property
+    def bin_correct(self) -> Int[Array, "B"]:
+        """[B] correct ones among them."""
+        return jnp.sum(self.class_bin_correct, axis=0)
+
+    @property
+    def bin_confidence(self) -> Float[Array, "B"]:
+        """[B] sum of their confidences."""
+        return jnp.sum(self.class_bin_confidence, axis=0)
 
 
 def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
-    """Empty state: C (C + 1) + 3 B numbers.
+    """Empty state: C (C + 1) + 3 C B numbers.
 
     Args:
       num_classes: C.
@@ -47,12 +66,13 @@ def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
     """
     if num_classes < 1 or bins < 1:
         raise ValueError("longtail.metrics.init needs `num_classes` and `bins` >= 1")
-    zeros = jnp.zeros(bins, jnp.int32)
+    shape = (num_classes, bins)
     return State(
         confusion=jnp.zeros((num_classes, num_classes + 1), jnp.int32),
-        bin_count=zeros,
-        bin_correct=zeros,
-        bin_confidence=jnp.zeros(bins, jnp.float32),
+        class_bin_count=jnp.zeros(shape, jnp.int32),
+        class_bin_correct=jnp.zeros(shape, jnp.int32),
+        class_bin_confidence=jnp.zeros(shape, jnp.float32),
+        out_of_range=jnp.int32(0),
     )
 
 
@@ -67,7 +87,7 @@ def update(
     Args:
       state: of `init` or an earlier update.
       logits: [..., C]. A row with a NaN counts as wrong, and as of no class.
-      labels: [...] integers; one outside [0, C) is not counted.
+      labels: [...] integers; one outside [0, C) counts in `out_of_range` alone.
       where: [...] True for the examples that count (the padding of a last batch does not).
 
     Returns:
@@ -102,31 +122,46 @@ def update_predictions(
       state: of `init` or an earlier update.
       predictions: [...] classes in [0, C); C is "none", and wrong.
       confidence: [...] in [0, 1]. Bins are closed on the right; exactly 0 is in no bin.
-      labels: [...] integers; one outside [0, C) is not counted.
+      labels: [...] integers; one outside [0, C) counts in `out_of_range` alone.
       where: [...] True for the examples that count.
 
     Returns:
       The new state.
     """
-    num_classes, bins = state.confusion.shape[0], state.bin_count.shape[0]
+    num_classes, bins = state.class_bin_count.shape
     labels, predictions = (
         jnp.asarray(x).astype(jnp.int32).reshape(-1) for x in (labels, predictions)
     )
-    counted = (labels >= 0) & (labels < num_classes)
-    if where is not None:
-        counted &= jnp.asarray(where).reshape(-1)
-    row = jnp.where(counted, labels, num_classes)  # out of range: dropped by the scatter
+    wanted = True if where is None else jnp.asarray(where).reshape(-1)
+    inside = (labels >= 0) & (labels < num_classes)
+    row = jnp.where(
+        inside & wanted, labels, num_classes
+    )  # what is no row is dropped by the scatter
     confidence = jnp.asarray(confidence).astype(jnp.float32).reshape(-1)
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)
-    bin_index = jnp.searchsorted(edges, confidence, side="left").astype(jnp.int32) - 1
-    bin_index = jnp.where(counted & (bin_index >= 0), bin_index, bins)
+    column = jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
+    column = jnp.where(column >= 0, column, bins)
     correct = (labels == predictions).astype(jnp.int32)
+
+    def add(to: Array, column: Array, what: Array | int) -> Array:
+        return jnp.asarray(to).at[row, column].add(what, mode="drop")
+
     return State(
-        confusion=jnp.asarray(state.confusion).at[row, predictions].add(1, mode="drop"),
-        bin_count=jnp.asarray(state.bin_count).at[bin_index].add(1, mode="drop"),
-        bin_correct=jnp.asarray(state.bin_correct).at[bin_index].add(correct, mode="drop"),
-        bin_confidence=jnp.asarray(state.bin_confidence).at[bin_index].add(confidence, mode="drop"),
+        confusion=add(state.confusion, predictions, 1),
+        class_bin_count=add(state.class_bin_count, column, 1),
+        class_bin_correct=add(state.class_bin_correct, column, correct),
+        class_bin_confidence=add(state.class_bin_confidence, column, confidence),
+        out_of_range=state.out_of_range + jnp.sum(~inside & wanted, dtype=jnp.int32),
     )
+
+
+def merge(*states: State) -> State:
+    """The state of all that these have seen: of several hosts, or parts of a test set.
+
+    Args:
+      *states: of the same number of classes and bins; device or host arrays.
+    """
+    return jax.tree.map(lambda *x: functools.reduce(jnp.add, map(jnp.asarray, x)), *states)
 
 
 def summary(
@@ -135,7 +170,7 @@ def summary(
     *,
     many: Scalar = 100,
     few: Scalar = 20,
-    split: Literal["threshold", "rank"] = "threshold",
+    split: Split = "threshold",
 ) -> dict[str, Float[Array, "..."]]:
     """Accuracies per class and per group of classes, and the calibration error.
 
@@ -152,56 +187,143 @@ def summary(
       split: "threshold" or "rank".
 
     Returns:
-      {"accuracy", "balanced_accuracy", "many", "medium", "few", "ece": scalars,
-      "per_class": [C]}, float32. A class without test examples is NaN and in no mean; an empty
-      group is NaN, and so is everything before the first update.
+      float32: "accuracy", "balanced_accuracy" and "balanced_error" (1 - it), "geometric_mean" and
+      "harmonic_mean" of the per-class accuracies (0 as soon as one class is never right), "many",
+      "medium", "few", "ece" and "ece_many", "ece_medium", "ece_few" (of the examples of these classes),
+      "out_of_range" (share of the rows whose label was no class): scalars; "per_class": [C]. A class
+      without test examples is NaN and in no mean; an empty group is NaN, and so is everything before
+      the first update.
 
     Raises:
       ValueError: if counts does not fit the state, or for another split.
+
+    References:
+      Calibration error: Guo et al., arXiv 1706.04599, equation 3, bins closed on the right. Groups: Liu
+      et al., arXiv 1904.05160.
     """
-    counts = floating(as_vector("metrics.summary: `counts`", counts))
-    if counts.shape[0] != state.confusion.shape[0]:
-        raise ValueError(
-            f"longtail.metrics.summary: `counts` has {counts.shape[0]} classes, the state has "
-            f"{state.confusion.shape[0]}: pass one number per class"
-        )
-    correct = jnp.diagonal(state.confusion).astype(jnp.float32)
-    total = jnp.sum(state.confusion, axis=1).astype(jnp.float32)
-    per_class = _ratio(correct, total)
-    groups = _groups(counts, many, few, split)
-    means = {name: _mean(per_class, member & (total > 0)) for name, member in groups.items()}
+    correct, total = _per_class(state)
+    members = groups(_fitting(counts, state), many, few, split)
+    bins = (state.class_bin_count, state.class_bin_correct, state.class_bin_confidence)
+    everyone = {"": jnp.ones_like(total, bool)}
+    errors = {
+        f"ece_{name}" if name else "ece": calibration_error(*bins, member)
+        for name, member in {**everyone, **members}.items()
+    }
+    outside = state.out_of_range.astype(jnp.float32)
     return {
-        "accuracy": _ratio(jnp.sum(correct), jnp.sum(total)),
-        "balanced_accuracy": _mean(per_class, total > 0),
-        **means,
-        "ece": _calibration_error(state),
-        "per_class": per_class,
+        **scores(correct, total, members, jnp.ones_like(total)),
+        **errors,
+        "out_of_range": ratio(outside, outside + jnp.sum(total)),
+        "per_class": ratio(correct, total),
     }
 
 
-def _groups(counts: Array, many: Scalar, few: Scalar, split: str) -> dict[str, Bool[Array, "C"]]:
-    if split == "threshold":
-        high, low = (jnp.asarray(x).astype(counts.dtype) for x in (many, few))
-        is_many, is_few = counts > high, counts < low
-    elif split == "rank":
-        rank = jnp.argsort(jnp.argsort(-counts, stable=True), stable=True)
-        third = counts.shape[0] // 3
-        is_many, is_few = rank < third, rank >= counts.shape[0] - third
-    else:
+def bootstrap(
+    key: Key,
+    state: State,
+    counts: Counts,
+    *,
+    unit: Literal["example", "class"] = "example",
+    samples: int = 1000,
+    level: float = 0.95,
+    many: Scalar = 100,
+    few: Scalar = 20,
+    split: Split = "threshold",
+) -> dict[str, Float[Array, "2"]]:
+    """Percentile bootstrap intervals of the scores of `summary`, from the counts alone.
+
+    unit="example" draws the test examples of each class again (right predictions are binomial): how far
+    a new test set of these classes would move the score. unit="class" draws the classes again: how much
+    hangs on which classes there are.
+
+    Args:
+      key: typed PRNG key.
+      state: of `update`.
+      counts: [C] TRAINING examples per class; may be traced.
+      unit: "example" or "class".
+      samples: bootstrap draws; memory is samples * C numbers.
+      level: share of the draws inside the interval.
+      many, few, split: of `summary`.
+
+    Returns:
+      For each score of one number but the calibration errors: [2] low and high end; NaN where the
+      score is.
+
+    Raises:
+      ValueError: if counts does not fit the state, samples < 1, or level is not between 0 and 1.
+
+    References:
+      Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 13.
+    """
+    if samples < 1 or not 0 < level < 1:
         raise ValueError(
-            f'longtail.metrics.summary: `split` is {split!r}: pass "threshold" or "rank"'
+            "longtail.metrics.bootstrap needs `samples` >= 1 and 0 < `level` < 1: 1000 and 0.95 are usual"
         )
-    return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+    correct, total = _per_class(state)
+    members = groups(_fitting(counts, state), many, few, split)
+    ones = jnp.ones((samples, total.shape[0]), jnp.float32)
+    if unit == "example":
+        share = jnp.clip(jnp.nan_to_num(ratio(correct, total)), 0, 1)
+        drawn = jax.random.binomial(key, ones * total[None], ones * share[None])
+        values = jax.vmap(lambda c: scores(c, total, members, ones[0]))(drawn)
+    else:
+        weights = _class_draws(key, total > 0, samples)
+        values = jax.vmap(lambda w: scores(correct, total, members, w))(weights)
+    tails = jnp.array([(1 - level) / 2, (1 + level) / 2], jnp.float32)
+    return {name: jnp.nanquantile(value, tails) for name, value in values.items()}
 
 
-def _calibration_error(state: State) -> Float[Array, ""]:
-    gap = jnp.abs(state.bin_correct.astype(jnp.float32) - state.bin_confidence)
-    return _ratio(jnp.sum(gap), jnp.sum(state.bin_count).astype(jnp.float32))
+def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
+    """A_r = A_t / A_u, A_u the larger of the upper references: how much of what balance gives is reached.
+
+    Args:
+      accuracy: A_t, of the method trained on the long-tailed set.
+      *upper: the same backbone trained with cross entropy on `data.balanced_counterpart(counts)`, and
+        the method itself trained on it.
+
+    Returns:
+      float32 [].
+
+    Raises:
+      ValueError: without an upper reference.
+
+    >>> relative_accuracy(45.5, 57.3, 56.0).round(3)
+    Array(0.794, dtype=float32)
+
+    References:
+      Zhang et al., Deep long-tailed learning: a survey, arXiv 2110.04596, section 4.1.
+    """
+    if not upper:
+        raise ValueError(
+            "longtail.metrics.relative_accuracy needs `upper`: an accuracy when balanced"
+        )
+    best = functools.reduce(jnp.maximum, (jnp.asarray(x).astype(jnp.float32) for x in upper))
+    return jnp.asarray(accuracy).astype(jnp.float32) / best
 
 
-def _mean(values: Array, member: Array) -> Float[Array, ""]:
-    return _ratio(jnp.sum(jnp.where(member, values, 0)), jnp.sum(member).astype(jnp.float32))
+def _per_class(state: State) -> tuple[Array, Array]:
+    """(right predictions, test examples) of each class."""
+    correct = jnp.diagonal(state.confusion).astype(jnp.float32)
+    return correct, jnp.sum(state.confusion, axis=1).astype(jnp.float32)
 
 
-def _ratio(a: Array, b: Array) -> Array:
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)
+def _fitting(counts: Counts, state: State) -> Float[Array, "C"]:
+    counts = floating(as_vector("metrics: `counts`", counts))
+    if counts.shape[0] != state.confusion.shape[0]:
+        raise ValueError(
+            f"longtail.metrics: `counts` has {counts.shape[0]} classes, the state has "
+            f"{state.confusion.shape[0]}: pass one number per class"
+        )
+    return counts
+
+
+def _class_draws(key: Key, present: Array, samples: int) -> Float[Array, "samples C"]:
+    """How often each class is drawn when as many as are present are drawn with replacement."""
+    num_classes = present.shape[0]
+    many = jnp.sum(present, dtype=jnp.int32)
+    draws = jax.random.randint(key, (samples, num_classes), 0, jnp.maximum(many, 1))
+    # Without the draws beyond the number of present classes; those go nowhere.
+    used = jnp.arange(num_classes)[None] < many
+    classes = jnp.where(used, jnp.argsort(~present, stable=True)[draws], num_classes)
+    zeros = jnp.zeros(num_classes, jnp.float32)
+    return jax.vmap(lambda c: zeros.at[c].add(1, mode="drop"))(classes)

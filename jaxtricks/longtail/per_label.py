@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.algebra import _are_hard
-from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.counts import check_labels, floating
 from jaxtricks.longtail.gap import floor, logsumexp_of_others, rows
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
@@ -206,6 +206,7 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
     z = floating(jnp.asarray(logits))
     labels = jnp.asarray(labels)
     if hard := _are_hard(labels, z):
+        check_labels(labels, z.shape[-1], where)
         q = labels[..., None] == rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
     else:
         q = labels
@@ -218,7 +219,7 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
 
 def _finished(loss: Array, inside: Array | None, where: Array | None) -> Array:
     if inside is not None:
-        loss = jnp.where(inside, loss, jnp.nan)
+        loss = jnp.where(inside, loss, 0)
     return loss if where is None else jnp.where(jnp.asarray(where), loss, 0)
 
 

@@ -1,13 +1,27 @@
-"""Class-balanced sampling inside jit: stateless, with replacement, one key per draw."""
+"""Class-balanced sampling inside jit: how likely each class is, and the draws themselves.
 
-import jax
+Probabilities are functions of the counts and of the step; `table` and `sample_indices` draw by them.
+"""
+
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from jaxtricks._tree import node
-from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, floating, seen
+from jaxtricks._types import Array, Scalar
+from jaxtricks.longtail import weights
+from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, seen
+from jaxtricks.longtail.draws import Table, class_aware_indices, sample_indices, table
+
+__all__ = [
+    "Table",
+    "class_aware_indices",
+    "class_probabilities",
+    "deferred",
+    "effective_number",
+    "meta_rates",
+    "progressive",
+    "sample_indices",
+    "table",
+]
 
 
 def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"]:
@@ -15,7 +29,7 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
 
     Args:
       counts: [C] training examples per class; may be traced.
-      power: 1 as the data, 0.5 square root, 0 balanced, -1 reversed.
+      power: 1 as the data, 0.5 square root, 0 balanced, -1 reversed (the second branch of BBN).
 
     Returns:
       [C] probabilities; 0 for a class without examples (all zero if no class has any).
@@ -29,8 +43,7 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     n = floating(as_vector("sampling.class_probabilities: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
     raw = jnp.where(seen(n), jnp.exp(power * jnp.log(jnp.where(seen(n), n, 1))), 0)
-    total = jnp.sum(raw)
-    return raw / jnp.where(total > 0, total, 1)
+    return _normalized(raw)
 
 
 def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
@@ -38,7 +51,8 @@ def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
 
     Args:
       counts: [C] training examples per class; may be traced.
-      t: share of the run that is over, clipped to [0, 1]; may be traced.
+      t: share of the run that is over, clipped to [0, 1]; may be traced (`weights.ramp`). Over E
+        epochs the Decoupling code takes e / (E - 1) and BagofTricks (e + 1) / E, e from 0.
 
     Returns:
       [C] probabilities; 0 for a class without examples.
@@ -54,70 +68,79 @@ def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
     return (1 - t) * data + t * balanced
 
 
-@node
-class Table:
-    """Examples by class, for `sample_indices`. The probabilities may be replaced at any step.
-
-    Attributes:
-      order: [N] int32, example indices sorted by class.
-      starts: [C] int32, where each class begins in order.
-      counts: [C] int32, how many examples it has.
-      probabilities: [C] float32, of each class.
-    """
-
-    order: Array
-    starts: Array
-    counts: Array
-    probabilities: Array
-
-
-def table(labels: Int[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
-    """Sort the examples by class, once, on the host.
+def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
+    """Each example drawn by its class's inverse effective number: p_c ~ n_c (1 - beta) / (1 - beta^n_c).
 
     Args:
-      labels: [N] integers in [0, C), a host or device array (not traced).
-      probabilities: [C] of each class, for example `class_probabilities(counts, 0)`.
+      counts: [C] training examples per class; may be traced.
+      beta: in [0, 1); 0 draws as the data, -> 1 balanced.
 
     Returns:
-      A pytree of N + 3 C numbers.
+      [C] probabilities; 0 for a class without examples.
 
     Raises:
-      ValueError: if a label is outside [0, C).
+      ValueError: if beta is a number outside [0, 1).
+
+    >>> effective_number([5000, 50], 0.9999)[0].round(3)
+    Array(0.559, dtype=float32)
+
+    References:
+      Cao et al., LDAM, arXiv 1906.07413 (the "Resample" rule of its code).
     """
-    labels = np.asarray(labels).reshape(-1)
-    probabilities = as_vector("sampling.table: `probabilities`", probabilities)
-    probabilities = probabilities.astype(jnp.float32)
-    num_classes = probabilities.shape[0]
-    if labels.size and not (labels.min() >= 0 and labels.max() < num_classes):
-        raise ValueError(
-            f"longtail.sampling.table: `labels` must be in [0, {num_classes}), the length of "
-            "`probabilities`: drop the others first"
-        )
-    counts = np.bincount(labels, minlength=num_classes)
-    starts = np.cumsum(counts) - counts
-    order = np.argsort(labels, kind="stable")
-    order, starts, counts = (jnp.asarray(x.astype(np.int32)) for x in (order, starts, counts))
-    return Table(order, starts, counts, probabilities)
+    n = floating(as_vector("sampling.effective_number: `counts`", counts))
+    return _normalized(jnp.where(seen(n), n, 0) * weights.effective_number(n, beta))
 
 
-def sample_indices(key: Key, table: Table, n: int) -> Int[Array, "n"]:
-    """Draw n example indices: a class by its probability, then one of its examples uniformly.
-
-    Stateless: fold the step (and the host) into the key, and a resumed run draws the same.
+def deferred(counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0) -> Float[Array, "C"]:
+    """Deferred re-sampling: as the data while step < start, p_c ~ n_c^power from there on.
 
     Args:
-      key: typed PRNG key.
-      table: of `table`; its probabilities may be traced.
-      n: how many; static.
+      counts: [C] training examples per class; may be traced.
+      step: current step, counted from 0; may be traced.
+      start: first step of the second phase; may be traced.
+      power: of the second phase, as in `class_probabilities`.
 
     Returns:
-      [n] int32 indices, with replacement. A class without examples is never drawn; where no class
-      can be, the indices are -1.
+      [C] probabilities; 0 for a class without examples.
+
+    >>> deferred([90, 10], 160, 160)
+    Array([0.5, 0.5], dtype=float32)
+
+    References:
+      Cao et al., LDAM, arXiv 1906.07413; Zhang et al., Bag of tricks, AAAI 2021.
     """
-    class_key, example_key = jax.random.split(key)
-    p = jnp.where(table.counts > 0, table.probabilities, 0)
-    classes = jax.random.categorical(class_key, jnp.log(p), shape=(n,))
-    size = jnp.maximum(table.counts[classes], 1)
-    within = jax.random.randint(example_key, (n,), 0, size)
-    indices = table.order[table.starts[classes] + within]
-    return jnp.where(jnp.sum(p) > 0, indices, -1)
+    data, after = class_probabilities(counts, 1.0), class_probabilities(counts, power)
+    return weights.deferred(step, start, data, after)
+
+
+def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
+    """Where the meta sampler starts: r_c = n_c^-power / (n_max^-power + n_min^-power).
+
+    The rate at which each example of the class is kept; largest and smallest sum to 1. The learned
+    parameters are the logits log(r / (1 - r)); a class is drawn with p_c ~ n_c r_c, as
+    `class_probabilities(counts, 1 - power)`.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      power: 0 starts as the data, 0.5 square root, 1 balanced.
+
+    Returns:
+      [C] rates in (0, 1); a class without examples has that of the rarest.
+
+    >>> [round(float(rate), 3) for rate in meta_rates([90, 10], 1.0)]
+    [0.1, 0.9]
+
+    References:
+      Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its SampleLearner.
+    """
+    n = at_least_rarest(as_vector("sampling.meta_rates: `counts`", counts))
+    power = jnp.asarray(power).astype(n.dtype)
+    # Relative to the mean of the extreme logarithms, so that no power overflows.
+    log_n = jnp.log(n)
+    log_rate = -power * (log_n - (jnp.max(log_n) + jnp.min(log_n)) / 2)
+    return jnp.exp(log_rate) / (jnp.exp(jnp.max(log_rate)) + jnp.exp(jnp.min(log_rate)))
+
+
+def _normalized(raw: Array) -> Float[Array, "C"]:
+    total = jnp.sum(raw)
+    return raw / jnp.where(total > 0, total, 1)

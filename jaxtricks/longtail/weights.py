@@ -1,4 +1,9 @@
-"""Class weights from counts; both sum to the number of classes, and an empty class weighs nothing."""
+"""Class weights from counts, and schedules by step, all inside jit.
+
+Weights sum to the number of classes, and an empty class weighs nothing.
+"""
+
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Float, Num
@@ -83,14 +88,89 @@ def deferred(step: Scalar, start: Scalar, before: Counts, after: Counts) -> Floa
     References:
       Cao et al., LDAM, arXiv 1906.07413.
     """
-    first = floating(as_vector("deferred: `before`", before))
-    second = as_vector("deferred: `after`", after).astype(first.dtype)
+    first, second = _pair("deferred", before, after)
+    return jnp.where(jnp.asarray(step) >= jnp.asarray(start), second, first)
+
+
+def ramp(
+    step: Scalar, start: Scalar, stop: Scalar, *, shape: Literal["linear", "cosine"] = "linear"
+) -> Float[Array, ""]:
+    """From 0 at step `start` to 1 at step `stop`, constant outside; a smooth alternative to `deferred`.
+
+    linear: x = (step - start) / (stop - start); cosine: (1 - cos(pi x)) / 2.
+
+    Args:
+      step: current step, counted from 0; may be traced.
+      start: last step at 0.
+      stop: first step at 1; where it is not above start, 0 jumps to 1 after start.
+      shape: "linear" or "cosine".
+
+    Returns:
+      float32 [] in [0, 1]: the `t` of `sampling.progressive` and of `blend`.
+
+    >>> ramp(75, 0, 100)
+    Array(0.75, dtype=float32)
+    """
+    step, start, stop = (jnp.asarray(x) for x in (step, start, stop))
+    # Differences before the cast: float32 would round large steps.
+    over = (step - start).astype(jnp.float32)
+    x = jnp.clip(over / jnp.maximum((stop - start).astype(jnp.float32), 1e-30), 0, 1)
+    return (1 - jnp.cos(jnp.pi * x)) / 2 if shape == "cosine" else x
+
+
+def blend(t: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
+    """(1 - t) before + t after: weights or probabilities on the way, with t of `ramp`.
+
+    Args:
+      t: in [0, 1]; may be traced.
+      before: [C] at t = 0.
+      after: [C] at t = 1.
+
+    Returns:
+      [C] in float32 or wider.
+
+    Raises:
+      ValueError: if the two differ in length.
+
+    >>> blend(0.5, [1.0, 1.0], [0.5, 1.5])
+    Array([0.75, 1.25], dtype=float32)
+    """
+    first, second = _pair("blend", before, after)
+    t = jnp.asarray(t).astype(first.dtype)
+    return (1 - t) * first + t * second
+
+
+def bbn(step: Scalar, total_steps: Scalar) -> Float[Array, ""]:
+    """Share of BBN's conventional branch: 1 - (step / total_steps)^2.
+
+    The loss is share * (loss of the branch that samples as the data) + (1 - share) * (loss of the
+    branch that samples reversed, `sampling.class_probabilities(counts, -1)`).
+
+    Args:
+      step: current step or epoch, counted from 0; may be traced.
+      total_steps: of the run; the reference takes 100 for 90 epochs and 200 for 180.
+
+    Returns:
+      float32 [], 1 at the start and 0 from total_steps on.
+
+    >>> bbn(50, 100)
+    Array(0.75, dtype=float32)
+
+    References:
+      Zhou et al., BBN, arXiv 1912.02413, section 4.3.
+    """
+    return 1 - ramp(step, 0, total_steps) ** 2
+
+
+def _pair(name: str, before: Counts, after: Counts) -> tuple[Array, Array]:
+    first = floating(as_vector(f"{name}: `before`", before))
+    second = as_vector(f"{name}: `after`", after).astype(first.dtype)
     if first.shape != second.shape:
         raise ValueError(
-            f"longtail.weights.deferred: `before` has {first.shape[0]} classes and `after` "
+            f"longtail.weights.{name}: `before` has {first.shape[0]} classes and `after` "
             f"{second.shape[0]}: pass one number per class in both"
         )
-    return jnp.where(jnp.asarray(step) >= jnp.asarray(start), second, first)
+    return first, second
 
 
 def _sum_to_classes(n: Num[Array, "C"], raw: Float[Array, "C"]) -> Float[Array, "C"]:

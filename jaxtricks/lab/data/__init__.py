@@ -2,9 +2,10 @@
 
 `source` (examples by index), `image` (decoding, resizing), `files`, `arrays`, `custom`, `records`,
 `example_proto`, `text` (what is stored where), `splits`, `look` (what the images are like), `loading`,
-`checking`, `order`, `walk`, `batches`.
+`checking`, `order`, `balanced` (which example comes when), `walk`, `batches`.
 """
 
+from jaxtricks.lab.data.balanced import drawn
 from jaxtricks.lab.data.batches import eval_batches, pipeline
 from jaxtricks.lab.data.checking import Report, check
 from jaxtricks.lab.data.loading import load
@@ -16,6 +17,7 @@ __all__ = [
     "Source",
     "UnreadableError",
     "check",
+    "drawn",
     "eval_batches",
     "load",
     "pipeline",

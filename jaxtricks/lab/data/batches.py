@@ -23,6 +23,7 @@ def pipeline(
     transform: Callable[[Any], Any],
     to_device: Callable[[Any], Any] | None = None,
     readers: int = 0,
+    order: Callable[[int], int] | None = None,
 ) -> Any:
     """Endless batches: shuffle -> read -> transform (echo) -> batch -> device.
 
@@ -37,6 +38,7 @@ def pipeline(
         the host.
       readers: threads that read and decode; 0 reads where the batches are asked for, and nothing
         that is not used.
+      order: position in the stream -> index, in place of shuffled epochs (`balanced.drawn`).
 
     Returns:
       A grain.DatasetIterator. get_state() is JSON and that of the batches given out, whatever has
@@ -44,7 +46,7 @@ def pipeline(
     """
     import grain
 
-    order = shuffled(len(source), seed)
+    order = shuffled(len(source), seed) if order is None else order
 
     def stream(read: Callable[[int], Any], ahead: int) -> Any:
         if not readers:
