@@ -189,7 +189,7 @@ class Trainer:
             blocks=self._cfg.blocks,
             rngs=nnx.Rngs(seed),
         )
-        model.head = _Identity()
+        setattr(model, "head", _Identity())  # noqa: B010 - another type
         return jt.nnx.functional(model)
 
     def _init(self, seed: int) -> tuple[Any, Any]:
@@ -228,7 +228,7 @@ class Trainer:
         grads, state = jax.grad(loss_fn, has_aux=True)(carry.params)
         updates, moments = self._tx(rate).update(grads, carry.moments, carry.params)
         if head_only:
-            updates = {**updates, "trunk": jax.tree.map(jnp.zeros_like, updates["trunk"])}
+            updates = _of_head(updates)
         return Carry(optax.apply_updates(carry.params, updates), state, moments)
 
     def _predict(self, carry: Carry, images: Any) -> Any:
@@ -236,6 +236,10 @@ class Trainer:
         features, _ = self._apply(carry.params["trunk"], carry.state, x, train=False)
         logits = longtail_methods.logits_of(self._method, carry.params["head"], features)
         return longtail_methods.predicted(self._method, logits)
+
+
+def _of_head(updates: Any) -> Any:
+    return {**updates, "trunk": jax.tree.map(jnp.zeros_like, updates["trunk"])}
 
 
 class _Identity(nnx.Module):

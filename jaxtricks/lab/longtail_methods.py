@@ -85,7 +85,7 @@ def init_head(key: Key, method: Method, features: int, classes: int) -> dict[str
 def logits_of(method: Method, head: dict[str, Array], x: Array) -> Array:
     """Features [N, D] -> [N, C], or [E, N, C] of experts."""
     if not method.normed:
-        return x @ head["kernel"] + head["bias"]
+        return x @ head["kernel"] + head["bias"][None]
     if not method.experts:
         return longtail.heads.normed(x, head["kernel"])
     return jax.vmap(longtail.heads.normed, (None, 0))(x, head["kernel"])

@@ -81,7 +81,7 @@ class EqualizationV2:
           where: [...] booleans; a masked example costs 0 and leaves no trace in the state.
 
         Returns:
-          [...] losses, summed over the classes, and the new state. NaN for an integer label outside
+          [...] losses, summed over the classes, and the new state. 0 for an integer label outside
           [0, K); neither it nor an example with a NaN among its logits enters the state.
 
         Raises:

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
+from jaxtricks.longtail import weights
 from jaxtricks.longtail.distill import Loss
 from jaxtricks.longtail.presets import cross_entropy
 
@@ -23,8 +24,7 @@ class Bbn:
 
     def share(self, step: Scalar) -> Float[Array, ""]:
         """a = 1 - (step / total)^2 of the conventional branch, 0 from `total` on; step from 0."""
-        t = jnp.asarray(step).astype(jnp.float32) / jnp.asarray(self.total).astype(jnp.float32)
-        return jnp.maximum(1 - t**2, 0)
+        return weights.bbn(step, self.total)
 
     def mix(
         self,

@@ -85,7 +85,7 @@ class Paco:
           where: [B] booleans; a masked example costs 0 and is compared with nothing.
 
         Returns:
-          [B] losses, and the new state. NaN for a label outside [0, C).
+          [B] losses, and the new state. 0 for a label outside [0, C).
 
         Raises:
           ValueError: where the shapes do not fit.
@@ -99,7 +99,7 @@ class Paco:
         state = PacoState(jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32))
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
         loss = self._loss(z, f, y, others, jnp.concatenate([y, y, state.labels]))
-        loss = jnp.where(inside, loss, jnp.nan)
+        loss = jnp.where(inside, loss, 0)
         return jnp.where(keep, loss, 0), self._enqueue(state, k, y)
 
     def _loss(self, z: Array, f: Array, y: Array, others: Array, theirs: Array) -> Array:
