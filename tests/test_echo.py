@@ -373,7 +373,7 @@ def test_each_iteration_starts_again():
 def test_grain_checkpoints(factor):
     fresh = grain.MapDataset.range(14).map(lambda i: {"x": np.full(2, i)}).to_iter_dataset()
     batches = fresh.batch(3)
-    for kwargs in KINDS:
+    for kwargs in (*KINDS, {"schedule": "pool", "distance": 5}):
         check = grain.experimental.assert_equal_output_after_checkpoint
         check(echo.echo(fresh, factor, **kwargs))
         check(echo.echo(batches, factor, **kwargs))  # batch echoing

@@ -31,7 +31,8 @@ CRL | ICCV17 | R | triplets of hard minority examples | - | metric learning: min
 MetaModelNet | NeurIPS17 | T | few-shot to many-shot classifier weights by a network | - | \
   a model of its own
 DSTL | CVPR18 | T | fine-tune on the source classes nearest by EMD | - | chooses data, trains nothing
-Class-balanced loss | CVPR19 | C | weights (1 - b) / (1 - b^n) | class_balanced, weights.effective_number |
+Class-balanced loss | CVPR19 | C | weights (1 - b) / (1 - b^n) | class_balanced, weights.effective_number, \
+  sampling.effective_number |
 Bayesian estimate | CVPR19 | C | margin by uncertainty of MC dropout | - | give your own margins to `margin`
 FTL | CVPR19 | TA | variance within head classes, given to the tail by PCA | - | needs a decoder of features
 Unequal training | CVPR19 | R | one loss for the head, another for the tail | - | \
@@ -41,13 +42,15 @@ OLTR | CVPR19 | R | memory of centres, attention, cosine head | heads.cosine | \
 DCL | ICCV19 | S | sampler from imbalanced to balanced | sampling.progressive | its metric-learning term
 Meta-Weight-Net | NeurIPS19 | C | weight as a learned function of the loss | weighted | \
   its network; the step through the optimizer is shown at `weighted`
-LDAM | NeurIPS19 | C | margin n^-1/4 on cosines, deferred weights | ldam, heads.normed, weights.deferred |
+LDAM | NeurIPS19 | C | margin n^-1/4 on cosines, deferred weights | ldam, heads.normed, weights.deferred, \
+  sampling.deferred |
 Decoupling | ICLR20 | SCRD2 | cRT, LWS, tau-norm, NCM; four samplers | \
-  heads.lws, heads.tau_normalize, heads.ncm, sampling.progressive |
+  decoupling.crt, decoupling.lws, decoupling.tau_norm, decoupling.ncm, sampling.class_aware_indices, \
+  sampling.progressive |
 LST | CVPR20 | ST | class-incremental phases with balanced replay | distill.kd | \
   the phases are a training plan
 BBN | CVPR20 | SE | two branches, uniform and reversed sampling | \
-  experts.bbn, sampling.class_probabilities |
+  experts.bbn, weights.bbn, sampling.class_probabilities |
 BAGS | CVPR20 | SE | softmax within groups of like counts | - | \
   mask with -inf and sum `cross_entropy` over groups
 Domain adaptation | CVPR20 | C | class-balanced weight and a learned one | weights.effective_number | \
@@ -68,12 +71,13 @@ LFME | ECCV20 | TE | experts for groups of classes teach one student | distill.k
   the self-paced choice of the teacher
 Deep-RTC | ECCV20 | D | classifier on a taxonomy, with rejection | - | needs a taxonomy
 Balanced meta-softmax | NeurIPS20 | SC | cross entropy of z + log n, learned sampler | \
-  balanced_softmax | learning the sampler: differentiate through an update
+  balanced_softmax, sampling.meta_rates | learning the sampler: differentiate through an update
 UNO-IC | NeurIPS20 | L | posterior times a power of the prior ratio | posthoc.shift_prior | \
   its fusion of several sensors
 De-confound (TDE) | NeurIPS20 | LD | head that subtracts what momentum explains | heads.tde, class_mean |
 SSP | NeurIPS20 | TR | self-supervised pre-training first | - | any pre-training will do; then any loss here
-Logit adjustment | ICLR21 | L | tau log pi in the loss or at test time | logit_adjusted, posthoc.adjust |
+Logit adjustment | ICLR21 | L | tau log pi in the loss or at test time | logit_adjusted, posthoc.adjust, \
+  posthoc.fit_tau |
 RIDE | ICLR21 | TE | diverse experts; routing; distillation | experts.ride, distill.kd | \
   the router that saves experts
 KCL | ICLR21 | R2 | supervised contrast with k positives | - | see `experts.paco`
@@ -88,9 +92,9 @@ LADE | CVPR21 | CL | prior-adjusted loss and a regulariser of the batch | lade, 
 RoBal | CVPR21 | CLD | scale-invariant head under attack | heads.cosine, margin | \
   adversarial training is yours
 DisAlign | CVPR21 | CL2 | confidence-weighted affine map of the logits | \
-  heads.disalign, weights.inverse_frequency |
+  decoupling.disalign, heads.disalign, weights.inverse_frequency |
 MiSLAS | CVPR21 | CA2 | mixup, then label-aware smoothing and LWS | \
-  mix.mixup, label_aware_smoothing, heads.lws | statistics of batch norm in stage two: your framework's
+  mix.mixup, label_aware_smoothing, decoupling.lws | statistics of batch norm in stage two: your framework's
 CReST | CVPR21 | T | keeps pseudo-labels of rare classes | sampling.class_probabilities | \
   rounds of self-training
 Conceptual 12M | CVPR21 | T | pre-training on data from the web | - | a data set
@@ -121,8 +125,7 @@ ResLT | beyond | E | residual branches for medium and few | experts.aggregate | 
 VS, CDT | beyond | L | temperature by class, and log pi | vs, cdt |
 UniMix, Remix | beyond | A | mixup that favours the tail | mix.unimix, mix.remix | \
   CMO pastes tail crops: `mix.mixup` on a mask
-Weight balancing | beyond | C | weight decay and a bound on the norms | heads.tau_normalize | \
-  the bound: optax.projections after each update
+Weight balancing | beyond | C | weight decay and a bound on the norms | heads.tau_normalize, heads.max_norm |
 """
 
 
