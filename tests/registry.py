@@ -62,7 +62,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     ),
     "longtail.focal": lambda counts: longtail.focal(1.0),
     "longtail.class_balanced": longtail.class_balanced,
-    "longtail.ldam": longtail.ldam,
+    "longtail.ldam": partial(
+        longtail.ldam, s=1.0
+    ),  # of any logits; 30 warns if they are no cosines
     "longtail.balanced_softmax": longtail.balanced_softmax,
     "longtail.logit_adjusted": longtail.logit_adjusted,
     "longtail.vs": longtail.vs,

@@ -174,6 +174,25 @@ def test_a_stream_that_tuned_itself_is_resumed_and_replayed(schedule, make):
         assert set(again.changes[:1]) <= set(iterator.changes)
 
 
+def test_what_is_read_again_after_a_resume_is_not_decided_again():
+    """However long the replay is, and however slow the source is in it."""
+
+    def source():
+        for i in range(400):
+            time.sleep(0.001)
+            yield i
+
+    make = lambda: iter(echo.echo(source, "auto", batch_size=1, distance=40, tag=True))
+    iterator = make()
+    for _ in range(300):
+        next(iterator)
+    state = iterator.get_state()
+    again = make()
+    again.set_state(state)
+    assert again.changes == iterator.changes  # it has read everything again by now
+    assert state["tick"] - state["first"] > 100
+
+
 def test_a_slow_source_is_echoed_and_a_fast_one_is_not():
     def source(seconds):
         def make():

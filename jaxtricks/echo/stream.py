@@ -204,7 +204,7 @@ class Stream:
             element = guards.freeze(element)
             if self._watch is None:
                 self._watch = guards.Watch(i, element)
-        if self._tuner is not None:
+        if self._tuner is not None and self._pending is None:  # what is read again is decided
             self._tuner(self._read, self._outputs)
         return i, copies, element
 

@@ -33,8 +33,18 @@ tau by `posthoc.fit_tau`.
 When it helps and when not. It moves accuracy from the head to the tail: balanced accuracy rises,
 accuracy on a test set as skewed as the training set falls. Published CIFAR-10-LT (imbalance 100,
 ResNet-32): cross entropy 70.4 to 72, balanced softmax 77.5, logit adjustment 77.3 post hoc and 77.9
-as a loss; focal and plain class weights gain little. With balanced counts every setting of
-softmax_loss is plain cross entropy (LDAM up to its constant margin). After decoupled classifier
+as a loss; focal and plain class weights gain little. Here (`jaxtricks longtail-bench`, CIFAR-10 at 16
+x 16, imbalance 100, ResNet-8, 1,000 steps of 128, one rate for all, 3 seeds, 2 CPU cores, jax 0.10.2),
+balanced accuracy and that of the rarest third, mean +- std:
+    cross entropy    39.5 +- 0.7    5.7    LDAM-DRW            48.8 +- 0.9   36.7
+    focal            40.1 +- 0.5    6.4    balanced softmax    52.9 +- 0.6   51.2
+    class weights    47.0 +- 0.7   51.6    post hoc, tau 1     52.5 +- 0.7   50.8
+    tau-norm, 1      42.4 +- 1.5    8.1    cRT                 51.7 +- 0.6   52.3
+    mixup            32.1 +- 0.4    1.5    VS 0.15             47.4 +- 0.5   66.8
+    RIDE, 3 heads    45.6 +- 1.4   29.8
+So what uses the prior gains 13 points in a short run; mixup loses, VS at gamma 0.15 overshoots to the
+tail, RIDE and LDAM, which are published for 200 epochs, gain less. With balanced counts every setting
+of softmax_loss is plain cross entropy (LDAM up to its constant margin). After decoupled classifier
 training the choice of loss hardly matters.
 
 Cost. The softmax losses take the time, traffic and memory of optax's cross entropy (`python -m
