@@ -147,7 +147,8 @@ def methods() -> _table.Table:
     References:
       Zhang et al., Deep long-tailed learning: a survey, arXiv 2110.04596, table 2.
     """
-    rows = [tuple(map(str.strip, line.split("|"))) for line in _ROWS.strip().splitlines()]
+    lines = _ROWS.strip().splitlines()
+    rows = [tuple(" ".join(cell.split()) for cell in line.split("|")) for line in lines]
     rows = [(*r[:4], None if r[4] == "-" else r[4], r[5] or None) for r in rows]
     marks = ", ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items())
     headers = ("method", "venue", "marks", "what it does", "here", "left out")
