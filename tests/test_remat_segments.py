@@ -253,7 +253,10 @@ def test_scan_composes_with_vmap_and_second_derivatives():
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), args)
     grads = jax.grad(rnn(remat.scan), (0, 1, 2))(*half)
     assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
-    close([g.astype(float) for g in grads], jax.grad(rnn(jax.lax.scan), (0, 1, 2))(*args), 0.2)
+    exact = jax.grad(rnn(jax.lax.scan), (0, 1, 2))(*args)
+    for got, want in zip(grads, exact, strict=True):  # some processors round more often than others
+        worst = jnp.max(jnp.abs(got.astype(float) - want))
+        assert worst <= 0.1 * max(jnp.max(jnp.abs(g)) for g in exact)
 
 
 def scan_temp(scan, n, d=64, batch=512):
