@@ -1,12 +1,12 @@
 """The same as a Grain dataset. Nothing imports this module unless Grain has been imported before."""
 
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import grain
 
 from jaxtricks.echo.recipe import Recipe
+from jaxtricks.echo.stream import StreamIterator
 
 
 class _GrainSource:
@@ -57,44 +57,18 @@ def as_iter_dataset(source: Any) -> Any | None:
     return source if isinstance(source, grain.IterDataset) else None
 
 
-class EchoDatasetIterator(grain.DatasetIterator):
+class EchoDatasetIterator(StreamIterator, grain.DatasetIterator):
     """Iterator of `EchoIterDataset`."""
 
     def __init__(self, parent: Any, recipe: Recipe, elements: int):
         super().__init__(parent)
         self._stream = recipe.stream(_GrainSource(parent), elements)
 
-    def __next__(self) -> Any:
-        return self._stream.next()
-
-    def get_state(self) -> dict[str, Any]:
-        """The position as a small dict, JSON."""
-        return self._stream.state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Return to a position, in this process or another."""
-        self._stream.restore(state)
-
     def close(self) -> None:
         """End the threads and workers of the pipeline."""
         if hasattr(self, "_stream"):  # Grain closes what could not be built, too
             self._stream.close()
         super().close()
-
-    @property
-    def distance(self) -> int:
-        """The distance of this stream; 0 while `max_bytes` waits for the first element."""
-        return self._stream.distance
-
-    @property
-    def min_distance(self) -> int:
-        """Least distance of this stream; the promised one until the source's end is seen."""
-        return self._stream.min_distance
-
-    @property
-    def changes(self) -> tuple[tuple[int, Fraction], ...]:
-        """((element, factor), ...): from which element on which factor holds."""
-        return self._stream.changes
 
 
 class EchoIterDataset(grain.IterDataset):

@@ -3,10 +3,10 @@
 import base64
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
 from typing import Any
 
 from jaxtricks.echo.recipe import Recipe
+from jaxtricks.echo.stream import StreamIterator
 
 _PAIRS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 
@@ -70,7 +70,7 @@ class IterableSource:
                 ) from None
 
 
-class EchoIterator(Iterator[Any]):
+class EchoIterator(StreamIterator, Iterator[Any]):
     """Iterator of an echoed source: next, get_state, set_state.
 
     Attributes:
@@ -82,36 +82,6 @@ class EchoIterator(Iterator[Any]):
         adapter = IterableSource(source)
         self._stream = recipe.stream(adapter)
         self.fast_forwards = adapter.fast_forwards
-
-    def __next__(self) -> Any:
-        return self._stream.next()
-
-    def get_state(self) -> dict[str, Any]:
-        """The position as a small dict; JSON if the source's own state is."""
-        return self._stream.state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Return to a position, in this process or another.
-
-        Raises:
-          ValueError: if the state is of another schedule, or the source cannot start again.
-        """
-        self._stream.restore(state)
-
-    @property
-    def distance(self) -> int:
-        """The distance of this stream; 0 while `max_bytes` waits for the first element."""
-        return self._stream.distance
-
-    @property
-    def min_distance(self) -> int:
-        """Least distance of this stream; the promised one until the end of the source is seen."""
-        return self._stream.min_distance
-
-    @property
-    def changes(self) -> tuple[tuple[int, Fraction], ...]:
-        """((element, factor), ...): from which element on which factor holds; empty if per class."""
-        return self._stream.changes
 
 
 class EchoIterable(Iterable[Any]):

@@ -214,3 +214,39 @@ class Stream:
             self._snapshots.popleft()
             self._copies.forget()
             self._first += 1
+
+
+class StreamIterator:
+    """What iterators of echoed sources of every kind have; `_stream` does the work."""
+
+    _stream: Stream
+
+    def __next__(self) -> Any:
+        return self._stream.next()
+
+    def get_state(self) -> dict[str, Any]:
+        """The position as a small dict; JSON if the source's own state is."""
+        return self._stream.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Return to a position, in this process or another.
+
+        Raises:
+          ValueError: if the state is of another schedule, or the source cannot start again.
+        """
+        self._stream.restore(state)
+
+    @property
+    def distance(self) -> int:
+        """The distance of this stream; 0 while `max_bytes` waits for the first element."""
+        return self._stream.distance
+
+    @property
+    def min_distance(self) -> int:
+        """Least distance of this stream; the promised one until the end of the source is seen."""
+        return self._stream.min_distance
+
+    @property
+    def changes(self) -> tuple[tuple[int, Fraction], ...]:
+        """((element, factor), ...): from which element on which factor holds; empty if per class."""
+        return self._stream.changes

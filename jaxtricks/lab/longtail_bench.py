@@ -16,6 +16,7 @@ from jaxtricks import longtail
 from jaxtricks.lab import about, examples, longtail_methods, models
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import longtail_report as report
+from jaxtricks.lab.data.batches import stack
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.longtail_methods import TRAINED, Method
 from jaxtricks.lab.rundir import RunDir
@@ -118,8 +119,8 @@ def scores(logits: Any, labels: Any, counts: Any) -> dict[str, float]:
 
 def gathered(source: data_lib.Source) -> Images:
     """All examples of a source."""
-    found = [source[i] for i in range(len(source))]
-    return Images(*(np.stack([e[key] for e in found]) for key in ("image", "label")))
+    found = stack([source[i] for i in range(len(source))])
+    return Images(found["image"], found["label"])
 
 
 @functools.cache

@@ -40,8 +40,9 @@ def _top(z: Array, gain: Array, offset: Array) -> Array:
     """Close to the largest of gain z + offset, within _SLACK / 2."""
     largest = jnp.max(z, axis=-1)
     largest = jnp.where(jnp.isfinite(largest), largest, 0)
-    low = jnp.minimum(jnp.min(gain) * largest, jnp.max(gain) * largest) + jnp.min(offset)
-    high = jnp.maximum(jnp.min(gain) * largest, jnp.max(gain) * largest) + jnp.max(offset)
+    ends = jnp.min(gain) * largest, jnp.max(gain) * largest
+    low = jnp.minimum(*ends) + jnp.min(offset)
+    high = jnp.maximum(*ends) + jnp.max(offset)
     # Of a single gain the bounds are apart by what only [C] decides: no look at the batch.
     apart = jnp.max(offset) - jnp.min(offset) if gain.ndim == 0 else jnp.max(high - low)
     return jax.lax.cond(
