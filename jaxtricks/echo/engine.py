@@ -4,7 +4,6 @@ import heapq
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtricks.echo import guard as guards
 from jaxtricks.echo.schedule import Calendar, VaryingCalendar
 from jaxtricks.echo.stream import Output, Stream
 
@@ -15,23 +14,10 @@ class CalendarStream(Stream):
     """Every copy goes out in a tick that is known when its element is read; tick t reads element t."""
 
     def __init__(
-        self,
-        *args: Any,
-        calendar: Callable[[int], Calendar | VaryingCalendar],
-        choose: Callable[[int], int],
-        fixed: bool,
-        **kwargs: Any,
+        self, *args: Any, calendar: Callable[[int], Calendar | VaryingCalendar], **kwargs: Any
     ):
-        """Make a stream.
-
-        Args:
-          args, kwargs: of Stream.
-          calendar: distance -> calendar.
-          choose: bytes of the first element -> distance.
-          fixed: whether that does not depend on the bytes.
-        """
-        self._calendar_of, self._choose = calendar, choose
-        self.distance = choose(0) if fixed else 0
+        """Make a stream; calendar: distance -> calendar, the rest as Stream has it."""
+        self._calendar_of = calendar
         self._least: int | None = None
         super().__init__(*args, **kwargs)
 
@@ -54,7 +40,7 @@ class CalendarStream(Stream):
             self._use(self.distance)
 
     def _use(self, distance: int) -> None:
-        self.distance = distance
+        super()._use(distance)
         self._calendar = self._calendar_of(distance)
         self._age = self._calendar.age
         self._lags: dict[int, list[tuple[int, int]]] = {}  # copies -> (copy, lag)
@@ -78,8 +64,6 @@ class CalendarStream(Stream):
         self._gone = 0
 
     def _plan(self, i: int, copies: int, element: Any) -> None:
-        if not self.distance:
-            self._use(self._choose(guards.nbytes(element)))
         if copies not in self._lags:
             self._lags[copies] = list(enumerate(self._calendar.lags_of(copies)))[::-1]
         for k, lag in self._lags[copies]:

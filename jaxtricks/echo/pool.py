@@ -1,12 +1,11 @@
 """The schedule of the paper: copies in a shuffle buffer, with a bound on how long one stays."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxtricks.echo import guard as guards
 from jaxtricks.echo.stream import Output, Stream
 
 _DRAWS = 1024  # random numbers made at a time
@@ -20,20 +19,9 @@ class PoolStream(Stream):
     outputs wait for nothing and are all different. Then each draw is made up for by reading.
     """
 
-    def __init__(
-        self, *args: Any, choose: Callable[[int], int], fixed: bool, seed: int, **kwargs: Any
-    ):
-        """Make a stream.
-
-        Args:
-          args, kwargs: of Stream.
-          choose: bytes of the first element -> size of the pool, in copies.
-          fixed: whether that does not depend on the bytes.
-          seed: of the draws.
-        """
-        self._choose, self._seed = choose, seed
-        self._room = choose(0)
-        self.distance = self._room if fixed else 0
+    def __init__(self, *args: Any, seed: int, **kwargs: Any):
+        """Make a stream; seed: of the draws, the rest as Stream has it."""
+        self._seed = seed
         super().__init__(*args, **kwargs)
 
     @property
@@ -65,8 +53,6 @@ class PoolStream(Stream):
         return self._draw()
 
     def _keep(self, i: int, copies: int, element: Any, begin: int) -> None:
-        if not self.distance:
-            self.distance = self._choose(guards.nbytes(element))
         if copies > begin:
             self._live[i] = element
             self._left[i] = copies - begin
@@ -106,7 +92,7 @@ class PoolStream(Stream):
     def _position(self) -> dict[str, Any]:
         most = self._copies.most
         codes = [i * most + k for i, k in self._waiting]
-        room = self._room + most
+        room = self._choose(0) + most
         return {
             "read": self._read,
             "drawn": self._drawn,

@@ -1,7 +1,7 @@
 """What all schedules share: reading, the state of the source at every element, and exact resume."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -65,8 +65,24 @@ class Stream:
         elements: int,
         tag: bool,
         guard: bool,
+        choose: Callable[[int], int],
+        fixed: bool,
         tuner: Tuner | None = None,
     ):
+        """Make a stream.
+
+        Args:
+          source: what is echoed.
+          copies: how often each element goes out.
+          name: of the settings; a state of another name is refused.
+          elements: length of the source, -1 if that is not to be checked.
+          tag, guard: as `echo` has them.
+          choose: bytes of an element -> distance; of 0 bytes, the largest.
+          fixed: whether that does not depend on the bytes.
+          tuner: what changes the copies, or None.
+        """
+        self._choose = choose
+        self.distance = choose(0) if fixed else 0
         self._source = source
         self._copies = copies
         self._name = name
@@ -79,8 +95,6 @@ class Stream:
         self._start(first=0)
 
     # --- what a schedule adds
-
-    distance: int
 
     @property
     def min_distance(self) -> int:
@@ -102,6 +116,10 @@ class Stream:
     def _replay_to(self, position: Mapping[str, Any]) -> None:
         """Read on from the first element, up to a position."""
         raise NotImplementedError
+
+    def _use(self, distance: int) -> None:
+        """Take this distance."""
+        self.distance = distance
 
     # --- what they share
 
@@ -200,6 +218,8 @@ class Stream:
         copies = self._copies.take(i, element)
         self._snapshots.append(snapshot)
         self._read = i + 1
+        if not self.distance:
+            self._use(self._choose(guards.nbytes(element)))
         if self._guard:
             element = guards.freeze(element)
             if self._watch is None:

@@ -55,12 +55,12 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
     console, rows = Console(), []
     folder = RunDir(cfg.out, about.of_run(cfg, command))
     names = [BASE, *(m for m in cfg.methods if m != BASE)]
-    data = None
+    data, trainers = None, {}
     for seed in range(cfg.seeds):
         data = data_lib.load(cfg.data, imbalance=cfg.imbalance, seed=seed, size=cfg.size)
-        for name, scores in of_seed(cfg, names, data, seed):
-            rows.append({"method": name, "seed": seed, **scores})
-            console.print(f"seed {seed} {name:<18} {100 * scores['balanced_accuracy']:.1f} %")
+        for name, figures in of_seed(cfg, names, data, seed, trainers):
+            rows.append({"method": name, "seed": seed, **figures})
+            console.print(f"seed {seed} {name:<18} {100 * figures['balanced_accuracy']:.1f} %")
             folder.write("results.json", rows)  # what is done is kept
     report.write(folder, rows, data, cfg, command)
     console.print(str(report.table(rows)), highlight=False, soft_wrap=True)
@@ -68,16 +68,22 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
 
 
 def of_seed(
-    cfg: LongtailBench, names: list[str], data: data_lib.Data, seed: int
+    cfg: LongtailBench,
+    names: list[str],
+    data: data_lib.Data,
+    seed: int,
+    trainers: dict[Method, "Trainer"] | None = None,
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """(method, figures), in the order of the names."""
+    """(method, figures), in the order of the names; seeds that pass the same trainers compile once."""
+    trainers = {} if trainers is None else trainers
     train, test = gathered(data.train), gathered(data.test)
     counts = jnp.asarray(longtail.class_counts(np.asarray(train.labels), len(data.classes)))
     base: Carry | None = None
     for name in names:
-        trainer = trainer_of(
-            cfg, TRAINED.get(name, TRAINED[BASE]), data.shape, data.flip, len(counts)
-        )
+        method = TRAINED.get(name, TRAINED[BASE])
+        if method not in trainers:
+            trainers[method] = Trainer(cfg, method, data)
+        trainer = trainers[method]
         if name in TRAINED:
             carry = trainer.fit(train, counts, seed, cfg.steps)
             base = carry if name == BASE else base
@@ -123,22 +129,12 @@ def gathered(source: data_lib.Source) -> Images:
     return Images(found["image"], found["label"])
 
 
-@functools.cache
-def trainer_of(
-    cfg: LongtailBench, method: Method, shape: tuple[int, ...], flip: bool, classes: int
-) -> "Trainer":
-    """One for all seeds, so that they share what is compiled."""
-    return Trainer(cfg, method, shape, flip, classes)
-
-
 class Trainer:
     """Trains one method; steps are called one by one, as XLA's convolutions are slow in a CPU loop."""
 
-    def __init__(
-        self, cfg: LongtailBench, method: Method, shape: tuple[int, ...], flip: bool, classes: int
-    ):
-        self._cfg, self._method, self._classes = cfg, method, classes
-        self._pad, self._flip, self._channels = max(1, shape[0] // 8), flip, shape[-1]
+    def __init__(self, cfg: LongtailBench, method: Method, data: data_lib.Data):
+        self._cfg, self._method, self._classes = cfg, method, len(data.classes)
+        self._channels, self._examples = data.shape[-1], examples.image_examples(data)
         self._apply, *_ = self._trunk(0)
         self._step = jax.jit(self._update, donate_argnums=0)
         self._head_step = jax.jit(functools.partial(self._update, head_only=True), donate_argnums=0)
@@ -216,8 +212,7 @@ class Trainer:
         head_only: bool = False,
     ) -> Carry:
         augment_key, mix_key = jax.random.split(key)
-        images = examples.augment(augment_key, images, pad=self._pad, flip=self._flip)
-        x, targets = examples.to_float(images), labels
+        x, targets = self._examples({"image": images, "label": labels}, augment_key)
         if self._method.mixup:
             x, targets = longtail.mix.mixup(mix_key, x, labels, self._classes)
 
