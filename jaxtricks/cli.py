@@ -17,8 +17,9 @@ from jaxtricks import KEYS
 from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.plan_config import Plan
+from jaxtricks.lab.user_error import HostLostError
 
-USER_ERROR = 2
+USER_ERROR, TRY_AGAIN = 2, 75
 COMMANDS = {
     "train": Train,
     "compare": Compare,
@@ -42,9 +43,21 @@ def main(args: Sequence[str] | None = None) -> None:
         run(parse(args), "jaxtricks " + shlex.join(args))
     except UserError as error:
         print(f"jaxtricks: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _leave(USER_ERROR)
+    except HostLostError as error:
+        print(f"jaxtricks: {error}", file=sys.stderr)
+        _leave(TRY_AGAIN)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    """Exit; one of several processes has to see to it that the others don't wait for it."""
+    if "jax" in sys.modules:
+        from jaxtricks.lab import hosts
+
+        hosts.leave(code)
+    sys.exit(code)
 
 
 def parse(args: Sequence[str]) -> Command:

@@ -15,6 +15,10 @@ if os.environ.get("CHEAP_COMPILER"):
         " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     )
 
+# Devices wait for each other in threads of one pool, which XLA makes as large as this says: with one a
+# device, two sums under way at once can take all threads and wait for ever.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 import numpy as np
 import pytest

@@ -82,7 +82,7 @@ def test_explain_prints_the_card(capsys):
         (("train", "--imbalance", "0"), ("--imbalance", "at least 1")),
         (("train", "--imbalance", "nan"), ("--imbalance", "at least 1")),
         (("train", "--steps", "0"), ("--steps", "at least 1")),
-        (("train", "--devices", "3"), ("64", "3 devices")),
+        (("train", "--mesh", "data=3"), ("64", "3 devices")),
         (("train", "--learning-rate", "0"), ("--learning-rate", "positive")),
         (("train", "--accumulate", "3"), ("64", "3 micro-batches", "multiple")),
         (("train", "--ema", "1"), ("--ema", "less than 1")),
@@ -104,7 +104,7 @@ def test_explain_prints_the_card(capsys):
         (("plan", "--budget", "4 buckets"), ("--budget", "4 buckets", "4GiB")),
         (("plan", "--budget", "0"), ("--budget", "above 0")),
         (("plan", "--budget", "0.5", "--topology", "v5e"), ("topology", "v5e:2x2")),
-        (("plan", "--budget", "0.5", "--topology", "v5e:2x2", "--devices", "2"), ("--devices",)),
+        (("plan", "--budget", "0.5", "--topology", "v5e:2x2", "--mesh", "data=2"), ("--mesh",)),
         (("plan", "--budget", "0.5", "--channels", "0"), ("--channels", "at least 1")),
         (("train", "--remat-budget", "much"), ("--remat-budget", "much", "4GiB")),
     ],
@@ -259,7 +259,7 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     found = jt.remat.plan_from_json(text, program.loss)
     assert found.wrt == "temp" and found.peak <= found.budget == int(0.95 * found.baseline)
     # What was written is the plan of this program: its stages are compared in the trace.
-    batch = loop.example_batch(cfg, plan.described(cfg))
+    batch = loop.example_batch(cfg, plan.described(cfg), program.place)
     inputs = program.inputs(program.init(0, np.ones(50)), batch)
     (loss, _), (wanted, _) = found.fn(*inputs), program.loss(*inputs)
     assert loss == wanted and (tmp_path / "plan/plan.png").stat().st_size > 5_000
@@ -284,7 +284,7 @@ def test_an_existing_run_is_never_overwritten(capsys, tmp_path):
 
 def test_too_many_devices_leave_no_run_behind(capsys, tmp_path):
     out = tmp_path / "run"
-    assert "--devices 16" in fails(capsys, "train", "--devices", "16", "--out", str(out))
+    assert "--mesh data=16" in fails(capsys, "train", "--mesh", "data=16", "--out", str(out))
     assert not out.exists()
 
 

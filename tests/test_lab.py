@@ -16,19 +16,20 @@ from jaxtricks import _jaxpr, cli
 from jaxtricks.lab import ablate, compose, data, examples, loop, planning, report, rundir, train
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.evaluation import Evaluator
+from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.placement import Placement
 from tests.test_cli import make_images
 
 TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2)
 
 
-def start(cfg, dataset, devices=1):
+def start(cfg, dataset):
     """(program, state, batches) of a run."""
     program = loop.build(cfg, dataset)
-    place = loop.Placement.over(devices)
-    state = jax.device_put(program.init(cfg.seed, dataset.counts), place.state)
-    reads = compose.build_reads(cfg)
+    state = program.start(cfg.seed, dataset.counts)
+    reads = compose.build_reads(cfg, cfg.batch)
     batches = data.pipeline(dataset.train, batch=cfg.batch, seed=cfg.seed, transform=reads)
-    return program, state, (jax.device_put(b, place.batch) for b in batches)
+    return program, state, map(program.place.put, batches)
 
 
 def log_to(logged):
@@ -76,7 +77,9 @@ def test_echo_halves_the_reads(digits):
     for factor in (1.0, 2.0):
         source = digits.train.subset(np.arange(len(digits.train)))
         cfg = dataclasses.replace(TINY, tricks=Tricks.of("echo"), echo_factor=factor, steps=1)
-        batches = data.pipeline(source, batch=16, seed=0, transform=compose.build_reads(cfg))
+        batches = data.pipeline(
+            source, batch=16, seed=0, transform=compose.build_reads(cfg, cfg.batch)
+        )
         for _ in itertools.islice(batches, 40):
             pass
         read[factor] = source.bytes_read
@@ -122,7 +125,8 @@ def test_four_devices_compute_what_one_computes(digits, tricks):
     cfg = dataclasses.replace(TINY, tricks=Tricks.of(*keys))
     results = []
     for devices in (1, 4):
-        program, state, batches = start(cfg, digits, devices)
+        parallel = Parallel(mesh=f"data={devices}")
+        program, state, batches = start(dataclasses.replace(cfg, parallel=parallel), digits)
         state, metrics = jax.jit(program.step)(state, next(batches))
         results.append((jax.device_get(metrics), jax.device_get(state.params)))
         assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == devices
@@ -249,8 +253,8 @@ def test_label_smoothing_raises_the_loss_by_its_share():
 
 
 def test_too_many_devices_is_a_users_mistake():
-    with pytest.raises(UserError, match="--devices 9"):
-        loop.Placement.over(9)
+    with pytest.raises(UserError, match="--mesh data=9 has 9 devices, but there are 8"):
+        Placement.of(Parallel(mesh="data=9"))
 
 
 def test_ablation_writes_table_report_and_picture(tmp_path, capsys):

@@ -20,7 +20,8 @@ from jaxtricks.lab.data import trees
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Source, UnreadableError
 from jaxtricks.lab.data.walk import walk
-from jaxtricks.lab.loop import Placement
+from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.placement import Placement
 
 # The order.
 
@@ -165,7 +166,7 @@ def test_text_is_stacked_too():
 
 
 def test_batches_are_spread_over_a_mesh_and_the_state_is_the_consumers():
-    place = Placement.over(8)
+    place = Placement.of(Parallel(mesh="data=8"))
 
     def start(to_device):
         return data.pipeline(

@@ -16,8 +16,8 @@ from jaxtricks.lab import compose, config
 from jaxtricks.lab import data as lab_data
 from jaxtricks.lab.data.balanced import drawn
 from jaxtricks.lab.data.source import Source
-from jaxtricks.lab.loop import Placement
-from jaxtricks.lab.trainer import open_batches
+from jaxtricks.lab.feed import Feed
+from jaxtricks.lab.placement import Placement
 from jaxtricks.longtail import sampling, weights
 from jaxtricks.longtail.permute import permuted
 from tests.reference import longtail_sampling as reference
@@ -396,7 +396,7 @@ def test_a_run_draws_as_it_was_told(kind):
     cfg = config.Train(data="digits", imbalance=20, sampling=kind, steps=40, batch=50)
     cfg.check()
     data = lab_data.load("digits", imbalance=20)
-    batches = open_batches(cfg, data, Placement.over(1))
+    batches = Feed(cfg, data, Placement.of(cfg.parallel))
     labels = np.concatenate([next(batches)["label"] for _ in range(40)])
     halves = [np.bincount(h, minlength=10) / 1000 for h in np.split(labels, 2)]
     n = data.counts

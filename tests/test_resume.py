@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxtricks.lab import run_report, rundir, runs, train
 from jaxtricks.lab.config import Text, Train, Tricks, UserError
+from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.rundir import RunDir
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
@@ -184,7 +185,7 @@ def test_text_and_two_devices_resume_bit_equal(tmp_path):
         text=text,
         tricks=Tricks.of("echo"),
         imbalance=1.0,
-        devices=2,
+        parallel=Parallel(mesh="data=2"),
         steps=9,
     )
     train.run(dataclasses.replace(cfg, out=str(tmp_path / "whole")))

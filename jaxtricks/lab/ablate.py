@@ -16,6 +16,7 @@ from jaxtricks.lab import about, compose, loop, report
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Ablate, Train, Tricks
 from jaxtricks.lab.evaluation import Evaluator
+from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.rundir import RunDir
 
 _ROUNDS = 15  # interleaved timing rounds; the median of each row's steps is reported
@@ -105,8 +106,8 @@ def prepare(cfg: Ablate, tricks: Tricks, data: data_lib.Data) -> Prepared:
     """Compose and compile one arrangement."""
     run_cfg = cfg.train(tricks, 0)
     program = loop.build(run_cfg, data)
-    state, batch = _start(program, run_cfg, data), loop.example_batch(run_cfg, data)
-    step, temp_bytes = loop.compile_step(program, state, batch)
+    batch = loop.example_batch(run_cfg, data, program.place)
+    step, temp_bytes = loop.compile_step(program, program.start(0, data.counts), batch)
     return Prepared(tricks, program, step, batch, temp_bytes)
 
 
@@ -126,8 +127,8 @@ def train_row(
     def run_seed(seed: int) -> tuple[loop.TrainState, float, float]:
         run_cfg, dataset = cfg.train(tricks, seed), data[seed]
         source = dataset.train.subset(np.arange(len(dataset.train)))  # its own byte counter
-        state = _start(program, run_cfg, dataset)
-        state = loop.fit(step, state, _batches(run_cfg, source), cfg.steps)
+        state = program.start(seed, dataset.counts)
+        state = loop.fit(step, state, _batches(run_cfg, source, program.place), cfg.steps)
         score = evaluate(state, dataset.test)["balanced_accuracy"]
         return state, score, source.bytes_read / cfg.steps
 
@@ -159,18 +160,11 @@ def interleaved_times(trained: list[Trained]) -> list[float]:
     return [float(np.median(t)) for t in times]
 
 
-def _start(program: loop.Program, cfg: Train, data: data_lib.Data) -> loop.TrainState:
-    return jax.device_put(
-        program.init(cfg.seed, data.counts), loop.Placement.over(cfg.devices).state
-    )
-
-
-def _batches(cfg: Train, source: data_lib.Source) -> Iterator[Any]:
+def _batches(cfg: Train, source: data_lib.Source, place: Placement) -> Iterator[Any]:
     # No prefetch thread: what is read is then exactly what the steps used.
-    place = loop.Placement.over(cfg.devices)
-    reads = compose.build_reads(cfg)
+    reads = compose.build_reads(cfg, cfg.batch)
     batches = data_lib.pipeline(source, batch=cfg.batch, seed=cfg.seed, transform=reads)
-    return (jax.device_put(batch, place.batch) for batch in batches)
+    return map(place.put, batches)
 
 
 def _progress(console: Console) -> Progress:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtricks import _tree
 from jaxtricks._types import Array
 from jaxtricks.lab.config import UserError
+from jaxtricks.lab.hosts import Hosts, first
 
 T = TypeVar("T")
 
@@ -44,20 +45,23 @@ class Checkpoints:
     `state` is a flat dict {path: array} ("params/head/kernel"), which anyone's
     `ocp.StandardCheckpointer().restore(...)` reads; PRNG keys are stored as their data. `host` is JSON. A
     checkpoint gets its name only when it is whole and has the checksums of its files; what killed writers
-    left behind is removed on opening.
+    left behind is removed on opening. Several hosts write and read one checkpoint together, on a disk that
+    they share.
 
     Args:
       folder: where; made if missing.
       keep: checkpoints to keep.
+      hosts: that share them; None is this process's.
 
     Raises:
       UserError: the folder can't be made.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int):
+    def __init__(self, folder: pathlib.Path, keep: int, hosts: Hosts | None = None):
         import orbax.checkpoint as ocp
 
         _silence_orbax()
+        self._hosts = hosts or Hosts()
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -95,16 +99,17 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model, or none can be read.
         """
-        steps = self._steps()
+        steps = self._hosts.on_first(self._steps)
         for step in steps:
-            try:
-                _check_sums(self._folder / str(step))
-                return self._read(step, like)
-            except UserError:
-                raise
-            except Exception as error:  # Orbax, TensorStore and json each fail in their own ways
-                tell(f"checkpoint {self._folder / str(step)} can't be read ({_reason(error)})")
-                self._set_aside(step)
+            # One host reads for the sums; all read what they need only if these are right.
+            damage = self._hosts.on_first(lambda step=step: _damage(self._folder / str(step)))
+            restored, reason = (None, damage) if damage else self._try(step, like)
+            reasons = list(filter(None, self._hosts.gather(reason)))
+            if not reasons:
+                return restored
+            tell(f"checkpoint {self._folder / str(step)} can't be read ({reasons[0]})")
+            self._hosts.on_first(lambda step=step: self._set_aside(step))
+            self._manager.reload()
         if steps:
             raise UserError(
                 f"no checkpoint in {self._folder} can be read: give another --out to start anew"
@@ -119,6 +124,14 @@ class Checkpoints:
         """
         self._writing(self._manager.wait_until_finished)
         self._manager.close()
+
+    def _try(self, step: int, like: Any) -> tuple[Restored | None, str]:
+        try:
+            return self._read(step, like), ""
+        except UserError:
+            raise
+        except Exception as error:  # Orbax, TensorStore and json each fail in their own ways
+            return None, _reason(error)
 
     def _read(self, step: int, like: Any) -> Restored:
         args, wanted = self._args, _stored(like)
@@ -146,7 +159,8 @@ class Checkpoints:
 
     def _sum_up(self) -> None:
         # Orbax calls this when all is written but the name; the directory still has its temporary one.
-        for path in self._folder.iterdir():
+        # All hosts have written by then.
+        for path in self._folder.iterdir() if first() else ():
             if path.is_dir() and not path.name.isdecimal():
                 (path / SUMS).write_text(json.dumps(_sums(path)))
 
@@ -155,7 +169,6 @@ class Checkpoints:
         aside.mkdir(exist_ok=True)
         taken = len([p for p in aside.iterdir() if p.name.split(".")[0] == str(step)])
         (self._folder / str(step)).rename(aside / (f"{step}.{taken}" if taken else str(step)))
-        self._manager.reload()
 
     def _writing(self, action: Callable[[], T]) -> T:
         try:
@@ -210,11 +223,16 @@ def _sums(folder: pathlib.Path) -> dict[str, str]:
     return sums
 
 
-def _check_sums(folder: pathlib.Path) -> None:
-    wanted, have = json.loads((folder / SUMS).read_text()), _sums(folder)
-    for name in sorted(wanted):
-        if wanted[name] != have.get(name):
-            raise ValueError(f"{name} is {'damaged' if name in have else 'missing'}")
+def _damage(folder: pathlib.Path) -> str:
+    """What is wrong with the files of a checkpoint; "" if nothing is."""
+    try:
+        wanted, have = json.loads((folder / SUMS).read_text()), _sums(folder)
+        for name in sorted(wanted):
+            if wanted[name] != have.get(name):
+                return f"{name} is {'damaged' if name in have else 'missing'}"
+    except Exception as error:  # no file, no JSON, no dict
+        return _reason(error)
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -182,11 +182,11 @@ def differentiate(cfg: Train, loss_fn: Callable[..., Any], opt_state: Any) -> Ca
     return jt.amp.value_and_grad(loss_fn, scale=jt.amp.loss_scale(opt_state), has_aux=True)
 
 
-def build_reads(cfg: Train) -> Callable[[Any], Any]:
-    """IterDataset -> IterDataset between reading and batching."""
+def build_reads(cfg: Train, batch: int) -> Callable[[Any], Any]:
+    """IterDataset -> IterDataset between reading and batching; a step takes `batch` examples here."""
     # echo: each image read goes out echo_factor times, whole batches apart, augmented anew on device.
     if cfg.tricks.echo:
-        return lambda ds: jt.echo.echo(ds, cfg.echo_factor, batch_size=cfg.batch, seed=cfg.seed)
+        return lambda ds: jt.echo.echo(ds, cfg.echo_factor, batch_size=batch, seed=cfg.seed)
     return lambda ds: ds
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 import tyro
 
 from jaxtricks import KEYS
+from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.user_error import UserError, at_least, flag, share
 
 # Tricks that have nothing to act on in a model, and why.
 _NO_CONVOLUTION = "it has no convolution"
@@ -21,10 +23,6 @@ IDLE = {
         "transformer": _NO_CONVOLUTION,
     },
 }
-
-
-class UserError(Exception):
-    """One sentence for the person at the command line: what is wrong and what to do; exit code 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +84,7 @@ class Train:
 
     tricks: Tricks = dataclasses.field(default_factory=Tricks)
     text: Text = dataclasses.field(default_factory=Text)
+    parallel: Parallel = dataclasses.field(default_factory=Parallel)
     data: str = "auto"
     """A folder or a zip of class folders ([train|val|test/]CLASS/*), FILE.npz (images, labels),
     FILE.array_record or a folder of them, FILE.txt, package.module:function (any random-access source),
@@ -136,8 +135,6 @@ class Train:
     what to recompute is planned once, before training, in place of remat's every block."""
     seed: int = 0
     """Seed of the split, the order, the initial weights and the augmentation."""
-    devices: int = 1
-    """Devices to spread each batch over."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; the device is read only then."""
     eval_every: int = 0
@@ -168,13 +165,13 @@ class Train:
         at_least(self.imbalance, 1, "--imbalance", "1 keeps the data as it is, 100 is a long tail")
         if self.echo_factor != "auto":
             at_least(self.echo_factor, 1, "--echo-factor", "1 uses every image once, 2 twice")
-        positive = "steps batch accumulate blocks devices log_every save_every keep"
+        positive = "steps batch accumulate blocks log_every save_every keep"
         for name in positive.split():
-            at_least(getattr(self, name), 1, _flag(name), "a positive number")
+            at_least(getattr(self, name), 1, flag(name), "a positive number")
         for name in ("size", "eval_every", "weight_decay"):
-            at_least(getattr(self, name), 0, _flag(name), "zero or a positive number")
+            at_least(getattr(self, name), 0, flag(name), "zero or a positive number")
         for name in ("label_smoothing", "ema", "validation", "test"):
-            share(getattr(self, name), _flag(name))
+            share(getattr(self, name), flag(name))
         if self.validation + self.test >= 1:
             raise UserError("--validation and --test leave nothing to train on: lower them")
         if not self.test:
@@ -183,11 +180,7 @@ class Train:
             )
         if not self.widths or min(self.widths) < 1:
             raise UserError("--widths must be positive numbers: give one width a stage")
-        if self.batch % (self.devices * self.accumulate):
-            raise UserError(
-                f"--batch {self.batch} does not divide over {self.devices} devices and {self.accumulate} "
-                "micro-batches: choose a multiple"
-            )
+        self.parallel.check(self.batch, self.accumulate)
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
         self._check_model()
@@ -200,7 +193,7 @@ class Train:
         if self.model != "transformer":
             return
         for name in ("context", "features", "layers", "heads"):
-            at_least(getattr(self.text, name), 1, _flag(name), "a positive number")
+            at_least(getattr(self.text, name), 1, flag(name), "a positive number")
         if self.text.features % self.text.heads:
             raise UserError(
                 f"--features {self.text.features} does not divide into {self.text.heads} --heads: "
@@ -212,16 +205,16 @@ class Train:
     def _check_sampling(self) -> None:
         if self.sampling == "instance":
             return
-        flag = f"--sampling {self.sampling}"
+        given = f"--sampling {self.sampling}"
         if self.tricks.longtail:
             raise UserError(
-                f"{flag} and --longtail both make up for the class counts, together twice: drop one"
+                f"{given} and --longtail both make up for the class counts, together twice: drop one"
             )
         if self.model == "transformer":
-            raise UserError(f"{flag} draws classes of images, and text has none: drop it")
+            raise UserError(f"{given} draws classes of images, and text has none: drop it")
         if self.sampling == "progressive" and self.tricks.echo and self.echo_factor == "auto":
             raise UserError(
-                f"{flag} must know how many images the run reads: give --echo-factor a number"
+                f"{given} must know how many images the run reads: give --echo-factor a number"
             )
 
 
@@ -330,19 +323,3 @@ class Explain:
     def check(self) -> None:
         """Raise UserError for an unknown key."""
         Tricks.of(self.key)
-
-
-def share(value: float, name: str) -> None:
-    """Raise UserError unless 0 <= value < 1."""
-    if not 0 <= value < 1:
-        raise UserError(f"{name} must be at least 0 and less than 1, not {value}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def at_least(value: float, least: float, name: str, hint: str) -> None:
-    """Raise UserError if value < least (or is no number)."""
-    if not value >= least:
-        raise UserError(f"{name} must be at least {least}, not {value}: {hint}")

@@ -22,6 +22,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
 from jaxtricks.lab.examples import to_float
+from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.rundir import RunDir, writing
 
 WEIGHTS, PROGRAM, REPORT = "model.safetensors", "model.stablehlo", "fuse.json"
@@ -89,10 +90,11 @@ USE = f"""  from jax import export
 
 
 def settings_of(made: runs.Run) -> Train:
-    """The settings that a run was made with, recomputation off."""
+    """The settings that a run was made with, on one device, recomputation off."""
     given: dict[str, Any] = dict(made.about["config"])
     given["tricks"] = Tricks(**{**given["tricks"], "remat": False})
     given["text"] = Text(**given["text"])
+    given["parallel"] = Parallel()
     given["widths"] = tuple(given["widths"])
     return Train(**given)
 
@@ -106,7 +108,7 @@ def restored(
     if not folder.is_dir():  # opening the checkpoints would make it
         raise missing
     program = loop.build(cfg, data)
-    like = program.init(cfg.seed, data.counts)
+    like = program.start(cfg.seed, data.counts)
     checkpoints = Checkpoints(folder, cfg.keep)
     found = checkpoints.restore(like, say)
     checkpoints.close()

@@ -23,6 +23,7 @@ class Evaluator:
 
     def __init__(self, program: Program, data: data_lib.Data, batch: int):
         self._num_classes, self._batch, self._kind = len(data.classes), batch, data.kind
+        self._place = program.place
         # The usual thresholds (100 and 20 images) leave groups empty where classes are few.
         split = "rank" if self._num_classes < 100 else "threshold"
 
@@ -40,7 +41,9 @@ class Evaluator:
             metrics, total, n = seen
             return {"loss": total / n, **jt.longtail.metrics.summary(metrics, counts, split=split)}
 
-        self._update, self._summary = jax.jit(update), jax.jit(summary)
+        everywhere = self._place.everywhere
+        self._update = jax.jit(update, out_shardings=everywhere)
+        self._summary = jax.jit(summary, out_shardings=everywhere)
         self._averaged = jax.jit(program.averaged)
 
     def __call__(
@@ -52,10 +55,11 @@ class Evaluator:
         character, and accuracy.
         """
         seen = jt.longtail.metrics.init(self._num_classes), jnp.float32(0), jnp.int32(0)
-        seen = jax.device_put(seen, state.counts.sharding)
+        seen = jax.device_put(seen, self._place.everywhere)
         params = self._averaged(state)
-        for batch in data_lib.eval_batches(source, self._batch, limit):
-            seen = self._update(seen, params, state.model_state, batch)
+        rows = self._place.rows(self._batch)
+        for batch in data_lib.eval_batches(source, self._batch, limit, rows):
+            seen = self._update(seen, params, state.model_state, self._place.put(batch))
         values = self._summary(seen, state.counts)
         if self._kind == "text":
             values = {name: values[name] for name in ("loss", "accuracy")}

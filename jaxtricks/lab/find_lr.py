@@ -12,8 +12,8 @@ from rich.console import Console
 from jaxtricks import cyclical
 from jaxtricks.lab import about, loop, planning, train
 from jaxtricks.lab.config import LrFind
+from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.rundir import RunDir
-from jaxtricks.lab.trainer import open_batches
 
 PICTURE = "lr_range.png"
 
@@ -35,12 +35,11 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     # One update a rate: a sweep has no use for averages over updates.
     cfg = dataclasses.replace(cfg, ema=0.0, accumulate=1)
     data = train.load(cfg)
-    place = loop.Placement.over(cfg.devices)
     folder = RunDir(cfg.out, about.of_run(cfg, command, data))
     train.introduce(data, say)
     # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
     program, _ = planning.prepare(cfg, data, rate=1.0)
-    state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
+    state = program.start(cfg.seed, data.counts)
 
     @jax.jit
     def step(state: loop.TrainState, batch: Any, rate: Any) -> tuple[loop.TrainState, Any]:
@@ -50,7 +49,7 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     found = cyclical.lr_range_test(
         step,
         state,
-        open_batches(cfg, data, place),
+        Feed(cfg, data, program.place),
         lo=cfg.lo,
         hi=cfg.hi,
         num_steps=cfg.rates,

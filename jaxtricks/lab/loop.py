@@ -1,5 +1,7 @@
 """One jitted, donated, sharding-ready step, and the loop around it."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 import jaxtricks as jt
 from jaxtricks import _tree
 from jaxtricks._types import Array, Key
 from jaxtricks.lab import compose
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab.config import Train, UserError
+from jaxtricks.lab.config import Train
 from jaxtricks.lab.examples import examples_of
+from jaxtricks.lab.placement import Placement
 from jaxtricks.remat import measure
 
 
@@ -53,6 +56,8 @@ class Program(NamedTuple):
       step_of: the step with another loss of the same arguments and results.
       averaged: state -> the parameters to evaluate.
       predict: (params, model_state, batch) -> (logits float32, labels); not jitted.
+      place: the mesh, and where batches lie.
+      shardings: NamedShardings of the TrainState.
     """
 
     init: Callable[[int, np.ndarray], TrainState]
@@ -62,6 +67,15 @@ class Program(NamedTuple):
     step_of: Callable[[Callable[..., Any]], Callable[..., tuple[TrainState, dict[str, Array]]]]
     averaged: Callable[[TrainState], Any]
     predict: Callable[[Any, Any, Any], tuple[Array, Array]]
+    place: Placement
+    shardings: TrainState
+
+    def start(self, seed: int, counts: np.ndarray) -> TrainState:
+        """`init`, in place; on several devices no one of them ever holds it whole."""
+        if self.place.mesh.size == 1:
+            return jax.device_put(self.init(seed, counts), self.shardings)
+        init = functools.partial(self.init, seed, counts)
+        return jax.jit(init, out_shardings=self.shardings)()
 
 
 def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program:
@@ -78,8 +92,13 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
 
     # Shapes only: initializers run in `init` alone.
     model = nnx.eval_shape(build_model, jax.random.key(0))
-    apply, _, _ = jt.nnx.functional(model)
-    tx = compose.build_optimizer(cfg, jt.nnx.roles(model), rate)
+    apply, shapes, _ = jt.nnx.functional(model)
+    roles = jt.nnx.roles(model)
+    tx = compose.build_optimizer(cfg, roles, rate)
+    place = Placement.of(cfg.parallel)
+    place.check(cfg.micro_batch)
+    stored, used = place.stored(shapes, roles), place.used(shapes, roles)
+    constrained = jax.lax.with_sharding_constraint if place.mesh.size > 1 else lambda x, _: x
     examples = examples_of(data)
 
     # Not jitted: the arrangements of an ablation share the compiled initializers.
@@ -96,7 +115,10 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
         )
 
     def loss_fn(params: Any, model_state: Any, inputs: Array, labels: Array, counts: Array) -> Any:
+        # Under fsdp each parameter is gathered here, and its gradient is summed and split on the way back.
+        params = constrained(params, used)
         logits, model_state = apply(params, model_state, inputs, train=True)
+        logits = constrained(logits, place.batch)
         loss = compose.build_loss(cfg, counts)(logits, labels)
         correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return loss.mean(), (model_state, correct.mean())
@@ -111,6 +133,7 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
         ) -> tuple[TrainState, dict[str, Array]]:
             grad_fn = compose.differentiate(cfg, loss, state.opt_state)
             (value, (model_state, accuracy)), grads = grad_fn(*inputs(state, batch))
+            grads = constrained(grads, stored)
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             if rate is not None:
                 updates = optax.tree.scale(rate, updates)
@@ -128,45 +151,55 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
     def predict(params: Any, model_state: Any, batch: Any) -> tuple[Array, Array]:
         # In float32 whatever the training used: evaluation is what is compared.
         inputs, labels = examples(batch, None)
+        params = constrained(params, used)
         return apply(params, model_state, inputs, train=False)[0], labels
 
     loss = compose.cast(cfg, loss_fn)
-    return Program(init, step_of(loss), loss, inputs, step_of, averaged, predict)
+    return Program(
+        init=init,
+        step=step_of(loss),
+        loss=loss,
+        inputs=inputs,
+        step_of=step_of,
+        averaged=averaged,
+        predict=predict,
+        place=place,
+        shardings=shardings(
+            jax.eval_shape(functools.partial(init, 0, data.counts)), tx, stored, place
+        ),
+    )
 
 
-class Placement(NamedTuple):
-    """Where things live: state on every device, batches split over them."""
+def shardings(
+    state: TrainState, tx: optax.GradientTransformation, stored: Any, place: Placement
+) -> TrainState:
+    """Where a state lies: parameters as `stored`, optimizer state like them, the rest everywhere.
 
-    state: NamedSharding
-    batch: NamedSharding
-
-    @classmethod
-    def over(cls, devices: int) -> "Placement":
-        """A one-axis mesh over the first devices.
-
-        Raises:
-          UserError: fewer devices than asked for.
-        """
-        have = jax.devices()
-        if devices > len(have):
-            raise UserError(f"--devices {devices}, but there are {len(have)}: lower it")
-        mesh = jax.sharding.Mesh(np.array(have[:devices]), ("data",))
-        return cls(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
+    Args:
+      state: arrays or shapes.
+      tx: its optimizer.
+      stored: NamedShardings of the parameters.
+      place: the mesh.
+    """
+    everywhere = jax.tree.map(lambda _: place.everywhere, state)
+    specs = jt.memopt.state_specs(tx, state.params, stored)
+    opt_state = jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
+    return dataclasses.replace(everywhere, params=stored, opt_state=opt_state)
 
 
-def example_batch(cfg: Train, data: data_lib.Data) -> Any:
-    """A batch of zeros of the right shapes, in place."""
-    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_shapes(cfg, data))
-    return jax.device_put(batch, Placement.over(cfg.devices).batch)
-
-
-def batch_shapes(cfg: Train, data: data_lib.Data) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a micro-batch."""
+def batch_shapes(cfg: Train, data: data_lib.Data, place: Placement) -> dict[str, Any]:
+    """Shapes of a micro-batch, in place."""
     shape = cfg.micro_batch, *data.shape
     if data.kind == "text":
-        return {"text": jax.ShapeDtypeStruct(shape, np.int32)}
-    label = jax.ShapeDtypeStruct(shape[:1], np.int32)
-    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": label}
+        return {"text": jax.ShapeDtypeStruct(shape, np.int32, sharding=place.batch)}
+    label = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=place.batch)
+    return {"image": jax.ShapeDtypeStruct(shape, np.uint8, sharding=place.batch), "label": label}
+
+
+def example_batch(cfg: Train, data: data_lib.Data, place: Placement) -> Any:
+    """A micro-batch of zeros, in place."""
+    shapes = batch_shapes(cfg, data, place)
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
 
 
 class Compiled(NamedTuple):
@@ -181,9 +214,15 @@ class Compiled(NamedTuple):
     temp_bytes: int
 
 
+def jitted(program: Program, step: Callable[..., Any]) -> Any:
+    """A step of the program, jitted; it donates its state and leaves it where it lies."""
+    out = program.shardings, program.place.everywhere
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
 def compile_step(program: Program, state: TrainState, batch: Any) -> Compiled:
     """Compile the step for arguments like these."""
-    traced = jax.jit(program.step, donate_argnums=0).trace(state, batch)
+    traced = jitted(program, program.step).trace(state, batch)
     step = traced.lower().compile()
     return Compiled(step, measure.report(step, traced.jaxpr).temp)
 

@@ -39,5 +39,5 @@ class Plan(Train):
         at_least(self.max_compiles, 1, "--max-compiles", "a positive number")
         at_least(self.channels, 1, "--channels", "3 for colour, 1 for gray")
         at_least(self.classes, 0, "--classes", "zero or a positive number")
-        if self.topology and self.devices > 1:
-            raise UserError("--topology plans for the first chip alone: drop --devices")
+        if self.topology and self.parallel.devices > 1:
+            raise UserError("--topology plans for the first chip alone: drop --mesh")

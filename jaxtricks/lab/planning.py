@@ -59,14 +59,17 @@ def plan(
     Raises:
       UserError: the budget can't be met or read, or the topology is unknown.
     """
-    place = loop.Placement.over(cfg.devices)
     state = jax.eval_shape(functools.partial(program.init, cfg.seed, data.counts))
-    batch = loop.batch_shapes(cfg, data)
+    batch = loop.batch_shapes(cfg, data, program.place)
     if topology is None:
-        state, batch = _placed(state, place.state), _placed(batch, place.batch)
+        state = jax.tree.map(target.shape, state, program.shardings)
+    else:
+        batch = jax.tree.map(lambda x: target.shape(x, None), batch)
 
     def within(loss: Any) -> tuple[Any, Any]:
-        return jax.jit(program.step_of(loss), donate_argnums=0), (state, batch)
+        step = program.step_of(loss)
+        jitted = loop.jitted(program, step) if topology is None else jax.jit(step, donate_argnums=0)
+        return jitted, (state, batch)
 
     try:
         asked = _budget(cfg.remat_budget or "")
@@ -103,7 +106,3 @@ def _budget(text: str) -> str | float:
     except ValueError:
         return text
     return value if "." in text and value <= 1 else text
-
-
-def _placed(shapes: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda x: target.shape(x, sharding), shapes)

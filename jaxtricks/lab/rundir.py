@@ -12,6 +12,7 @@ from jaxtricks.lab.config import UserError
 CONFIG, METRICS, TIMING, RESULT = "config.json", "metrics.jsonl", "timing.jsonl", "result.json"
 # Settings that change no number of a run; the others must be those that it began with.
 FREE = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "check_data"}
+FREE |= {"mesh", "fsdp", "coordinator", "processes", "process"}  # or none beyond rounding
 
 
 class RunDir:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,7 +17,7 @@ from rich.progress import (
 )
 
 from jaxtricks import _table
-from jaxtricks.lab import about, loop, planning, writers
+from jaxtricks.lab import about, hosts, planning, writers
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
@@ -38,29 +39,38 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
       command: the command line, for config.json.
 
     Returns:
-      What result.json says, or None if the run was told to stop before its end.
+      What result.json says; None if the run was told to stop before its end, and on all hosts but the
+      first, which does all the writing.
 
     Raises:
       UserError: something that the person can mend.
+      HostLostError: another host did not answer.
       KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    console = Console()
+    hosts.start(cfg.parallel)
+    together = hosts.Hosts()
+    console = Console(quiet=not hosts.first())
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     data = load(cfg)
     # A mistake here must leave no directory behind.
-    place = loop.Placement.over(cfg.devices)
     prepared = planning.prepare(cfg, data)
-    folder = RunDir(cfg.out, about.of_run(cfg, command, data), resume=cfg.resume)
+    folder = open_folder(cfg, about.of_run(cfg, command, data), together)
     introduce(data, say)
+    if together.count > 1:
+        say(
+            f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others end "
+            f"within {hosts.HEARTBEAT} s: start all of them again with --resume"
+        )
     if prepared.plan:
         say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
-        checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep)
+        interrupt = stack.enter_context(Interrupt(together))
+        checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
         stack.callback(checkpoints.close)
-        trainer = Trainer(cfg, data, prepared, place, folder, checkpoints)
+        trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
         start = trainer.restore(say, about.session(command)) if folder.resumed else 0
-        for writer in (outputs := writers.open_writers(cfg, folder.path, start)):
+        outputs = writers.open_writers(cfg, folder.path, start) if hosts.first() else []
+        for writer in outputs:
             stack.callback(writer.close)
         with _progress(console) as progress:
             trainer.fit(start, interrupt, outputs, progress)
@@ -70,10 +80,30 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
         if interrupt.signal == "SIGINT":
             raise KeyboardInterrupt
         return None
+    if not hosts.first():
+        return None
     folder.write(RESULT, result)
     say(str(summary_table(result)))
     say(f"run directory: {folder.path}")
     return result
+
+
+def open_folder(cfg: Train, about: dict[str, Any], together: hosts.Hosts) -> RunDir:
+    """The run directory, made by the first host.
+
+    Raises:
+      UserError: of the first host, on all.
+    """
+    opened: list[RunDir] = []
+
+    def make() -> bool:
+        opened.append(RunDir(cfg.out, about, resume=cfg.resume))
+        return opened[0].resumed
+
+    resumed = together.on_first(make)
+    folder = opened[0] if opened else RunDir(cfg.out, about, resume=True)
+    folder.resumed = resumed
+    return folder
 
 
 def load(cfg: Train) -> data_lib.Data:

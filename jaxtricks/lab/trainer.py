@@ -1,6 +1,5 @@
 """A training run: its state, what it reads, and what it writes."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,32 +8,18 @@ import jax
 from rich.progress import Progress
 
 from jaxtricks import _tree
-from jaxtricks.lab import compose, loop, planning
 from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import feed, loop, planning
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train
 from jaxtricks.lab.evaluation import Evaluator
+from jaxtricks.lab.hosts import Hosts, first
 from jaxtricks.lab.interrupt import Interrupt
 from jaxtricks.lab.rundir import RunDir
 
-_READERS = 4  # threads that decode large images; small ones are faster decoded without
-_SMALL = 64 * 64  # pixels
 _SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
 _CURVES = ("loss", "accuracy", "balanced_accuracy")
 _SHOWN = {"loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
-
-
-def open_batches(cfg: Train, data: data_lib.Data, place: loop.Placement) -> Any:
-    """Endless micro-batches of the training split, on their devices; a Grain iterator."""
-    return data_lib.pipeline(
-        data.train,
-        batch=cfg.micro_batch,
-        seed=cfg.seed,
-        transform=compose.build_reads(cfg),
-        to_device=lambda batch: jax.device_put(batch, place.batch),
-        order=compose.build_order(cfg, data),
-        readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
-    )
 
 
 class Trainer:
@@ -45,27 +30,33 @@ class Trainer:
         cfg: Train,
         data: data_lib.Data,
         prepared: planning.Prepared,
-        place: loop.Placement,
         folder: RunDir,
         checkpoints: Checkpoints,
+        hosts: Hosts,
     ):
         self.cfg, self.data, self.folder, self.checkpoints = cfg, data, folder, checkpoints
         program, self.plan = prepared
+        self.hosts, self.place = hosts, program.place
         self.evaluate = Evaluator(program, data, cfg.micro_batch)
-        self.state = jax.device_put(program.init(cfg.seed, data.counts), place.state)
-        self.batches = open_batches(cfg, data, place)
+        self.state = program.start(cfg.seed, data.counts)
+        self.batches = feed.Feed(cfg, data, self.place)
         self.meter, self.bytes_before = loop.Meter(), 0
-        self.compiled = loop.compile_step(program, self.state, loop.example_batch(cfg, data))
+        batch = loop.batch_shapes(cfg, data, self.place)
+        self.compiled = loop.compile_step(program, self.state, batch)
 
     def restore(self, tell: Callable[[str], None], session: dict[str, Any]) -> int:
         """Go back to the newest checkpoint and cut the logs there; the number of steps done."""
         restored = self.checkpoints.restore(self.state, tell) or Restored(0, self.state, None)
         self.state = restored.state
         if restored.host:
-            self.batches.set_state(restored.host["batches"])
+            self.batches, said = feed.resumed(
+                self.cfg, self.data, self.place, restored.step, restored.host["feeds"], self.hosts
+            )
+            if said:
+                tell(said)
             self.meter = loop.Meter(restored.host["window"])
             self.bytes_before = restored.host["bytes_read"]
-        self.folder.begin_again(restored.step, session)
+        self.hosts.on_first(lambda: self.folder.begin_again(restored.step, session))
         tell(f"going on after step {restored.step} of {self.cfg.steps}")
         return restored.step
 
@@ -83,15 +74,17 @@ class Trainer:
                 timing = window.timing(done, cfg.batch)
                 if done % every == 0 or done == cfg.steps:
                     means = {**means, **self.validate()}
-                self.folder.log(done, means, timing)
+                if first():
+                    self.folder.log(done, means, timing)
                 for output in outputs:
                     output.write(done, means)
                 progress.update(task, completed=done, status=status(means, timing))
-            if interrupt.signal or done % cfg.save_every == 0 or done == cfg.steps:
+            stop = interrupt.due(done)
+            if stop or done % cfg.save_every == 0 or done == cfg.steps:
                 self.save(done)
             if means is not None:
                 window.begin(done)
-            return bool(interrupt.signal)
+            return stop
 
         loop.fit(
             self.compiled.step,
@@ -115,20 +108,19 @@ class Trainer:
     def save(self, step: int) -> None:
         """A checkpoint of everything that the next step depends on."""
         host = {
-            "batches": self.batches.get_state(),
+            "feeds": self.hosts.gather(self.batches.get_state()),
             "window": self.meter.rows(),
-            "bytes_read": self.bytes_read,
+            "bytes_read": self.bytes_read(),
         }
         self.checkpoints.save(step, self.state, host)
 
-    @property
     def bytes_read(self) -> int:
-        """Bytes of examples read, earlier sessions included; the prefetched ones count."""
-        return self.bytes_before + self.data.train.bytes_read
+        """Bytes of examples read by all hosts, earlier sessions included; the prefetched ones count."""
+        return self.bytes_before + sum(self.hosts.gather(self.data.train.bytes_read))
 
     def result(self) -> dict[str, Any]:
         """What result.json says; the training split is measured on a sample."""
-        data, bytes_read = self.data, self.bytes_read
+        data, bytes_read = self.data, self.bytes_read()
         splits = {"train": data.train, "validation": data.validation, "test": data.test}
         measured = {
             name: self.evaluate(self.state, source, _SAMPLE if name == "train" else None)

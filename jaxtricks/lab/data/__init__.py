@@ -9,6 +9,7 @@ from jaxtricks.lab.data.balanced import drawn
 from jaxtricks.lab.data.batches import eval_batches, pipeline
 from jaxtricks.lab.data.checking import Report, check
 from jaxtricks.lab.data.loading import load
+from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Data, Source, UnreadableError
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "eval_batches",
     "load",
     "pipeline",
+    "shuffled",
 ]

@@ -80,18 +80,27 @@ def stack(examples: Sequence[Example]) -> Example:
     return {key: np.array([example[key] for example in examples]) for key in examples[0]}
 
 
-def eval_batches(source: Source, batch: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def eval_batches(
+    source: Source, batch: int, limit: int | None = None, rows: np.ndarray | None = None
+) -> Iterator[dict[str, Any]]:
     """All examples once, the last batch padded; "where" (bool [batch]) marks the real ones.
 
-    With a limit, that many examples spread evenly over the source.
+    Args:
+      source: random access to examples.
+      batch: examples a batch.
+      limit: that many examples, spread evenly over the source.
+      rows: the rows of each batch to read, such as those of this host; None is all.
     """
     order = np.arange(len(source))
     if limit is not None and limit < len(order):
         order = order[np.linspace(0, len(order) - 1, limit).astype(int)]
+    mine = np.arange(batch) if rows is None else rows
     for start in range(0, len(order), batch):
-        examples = [source[i] for i in order[start : start + batch]]
-        padded = examples + [examples[0]] * (batch - len(examples))
-        yield {**stack(padded), "where": np.arange(batch) < len(examples)}
+        real = start + mine < len(order)
+        # A host whose rows are all padding needs an example to pad with.
+        examples = [source[order[start + i]] for i in mine[real]] or [source[order[start]]]
+        padded = examples + [examples[0]] * (len(mine) - len(examples))
+        yield {**stack(padded), "where": real}
 
 
 def _join(blocks: Sequence[Example]) -> Example:

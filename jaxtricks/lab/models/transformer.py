@@ -30,7 +30,8 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, T, features] -> [N, T, features]; position t sees positions up to t."""
         n, t, features = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, t, 3, self.heads, -1), 2, 0)
+        # Heads first: a product that is split over devices is split by heads.
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, t, self.heads, 3, -1), 3, 0)
         y = causal_attention(q, k, v)
         return self.out(y.reshape(n, t, features))
 
