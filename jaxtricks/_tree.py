@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 T = TypeVar("T")
 
@@ -101,6 +102,16 @@ def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
     dtypes = [x.dtype for x in xs if hasattr(x, "dtype")]
     with jax.numpy_dtype_promotion("standard"):
         return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
+
+
+def on_mesh(*xs: Any) -> bool:
+    """Whether the compiler may have split one of the arrays over devices, as far as their types say.
+
+    Inside shard_map it has not: an array there is one device's part.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in xs]
+    axes = [axis for m in meshes for axis in zip(m.axis_sizes, m.axis_types, strict=True)]
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 
 
 def static(**kwargs: Any) -> Any:
