@@ -35,6 +35,12 @@ def alike(x: jax.Array, other: jax.Array, tag: str) -> jax.Array:
     return x
 
 
+def varying(x: Any) -> frozenset[str]:
+    """Axes of shard_map over which x differs; two names of it in two years."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
 class Meeting:
     """Short texts that all processes of `jax.distributed` exchange on the host, in an order they share.
 

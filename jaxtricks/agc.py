@@ -328,7 +328,10 @@ def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Arra
 def _joined(leaves: list[_Units]) -> _Units:
     dtype = _tree.common_dtype(*(units.g for units in leaves))
     return _Units(
-        *(jnp.concatenate([x.astype(dtype).ravel() for x in xs]) for xs in zip(*leaves, strict=True))
+        *(
+            jnp.concatenate([x.astype(dtype).ravel() for x in xs])
+            for xs in zip(*leaves, strict=True)
+        )
     )
 
 

@@ -1,4 +1,7 @@
-"""The laws every public transform obeys, run over everything in tests/registry.py; test_spmd.py has those on meshes."""
+"""The laws every public transform obeys, run over everything in tests/registry.py.
+
+test_spmd.py has those on meshes.
+"""
 
 import inspect
 

@@ -50,6 +50,10 @@ def lies(x, sharding):
     return x.ndim == 0 or x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+def same_places(a, b):
+    assert all(lies(x, y.sharding) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
 def kinds(found):
     return {c.kind for c in found}
 
@@ -68,7 +72,10 @@ LEAVES = {
     "scalar": ((), P()),
 }
 SPECS = {n: spec for n, (_, spec) in LEAVES.items()}
-CASES = {"grid, Auto": ("grid", "Auto", "float32"), "data, Explicit": ("data", "Explicit", "float64")}
+CASES = {
+    "grid, Auto": ("grid", "Auto", "float32"),
+    "data, Explicit": ("data", "Explicit", "float64"),
+}
 INT8 = functools.partial(memopt.sm3, 0.1, momentum=0.9, momentum_dtype="int8")
 TRANSFORMS = registry.GRADIENT_TRANSFORMS | {"memopt.sm3, int8": INT8}
 every_transform = pytest.mark.parametrize("name", sorted(TRANSFORMS))
@@ -127,7 +134,9 @@ def test_state_lies_as_its_parameters_from_init_on(name, case, ours):
             where = jax.tree_util.keystr(path)
             assert lies(x, NamedSharding(mesh, spec)), (where, x.sharding, spec)
             whole = next((p for n, p in params.items() if f"'{n}'" in where), None)
-            if whole is not None and whole.shape == x.shape:  # nothing of a leaf's size is replicated
+            if (
+                whole is not None and whole.shape == x.shape
+            ):  # nothing of a leaf's size is replicated
                 assert lies(x, whole.sharding), where
 
 
@@ -166,14 +175,12 @@ def test_int8_momentum_is_local_where_blocks_are(kind, ours):
 
 # Losses
 
-COUNTS = np.asarray([1000, 100, 50, 20, 10, 1])
+COUNTS = np.geomspace(1000, 1, 64).astype(int)
 every_loss = pytest.mark.parametrize("name", sorted(registry.LOSSES))
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@functools.cache
 def loss_on(name, layout, kind):
-    """((loss, gradient of the logits) on the mesh, those of one device, the compiled program)."""
+    """(loss and gradient of the logits, its arguments, the same on the mesh)."""
     rng = np.random.default_rng(0)
     logits = (3 * rng.normal(size=(64, len(COUNTS)))).astype(np.float32)
     labels, weights = rng.integers(0, len(COUNTS), 64), rng.normal(size=64).astype(np.float32)
@@ -186,40 +193,56 @@ def loss_on(name, layout, kind):
 
     args = logits, labels, weights
     placed = place(mesh_of(layout, kind), args, (P("data", "model"), P("data"), P("data")))
-    program = run.lower(*placed).compile()
-    return program(*placed), run(*args), program
+    return run, args, placed
+
+
+def census_of(fn, *args):
+    return collectives.census(fn.lower(*args).compile())
 
 
 @every_loss
-@every_layout
-@both_kinds
+@pytest.mark.parametrize("layout, kind", [("data", "Auto"), ("grid", "Auto"), ("grid", "Explicit")])
 def test_losses_and_gradients_are_those_of_one_device(name, layout, kind, ours):
-    sharded, expected, _ = loss_on(name, layout, kind)
-    close(sharded, expected, 1e-6)
+    run, args, placed = loss_on(name, layout, kind)
+    close(run(*placed), run(*args), 1e-6)
 
 
 @pytest.mark.stock
 @every_loss
 @both_kinds
 def test_a_loss_of_a_sharded_batch_sends_nothing(name, kind, ours):
-    found = collectives.census(loss_on(name, "data", kind)[-1])
-    assert not found, found
+    run, _, placed = loss_on(name, "data", kind)
+    found = census_of(run, *placed)
+    if name in ("longtail.cdt", "longtail.vs"):
+        # A factor for every class: how far apart the bounds of the maximum are is asked of the batch.
+        assert [(c.kind, c.bytes) for c in found] == [("all-reduce", 4)], found
+    else:
+        assert not found, found
 
 
 @pytest.mark.stock
 @every_loss
 @both_kinds
 def test_a_loss_of_sharded_classes_sends_numbers_per_example(name, kind, ours):
-    """Maxima and sums over the classes; never the logits of another device."""
-    found = collectives.census(loss_on(name, "grid", kind)[-1])
-    assert kinds(found) <= {"all-reduce"}, found
-    most = 64 // 4 * 4  # one number for each example of a device
-    assert all(c.bytes <= 4 * most for c in found), found
+    """Maxima and sums over the classes, and what is one number per class; never the logits."""
+    run, _, placed = loss_on(name, "grid", kind)
+    found = census_of(run, *placed)
+    logits = 64 // 4 * len(COUNTS) * 4  # of a device's examples, all classes
+    assert kinds(found) <= {"all-reduce", "all-gather"}, found
+    assert max(c.bytes for c in found) <= logits / 8, collectives.table(found)
 
 
 # Modules
 
 every_module = pytest.mark.parametrize("name", sorted(registry.MODULES))
+
+
+# Where the compiler's partitioner is wrong, or fails: see test_the_compiler_and_grouped_convolutions.
+GROUPED = (
+    "nnx.WSConv, grouped, qiao",
+    "nnx.RepVGGBlock, WSConv, ExtendedBatchNorm",
+    "nnx.DiverseBranchBlock, depthwise",
+)
 
 
 @every_module
@@ -232,15 +255,44 @@ def test_modules_are_those_of_one_device(name):
     def run(params, state, x):
         def loss(params, x):
             y, new = apply(params, state, x, train=True)
-            return jnp.mean(jnp.sin(y)), (y, new)
+            return jnp.mean(jnp.square(jnp.sin(y))), (y, new)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
 
-    mesh = mesh_of("grid", "Auto")
+    mesh = mesh_of("data" if name in GROUPED else "grid", "Auto")
     channels = lambda a: P(*(None,) * (a.ndim - 1), "model") if a.ndim and a.shape[-1] == 4 else P()
     specs = jax.tree.map(channels, (params, state))
     placed = *place(mesh, (params, state), specs), place(mesh, x, P("data", None, None, "model"))
-    close(run(*placed), run(params, state, x), 1e-5)
+    close(run(*placed), run(params, state, x), 1e-5, 1e-2)
+
+
+def test_the_compiler_and_grouped_convolutions():
+    """On a mesh with an axis to spare XLA's kernel gradient of them is wrong; shard_map is a way round.
+
+    Not ours: a bare convolution, its batch over data=4 and whole on each model=2. It fails once XLA is
+    mended: then GROUPED is to go.
+    """
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((8, 4, 4, 4), (3, 3, 2, 4)))
+
+    def loss(kernel, x):
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )
+        return jnp.sum(jnp.sin(y))
+
+    grad, mesh = jax.jit(jax.grad(loss)), mesh_of("grid", "Auto")
+    placed = place(mesh, kernel, P()), place(mesh, x, P("data"))
+    expected = grad(kernel, x)
+    assert np.max(np.abs(grad(*placed) - expected)) > 0.1 * np.max(np.abs(expected))
+    local = lambda kernel, x: jax.lax.psum(loss(kernel, x), "data")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    close(jax.jit(jax.grad(mapped))(*placed), expected, 1e-5)
 
 
 # Wrappers
@@ -263,16 +315,14 @@ def mlp_arrays():
 def test_wrapped_functions_are_those_of_one_device(name, ours):
     params, x = mlp_arrays()
 
-    @jax.jit
-    def run(params, x):
-        fn = registry.WRAPPERS[name](mlp)
-        return jax.value_and_grad(lambda p: jnp.sum(fn(p, x) ** 2))(params)
+    def run(fn, *args):
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(fn(p, x) ** 2)))(*args)
 
     mesh = mesh_of("grid", "Auto")
     placed = place(mesh, params, MLP), place(mesh, x, P("data"))
-    _, grads = sharded = run(*placed)
-    close(sharded, run(params, x), 1e-6)
-    assert all(lies(grads[n], on(mesh, MLP[n])) for n in MLP)
+    sharded = run(registry.WRAPPERS[name](mlp), *placed)
+    close(sharded, run(mlp, params, x), 1e-6)
+    same_places(sharded, run(mlp, *placed))
 
 
 @every_wrapper
@@ -402,6 +452,7 @@ def test_a_plan_keeps_values_and_places():
     placed = place(mesh, layers, [P("data", "model")] * 4), place(mesh, x, P("data"))
     plan = remat.plan(loss, *placed, budget_bytes=0.9, wrt="temp")
     assert plan.peak <= 0.9 * plan.baseline
-    _, grads = sharded = jax.jit(jax.value_and_grad(plan.fn))(*placed)
-    close(sharded, jax.jit(jax.value_and_grad(loss))(layers, x), 1e-5)
-    assert all(lies(g, w.sharding) for g, w in zip(grads, placed[0], strict=True))
+    plain = jax.jit(jax.value_and_grad(loss))
+    sharded = jax.jit(jax.value_and_grad(plan.fn))(*placed)
+    close(sharded, plain(layers, x), 1e-5)
+    same_places(sharded, plain(*placed))

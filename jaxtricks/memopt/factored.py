@@ -100,7 +100,9 @@ def zeros(path: str, leaf: Any, where: Layout, factored: bool, min_dim: int) -> 
     sides = [math.prod(shape[i] for i in side) for side in (where.rows, where.columns)]
     if not (factored and where.rows and where.columns and 0 not in shape and min(sides) >= min_dim):
         return Full(leaves.zeros(path, leaf))
-    return Factored(*(leaves.zeros(path, leaf, without=side) for side in (where.columns, where.rows)))
+    return Factored(
+        *(leaves.zeros(path, leaf, without=side) for side in (where.columns, where.rows))
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("where", "config"))

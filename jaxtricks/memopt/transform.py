@@ -238,7 +238,9 @@ def _init(name: str, params: Params, axes: Any, config: Config, min_dim: Any) ->
         )
     roles = leaves.roles_by_path(axes, params)
     v = {
-        path: zeros(path, leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim))
+        path: zeros(
+            path, leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim)
+        )
         for path, leaf in leaves.checked(name, params).items()
     }
     return AdafactorState(jnp.zeros([], jnp.int32), v, None)
