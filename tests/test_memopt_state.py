@@ -304,3 +304,13 @@ def test_int8_in_an_nnx_optimizer():
     for _ in range(20):
         step(model, optimizer)
     assert float(jnp.mean(jnp.square(model(jnp.ones((4, 128)))))) < 0.5 * before
+
+
+def test_int8_state_of_host_arrays(ours):
+    """What a checkpoint gives back; without jit."""
+    tx = memopt.sm3(0.1, momentum=0.9, momentum_dtype="int8")
+    params = {"w": jnp.linspace(-1, 1, 300).reshape(2, 150)}
+    _, state = tx.update(params, tx.init(params), params)
+    expected, _ = tx.update(params, state, params)
+    updates, _ = tx.update(params, jax.tree.map(np.asarray, state), params)
+    np.testing.assert_array_equal(updates["w"], expected["w"])

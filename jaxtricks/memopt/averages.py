@@ -93,6 +93,8 @@ def kept(path: str, new: Any, old: Any) -> Any:
         return new
     if isinstance(new.values, jax.core.Tracer):
         return jax.tree.map(lambda x, y: _compat.alike(x, y, path), new, old)
+    if not all(isinstance(x, jax.Array) for x in old):  # from a checkpoint, say
+        return new
     return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
 
 
