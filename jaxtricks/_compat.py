@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import shard_alike
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def enable_x64() -> contextlib.AbstractContextManager[Any]:
@@ -15,18 +16,29 @@ def enable_x64() -> contextlib.AbstractContextManager[Any]:
     return home.enable_x64(True)
 
 
-def zeros_alike(x: Any, dtype: Any) -> jax.Array:
+def zeros_alike(x: Any, dtype: Any, tag: str) -> jax.Array:
     """Zeros that are sharded as x is, whatever sharding the compiler finds for x: there is no public name."""
     x = jax.lax.stop_gradient(x).astype(
         dtype
     )  # zeros converted later would be folded, and lie anywhere
-    return alike(jnp.zeros_like(x), x)
+    return alike(jnp.zeros_like(x), x, tag)
 
 
-def alike(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, sharded by the compiler as the other is: the same shape and dtype."""
-    x, _ = shard_alike.shard_alike(x, other)
+def alike(x: jax.Array, other: jax.Array, tag: str) -> jax.Array:
+    """x, sharded by the compiler as the other is: the same shape and dtype.
+
+    JAX lowers equal equations once, and then all arrays of one shape in a program would be sharded alike.
+    The tag, another for every pair, makes them different.
+    """
+    with set_xla_metadata(alike=tag):
+        x, _ = shard_alike.shard_alike(x, other)
     return x
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Axes of shard_map over which x differs; two names of it in two years."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 class Meeting:

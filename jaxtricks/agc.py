@@ -309,19 +309,37 @@ def _clip_leaf(g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]
     _, bound = _floored(units, clipping, eps)
     factor = bound / jnp.maximum(units.g, _GRADIENT_FLOOR)
     factor = jnp.where(units.g > bound, factor, jnp.ones_like(factor))
-    return (g.astype(dtype) * factor).astype(g.dtype), jax.tree.map(jnp.ravel, units)
+    return (g.astype(dtype) * factor).astype(g.dtype), units
 
 
 def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Array]:
     """(fraction of units clipped, largest ratio) of all leaves, float32 []."""
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+    total = sum(units.g.size for units in leaves)
     # Once over the units of all leaves: for every leaf it would dominate the compile time of large trees.
+    # Not of shards: joined, they would be gathered, and drag the leaves to where the others' units are.
+    if not _tree.on_mesh(*(x for units in leaves for x in units)):
+        leaves = [_joined(leaves)]
+    counts, ratios = zip(*(_of_leaf(units, clipping, eps) for units in leaves), strict=True)
+    return jnp.sum(jnp.stack(counts)) / total, jnp.max(jnp.stack(ratios))
+
+
+def _joined(leaves: list[_Units]) -> _Units:
     dtype = _tree.common_dtype(*(units.g for units in leaves))
-    units = _Units(
-        *(jnp.concatenate([x.astype(dtype) for x in xs]) for xs in zip(*leaves, strict=True))
+    return _Units(
+        *(
+            jnp.concatenate([x.astype(dtype).ravel() for x in xs])
+            for xs in zip(*leaves, strict=True)
+        )
     )
+
+
+@jax.jit
+def _of_leaf(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
+    """(units clipped, largest ratio), float32 []."""
     size, bound = _floored(units, clipping, eps)
-    ratio = units.g / jnp.maximum(size, jnp.finfo(dtype).tiny)
+    ratio = units.g / jnp.maximum(size, jnp.finfo(units.g.dtype).tiny)
     ratio = jnp.where(jnp.isnan(ratio), jnp.full_like(ratio, jnp.inf), ratio)
-    return jnp.mean(units.g > bound, dtype=jnp.float32), jnp.max(ratio).astype(jnp.float32)
+    clipped = jnp.sum(units.g > bound, dtype=jnp.float32)
+    return clipped, jnp.max(ratio).astype(jnp.float32)

@@ -235,35 +235,6 @@ def test_errors_name_the_argument():
     assert twice is not None
 
 
-def test_sharded_finiteness_is_global():
-    mesh = jax.make_mesh((8,), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    grads = jax.device_put(np.where(np.arange(8) == 5, np.nan, 1.0).astype(np.float32), sharding)
-    assert not jax.jit(amp.all_finite)(grads)
-
-
-def test_devices_skip_together():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
-    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    tx = amp.dynamic_loss_scale(optax.sgd(1.0), init=8.0, axis_name="data")
-    skip = amp.skip_nonfinite(optax.sgd(1.0), axis_name="data")
-
-    def step(grads):
-        updates, state = tx.update({"w": grads}, tx.init({"w": grads}))
-        other, _ = skip.update({"w": grads}, skip.init({"w": grads}))
-        return updates["w"], other["w"], state.scale[None]
-
-    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows))
-    grads = jnp.ones(4).at[2].set(jnp.inf)  # one device's
-    updates, other, scale = run(grads)
-    assert (updates == 0).all() and (other == 0).all()
-    np.testing.assert_array_equal(scale, [4, 4, 4, 4])
-    finite = jax.shard_map(
-        lambda x: amp.all_finite(x, "data"), mesh=mesh, in_specs=rows, out_specs=whole
-    )
-    assert not finite(grads) and finite(jnp.ones(4))
-
-
 def test_a_scale_inside_a_scale_is_refused():
     tx = amp.dynamic_loss_scale(
         optax.chain(optax.clip(1.0), amp.dynamic_loss_scale(optax.sgd(1.0)))

@@ -1,4 +1,7 @@
-"""The laws every public transform obeys, run over everything in tests/registry.py."""
+"""The laws every public transform obeys, run over everything in tests/registry.py.
+
+test_spmd.py has those on meshes.
+"""
 
 import inspect
 
@@ -9,8 +12,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from tests import registry
 
@@ -202,20 +203,6 @@ def test_vmap_over_an_ensemble(name, ours):
     for i in range(2):
         p, g = (jax.tree.map(lambda x: x[i], t) for t in many)  # noqa: B023
         close(jax.tree.map(lambda x: x[i], updates), tx.update(g, tx.init(p), p)[0], 1e-5)  # noqa: B023
-
-
-@every_transform
-def test_sharded_parameters_give_the_same_update(name, ours):
-    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("a", "b"))
-    rng = np.random.default_rng(0)
-    params = {
-        n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in {"w": (8, 6), "b": (8,)}.items()
-    }
-    specs = {"w": P("a", "b"), "b": P("a")}
-    placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}
-    tx = make(name)
-    run = jax.jit(lambda p: tx.update(jax.tree.map(jnp.sin, p), tx.init(p), p))
-    close(run(placed), run(params), 1e-5)
 
 
 @every_transform

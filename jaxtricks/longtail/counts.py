@@ -1,5 +1,6 @@
 """How many examples each class has, and what follows from it alone."""
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from jaxtricks import _tree
 from jaxtricks._types import Array
 
 Counts = Num[Array, "C"] | Sequence[Any]
@@ -56,7 +58,7 @@ def class_counts(
     if names is not None:
         labels = _by_name(labels, names, int(num_classes))
     xp = np if isinstance(labels, Sequence | np.ndarray) else jnp
-    labels, num_classes = xp.asarray(labels).reshape(-1), int(num_classes)
+    labels, num_classes = xp.asarray(labels), int(num_classes)
     if labels.size and not xp.issubdtype(labels.dtype, xp.integer):
         raise ValueError(
             f"longtail.class_counts needs integer `labels`, got {labels.dtype}: cast them"
@@ -64,8 +66,12 @@ def class_counts(
     if xp is np:
         inside = labels[(labels >= 0) & (labels < num_classes)].astype(np.int64)
         return np.bincount(inside, minlength=num_classes)
+    return _tree.replicated(functools.partial(_counted, num_classes=num_classes), labels)
+
+
+def _counted(labels: Array, *, num_classes: int) -> Array:
     target = jnp.where(labels < 0, num_classes, labels)  # a negative index would wrap around
-    return jnp.zeros(num_classes, jnp.int32).at[target].add(1, mode="drop")
+    return jnp.zeros(num_classes, jnp.int32).at[target.reshape(-1)].add(1, mode="drop")
 
 
 def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:

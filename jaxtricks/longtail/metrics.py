@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxtricks import _tree
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, floating
@@ -128,11 +129,18 @@ def update_predictions(
     Returns:
       The new state.
     """
+    wanted = np.ones((), bool) if where is None else where
+    return _tree.replicated(_updated, state, predictions, confidence, labels, wanted)
+
+
+def _updated(
+    state: State, predictions: Array, confidence: Array, labels: Array, wanted: Array
+) -> State:
     num_classes, bins = state.class_bin_count.shape
     labels, predictions = (
         jnp.asarray(x).astype(jnp.int32).reshape(-1) for x in (labels, predictions)
     )
-    wanted = True if where is None else jnp.asarray(where).reshape(-1)
+    wanted = jnp.broadcast_to(wanted, jnp.shape(confidence)).reshape(-1)
     inside = (labels >= 0) & (labels < num_classes)
     row = jnp.where(
         inside & wanted, labels, num_classes

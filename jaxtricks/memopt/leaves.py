@@ -46,10 +46,11 @@ def update_dtype(g: Any, p: Any) -> Any:
         return jnp.promote_types(g.dtype, p.dtype)
 
 
-def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
+def zeros(path: str, leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
     """Zeros shaped as the leaf without some axes, on the devices and in the shards where the leaf is.
 
     Args:
+      path: of the leaf.
       leaf: array, tracer or shape.
       without: axes that are left out.
       dtype: None = that of the leaf, float32 at least.
@@ -57,15 +58,20 @@ def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
     dtype = _tree.wide_dtype(leaf) if dtype is None else dtype
     if on_one_device(leaf):
         return jnp.zeros([n for i, n in enumerate(leaf.shape) if i not in without], dtype)
-    return _zeros_alike(leaf, without=without, dtype=np.dtype(dtype))
+    return _zeros_alike(leaf, without=without, dtype=np.dtype(dtype), tag=tag(path, leaf))
 
 
-@functools.partial(jax.jit, static_argnames=("without", "dtype"))
-def _zeros_alike(leaf: Any, *, without: tuple[int, ...], dtype: Any) -> Array:
+@functools.partial(jax.jit, static_argnames=("without", "dtype", "tag"))
+def _zeros_alike(leaf: Any, *, without: tuple[int, ...], dtype: Any, tag: str) -> Array:
     # Plain zeros depend on nothing, so that XLA would put all of them on every device; the sum over
     # zeros that are sharded as the leaf has the leaf's sharding without these axes, and costs nothing.
-    zeros = _compat.zeros_alike(leaf, dtype)
+    zeros = _compat.zeros_alike(leaf, dtype, tag)
     return jnp.sum(zeros, axis=without) if without else zeros
+
+
+def tag(path: str, leaf: Any) -> str:
+    """What tells a leaf from others of its shape in a program: "" for an array, which has its own."""
+    return path if isinstance(leaf, jax.core.Tracer) else ""
 
 
 def on_one_device(leaf: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtricks import _jaxpr, _tree
+from jaxtricks import _compat, _jaxpr, _tree
 from jaxtricks._types import Array
 from jaxtricks.remat import flat
 
@@ -27,9 +27,11 @@ def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], l
     keys = [jax.random.key_impl(x) if _is_key(x) else None for x in xs]
     data = [x if k is None else jax.random.key_data(x) for x, k in zip(xs, keys, strict=True)]
     moving = [ct for ct in cotangents if _tree.is_floating(ct)]
-    out: list[Any] = jax.lax.platform_dependent(
-        _never(moving), *data, *moving, cpu=_conditional, default=_barrier
-    )
+    inputs = (_never(moving), *data, *moving)
+    # Inside shard_map what has passed a barrier would vary over the axes of all that passes with it.
+    alike = len({_compat.varying(x) for x in inputs[1:]}) <= 1
+    default = _barrier if alike else _conditional
+    out: list[Any] = jax.lax.platform_dependent(*inputs, cpu=_conditional, default=default)
     late: list[Any] = [
         x if k is None else jax.random.wrap_key_data(x, impl=k)
         for x, k in zip(out[: len(xs)], keys, strict=True)

@@ -1,0 +1,112 @@
+"""What a compiled program sends between devices: every collective, with its bytes."""
+
+import collections
+import re
+from typing import Any, NamedTuple
+
+from jaxtricks import _table
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# One line of HLO: "%name = shape kind(operands), ...". The end of an asynchronous one (-done) is no
+# second collective.
+_LINE = re.compile(rf"^\s*(?:ROOT )?\S+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([^\]]*)\]")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+
+
+class Collective(NamedTuple):
+    """One collective instruction.
+
+    Attributes:
+      kind: one of `KINDS`.
+      bytes: of its result, as one device holds it: of an all-gather the whole, of a reduce-scatter
+        the device's part.
+      name: where it comes from, as JAX names it ("jit(step)/.../psum"); "" where the compiler made it
+        of nothing that has a name.
+    """
+
+    kind: str
+    bytes: int
+    name: str
+
+
+def census(program: Any) -> tuple[Collective, ...]:
+    """The collectives of a program, in the order of its text.
+
+    Those inside a loop's body are counted once, however often it runs, and those of all branches of a
+    conditional, of which one runs.
+
+    Args:
+      program: what `jax.jit(fn).lower(...).compile()` returns, or its HLO text.
+
+    Returns:
+      One `Collective` per instruction.
+
+    Example:
+      >>> text = "%r = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add"
+      >>> census(text)
+      (Collective(kind='all-reduce', bytes=28, name=''),)
+    """
+    text = program if isinstance(program, str) else program.as_text()
+    found = ((line, _LINE.match(line)) for line in text.splitlines())
+    return tuple(_collective(line, match) for line, match in found if match)
+
+
+def table(found: tuple[Collective, ...]) -> _table.Table:
+    """How many collectives of each kind there are, and their bytes.
+
+    Args:
+      found: of `census`.
+
+    Example:
+      >>> print(table(census("%r = f32[4]{0} all-reduce(%a), to_apply=%add")))
+      collective  how many  bytes
+      ----------  --------  -----
+      all-reduce         1     16
+    """
+    many, size = collections.Counter(), collections.Counter()
+    for one in found:
+        many[one.kind] += 1
+        size[one.kind] += one.bytes
+    rows = [(kind, many[kind], size[kind]) for kind in KINDS if many[kind]]
+    return _table.make(("collective", "how many", "bytes"), rows)
+
+
+def _collective(line: str, match: re.Match[str]) -> Collective:
+    shape, kind, start = match.groups()
+    shape = re.sub(r"\{[^}]*\}", "", shape)  # layouts have parentheses of their own
+    if start and kind != "all-reduce":  # (operands, results, ...)
+        shape = _entries(shape)[1]
+    origin = _ORIGIN.search(line)
+    return Collective(kind, _bytes(shape), origin.group(1) if origin else "")
+
+
+def _entries(shape: str) -> list[str]:
+    """The parts of a tuple shape, nested ones whole."""
+    parts, depth = [""], 0
+    for letter in shape.strip()[1:-1]:
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _bytes(shape: str) -> int:
+    """Bytes of an array shape, or of all in a tuple; "bf16[2,<=3]" has a bound for its second size."""
+    total = 0
+    for kind, bits, sizes in _ARRAY.findall(shape):
+        entries = 1
+        for size in re.findall(r"\d+", sizes):
+            entries *= int(size)
+        total += entries * (8 if kind == "pred" else int(bits or 0)) // 8
+    return total
