@@ -1,6 +1,5 @@
 """One jitted, donated, sharding-ready step, and the loop around it."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -181,10 +180,11 @@ def shardings(
       stored: NamedShardings of the parameters.
       place: the mesh.
     """
-    everywhere = jax.tree.map(lambda _: place.everywhere, state)
+    fields = jax.tree.map(lambda _: place.everywhere, vars(state))
     specs = jt.memopt.state_specs(tx, state.params, stored)
-    opt_state = jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
-    return dataclasses.replace(everywhere, params=stored, opt_state=opt_state)
+    fields["opt_state"] = jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
+    fields["params"] = stored
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(list(fields.values())))
 
 
 def batch_shapes(cfg: Train, data: data_lib.Data, place: Placement) -> dict[str, Any]:
