@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from jaxtricks import _tree
 from jaxtricks._types import Array
+from jaxtricks.lab import jsons
 from jaxtricks.lab.config import UserError
 
 T = TypeVar("T")
 
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
 SUMS = "sha256.json"
 """In every checkpoint: the SHA-256 of its files, by name."""
 
@@ -141,7 +143,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Newest first, readable or not."""
-        names = [p.name for p in self._folder.iterdir() if p.name.isdecimal()]
+        names = [p.name for p in self._folder.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
         return sorted(map(int, names), reverse=True)
 
     def _sum_up(self) -> None:
@@ -211,9 +213,11 @@ def _sums(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _check_sums(folder: pathlib.Path) -> None:
-    wanted, have = json.loads((folder / SUMS).read_text()), _sums(folder)
-    for name in sorted(wanted):
-        if wanted[name] != have.get(name):
+    wanted, have = jsons.parse((folder / SUMS).read_bytes()), _sums(folder)
+    if not isinstance(wanted, dict):
+        raise ValueError(f"{SUMS} is damaged")
+    for name in sorted(wanted.keys() | have.keys()):
+        if wanted.get(name) != have.get(name):
             raise ValueError(f"{name} is {'damaged' if name in have else 'missing'}")
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import tyro
 
 from jaxtricks import KEYS
+from jaxtricks._table import printable
 
 # Tricks that have nothing to act on in a model, and why.
 _NO_CONVOLUTION = "it has no convolution"
@@ -25,6 +26,10 @@ IDLE = {
 
 class UserError(Exception):
     """One sentence for the person at the command line: what is wrong and what to do; exit code 2."""
+
+    def __init__(self, sentence: str):
+        # It may quote names and values from files of others.
+        super().__init__(printable(sentence))
 
 
 @dataclasses.dataclass(frozen=True)
