@@ -175,7 +175,7 @@ def npzs(draw):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", draw(st.sampled_from([0, 8, 8, zipfile.ZIP_LZMA]))) as archive:
         for name, raw in members.items():
-            archive.writestr(name, raw)
+            archive.writestr(name or "x", raw)
     return draw(mangle.damaged_zip(file.getvalue()))
 
 

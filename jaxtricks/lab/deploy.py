@@ -103,7 +103,8 @@ def settings_of(made: runs.Run) -> Train:
         settings.check()
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{made.path / CONFIG} has not the settings of this version ({error}): use the version that made it"
+            f"{made.path / CONFIG} has not the settings of this version ({error}): use the "
+            "version that made it"
         ) from error
     return settings
 

@@ -20,8 +20,8 @@ _SESSION: dict[str, Any] = {
     "hardware": {"devices": list[str], "kind": str, "cores": int, "machine": str},
     "git": {"commit": str, "branch": str, "dirty": bool},
 }
-FRAME: dict[str, Any] = {"config": {}, "data": {}, "resumed": list[{}]}  # pyrefly: ignore
-"""What every command's config.json has in common."""
+FRAME: dict[str, Any] = {"config": {}, "data": {}, "resumed": [{}]}
+"""What every command's config.json has in common: name -> kind, as `misfit` takes it."""
 ABOUT: dict[str, Any] = _SESSION | {
     "config": Train,
     "data": {
@@ -30,9 +30,9 @@ ABOUT: dict[str, Any] = _SESSION | {
         **dict.fromkeys(("classes", "notes"), list[str]),
         **dict.fromkeys(("counts", "shape"), list[int]),
     },
-    "resumed": list[_SESSION],
+    "resumed": [_SESSION],
 }
-"""config.json of a run: name -> kind, as `misfit` takes it."""
+"""config.json of a run."""
 RESULT: dict[str, Any] = {
     "kind": str,
     **dict.fromkeys(("train", "validation", "test"), _SUMMARY),
@@ -42,7 +42,7 @@ RESULT: dict[str, Any] = {
         "extra_flops": float,
     },
 }
-"""result.json, in the same way."""
+"""result.json."""
 ROW = dict[str, float]
 """A line of metrics.jsonl or timing.jsonl."""
 
@@ -52,8 +52,9 @@ def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
 
     Args:
       value: as parsed.
-      kind: int, float (of integers too), str, bool, list[kind], tuple[kind, ...], dict[str, kind], a union, a
-        Literal, or a dict or dataclass of kinds, whose names may be absent or null, with others beside them.
+      kind: int, float (of integers too), str, bool, [kind], list[kind], tuple[kind, ...], dict[str, kind],
+        a union, a Literal, or a dict or dataclass of kinds, whose names may be absent or null and have
+        others beside them.
       name: of the value.
     """
     if dataclasses.is_dataclass(kind):
@@ -61,6 +62,8 @@ def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _said(value, name) if all(misfit(value, k) for k in inner) else None
+    if isinstance(kind, list):
+        origin, inner = list, kind
     if origin is Literal:
         return _said(value, name) if value not in inner else None
     if origin in (list, tuple) and isinstance(value, list):

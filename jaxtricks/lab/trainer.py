@@ -12,7 +12,7 @@ from jaxtricks import _tree
 from jaxtricks.lab import compose, loop, planning
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
-from jaxtricks.lab.config import Train
+from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.interrupt import Interrupt
 from jaxtricks.lab.rundir import RunDir
@@ -62,12 +62,21 @@ class Trainer:
         restored = self.checkpoints.restore(self.state, tell) or Restored(0, self.state, None)
         self.state = restored.state
         if restored.host:
-            self.batches.set_state(restored.host["batches"])
-            self.meter = loop.Meter(restored.host["window"])
-            self.bytes_before = restored.host["bytes_read"]
+            self._continue(restored)
         self.folder.begin_again(restored.step, session)
         tell(f"going on after step {restored.step} of {self.cfg.steps}")
         return restored.step
+
+    def _continue(self, restored: Restored) -> None:
+        try:
+            self.batches.set_state(restored.host["batches"])
+            self.meter = loop.Meter(restored.host["window"])
+            self.bytes_before = int(restored.host["bytes_read"])
+        except Exception as error:  # each dataset of Grain and of ours fails in its own way
+            raise UserError(
+                f"the checkpoint of step {restored.step} in {self.folder.path} does not say how far its "
+                f"data was read ({error!r}): remove it to use the one before"
+            ) from error
 
     def fit(self, start: int, interrupt: Interrupt, outputs: list[Any], progress: Progress) -> None:
         """Train from `start` to the last step, or until interrupted; log, evaluate and save on the way."""

@@ -160,7 +160,7 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
         if given.pop("format") != _FORMAT:
             raise ValueError("written by another version")
         steps = given.pop("schedule")
-        schedule = None if steps is None else _unpacked(steps)
+        schedule = None if steps is None else _unpacked(steps, len(given["ends"]))
         recipe = Recipe(tuple(given.pop("ends")), tuple(given.pop("prints")), schedule)
         _check_recipe(recipe)
         _check_figures(given)
@@ -201,9 +201,11 @@ def _packed(schedule: Schedule) -> list[Any]:
     ]
 
 
-def _unpacked(steps: Sequence[Any]) -> Schedule:
+def _unpacked(steps: Sequence[Any], deep: int) -> Schedule:
+    if deep < 0:
+        raise ValueError("its groups are nested more deeply than there are stages")
     return tuple(
-        Again(_unpacked(s["again"])) if isinstance(s, dict) else Run(s[0], _choice(*s[1]))
+        Again(_unpacked(s["again"], deep - 1)) if isinstance(s, dict) else Run(s[0], _choice(*s[1]))
         for s in steps
     )
 
@@ -212,6 +214,8 @@ def _choice(saved: Sequence[int] | None, outer: int) -> Choice:
     numbers = (*(saved or ()), outer)
     if any(type(x) is not int or x < 0 for x in numbers):
         raise ValueError("it has a choice that is no number")
+    if len(set(saved or ())) < len(saved or ()):
+        raise ValueError("it keeps a result twice")
     return Choice(None if saved is None else tuple(saved), outer)
 
 

@@ -206,8 +206,8 @@ def _refuse(path: pathlib.Path, key: str, file: Any, entry: zipfile.ZipInfo) -> 
     packed = min(entry.compress_size, path.stat().st_size)
     if size > max(MAX_PACKED, MAX_RATIO * packed):
         raise UserError(
-            f"{key} in {path} unpacks from {packed / 2**20:.1f} MiB to {size / 2**30:.1f} GiB, over the limit "
-            f"of {MAX_RATIO} times: save it by np.savez, without compression"
+            f"{key} in {path} unpacks from {packed / 2**20:.1f} MiB to {size / 2**30:.1f} GiB, over the "
+            f"limit of {MAX_RATIO} times: save it by np.savez, without compression"
         )
     if min(shape, default=0) < 0 or nbytes + file.tell() != size:
         raise ValueError("its header does not fit its length")

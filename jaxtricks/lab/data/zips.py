@@ -37,6 +37,6 @@ def refuse_method(path: pathlib.Path, entry: zipfile.ZipInfo) -> None:
     """Raise UserError for an entry that is compressed in a way that isn't read."""
     if entry.compress_type not in METHODS:
         raise UserError(
-            f"{entry.filename!r} in {path} is compressed by method {entry.compress_type}, which may unpack to "
-            "any size: make the zip by deflate, or without compression"
+            f"{entry.filename!r} in {path} is compressed by method {entry.compress_type}, which may "
+            "unpack to any size: make the zip by deflate, or without compression"
         )
