@@ -11,9 +11,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays
+from jaxtricks.lab.data import UnreadableError, arrays, image
 
 GIB = 2**30
 BLOCK = 2**26
@@ -143,6 +144,26 @@ def test_bombs(tmp_path):
     ):
         assert words in str(said), (name, said)
         assert grown < LIMIT, (name, grown)
+
+
+def jpeg(scans, front=b""):
+    """A progressive JPEG with more and more passes over its last bits."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (3, 4, 5)).save(file, "JPEG", progressive=True)
+    raw = file.getvalue()
+    last = raw[raw.rfind(b"\xff\xda") : -2]
+    more = scans - raw.count(b"\xff\xda")
+    return raw[:2] + front + raw[2:-2] + last * more + raw[-2:]
+
+
+def test_jpegs_of_very_many_scans_are_refused():
+    assert image.decode(jpeg(image.MAX_SCANS), "x").shape == (64, 64, 3)
+    with pytest.raises(UnreadableError, match="more than 100 scans"):
+        image.decode(jpeg(image.MAX_SCANS + 1), "x")
+    # What a preview inside of it or a video behind it happens to have is none of its own.
+    others = b"\xff\xda" * 1000
+    comment = b"\xff\xfe" + (2 + len(others)).to_bytes(2, "big") + others
+    assert image.decode(jpeg(20, comment) + others, "x").shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
