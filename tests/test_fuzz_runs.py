@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxtricks import remat
+from jaxtricks import cli, remat
 from jaxtricks.lab import compare, deploy, run_report, rundir, runs
-from jaxtricks.lab.checkpoint import SUMS, Checkpoints
+from jaxtricks.lab.checkpoint import SUMS, Checkpoints, Restored
 from jaxtricks.lab.config import Train, Tricks, UserError
+from jaxtricks.lab.data.walk import walk
+from jaxtricks.lab.trainer import Trainer
 from tests import mangle
 from tests.test_fuzz import TIMES, allowed
 
@@ -151,6 +153,25 @@ def test_what_is_whole_is_read_whole(tmp_path):
     run = runs.read(tmp_path)
     assert (run.about, run.result, run.rows, run.timing) == (ABOUT, RESULT, ROWS, TIMING)
     assert deploy.settings_of(run) == Train(tricks=Tricks.of("echo"))
+
+
+def test_the_command_line_ends_with_one_sentence(tmp_path, capsys):
+    about = {**ABOUT, "config": {**ABOUT["config"], "steps": "many\n"}}
+    (tmp_path / rundir.CONFIG).write_text(json.dumps(about))
+    for command in ("compare", "fuse"):
+        with pytest.raises(SystemExit) as error:
+            cli.main([command, str(tmp_path)])
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and said.count("\n") == 1
+        assert "config.json is damaged (config/steps is 'many" in said
+
+
+@pytest.mark.parametrize("host", [{}, [], {"batches": {}, "window": 3, "bytes_read": 0}])
+def test_a_checkpoint_that_does_not_say_where_its_data_was(host, tmp_path):
+    trainer = object.__new__(Trainer)
+    trainer.batches, trainer.folder = walk(lambda i: i).__iter__(), rundir.RunDir(str(tmp_path), {})
+    with pytest.raises(UserError, match="step 7 in .* does not say how far its data was read"):
+        trainer._continue(Restored(7, None, host))
 
 
 # Plans.

@@ -6,7 +6,7 @@ from typing import Literal
 import tyro
 
 from jaxtricks import KEYS
-from jaxtricks._table import printable
+from jaxtricks.lab.errors import UserError
 
 # Tricks that have nothing to act on in a model, and why.
 _NO_CONVOLUTION = "it has no convolution"
@@ -22,14 +22,6 @@ IDLE = {
         "transformer": _NO_CONVOLUTION,
     },
 }
-
-
-class UserError(Exception):
-    """One sentence for the person at the command line: what is wrong and what to do; exit code 2."""
-
-    def __init__(self, sentence: str):
-        # It may quote names and values from files of others.
-        super().__init__(printable(sentence))
 
 
 @dataclasses.dataclass(frozen=True)
