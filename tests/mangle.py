@@ -1,6 +1,7 @@
 """Bytes and JSON that are almost right: strategies for tests/test_fuzz.py, and the watch they run under."""
 
 import contextlib
+import copy
 import json
 import os
 import struct
@@ -173,7 +174,9 @@ def strange_json(draw, value, most=3):
         if kind == "gone":
             del parent[last]
         else:
-            parent[last] = draw(st.sampled_from(STRANGE)) if kind == "set" else "DEEP"
+            parent[last] = (
+                copy.deepcopy(draw(st.sampled_from(STRANGE))) if kind == "set" else "DEEP"
+            )
     n = draw(st.sampled_from([90, 400, 950, 5000, 100_000]))
     return json.dumps(value).replace('"DEEP"', "[" * n + "]" * n)
 
