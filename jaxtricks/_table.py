@@ -43,7 +43,14 @@ def cell(x: Any) -> str:
         return "-"
     if isinstance(x, float):
         return f"{x:.4g}"
-    return str(x)
+    return printable(str(x))
+
+
+def printable(text: str) -> str:
+    """The text on one line, with what a terminal would obey or can't show as an escape sequence."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def format_bytes(n: float) -> str:

@@ -15,9 +15,9 @@ import tyro
 
 from jaxtricks import KEYS
 from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
+from jaxtricks.lab.errors import HostLostError
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.plan_config import Plan
-from jaxtricks.lab.user_error import HostLostError
 
 USER_ERROR, TRY_AGAIN = 2, 75
 COMMANDS = {

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 
 from jaxtricks import _tree
 from jaxtricks._types import Array
+from jaxtricks.lab import jsons
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.hosts import Hosts, first
 
 T = TypeVar("T")
 
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
 SUMS = "sha256.json"
 """In every checkpoint: the SHA-256 of its files, by name."""
 
@@ -154,7 +156,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Newest first, readable or not."""
-        names = [p.name for p in self._folder.iterdir() if p.name.isdecimal()]
+        names = [p.name for p in self._folder.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
         return sorted(map(int, names), reverse=True)
 
     def _sum_up(self) -> None:
@@ -226,12 +228,14 @@ def _sums(folder: pathlib.Path) -> dict[str, str]:
 def _damage(folder: pathlib.Path) -> str:
     """What is wrong with the files of a checkpoint; "" if nothing is."""
     try:
-        wanted, have = json.loads((folder / SUMS).read_text()), _sums(folder)
-        for name in sorted(wanted):
-            if wanted[name] != have.get(name):
-                return f"{name} is {'damaged' if name in have else 'missing'}"
-    except Exception as error:  # no file, no JSON, no dict
+        wanted, have = jsons.parse((folder / SUMS).read_bytes()), _sums(folder)
+        if not isinstance(wanted, dict):
+            return f"{SUMS} is damaged"
+    except Exception as error:  # no file, or no JSON
         return _reason(error)
+    for name in sorted(wanted.keys() | have.keys()):
+        if wanted.get(name) != have.get(name):
+            return f"{name} is {'damaged' if name in have else 'missing'}"
     return ""
 
 

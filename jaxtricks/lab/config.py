@@ -6,8 +6,8 @@ from typing import Literal
 import tyro
 
 from jaxtricks import KEYS
+from jaxtricks.lab.errors import UserError, at_least, flag, share
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.user_error import UserError, at_least, flag, share
 
 # Tricks that have nothing to act on in a model, and why.
 _NO_CONVOLUTION = "it has no convolution"

@@ -23,7 +23,7 @@ from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
 from jaxtricks.lab.examples import to_float
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.rundir import RunDir, writing
+from jaxtricks.lab.rundir import CONFIG, RunDir, writing
 
 WEIGHTS, PROGRAM, REPORT = "model.safetensors", "model.stablehlo", "fuse.json"
 _ROUNDS = 30
@@ -90,13 +90,25 @@ USE = f"""  from jax import export
 
 
 def settings_of(made: runs.Run) -> Train:
-    """The settings that a run was made with, on one device, recomputation off."""
+    """The settings that a run was made with, on one device, recomputation off.
+
+    Raises:
+      UserError: settings of another version, or that can't be meant.
+    """
     given: dict[str, Any] = dict(made.about["config"])
-    given["tricks"] = Tricks(**{**given["tricks"], "remat": False})
-    given["text"] = Text(**given["text"])
-    given["parallel"] = Parallel()
-    given["widths"] = tuple(given["widths"])
-    return Train(**given)
+    try:
+        given["tricks"] = Tricks(**{**given["tricks"], "remat": False})
+        given["text"] = Text(**given["text"])
+        given["parallel"] = Parallel()
+        given["widths"] = tuple(given["widths"])
+        settings = Train(**given)
+        settings.check()
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{made.path / CONFIG} has not the settings of this version ({error}): use the "
+            "version that made it"
+        ) from error
+    return settings
 
 
 def restored(

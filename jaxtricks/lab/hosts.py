@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from jaxtricks import _compat
+from jaxtricks.lab.errors import HostLostError, UserError
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.user_error import HostLostError, UserError
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost."""

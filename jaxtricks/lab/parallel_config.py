@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jaxtricks.lab.user_error import UserError
+from jaxtricks.lab.errors import UserError
 
 DATA, MODEL = "data", "model"
 

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtricks import _tree
+from jaxtricks.lab.errors import UserError
 from jaxtricks.lab.parallel_config import DATA, MODEL, Parallel
-from jaxtricks.lab.user_error import UserError
 
 # The second of two kernels in a row: it is split along its inputs, so that what lies between the two
 # stays where it is (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3).

@@ -243,14 +243,15 @@ def _costs(run: Run) -> str:
     return _table.make(("cost", "value"), body).markdown() if body else "Nothing is measured yet."
 
 
-def _planned(plan: dict[str, Any]) -> str:
-    peak, unplanned, asked = (
-        _table.format_bytes(plan[f"{name}_bytes"]) for name in ("peak", "unplanned_peak", "budget")
-    )
+def _planned(plan: dict[str, Any]) -> str | None:
+    figures = ("peak_bytes", "unplanned_peak_bytes", "budget_bytes", "extra_flops")
+    if any(plan.get(name) is None for name in figures):
+        return None
+    peak, unplanned, asked = (_table.format_bytes(plan[name]) for name in figures[:3])
     return f"{peak} of {unplanned} (budget {asked}), {plan['extra_flops']:+.1%} operations"
 
 
-def _say(form: Callable[[Any], str], value: Any) -> str | None:
+def _say(form: Callable[[Any], str | None], value: Any) -> str | None:
     return None if value is None else form(value)
 
 
@@ -292,7 +293,10 @@ def _again(about: dict[str, Any]) -> str:
     command, out = look(about, "command"), look(about, "config", "out")
     if not command or not out:
         return "config.json holds every setting."
-    words = _without(shlex.split(command), "--resume", "--out")
+    try:
+        words = _without(shlex.split(command), "--resume", "--out")
+    except ValueError:  # a quotation without an end: not written by us
+        return "config.json holds every setting."
     repeat = shlex.join([*words, "--out", f"{out.rstrip('/')}-again"])
     resume = shlex.join([*words, "--out", out, "--resume"])
     return (

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from jaxtricks.lab import jsons, recorded
 from jaxtricks.lab.config import UserError
 
 CONFIG, METRICS, TIMING, RESULT = "config.json", "metrics.jsonl", "timing.jsonl", "result.json"
@@ -77,10 +78,13 @@ class RunDir:
     def _before(self) -> dict[str, Any]:
         path = self.path / CONFIG
         try:
-            before = json.loads(path.read_text())
-            return {**before, "config": before["config"]}
-        except (OSError, TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{path} can't be read ({error!r}): give another --out") from error
+            before = jsons.parse(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read ({error}): give another --out") from error
+        problem = recorded.misfit(before, recorded.FRAME)
+        if problem or before.get("config") is None:
+            raise UserError(f"{path} is of no run ({problem or 'no config'}): give another --out")
+        return {name: value for name, value in before.items() if value is not None}
 
 
 def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -131,10 +135,11 @@ def finite(value: Any) -> Any:
 def _lines_until(path: pathlib.Path, step: int) -> str:
     """The lines of a log up to a step, as they were written."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):  # a killed writer may leave half a line
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            row = jsons.parse(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+                kept.append(line.decode())
     return "".join(kept)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtricks import KEYS
+from jaxtricks.lab import jsons, recorded
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.rundir import CONFIG, METRICS, RESULT, TIMING
 
@@ -77,7 +78,7 @@ def read(path: str | pathlib.Path) -> Run:
       twice, the later line counts.
 
     Raises:
-      UserError: the path is no run, or an ablation.
+      UserError: the path is no run, or an ablation, or says what no run would.
     """
     folder = pathlib.Path(path)
     about = _json(folder / CONFIG)
@@ -89,8 +90,13 @@ def read(path: str | pathlib.Path) -> Run:
             f"{path} is an ablation, which compares its own runs in {folder / 'report.md'}: "
             "give a directory that `jaxtricks train --out` made"
         )
-    rows, timing = _lines(folder / METRICS), _lines(folder / TIMING)
-    return Run(folder, about, rows, timing, _json(folder / RESULT))
+    result = _json(folder / RESULT)
+    for name, value, kind in ((CONFIG, about, recorded.ABOUT), (RESULT, result, recorded.RESULT)):
+        if problem := recorded.misfit(value, kind):
+            raise UserError(
+                f"{folder / name} is damaged ({problem}): restore it, or leave out the run"
+            )
+    return Run(folder, about, _lines(folder / METRICS), _lines(folder / TIMING), result)
 
 
 def look(value: Any, *keys: str) -> Any:
@@ -108,10 +114,13 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _json(file: pathlib.Path) -> dict[str, Any]:
     # Not there, torn, or no JSON: all the same to a reader.
     try:
-        value = json.loads(file.read_text())
+        value = jsons.parse(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    # Half characters, of names that are not UTF-8, could not be printed.
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _lines(file: pathlib.Path) -> list[dict[str, Any]]:
@@ -127,7 +136,11 @@ def _lines(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = jsons.parse(line)
     except ValueError:
         return None
-    return row if isinstance(look(row, "step"), int) else None
+    return (
+        row
+        if isinstance(look(row, "step"), int) and not recorded.misfit(row, recorded.ROW)
+        else None
+    )

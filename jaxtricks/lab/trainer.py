@@ -11,7 +11,7 @@ from jaxtricks import _tree
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import feed, loop, planning
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
-from jaxtricks.lab.config import Train
+from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.hosts import Hosts, first
 from jaxtricks.lab.interrupt import Interrupt
@@ -49,16 +49,25 @@ class Trainer:
         restored = self.checkpoints.restore(self.state, tell) or Restored(0, self.state, None)
         self.state = restored.state
         if restored.host:
-            self.batches, said = feed.resumed(
-                self.cfg, self.data, self.place, restored.step, restored.host["feeds"], self.hosts
-            )
-            if said:
-                tell(said)
-            self.meter = loop.Meter(restored.host["window"])
-            self.bytes_before = restored.host["bytes_read"]
+            self._continue(restored, tell)
         self.hosts.on_first(lambda: self.folder.begin_again(restored.step, session))
         tell(f"going on after step {restored.step} of {self.cfg.steps}")
         return restored.step
+
+    def _continue(self, restored: Restored, tell: Callable[[str], None]) -> None:
+        try:
+            self.batches, said = feed.resumed(
+                self.cfg, self.data, self.place, restored.step, restored.host["feeds"], self.hosts
+            )
+            self.meter = loop.Meter(restored.host["window"])
+            self.bytes_before = int(restored.host["bytes_read"])
+        except Exception as error:  # each dataset of Grain and of ours fails in its own way
+            raise UserError(
+                f"the checkpoint of step {restored.step} in {self.folder.path} does not say how far its "
+                f"data was read ({error!r}): remove it to use the one before"
+            ) from error
+        if said:
+            tell(said)
 
     def fit(self, start: int, interrupt: Interrupt, outputs: list[Any], progress: Progress) -> None:
         """Train from `start` to the last step, or until interrupted; log, evaluate and save on the way."""

@@ -139,6 +139,20 @@ def _gain(eqn: Any) -> float:
     return measure.eqn_flops(eqn) / max(1, sum(map(tie.var_bytes, eqn.outvars)))
 
 
+def check(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> None:
+    """Raise ValueError for a choice that this stage can't run as; it may come from a text."""
+    body = jaxpr
+    if choice.outer:
+        loop = largest_scan(jaxpr)
+        if loop is None or loop.params["length"] % choice.outer:
+            raise ValueError(
+                f"this plan splits a loop in {choice.outer} that has other steps: plan again"
+            )
+        body = flat.inlined(loop.params["jaxpr"]).jaxpr
+    if any(i >= len(body.eqns) for i in choice.saved or ()):
+        raise ValueError("this plan keeps the result of an operation that is not there: plan again")
+
+
 def run(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
     """The jaxpr, run as chosen: a function of (*constvars, *invars)."""
     if choice.outer:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +11,21 @@ import jax
 import numpy as np
 
 from jaxtricks import _jaxpr, _table
-from jaxtricks.remat import chain, emit, flat
+from jaxtricks.remat import chain, emit, flat, options
 from jaxtricks.remat.measure import Report
 from jaxtricks.remat.options import Choice
-from jaxtricks.remat.solve import Again, Run, Schedule, stages_of
+from jaxtricks.remat.solve import Again, Run, Schedule, runs_of, stages_of
 
 _FORMAT = 1
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("peak", "baseline", "budget", "compiles"), int),
+    "extra_flops": (int, float),
+    "wrt": str,
+    "rows": list,
+}
+
+
+_HEADERS = ("stages", "operations", "carry", "what", "inside", "first line")  # of `Plan.describe`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +53,8 @@ class Recipe:
             closed, structure = _jaxpr.trace(fn, *args)
             program = flat.straight(closed)
             stages = self._matched(program.jaxpr)
+            for step in runs_of(schedule):
+                options.check(stages[step.stage].jaxpr, step.choice)
             run = emit.scheduled(program.jaxpr, stages, schedule)
             outs = run(*program.consts, *jax.tree.leaves(args))
             return jax.tree.unflatten(structure, outs)
@@ -106,16 +118,14 @@ class Plan:
             f"(budget {_table.format_bytes(self.budget)}), {self.extra_flops:+.1%} FLOPs, "
             f"{self.compiles} programs compiled",
         )
-        headers = ("stages", "operations", "carry", "what", "inside", "first line")
-        return _table.make(headers, self.rows, notes)
+        return _table.make(_HEADERS, self.rows, notes)
 
     def __str__(self) -> str:
         return str(self.describe())
 
     def to_json(self) -> str:
         """The plan as text, for `plan_from_json`: the schedule and what it was made for."""
-        figures = ("peak", "baseline", "extra_flops", "budget", "wrt", "compiles", "rows")
-        text = {"format": _FORMAT} | {name: getattr(self, name) for name in figures}
+        text = {"format": _FORMAT} | {name: getattr(self, name) for name in _KINDS}
         steps = None if self.recipe.schedule is None else _packed(self.recipe.schedule)
         text |= {"ends": self.recipe.ends, "prints": self.recipe.prints, "schedule": steps}
         return json.dumps(text)
@@ -150,12 +160,38 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
         if given.pop("format") != _FORMAT:
             raise ValueError("written by another version")
         steps = given.pop("schedule")
-        schedule = None if steps is None else _unpacked(steps)
+        schedule = None if steps is None else _unpacked(steps, len(given["ends"]))
         recipe = Recipe(tuple(given.pop("ends")), tuple(given.pop("prints")), schedule)
+        _check_recipe(recipe)
+        _check_figures(given)
         given["rows"] = tuple(map(tuple, given["rows"]))
         return Plan(fn=recipe.applied(fn), recipe=recipe, **given)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"text is no plan written by Plan.to_json: {error}") from error
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    ends, prints = recipe.ends, recipe.prints
+    whole = [type(x) is int and x >= 0 for x in ends]
+    if not ends or not all(whole) or any(a >= b for a, b in itertools.pairwise(ends)):
+        raise ValueError("its stages do not follow each other")
+    if len(prints) != len(ends) or not all(isinstance(x, str) for x in prints):
+        raise ValueError("it has not one fingerprint a stage")
+    if recipe.schedule is not None and list(stages_of(recipe.schedule)) != list(range(len(ends))):
+        raise ValueError("it does not run every stage once")
+
+
+def _check_figures(given: dict[str, Any]) -> None:
+    if given.keys() != _KINDS.keys():
+        raise ValueError(f"its figures are not {', '.join(_KINDS)}")
+    for name, kind in _KINDS.items():
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r:.40}")
+        if isinstance(value, int | float) and not abs(value) < 2**63:
+            raise ValueError(f"{name} is beyond any size")
+    if any(not isinstance(row, list) or len(row) != len(_HEADERS) for row in given["rows"]):
+        raise ValueError(f"its rows have not the columns {', '.join(_HEADERS)}")
 
 
 def _packed(schedule: Schedule) -> list[Any]:
@@ -165,14 +201,21 @@ def _packed(schedule: Schedule) -> list[Any]:
     ]
 
 
-def _unpacked(steps: Sequence[Any]) -> Schedule:
+def _unpacked(steps: Sequence[Any], deep: int) -> Schedule:
+    if deep < 0:
+        raise ValueError("its groups are nested more deeply than there are stages")
     return tuple(
-        Again(_unpacked(s["again"])) if isinstance(s, dict) else Run(s[0], _choice(*s[1]))
+        Again(_unpacked(s["again"], deep - 1)) if isinstance(s, dict) else Run(s[0], _choice(*s[1]))
         for s in steps
     )
 
 
 def _choice(saved: Sequence[int] | None, outer: int) -> Choice:
+    numbers = (*(saved or ()), outer)
+    if any(type(x) is not int or x < 0 for x in numbers):
+        raise ValueError("it has a choice that is no number")
+    if len(set(saved or ())) < len(saved or ()):
+        raise ValueError("it keeps a result twice")
     return Choice(None if saved is None else tuple(saved), outer)
 
 

@@ -41,13 +41,18 @@ class Again:
 Schedule = tuple[Run | Again, ...]
 
 
-def stages_of(schedule: Schedule) -> Iterator[int]:
-    """The stages in order."""
+def runs_of(schedule: Schedule) -> Iterator[Run]:
+    """The runs of stages in order."""
     for step in schedule:
         if isinstance(step, Run):
-            yield step.stage
+            yield step
         else:
-            yield from stages_of(step.steps)
+            yield from runs_of(step.steps)
+
+
+def stages_of(schedule: Schedule) -> Iterator[int]:
+    """The stages in order."""
+    return (step.stage for step in runs_of(schedule))
 
 
 class Solution:

@@ -1,5 +1,6 @@
 """Images that are arrays: scikit-learn's digits, and .npz files."""
 
+import io
 import math
 import pathlib
 import zipfile
@@ -8,10 +9,15 @@ from typing import Any
 import numpy as np
 
 from jaxtricks.lab.config import UserError
+from jaxtricks.lab.data import zips
 from jaxtricks.lab.data.source import SPLITS, Stored
 
 MAX_BYTES = 16 * 2**30
 """Arrays that are larger are not loaded: a small file can claim any size."""
+MAX_PACKED, MAX_RATIO = 2**30, 100
+"""Nor are arrays that are larger than the first and more than the second times as long as in the file."""
+
+_HEADER = 16_384  # bytes; NumPy reads no header of more than 10,000
 
 _KEYS = {f"{split}_{{}}": where for split, where in SPLITS.items()} | {"{}": "train"}
 _XY = {"x_train": "train", "x_val": "validation", "x_test": "test"}
@@ -32,7 +38,8 @@ def npz(path: pathlib.Path) -> Stored:
 
     Raises:
       UserError: no such keys, lengths that differ, images that aren't uint8, labels that aren't
-        0 to C-1, Python objects, arrays over 16 GiB, or a broken file.
+        0 to C-1, Python objects, arrays over 16 GiB, arrays over 1 GiB that are 100 times shorter in the
+        file, or a broken file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -159,9 +166,11 @@ def _pairs(path: pathlib.Path, keys: set[str]) -> dict[str, tuple[str, str]]:
 
 def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     entry = archive.getinfo(key + ".npy")
+    zips.refuse_method(path, entry)
     try:
         with archive.open(entry) as file:
-            _refuse(path, key, file, entry.file_size)
+            header = io.BytesIO(file.read(_HEADER))  # of a length that itself may be claimed
+        _refuse(path, key, header, entry)
         with archive.open(entry) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
             file.read(1)  # the end, where zipfile compares the checksum
@@ -173,7 +182,7 @@ def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     return array
 
 
-def _refuse(path: pathlib.Path, key: str, file: Any, size: int) -> None:
+def _refuse(path: pathlib.Path, key: str, file: Any, entry: zipfile.ZipInfo) -> None:
     """Look at the header before anything is allocated."""
     readers: dict[Any, Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -188,11 +197,17 @@ def _refuse(path: pathlib.Path, key: str, file: Any, size: int) -> None:
             f"{key} in {path} holds Python objects, which are never unpickled: save it as an array of "
             "numbers, by np.stack"
         )
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes, size = math.prod(shape) * dtype.itemsize, entry.file_size
     if nbytes > MAX_BYTES or size > MAX_BYTES:
         raise UserError(
             f"{key} in {path} claims {max(nbytes, size) / 2**30:.0f} GiB, over the limit of "
             f"{MAX_BYTES // 2**30} GiB: save a folder of images instead"
+        )
+    packed = min(entry.compress_size, path.stat().st_size)
+    if size > max(MAX_PACKED, MAX_RATIO * packed):
+        raise UserError(
+            f"{key} in {path} unpacks from {packed / 2**20:.1f} MiB to {size / 2**30:.1f} GiB, over the "
+            f"limit of {MAX_RATIO} times: save it by np.savez, without compression"
         )
     if min(shape, default=0) < 0 or nbytes + file.tell() != size:
         raise ValueError("its header does not fit its length")

@@ -125,5 +125,5 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
         value |= (view[at] & 0x7F) << shift
         at += 1
         if view[at - 1] < 0x80:
-            return value, at
+            return value & 2**64 - 1, at  # protobuf, too, drops what is beyond
     raise ValueError("it has a number of more than 64 bits")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import trees
 from jaxtricks.lab.data.image import decode
@@ -32,7 +33,7 @@ def stored(path: pathlib.Path) -> Stored:
     if split:
         _refuse_stray(path, images)
     _refuse_empty(path, images, folders, split)
-    loose = [name for parts, name in found.items() if len(parts) == 1]
+    loose = [printable(name) for parts, name in found.items() if len(parts) == 1]
     classes = sorted({parts[split] for parts in images}, key=_natural)
     label = {name: i for i, name in enumerate(classes)}
     names = list(images.values())
@@ -43,11 +44,11 @@ def stored(path: pathlib.Path) -> Stored:
 
     return Stored(
         name=str(path),
-        names=names,
+        names=[printable(name) for name in names],
         read=read,
         labels=np.array([label[parts[split]] for parts in images], np.int32),
         where=np.array([SPLITS[parts[0].lower()] if split else "train" for parts in images]),
-        classes=tuple(classes),
+        classes=tuple(map(printable, classes)),
         notes=(f"left out, as they are in no class folder: {listed(loose)}",) if loose else (),
     )
 
@@ -105,4 +106,4 @@ def _refuse_empty(
 
 def _natural(name: str) -> tuple[int, int, str]:
     # Class "10" after class "9": a sorted list of strings would permute numbered classes.
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+    return (0, int(name), name) if name.isdecimal() and len(name) < 20 else (1, 0, name)

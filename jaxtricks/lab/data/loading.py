@@ -2,12 +2,11 @@
 
 import pathlib
 import re
-import zipfile
 
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, custom, files, look, records, splits, text
+from jaxtricks.lab.data import arrays, custom, files, look, records, splits, text, zips
 from jaxtricks.lab.data.image import conform
 from jaxtricks.lab.data.source import Data, Example, Shape, Source, Stored
 
@@ -86,7 +85,7 @@ def open_images(name: str) -> Stored:
         return arrays.npz(path)
     if records.shards(path):
         return records.stored(path)
-    if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
+    if path.is_dir() or (path.is_file() and zips.is_zip(path)):
         return files.stored(path)
     if not path.exists() and re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         return custom.stored(name)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, example_proto
+from jaxtricks.lab.data import arrays, example_proto, text
 from jaxtricks.lab.data.image import decode
 from jaxtricks.lab.data.source import SPLITS, Stored, UnreadableError
 
@@ -15,6 +16,7 @@ _NAME = re.compile(
     r"(?P<stem>.+?)(-(?P<i>\d+)-of-(?P<n>\d+))?\.array_?record(-(?P<j>\d+)-of-(?P<m>\d+))?"
 )
 _AT_ONCE = 256  # records of one call while the labels are read
+_MOST = 100  # records a byte: a file can claim any number
 
 
 def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -62,7 +64,7 @@ def stored(path: pathlib.Path) -> Stored:
     feature, notes = found[0][0], []
     labels = np.array([label for _, label in found], np.int64)
     file = (path if path.is_dir() else path.parent) / f"{feature.replace('/', '_')}.labels.txt"
-    given = tuple(file.read_text("utf-8").splitlines()) if file.is_file() else ()
+    given = _class_names(file) if file.is_file() else ()
     if feature == example_proto.LABEL[1] and not given and labels.min() == 1:
         labels, notes = labels - 1, ["labels are from 1 in the records, and from 0 here"]
     num_classes = arrays.check_classes(labels, str(path), len(given) or None)
@@ -87,15 +89,20 @@ def stored(path: pathlib.Path) -> Stored:
     )
 
 
+def _class_names(file: pathlib.Path) -> tuple[str, ...]:
+    return tuple(map(printable, text.read(file).splitlines()))
+
+
 def _refuse_absent(path: pathlib.Path, matches: list[re.Match[str]]) -> None:
     sets: dict[tuple[str, int], set[int]] = {}
     for match in matches:
         if total := match["n"] or match["m"]:
             sets.setdefault((match["stem"], int(total)), set()).add(int(match["i"] or match["j"]))
     for (stem, total), numbers in sets.items():
-        if absent := sorted(set(range(total)) - numbers):
+        absent = next((i for i in range(total) if i not in numbers), None)
+        if absent is not None:
             raise UserError(
-                f"{path} has {len(numbers)} of the {total} shards of {stem}: number {absent[0]} is not "
+                f"{path} has {len(numbers)} of the {total} shards of {stem}: number {absent} is not "
                 "there, so fetch it or rename the others"
             )
 
@@ -115,6 +122,10 @@ def _open(path: pathlib.Path, files: list[pathlib.Path]) -> Any:
         ) from error
     if not len(source):
         raise UserError(f"{files[0]} holds no records: add some, or remove the file")
+    if len(source) > _MOST * sum(file.stat().st_size for file in files):
+        raise UserError(
+            f"{path} claims {len(source)} records, too many for its length: fetch it again"
+        )
     return source
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
 
 SPLITS = {
@@ -35,7 +36,7 @@ class UnreadableError(UserError):
             f"{name} can't be read ({reason}): remove it, or pass --skip-unreadable "
             "(--check-data lists all such files)"
         )
-        self.name, self.reason = name, reason
+        self.name, self.reason = printable(name), printable(reason)
 
 
 class Source:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtricks.lab.config import UserError
+from jaxtricks.lab.data import zips
 from jaxtricks.lab.data.source import UnreadableError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 MAX_BYTES = 256 * 2**20
-"""Files that are longer are not read: no image of 64 megapixels needs as much."""
+"""Files that are longer, or unpack to more, are not read: no image of 64 megapixels needs as much."""
 
 Parts = tuple[str, ...]
 
@@ -29,15 +30,6 @@ _PLAIN = (
 )  # flags that change nothing about stored bytes: how hard to compress, sizes behind
 
 _TOO_LONG = f"it is over the limit of {MAX_BYTES // 2**20} MiB"
-_BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    OSError,
-    EOFError,
-    NotImplementedError,
-    ValueError,
-)
 
 
 class Tree(NamedTuple):
@@ -82,11 +74,12 @@ def open_zip(path: pathlib.Path) -> Tree:
     """The tree inside a zip, which is read in place: nothing is extracted.
 
     Raises:
-      UserError: a broken zip, an encrypted entry, or one that points outside.
+      UserError: a broken zip, an encrypted entry, one that points outside, or an image that is neither
+        stored nor deflated.
     """
     try:
         archive = zipfile.ZipFile(path)
-    except _BROKEN as error:
+    except zips.BROKEN as error:
         raise UserError(f"{path} is a broken zip ({error}): make or fetch it again") from error
     entries, images, folders = _contents(path, archive)
     lock = threading.Lock()  # zipfile counts its open entries without one
@@ -101,8 +94,8 @@ def open_zip(path: pathlib.Path) -> Tree:
             if file is not None and _in_place(entry):
                 return _read_in_place(file, entry)
             with lock:
-                return archive.read(entry)
-        except _BROKEN as error:
+                return _unpack(archive, entry)
+        except zips.BROKEN as error:
             raise UnreadableError(name, str(error) or "it ends too early") from error
 
     return Tree(dict(sorted(images.items())), folders, read)
@@ -122,8 +115,19 @@ def _contents(
         inside = len(parts) - (not name.endswith("/"))
         folders |= {parts[: i + 1] for i in range(inside)}
         if inside < len(parts) and _image(name):
+            zips.refuse_method(path, entry)
             images[parts], entries[name] = name, entry
     return entries, images, folders
+
+
+def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """ZipFile.read, which would unpack all that there is before it looks at the length."""
+    with archive.open(entry) as file:
+        content = file.read(entry.file_size)
+        file.read(1)  # the end, where zipfile compares the checksum
+    if len(content) < entry.file_size:
+        raise EOFError
+    return content
 
 
 def _in_place(entry: zipfile.ZipInfo) -> bool:
