@@ -180,11 +180,12 @@ def shardings(
       stored: NamedShardings of the parameters.
       place: the mesh.
     """
-    fields = jax.tree.map(lambda _: place.everywhere, vars(state))
     specs = jt.memopt.state_specs(tx, state.params, stored)
-    fields["opt_state"] = jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
-    fields["params"] = stored
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(list(fields.values())))
+    opt_state = jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
+    rest = state.model_state, (state.step, state.key, state.counts)
+    model_state, last = jax.tree.map(lambda _: place.everywhere, rest)
+    leaves = jax.tree.leaves((stored, model_state, opt_state, last))
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
 def batch_shapes(cfg: Train, data: data_lib.Data, place: Placement) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""The lab's training step is the same run on any mesh, and sends no more than it must."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtricks import KEYS, _tree
+from jaxtricks.lab import collectives, data, loop
+from jaxtricks.lab.config import IDLE, Text, Train, Tricks
+from jaxtricks.lab.parallel_config import Parallel
+
+STEPS = 4
+# amp rounds to bfloat16, and sums in another order round differently; echo changes only what is read.
+TRICKS = tuple(key for key in KEYS if key not in ("amp", "echo"))
+SHARED = {"batch": 16, "steps": 20, "learning_rate": 1e-2, "label_smoothing": 0.1, "ema": 0.9}
+TEXT = Text(context=8, features=64, layers=2, heads=4)
+
+ON_MESHES = [
+    ("data=2", False),
+    ("data=4", True),
+    ("data=8", False),
+    ("data=8", True),
+    ("model=4", False),
+    ("data=4,model=2", True),
+    ("data=2,model=4", False),
+]
+NAMES = [f"{mesh}{' fsdp' * fsdp}" for mesh, fsdp in ON_MESHES]
+
+
+def settings(model, tricks=TRICKS, **changed):
+    on = Tricks.of(*(key for key in tricks if model not in IDLE.get(key, {})))
+    if model == "repvgg":  # its 1x1 kernels over gray images have a fan-in of 1
+        on = dataclasses.replace(on, weightstd=False)
+    return Train(model=model, tricks=on, widths=(16, 32), text=TEXT, **{**SHARED, **changed})
+
+
+@functools.cache
+def dataset(model):
+    if model == "transformer":
+        return data.load("topics", context=TEXT.context)
+    return data.load("digits", imbalance=10)
+
+
+def compiled(cfg, wide):
+    """(program, compiled step, its first state) in float32 or float64."""
+    set_ = dataset(cfg.model)
+    program = loop.build(cfg, set_)
+    state = program.init(0, set_.counts)
+    if wide:
+        state = jax.tree.map(lambda x: x.astype(float) if _tree.is_floating(x) else x, state)
+    state = jax.device_put(state, program.shardings)
+    batch = loop.batch_shapes(cfg, set_, program.place)
+    return program, loop.jitted(program, program.step).lower(state, batch).compile(), state
+
+
+def batches(program, cfg):
+    rng, shapes = np.random.default_rng(0), loop.batch_shapes(cfg, dataset(cfg.model), program.place)
+    classes = len(dataset(cfg.model).classes)
+    most = {"image": 256, "label": classes, "text": classes}
+    for _ in range(STEPS * cfg.accumulate):
+        host = {n: rng.integers(0, most[n], x.shape).astype(x.dtype) for n, x in shapes.items()}
+        yield program.place.put(host)
+
+
+def curve(cfg, wide=False):
+    """(losses, last state, compiled step)."""
+    program, step, state = compiled(cfg, wide)
+    losses = []
+    for batch in batches(program, cfg):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), state, step
+
+
+@functools.cache
+def alone(model, wide):
+    return curve(settings(model), wide)[0]
+
+
+@pytest.mark.parametrize("model", ["resnet", "transformer"])
+@pytest.mark.parametrize(("mesh", "fsdp"), ON_MESHES, ids=NAMES)
+def test_the_loss_curve_is_that_of_one_device_in_float64(model, mesh, fsdp, x64):
+    cfg = settings(model, parallel=Parallel(mesh=mesh, fsdp=fsdp))
+    losses, state, _ = curve(cfg, wide=True)
+    np.testing.assert_allclose(losses, alone(model, True), rtol=1e-12)
+    assert np.ptp(losses) > 1e-3  # something was learned, or unlearned
+    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("model", ["resnet", "transformer", "nfnet", "repvgg"])
+def test_the_loss_curve_is_that_of_one_device_in_float32(model):
+    for mesh, fsdp in (("data=8", True), ("data=2,model=2", False)):
+        cfg = settings(model, parallel=Parallel(mesh=mesh, fsdp=fsdp))
+        np.testing.assert_allclose(curve(cfg)[0], alone(model, False), rtol=1e-5)
+
+
+def test_accumulated_micro_batches_and_amp_on_a_mesh():
+    cfg = settings("transformer", ("amp", "agc"), accumulate=2)
+    parallel = Parallel(mesh="data=4,model=2", fsdp=True)
+    ours = curve(dataclasses.replace(cfg, parallel=parallel))[0]
+    np.testing.assert_allclose(ours, curve(cfg)[0], rtol=2e-3)  # bfloat16
+
+
+def split_bytes(tree):
+    """(bytes on one device, bytes in all)."""
+    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(tree)]
+    return _tree.nbytes(shards), _tree.nbytes(tree)
+
+
+@pytest.mark.parametrize("memopt", [False, True], ids=["adamw", "adafactor"])
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,model=2"])
+def test_fsdp_splits_state_and_gathers_parameters_once(mesh, memopt):
+    tricks = ("agc", "memopt") if memopt else ("agc",)
+    # Wide enough that matrices outweigh what stays whole: norms and vectors.
+    cfg = settings("transformer", tricks, ema=0.0, parallel=Parallel(mesh=mesh, fsdp=True))
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(TEXT, features=256))
+    _, step, state = compiled(cfg, False)
+    here, total = split_bytes(state.params)
+    assert here < 1.1 * total / 8 if mesh == "data=8" else here < 1.3 * total / 8
+    here, total_state = split_bytes(state.opt_state)
+    if not memopt:  # Adafactor's rows and columns are too small to matter
+        assert here < 1.3 * total_state / 8
+    found = collectives.census(step)
+    gathered = [c for c in found if c.kind == "all-gather"]
+    assert max(c.bytes for c in gathered) <= max(x.nbytes for x in jax.tree.leaves(state.params))
+    assert sum(c.bytes for c in gathered) < 1.05 * total
+    assert not [c for c in gathered if "sharding_constraint" not in c.name and c.bytes > 1024]
+
+
+def test_data_parallel_steps_only_sum():
+    cfg = settings("resnet", TRICKS, parallel=Parallel(mesh="data=8"))
+    _, step, state = compiled(cfg, False)
+    found = collectives.census(step)
+    assert {c.kind for c in found} == {"all-reduce"}
+    # Every gradient once; statistics of the batch and the loss beside them.
+    assert sum(c.bytes for c in found) < 1.3 * _tree.nbytes(state.params)
