@@ -1,0 +1,246 @@
+"""What large models need on a TPU, on paper and by compile: `python -m tests.bench.scale`.
+
+The paper counts parameters, gradients and optimizer state from shapes. The compiler's figures are those of
+the whole donated step, for one device of a slice that need not be attached. Needs libtpu, as `tpu` does.
+"""
+
+
+import functools
+import pathlib
+import re
+import time
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+import jaxtricks as jt
+from jaxtricks import _table
+from tests.bench import common
+from tests.bench import scale_model as model
+
+GIB = 2**30
+PLANNED = 0.95  # of the HBM: the program's own code needs some
+SIZES = {
+    "1 B": model.Size(layers=18, width=2048, hidden=5504, heads=16),
+    "10 B": model.Size(layers=48, width=4096, hidden=11008, heads=32),
+}
+BATCH = {("10 B", "v5e-16"): 2}  # texts a device
+MOST = 4  # and elsewhere
+FLOAT32, AUTOCAST, LOW = "float32", "autocast bf16", "bf16 parameters"
+NONE, LAYER, PLAN = "none", "each layer", "plan"
+ROUNDED = "adafactor, stochastic_round"
+
+
+class Slice(NamedTuple):
+    """A TPU slice: libtpu's name, and the HBM of a device that its compiler has, GiB."""
+
+    topology: str
+    hbm: float
+
+
+SLICES = {"v5e-16": Slice("v5e:4x4", 15.75), "v5p-64": Slice("v5p:2x4x4", 95.74)}
+
+
+class Row(NamedTuple):
+    """What one compiled row is about: names of `SIZES`, `SLICES`, `optimizers`, a policy, a way to recompute."""
+
+    size: str
+    slice: str
+    optimizer: str
+    policy: str
+    recompute: str
+
+
+ROWS = (
+    Row("1 B", "v5e-16", "adamw", FLOAT32, NONE),
+    Row("1 B", "v5e-16", "adamw", FLOAT32, LAYER),
+    Row("1 B", "v5e-16", "adamw", AUTOCAST, NONE),
+    Row("1 B", "v5e-16", "adamw", AUTOCAST, LAYER),
+    Row("1 B", "v5e-16", "adamw", AUTOCAST, PLAN),
+    Row("1 B", "v5e-16", "adafactor", AUTOCAST, LAYER),
+    Row("1 B", "v5p-64", "adamw", AUTOCAST, NONE),
+    Row("10 B", "v5e-16", "adamw", FLOAT32, LAYER),
+    Row("10 B", "v5e-16", "adamw", AUTOCAST, LAYER),
+    Row("10 B", "v5e-16", "adafactor", AUTOCAST, LAYER),
+    Row("10 B", "v5e-16", ROUNDED, LOW, LAYER),
+    Row("10 B", "v5p-64", "adamw", AUTOCAST, NONE),
+    Row("10 B", "v5p-64", "adamw", FLOAT32, LAYER),
+    Row("10 B", "v5p-64", "adamw", AUTOCAST, LAYER),
+    Row("10 B", "v5p-64", "adafactor", AUTOCAST, LAYER),
+    Row("10 B", "v5p-64", "adamw", AUTOCAST, PLAN),
+)
+PAPER = ("model", "slice", "optimizer", "parameters", "gradients", "state", "sum, GiB a device")
+COMPILED = (*Row._fields, "texts", "arguments", "temporaries", "peak, GiB", "HBM", "fits")
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+    """The choices; the last one is for parameters in bfloat16."""
+    memopt, axes = jt.memopt, model.ROLES
+    adafactor = memopt.adafactor(1e-3, axes=axes)
+    return {
+        "adamw": optax.adamw(1e-3),
+        "sm3, momentum": memopt.sm3(1e-3, momentum=0.9, axes=axes),
+        "adafactor": adafactor,
+        "sm3": memopt.sm3(1e-3, axes=axes),
+        ROUNDED: optax.chain(adafactor, memopt.stochastic_round(0)),
+    }
+
+
+@functools.cache
+def mesh(name: str) -> Mesh:
+    """All devices of a topology along one axis."""
+    bounds = (2, 2, 1)  # chips of a host, v5e's and v5p's
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, chips_per_host_bounds=bounds
+    )
+    return Mesh(np.array(found.devices), (model.AXIS,))
+
+
+def local_bytes(tree: Any, specs: Any, on: Mesh) -> int:
+    """Bytes of one device's shares of a tree of shapes."""
+
+    def one(x: Any, spec: Any) -> int:
+        shape = NamedSharding(on, spec).shard_shape(x.shape)
+        return int(np.prod(shape)) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, tree, specs)))
+
+
+def paper_bytes(params: Any, tx: Any, on: Mesh) -> tuple[int, int]:
+    """(bytes of the parameters, of the optimizer's state) on one device, from shapes alone."""
+    specs = model.specs(params)
+    state = jax.eval_shape(tx.init, params)
+    held = local_bytes(state, jt.memopt.state_specs(tx, params, specs), on)
+    return local_bytes(params, specs, on), held
+
+
+def paper() -> list[tuple[Any, ...]]:
+    """One row a model, slice and optimizer; see `PAPER`."""
+    found = []
+    for size, dims in SIZES.items():
+        for name, tpus in SLICES.items():
+            for optimizer, tx in optimizers().items():
+                params = model.shapes(dims, jnp.bfloat16 if optimizer == ROUNDED else jnp.float32)
+                p, s = (b / GIB for b in paper_bytes(params, tx, mesh(tpus.topology)))
+                found.append((size, name, optimizer, *rounded(p, p, s, 2 * p + s)))
+    return found
+
+
+def compiled(
+    size: model.Size,
+    topology: str,
+    tx: Any,
+    policy: str,
+    recompute: str,
+    texts: int = 1,
+    budget: float = 0.0,
+) -> jt.remat.Report:
+    """The report of one device's step.
+
+    Args:
+      size: of the model.
+      topology: libtpu's name of the slice.
+      tx: the optimizer.
+      policy: a name of the three.
+      recompute: what is computed again: nothing, each layer, or what a plan says.
+      texts: a device.
+      budget: GiB of the plan.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it does not fit, in the compiler's words.
+      jt.remat.BudgetInfeasible: no plan does.
+    """
+    on = mesh(topology)
+    params = model.shapes(size, jnp.bfloat16 if policy == LOW else jnp.float32)
+    tokens = jax.ShapeDtypeStruct((texts * on.size, size.length + 1), jnp.int32)
+    args = params, jax.eval_shape(tx.init, params), tokens
+    fn = model.loss(size, on, *([jt.remat.recompute_grad] if recompute == LAYER else []))
+    if policy != FLOAT32:
+        fn = jt.amp.autocast(fn, scan_carry="auto")
+    step = model.jitted(tx, params, on)
+    if recompute == PLAN:
+        return jt.remat.plan(
+            fn,
+            params,
+            tokens,
+            budget_bytes=f"{budget}GiB",
+            within=lambda loss: (step(loss), args),
+            max_compiles=3,
+            topology=topology,
+        ).report
+    return jt.remat.memory(step(fn), *args)
+
+
+def row(asked: Row) -> tuple[Any, ...]:
+    """One row compiled; see `COMPILED`."""
+    topology, hbm = SLICES[asked.slice]
+    tx, size = optimizers()[asked.optimizer], SIZES[asked.size]
+    texts = BATCH.get((asked.size, asked.slice), MOST)
+    how = asked.policy, asked.recompute, texts, round(PLANNED * hbm, 2)
+    try:
+        report = compiled(size, topology, tx, *how)
+    except (jax.errors.JaxRuntimeError, jt.remat.BudgetInfeasible) as error:
+        return (*asked, texts, None, None, None, hbm, f"no: {needed(error)}")
+    figures = (x / GIB for x in (report.args, report.temp, report.peak))
+    return (*asked, texts, *rounded(*figures), hbm, "yes")
+
+
+def needed(error: Exception) -> str:
+    """What a program that does not fit would need, in short."""
+    text = str(error)
+    found = re.search(r"temporaries \(([0-9.]+)G\)|Used ([0-9.]+)G", text)
+    if found is None and "RESOURCE_EXHAUSTED" in text:
+        raise error
+    if found is None:
+        return text
+    return f"temporaries {found[1]}" if found[1] else f"needs {found[2]}"
+
+
+def rounded(*numbers: float) -> tuple[float, ...]:
+    """GiB as the tables print them."""
+    return tuple(round(x, 2) for x in numbers)
+
+
+def heading(command: str) -> str:
+    """What stands above the tables."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
+    counts = {n: common.count(model.shapes(s)) / 1e9 for n, s in SIZES.items()}
+    sizes = "\n".join(f"- {n}: {counts[n]:.2f} G parameters, {s}" for n, s in SIZES.items())
+    slices = "\n".join(
+        f"- {n}: {s.topology}, {mesh(s.topology).size} devices, {s.hbm} GiB of HBM each, "
+        f"bytes are of one"
+        for n, s in SLICES.items()
+    )
+    return f"""Large models on slices of TPU v5e and v5p: `{command}`
+
+{packages}. Nothing is run: the paper's bytes come from shapes, the rest from libtpu's compiler.
+{sizes}
+{slices}"""
+
+
+def publish(rows: list[tuple[Any, ...]], title: str, out: pathlib.Path | None) -> None:
+    """Print and write what there is."""
+    common.publish([_table.make(PAPER, paper()), _table.make(COMPILED, rows)], title, out)
+
+
+def main() -> None:
+    """Compile and print; `--out FILE` writes the same as Markdown."""
+    command, args = common.arguments("tests.bench.scale")
+    title, found = heading(command), []
+    try:
+        for asked in ROWS:
+            start = time.monotonic()
+            found.append(row(asked))
+            print(*found[-1], f"{time.monotonic() - start:.0f} s", sep=", ", flush=True)
+    finally:
+        publish(found, title, args.out)  # an hour's compiling is not lost
+
+
+if __name__ == "__main__":
+    main()
