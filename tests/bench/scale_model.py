@@ -120,19 +120,32 @@ def step(tx: Any, fn: Loss) -> Callable[..., Any]:
     return run
 
 
+def layout(tx: Any, params: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """Shardings of parameters, optimizer state and tokens."""
+    laid = specs(params)
+    found = laid, jt.memopt.state_specs(tx, params, laid), P(AXIS)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found)
+
+
 def jitted(tx: Any, params: Any, mesh: Mesh) -> Callable[[Loss], Any]:
     """loss -> its training step, jitted: everything cut over the mesh, params and state donated."""
-    placed = functools.partial(jax.tree.map, lambda spec: NamedSharding(mesh, spec))
-    laid = specs(params)
-    kept = placed(laid), placed(jt.memopt.state_specs(tx, params, laid))
+    ins = layout(tx, params, mesh)
+    outs = (*ins[:2], NamedSharding(mesh, P()))
 
     def within(fn: Loss) -> Any:
-        ins, outs = (*kept, placed(P(AXIS))), (*kept, placed(P()))
-        return jax.jit(
-            step(tx, fn), in_shardings=ins, out_shardings=outs, donate_argnums=(0, 1)
-        )
+        return jax.jit(step(tx, fn), in_shardings=ins, out_shardings=outs, donate_argnums=(0, 1))
 
     return within
+
+
+def arguments(tx: Any, params: Any, tokens: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """(params, state, tokens) of the step, as shapes in their places."""
+    state = jax.eval_shape(tx.init, params)
+
+    def place(x: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, (params, state, tokens), layout(tx, params, mesh))
 
 
 def _gathering(mesh: Mesh) -> Callable[[Any], Any]:
