@@ -87,12 +87,12 @@ def test_autocast_needs_the_memory_of_a_cast_by_hand(form, way, limit):
 
 SHARDED = """
 import json, jax, optax
-from tests.bench import scale, scale_model as model
+from tests.bench import tpu, scale, scale_model as model
 from jaxtricks import remat
 size, tx, on = model.Size(2, 512, 1024, 4, 256, 4096), optax.adamw(1e-3), scale.mesh("v5e:4x4")
 report = scale.compiled(size, "v5e:4x4", tx, scale.AUTOCAST, scale.LAYER)
 params, state = scale.paper_bytes(model.shapes(size), tx, on)
-nothing = remat.memory(lambda x: x + 1, jax.ShapeDtypeStruct((), "float32", sharding=scale.tpu.chip()))
+nothing = remat.memory(lambda x: x + 1, jax.ShapeDtypeStruct((), "float32", sharding=tpu.chip()))
 print(json.dumps([report.args, report.alias, params + state, nothing.temp]))
 """
 

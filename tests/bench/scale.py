@@ -4,6 +4,8 @@ The paper counts parameters, gradients and optimizer state from shapes. The comp
 the whole donated step, for one device of a slice that need not be attached. Needs libtpu, as `tpu` does.
 """
 
+from tests.bench import tpu  # noqa: F401  # isort: skip  (it sets the environment before jax is imported)
+
 import functools
 import json
 import pathlib
@@ -205,6 +207,12 @@ def rounded(*numbers: float) -> tuple[float, ...]:
     return tuple(round(x, 2) for x in numbers)
 
 
+def made() -> str:
+    """Versions and sizes that the rows are of."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
+    return f"{packages}; {SIZES}; {BATCH}, else {MOST}"
+
+
 def heading(command: str) -> str:
     """What stands above the tables."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
@@ -229,25 +237,43 @@ refuses, so a program may compile and still not fit. A plan's budget is {PLANNED
 {slices}"""
 
 
-def known(out: pathlib.Path | None) -> dict[Row, tuple[Any, ...]]:
-    """The rows that an earlier call compiled."""
-    if out is None or not out.with_suffix(".json").exists():
-        return {}
-    rows = map(tuple, json.loads(out.with_suffix(".json").read_text()))
-    return {Row(*found[: len(Row._fields)]): found for found in rows}
+class Kept(NamedTuple):
+    """Rows in a file, so that a call goes on where the last one was stopped.
+
+    Attributes:
+      path: the file; None keeps nothing.
+      made: what the rows are true of; with another they are compiled again.
+    """
+
+    path: pathlib.Path | None
+    made: str
+
+    def read(self) -> dict[Row, tuple[Any, ...]]:
+        """What earlier calls compiled."""
+        if self.path is None or not self.path.exists():
+            return {}
+        saved = json.loads(self.path.read_text())
+        rows = map(tuple, saved["rows"] if saved["made"] == self.made else [])
+        return {Row(*found[: len(Row._fields)]): found for found in rows}
+
+    def write(self, rows: dict[Row, tuple[Any, ...]]) -> None:
+        """All rows so far."""
+        if self.path is not None:
+            lines = ",\n".join(map(json.dumps, rows.values()))
+            self.path.write_text(f'{{"made": {json.dumps(self.made)}, "rows": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
     """Compile and print; `--out FILE` writes the same as Markdown, and keeps the rows in FILE's .json."""
     command, args = common.arguments("tests.bench.scale")
-    found = known(args.out)
+    kept = Kept(args.out and args.out.with_suffix(".json"), made())
+    found = kept.read()
     for asked in ROWS:
         if asked not in found:
             start = time.monotonic()
             found[asked] = row(asked)
             print(*found[asked], f"{time.monotonic() - start:.0f} s", sep=", ", flush=True)
-            if args.out is not None:
-                args.out.with_suffix(".json").write_text(json.dumps(list(found.values())) + "\n")
+            kept.write(found)
     rows = [judged(found[asked]) for asked in sorted(ROWS, key=order)]
     tables = _table.make(PAPER, paper()), _table.make(COMPILED, rows)
     common.publish(tables, heading(command), args.out)
