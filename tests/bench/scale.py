@@ -9,7 +9,6 @@ from tests.bench import tpu  # noqa: F401  # isort: skip  (it sets the environme
 import functools
 import json
 import pathlib
-import re
 import time
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 import jaxtricks as jt
 from jaxtricks import _table
+from jaxtricks.remat import measure
 from tests.bench import common
 from tests.bench import scale_model as model
 
@@ -74,7 +74,16 @@ ROWS = (
     Row("1 B", "v5p-64", "adamw", AUTOCAST, NONE),
 )
 PAPER = ("model", "slice", "optimizer", "parameters", "gradients", "state", "sum, GiB a device")
-COMPILED = (*Row._fields, "texts", "arguments", "temporaries", "peak, GiB", "HBM", "fits")
+COMPILED = (
+    *Row._fields,
+    "texts",
+    "arguments",
+    "temporaries",
+    "peak, GiB",
+    "TFLOP a text",
+    "HBM",
+    "fits",
+)
 
 
 def optimizers() -> dict[str, optax.GradientTransformation]:
@@ -126,7 +135,7 @@ def paper() -> list[tuple[Any, ...]]:
             for optimizer, tx in optimizers().items():
                 params = model.shapes(dims, jnp.bfloat16 if optimizer == ROUNDED else jnp.float32)
                 p, s = (b / GIB for b in paper_bytes(params, tx, mesh(tpus.topology)))
-                found.append((size, name, optimizer, *rounded(p, p, s, 2 * p + s)))
+                found.append((size, name, optimizer, *(round(x, 3) for x in (p, p, s, 2 * p + s))))
     return found
 
 
@@ -150,9 +159,8 @@ def compiled(
       texts: a device.
       budget: GiB of the plan.
 
-    Raises:
-      jax.errors.JaxRuntimeError: it does not fit, in the compiler's words.
-      jt.remat.BudgetInfeasible: no plan does.
+    Returns:
+      Report; without arguments if the compiler refused the program.
     """
     on = mesh(topology)
     params = model.shapes(size, jnp.bfloat16 if policy == LOW else jnp.float32)
@@ -172,11 +180,18 @@ def compiled(
             max_compiles=TRIED,
             topology=topology,
         ).report
-    return jt.remat.memory(step(fn), *args)
+    traced = step(fn).trace(*args)
+    try:
+        return measure.report(traced.lower().compile(), traced.jaxpr)
+    except jax.errors.JaxRuntimeError as error:
+        refused = measure.refusal(error, traced.jaxpr)
+        if refused is None:
+            raise
+        return refused
 
 
 def row(asked: Row) -> tuple[Any, ...]:
-    """One program compiled: (*asked, texts a device, GiB of arguments, temporaries and peak).
+    """One program compiled: (*asked, texts a device, GiB of arguments, temporaries and peak, TFLOP a text).
 
     None stands for what a compiler that refuses does not say.
     """
@@ -184,21 +199,17 @@ def row(asked: Row) -> tuple[Any, ...]:
     tx, size = optimizers()[asked.optimizer], SIZES[asked.size]
     texts = BATCH.get((asked.size, asked.slice), MOST)
     how = asked.policy, asked.recompute, texts, round(PLANNED * hbm, 2)
-    try:
-        report = compiled(size, topology, tx, *how)
-    except jt.remat.BudgetInfeasible as error:
-        return (*asked, texts, None, None, *rounded(error.best / GIB))
-    except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"temporaries \(([0-9.]+)G", str(error))
-        if found is None:
-            raise
-        return (*asked, texts, None, float(found[1]), None)
-    return (*asked, texts, *rounded(*(x / GIB for x in (report.args, report.temp, report.peak))))
+    report = compiled(size, topology, tx, *how)
+    args, temp, peak = rounded(*(x / GIB for x in (report.args, report.temp, report.peak)))
+    operations = report.flops / 1e12 / (texts * mesh(topology).size)
+    if not report.args:
+        return (*asked, texts, None, temp, None, round(operations, 2))
+    return (*asked, texts, args, temp, peak, round(operations, 2))
 
 
 def judged(found: tuple[Any, ...]) -> tuple[Any, ...]:
     """A row with the HBM and whether the program fits, as `COMPILED` has them."""
-    hbm, peak = SLICES[found[1]].hbm, found[-1]
+    hbm, peak = SLICES[found[1]].hbm, found[-2]
     return (*found, hbm, "yes" if peak is not None and peak <= hbm else "no")
 
 
@@ -228,10 +239,11 @@ def heading(command: str) -> str:
 {packages}. Nothing is run: the paper's bytes come from shapes, the rest from libtpu's compiler.
 Parameters, gradients, state and batch are cut over all devices; layers run in a scan that gathers one
 layer's weights at a time; attention keeps its scores (a flash kernel would not); the step is donated.
-float32 and bf16 parameters are what `policy` says; products run in one bf16 pass either way, as TPUs do.
-Rows: from AdamW in float32 to the first that fits. A program refused before its memory was laid out has
-the temporaries that the compiler named, and nothing else; the compiler counts no arguments when it
-refuses, so a program may compile and still not fit. A plan's budget is {PLANNED:.0%} of the HBM.
+Operations are counted in the traced step; products run in one bf16 pass either way, the default on TPUs.
+Rows: for each model and slice, from what one writes first to the first that fits. A program refused
+before its memory was laid out has the temporaries that the compiler named, and nothing else; it counts no
+arguments then, so a program may compile and still not fit. A plan's budget is {PLANNED:.0%} of the HBM.
+Rows come from {len(ROWS)} separate compilations, kept in the .json; remove it to compile them all anew.
 
 {sizes}
 {slices}"""
