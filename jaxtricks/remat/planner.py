@@ -45,7 +45,8 @@ def plan(
         donation and shardings of your own.
       wrt: "peak" is arguments + results - aliases + temporaries; "temp" temporaries alone.
       max_compiles: how many programs may be compiled after the unplanned one.
-      topology: plan for a TPU that is not attached, say "v5e:2x2" (its first chip); needs libtpu.
+      topology: plan for a TPU that is not attached, say "v5e:2x2" (its first chip, but for shapes
+        with a sharding of their own, as a step of `within` on a mesh of it needs); needs libtpu.
 
     Returns:
       Plan: `fn` is a drop-in to differentiate and jit; `describe()`, `to_json()`.
