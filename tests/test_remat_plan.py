@@ -262,3 +262,41 @@ def test_linen_models_through_functional():
         lambda p, x: (model.apply(p, x) ** 2).mean(), params, x, budget_bytes=0.9, wrt="temp"
     )
     assert plan.peak <= 0.9 * plan.baseline
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(room) makes the compiler refuse what needs more temporaries, as a TPU's does."""
+    compiled = jax.stages.Lowered.compile
+
+    def limit(room, said="temporaries ({:.4f}M) exceeds available HBM (1M)"):
+        def compile(self, *args, **kwargs):
+            done = compiled(self, *args, **kwargs)
+            temp = done.memory_analysis().temp_size_in_bytes
+            if temp > room:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: " + said.format(temp / 2**20))
+            return done
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+
+    return limit
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(machine):
+    loss, params, x = mlp()
+    whole = remat.memory(jax.value_and_grad(loss), params, x)
+    machine(whole.temp // 2)
+    found = remat.plan(loss, params, x, budget_bytes=whole.peak)
+    assert found.report.temp <= whole.temp // 2
+    assert found.unplanned.temp == pytest.approx(whole.temp, rel=1e-3)
+    assert found.peak == found.report.peak  # the arguments are counted all the same
+    machine(whole.temp // 50)
+    with pytest.raises(remat.BudgetInfeasible):
+        remat.plan(loss, params, x, budget_bytes=whole.peak, max_compiles=2)
+
+
+def test_another_error_of_the_compiler_is_not_taken_for_one_of_memory(machine):
+    loss, params, x = mlp(2)
+    machine(0, "no figure")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no figure"):
+        remat.plan(loss, params, x, budget_bytes=0.5)

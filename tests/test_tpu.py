@@ -83,3 +83,24 @@ def test_autocast_needs_the_memory_of_a_cast_by_hand(form, way, limit):
     script = f"import json; from tests.bench import tpu_amp; print(json.dumps({found}))"
     rows = {name: ratio for name, _, ratio, _, _ in compiled(script)}
     assert set(rows) == set(names) and rows[way] <= limit
+
+
+SHARDED = """
+import json, jax, optax
+from tests.bench import tpu, scale, scale_model as model
+from jaxtricks import remat
+size, tx, on = model.Size(2, 512, 1024, 4, 256, 4096), optax.adamw(1e-3), scale.mesh("v5e:4x4")
+report = scale.compiled(size, "v5e:4x4", tx, scale.AUTOCAST, scale.LAYER)
+params, state = scale.paper_bytes(model.shapes(size), tx, on)
+nothing = remat.memory(lambda x: x + 1, jax.ShapeDtypeStruct((), "float32", sharding=tpu.chip()))
+print(json.dumps([report.args, report.alias, params + state, nothing.temp]))
+"""
+
+
+@pytest.mark.slow
+def test_one_device_of_sixteen_holds_the_bytes_on_paper():
+    args, alias, paper, offset = compiled(SHARDED)
+    # The rest is the tokens and 512 bytes for each of the small leaves.
+    assert paper <= args <= 1.01 * paper
+    assert alias == pytest.approx(paper, rel=0.01)  # all of it is donated
+    assert offset == 0  # a constant that libtpu added would be in every temporary of the table

@@ -1,6 +1,7 @@
 """What a compiled program needs: bytes from XLA's buffer assignment, FLOPs from the jaxpr."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,19 @@ def report(compiled: Any, program: _jaxpr.ClosedJaxpr) -> Report:
     args, outs, alias = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
     needed = flops(flat.live(program))
     return Report(temp, args, outs, alias, args + outs - alias + temp, needed)
+
+
+def refusal(error: Exception, program: _jaxpr.ClosedJaxpr) -> Report | None:
+    """Report of a program that the compiler refused for want of memory; None if that is not what it said.
+
+    TPU's compiler names what the program would need; arguments and results stay uncounted.
+    """
+    text = str(error)
+    found = re.search(r"(?:temporaries \(|Used )([0-9.]+)([KMG]?)", text)
+    if "RESOURCE_EXHAUSTED" not in text or found is None:
+        return None
+    temp = int(float(found[1]) * 1024 ** " KMG".index(found[2] or " "))
+    return Report(temp, 0, 0, 0, temp, flops(flat.live(program)))
 
 
 def flops(jaxpr: _jaxpr.Jaxpr) -> int:

@@ -31,7 +31,8 @@ def plan(
 
     fn is traced and cut into a chain of stages; options of each stage are priced from its own
     derivative; a dynamic programme nests them; the result is compiled, its bytes are read from the
-    compiler's buffer assignment, and the search goes on until the budget is met closely.
+    compiler's buffer assignment, and the search goes on until the budget is met closely. A program that
+    the compiler refuses, since the machine has less memory, counts as one that does not fit.
 
     Args:
       fn: the scalar loss, forward only, of pytrees of arrays.
@@ -44,7 +45,8 @@ def plan(
         donation and shardings of your own.
       wrt: "peak" is arguments + results - aliases + temporaries; "temp" temporaries alone.
       max_compiles: how many programs may be compiled after the unplanned one.
-      topology: plan for a TPU that is not attached, say "v5e:2x2" (its first chip); needs libtpu.
+      topology: plan for a TPU that is not attached, say "v5e:2x2" (its first chip, but for shapes
+        with a sharding of their own, as a step of `within` on a mesh of it needs); needs libtpu.
 
     Returns:
       Plan: `fn` is a drop-in to differentiate and jit; `describe()`, `to_json()`.
@@ -77,7 +79,9 @@ def plan(
         has_aux=has_aux,
     )
     unplanned = measured(fn)
-    fixed = unplanned.report.peak - unplanned.report.temp if wrt == "peak" else 0
+    # What the compiler refused has no arguments counted: those of a step without activations are equal.
+    counted = measured(_idle(fn)) if unplanned.refused and wrt == "peak" else unplanned
+    fixed = counted.report.peak - counted.report.temp if wrt == "peak" else 0
     asked = budget.parse(budget_bytes, fixed + unplanned.report.temp)
     search = Search(
         problem.solution,
@@ -86,7 +90,7 @@ def plan(
         max_compiles,
     )
     best = search.best(asked - fixed)
-    if best.figures.report.temp > asked - fixed:
+    if best.figures.refused or best.figures.report.temp > asked - fixed:
         raise budget.BudgetInfeasible(asked, best.figures.report.temp + fixed, fixed, wrt)
     recipe, solution = problem.recipe(best.schedule), problem.solution
     base = unplanned.report.flops
@@ -148,7 +152,26 @@ def _measured(
     if isinstance(step, tuple):
         step, args = step
     traced = target.trace(step, args, topology)
-    return Figures(measure.report(traced.lower().compile(), traced.jaxpr), traced.jaxpr)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what exceeds its memory
+        refused = measure.refusal(error, traced.jaxpr)
+        if refused is None:
+            raise
+        return Figures(refused, traced.jaxpr, refused=True)
+    return Figures(measure.report(compiled, traced.jaxpr), traced.jaxpr)
+
+
+def _idle(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes all arguments of fn and returns what fn does, and has no activations."""
+
+    def idle(*args: Any) -> Any:
+        numbers = [x for x in jax.tree.leaves(args) if jnp.issubdtype(x.dtype, jnp.number)]
+        total = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in numbers if x.size)
+        outs = jax.eval_shape(fn, *args)
+        return jax.tree.map(lambda out: jnp.full(out.shape, total).astype(out.dtype), outs)
+
+    return idle
 
 
 def _checked(

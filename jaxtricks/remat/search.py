@@ -65,10 +65,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Figures:
-    """A compiled program: its report and its jaxpr."""
+    """A compiled program: its report and its jaxpr; `refused` if the machine has no room for it."""
 
     report: measure.Report
     jaxpr: _jaxpr.ClosedJaxpr
+    refused: bool = False
 
     def alive(self) -> np.ndarray:
         """Bytes alive at each operation, as `cost.live_bytes` estimates them."""
@@ -86,6 +87,10 @@ class Tried:
     def temp(self) -> int:
         """Bytes of temporaries."""
         return self.figures.report.temp
+
+    def fits(self, temp: int) -> bool:
+        """Whether it compiled, and within these bytes of temporaries."""
+        return not self.figures.refused and self.temp <= temp
 
 
 class Search:
@@ -110,21 +115,23 @@ class Search:
 
     def best(self, temp: int) -> Tried:
         """The cheapest schedule found within these bytes of temporaries, else the smallest one."""
-        if self._unplanned.temp <= temp:
+        if self._unplanned.fits(temp):
             return self._unplanned
         # The last one is for the smallest: what is called infeasible has been tried.
         while self._left > (not self._fitting(temp)) and (i := self._next(temp)) is not None:
-            self._seen[i] = self._try(self._solution.schedule(i)).temp
+            tried = self._try(self._solution.schedule(i))
+            self._seen[i] = tried.temp if tried.fits(temp) else max(tried.temp, temp + 1)
         for schedule in hand.schedules(self._solution):
             if self._left and self._promises(schedule, temp):
                 self._try(schedule)
         if self._left and not self._fitting(temp) and 0 not in self._seen:
             self._try(self._solution.schedule(0))
         cheapest = min(self._fitting(temp), key=lambda t: t.figures.report.flops, default=None)
-        return cheapest or min([*self.tried, self._unplanned], key=lambda t: t.temp)
+        every = [*self.tried, self._unplanned]
+        return cheapest or min(every, key=lambda t: (t.figures.refused, t.temp))
 
     def _fitting(self, temp: int) -> list[Tried]:
-        return [t for t in self.tried if t.temp <= temp]
+        return [t for t in self.tried if t.fits(temp)]
 
     def _try(self, schedule: Schedule) -> Tried:
         self._left -= 1
