@@ -1,12 +1,14 @@
 """A decoder-only transformer over characters."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import jaxtricks.nnx as jnnx
+from jaxtricks import _tree
 from jaxtricks._types import Array
 
 # Of embeddings and the head: logits are near 0 at first.
@@ -16,6 +18,11 @@ _SMALL = nnx.initializers.normal(0.02)
 def _kernel_init(variance: float = 1.0) -> nnx.Initializer:
     """Normal with variance / fan_in: at any width a product has `variance` times that of its input."""
     return nnx.initializers.variance_scaling(variance, "fan_in", "normal")
+
+
+def _widened(arrays: tuple[jax.Array, ...], **kwargs: Any) -> list[jax.Array]:
+    """Lookups in float32 or better: the gradient of a row is the sum over all its occurrences."""
+    return [x.astype(_tree.wide_dtype(x)) for x in arrays]
 
 
 class Attention(nnx.Module):
@@ -39,13 +46,13 @@ class Attention(nnx.Module):
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over earlier positions, [N, T, heads, D] each.
 
-    Products are in the dtype of the inputs in both passes, and the softmax is in float32.
+    Products are in the dtype of the inputs in both passes, and the softmax is in float32 or better.
     `jax.nn.dot_product_attention` keeps float32 scores, whose gradients then multiply in float32.
     """
     t, depth = q.shape[1], q.shape[-1]
     scores = jnp.einsum("nqhd,nkhd->nhqk", q * depth**-0.5, k)
     earlier = jnp.tril(jnp.ones((1, 1, t, t), bool))
-    weights = jax.nn.softmax(jnp.where(earlier, scores.astype(jnp.float32), -jnp.inf))
+    weights = jax.nn.softmax(jnp.where(earlier, scores.astype(_tree.wide_dtype(scores)), -jnp.inf))
     return jnp.einsum("nhqk,nkhd->nqhd", weights.astype(v.dtype), v)
 
 
@@ -94,8 +101,11 @@ class Transformer(nnx.Module):
     ):
         if features % heads:
             raise ValueError(f"Transformer: {heads} `heads` do not divide {features} `features`")
-        self.tokens = nnx.Embed(vocab_size, features, embedding_init=_SMALL, rngs=rngs)
-        self.positions = nnx.Embed(context, features, embedding_init=_SMALL, rngs=rngs)
+        embed = functools.partial(
+            nnx.Embed, embedding_init=_SMALL, promote_dtype=_widened, rngs=rngs
+        )
+        self.tokens = embed(vocab_size, features)
+        self.positions = embed(context, features)
         # 2 * layers branches add up in the stream: each starts with its share of the variance.
         out_init = _kernel_init(1 / (2 * layers))
         blocks = [Block(features, heads, out_init=out_init, rngs=rngs) for _ in range(layers)]
@@ -114,7 +124,7 @@ class Transformer(nnx.Module):
         if length > self.context:
             raise ValueError(f"Transformer: {length} tokens in a context of {self.context}")
         x = self.tokens(jnp.asarray(tokens)) + self.positions(jnp.arange(length))[None]
-        # nnx.Embed looks up in float32, whatever the table's dtype; what follows is in that of the table.
+        # What follows the lookup is in the dtype of the table.
         x = x.astype(self.tokens.embedding[...].dtype)
         for block in self.blocks:
             x = jnnx.recompute_grad(block)(x) if self.recompute else block(x)
