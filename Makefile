@@ -9,7 +9,7 @@ PYTEST_WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
 
-.PHONY: demo test test-all test-colab check format bench clean
+.PHONY: demo test test-all test-colab multihost check format bench clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ $(TPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 test-all: $(VENV)/.installed $(TPU_VENV)/.installed
 	TPU_PYTHON=$(abspath $(TPU_VENV))/bin/python $(PYTEST)
+
+# Two processes of four devices each on this machine: trained, killed, resumed; about five minutes.
+multihost: $(VENV)/.installed
+	$(BIN)/python -m pytest -v tests/test_multihost.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

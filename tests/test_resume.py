@@ -188,7 +188,10 @@ def test_text_and_two_devices_resume_bit_equal(tmp_path):
         parallel=Parallel(mesh="data=2"),
         steps=9,
     )
-    train.run(dataclasses.replace(cfg, out=str(tmp_path / "whole")))
+    mesh = train.run(dataclasses.replace(cfg, out=str(tmp_path / "whole")))["mesh"]
+    assert mesh["axes"] == "data=2, model=1" and mesh["sent"].keys() == {"all-reduce"}
+    run_report.write(runs.read(tmp_path / "whole"), ())
+    assert "sent between devices in a step | " in (tmp_path / "whole/report.md").read_text()
     part = dataclasses.replace(cfg, out=str(tmp_path / "part"))
     assert stop_at(5, part) is None
     train.run(dataclasses.replace(part, resume=True))

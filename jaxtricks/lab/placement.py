@@ -121,3 +121,9 @@ class Placement(NamedTuple):
         if free and size > 1:
             # Of equal axes the last: the features of a kernel, not its spatial axes.
             spec[max(free, key=lambda i: (shape[i], i))] = name
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of arrays that one device holds."""
+    shards = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+    return _tree.nbytes(shards)

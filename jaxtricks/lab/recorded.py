@@ -41,6 +41,11 @@ RESULT: dict[str, Any] = {
         **dict.fromkeys(("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int),
         "extra_flops": float,
     },
+    "mesh": {
+        "axes": str,
+        **dict.fromkeys(("processes", "device_parameter_bytes", "device_state_bytes"), int),
+        **dict.fromkeys(("sent", "sent_bytes"), dict[str, int]),
+    },
 }
 """result.json."""
 ROW = dict[str, float]

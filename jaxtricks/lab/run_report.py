@@ -233,6 +233,8 @@ def _costs(run: Run) -> str:
         "optimizer state": _say(_table.format_bytes, result.get("state_bytes")),
         "temporaries of the compiled step": _say(_table.format_bytes, result.get("temp_bytes")),
         "peak of the planned step": _say(_planned, result.get("plan")),
+        "mesh": _say(_mesh, result.get("mesh")),
+        "sent between devices in a step": _say(_sent, result.get("mesh")),
         "time of a step, median": _say("{:.2f} ms".format, run.step_ms),
         "examples per second, median": _say("{:,.0f}".format, run.examples_per_s),
         "read from the data per step": _say(
@@ -249,6 +251,22 @@ def _planned(plan: dict[str, Any]) -> str | None:
         return None
     peak, unplanned, asked = (_table.format_bytes(plan[name]) for name in figures[:3])
     return f"{peak} of {unplanned} (budget {asked}), {plan['extra_flops']:+.1%} operations"
+
+
+def _mesh(mesh: dict[str, Any]) -> str | None:
+    if any(mesh.get(name) is None for name in ("axes", "processes", "device_state_bytes")):
+        return None
+    held = _table.format_bytes(mesh["device_state_bytes"])
+    hosts = f", {mesh['processes']} processes" if mesh["processes"] > 1 else ""
+    return f"{mesh['axes']}{hosts}; {held} of optimizer state a device"
+
+
+def _sent(mesh: dict[str, Any]) -> str:
+    sizes = mesh.get("sent_bytes") or {}
+    return "; ".join(
+        f"{count} {kind}, {_table.format_bytes(sizes.get(kind) or 0)}"
+        for kind, count in (mesh.get("sent") or {}).items()
+    )
 
 
 def _say(form: Callable[[Any], str | None], value: Any) -> str | None:

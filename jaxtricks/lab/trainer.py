@@ -8,13 +8,14 @@ import jax
 from rich.progress import Progress
 
 from jaxtricks import _tree
+from jaxtricks.lab import collectives, feed, loop, planning
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import feed, loop, planning
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.hosts import Hosts, first
 from jaxtricks.lab.interrupt import Interrupt
+from jaxtricks.lab.placement import Placement, device_bytes
 from jaxtricks.lab.rundir import RunDir
 
 _SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
@@ -137,6 +138,8 @@ class Trainer:
             if source is not None
         }
         planned = {"plan": planning.figures(self.plan)} if self.plan else {}
+        if self.place.mesh.size > 1:
+            planned["mesh"] = spread(self.place, self.state, self.compiled.step)
         return {
             "kind": data.kind,
             **measured,
@@ -146,6 +149,19 @@ class Trainer:
             **planned,
             "bytes_read": bytes_read,
         }
+
+
+def spread(place: Placement, state: loop.TrainState, step: Any) -> dict[str, Any]:
+    """What result.json says of a mesh: its axes, what one device holds, what a compiled step sends."""
+    rows = collectives.table(collectives.census(step)).rows
+    return {
+        "axes": ", ".join(f"{name}={size}" for name, size in place.mesh.shape.items()),
+        "processes": jax.process_count(),
+        "device_parameter_bytes": device_bytes(state.params),
+        "device_state_bytes": device_bytes(state.opt_state),
+        "sent": {kind: count for kind, count, _ in rows},
+        "sent_bytes": {kind: size for kind, _, size in rows},
+    }
 
 
 def status(means: dict[str, float], timing: dict[str, float]) -> str:

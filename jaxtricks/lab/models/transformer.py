@@ -20,9 +20,9 @@ def _kernel_init(variance: float = 1.0) -> nnx.Initializer:
     return nnx.initializers.variance_scaling(variance, "fan_in", "normal")
 
 
-def _widened(arrays: tuple[jax.Array, ...], **kwargs: Any) -> list[jax.Array]:
+def _widened(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
     """Lookups in float32 or better: the gradient of a row is the sum over all its occurrences."""
-    return [x.astype(_tree.wide_dtype(x)) for x in arrays]
+    return tuple(x.astype(_tree.wide_dtype(x)) for x in arrays)
 
 
 class Attention(nnx.Module):
