@@ -57,3 +57,15 @@ def test_a_loss_is_made_low(capsys):
     assert "5 products in bfloat16, 0 in float32" in capsys.readouterr().out
     grads = scope["grad_fn"](params, x, scope["y"])
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+def test_state_lies_where_the_parameters_lie(capsys):
+    code = next(
+        c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "make_mesh" in c
+    )
+    params = {"a": jnp.ones((16, 4)), "b": jnp.ones((8, 8))}
+    scope = {"jt": jt, "jax": jax, "optax": optax, "params": params}
+    exec(code, scope)
+    assert "('data'" in capsys.readouterr().out
+    rows = [x for x in jax.tree.leaves(scope["state"]) if x.shape in ((16,), (8,))]
+    assert any(x.sharding.spec == jax.sharding.PartitionSpec("data") for x in rows)
