@@ -38,7 +38,7 @@ def image_examples(data: data_lib.Data) -> Examples:
 
 def to_float(images: Array) -> Array:
     """uint8 [0, 255] -> float32 [-1, 1]; float64 where jax has it on."""
-    return images.astype(float) / 127.5 - 1
+    return jnp.asarray(images).astype(float) / 127.5 - 1
 
 
 def augment(key: Key, images: Array, *, pad: int, flip: bool) -> Array:

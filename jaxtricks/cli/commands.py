@@ -1,25 +1,17 @@
-"""The command line: train | compare | lr-find | fuse | ablate | longtail-bench | plan | explain.
+"""What the commands of the lab are and what each does. Parsing imports no jax; needs jaxtricks[lab]."""
 
-Parsing imports no jax.
-"""
-
-import ast
-import importlib.util
 import pathlib
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
 from jaxtricks import KEYS
+from jaxtricks.cli.cards import card
 from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
-from jaxtricks.lab.errors import HostLostError
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.plan_config import Plan
 
-USER_ERROR, TRY_AGAIN = 2, 75
 COMMANDS = {
     "train": Train,
     "compare": Compare,
@@ -31,33 +23,6 @@ COMMANDS = {
     "explain": Explain,
 }
 Command = Train | Compare | LrFind | Fuse | Ablate | LongtailBench | Plan | Explain
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 and one sentence on a user's mistake."""
-    args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(_help())
-        return
-    try:
-        run(parse(args), "jaxtricks " + shlex.join(args))
-    except UserError as error:
-        print(f"jaxtricks: {error}", file=sys.stderr)
-        _leave(USER_ERROR)
-    except HostLostError as error:
-        print(f"jaxtricks: {error}", file=sys.stderr)
-        _leave(TRY_AGAIN)
-    except KeyboardInterrupt:
-        _leave(130)
-
-
-def _leave(code: int) -> None:
-    """Exit; one of several processes has to see to it that the others don't wait for it."""
-    if "jax" in sys.modules:
-        from jaxtricks.lab import hosts
-
-        hosts.leave(code)
-    sys.exit(code)
 
 
 def parse(args: Sequence[str]) -> Command:
@@ -172,15 +137,8 @@ def _draw(figure: Any, path: pathlib.Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def card(key: str) -> str:
-    """A room's card: its module docstring, read without importing it."""
-    spec = importlib.util.find_spec(f"jaxtricks.{key}")
-    if spec is None or spec.origin is None:
-        raise UserError(f"unknown trick {key!r}: use one of {_tricks()}")
-    return ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())) or ""
-
-
-def _help() -> str:
+def usage() -> str:
+    """What `jaxtricks --help` prints."""
     # By hand: tyro would read every field of every command first, which takes longer than its import.
     lines = ["usage: jaxtricks COMMAND [OPTIONS]", "", "Ten training techniques for JAX.", ""]
     lines += [f"  {name:<8} {cls.__doc__}" for name, cls in COMMANDS.items()]
@@ -189,7 +147,3 @@ def _help() -> str:
 
 def _tricks() -> str:
     return ", ".join(KEYS)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m jaxtricks.cli` is `jaxtricks`."""
+
+from jaxtricks.cli import main
+
+main()
