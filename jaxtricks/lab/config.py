@@ -234,6 +234,7 @@ class LrFind(Train):
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         super().check()
+        self.parallel.check_alone("lr-find")
         at_least(self.rates, 2, "--rates", "one step is taken at each")
         if not 0 < self.lo < self.hi < float("inf"):
             raise UserError(f"--lo {self.lo} and --hi {self.hi} are no range: give 0 < lo < hi")

@@ -57,6 +57,11 @@ class Parallel:
             )
         self._check_hosts()
 
+    def check_alone(self, command: str) -> None:
+        """Raise UserError if a command that one process does was given several."""
+        if self.coordinator:
+            raise UserError(f"{command} runs in one process: drop --coordinator")
+
     def _check_hosts(self) -> None:
         counted = self.processes != 0 or self.process != -1
         if not self.coordinator or self.coordinator == "auto":

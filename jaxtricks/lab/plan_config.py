@@ -34,6 +34,7 @@ class Plan(Train):
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         super().check()
+        self.parallel.check_alone("plan")
         if not self.remat_budget:
             raise UserError("plan needs --budget: bytes such as 4GiB, or a fraction such as 0.5")
         at_least(self.max_compiles, 1, "--max-compiles", "a positive number")
