@@ -14,12 +14,14 @@ import pytest
 from PIL import Image
 
 import jaxtricks as jt
-from jaxtricks.lab import data
+from jaxtricks.lab import config, data
 from jaxtricks.lab.data import batches as batches_lib
 from jaxtricks.lab.data import trees
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Source, UnreadableError
 from jaxtricks.lab.data.walk import walk
+from jaxtricks.lab.feed import Feed, Reads, resumed
+from jaxtricks.lab.hosts import Hosts
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
 
@@ -313,3 +315,38 @@ def test_a_zip_and_its_folder_give_the_same_batches(tmp_path):
         a, b = next(ours), next(theirs)
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["label"], b["label"])
+
+
+@pytest.mark.parametrize("first", [0, 48])
+@pytest.mark.parametrize(
+    "parts", [[range(8)], [range(4), range(4, 8)], [(0, 1, 6, 7), (2, 3, 4, 5)]]
+)
+def test_hosts_read_their_rows_of_one_stream(parts, first):
+    order = shuffled(100, 3)
+    wanted = np.reshape([order(first + i) for i in range(80)], (10, 8))
+    for rows in parts:  # one host each
+        reads = Reads(order, list(rows), 8, first)
+        mine = [reads(i) for i in range(10 * len(rows))]
+        np.testing.assert_array_equal(np.reshape(mine, (10, -1)), wanted[:, list(rows)])
+        assert reads.read == first + 80  # where another number of hosts would go on
+
+
+def test_a_feed_goes_on_under_other_hosts(tmp_path):
+    cfg = config.Train(data="digits", batch=16)
+    digits, place = data.load("digits"), Placement.of(Parallel())
+    whole = Feed(cfg, digits, place)
+    batches = [np.asarray(next(whole)["image"]) for _ in range(6)]
+    before = Feed(cfg, digits, place)
+    for _ in range(4):
+        next(before)
+    # As two hosts that read eight rows each would have left it behind.
+    states = [{**before.get_state(), "rows": [8 * i, 8]} for i in range(2)]
+    after, said = resumed(cfg, digits, place, 4, states, Hosts())
+    assert said.startswith("2 hosts read before, 1 now: reading goes on exactly where it was")
+    for batch in batches[4:]:
+        np.testing.assert_array_equal(next(after)["image"], batch)
+    # And on under the same hosts.
+    state = after.get_state()
+    again, said = resumed(cfg, digits, place, 6, [state], Hosts())
+    assert not said and state["first"] == 64
+    np.testing.assert_array_equal(next(again)["image"], next(after)["image"])
