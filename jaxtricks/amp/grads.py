@@ -278,7 +278,9 @@ def applied(before: Any, after: Any) -> Array:
             "amp.applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "
             "optimizer in one of them"
         )
-    return jnp.stack([jnp.asarray(new.skipped) == jnp.asarray(old.skipped) for old, new in pairs]).all()
+    return jnp.stack(
+        [jnp.asarray(new.skipped) == jnp.asarray(old.skipped) for old, new in pairs]
+    ).all()
 
 
 _SKIPPING = (DynamicLossScaleState, SkipNonfiniteState)

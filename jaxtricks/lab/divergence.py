@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 
@@ -30,31 +29,33 @@ class Divergence:
         self._cfg = cfg
         self._finite = jax.jit(jt.amp.all_finite, out_shardings=place.everywhere)
 
-    def losses(self, step: int, losses: Iterable[float], opt_state: Any) -> None:
-        """The check of a window of the log that ends at `step`.
+    def check(self, step: int, losses: Iterable[float], state: TrainState) -> None:
+        """Raise unless the losses since the last check, and the state after `step`, are finite.
+
+        With amp, which skips steps whose gradients are not finite, a loss alone may be anything.
 
         Raises:
-          UserError: a loss is not finite; with amp, which skips such steps: too many in a row were skipped.
+          UserError: they are not; with amp: too many steps in a row were skipped.
         """
         if self._cfg.tricks.amp:
             try:
-                jt.amp.check(opt_state)
+                jt.amp.check(state.opt_state)
             except FloatingPointError as error:
-                skipped = str(error).split(": ", 1)[1].split(";")[0]
+                skipped = str(error).removeprefix("amp.check: ").split(";")[0]
                 raise self._diverged(f"{skipped}, until step {step}") from error
-        elif not all(map(math.isfinite, losses)):
-            raise self._diverged(f"the loss is not finite at step {step} or shortly before")
-
-    def state(self, step: int, state: TrainState) -> None:
-        """The check of what a checkpoint of `step` would hold.
-
-        Raises:
-          UserError: a parameter or a statistic is not finite.
-        """
-        if not bool(self._finite((state.params, state.model_state))):
-            raise self._diverged(f"the parameters are not finite after step {step}")
+            losses = ()
+        # Parameters too: a relu that XLA makes of a fast maximum turns NaN into a loss that looks right.
+        finite = self._finite((state.params, state.model_state))
+        if not (all(map(math.isfinite, losses)) and bool(finite)):
+            raise self._diverged(
+                f"the loss or a parameter is not finite at step {step} or shortly before"
+            )
 
     def _diverged(self, what: str) -> UserError:
         agc = "" if self._cfg.tricks.agc else " or add --agc"
-        kept = f"its checkpoint of step {self.saved} is from before" if self.saved else "nothing is saved"
+        kept = (
+            f"its checkpoint of step {self.saved} is from before"
+            if self.saved
+            else "nothing is saved"
+        )
         return UserError(f"{what}: lower --learning-rate{agc}, and give another --out ({kept})")

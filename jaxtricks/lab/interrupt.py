@@ -17,7 +17,7 @@ class Interrupt:
 
     Before `wait` is called, while a run starts up, there is nothing to save, and compiling may take longer
     than a machine that is taken back has left: SIGTERM is then a `StopError` at once, and Ctrl-C, as always,
-    a KeyboardInterrupt. A second Ctrl-C is a KeyboardInterrupt at once. Outside the main thread signals can't be caught, and
+    a KeyboardInterrupt; so is a second Ctrl-C later. Outside the main thread signals can't be caught, and
     nothing changes. With several hosts jax.distributed catches SIGTERM, which Ctrl-C becomes too: one of
     them is enough to stop all after the same step.
 

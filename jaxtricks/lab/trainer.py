@@ -83,7 +83,7 @@ class Trainer:
         def after(done: int, state: loop.TrainState, means: dict[str, float] | None) -> bool:
             self.state = state
             if means is not None:
-                self.divergence.losses(done, [means["loss"]], state.opt_state)
+                self.divergence.check(done, [means["loss"]], state)
                 timing = window.timing(done, cfg.batch)
                 if done % every == 0 or done == cfg.steps:
                     means = {**means, **self.validate()}
@@ -124,9 +124,7 @@ class Trainer:
         Raises:
           UserError: it would hold what is not finite, or can't be written.
         """
-        losses = [row["loss"] for row in self.meter.rows()]
-        self.divergence.losses(step, losses, self.state.opt_state)
-        self.divergence.state(step, self.state)
+        self.divergence.check(step, [row["loss"] for row in self.meter.rows()], self.state)
         host = {
             "feeds": self.hosts.gather(self.batches.get_state()),
             "window": self.meter.rows(),
