@@ -147,7 +147,7 @@ def before_step(monkeypatch, step, action):
 
 # kill -9, from outside. A checkpoint every third step of a few ms: most of the time goes into saving.
 
-KILLED = {"steps": 300, "save_every": 3, "log_every": 5, "eval_every": 50}
+KILLED = {"steps": 120, "save_every": 3, "log_every": 5, "eval_every": 50}
 PHASES = "steps", "start-up", "steps"
 
 
@@ -180,14 +180,10 @@ def end(out, process):
 
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory):
-    """(run directory of an uninterrupted run, seconds that it took to start up)."""
+    """The run directory of an uninterrupted run of the command."""
     out = tmp_path_factory.mktemp("unkilled") / "run"
-    start = time.monotonic()
-    process = begin(out)
-    wait_until((out / rundir.METRICS).exists, process)
-    begun = time.monotonic() - start
-    end(out, process)
-    return out, begun
+    train.run(cli.parse(command(out)[3:]))
+    return out
 
 
 def named(out):
@@ -210,16 +206,18 @@ def newest(out):
 
 
 def kill(out, phase, choose, begun):
-    """Begin the run or go on with it, and kill it in that phase."""
-    before = newest(out)
+    """Begin the run or go on with it, and kill it in that phase; seconds until its first checkpoint."""
+    before, start = newest(out), time.monotonic()
     process = begin(out, "--resume")
     if phase == "steps":
         wait_until(lambda: max(named(out), default=0) > before, process)
-    time.sleep(choose.uniform(0, 0.5 if phase == "steps" else begun))
+        begun = time.monotonic() - start
+    time.sleep(choose.uniform(0, 0.25 if phase == "steps" else begun))
     process.kill()
     printed = out.with_suffix(".txt").read_text()
     assert process.wait() == -signal.SIGKILL, "it had ended before: " + printed
     assert going_on(printed) in (None, before)
+    return begun
 
 
 def going_on(printed):
@@ -238,14 +236,14 @@ def going_on(printed):
 def test_killed_at_any_moment_nothing_before_the_newest_checkpoint_is_lost(
     tmp_path, unkilled, seed, phases
 ):
-    (whole, begun), out, choose = unkilled, tmp_path / "run", random.Random(seed)
+    out, choose, begun = tmp_path / "run", random.Random(seed), 0.0
     for phase in phases:
-        kill(out, phase, choose, begun)
+        begun = kill(out, phase, choose, begun)
     last = newest(out)
     assert last > 0
     assert going_on(end(out, begin(out, "--resume"))) == last
-    assert log_of(out) == log_of(whole)
-    assert result_of(out) == result_of(whole)
+    assert log_of(out) == log_of(unkilled)
+    assert result_of(out) == result_of(unkilled)
     assert not (out / "checkpoints-unreadable").exists()
     assert not list(out.rglob("*tmp*")) and not list(out.rglob("*partial*"))
 
@@ -279,7 +277,10 @@ def poison(monkeypatch, bad, seed=0):
     monkeypatch.setattr(loop, "examples_of", examples_of)
 
 
-@pytest.mark.parametrize("tricks", [("amp",), ("amp", "ebn")], ids=" ".join)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("tricks", [("amp",), pytest.param(("amp", "ebn"), marks=SLOW)], ids=str)
 def test_with_amp_a_nan_batch_changes_only_counters(monkeypatch, tricks):
     poison(monkeypatch, lambda step: step == 1)
     cfg = dataclasses.replace(RUN, tricks=Tricks.of(*tricks))
@@ -467,8 +468,15 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize("readers", [False, True], ids=["no readers", "readers"])
-@pytest.mark.parametrize("at", ["start", "step 7"])
+@pytest.mark.parametrize(
+    ("at", "readers"),
+    [
+        ("start", False),
+        ("step 7", True),
+        pytest.param("start", True, marks=SLOW),
+        pytest.param("step 7", False, marks=SLOW),
+    ],
+)
 def test_an_image_that_cannot_be_decoded_is_named_and_the_mended_run_goes_on(
     monkeypatch, images, tmp_path, readers, at
 ):
@@ -508,10 +516,15 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_mended_run_goes_on(
 FULL = """
 import resource, sys
 from jaxtricks import cli
-from jaxtricks.lab import loop, rundir
+from jaxtricks.lab import loop
+from jaxtricks.lab.checkpoint import Checkpoints
 
 limit, step = map(int, sys.argv[1:3])
-original = loop.fit
+original, save = loop.fit, Checkpoints.save
+
+def save_and_wait(self, *args):
+    save(self, *args)
+    self._writing(self._manager.wait_until_finished)
 
 def fit(*args, after, **kwargs):
     def filling(done, *rest):
@@ -521,7 +534,7 @@ def fit(*args, after, **kwargs):
 
     return original(*args, after=filling, **kwargs)
 
-loop.fit = fit
+loop.fit, Checkpoints.save = fit, save_and_wait
 cli.main(sys.argv[3:])
 """
 
@@ -530,7 +543,7 @@ cli.main(sys.argv[3:])
     ("limit", "step", "words"),
     [
         (
-            2000,
+            6000,
             10,
             "can't write checkpoints to {out}/checkpoints (File too large): free space or give",
         ),
@@ -553,12 +566,11 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(whole, cfg, limit
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("jaxtricks: " + words.format(out=cfg.out)), done.stderr
     assert done.stderr.count("\n") == 1
-    assert steps_of(cfg.out) == [5] == named(pathlib.Path(cfg.out))
-    assert newest(pathlib.Path(cfg.out)) == 5
+    assert named(pathlib.Path(cfg.out)) == [newest(pathlib.Path(cfg.out))] == [5]
     assert_goes_on_to(whole, cfg)
 
 
-@pytest.mark.parametrize("name", [rundir.METRICS, "checkpoints"])
+@pytest.mark.parametrize("name", ["checkpoints", pytest.param(rundir.METRICS, marks=SLOW)])
 def test_a_run_directory_that_cannot_be_written_any_more(monkeypatch, whole, cfg, name):
     """Something else lies where the run writes, which stops root too."""
     path = pathlib.Path(cfg.out) / name
@@ -644,7 +656,11 @@ def preceded(patch, owner, name, action, nth=1):
     patch.setattr(owner, name, calling)
 
 
-@pytest.mark.parametrize("owner", [train.data_lib, planning, train, loop], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "owner",
+    [loop, *(pytest.param(x, marks=SLOW) for x in (train.data_lib, planning, train))],
+    ids=str,
+)
 def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, owner):
     names = {
         train.data_lib: "load",
