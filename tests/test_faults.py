@@ -55,6 +55,9 @@ RUN = Train(
 )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """Every program of these runs is compiled once, for this process and for those that it starts."""
@@ -230,7 +233,7 @@ def going_on(printed):
     ("seed", "phases"),
     [
         (0, PHASES),
-        *(pytest.param(i, (*PHASES, "start-up"), marks=pytest.mark.slow) for i in range(1, 6)),
+        *(pytest.param(i, (*PHASES, "start-up"), marks=SLOW) for i in range(1, 6)),
     ],
 )
 def test_killed_at_any_moment_nothing_before_the_newest_checkpoint_is_lost(
@@ -275,9 +278,6 @@ def poison(monkeypatch, bad, seed=0):
         return examples
 
     monkeypatch.setattr(loop, "examples_of", examples_of)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("tricks", [("amp",), pytest.param(("amp", "ebn"), marks=SLOW)], ids=str)
@@ -471,8 +471,8 @@ def images(tmp_path):
 @pytest.mark.parametrize(
     ("at", "readers"),
     [
-        ("start", False),
         ("step 7", True),
+        pytest.param("start", False, marks=SLOW),
         pytest.param("start", True, marks=SLOW),
         pytest.param("step 7", False, marks=SLOW),
     ],
@@ -547,7 +547,12 @@ cli.main(sys.argv[3:])
             10,
             "can't write checkpoints to {out}/checkpoints (File too large): free space or give",
         ),
-        (100, 8, "can't write {out}/metrics.jsonl (File too large): free space or give"),
+        pytest.param(
+            100,
+            8,
+            "can't write {out}/metrics.jsonl (File too large): free space or give",
+            marks=SLOW,
+        ),
     ],
     ids=["checkpoint", "log"],
 )
@@ -555,13 +560,11 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(whole, cfg, limit
     # No file may grow past so many bytes in the child: as on a full disk, writing fails in the middle.
     flags = "--echo --widths 4 --steps 24 --batch 16 --ema 0.9 --log-every 4 --eval-every 8 --save-every 5"
     args = ["train", *flags.split(), "--keep", "2", "--out", cfg.out]
-    environment = {name: x for name, x in os.environ.items() if "COMPILATION_CACHE" not in name}
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(limit), str(step), *args],
         capture_output=True,
         text=True,
         timeout=600,
-        env=environment,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("jaxtricks: " + words.format(out=cfg.out)), done.stderr
@@ -613,7 +616,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_computed(monk
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_disk_that_is_mounted_read_only(whole, tmp_path):
     """In a mount namespace of its own, where root may not write either."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
@@ -657,19 +660,18 @@ def preceded(patch, owner, name, action, nth=1):
 
 
 @pytest.mark.parametrize(
-    "owner",
-    [loop, *(pytest.param(x, marks=SLOW) for x in (train.data_lib, planning, train))],
-    ids=str,
+    ("owner", "name"),
+    [
+        (loop, "compile_step"),
+        pytest.param(data, "load", marks=SLOW),
+        pytest.param(planning, "prepare", marks=SLOW),
+        pytest.param(train, "open_folder", marks=SLOW),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
-def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, owner):
-    names = {
-        train.data_lib: "load",
-        planning: "prepare",
-        train: "open_folder",
-        loop: "compile_step",
-    }
+def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, owner, name):
     with monkeypatch.context() as patch:
-        followed(patch, owner, names[owner], terminate)
+        followed(patch, owner, name, terminate)
         assert train.run(cfg) is None
     assert "stopped on SIGTERM before a step was done, nothing to save" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -683,7 +685,7 @@ def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, ow
     [
         (trainer.Trainer, "validate", 2, 16),
         (Checkpoints, "save", 2, 11),
-        (rundir.RunDir, "log", 3, 12),
+        pytest.param(rundir.RunDir, "log", 3, 12, marks=SLOW),
     ],
     ids=["evaluation", "saving", "logging"],
 )
@@ -696,6 +698,7 @@ def test_sigterm_in_steps_saves(monkeypatch, whole, cfg, capsys, owner, name, nt
     assert_goes_on_to(whole, cfg)
 
 
+@SLOW
 def test_sigterm_while_a_run_is_restored_loses_nothing(monkeypatch, whole, cfg, capsys):
     with monkeypatch.context() as patch:
         preceded(patch, Checkpoints, "save", terminate, 3)

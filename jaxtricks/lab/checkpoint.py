@@ -70,7 +70,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._sum_up,
-                # Where a directory can't be made, threads would wait ten minutes for it before the process ends.
+                # Else threads wait ten minutes for a directory that can't be made, and the process with them.
                 create_directories_asynchronously=False,
             ),
         )
