@@ -57,13 +57,23 @@ def test_a_pipeline_with_workers_resumes(place):
 @pytest.mark.parametrize("place", PLACES)
 def test_a_worker_that_is_killed_ends_in_an_error(place):
     iterator = iter(pipeline(place, slow=True))
-    for _ in range(3):
-        next(iterator)
+    got = [next(iterator).tolist() for _ in range(3)]
+    states = [iterator.get_state()]
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="terminated unexpectedly"):
-        for _ in iterator:
-            pass
+        for batch in iterator:
+            got.append(batch.tolist())
+            states.append(iterator.get_state())
     iterator.close()
+    assert len(got) < 40  # what the workers had ready, not the 75 batches there are
+    # What it gave out before is right, and from its last state all the rest follows.
+    again = iter(pipeline(place))
+    again.set_state(json.loads(json.dumps(states[-1])))
+    rest = [batch.tolist() for batch in again]
+    again.close()
+    whole = iter(pipeline(place))
+    assert got + rest == [batch.tolist() for batch in whole]
+    whole.close()
 
 
 @pytest.mark.slow

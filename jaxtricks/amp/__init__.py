@@ -76,6 +76,7 @@ from jaxtricks.amp.explain import Explanation, Island, explain
 from jaxtricks.amp.grads import (
     DynamicLossScaleState,
     SkipNonfiniteState,
+    applied,
     check,
     dynamic_loss_scale,
     loss_scale,
@@ -101,6 +102,7 @@ __all__ = [
     "SkipNonfiniteState",
     "StaticLossScale",
     "all_finite",
+    "applied",
     "autocast",
     "check",
     "dynamic_loss_scale",

@@ -22,12 +22,16 @@ class DynamicLossScaleState(NamedTuple):
       scale: the scale that the next gradients are expected to carry, float32 [].
       clean: finite steps since the scale last changed, int32 [].
       skipped: steps skipped so far, int32 [].
+      consecutive: skipped steps since the last finite one, int32 [].
+      max_consecutive: what `check` allows, int32 [].
       inner_state: state of the wrapped transformation.
     """
 
     scale: Any
     clean: Any
     skipped: Any
+    consecutive: Any
+    max_consecutive: Any
     inner_state: Any
 
     def metrics(self) -> dict[str, Any]:
@@ -118,6 +122,7 @@ def dynamic_loss_scale(
     growth: Scalar = 2.0,
     backoff: Scalar = 0.5,
     min_scale: Scalar = 1.0,
+    max_consecutive: Scalar = 50,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide gradients by the loss scale, skip the step if they are not finite, adapt the scale.
@@ -131,6 +136,8 @@ def dynamic_loss_scale(
       growth_interval: finite steps before the scale is multiplied by `growth`.
       growth, backoff: factors after growth_interval finite steps and after a non-finite one.
       min_scale: the scale never falls below it.
+      max_consecutive: more skipped steps in a row than this make `check` raise. A scale that is too
+        large is halved once a step, from 2**15 to 1 in 15: more are not the scale's fault.
       axis_name: see `all_finite`: devices that hold different gradients skip together.
 
     Returns:
@@ -160,7 +167,8 @@ def dynamic_loss_scale(
                 "amp.dynamic_loss_scale: `inner` has a loss scale of its own, which would divide again; "
                 "keep the outermost one"
             )
-        return DynamicLossScaleState(jnp.float32(init), jnp.int32(0), jnp.int32(0), inner_state)
+        counters = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(max_consecutive)
+        return DynamicLossScaleState(jnp.float32(init), *counters, inner_state)
 
     def update_fn(
         updates: Any, state: DynamicLossScaleState, params: Params | None = None, **extra: Any
@@ -171,8 +179,9 @@ def dynamic_loss_scale(
         scale, clean = next_scale(
             state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
         )
-        skipped = state.skipped + (~finite).astype(jnp.int32)
-        return updates, DynamicLossScaleState(scale, clean, skipped, inner_state)
+        skipped, consecutive = _counted(finite, state)
+        counters = clean, skipped, consecutive, state.max_consecutive
+        return updates, DynamicLossScaleState(scale, *counters, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
 
@@ -205,8 +214,7 @@ def skip_nonfinite(
     ) -> tuple[Any, SkipNonfiniteState]:
         finite = all_finite(updates, axis_name)
         updates, inner_state = _guarded(inner, finite, updates, state.inner_state, params, extra)
-        consecutive = jnp.where(finite, 0, state.consecutive + 1)
-        skipped = state.skipped + (~finite).astype(jnp.int32)
+        skipped, consecutive = _counted(finite, state)
         return updates, SkipNonfiniteState(consecutive, skipped, state.max_consecutive, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
@@ -228,17 +236,59 @@ def loss_scale(opt_state: Any) -> Array:
 
 
 def check(opt_state: Any) -> None:
-    """Raise if more steps in a row were skipped than `skip_nonfinite` allows (reads from device).
+    """Raise if more steps in a row were skipped than max_consecutive allows (reads from the device).
+
+    Args:
+      opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without, nothing is checked.
 
     Raises:
       FloatingPointError: with the number of skipped steps.
     """
-    for state in _states(opt_state, SkipNonfiniteState):
+    for state in _states(opt_state, _SKIPPING):
         if state.consecutive > state.max_consecutive:
             raise FloatingPointError(
                 f"amp.check: gradients were not finite for {int(state.consecutive)} steps in a row; "
                 "lower the learning rate or look for the first NaN with jax_debug_nans"
             )
+
+
+def applied(before: Any, after: Any) -> Array:
+    """Whether the step between two optimizer states was applied, not skipped: bool [].
+
+    What a step changes besides parameters, such as the statistics of a batch normalization, is to be kept
+    as it was when the step is skipped:
+
+        model_state = amp.select_tree(amp.applied(opt_state, new_opt_state), new_model_state, model_state)
+
+    Args:
+      before, after: optimizer states around one `update`.
+
+    Raises:
+      ValueError: nothing in them skips steps.
+
+    Example:
+      >>> tx = dynamic_loss_scale(optax.sgd(1.0))
+      >>> state = tx.init(jnp.ones(2))
+      >>> bool(applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
+      False
+    """
+    pairs = list(zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=True))
+    if not pairs:
+        raise ValueError(
+            "amp.applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "
+            "optimizer in one of them"
+        )
+    return jnp.stack(
+        [jnp.asarray(new.skipped) == jnp.asarray(old.skipped) for old, new in pairs]
+    ).all()
+
+
+_SKIPPING = (DynamicLossScaleState, SkipNonfiniteState)
+
+
+def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
+    """(skipped, consecutive) after a step."""
+    return state.skipped + (~finite).astype(jnp.int32), jnp.where(finite, 0, state.consecutive + 1)
 
 
 def _guarded(
@@ -251,6 +301,6 @@ def _guarded(
     return updates, select_tree(finite, new_state, state)
 
 
-def _states(opt_state: Any, kind: type) -> list[Any]:
+def _states(opt_state: Any, kind: type | tuple[type, ...]) -> list[Any]:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [x for x in nodes if isinstance(x, kind)]

@@ -68,7 +68,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._sum_up,
+                # Else threads wait ten minutes for a directory that can't be made, and the process with them.
+                create_directories_asynchronously=False,
+            ),
         )
         self._manager = self._writing(lambda: ocp.CheckpointManager(self._folder, options=options))
 

@@ -182,6 +182,18 @@ def differentiate(cfg: Train, loss_fn: Callable[..., Any], opt_state: Any) -> Ca
     return jt.amp.value_and_grad(loss_fn, scale=jt.amp.loss_scale(opt_state), has_aux=True)
 
 
+def kept(cfg: Train, before: Any, after: Any, old: Any, new: Any) -> Any:
+    """The model's state after a step.
+
+    Args:
+      cfg: the settings.
+      before, after: optimizer states around the step.
+      old, new: the model's statistics and RNG counts.
+    """
+    # amp: a skipped step leaves statistics of its batch behind no more than it does parameters.
+    return jt.amp.select_tree(jt.amp.applied(before, after), new, old) if cfg.tricks.amp else new
+
+
 def build_reads(cfg: Train, batch: int) -> Callable[[Any], Any]:
     """IterDataset -> IterDataset between reading and batching; a step takes `batch` examples here."""
     # echo: each image read goes out echo_factor times, whole batches apart, augmented anew on device.

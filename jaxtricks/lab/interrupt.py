@@ -8,10 +8,16 @@ from typing import Any
 from jaxtricks.lab.hosts import Hosts
 
 
+class StopError(BaseException):
+    """SIGTERM before the first step. No Exception: what handles errors must not take it for one."""
+
+
 class Interrupt:
     """Turns SIGTERM (a machine that is taken back) and Ctrl-C into a flag while it is entered.
 
-    A second Ctrl-C is a KeyboardInterrupt at once. Outside the main thread signals can't be caught, and
+    Before `wait` is called, while a run starts up, there is nothing to save, and compiling may take longer
+    than a machine that is taken back has left: SIGTERM is then a `StopError` at once, and Ctrl-C, as always,
+    a KeyboardInterrupt; so is a second Ctrl-C later. Outside the main thread signals can't be caught, and
     nothing changes. With several hosts jax.distributed catches SIGTERM, which Ctrl-C becomes too: one of
     them is enough to stop all after the same step.
 
@@ -24,7 +30,7 @@ class Interrupt:
 
     def __init__(self, hosts: Hosts) -> None:
         self.signal = ""
-        self._hosts = hosts
+        self._hosts, self._waits = hosts, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -33,6 +39,10 @@ class Interrupt:
             for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
                 self._before[number] = signal.signal(number, self._note if alone else _pass_on)
         return self
+
+    def wait(self) -> None:
+        """From now on a signal waits for the end of a step."""
+        self._waits = True
 
     def due(self, step: int) -> bool:
         """Whether to stop after this step; called at every step."""
@@ -50,9 +60,12 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == "SIGINT" and number == signal.SIGINT:
+        again = self.signal == "SIGINT" or not self._waits
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+        if not self._waits:
+            raise StopError
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

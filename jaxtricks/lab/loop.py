@@ -137,6 +137,9 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
             if rate is not None:
                 updates = optax.tree.scale(rate, updates)
             params = optax.apply_updates(state.params, updates)
+            model_state = compose.kept(
+                cfg, state.opt_state, opt_state, state.model_state, model_state
+            )
             new = TrainState(
                 params, model_state, opt_state, state.step + 1, state.key, state.counts
             )

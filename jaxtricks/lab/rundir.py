@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,9 @@ class RunDir:
         if self.resumed:
             check_same(path, self._before(), about)
             return
-        if self.path.exists() and any(self.path.iterdir()):
+        # One that was killed while it wrote its first file has not begun.
+        begun = f".{CONFIG}.partial"
+        if self.path.exists() and any(p.name != begun for p in self.path.iterdir()):
             holds = "holds no run to resume" if resume else "already holds a run"
             cure = "give another" if resume else "give another or remove it, or go on with --resume"
             raise UserError(f"--out {path} {holds}: {cure}")
@@ -85,6 +88,21 @@ class RunDir:
         if problem or before.get("config") is None:
             raise UserError(f"{path} is of no run ({problem or 'no config'}): give another --out")
         return {name: value for name, value in before.items() if value is not None}
+
+
+def check_writable(path: str) -> None:
+    """Try to write where a run directory is or will be; leaves nothing behind.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    folder = pathlib.Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    with writing(pathlib.Path(path)):
+        if folder.is_dir():  # what `RunDir` says of a file is more to the point
+            with tempfile.TemporaryFile(dir=folder):
+                pass
 
 
 def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ from rich.progress import (
 )
 
 from jaxtricks import _table
-from jaxtricks.lab import about, hosts, planning, writers
+from jaxtricks.lab import about, hosts, planning, rundir, writers
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
-from jaxtricks.lab.interrupt import Interrupt
+from jaxtricks.lab.interrupt import Interrupt, StopError
 from jaxtricks.lab.rundir import RESULT, RunDir
 from jaxtricks.lab.trainer import Trainer
 
@@ -51,6 +51,24 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
     together = hosts.Hosts()
     console = Console(quiet=not hosts.first())
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    try:
+        with Interrupt(together) as interrupt:
+            return _run(cfg, command, together, interrupt, console, say)
+    except StopError:
+        say("stopped on SIGTERM before a step was done, nothing to save: go on with --resume")
+        return None
+
+
+def _run(
+    cfg: Train,
+    command: str,
+    together: hosts.Hosts,
+    interrupt: Interrupt,
+    console: Console,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    # A disk that can't be written is said before anything is computed.
+    together.on_first(lambda: rundir.check_writable(cfg.out))
     data = load(cfg)
     # A mistake here must leave no directory behind.
     prepared = planning.prepare(cfg, data)
@@ -64,7 +82,6 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
     if prepared.plan:
         say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt(together))
         checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
         stack.callback(checkpoints.close)
         trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)

@@ -12,6 +12,7 @@ from jaxtricks.lab import collectives, feed, loop, planning
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train, UserError
+from jaxtricks.lab.divergence import Divergence
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.hosts import Hosts, first
 from jaxtricks.lab.interrupt import Interrupt
@@ -42,13 +43,14 @@ class Trainer:
         self.state = program.start(cfg.seed, data.counts)
         self.batches = feed.Feed(cfg, data, self.place)
         self.meter, self.bytes_before = loop.Meter(), 0
+        self.divergence = Divergence(cfg, self.place)
         batch = loop.batch_shapes(cfg, data, self.place)
         self.compiled = loop.compile_step(program, self.state, batch)
 
     def restore(self, tell: Callable[[str], None], session: dict[str, Any]) -> int:
         """Go back to the newest checkpoint and cut the logs there; the number of steps done."""
         restored = self.checkpoints.restore(self.state, tell) or Restored(0, self.state, None)
-        self.state = restored.state
+        self.state, self.divergence.saved = restored.state, restored.step
         if restored.host:
             self._continue(restored, tell)
         self.hosts.on_first(lambda: self.folder.begin_again(restored.step, session))
@@ -73,6 +75,7 @@ class Trainer:
     def fit(self, start: int, interrupt: Interrupt, outputs: list[Any], progress: Progress) -> None:
         """Train from `start` to the last step, or until interrupted; log, evaluate and save on the way."""
         cfg = self.cfg
+        interrupt.wait()
         window = Window(start)
         # A step that is evaluated ends a window of the log.
         every = -(-(cfg.eval_every or max(1, cfg.steps // 5)) // cfg.log_every) * cfg.log_every
@@ -81,6 +84,7 @@ class Trainer:
         def after(done: int, state: loop.TrainState, means: dict[str, float] | None) -> bool:
             self.state = state
             if means is not None:
+                self.divergence.check(done, [means["loss"]], state)
                 timing = window.timing(done, cfg.batch)
                 if done % every == 0 or done == cfg.steps:
                     means = {**means, **self.validate()}
@@ -116,13 +120,19 @@ class Trainer:
         return {f"val_{name}": summary[name] for name in _CURVES if name in summary}
 
     def save(self, step: int) -> None:
-        """A checkpoint of everything that the next step depends on."""
+        """A checkpoint of everything that the next step depends on.
+
+        Raises:
+          UserError: it would hold what is not finite, or can't be written.
+        """
+        self.divergence.check(step, [row["loss"] for row in self.meter.rows()], self.state)
         host = {
             "feeds": self.hosts.gather(self.batches.get_state()),
             "window": self.meter.rows(),
             "bytes_read": self.bytes_read(),
         }
         self.checkpoints.save(step, self.state, host)
+        self.divergence.saved = step
 
     def bytes_read(self) -> int:
         """Bytes of examples read by all hosts, earlier sessions included; the prefetched ones count."""
