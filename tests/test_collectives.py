@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,6 +45,7 @@ def by_hand(x, y):
     return total, gathered, part, turned, moved, looped
 
 
+@pytest.mark.devices
 def test_a_compiled_program():
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
@@ -65,6 +67,7 @@ def test_a_compiled_program():
     assert collectives.table(found).rows[:2] == (("all-gather", 1, 128), ("all-reduce", 2, 288))
 
 
+@pytest.mark.devices
 def test_what_the_compiler_puts_in_itself():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = (NamedSharding(mesh, spec) for spec in (P("data"), P()))

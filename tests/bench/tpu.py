@@ -34,12 +34,17 @@ HEADERS = ("optimizer", "bytes/param", "to adamw", "temp MiB", "state/param")
 
 
 @functools.cache
-def chip() -> SingleDeviceSharding:
-    """The first chip of the topology; it need not exist."""
+def chips() -> list[Any]:
+    """The chips of the topology; they need not exist."""
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGY, chips_per_host_bounds=(2, 2, 1)
     )
-    return SingleDeviceSharding(found.devices[0])
+    return list(found.devices)
+
+
+def chip() -> SingleDeviceSharding:
+    """The first of them."""
+    return SingleDeviceSharding(chips()[0])
 
 
 def place(tree: Any) -> Any:
