@@ -16,6 +16,7 @@ os.environ.update(
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_WORKER_ID="0",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: several processes may compile at once
 )  # before jax is imported; without them libtpu asks a metadata server and waits
 
 import functools
