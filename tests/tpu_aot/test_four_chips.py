@@ -45,12 +45,12 @@ def test_fsdp_gathers_every_parameter_once_and_for_the_model_only(found):
     """Kept for the backward pass; those of products in bfloat16, as the TPU multiplies float32."""
     cost = found[FSDP]
     size, names = sent(cost, "all-gather")
-    assert 0.5 * cost.params <= size <= 0.6 * cost.params
+    assert 0.49 * cost.params <= size <= 0.52 * cost.params
     assert all("jvp" in name and "sharding_constraint" in name for name in names)
 
 
 def test_fsdp_splits_the_sums_of_gradients(found):
-    """A reduce-scatter of nearly all; the compiler sums the few small ones whole, with the statistics."""
+    """A reduce-scatter of nearly all; a few small ones are summed whole, with the statistics."""
     cost = found[FSDP]
     size, _ = sent(cost, "reduce-scatter")
     assert 0.95 * cost.params <= 4 * size <= cost.params
