@@ -8,8 +8,9 @@ PYTEST_WORKERS ?= 2
 # By files: what a file builds and compiles once stays in one process.
 PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
+GPU_VENV ?= $(VENV)-gpu
 
-.PHONY: demo test test-all test-colab multihost check format bench clean
+.PHONY: demo test test-all test-colab multihost gpu-check check format bench clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +29,7 @@ test: $(VENV)/.installed
 # (beartype: the package `tests` imports it.)
 $(TPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(TPU_VENV)
-	$(TPU_VENV)/bin/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[tpu]' beartype
+	$(TPU_VENV)/bin/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab,tpu]' beartype
 	touch $@
 
 test-all: $(VENV)/.installed $(TPU_VENV)/.installed
@@ -37,6 +38,21 @@ test-all: $(VENV)/.installed $(TPU_VENV)/.installed
 # Two processes of four devices each on this machine: trained, killed, resumed; about five minutes.
 multihost: $(VENV)/.installed
 	$(BIN)/python -m pytest -v tests/test_multihost.py
+
+$(GPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab,test,cuda]'
+	touch $@
+
+# On a machine with one NVIDIA GPU: the benches into gpu.md, then the suite. Its tests compare in float32 and
+# bit by bit: no TF32, one order of sums. (cpu: callbacks run there.)
+GPU_PLATFORM ?= cuda,cpu
+gpu-check: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+gpu-check: $(GPU_VENV)/.installed
+	JAX_PLATFORMS=$(GPU_PLATFORM) $(GPU_VENV)/bin/python -m tests.bench.gpu --out tests/bench/results/gpu.md
+	TEST_PLATFORM=$(GPU_PLATFORM) NVIDIA_TF32_OVERRIDE=0 \
+	XLA_FLAGS='--xla_gpu_enable_triton_gemm=false --xla_gpu_deterministic_ops=true' \
+	$(PYTEST:$(BIN)/%=$(GPU_VENV)/bin/%) -m 'not slow'
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -57,4 +73,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(TPU_VENV) .venv-colab .venv-colab-tpu runs
+	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) .venv-colab .venv-colab-tpu runs

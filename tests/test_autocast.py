@@ -16,6 +16,10 @@ from jaxtricks import _jaxpr, _tree, amp
 from tests import zoo
 from tests.bench.amp_peers import PRODUCTS, distance, gradient64
 
+CASES = [
+    pytest.param(name, marks=pytest.mark.devices) if name.endswith("parallel") else name
+    for name in zoo.CASES
+]
 W, X = zoo.kernels(1)[0], zoo.draw(zoo.BATCH, zoo.WIDTH)
 SUMS = {"reduce_sum", "reduce_prod", "cumsum", "scatter-add", "reduce_window_sum", "psum"}
 SUMS |= {"psum2", "psum_invariant", "select_and_scatter_add", "reduce_scatter"}
@@ -51,7 +55,7 @@ def operands(fn, *args):
 
 @pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
 @pytest.mark.parametrize("low", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", zoo.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_products_are_low_and_sums_are_not(name, low, order):
     loss, args = case(name)
     fn = around(loss, order, f"p=f32,c={low},o=f32")
@@ -69,14 +73,14 @@ def test_products_are_low_and_sums_are_not(name, low, order):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", zoo.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_nothing_in_the_zoo_is_unknown(name):
     loss, args = case(name)
     found = amp.explain(jax.grad(loss), *args)
     assert found.unknown == {} and found.opaque == {} and found.full == 0 and found.low >= 2
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.CASES if n != "LSTM"])
+@pytest.mark.parametrize("name", [n for n in CASES if n != "LSTM"])
 def test_gradients_are_as_close_as_cast_by_hand(name):
     loss, args = case(name)
     exact = gradient64(loss, args)
@@ -195,6 +199,7 @@ def test_static_arguments_and_outputs():
     np.testing.assert_array_equal(same, X @ W)
 
 
+@pytest.mark.devices
 def test_names_and_shardings_and_donation_survive():
     mesh = jax.make_mesh((4,), ("data",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +34,40 @@ def test_asynchronous_forms_tuples_and_narrow_types():
     ]
 
 
+# As the TPU's compiler writes a gather that a product overlaps, another on its channel, a reduce-scatter
+# of two leaves, and a sum.
+FUSED = """
+%async_start (p: bf16[64]) -> (bf16[64], bf16[256]) {
+  %ag.1 = bf16[256]{0:T(256)} all-gather(%p), channel_id=4, frontend_attributes={chain_id="0"}, op_name="w"
+  ROOT %start = (bf16[64]{0}, bf16[256]{0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%fused (p: bf16[64]) -> f32[8] {
+  %ag.2 = bf16[256]{0:S(1)} all-gather(%p), channel_id=4, frontend_attributes={chain_id="0"}, op_name="w"
+}
+
+%all-reduce-scatter.6 (a: f32[256,8], b: f32[16]) -> (f32[64,8], /*index=1*/f32[4]) {
+  %a = f32[256,8]{1,0:T(8,128)} parameter(0)
+  %ar = (f32[256,8]{1,0:T(8,128)}, f32[16]{0}) all-reduce(%a, %b), channel_id=9, to_apply=%add
+}
+
+ENTRY %main (p: bf16[64]) -> f32[8] {
+  %ag.3 = bf16[512]{0} all-gather(%p), channel_id=4, frontend_attributes={async_collective_name="ag"}
+  ROOT %sum = f32[8]{0} all-reduce(%g), channel_id=9, to_apply=%add
+}
+"""
+
+
+def test_what_a_tpu_sends_while_it_computes_is_counted_once():
+    found = [(c.kind, c.bytes, c.name) for c in collectives.census(FUSED)]
+    assert found == [
+        ("all-gather", 256 * 2, "w"),
+        ("reduce-scatter", (64 * 8 + 4) * 4, ""),
+        ("all-gather", 512 * 2, ""),
+        ("all-reduce", 8 * 4, ""),
+    ]
+
+
 def by_hand(x, y):
     """Every kind over the axes data=4 and model=2; the sum over model inside a loop."""
     total = jax.lax.psum(y, "data")
@@ -44,6 +79,7 @@ def by_hand(x, y):
     return total, gathered, part, turned, moved, looped
 
 
+@pytest.mark.devices
 def test_a_compiled_program():
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
@@ -65,6 +101,7 @@ def test_a_compiled_program():
     assert collectives.table(found).rows[:2] == (("all-gather", 1, 128), ("all-reduce", 2, 288))
 
 
+@pytest.mark.devices
 def test_what_the_compiler_puts_in_itself():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = (NamedSharding(mesh, spec) for spec in (P("data"), P()))

@@ -160,6 +160,7 @@ class TestAdafactor:
         assert 1e-10 < wrong < 1e-6, MEMOPT
         np.testing.assert_allclose(last(ours(), sizes, p), expected, rtol=1e-15)
 
+    @pytest.mark.devices
     def test_state_has_placeholders_that_no_sharding_fits(self):
         shapes, _ = state_shapes(optax.adafactor(1e-2), (256,))
         assert shapes == [(1,), (1,), (256,)], MEMOPT
@@ -175,6 +176,7 @@ class TestAdafactor:
         assert state_shapes(memopt.adafactor(1e-2), (256,))[0] == [(256,)]
         assert state_shapes(memopt.adafactor(1e-2), (256, 512))[0] == [(256,), (512,)]
 
+    @pytest.mark.devices
     def test_state_moves_after_the_first_step(self):
         mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
         tx, place = optax.adafactor(1e-2), NamedSharding(mesh, P("data", "model"))

@@ -167,6 +167,7 @@ def test_empty_mask_is_defined(ours):
     assert np.all(np.asarray(norm.mean[...]) == 0) and float(norm.var[...]) == 1
 
 
+@pytest.mark.devices
 def test_shards_with_unequal_counts_equal_one_device(ours):
     """Eight devices, one with nothing to count; values and gradients."""
     rng = np.random.default_rng(0)
@@ -356,6 +357,7 @@ def test_derivatives_without_a_mask(x64, ours, variance):
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("axis", ["batch", "channels", "height"])
 def test_sharded_arrays_under_jit_equal_one_device(ours, axis):
     """No axis_name: the arrays are global, whatever the layout."""

@@ -206,6 +206,7 @@ def test_evaluation_in_bfloat16():
     assert error["ours"] < 0.02
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 @pytest.mark.parametrize("axis", ["batch", "channels"])
 def test_sharded_arrays_under_jit(framework, axis):

@@ -78,6 +78,7 @@ def test_donation_is_of_the_carry_only_and_mistakes_are_named():
     assert not kept.is_deleted()
 
 
+@pytest.mark.devices
 def test_it_runs_inside_the_users_own_jit_and_on_a_mesh():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -119,6 +119,7 @@ def test_the_device_is_read_only_every_k_steps(digits, monkeypatch):
     assert reads == [3, 3, 1]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("tricks", [(), jt.KEYS], ids=["none", "all"])
 def test_four_devices_compute_what_one_computes(digits, tricks):
     keys = [k for k in tricks if k != "amp"]  # bfloat16 would round the two sums differently
@@ -252,6 +253,7 @@ def test_label_smoothing_raises_the_loss_by_its_share():
     np.testing.assert_allclose(losses[1] - losses[0], 0.5 * 9 * 2 / 3, rtol=1e-4)
 
 
+@pytest.mark.devices
 def test_too_many_devices_is_a_users_mistake():
     with pytest.raises(UserError, match="--mesh data=9 has 9 devices, but there are 8"):
         Placement.of(Parallel(mesh="data=9"))

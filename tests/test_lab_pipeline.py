@@ -167,6 +167,7 @@ def test_text_is_stacked_too():
     assert batch["text"].shape == (5, 17) and batch["text"].dtype == np.int32
 
 
+@pytest.mark.devices
 def test_batches_are_spread_over_a_mesh_and_the_state_is_the_consumers():
     place = Placement.of(Parallel(mesh="data=8"))
 

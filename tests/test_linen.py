@@ -192,6 +192,7 @@ def test_roles_of_a_model(axis):
     assert expected.items() <= got.items()
 
 
+@pytest.mark.devices
 def test_initializing_leaves_statistics_and_skips_collectives():
     norm = jt.linen.ExtendedBatchNorm(axis_name="data", momentum=0.5)
     variables = norm.init(jax.random.key(0), X)  # no axis is bound here

@@ -338,6 +338,7 @@ def test_low_precision_logits_are_summed_in_float32():
     assert longtail.posthoc.adjust(z, COUNTS).dtype == jnp.float32
 
 
+@pytest.mark.devices
 def test_batches_sharded_over_devices_give_the_same():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -251,6 +251,7 @@ def test_paco_masks_and_labels_outside():
     np.testing.assert_array_equal(outside.labels, state.labels)
 
 
+@pytest.mark.devices
 def test_paco_fills_one_queue_from_all_devices():
     rng = np.random.default_rng(3)
     f, k = (unit(rng.normal(size=(16, 3))).astype(np.float32) for _ in range(2))

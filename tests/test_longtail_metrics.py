@@ -96,6 +96,7 @@ def test_golden_calibration_of_groups_adds_up(golden):
         np.testing.assert_allclose(mean, arrays[f"metrics/a__ece_15__{theirs}"][filled], rtol=1e-5)
 
 
+@pytest.mark.devices
 def test_states_of_devices_and_hosts_add_up():
     labels, predictions, confidence, counts = rows(2, n=640)
     labels[:3] = [-1, 12, 99]

@@ -171,6 +171,7 @@ def test_shares_of_hosts_are_the_draw_of_one():
         np.testing.assert_array_equal(np.concatenate(aware), want)
 
 
+@pytest.mark.devices
 def test_eight_devices_draw_their_own_parts():
     table = sampling.table(LABELS, sampling.class_probabilities(COUNTS, 0.5))
     key, mesh = jax.random.key(1), Mesh(np.array(jax.devices()[:8]), ("data",))

@@ -220,6 +220,7 @@ def test_the_state_carries_no_gradient(name):
     assert not np.any(jax.grad(later)(a))
 
 
+@pytest.mark.devices
 @every
 def test_devices_hold_one_state(name):
     pair, steps = PAIRS[name](axis_name="data"), floats()

@@ -93,6 +93,7 @@ def test_specs_are_those_of_the_parameters_without_the_reduced_axes(name):
         assert specs.m["w"].scale == P("data", "model")
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 @pytest.mark.parametrize("name", PLACED)
 def test_init_places_the_state_and_steps_keep_it_there(name, kind):
@@ -124,6 +125,7 @@ def test_specs_of_any_chain():
     assert (clip.clipped_fraction, clip.max_ratio, rounding.count) == (P(), P(), P())
 
 
+@pytest.mark.devices
 def test_specs_serve_out_shardings():
     tx, mesh = PLACED["adafactor"][0], mesh_of(AxisType.Auto)
     params = on_mesh(mesh, arrays())
@@ -172,6 +174,7 @@ def test_table_names_what_did_not_factor_and_what_that_costs():
     assert memopt.state_table(optax.adam(1e-3), arrays()).notes == ()
 
 
+@pytest.mark.devices
 def test_table_has_a_column_for_one_device():
     mesh = mesh_of(AxisType.Auto)
     table = memopt.state_table(optax.adam(1e-3), on_mesh(mesh, arrays()))

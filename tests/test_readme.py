@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import nnx
 
 import jaxtricks as jt
@@ -59,6 +60,7 @@ def test_a_loss_is_made_low(capsys):
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.devices
 def test_state_lies_where_the_parameters_lie(capsys):
     code = next(
         c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "make_mesh" in c

@@ -157,6 +157,7 @@ def test_bfloat16_and_integer_only_functions():
     assert remat.recompute_grad(lambda: jnp.ones(2))().shape == (2,)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_arguments_keep_their_sharding(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))

@@ -218,6 +218,7 @@ def test_mistakes_are_one_sentence():
         refused(loss, params, x, topology="v5e")
 
 
+@pytest.mark.devices
 def test_collectives_are_never_run_twice():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     p = jax.sharding.PartitionSpec

@@ -257,6 +257,7 @@ def test_ensembles_scans_and_recomputation():
         close(a, b)
 
 
+@pytest.mark.devices
 def test_sharded_inputs():
     node = jax.tree.map(lambda a: a[0], layers(1))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))

@@ -177,6 +177,7 @@ def test_ctrl_c_saves_too(tmp_path):
     assert steps_of(tmp_path / "run") == [3]
 
 
+@pytest.mark.devices
 def test_text_and_two_devices_resume_bit_equal(tmp_path):
     text = Text(context=16, features=16, layers=1, heads=2)
     cfg = dataclasses.replace(

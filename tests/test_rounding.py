@@ -165,6 +165,7 @@ def test_bits_are_of_seed_step_and_path(ours):
         assert 0.05 < np.mean(np.asarray(other) != np.asarray(first["a"])) < 0.5
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_shards_do_not_change_the_bits(kind, ours):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))

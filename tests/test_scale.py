@@ -25,6 +25,7 @@ def trained(devices, recompute, policy="p=f32,c=f32,o=f32", steps=3):
     return losses, params
 
 
+@pytest.mark.devices
 def test_eight_devices_train_as_one_and_hold_an_eighth():
     one, _ = trained(1, lambda layer: layer)
     eight, params = trained(8, jt.remat.recompute_grad)
@@ -34,6 +35,7 @@ def test_eight_devices_train_as_one_and_hold_an_eighth():
         assert x.addressable_shards[0].data.size * 8 == x.size
 
 
+@pytest.mark.devices
 def test_autocast_of_the_sharded_step_is_close():
     low, _ = trained(8, jt.remat.recompute_grad, "p=f32,c=bf16,o=f32", steps=2)
     full, _ = trained(8, jt.remat.recompute_grad, steps=2)

@@ -21,6 +21,8 @@ from jaxtricks import _compat, amp, longtail, memopt, remat
 from jaxtricks.lab import collectives
 from tests import registry
 
+pytestmark = pytest.mark.devices
+
 LAYOUTS = {"data": ((8,), ("data",)), "grid": ((4, 2), ("data", "model"))}
 both_kinds = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 

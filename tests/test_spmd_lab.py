@@ -13,6 +13,8 @@ from jaxtricks.lab import collectives, data, loop
 from jaxtricks.lab.config import IDLE, Text, Train, Tricks
 from jaxtricks.lab.parallel_config import Parallel
 
+pytestmark = pytest.mark.devices
+
 STEPS = 4
 # amp rounds to bfloat16, and sums in another order round differently; echo changes only what is read.
 TRICKS = tuple(key for key in KEYS if key not in ("amp", "echo"))

@@ -4,17 +4,14 @@
 greet every command that looks for devices) and names its interpreter in TPU_PYTHON.
 """
 
-import json
-import os
-import pathlib
-import subprocess
 from typing import NamedTuple
 
 import pytest
 
 from tests.bench import common
+from tests.tpu_aot import compiled
 
-ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.tpu
 SCRIPT = "import json; from tests.bench import tpu; print(json.dumps(tpu.rows(tpu.leaf())))"
 # Bytes accessed on one 8192 x 8192 leaf, as a ratio to AdamW's 28 a parameter (p, g, m, v read, p, m, v
 # written), and 1 % more.
@@ -34,27 +31,6 @@ class Row(NamedTuple):
     ratio: float
     temp: float
     state: float
-
-
-def interpreter() -> str:
-    """The one of TPU_PYTHON, which must work; else that of ./.venv-tpu, if there is one."""
-    found = os.environ.get("TPU_PYTHON", "")
-    if not found:
-        found = str(ROOT / ".venv-tpu" / "bin" / "python")
-        if not os.path.exists(found):
-            pytest.skip(
-                "needs libtpu: `make test-all` installs it, or name an interpreter in TPU_PYTHON"
-            )
-    return found
-
-
-def compiled(script: str) -> list[list]:
-    """What the script prints, from a process that compiles for the TPU."""
-    done = subprocess.run(
-        [interpreter(), "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -20,6 +20,11 @@ KINDS = (
 _LINE = re.compile(rf"^\s*(?:ROOT )?\S+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([^\]]*)\]")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
+# One collective of the TPU's compiler that is sent while others compute has these in each of its parts.
+_CHAIN = re.compile(r'channel_id=(\d+).*\bchain_id="(\d+)"')
+# The TPU's compiler writes a reduce-scatter as a computation of this name, with an all-reduce inside:
+# "%all-reduce-scatter.6 (input_0: ...) -> (f32[256,64], f32[64]) {".
+_SCATTER = re.compile(r"^%all-reduce-scatter\S* \(.*\) -> (.+) \{$")
 
 
 class Collective(NamedTuple):
@@ -42,7 +47,8 @@ def census(program: Any) -> tuple[Collective, ...]:
     """The collectives of a program, in the order of its text.
 
     Those inside a loop's body are counted once, however often it runs, and those of all branches of a
-    conditional, of which one runs.
+    conditional, of which one runs. What the TPU's compiler sends while it computes is in its text once
+    for every computation that it overlaps: counted once.
 
     Args:
       program: what `jax.jit(fn).lower(...).compile()` returns, or its HLO text.
@@ -56,8 +62,16 @@ def census(program: Any) -> tuple[Collective, ...]:
       (Collective(kind='all-reduce', bytes=28, name=''),)
     """
     text = program if isinstance(program, str) else program.as_text()
-    found = ((line, _LINE.match(line)) for line in text.splitlines())
-    return tuple(_collective(line, match) for line, match in found if match)
+    found: dict[Any, Collective] = {}
+    scattered = None
+    for i, line in enumerate(text.splitlines()):
+        if line.endswith("{"):  # a computation begins
+            header = _SCATTER.match(line)
+            scattered = header and header.group(1)
+        elif match := _LINE.match(line):
+            chain = _CHAIN.search(line)
+            found.setdefault(chain.groups() if chain else i, _collective(line, match, scattered))
+    return tuple(found.values())
 
 
 def table(found: tuple[Collective, ...]) -> _table.Table:
@@ -80,8 +94,10 @@ def table(found: tuple[Collective, ...]) -> _table.Table:
     return _table.make(("collective", "how many", "bytes"), rows)
 
 
-def _collective(line: str, match: re.Match[str]) -> Collective:
+def _collective(line: str, match: re.Match[str], scattered: str | None) -> Collective:
     shape, kind, start = match.groups()
+    if scattered and kind == "all-reduce":
+        shape, kind = scattered, "reduce-scatter"
     shape = re.sub(r"\{[^}]*\}", "", shape)  # layouts have parentheses of their own
     if start and kind != "all-reduce":  # (operands, results, ...)
         shape = _entries(shape)[1]

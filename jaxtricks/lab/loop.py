@@ -77,13 +77,19 @@ class Program(NamedTuple):
         return jax.jit(init, out_shardings=self.shardings)()
 
 
-def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program:
+def build(
+    cfg: Train,
+    data: data_lib.Data,
+    rate: float | None = None,
+    place: Placement | None = None,
+) -> Program:
     """Compose model, loss and optimizer for a run.
 
     Args:
       cfg: the settings.
       data: what the model is for.
       rate: a constant learning rate in place of the schedule.
+      place: where its arrays lie; None is as the settings say, on the devices at hand.
     """
 
     def build_model(key: Key) -> nnx.Module:
@@ -94,7 +100,7 @@ def build(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Program
     apply, shapes, _ = jt.nnx.functional(model)
     roles = jt.nnx.roles(model)
     tx = compose.build_optimizer(cfg, roles, rate)
-    place = Placement.of(cfg.parallel)
+    place = place or Placement.of(cfg.parallel)
     place.check(cfg.micro_batch)
     stored, used = place.stored(shapes, roles), place.used(shapes, roles)
     constrained = jax.lax.with_sharding_constraint if place.mesh.size > 1 else lambda x, _: x

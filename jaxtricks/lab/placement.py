@@ -1,6 +1,7 @@
 """Where a run's arrays lie: a mesh of devices, what is split over it, and who reads what."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +32,18 @@ class Placement(NamedTuple):
     fsdp: bool = False
 
     @classmethod
-    def of(cls, cfg: Parallel) -> "Placement":
+    def of(cls, cfg: Parallel, devices: Sequence[Any] | None = None) -> "Placement":
         """The mesh of the settings over the first devices; several hosts use all devices.
+
+        Args:
+          cfg: the settings.
+          devices: to choose from; None is those at hand, others need not be attached
+            (`jax.experimental.topologies`).
 
         Raises:
           UserError: fewer devices than asked for, or some of a host's left over.
         """
-        have, axes = jax.devices(), cfg.axes
+        have, axes = devices or jax.devices(), cfg.axes
         if not axes:
             axes = {DATA: len(have) if jax.process_count() > 1 else 1, MODEL: 1}
         need = axes[DATA] * axes[MODEL]

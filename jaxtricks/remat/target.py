@@ -10,8 +10,10 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-# libtpu asks a metadata server what it runs on, and waits for it, unless it is told.
+# libtpu asks a metadata server what it runs on, and waits for it, unless it is told; and lets one process at
+# a time use it, as if it held a chip.
 _NO_SERVER = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",

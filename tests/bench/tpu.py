@@ -16,6 +16,7 @@ os.environ.update(
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_WORKER_ID="0",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: several processes may compile at once
 )  # before jax is imported; without them libtpu asks a metadata server and waits
 
 import functools
@@ -34,12 +35,17 @@ HEADERS = ("optimizer", "bytes/param", "to adamw", "temp MiB", "state/param")
 
 
 @functools.cache
-def chip() -> SingleDeviceSharding:
-    """The first chip of the topology; it need not exist."""
+def chips() -> list[Any]:
+    """The chips of the topology; they need not exist."""
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGY, chips_per_host_bounds=(2, 2, 1)
     )
-    return SingleDeviceSharding(found.devices[0])
+    return list(found.devices)
+
+
+def chip() -> SingleDeviceSharding:
+    """The first of them."""
+    return SingleDeviceSharding(chips()[0])
 
 
 def place(tree: Any) -> Any:
