@@ -29,6 +29,7 @@ MESHES = {
     "data=4 fsdp": Parallel("data=4", fsdp=True),
     "data=2,model=2": Parallel("data=2,model=2"),
 }
+MODELS = ("resnet", "nfnet", "repvgg", "transformer")
 SHARDED = ("resnet", "transformer")
 # Echoing changes what is read, never the step; alone it compiles the baseline's.
 IN_STEP = tuple(key for key in KEYS if key != "echo")
@@ -55,10 +56,8 @@ class Cost(NamedTuple):
 
 
 def tricks(model: str) -> dict[str, Tricks]:
-    """name -> those that are on: each alone for the resnet, those that differ elsewhere for the rest."""
-    alone = {"resnet": IN_STEP, "transformer": ("amp", "memopt", "remat")}.get(
-        model, ("amp", "remat")
-    )
+    """name -> those that are on: none, each alone where that tells something new, all that apply."""
+    alone = {"resnet": IN_STEP, "transformer": ("amp", "memopt", "remat")}.get(model, ())
     every = [key for key in KEYS if model not in IDLE.get(key, {})]
     found = {BASELINE: Tricks(), **{key: Tricks.of(key) for key in alone}}
     return found | {ALL: Tricks.of(*every)}
@@ -124,11 +123,26 @@ def sent_table(model: str, costs: dict[str, Cost]) -> _table.Table:
     return _table.make((model, "collective", "how many", "MiB", "to parameters"), rows)
 
 
-def main() -> None:
-    """Compile and print; `--out FILE` writes the same as Markdown."""
-    command, args = common.arguments("tests.bench.tpu_aot")
+def tables(
+    single: dict[str, dict[str, Cost]], four: dict[str, dict[str, Cost]]
+) -> list[_table.Table]:
+    """By model, what `one_chip` and `four_chips` found."""
+    found = []
+    for model, costs in single.items():
+        found.append(table(f"{model}, one chip", costs))
+        if model in four:
+            beside = {"one chip": costs[BASELINE], **four[model]}
+            found += [
+                table(f"{model}, a chip", beside),
+                sent_table(f"{model}, a chip", four[model]),
+            ]
+    return found
+
+
+def heading(command: str) -> str:
+    """What was compiled, with which versions."""
     packages = ", ".join(f"{n} {version(n)}" for n in ("jax", "libtpu", "flax", "optax"))
-    heading = (
+    return (
         f"Training steps of the lab, compiled for TPU {tpu.TOPOLOGY}: `{command}`\n\n{packages}.\n"
         "resnet, nfnet, repvgg: widths 64 128 256, batches of 256 images of 32 x 32 x 3. transformer: 4\n"
         "layers of width 256, batches of 64 windows of 256 characters. Tricks alone, and all that apply;\n"
@@ -136,16 +150,14 @@ def main() -> None:
         "all figures are of one chip; a collective's bytes are those of its result. Exact counts of the\n"
         "compiler; nothing is run."
     )
-    tables = []
-    for model in ("resnet", "nfnet", "repvgg", "transformer"):
-        single = one_chip(model)
-        tables.append(table(f"{model}, one chip", single))
-        if model in SHARDED:
-            four = four_chips(model)
-            both = {"one chip": single[BASELINE], **four}
-            tables += [table(model, both), sent_table(model, four)]
-        print(f"{model} is compiled", flush=True)
-    common.publish(tables, heading, args.out)
+
+
+def main() -> None:
+    """Compile and print; `--out FILE` writes the same as Markdown."""
+    command, args = common.arguments("tests.bench.tpu_aot")
+    single = {model: one_chip(model) for model in MODELS}
+    four = {model: four_chips(model) for model in SHARDED}
+    common.publish(tables(single, four), heading(command), args.out)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,22 @@ import pytest
 from tests.tpu_aot import costs
 
 pytestmark = pytest.mark.tpu
-FSDP = "data=4 fsdp"
+FSDP, MEGATRON = "data=4 fsdp", "data=2,model=2"
 
 
-@pytest.fixture(scope="module", params=["resnet", "transformer"])
+@pytest.fixture(scope="module")
+def resnet():
+    return costs("four_chips", "resnet")
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return costs("four_chips", "transformer")
+
+
+@pytest.fixture(params=["resnet", "transformer"])
 def found(request):
-    return costs("four_chips", request.param)
+    return request.getfixturevalue(request.param)
 
 
 def sent(cost, kind):
@@ -23,7 +33,7 @@ def sent(cost, kind):
 
 
 def test_every_mesh_compiles(found):
-    assert set(found) == {"data=4", FSDP, "data=2,model=2"}
+    assert set(found) == {"data=4", FSDP, MEGATRON}
     base = found["data=4"]
     for cost in found.values():
         assert cost.flops == pytest.approx(base.flops, rel=0.2)
@@ -56,3 +66,13 @@ def test_fsdp_splits_the_sums_of_gradients(found):
     assert 0.95 * cost.params <= 4 * size <= cost.params
     assert sent(cost, "all-reduce")[0] <= 0.05 * cost.params
     assert {kind for kind, *_ in cost.sent} == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_kernels_over_model_sum_activations_four_times_a_block(transformer):
+    """After attention and after the MLP, forward and backward; and once the gradients."""
+    cost = transformer[MEGATRON]
+    assert cost.args < 0.55 * transformer["data=4"].args
+    assert {kind for kind, *_ in cost.sent} == {"all-reduce"} and len(cost.sent) == 4 * 4 + 1
+    activations = 64 // 2 * 256 * 256 * 4
+    size, _ = sent(cost, "all-reduce")
+    assert 16 * activations < size < 16 * activations + 0.6 * cost.params

@@ -31,21 +31,21 @@ def test_every_trick_compiles_alone_and_with_all_others(resnet):
 @pytest.mark.parametrize("model", ["nfnet", "repvgg"])
 def test_the_other_networks_compile(model):
     found = costs("one_chip", model)
-    assert set(found) == {"baseline", "amp", "remat", "all"}
-    assert ratio(found, "temp", "amp") < 0.6 and ratio(found, "accessed", "amp") < 0.8
-    assert ratio(found, "temp", "remat") < 0.9
+    assert set(found) == {"baseline", "all"}
+    assert ratio(found, "temp", "all") < 1
 
 
-def test_amp_halves_what_is_held_and_read(resnet, transformer):
-    for found in (resnet, transformer):
-        assert ratio(found, "temp", "amp") < 0.6 and ratio(found, "accessed", "amp") < 0.8
+def test_amp_lowers_what_is_held_and_read(resnet, transformer):
+    assert ratio(resnet, "temp", "amp") < 0.41 and ratio(resnet, "accessed", "amp") < 0.64
+    # Its softmax is in float32, and kept.
+    assert ratio(transformer, "temp", "amp") < 0.65 and ratio(transformer, "accessed", "amp") < 0.69
 
 
 def test_remat_lowers_temporaries(resnet, transformer):
-    assert ratio(resnet, "temp", "remat") < 0.65
-    assert ratio(transformer, "temp", "remat") < 0.65
-    # One more forward pass of the blocks.
-    assert 1.2 < ratio(resnet, "flops", "remat") < 1.34
+    assert ratio(resnet, "temp", "remat") < 0.6
+    assert ratio(transformer, "temp", "remat") < 0.3
+    for found in (resnet, transformer):  # one more forward pass of the blocks, of three in all
+        assert 1.2 < ratio(found, "flops", "remat") < 4 / 3
 
 
 def test_memopt_holds_hardly_more_than_the_parameters(resnet, transformer):
