@@ -171,7 +171,7 @@ def test_a_checkpoint_that_does_not_say_where_its_data_was(host, tmp_path):
     trainer = object.__new__(Trainer)
     trainer.batches, trainer.folder = walk(lambda i: i).__iter__(), rundir.RunDir(str(tmp_path), {})
     with pytest.raises(UserError, match="step 7 in .* does not say how far its data was read"):
-        trainer._continue(Restored(7, None, host))
+        trainer._continue(Restored(7, None, host), print)
 
 
 # Plans.

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -67,14 +68,20 @@ class Checkpoints:
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._sum_up,
                 # Else threads wait ten minutes for a directory that can't be made, and the process with them.
                 create_directories_asynchronously=False,
             ),
         )
-        self._manager = self._writing(lambda: ocp.CheckpointManager(self._folder, options=options))
+
+        def open_manager() -> Any:
+            # Orbax would do this in the background, where it may meet the next writer.
+            for left in self._folder.glob("*.orbax-checkpoint-tmp") if first() else ():
+                shutil.rmtree(left)
+            return ocp.CheckpointManager(self._folder, options=options)
+
+        self._manager = self._writing(open_manager)
 
     def save(self, step: int, state: Any, host: Any) -> None:
         """Save in the background; arrays are copied first, so that the state may be donated.
