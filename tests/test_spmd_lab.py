@@ -155,10 +155,3 @@ def test_data_parallel_steps_only_sum():
     assert {c.kind for c in found} == {"all-reduce"}
     # Every gradient once; statistics of the batch and the loss beside them.
     assert sum(c.bytes for c in found) < 1.3 * _tree.nbytes(state.params)
-
-
-@pytest.mark.parametrize("model", ["resnet", "nfnet", "transformer"])
-def test_kernels_that_pair_off_over_model_gather_no_activations(model):
-    cfg = settings(model, (), ema=0.0, parallel=Parallel(mesh="data=2,model=2"))
-    found = collectives.census(compiled(cfg, False)[1])
-    assert sum(c.bytes for c in found if c.kind != "all-reduce") < 4096

@@ -13,13 +13,11 @@ from jaxtricks import _tree
 from jaxtricks.lab.errors import UserError
 from jaxtricks.lab.parallel_config import DATA, MODEL, Parallel
 
-# Of two kernels in a row the first is split along its outputs and the second along its inputs, so that
-# what lies between them stays where it is (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3).
-# Others stay whole: what they make would have to be gathered, as it is between the blocks of RepVGG.
-_SIDES = {
-    "out": re.compile(r"(^|/)(first|expand|attention/qkv|layers/\d+/block)/"),
-    "in": re.compile(r"(^|/)(second|contract|attention/out)/"),
-}
+# The second of two kernels in a row: it is split along its inputs, so that what lies between the two
+# stays where it is (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3). All others are split along
+# their outputs: the TPU's compiler then scatters the residual stream of a ResNet and gathers it again, which
+# sends what summing it whole would, and keeps a third less (tests/bench/results/tpu_aot.md).
+_SECOND = re.compile(r"(^|/)(second|contract|attention/out)(/|$)")
 # Vectors and small kernels are not worth a collective.
 _SMALL = 2**10
 
@@ -97,9 +95,9 @@ class Placement(NamedTuple):
     def stored(self, params: Any, roles: Any) -> Any:
         """NamedShardings of parameters between steps.
 
-        Of two kernels in a row the first is split over model along its outputs, the second along its
-        inputs; under `fsdp` all parameters but small ones also over data, along the largest other axis
-        that divides. What divides by neither stays whole.
+        Kernels are split over model along their outputs, the second of two along its inputs; under
+        `fsdp` also over data, along the largest other axis that divides. What divides by neither
+        stays whole.
 
         Args:
           params: tree of arrays or shapes.
@@ -114,9 +112,10 @@ class Placement(NamedTuple):
     def _specs(self, params: Any, roles: Any, fsdp: bool) -> Any:
         def sharding(path: str, x: Any) -> NamedSharding:
             spec: list[str | None] = [None] * len(x.shape)
-            if path.endswith("kernel"):
-                sides = {side for side, layers in _SIDES.items() if layers.search(path)}
-                along = [i for i, role in enumerate(roles(path, x.shape)) if role in sides]
+            # The head stays whole over model: the loss wants all the logits of an example in one place.
+            if path.endswith("kernel") and not path.startswith("head/"):
+                side = "in" if _SECOND.search(path) else "out"
+                along = [i for i, role in enumerate(roles(path, x.shape)) if role == side]
                 self._split(spec, x.shape, MODEL, along)
             if fsdp and x.size >= _SMALL:
                 self._split(spec, x.shape, DATA, range(len(spec)))
