@@ -219,7 +219,7 @@ def matrix(ratio: Callable[[frozenset[str]], float]) -> _table.Table:
     """One row and one column a trick: `ratio` of each pair, of each alone on the diagonal."""
     rows = [
         (
-            f"`{a}`",
+            a,
             *(f"{ratio(frozenset((a, b))):.2f}" if j <= i else "" for j, b in enumerate(KEYS)),
         )
         for i, a in enumerate(KEYS)

@@ -56,6 +56,9 @@ Composes with. Everything: the result is ordinary JAX. scan, while, cond, jax.ch
 custom_vjp and shard_map are rewritten inside; jit keeps its shardings, donation and names. Order in a
 step: autocast, recompute, `value_and_grad`, then `dynamic_loss_scale(chain(agc, memopt, ...))`, around
 `optax.MultiSteps` too. With several devices under shard_map, `axis_name=` makes them skip together.
+What else a step changes is kept on a skipped one by
+`select_tree(applied(opt_state, new_opt_state), new_statistics, statistics)`; `check(opt_state)` raises on
+the host after more than max_consecutive (50) skips in a row.
 Not rewritten: Pallas kernels, FFI calls and callbacks (counted by `explain`), float64, what is 16-bit
 already, products with an explicit `precision=`, inner products. Refs are refused.
 

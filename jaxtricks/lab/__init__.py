@@ -2,6 +2,8 @@
 
 - What is asked for: `config`; `compose`, the one place that knows all ten tricks; `models`.
 - A run: `data` (files to batches), `examples`, `loop` (one jitted step), `evaluation`, `trainer`, `train`.
-- Nothing is lost: `checkpoint`, `rundir`, `interrupt`, `about`.
+- Devices and hosts: `placement` (what lies where), `feed` (what each host reads), `hosts`, `collectives`.
+- Nothing is lost: `checkpoint`, `rundir`, `interrupt`, `divergence`, `about`; `recorded` and `jsons` (what
+  may be damaged).
 - What is left to read: `writers`, `runs`, `run_report`, `compare`; `ablate` and `report`; `find_lr`.
 """

@@ -54,7 +54,8 @@ parameters, no optimizer state. A metric state is C (C + 1) integers and three c
 Composes with. jit, grad, vmap, scan and sharding; forward mode and second derivatives. A loss is a
 pytree: pass it as an argument, or build it inside jit from traced counts, and nothing is traced again
 when counts, tau or weights change; tau, gamma, margins and weights can be differentiated or vmapped.
-bfloat16 logits are summed in float32. Soft labels (mixup, distillation): the loss is the expectation
+bfloat16 logits are summed in float32. Of a batch split over devices no loss sends anything (vs and cdt
+one scalar). Soft labels (mixup, distillation): the loss is the expectation
 of the hard one. Any leading shape, `where=` masks examples. Samplers are functions of (key, step)
 inside jit; `shard=(host, hosts)` draws that host's part of the same batch. Do not use
 `posthoc.adjust` or a class-balanced sampler together with a prior-adjusted loss: both correct twice.

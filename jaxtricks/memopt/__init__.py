@@ -59,7 +59,8 @@ arguments that you give in static_args), nnx.Optimizer; after agc, inside amp.dy
 gradient that is not finite makes its leaf's state not finite, as in every optimizer, and no other leaf's:
 guard outside, with amp.skip_nonfinite. On a mesh, `init` (jitted or not, Auto or Explicit axes) places
 v_in, v_out and the accumulators as the parameters are placed, without the axes that are gone, and steps
-keep them there; `state_specs` says where for any chain, for out_shardings and checkpoints.
+keep them there; `state_specs` says where for any chain, for out_shardings and checkpoints. Nothing is
+gathered; momentum_dtype="int8" gathers a leaf whose last axis gives a device no multiple of 128.
 
 Differences from the paper and from optax/flax. As in the reference, momentum averages the scaled step and is
 not debiased. Clipping and scale are per stacked layer (clip_per_slice=False clips as Mesh TensorFlow does);
