@@ -15,10 +15,12 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxtricks import cli, remat
-from jaxtricks.lab import compare, deploy, run_report, rundir, runs
+from jaxtricks.lab import compare, data, deploy, run_report, rundir, runs
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints, Restored
 from jaxtricks.lab.config import Train, Tricks, UserError
-from jaxtricks.lab.data.walk import walk
+from jaxtricks.lab.feed import Feed
+from jaxtricks.lab.hosts import Hosts
+from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.trainer import Trainer
 from tests import mangle
 from tests.test_fuzz import TIMES, allowed
@@ -166,12 +168,32 @@ def test_the_command_line_ends_with_one_sentence(tmp_path, capsys):
         assert "config.json is damaged (config/steps is 'many" in said
 
 
-@pytest.mark.parametrize("host", [{}, [], {"batches": {}, "window": 3, "bytes_read": 0}])
+def continuing(host, folder):
+    """A trainer, as far as it goes on from what a checkpoint says of its data."""
+    trainer, cfg = object.__new__(Trainer), Train(data="digits", batch=16)
+    trainer.batches = Feed(cfg, data.load("digits"), Placement.of(cfg.parallel))
+    trainer.folder, trainer.hosts = rundir.RunDir(str(folder), {}), Hosts()
+    if host is None:
+        host = {"feeds": [trainer.batches.get_state()], "window": [], "bytes_read": 5}
+    return trainer, Restored(7, None, host)
+
+
+def test_a_checkpoint_that_says_where_its_data_was(tmp_path):
+    trainer, restored = continuing(None, tmp_path)
+    trainer._continue(restored, print)
+    assert trainer.bytes_before == 5
+
+
+FEED = {"rows": [0, 16], "first": 0, "read": 0}
+
+
+@pytest.mark.parametrize(
+    "host", [{}, [], {"feeds": [{**FEED, "batches": {}}], "window": 3, "bytes_read": 0}]
+)
 def test_a_checkpoint_that_does_not_say_where_its_data_was(host, tmp_path):
-    trainer = object.__new__(Trainer)
-    trainer.batches, trainer.folder = walk(lambda i: i).__iter__(), rundir.RunDir(str(tmp_path), {})
+    trainer, restored = continuing(host, tmp_path)
     with pytest.raises(UserError, match="step 7 in .* does not say how far its data was read"):
-        trainer._continue(Restored(7, None, host), print)
+        trainer._continue(restored, print)
 
 
 # Plans.

@@ -20,8 +20,7 @@ from jaxtricks.lab.data import trees
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.data.source import Source, UnreadableError
 from jaxtricks.lab.data.walk import walk
-from jaxtricks.lab.feed import Feed, Reads, resumed
-from jaxtricks.lab.hosts import Hosts
+from jaxtricks.lab.feed import Feed, Reads
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
 
@@ -326,7 +325,8 @@ def test_hosts_read_their_rows_of_one_stream(parts, first):
     order = shuffled(100, 3)
     wanted = np.reshape([order(first + i) for i in range(80)], (10, 8))
     for rows in parts:  # one host each
-        reads = Reads(order, list(rows), 8, first)
+        reads = Reads(order, list(rows), 8)
+        reads.begin_at(first)
         mine = [reads(i) for i in range(10 * len(rows))]
         np.testing.assert_array_equal(np.reshape(mine, (10, -1)), wanted[:, list(rows)])
         assert reads.read == first + 80  # where another number of hosts would go on
@@ -342,12 +342,13 @@ def test_a_feed_goes_on_under_other_hosts(tmp_path):
         next(before)
     # As two hosts that read eight rows each would have left it behind.
     states = [{**before.get_state(), "rows": [8 * i, 8]} for i in range(2)]
-    after, said = resumed(cfg, digits, place, 4, states, Hosts())
+    after = Feed(cfg, digits, place)
+    said = after.resume(4, states, [after.rows])
     assert said.startswith("2 hosts read before, 1 now: reading goes on exactly where it was")
     for batch in batches[4:]:
         np.testing.assert_array_equal(next(after)["image"], batch)
     # And on under the same hosts.
     state = after.get_state()
-    again, said = resumed(cfg, digits, place, 6, [state], Hosts())
-    assert not said and state["first"] == 64
+    again = Feed(cfg, digits, place)
+    assert not again.resume(6, [state], [again.rows]) and state["first"] == 64
     np.testing.assert_array_equal(next(again)["image"], next(after)["image"])

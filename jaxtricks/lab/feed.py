@@ -9,7 +9,6 @@ import jax
 from jaxtricks.lab import compose
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
-from jaxtricks.lab.hosts import Hosts
 from jaxtricks.lab.placement import Placement
 
 _READERS = 4  # threads that decode large images; small ones are faster decoded without
@@ -27,16 +26,15 @@ class Feed:
       cfg: the settings.
       data: what to read.
       place: where batches lie.
-      first: position of the stream to begin at.
 
     Attributes:
       rows: the first of its rows and how many there are.
     """
 
-    def __init__(self, cfg: Train, data: data_lib.Data, place: Placement, first: int = 0):
+    def __init__(self, cfg: Train, data: data_lib.Data, place: Placement):
         rows = place.rows(cfg.micro_batch).tolist()
         order = compose.build_order(cfg, data) or data_lib.shuffled(len(data.train), cfg.seed)
-        self._order = Reads(order, rows, cfg.micro_batch, first)
+        self._cfg, self._reads = cfg, Reads(order, rows, cfg.micro_batch)
         self.rows = [rows[0], len(rows)]
         self._batches = data_lib.pipeline(
             data.train,
@@ -44,7 +42,7 @@ class Feed:
             seed=cfg.seed,
             transform=compose.build_reads(cfg, len(rows) * cfg.accumulate),
             to_device=place.put,
-            order=self._order,
+            order=self._reads,
             readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
         )
 
@@ -58,46 +56,35 @@ class Feed:
         """JSON: the state of the batches given out, and what of the stream has been read."""
         return {
             "rows": self.rows,
-            "first": self._order.first,
-            "read": self._order.read,
+            "first": self._reads.first,
+            "read": self._reads.read,
             "batches": self._batches.get_state(),
         }
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a state that a feed of the same rows and the same `first` gave."""
-        self._batches.set_state(state["batches"])
+    def resume(self, step: int, states: list[dict[str, Any]], rows: list[list[int]]) -> str:
+        """Go on after a step, before anything is read here.
 
+        Args:
+          step: steps done.
+          states: of `get_state`, of all hosts that read until then.
+          rows: those of all hosts that read now.
 
-def resumed(
-    cfg: Train,
-    data: data_lib.Data,
-    place: Placement,
-    step: int,
-    states: list[dict[str, Any]],
-    hosts: Hosts,
-) -> tuple[Feed, str]:
-    """The feed after `step`, and a sentence about it if other hosts read before.
-
-    Args:
-      cfg, data, place: as for `Feed`.
-      step: steps done.
-      states: of all hosts that read before.
-      hosts: that read now.
-    """
-    feed = Feed(cfg, data, place, first=states[0]["first"])
-    if hosts.gather(feed.rows) == [state["rows"] for state in states]:
-        feed.resume(states[jax.process_index()])
-        return feed, ""
-    said = f"{len(states)} hosts read before, {hosts.count} now: reading goes on "
-    if cfg.tricks.echo:
-        first = max(state["read"] for state in states)
-        said += (
-            f"after example {first} of the stream, without the copies still to come of those before"
-        )
-    else:
-        first = step * cfg.batch
-        said += f"exactly where it was, after example {first} of the stream"
-    return Feed(cfg, data, place, first), said
+        Returns:
+          A sentence, if other hosts read until then.
+        """
+        self._reads.begin_at(states[0]["first"])
+        if rows == [state["rows"] for state in states]:
+            self._batches.set_state(states[jax.process_index()]["batches"])
+            return ""
+        said = f"{len(states)} hosts read before, {len(rows)} now: reading goes on "
+        if self._cfg.tricks.echo:
+            first = max(state["read"] for state in states)
+            how = "after example {} of the stream, without the copies still to come of those before"
+        else:
+            first = step * self._cfg.batch
+            how = "exactly where it was, after example {} of the stream"
+        self._reads.begin_at(first)
+        return said + how.format(first)
 
 
 class Reads:
@@ -107,15 +94,18 @@ class Reads:
       order: position in the stream of all hosts -> index.
       rows: of each batch, those that this host reads.
       batch: examples of a batch of all hosts.
-      first: position in the stream of all hosts to begin at.
 
     Attributes:
-      first: as given.
+      first: position in the stream of all hosts where this one begins.
       read: position in the stream of all hosts behind the last batch that was begun to be read.
     """
 
-    def __init__(self, order: Callable[[int], int], rows: Sequence[int], batch: int, first: int):
+    def __init__(self, order: Callable[[int], int], rows: Sequence[int], batch: int):
         self._order, self._rows, self._batch = order, rows, batch
+        self.begin_at(0)
+
+    def begin_at(self, first: int) -> None:
+        """Let position 0 of this host be there in the stream of all hosts."""
         self.first = self.read = first
 
     def __call__(self, position: int) -> int:

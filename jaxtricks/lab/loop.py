@@ -19,7 +19,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
 from jaxtricks.lab.examples import examples_of
 from jaxtricks.lab.placement import Placement
-from jaxtricks.remat import measure
+from jaxtricks.remat import measure, target
 
 
 @_tree.node
@@ -56,7 +56,7 @@ class Program(NamedTuple):
       averaged: state -> the parameters to evaluate.
       predict: (params, model_state, batch) -> (logits float32, labels); not jitted.
       place: the mesh, and where batches lie.
-      shardings: NamedShardings of the TrainState.
+      shapes: of the TrainState, in place.
     """
 
     init: Callable[[int, np.ndarray], TrainState]
@@ -67,7 +67,12 @@ class Program(NamedTuple):
     averaged: Callable[[TrainState], Any]
     predict: Callable[[Any, Any, Any], tuple[Array, Array]]
     place: Placement
-    shardings: TrainState
+    shapes: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        """NamedShardings of the TrainState."""
+        return jax.tree.map(lambda x: x.sharding, self.shapes)
 
     def start(self, seed: int, counts: np.ndarray) -> TrainState:
         """`init`, in place; on several devices no one of them ever holds it whole."""
@@ -172,19 +177,17 @@ def build(
         averaged=averaged,
         predict=predict,
         place=place,
-        shardings=shardings(
-            jax.eval_shape(functools.partial(init, 0, data.counts)), tx, stored, place
-        ),
+        shapes=placed(jax.eval_shape(functools.partial(init, 0, data.counts)), tx, stored, place),
     )
 
 
-def shardings(
+def placed(
     state: TrainState, tx: optax.GradientTransformation, stored: Any, place: Placement
 ) -> TrainState:
-    """Where a state lies: parameters as `stored`, optimizer state like them, the rest everywhere.
+    """The shapes of a state where it lies: optimizer state like the parameters, the rest everywhere.
 
     Args:
-      state: arrays or shapes.
+      state: shapes.
       tx: its optimizer.
       stored: NamedShardings of the parameters.
       place: the mesh.
@@ -193,8 +196,9 @@ def shardings(
     opt_state = jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
     rest = state.model_state, (state.step, state.key, state.counts)
     model_state, last = jax.tree.map(lambda _: place.everywhere, rest)
-    leaves = jax.tree.leaves((stored, model_state, opt_state, last))
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    shardings = jax.tree.leaves((stored, model_state, opt_state, last))
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, map(target.shape, leaves, shardings))
 
 
 def batch_shapes(cfg: Train, data: data_lib.Data, place: Placement) -> dict[str, Any]:

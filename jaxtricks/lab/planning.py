@@ -1,6 +1,5 @@
 """The plan of a run with a budget: what its training step recomputes."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -59,12 +58,9 @@ def plan(
     Raises:
       UserError: the budget can't be met or read, or the topology is unknown.
     """
-    state = jax.eval_shape(functools.partial(program.init, cfg.seed, data.counts))
-    batch = loop.batch_shapes(cfg, data, program.place)
-    if topology is None:
-        state = jax.tree.map(target.shape, state, program.shardings)
-    else:
-        batch = jax.tree.map(lambda x: target.shape(x, None), batch)
+    state, batch = program.shapes, loop.batch_shapes(cfg, data, program.place)
+    if topology is not None:  # its chip is not one of those at hand
+        state, batch = jax.tree.map(target.shape, (state, batch))
 
     def within(loss: Any) -> tuple[Any, Any]:
         step = program.step_of(loss)

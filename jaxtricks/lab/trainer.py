@@ -8,12 +8,13 @@ import jax
 from rich.progress import Progress
 
 from jaxtricks import _tree
-from jaxtricks.lab import collectives, feed, loop, planning
+from jaxtricks.lab import collectives, loop, planning
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.divergence import Divergence
 from jaxtricks.lab.evaluation import Evaluator
+from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.hosts import Hosts, first
 from jaxtricks.lab.interrupt import Interrupt
 from jaxtricks.lab.placement import Placement, device_bytes
@@ -41,7 +42,7 @@ class Trainer:
         self.hosts, self.place = hosts, program.place
         self.evaluate = Evaluator(program, data, cfg.micro_batch)
         self.state = program.start(cfg.seed, data.counts)
-        self.batches = feed.Feed(cfg, data, self.place)
+        self.batches = Feed(cfg, data, self.place)
         self.meter, self.bytes_before = loop.Meter(), 0
         self.divergence = Divergence(cfg, self.place)
         batch = loop.batch_shapes(cfg, data, self.place)
@@ -58,10 +59,9 @@ class Trainer:
         return restored.step
 
     def _continue(self, restored: Restored, tell: Callable[[str], None]) -> None:
+        rows = self.hosts.gather(self.batches.rows)
         try:
-            self.batches, said = feed.resumed(
-                self.cfg, self.data, self.place, restored.step, restored.host["feeds"], self.hosts
-            )
+            said = self.batches.resume(restored.step, restored.host["feeds"], rows)
             self.meter = loop.Meter(restored.host["window"])
             self.bytes_before = int(restored.host["bytes_read"])
         except Exception as error:  # each dataset of Grain and of ours fails in its own way
@@ -125,10 +125,11 @@ class Trainer:
         Raises:
           UserError: it would hold what is not finite, or can't be written.
         """
-        self.divergence.check(step, [row["loss"] for row in self.meter.rows()], self.state)
+        window = self.meter.rows()
+        self.divergence.check(step, [row["loss"] for row in window], self.state)
         host = {
             "feeds": self.hosts.gather(self.batches.get_state()),
-            "window": self.meter.rows(),
+            "window": window,
             "bytes_read": self.bytes_read(),
         }
         self.checkpoints.save(step, self.state, host)

@@ -33,6 +33,26 @@ class Cost(NamedTuple):
     state: float
 
 
+class StepCost(NamedTuple):
+    """Of one compiled training step, on each chip.
+
+    Attributes:
+      temp: bytes of temporaries.
+      args: bytes of arguments: the state and a batch.
+      accessed: bytes read and written, copies into VMEM too.
+      flops: floating-point operations.
+      params: bytes of all parameters, on all chips together.
+      sent: its collectives, [kind, bytes, name] each.
+    """
+
+    temp: int
+    args: int
+    accessed: float
+    flops: float
+    params: int
+    sent: list[list[Any]]
+
+
 def optimizers() -> dict[str, optax.GradientTransformation]:
     """The rows of every table; settings are equal where ours stands beside optax's."""
     memopt, sgd = jt.memopt, optax.sgd(1e-3, momentum=0.9)

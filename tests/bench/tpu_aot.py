@@ -6,11 +6,8 @@ collectives of one chip. Needs libtpu and the lab (`make test-all` makes .venv-t
 
 from tests.bench import tpu  # isort: skip  (it sets the environment before jax is imported)
 
-import functools
 from importlib.metadata import version
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from jaxtricks import KEYS, _table
 from jaxtricks.lab import collectives, loop, plan
@@ -18,7 +15,6 @@ from jaxtricks.lab.config import IDLE, Text, Tricks
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.plan_config import Plan
-from jaxtricks.remat import target
 from tests.bench import common
 
 IMAGES = {"widths": (64, 128, 256), "batch": 256}  # 32 x 32 x 3, 10 classes
@@ -35,26 +31,6 @@ SHARDED = ("resnet", "transformer")
 IN_STEP = tuple(key for key in KEYS if key != "echo")
 
 
-class Cost(NamedTuple):
-    """Of one compiled step, on each chip.
-
-    Attributes:
-      temp: bytes of temporaries.
-      args: bytes of arguments: the state and a batch.
-      accessed: bytes read and written, copies into VMEM too.
-      flops: floating-point operations.
-      params: bytes of all parameters, on all chips together.
-      sent: its collectives, [kind, bytes, name] each.
-    """
-
-    temp: int
-    args: int
-    accessed: float
-    flops: float
-    params: int
-    sent: list[list[Any]]
-
-
 def tricks(model: str) -> dict[str, Tricks]:
     """name -> those that are on: none, each alone where that tells something new, all that apply."""
     alone = {"resnet": IN_STEP, "transformer": ("amp", "memopt", "remat")}.get(model, ())
@@ -69,37 +45,35 @@ def settings(model: str, on: Tricks, parallel: Parallel | None = None) -> Plan:
     return Plan(model=model, tricks=on, parallel=parallel or Parallel(), **size)
 
 
-def cost(cfg: Plan) -> Cost:
+def cost(cfg: Plan) -> common.StepCost:
     """What the step of a run needs, compiled as a run compiles it."""
     data = plan.described(cfg)
     program = loop.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
-    state = jax.eval_shape(functools.partial(program.init, cfg.seed, data.counts))
-    placed = jax.tree.map(target.shape, state, program.shardings)
     batch = loop.batch_shapes(cfg, data, program.place)
-    compiled = loop.jitted(program, program.step).lower(placed, batch).compile()
+    compiled = loop.jitted(program, program.step).lower(program.shapes, batch).compile()
     counts = compiled.cost_analysis()
-    return Cost(
+    return common.StepCost(
         temp=common.temp_bytes(compiled),
         args=compiled.memory_analysis().argument_size_in_bytes,
         accessed=counts["bytes accessed"],
         flops=counts["flops"],
-        params=4 * common.count(state.params),
+        params=4 * common.count(program.shapes.params),
         sent=[list(one) for one in collectives.census(compiled)],
     )
 
 
-def one_chip(model: str, names: tuple[str, ...] = ()) -> dict[str, Cost]:
+def one_chip(model: str, names: tuple[str, ...] = ()) -> dict[str, common.StepCost]:
     """Name of `tricks` -> its cost (of those named)."""
     found = tricks(model)
     return {name: cost(settings(model, found[name])) for name in names or found}
 
 
-def four_chips(model: str, names: tuple[str, ...] = ()) -> dict[str, Cost]:
+def four_chips(model: str, names: tuple[str, ...] = ()) -> dict[str, common.StepCost]:
     """Name of `MESHES` -> the baseline's cost there (on those named)."""
     return {n: cost(settings(model, Tricks(), MESHES[n])) for n in names or MESHES}
 
 
-def table(model: str, costs: dict[str, Cost]) -> _table.Table:
+def table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
     """One row an entry, with ratios to the first."""
     fields = {"temp": 2**20, "args": 2**20, "accessed": 2**30, "flops": 1e9}
     base = next(iter(costs.values()))
@@ -113,7 +87,7 @@ def table(model: str, costs: dict[str, Cost]) -> _table.Table:
     return _table.make((model, *(h for pair in headers for h in pair)), rows)
 
 
-def sent_table(model: str, costs: dict[str, Cost]) -> _table.Table:
+def sent_table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
     """The collectives of every program, by kind."""
     rows = []
     for name, found in costs.items():
@@ -124,7 +98,7 @@ def sent_table(model: str, costs: dict[str, Cost]) -> _table.Table:
 
 
 def tables(
-    single: dict[str, dict[str, Cost]], four: dict[str, dict[str, Cost]]
+    single: dict[str, dict[str, common.StepCost]], four: dict[str, dict[str, common.StepCost]]
 ) -> list[_table.Table]:
     """By model, what `one_chip` and `four_chips` found."""
     found = []

@@ -4,22 +4,13 @@ import json
 import os
 import pathlib
 import subprocess
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
+from tests.bench.common import StepCost
+
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-class Cost(NamedTuple):
-    """What `tests.bench.tpu_aot.cost` returns; importing that would set this process up for libtpu."""
-
-    temp: int
-    args: int
-    accessed: float
-    flops: float
-    params: int
-    sent: list[list[Any]]
 
 
 def interpreter() -> str:
@@ -43,8 +34,8 @@ def compiled(script: str, timeout: int = 900) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def costs(chips: str, model: str, names: tuple[str, ...] = ()) -> dict[str, Cost]:
+def costs(chips: str, model: str, names: tuple[str, ...] = ()) -> dict[str, StepCost]:
     """`tpu_aot.one_chip(model, names)` or `tpu_aot.four_chips(model, names)`; names () are all."""
     found = f"aot.{chips}({model!r}, {names!r})"
     script = f"import json; from tests.bench import tpu_aot as aot; print(json.dumps({found}))"
-    return {name: Cost(*values) for name, values in compiled(script, timeout=3600).items()}
+    return {name: StepCost(*values) for name, values in compiled(script, timeout=3600).items()}
