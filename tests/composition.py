@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxtricks as jt
 from jaxtricks import KEYS, _table
+from jaxtricks.lab.models import ConvNorm
 
 CLASSES, BATCH, STEPS = 4, 16, 12
 COUNTS = np.array([40, 20, 10, 5])
@@ -69,21 +70,11 @@ def images(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"image": x, "label": labels}
 
 
-class ConvNorm(nnx.Module):
-    """Convolution, then normalization."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: Any, *, conv: Any, norm: Any, rngs: Any):
-        self.conv, self.norm = conv(inputs, outputs, kernel, rngs=rngs), norm(outputs, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        return self.norm(self.conv(x))
-
-
 class Net(nnx.Module):
     """Two units and a linear head."""
 
     def __init__(self, on: frozenset[str], rngs: nnx.Rngs):
-        conv = jt.nnx.WSConv if "weightstd" in on else functools.partial(nnx.Conv, use_bias=False)
+        conv = jt.nnx.WSConv if "weightstd" in on else nnx.Conv
         norm = jt.nnx.ExtendedBatchNorm if "ebn" in on else nnx.BatchNorm
         unit = jt.nnx.ACBlock if "reparam" in on else ConvNorm
         unit = functools.partial(unit, conv=conv, norm=norm, rngs=rngs)

@@ -81,16 +81,8 @@ def compiled_once(tmp_path_factory):
     set_all(before)
 
 
-def log_of(out):
-    return (pathlib.Path(out) / rundir.METRICS).read_bytes()
-
-
 def logged_steps(out):
     return [json.loads(line)["step"] for line in log_of(out).splitlines()]
-
-
-def steps_of(out):
-    return sorted(int(p.name) for p in (pathlib.Path(out) / "checkpoints").iterdir())
 
 
 def result_of(out):
@@ -518,6 +510,7 @@ import resource, sys
 from jaxtricks import cli
 from jaxtricks.lab import loop
 from jaxtricks.lab.checkpoint import Checkpoints
+from tests.run_dirs import log_of, steps_of
 
 limit, step = map(int, sys.argv[1:3])
 original, save = loop.fit, Checkpoints.save

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jaxtricks.lab import hosts, rundir
+from tests.run_dirs import log_of
 
 pytestmark = pytest.mark.slow
 
@@ -75,10 +76,6 @@ def wait_for_line(out, line, started):
     while not (log.exists() and log.read_bytes().count(b"\n") >= line):
         assert time.monotonic() < until and all(p.poll() is None for p in started)
         time.sleep(0.01)
-
-
-def log_of(out):
-    return (pathlib.Path(out) / rundir.METRICS).read_bytes()
 
 
 def losses(out):

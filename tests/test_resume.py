@@ -20,6 +20,7 @@ from jaxtricks.lab import run_report, rundir, runs, train
 from jaxtricks.lab.config import Text, Train, Tricks, UserError
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.rundir import RunDir
+from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
 RUN = Train(
@@ -49,14 +50,6 @@ PLANNED = Train(
     log_every=2,
     save_every=2,
 )
-
-
-def log_of(out):
-    return (pathlib.Path(out) / rundir.METRICS).read_bytes()
-
-
-def steps_of(out):
-    return sorted(int(p.name) for p in (pathlib.Path(out) / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from jaxtricks import KEYS, _tree
 from jaxtricks.lab import collectives, data, loop
 from jaxtricks.lab.config import IDLE, Text, Train, Tricks
 from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.placement import device_bytes
 
 pytestmark = pytest.mark.devices
 
@@ -122,12 +123,6 @@ def test_accumulated_micro_batches_and_amp_on_a_mesh():
     np.testing.assert_allclose(ours, curve(cfg)[0], rtol=2e-3)  # bfloat16
 
 
-def split_bytes(tree):
-    """(bytes on one device, bytes in all)."""
-    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(tree)]
-    return _tree.nbytes(shards), _tree.nbytes(tree)
-
-
 @pytest.mark.parametrize("memopt", [False, True], ids=["adamw", "adafactor"])
 @pytest.mark.parametrize("mesh", ["data=8", "data=4,model=2"])
 def test_fsdp_splits_state_and_gathers_parameters_once(mesh, memopt):
@@ -136,9 +131,9 @@ def test_fsdp_splits_state_and_gathers_parameters_once(mesh, memopt):
     cfg = settings("transformer", tricks, ema=0.0, parallel=Parallel(mesh=mesh, fsdp=True))
     cfg = dataclasses.replace(cfg, text=dataclasses.replace(TEXT, features=256))
     _, step, state = compiled(cfg, False)
-    here, total = split_bytes(state.params)
+    here, total = device_bytes(state.params), _tree.nbytes(state.params)
     assert here < 1.1 * total / 8 if mesh == "data=8" else here < 1.3 * total / 8
-    here, total_state = split_bytes(state.opt_state)
+    here, total_state = device_bytes(state.opt_state), _tree.nbytes(state.opt_state)
     if not memopt:  # Adafactor's rows and columns are too small to matter
         assert here < 1.3 * total_state / 8
     found = collectives.census(step)
