@@ -2,7 +2,6 @@
 
 import io
 import json
-import resource
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ LIMIT = 500 * 2**20
 
 CHILD = """
 import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
 from PIL import features
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
@@ -137,7 +137,6 @@ def test_bombs(tmp_path):
         check=True,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 * GIB, 6 * GIB)),
     )
     for (name, (_, words)), (said, grown) in zip(
         made.items(), json.loads(done.stdout), strict=True

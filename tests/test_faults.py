@@ -40,6 +40,7 @@ from jaxtricks.lab import compose, data, feed, loop, planning, rundir, train, tr
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.data import look
+from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
 RUN = Train(
@@ -510,7 +511,6 @@ import resource, sys
 from jaxtricks import cli
 from jaxtricks.lab import loop
 from jaxtricks.lab.checkpoint import Checkpoints
-from tests.run_dirs import log_of, steps_of
 
 limit, step = map(int, sys.argv[1:3])
 original, save = loop.fit, Checkpoints.save
