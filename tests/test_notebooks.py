@@ -1,7 +1,9 @@
 """Every notebook runs from top to bottom in a fresh kernel, and is committed as it should be."""
 
+import base64
 import os
 import pathlib
+import re
 import types
 
 import nbformat
@@ -9,11 +11,33 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-import jaxtricks as jt
-
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = {"03_memopt.ipynb"}
+NAMES = (
+    "00_quickstart",
+    "01_echo",
+    "02_amp",
+    "03_memopt",
+    "04_weightstd",
+    "05_agc",
+    "06_remat",
+    "07_ebn",
+    "08_cyclical",
+    "09_reparam",
+    "10_longtail",
+    "11_ablation",
+)
+QUICK = {"01_echo", "03_memopt"}  # these run in `make test` too
+OWNER = "OWNER"  # of the repository; the notebooks name it in the badge and in the install cell
+HEADINGS = (
+    "The idea in one figure",
+    "In your own loop",
+    "With and without",
+    "Settings to start from",
+    "Exercise",
+    "References",
+)
+FAST = 'FAST = bool(int(os.environ.get("FAST", "0")))'
 
 
 def read(path):
@@ -24,8 +48,30 @@ def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def is_picture(output):
+    return output.output_type == "display_data" and "image/png" in output.data
+
+
+def headings(notebook):
+    """(heading, ids of the code cells below it), in the order of the notebook."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found += [(line[3:], []) for line in cell.source.splitlines() if line[:3] == "## "]
+        elif found:
+            found[-1][1].append(cell.id)
+    return found
+
+
+def figure_cell(notebook):
+    """The cell with the committed output."""
+    cells = [cell for cell in code(notebook) if cell.outputs]
+    assert len(cells) == 1, [cell.id for cell in cells]
+    return cells[0]
+
+
 def named(path, *, slow=False):
-    marks = [pytest.mark.slow] if slow and path.name not in QUICK else []
+    marks = [pytest.mark.slow] if slow and path.stem not in QUICK else []
     return pytest.param(path, id=path.stem, marks=marks)
 
 
@@ -33,8 +79,16 @@ every = pytest.mark.parametrize("path", [named(path) for path in NOTEBOOKS])
 every_run = pytest.mark.parametrize("path", [named(path, slow=True) for path in NOTEBOOKS])
 
 
-def test_there_are_notebooks():
-    assert {path.name for path in NOTEBOOKS} >= QUICK
+def test_no_other_notebooks_and_the_quick_ones():
+    found = {path.stem for path in NOTEBOOKS}
+    assert found <= set(NAMES)
+    assert found >= QUICK
+
+
+# Strict: once all twelve are there, this fails until the mark is taken away.
+@pytest.mark.xfail(reason="06 to 11 are not written yet", raises=AssertionError, strict=True)
+def test_all_twelve_are_there():
+    assert tuple(path.stem for path in NOTEBOOKS) == NAMES
 
 
 @every_run
@@ -46,6 +100,7 @@ def test_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("XLA_FLAGS", " ".join(flags))  # one device, as people have
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = read(path)
+    figure = figure_cell(notebook).id
     for cell in code(notebook):
         cell.outputs, cell.execution_count = [], None
     where = {"metadata": {"path": str(tmp_path)}}
@@ -53,34 +108,58 @@ def test_runs(path, monkeypatch, tmp_path):
     assert all(cell.execution_count for cell in code(notebook))
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    (shown,) = next(cell.outputs for cell in code(notebook) if cell.id == figure)
+    assert is_picture(shown)
 
 
 @every
-def test_is_valid(path):
+def test_is_valid_and_its_ids_are_words(path):
     notebook = read(path)
     nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
-    assert not [name for name in ids if len(name) == 8 and name.isalnum() and not name.isalpha()]
+    # Random ids, such as "3f2a9c1e", change whenever a tool writes the file.
+    assert not [name for name in ids if not re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", name)]
+    assert not [name for name in ids if re.fullmatch(r"[0-9a-f]{8}", name)]
 
 
 @every
-def test_outputs_are_stripped_except_one_figure(path):
-    cells = code(read(path))
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert len(outputs) <= 1
-    assert all("image/png" in output.data for output in outputs)
-    assert not [cell for cell in cells if cell.execution_count is not None]
-    assert path.stat().st_size < 200_000
+def test_outputs_are_stripped_except_the_figure_of_the_idea(path):
+    notebook = read(path)
+    (output,) = figure_cell(notebook).outputs
+    assert is_picture(output)
+    assert len(base64.b64decode(output.data["image/png"])) <= 60_000
+    assert not [cell for cell in code(notebook) if cell.execution_count is not None]
+    assert figure_cell(notebook).id in dict(headings(notebook))["The idea in one figure"]
 
 
 @every
-def test_badge_first(path):
-    first = read(path).cells[0]
-    repository = jt.REPO_URL.removeprefix("https://github.com/")
-    assert first.cell_type == "markdown"
-    assert f"/github/{repository}/blob/main/notebooks/{path.name})" in first.source
+def test_begins_with_title_badge_install_and_versions(path):
+    notebook = read(path)
+    title, (install, versions) = notebook.cells[0], code(notebook)[:2]
+    assert title.cell_type == "markdown" and title.source.startswith("# ")
+    assert f"/github/{OWNER}/jaxtricks/blob/main/notebooks/{path.name})" in title.source
+    assert re.match(r"try:\n +import jaxtricks as jt\nexcept ImportError:\n", install.source)
+    # Nothing but jaxtricks is asked for: a version of jax here would break Colab's TPU runtime.
+    pip = re.findall(r"%pip .*", install.source)
+    assert pip == [f'%pip install -q "jaxtricks @ git+https://github.com/{OWNER}/jaxtricks"']
+    said = ("jax.__version__", "flax.__version__", "optax.__version__", "jt.__version__")
+    for text in (*said, "jax.devices()", FAST):
+        assert text in versions.source, text
+
+
+@every
+def test_has_its_parts_in_order(path):
+    found = [heading for heading, _ in headings(read(path))]
+    assert [heading for heading in found if heading in HEADINGS] == list(HEADINGS)
+    assert found[-1] == "References"
+
+
+@every
+def test_fast_means_smaller(path):
+    later = "\n".join(cell.source for cell in code(read(path))[2:])
+    assert re.search(r"\bif FAST else\b", later)
 
 
 def test_memopt_without_the_results_plots_the_readers_curves(tmp_path):
