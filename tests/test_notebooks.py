@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
+import jaxtricks as jt
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = (
@@ -28,7 +30,7 @@ NAMES = (
     "11_ablation",
 )
 QUICK = {"01_echo", "03_memopt"}  # these run in `make test` too
-OWNER = "OWNER"  # of the repository; the notebooks name it in the badge and in the install cell
+REPOSITORY = jt.REPO_URL.removeprefix("https://github.com/")
 HEADINGS = (
     "The idea in one figure",
     "In your own loop",
@@ -139,11 +141,11 @@ def test_begins_with_title_badge_install_and_versions(path):
     notebook = read(path)
     title, (install, versions) = notebook.cells[0], code(notebook)[:2]
     assert title.cell_type == "markdown" and title.source.startswith("# ")
-    assert f"/github/{OWNER}/jaxtricks/blob/main/notebooks/{path.name})" in title.source
+    assert f"/github/{REPOSITORY}/blob/main/notebooks/{path.name})" in title.source
     assert re.match(r"try:\n +import jaxtricks as jt\nexcept ImportError:\n", install.source)
     # Nothing but jaxtricks is asked for: a version of jax here would break Colab's TPU runtime.
     pip = re.findall(r"%pip .*", install.source)
-    assert pip == [f'%pip install -q "jaxtricks @ git+https://github.com/{OWNER}/jaxtricks"']
+    assert pip == [f'%pip install -q "jaxtricks @ git+{jt.REPO_URL}"']
     said = ("jax.__version__", "flax.__version__", "optax.__version__", "jt.__version__")
     for text in (*said, "jax.devices()", FAST):
         assert text in versions.source, text
