@@ -45,10 +45,14 @@ HEADINGS = [
 
 
 class Row(NamedTuple):
-    line: str  # an expression, as a reader would write it
-    check: Callable[
-        ..., Any
-    ]  # (line as a function of the names in it, golden) -> [(ours, seed's, tolerance)]
+    """Our line, an expression as a reader would write it, and check(ours, golden).
+
+    `ours` gives the line's value for the names in it; check runs that value and gives (own result, the
+    seed's, tolerance) of everything compared.
+    """
+
+    line: str
+    check: Callable[..., list[tuple[Any, Any, float]]]
 
 
 def close(actual, expected, tol):
