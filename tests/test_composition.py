@@ -46,7 +46,7 @@ def test_every_pair_trains(on):
     check(trained(on), on)
 
 
-@pytest.mark.parametrize("form", ["nnx", "linen"])
+@pytest.mark.parametrize("form", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
 def test_all_ten_train(form):
     check(trained(ALL, form=form), ALL)
 
@@ -72,12 +72,13 @@ def same(a, b, rtol):
     np.testing.assert_allclose(a.losses, b.losses, rtol=rtol)
 
 
-@pytest.mark.parametrize("form", ["nnx", "linen"])
+@pytest.mark.parametrize("form", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
 def test_remat_is_the_same_function(form):
     rest = ALL - {"amp", "echo", "cyclical"}
     same(composition.train(rest, form=form), composition.train(rest - {"remat"}, form=form), 1e-4)
 
 
+@pytest.mark.slow
 def test_four_devices_are_the_same_run():
     rest = ALL - {"amp", "echo", "cyclical"}
     same(composition.train(rest, devices=4), trained(rest), 1e-3)

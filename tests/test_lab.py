@@ -131,7 +131,9 @@ def test_the_device_is_read_only_every_k_steps(digits, monkeypatch):
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("tricks", [(), jt.KEYS], ids=["none", "all"])
+@pytest.mark.parametrize(
+    "tricks", [pytest.param((), id="none"), pytest.param(jt.KEYS, id="all", marks=pytest.mark.slow)]
+)
 def test_four_devices_compute_what_one_computes(digits, tricks):
     keys = [k for k in tricks if k != "amp"]  # bfloat16 would round the two sums differently
     cfg = dataclasses.replace(TINY, tricks=Tricks.of(*keys))

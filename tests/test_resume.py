@@ -170,6 +170,7 @@ def test_ctrl_c_saves_too(tmp_path):
     assert steps_of(tmp_path / "run") == [3]
 
 
+@pytest.mark.slow
 @pytest.mark.devices
 def test_text_and_two_devices_resume_bit_equal(tmp_path):
     text = Text(context=16, features=16, layers=1, heads=2)
@@ -222,6 +223,7 @@ def interrupt_process(out, line, number, *args):
     return process.returncode, output
 
 
+@pytest.mark.slow  # test_faults kills in every run of the tests
 def test_killed_then_terminated_then_finished_is_bit_equal(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     run_process(whole)

@@ -92,9 +92,11 @@ def alone(model, wide):
     return curve(settings(model), wide)[0]
 
 
-WIDE = [("transformer", *on) for on in ON_MESHES] + [
-    pytest.param("resnet", *on, marks=() if on[0] == "data=4,model=2" else pytest.mark.slow)
-    for on in ON_MESHES
+QUICK = [("resnet", "data=4,model=2", True), ("transformer", "data=8", True)]
+QUICK += [("transformer", "data=2,model=4", False)]
+WIDE = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in ((model, *on) for model in ("transformer", "resnet") for on in ON_MESHES)
 ]
 
 
