@@ -27,8 +27,8 @@ scaled with the batch) we saw no gain over nnx.BatchNorm: 39.1 +- 2.0 against 39
 at 2. Even at batch 2 a channel has 32 values or more here; long training and rates tuned for every batch are
 not shown. `python -m tests.bench.networks --data cifar10.zip --only small_batches`.
 Where a channel has one value an example, a dense net on digits (6400 images seen, n = 3, the best of 6 rates
-for each), there is a gain: 94.9 +- 1.2 against 73.0 +- 1.2 % at batch 2, 97.4 +- 0.5 against 96.6 +- 0.3 at 4,
-none from 8 on (notebooks/07_ebn.ipynb).
+for each), there is a gain: 94.9 +- 1.2 against 73.0 +- 1.2 % at batch 2, 97.4 +- 0.5 against 96.6 +- 0.3
+at 4, none from 8 on (notebooks/07_ebn.ipynb).
 
 Cost. Less than batch normalization: one pass over x for both sums, about a mean taken from 1/16 of it, where
 Flax makes two or three. Bytes accessed by the train step (value and gradients) of a norm on [64, 32, 32, 64],
