@@ -10,7 +10,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
 GPU_VENV ?= $(VENV)-gpu
 
-.PHONY: demo test test-all test-colab multihost gpu-check check format bench clean
+.PHONY: demo test test-all test-colab multihost gpu-check check format bench claims clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,10 @@ test-colab:
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench
+
+# Judges every claimed effect by the recorded results, measures what is quick, and writes claims.md.
+claims: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.claims
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

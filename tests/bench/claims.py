@@ -25,8 +25,9 @@ claim, and whether it held where we could look. `make claims` writes this page: 
 recorded results, which took hours on the machines named below; what is exact or quick is measured anew.
 
 With it, baseline: mean +- sample standard deviation over n seeds (rounds, where times are taken). Change:
-the difference paired by seed, mean +- standard error, or the ratio (x). What is compared with had as many
-rates to be tuned over, on another seed. Held if: the target that the bench had already, else two standard
+the difference paired by seed, mean +- standard error, or the ratio (x). Rates are tuned on another seed, the
+baseline's too (agc's over rates on the validation images; echo, amp and the long-tail losses share one rate
+with their baseline). Held if: the target that the bench had already, else two standard
 errors in the claimed direction, or a limit that follows from the claim's own words; no rule was chosen by
 its figures. Two standard errors of three seeds are a weak rule: of effects that are not there one in eleven
 passes. Small networks on CIFAR-10 at 16 x 16, or text: what holds here is a hint and no record; what does not

@@ -76,9 +76,9 @@ def growth(segments: str) -> Figures:
     def temp(layers: int) -> float:
         run = jt.remat.sequential([lambda w, x: jnp.tanh(x @ w)] * layers, segments)
         weights, x = [jnp.ones((128, 128))] * layers, jnp.ones((1024, 128))
-        # By the input alone: gradients of the weights are results, and grow with the layers.
-        gradient = jax.grad(lambda x, ws: (run(ws, x) ** 2).mean())
-        return jt.remat.memory(gradient, x, weights).temp / 2**20
+        # By the weights: those gradients are results. By x alone they would count as temporaries.
+        gradient = jax.grad(lambda ws, x: (run(ws, x) ** 2).mean())
+        return jt.remat.memory(gradient, weights, x).temp / 2**20
 
     few, many = map(temp, DEPTHS)
     return ratio(many, few)
