@@ -59,14 +59,18 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
+	$(BIN)/pylint jaxtricks # modules that are too long, lines that stand twice
 
 # What Google Colab ships: Python 3.13, jax 0.7.2, flax 0.11.2, optax 0.2.8.
 test-colab:
 	@if [ -z '$(COLAB_PYTHON)' ]; then echo 'no Python 3.13 here: set COLAB_PYTHON=/path/to/python3.13'; exit 1; fi
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints/colab.txt PYTHON=$(COLAB_PYTHON)
 
+# Ours beside optax, Flax, jmp, grampax and jaxamp: every table, and the one in README.md.
 bench: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.peers --readme 1
 
 # Judges every claimed effect by the recorded results, measures what is quick, and writes claims.md.
 claims: $(VENV)/.installed

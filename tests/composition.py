@@ -8,8 +8,6 @@ runs.
 
 import functools
 import itertools
-import pathlib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,11 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxtricks as jt
 from jaxtricks import KEYS, _table
 from jaxtricks.lab.models import ConvNorm
+from tests.bench import readme
 
 CLASSES, BATCH, STEPS = 4, 16, 12
 COUNTS = np.array([40, 20, 10, 5])
 RATE = 0.02
-BEGIN, END = "<!-- composition: begin -->", "<!-- composition: end -->"
 
 
 class Model(NamedTuple):
@@ -228,12 +226,7 @@ def main() -> None:
     ratio = functools.cache(lambda on: train(on).ratio)
     everything, none = ratio(frozenset(KEYS)), ratio(frozenset())
     text = f"{matrix(ratio).markdown()}\n\nAll ten together: {everything:.2f}; none: {none:.2f}."
-    readme = pathlib.Path(__file__).parents[1] / "README.md"
-    block = f"{BEGIN}\n{text}\n{END}"
-    old = readme.read_text()
-    new, found = re.subn(f"{BEGIN}.*?{END}", lambda _: block, old, flags=re.DOTALL)
-    if found:
-        readme.write_text(new)
+    readme.replace("composition", text)
     print(text)
 
 

@@ -1,7 +1,6 @@
 """Every pair of the ten tricks, and all ten, train together; neutral settings change nothing."""
 
 import functools
-import pathlib
 import re
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 import jaxtricks as jt
 from jaxtricks import KEYS
 from tests import composition
+from tests.bench import readme
 
 ALL = frozenset(KEYS)
 PAIRS = [pytest.param(pair, id=" ".join(sorted(pair))) for pair in composition.pairs()]
@@ -141,8 +141,7 @@ def test_fused_is_the_branches(more):
 
 
 def test_the_matrix_of_the_readme_is_whole():
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    block = readme.split(composition.BEGIN)[1].split(composition.END)[0]
+    block = readme.part("composition")
     assert re.findall(r"^\| (\w+) \|", block, re.MULTILINE) == list(KEYS)
     figures = [float(x) for x in re.findall(r"\d+\.\d\d", block)]
     assert len(figures) == 45 + 10 + 2 and max(figures) < 0.6

@@ -13,7 +13,18 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import _jaxpr, cli
-from jaxtricks.lab import ablate, compose, data, examples, loop, planning, report, rundir, train
+from jaxtricks.lab import (
+    ablate,
+    compose,
+    data,
+    examples,
+    greedy,
+    loop,
+    planning,
+    report,
+    rundir,
+    train,
+)
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.parallel_config import Parallel
@@ -282,8 +293,10 @@ def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
         "all",
         "all - memopt",
         "all - remat",
+        "best",
     ]
     fields = {"key", "metric", "std", "n", "step_ms", "temp_bytes", "state_bytes", "reads", "note"}
+    fields |= {"tricks", "validation"}
     assert set(rows[0]) == fields and rows[0]["n"] == 2
     by_key = {r["key"]: r for r in rows}
     assert by_key["memopt"]["state_bytes"] < 0.8 * by_key["baseline"]["state_bytes"]
@@ -331,3 +344,37 @@ def test_summary_table_names_splits():
         "loss",
         "accuracy",
     )
+
+
+def test_the_search_keeps_what_helps_beyond_the_seeds_spread():
+    gains = {"a": (0.01, 0.03), "b": (0.2, 0.1), "c": (-0.1, -0.2), "d": (0.05, -0.04)}
+    asked = []
+
+    def measure(subset):
+        asked.append(subset)
+        # a is of no use once b is on.
+        on = [key for key in subset if key != "a" or "b" not in subset]
+        return [0.5 + sum(gains[key][seed] for key in on) for seed in range(2)]
+
+    best, trials = greedy.search("abcd", measure)
+    assert best == ("b",)
+    assert [(t.offered, t.subset, t.kept) for t in trials] == [
+        ("b", ("b",), True),
+        ("a", ("a", "b"), False),
+        ("d", ("b", "d"), False),  # +0.5 points on average, one seed up and one down
+        ("c", ("b", "c"), False),
+    ]
+    assert trials[0].gain == pytest.approx(0.15) and trials[0].error == pytest.approx(0.05)
+    assert len(asked) == 1 + 4 + 4
+
+
+def test_the_search_may_find_that_nothing_helps():
+    best, trials = greedy.search("ab", lambda subset: [1.0 - len(subset)])
+    assert best == () and [t.kept for t in trials] == [False, False]
+
+
+def test_the_best_row_names_its_tricks():
+    base = {"key": "baseline", "tricks": [], "metric": 0.8, "std": 0.01, "n": 3, "step_ms": 10.0}
+    base |= {"temp_bytes": 1000, "state_bytes": 100, "reads": 64.0}
+    best = base | {"key": "best", "tricks": ["echo", "longtail"], "metric": 0.9}
+    assert report.annotate([base, best])[1]["note"] == "echo + longtail: +10.0 points"

@@ -1,10 +1,11 @@
-"""What the README shows runs."""
+"""What the README shows runs, in English and in Chinese."""
 
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -12,11 +13,41 @@ from flax import nnx
 import jaxtricks as jt
 from tests import strangers
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+each_page = pytest.mark.parametrize("page", [README, CHINESE], ids=["English", "Chinese"])
+
+
+def fences(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+@each_page
+def test_there_are_two_commands(page):
+    commands = re.findall(r"^make (\w+)", fences(page, "bash")[0], re.MULTILINE)
+    assert commands == ["demo", "test"]
+
+
+@each_page
+def test_what_is_linked_is_there(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_chinese_page_trains_and_fuses(capsys):
+    scope: dict = {}
+    for code in fences(CHINESE):
+        exec(code, scope)
+    losses = np.asarray(scope["losses"])
+    assert losses[-8:].mean() < 0.5 * losses[:8].mean()
+    assert "layers/0" in capsys.readouterr().out
+    images = scope["images"][:4]
+    assert jnp.allclose(scope["plain"](images), scope["model"](images), atol=1e-5)
 
 
 def test_the_example_trains():
-    code, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, *_ = fences(README)
     scope: dict = {}
     exec(code, scope)
     x = jnp.linspace(-1, 1, 16 * 8).reshape(16, 8)
@@ -32,7 +63,7 @@ def test_the_example_trains():
 
 def test_a_model_is_converted_and_fused(capsys):
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "convert" in c)
+    code = next(c for c in fences(README) if "convert" in c)
     before, after = code.split("plain, report", 1)
     model = strangers.trained(strangers.made(strangers.ResNet), images)
     scope = {"jt": jt, "nnx": nnx, "model": model, "images": images}
@@ -49,7 +80,7 @@ def test_the_table_has_the_ten_keys():
 
 
 def test_a_loss_is_made_low(capsys):
-    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "autocast" in c)
+    code = next(c for c in fences(README) if "autocast" in c)
     keys = jax.random.split(jax.random.key(0), 3)
     up, down, x = (jax.random.normal(k, (8, 8)) for k in keys)
     params = {"up": up, "bias": jnp.zeros((1, 8)), "down": down}
@@ -62,9 +93,7 @@ def test_a_loss_is_made_low(capsys):
 
 @pytest.mark.devices
 def test_state_lies_where_the_parameters_lie(capsys):
-    code = next(
-        c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "make_mesh" in c
-    )
+    code = next(c for c in fences(README) if "make_mesh" in c)
     params = {"a": jnp.ones((16, 4)), "b": jnp.ones((8, 8))}
     scope = {"jt": jt, "jax": jax, "optax": optax, "params": params}
     exec(code, scope)

@@ -5,5 +5,6 @@
 - Devices and hosts: `placement` (what lies where), `feed` (what each host reads), `hosts`, `collectives`.
 - Nothing is lost: `checkpoint`, `rundir`, `interrupt`, `divergence`, `about`; `recorded` and `jsons` (what
   may be damaged).
-- What is left to read: `writers`, `runs`, `run_report`, `compare`; `ablate` and `report`; `find_lr`.
+- What is left to read: `writers`, `runs`, `run_report`, `compare`; `ablate`, `greedy` and `report`;
+  `find_lr`.
 """

@@ -1,4 +1,4 @@
-"""The `ablate` command: baseline, each trick alone, all, and all but one, on one data set."""
+"""The `ablate` command: baseline, each trick alone, all, all but one, and the best subset found."""
 
 import contextlib
 import time
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtricks import _tree
-from jaxtricks.lab import about, compose, loop, report
+from jaxtricks.lab import about, compose, greedy, loop, report, spread
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab.config import Ablate, Train, Tricks
+from jaxtricks.lab.config import KEYS, Ablate, Train, Tricks
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.rundir import RunDir
 
+_HELD_OUT = 0.1  # of the training images, for the search
 _ROUNDS = 15  # interleaved timing rounds; the median of each row's steps is reported
 
 
@@ -26,12 +27,14 @@ class Trained(NamedTuple):
     """A row of the table, and what its timing needs.
 
     Attributes:
-      row: key, metric, std, n, temp_bytes, state_bytes, reads.
+      row: key, tricks, metric, std, n, validation, temp_bytes, state_bytes, reads.
+      validation: the metric of each seed on the validation split, which the search goes by.
       step: the compiled step; it donates its state.
       state, batch: arguments to time it with.
     """
 
     row: dict[str, Any]
+    validation: list[float]
     step: Callable[..., Any]
     state: loop.TrainState
     batch: Any
@@ -48,11 +51,16 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
       The rows of results.json.
     """
     console = Console()
-    data = [data_lib.load(cfg.data, imbalance=cfg.imbalance, seed=s) for s in range(cfg.seeds)]
+    data = [
+        data_lib.load(
+            cfg.data, imbalance=cfg.imbalance, seed=seed, size=cfg.size, validation=_HELD_OUT
+        )
+        for seed in range(cfg.seeds)
+    ]
     folder = RunDir(cfg.out, about.of_run(cfg, command))
     plan = list(arrangements(cfg.tricks))
     evaluators: dict[Any, Evaluator] = {}
-    trained = []
+    trained, trials, best = [], [], None
     with contextlib.ExitStack() as stack:
         ahead = ThreadPoolExecutor(1)
         stack.callback(ahead.shutdown, cancel_futures=True)
@@ -64,10 +72,17 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
             progress.update(task, description=f"{key:<16}")
             trained.append(train_row(key, cfg, program.result(), data, evaluators))
             progress.advance(task)
+        if cfg.search and len(cfg.tricks) > 1:
+            progress.update(task, description="search", total=len(plan) + len(cfg.tricks))
+            trials, best = _search(cfg, trained, data, evaluators, lambda: progress.advance(task))
+            trained += [] if best in trained else [best]
     for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
         entry.row["step_ms"] = milliseconds
-    rows = report.annotate([entry.row for entry in trained])
-    report.write(folder, rows, data[0], cfg, command)
+    rows = [entry.row for entry in trained]
+    if best and best.row["key"] != "best":  # an arrangement of the plan won
+        rows.append({**best.row, "key": "best"})
+    rows = report.annotate(rows)
+    report.write(folder, rows, trials, data[0], cfg, command)
     console.print(report.for_terminal(rows), highlight=False, soft_wrap=True)
     console.print(f"report: {folder.path / 'report.md'}", highlight=False)
     return rows
@@ -82,6 +97,28 @@ def arrangements(keys: tuple[str, ...]) -> Iterator[tuple[str, Tricks]]:
         yield "all", Tricks.of(*keys)
         for key in keys:
             yield f"all - {key}", Tricks.of(*(k for k in keys if k != key))
+
+
+def _search(
+    cfg: Ablate,
+    trained: list[Trained],
+    data: list[data_lib.Data],
+    evaluators: dict[Any, Evaluator],
+    advance: Callable[[], None],
+) -> tuple[list[greedy.Trial], Trained]:
+    """Search for the best subset by validation scores; what the plan has measured is not run again."""
+    measured = {tuple(entry.row["tricks"]): entry for entry in trained}
+
+    def measure(subset: greedy.Subset) -> list[float]:
+        if subset not in measured:
+            prepared = prepare(cfg, Tricks.of(*subset), data[0])
+            measured[subset] = train_row("best", cfg, prepared, data, evaluators)
+        if len(subset) > 1:
+            advance()
+        return measured[subset].validation
+
+    best, trials = greedy.search([k for k in KEYS if k in cfg.tricks], measure)
+    return trials, measured[best]
 
 
 class Prepared(NamedTuple):
@@ -124,25 +161,28 @@ def train_row(
     function = compose.function_key(tricks)
     evaluate = evaluators.setdefault(function, Evaluator(program, data[0], cfg.batch))
 
-    def run_seed(seed: int) -> tuple[loop.TrainState, float, float]:
+    def run_seed(seed: int) -> tuple[loop.TrainState, float, float, float]:
         run_cfg, dataset = cfg.train(tricks, seed), data[seed]
         source = dataset.train.subset(np.arange(len(dataset.train)))  # its own byte counter
         state = program.start(seed, dataset.counts)
         state = loop.fit(step, state, _batches(run_cfg, source, program.place), cfg.steps)
-        score = evaluate(state, dataset.test)["balanced_accuracy"]
-        return state, score, source.bytes_read / cfg.steps
+        splits = filter(None, (dataset.test, dataset.validation))
+        test, validation = (evaluate(state, split)["balanced_accuracy"] for split in splits)
+        return state, test, validation, source.bytes_read / cfg.steps
 
-    states, scores, reads = zip(*map(run_seed, range(len(data))), strict=True)
+    states, scores, validation, reads = zip(*map(run_seed, range(len(data))), strict=True)
     row = {
         "key": key,
+        "tricks": list(tricks.on),
         "metric": float(np.mean(scores)),
-        "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
+        "std": spread.deviation(scores),
         "n": len(scores),
+        "validation": float(np.mean(validation)),
         "temp_bytes": temp_bytes,
         "state_bytes": _tree.nbytes(states[-1].opt_state),
         "reads": float(np.mean(reads)),
     }
-    return Trained(row, step, states[-1], batch)
+    return Trained(row, list(validation), step, states[-1], batch)
 
 
 def interleaved_times(trained: list[Trained]) -> list[float]:

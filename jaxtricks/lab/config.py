@@ -273,7 +273,7 @@ class Fuse:
 
 @dataclasses.dataclass(frozen=True)
 class Ablate:
-    """What each trick costs and gains: baseline, each alone, all, and all but one, on one data set."""
+    """What each trick costs and gains: baseline, each alone, all, all but one, the best subset found."""
 
     data: str = "digits"
     """"digits" (embedded), a folder or a zip of class folders."""
@@ -289,8 +289,12 @@ class Ablate:
     """Images a step."""
     imbalance: float = 20.0
     """Images of the largest over the smallest class."""
+    size: int = 0
+    """Side of the square to which images are resized; 0 takes the size that most of them have."""
     widths: tuple[int, ...] = (16, 32)
     """Channels of each stage."""
+    search: bool = True
+    """Search for the best subset too, greedily, on the validation split: at most a run a trick."""
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
@@ -309,6 +313,7 @@ class Ablate:
             steps=self.steps,
             batch=self.batch,
             imbalance=self.imbalance,
+            size=self.size,
             widths=self.widths,
             seed=seed,
         )

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxtricks import _table
-from jaxtricks.lab import about
+from jaxtricks.lab import about, spread
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.rundir import RunDir
 
@@ -63,10 +63,8 @@ def write(
 
 
 def _spread(values: list[float]) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.1f} +- {deviation:.1f}"
+    return f"{np.mean(values):.1f} +- {spread.deviation(values):.1f}"
 
 
 def _error(values: list[float]) -> str:
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{np.mean(values):+.1f} +- {error:.1f}"
+    return f"{np.mean(values):+.1f} +- {spread.error(values):.1f}"

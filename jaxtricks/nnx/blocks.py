@@ -69,6 +69,7 @@ class ACBlock(Branched):
         rngs: nnx.Rngs,
     ):
         self.gamma_init = gamma_init
+        # pylint: disable=duplicate-code # what every Branched takes is handed on
         super().__init__(
             in_features,
             out_features,

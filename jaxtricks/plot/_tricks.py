@@ -88,6 +88,7 @@ _KINDS = {
     "all": ("D", "black", 60),
     "one trick": ("o", "tab:blue", 45),
     "all but one": ("^", "tab:orange", 40),
+    "best": ("P", "tab:green", 90),
 }
 
 

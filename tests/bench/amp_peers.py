@@ -1,7 +1,7 @@
 """autocast beside the hand cast and its peers: `python -m tests.bench.amp_peers`.
 
-Exact counts of the traced gradient, and its error against float64. jmp's casts are `amp.with_policy`.
-grampax and jaxamp join where they are installed; a peer that fails on a model says how.
+Exact counts of the traced gradient, and its error against float64. jmp, grampax
+and jaxamp join where they are installed; a peer that fails on a model says how.
 """
 
 import contextlib
@@ -64,7 +64,13 @@ def ways(loss: Fn, hand: Fn) -> dict[str, Fn]:
     return found
 
 
+def _jmp(module: Any, fn: Fn) -> Fn:
+    policy = module.get_policy("params=float32,compute=bfloat16,output=float32")
+    return lambda *args: policy.cast_to_output(fn(*policy.cast_to_compute(args)))
+
+
 _PEERS: dict[str, Callable[[Any, Fn], Fn]] = {
+    "jmp": _jmp,
     "grampax": lambda module, fn: module.autocast(fn, dtype=jnp.bfloat16),
     "jaxamp": lambda module, fn: module.amp(fn, compute_dtype=jnp.bfloat16),
 }
