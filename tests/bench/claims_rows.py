@@ -269,7 +269,8 @@ EBN = [
 CYCLICAL = [
     net("cyclical", "fewer steps to a target than at a constant rate", SMITH,
         ("cycles", "one", "constant", "constant rate"), FEWER,
-        SHORT + "one cycle of the shortest legs that the paper advises. Its own runs are of 25,000 steps.",
+        SHORT + "one cycle of the shortest legs that the paper advises. Its gain comes where the rate falls, "
+        "in the end; the paper's runs are of 25,000 steps.",
         figure="reached"),
     net("cyclical", "fewer steps to a target than under a decay", SMITH,
         ("cycles", "one", "cosine", "warm-up and cosine"), FEWER,
