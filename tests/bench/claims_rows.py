@@ -161,9 +161,10 @@ AMP = [
         "ms a gradient", "op by op", GAIN, FRESH, part(fresh.timed, "jit", "eager"), kind=TIMED,
     ),
     Claim(
-        "amp", "autocast makes the compiled step faster (this machine)", "seed", "ms a gradient", "jit, float32",
-        GAIN, FRESH, part(fresh.timed, "autocast", "jit"),
-        "XLA's CPU backend multiplies in float32 and converts before and after. An accelerator would test it.",
+        "amp", "autocast makes the compiled step faster (this machine)", "seed", "ms a gradient",
+        "jit, float32", GAIN, FRESH, part(fresh.timed, "autocast", "jit"),
+        "XLA's CPU backend multiplies in float32 and converts before and after. An accelerator would test "
+        "it.",
         TIMED,
     ),
     Claim(
