@@ -10,7 +10,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
 GPU_VENV ?= $(VENV)-gpu
 
-.PHONY: demo test test-all test-colab multihost gpu-check check format bench clean
+.PHONY: demo test test-all test-colab multihost gpu-check check format bench claims clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,10 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.peers --readme 1
+
+# Judges every claimed effect by the recorded results, measures what is quick, and writes claims.md.
+claims: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.claims
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

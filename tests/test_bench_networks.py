@@ -117,3 +117,32 @@ def test_every_rate_of_an_experiment_is_given_or_derived(name):
     # Equal examples, or the comparison would be of budgets.
     assert len({arm.images for arm in arms.values()}) == 1
     assert all(arm.images % arm.batch == 0 for arm in arms.values())
+
+
+def test_a_split_is_thinned_class_by_class(task):
+    counts = (4, 3, 2, 1, 1, 1, 1, 1, 1, 1)
+    few = image_task.thinned(task.train, counts)
+    assert np.bincount(few.labels).tolist() == list(counts)
+    assert marks(few) < marks(task.train)
+
+
+def test_an_arm_trains_on_its_counts_with_its_loss_and_rates(task):
+    seen = []
+
+    def loss(logits, labels):
+        seen.append(logits.shape)
+        return 0.0 * logits.sum(-1) + 7.0
+
+    def share(step, steps):
+        return seen.append((step, steps)) or 1.0
+
+    arm = image_task.Arm("tiny", tiny, 5, 10, counts=(1,) * 10, loss=loss, share=share)
+    run = image_task.trainer(task, arm)(0, 0.1)
+    assert run["loss"] == 7 and {(5, 10), (0, 2), (1, 2)} <= set(seen)
+
+
+def test_cycles_are_whole_and_start_at_a_quarter():
+    one, two = network_arms.triangles(1), network_arms.triangles(2)
+    assert [one(i, 400) for i in (0, 100, 200, 300)] == pytest.approx([0.25, 0.625, 1, 0.625])
+    assert [two(i, 400) for i in (0, 100, 200, 300)] == pytest.approx([0.25, 1, 0.25, 1])
+    assert network_arms.constant(3, 400) == 1

@@ -55,6 +55,9 @@ class Arm(NamedTuple):
       fuse: whether the trained network is compared with its fused form.
       differentiate: (loss, optimizer state, has_aux) -> (params, images) -> ((loss, aux), grads).
       start: initial parameters -> those to start from.
+      share: (step, steps) -> share of the peak rate.
+      counts: images of each class to train on, the first of each; None for all.
+      loss: (logits [N, classes], labels [N]) -> per image.
     """
 
     name: str
@@ -68,6 +71,9 @@ class Arm(NamedTuple):
     fuse: bool = False
     differentiate: Callable[..., Any] = in_float32
     start: Callable[[Any], Any] = lambda params: params
+    share: Callable[[int, int], float] = schedule
+    counts: tuple[int, ...] | None = None
+    loss: Callable[..., Any] = optax.softmax_cross_entropy_with_integer_labels
 
     @property
     def steps(self) -> int:
@@ -128,6 +134,12 @@ def order(count: int, needed: int, seed: int) -> np.ndarray:
     return np.concatenate(lists)[:needed]
 
 
+def thinned(split: Split, counts: tuple[int, ...]) -> Split:
+    """The first `counts[c]` images of every class c."""
+    index = np.concatenate([np.flatnonzero(split.labels == c)[:n] for c, n in enumerate(counts)])
+    return Split(split.images[index], split.labels[index])
+
+
 def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
     """(seed, peak rate) -> figures of one run; seed and rate are data, so compiled code serves all runs.
 
@@ -135,7 +147,8 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
     is compiled, and a call costs less than a millisecond.
     """
     apply, *_ = jt.nnx.functional(arm.build(nnx.Rngs(0)))
-    train = Split(*map(jnp.asarray, task.train))
+    chosen = task.train if arm.counts is None else thinned(task.train, arm.counts)
+    train = Split(*map(jnp.asarray, chosen))
 
     def scaled(images: Any) -> Any:
         return (images.astype(jnp.float32) - task.mean) / task.deviation
@@ -149,7 +162,7 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         def loss_fn(params: Any, x: Any) -> Any:
             logits, after = apply(params, state, x, train=True)
             logits = logits.astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), after
+            return arm.loss(logits, labels).mean(), after
 
         differentiated = arm.differentiate(loss_fn, moments, has_aux=True)
         (loss, state), grads = differentiated(params, x)
@@ -173,7 +186,7 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         carry = (params, state, arm.tx(0.0).init(params))
         index = order(len(train.labels), arm.steps * arm.batch, seed).reshape(arm.steps, -1)
         for i in range(arm.steps):
-            now = np.float32(rate * schedule(i, arm.steps))
+            now = np.float32(rate * arm.share(i, arm.steps))
             carry, loss = step(carry, index[i], seed, i, now)
             losses.append(loss)
             if (i + 1) % LOOK:

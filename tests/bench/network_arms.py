@@ -4,18 +4,24 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks.lab.models import ConvNorm, NFNet, RepVGG, ResNet
-from tests.bench import image_task
+from tests.bench import image_task, text_task
 from tests.bench.image_task import Arm
 
 CLIPPING = 0.08  # of gradient norms, as a share of the weights' norms
 TARGET = 0.35  # validation accuracy, of the experiment that counts steps
+CYCLES_TARGET, TAIL_TARGET = 0.45, 0.25  # the same of two more
 EPSILON = 1e-3  # of batch normalizations, of one variance or many
 REMEMBERED = 1024  # images in the running statistics, but at least 10 steps
+group_norm = functools.partial(nnx.GroupNorm, num_groups=8)
+standardized = functools.partial(jt.nnx.WSConv, preset="qiao", use_gain=False)
 
 
 class Experiment(NamedTuple):
@@ -68,19 +74,17 @@ def large_batch(size: int = 24_576) -> Experiment:
 
 def standardization(size: int = 25_600, batch: int = 128) -> Experiment:
     """Steps to a target with standardized kernels, and with plain ones."""
-    group = functools.partial(nnx.GroupNorm, num_groups=8)
-    ws = functools.partial(jt.nnx.WSConv, preset="qiao", use_gain=False)
     common = {"batch": batch, "images": size, "target": TARGET}
     # Plain convolutions were best with the smallest of three rates, so they have one more below it.
     rates = {"plain": (0.03, 0.1, 0.3, 0.9), "standardized": (0.1, 0.3, 0.9)}
     arms = {
         kind: Arm(
             f"ResNet, group norm, {kind} convolution",
-            resnet(group, conv),
+            resnet(group_norm, conv),
             rates=rates[kind],
             **common,
         )
-        for kind, conv in (("plain", nnx.Conv), ("standardized", ws))
+        for kind, conv in (("plain", nnx.Conv), ("standardized", standardized))
     }
     note = (
         f"Steps: until the accuracy on the validation images, looked at every {image_task.LOOK} steps, "
@@ -99,22 +103,30 @@ def clipping(size: int = 12_288, batch: int = 512) -> Experiment:
 
 
 def small_batches(size: int = 8_192) -> Experiment:
-    """One variance for all channels, at batches down to 2."""
+    """One variance for all channels, at batches down to 2; GroupNorm knows no batch."""
     arms = {}
-    norms = {"BatchNorm": nnx.BatchNorm, "ExtendedBatchNorm": jt.nnx.ExtendedBatchNorm}
+    names = ("BatchNorm", "ExtendedBatchNorm", "GroupNorm", "GroupNorm, standardized")
     for batch in (32, 8, 4, 2):
-        for name, norm in norms.items():
+        norms = {
+            "BatchNorm": batch_norm(batch),
+            "ExtendedBatchNorm": batch_norm(batch, jt.nnx.ExtendedBatchNorm),
+            "GroupNorm": group_norm,
+            "GroupNorm, standardized": group_norm,
+        }
+        for name in names:
             tuned = {"rates": (0.01, 0.03, 0.1, 0.3)}
             scaled = {"like": (f"{name} 32", batch / 32)}
             arms[f"{name} {batch}"] = Arm(
                 f"ResNet, {name}",
-                resnet(batch_norm(batch, norm)),
+                resnet(norms[name], standardized if "standardized" in name else nnx.Conv),
                 batch,
                 size,
                 **(tuned if batch == 32 else scaled),
             )
     note = "Rates are tuned at batch 32 and scaled with the batch."
-    return Experiment("ExtendedBatchNorm against BatchNorm at small batches", arms, (note,))
+    return Experiment(
+        "ExtendedBatchNorm at small batches, against BatchNorm and GroupNorm", arms, (note,)
+    )
 
 
 def branches(size: int = 15_360, batch: int = 128) -> Experiment:
@@ -141,10 +153,63 @@ def branches(size: int = 15_360, batch: int = 128) -> Experiment:
     return Experiment("Training forms of several branches", arms, (note,))
 
 
+def constant(step: int, steps: int) -> float:
+    """The peak rate throughout."""
+    del step, steps
+    return 1.0
+
+
+def triangles(cycles: int) -> Callable[[int, int], float]:
+    """Whole cycles from a quarter of the peak to the peak and back."""
+
+    @functools.cache
+    def rates(steps: int) -> Any:
+        rate = jt.cyclical.cyclical(0.25, 1.0, steps / (2 * cycles))
+        return np.asarray(jax.vmap(rate)(jnp.arange(steps)))
+
+    return lambda step, steps: float(rates(steps)[step])
+
+
+def cycles(size: int = 40_000, batch: int = 100) -> Experiment:
+    """Steps to a target under cyclical rates, a constant one and a cosine."""
+    shares = {
+        "constant": ("constant rate", constant),
+        "one": ("triangular, 1 cycle", triangles(1)),
+        "cosine": ("warm-up and cosine", text_task.schedule),
+        "two": ("triangular, 2 cycles", triangles(2)),
+    }
+    common = {"rates": (0.03, 0.1, 0.3), "target": CYCLES_TARGET, "counts": (1000,) * 10}
+    build = resnet(batch_norm(batch))
+    arms = {k: Arm(n, build, batch, size, share=s, **common) for k, (n, s) in shares.items()}
+    note = (
+        f"Steps: as above, to {CYCLES_TARGET}. 400 steps are 4 epochs of 1,000 images a class: the legs of "
+        "1 cycle are of 2 epochs, the shortest that the paper advises. Rates are peaks; a triangle begins at "
+        "a quarter of it."
+    )
+    return Experiment("Cyclical rates: steps to a target", arms, (note,))
+
+
+def long_tail(size: int = 38_400, batch: int = 128) -> Experiment:
+    """Steps to a balanced accuracy, trained on a long tail."""
+    counts = tuple(map(int, jt.longtail.data.exponential_counts(2000, 10, 100.0)))
+    losses = {"cross entropy": jt.longtail.cross_entropy()}
+    losses["balanced softmax"] = jt.longtail.balanced_softmax(jnp.asarray(counts, jnp.float32))
+    common = {"rates": (0.03, 0.1, 0.3), "target": TAIL_TARGET, "counts": counts}
+    build = resnet(batch_norm(batch))
+    arms = {name: Arm(name, build, batch, size, loss=f, **common) for name, f in losses.items()}
+    note = (
+        f"Trained on {counts} images of the ten classes, tested on equally many of each. Steps: as above, to "
+        f"{TAIL_TARGET}. Training losses of different kinds can't be compared."
+    )
+    return Experiment("A long tail: steps to a balanced accuracy", arms, (note,))
+
+
 EXPERIMENTS = {
     "standardization": standardization,
     "clipping": clipping,
     "branches": branches,
     "large_batch": large_batch,
     "small_batches": small_batches,
+    "cycles": cycles,
+    "long_tail": long_tail,
 }

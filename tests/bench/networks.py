@@ -1,4 +1,4 @@
-"""Blocks and clipping on real images: five experiments with small networks, seeds and tuned rates.
+"""Blocks and clipping on real images: seven experiments with small networks, seeds and tuned rates.
 
 The data are class folders train/CLASS and test/CLASS of 32 x 32 images (CIFAR-10, say), in a zip or a
 directory. Every arm that has several candidate rates is tried with each on a seed that is not among those
