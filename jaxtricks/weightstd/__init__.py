@@ -41,7 +41,7 @@ take statistics of; a depthwise 1x1 kernel gives one, which would vanish, so it 
 CIFAR-10 at 16 x 16, ResNet of 8 layers with group normalization, batch 128, 200 steps, n = 3 seeds, three
 rates tried (four without): 35 % of the validation images are right after 67 +- 6 steps with preset "qiao",
 after 107 +- 23 without, and 45.0 +- 0.1 against 40.2 +- 1.6 % of the test images in the end. Long training
-and batch normalization are not shown. At batch 2 (8192 images seen, rate tuned at batch 32) group normalization
+and batch normalization are not shown. At batch 2 (8192 images seen, rate tuned at batch 32) group norm
 has 41.0 +- 0.6 % with it and 35.4 +- 2.2 without; batch normalization 37.5 +- 1.2, and 39.4 +- 1.4 at batch
 32. `python -m tests.bench.networks --data cifar10.zip --only standardization` and `--only small_batches`.
 
