@@ -162,8 +162,12 @@ and what it keeps is no better known than the standard errors say.
 
 
 def hardware() -> str:
-    """Machine and versions in one line."""
-    machine, have = about.hardware(), about.versions()
+    """This machine and its versions in one line."""
+    return machine_line(about.hardware(), about.versions())
+
+
+def machine_line(machine: dict[str, Any], have: dict[str, str]) -> str:
+    """What `about.hardware` and `about.versions` gave, in one line."""
     packages = ", ".join(f"{name} {have[name]}" for name in ("jax", "flax", "optax", "numpy"))
     return (
         f"{machine['kind']}, {machine['cores']} cores, {machine['machine']}, "

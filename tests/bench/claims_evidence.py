@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtricks.lab import report
+from jaxtricks.lab import spread as seeds
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 HELD, NOT_HELD, NOT_TESTABLE = "held", "not held", "not testable here"
 
@@ -85,7 +88,7 @@ def paired(ours: Sequence[float], base: Sequence[float], digits: int = 2) -> Fig
     """Runs of the same seeds, in the same order: the mean difference and its standard error."""
     difference = np.asarray(ours, np.float64) - np.asarray(base, np.float64)
     n = len(difference)
-    error = float(np.std(difference, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    error = seeds.error(difference) if n > 1 else math.nan
     return Figures(spread(ours, digits), spread(base, digits), float(difference.mean()), error, n)
 
 
@@ -98,7 +101,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean +- sample standard deviation."""
     if len(values) < 2:
         return f"{np.mean(values):.{digits}f}"
-    return f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
+    return f"{np.mean(values):.{digits}f} +- {seeds.deviation(values):.{digits}f}"
 
 
 # --- recorded results ----------------------------------------------------------------------------
@@ -235,19 +238,10 @@ def made(name: str) -> tuple[str, str]:
     if name.endswith(".json"):
         about = recorded(name)
         about = about.get("about") or about["training"]
-        return about["command"], machine(about["hardware"], about["versions"])
+        return about["command"], report.machine_line(about["hardware"], about["versions"])
     text = (RESULTS / name).read_text()
     command = re.findall(r"`((?:python|jaxtricks) [^`]*)`", text)[0]
     line = next(x for x in text.split("\n") if re.search(r"cores|libtpu \d", x))
     if line.startswith("{"):
-        return command, machine(*map(ast.literal_eval, line.split("; ")))
+        return command, report.machine_line(*map(ast.literal_eval, line.split("; ")))
     return command, line.split("; `")[0].rstrip(".")
-
-
-def machine(hardware: dict[str, Any], versions: dict[str, str]) -> str:
-    """One line."""
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "numpy"))
-    return (
-        f"{hardware['kind']}, {hardware['cores']} cores, {hardware['machine']}, "
-        f"Python {versions['python']}, {packages}"
-    )
