@@ -31,10 +31,10 @@ baseline's too (agc's are the best of six on the validation images; echo, amp an
 one rate with their baseline).
 
 Held if: the target that the bench had already, else two standard errors in the claimed direction, or a limit
-that follows from the claim's own words. Most figures had been seen when the rules were written down. Two standard errors of three seeds are a weak rule: of effects that
-are not there one in eleven passes. Small networks on CIFAR-10 at 16 x 16, or text: what holds here is a hint
-and no record, and what does not hold here may hold at the papers' size. The digits of `make demo` are a smoke
-test and decide nothing here."""
+that follows from the claim's own words. Most figures had been seen when the rules were written down. Two
+standard errors of three seeds are a weak rule: of effects that are not there one in eleven passes. Small
+networks on CIFAR-10 at 16 x 16, or text: what holds here is a hint and no record, and what does not hold here
+may hold at the papers' size. The digits of `make demo` are a smoke test and decide nothing here."""
 
 
 class Row(NamedTuple):
