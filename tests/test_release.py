@@ -8,7 +8,10 @@ import sys
 import venv
 import zipfile
 
+import nbformat
 import pytest
+
+import jaxtricks as jt
 
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = {"chex", "flax", "jax", "jaxtyping", "numpy", "optax"}
@@ -74,6 +77,17 @@ def test_the_core_explains_and_names_the_extra():
         assert "pip install 'jaxtricks[lab]'" in said and said.count("\n") == 1
 
 
+def install_cell(wheel):
+    """The first code cell of the notebooks as Python, with the wheel in place of the repository."""
+    cells = nbformat.read(ROOT / "notebooks/00_quickstart.ipynb", as_version=4).cells
+    source = next(cell.source for cell in cells if cell.cell_type == "code")
+    magic = f'%pip install -q "jaxtricks @ git+{jt.REPO_URL}"'
+    assert magic in source
+    arguments = ["-m", "pip", "install", "-q", f"jaxtricks @ {wheel.as_uri()}"]
+    command = f"import subprocess, sys; subprocess.check_call([sys.executable, *{arguments}])"
+    return source.replace(magic, command)
+
+
 @pytest.mark.slow
 def test_the_wheel_alone_in_a_new_environment(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
@@ -82,13 +96,12 @@ def test_the_wheel_alone_in_a_new_environment(wheel, tmp_path):
     constraints = ROOT / "constraints" / f"{stack}.txt"
     run(python, "-m", "pip", "install", "-q", "-c", constraints, "jax", "flax", "optax")
     before = run(python, "-m", "pip", "freeze").stdout.splitlines()
-    run(python, "-m", "pip", "install", "-q", wheel)
+    run(python, "-I", "-c", install_cell(wheel))  # -I: the wheel, not this folder
     after = run(python, "-m", "pip", "freeze").stdout.splitlines()
     kept = ("jax==", "jaxlib==", "flax==", "optax==", "numpy==")
     assert [x for x in after if x.startswith(kept)] == [x for x in before if x.startswith(kept)]
     assert run(tmp_path / "env/bin/jaxtricks", "explain", "agc").stdout
     said = run(tmp_path / "env/bin/jaxtricks", "train", code=2).stderr
     assert "pip install 'jaxtricks[lab]'" in said
-    run(
-        python, "-c", "import jaxtricks as jt; jt.agc.adaptive_grad_clip(); jt.nnx.WSConv; jt.linen"
-    )
+    use = "import jaxtricks as jt; jt.agc.adaptive_grad_clip(); jt.nnx.WSConv; jt.linen"
+    run(python, "-I", "-c", use)
