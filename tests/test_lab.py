@@ -310,6 +310,16 @@ def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
     assert "what changed here" in capsys.readouterr().out
 
 
+def test_an_ablation_that_ends_early_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "interleaved_times", lambda trained: 1 / 0)
+    out = tmp_path / "run"
+    args = ["--tricks", "memopt", "--seeds", "1", "--steps", "1", "--widths", "4", "--batch", "16"]
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["ablate", *args, "--out", str(out)])
+    rows = json.loads((out / "results.json").read_text())
+    assert [r["key"] for r in rows] == ["baseline", "memopt"]
+
+
 def test_what_is_not_finite_becomes_null():
     value = {"a": [1.0, float("nan")], "b": (float("inf"), 2), "c": "x"}
     assert rundir.finite(value) == {"a": [1.0, None], "b": [None, 2], "c": "x"}

@@ -58,6 +58,23 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
         for seed in range(cfg.seeds)
     ]
     folder = RunDir(cfg.out, about.of_run(cfg, command))
+    trained, trials, best = _train(cfg, data, folder, console)
+    for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
+        entry.row["step_ms"] = milliseconds
+    rows = [entry.row for entry in trained]
+    if best and best.row["key"] != "best":  # an arrangement of the plan won
+        rows.append({**best.row, "key": "best"})
+    rows = report.annotate(rows)
+    report.write(folder, rows, trials, data[0], cfg, command)
+    console.print(report.for_terminal(rows), highlight=False, soft_wrap=True)
+    console.print(f"report: {folder.path / 'report.md'}", highlight=False)
+    return rows
+
+
+def _train(
+    cfg: Ablate, data: list[data_lib.Data], folder: RunDir, console: Console
+) -> tuple[list[Trained], list[greedy.Trial], Trained | None]:
+    """(every row, the search's trials, what it found: None without a search)."""
     plan = list(arrangements(cfg.tricks))
     evaluators: dict[Any, Evaluator] = {}
     trained, trials, best = [], [], None
@@ -71,21 +88,14 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
         for (key, _), program in zip(plan, prepared, strict=True):
             progress.update(task, description=f"{key:<16}")
             trained.append(train_row(key, cfg, program.result(), data, evaluators))
+            folder.write("results.json", [entry.row for entry in trained])  # what is done is kept
             progress.advance(task)
         if cfg.search and len(cfg.tricks) > 1:
-            progress.update(task, description="search", total=len(plan) + len(cfg.tricks))
+            progress.update(task, description="search", total=len(plan) + len(cfg.tricks) - 1)
             trials, best = _search(cfg, trained, data, evaluators, lambda: progress.advance(task))
-            trained += [] if best in trained else [best]
-    for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
-        entry.row["step_ms"] = milliseconds
-    rows = [entry.row for entry in trained]
-    if best and best.row["key"] != "best":  # an arrangement of the plan won
-        rows.append({**best.row, "key": "best"})
-    rows = report.annotate(rows)
-    report.write(folder, rows, trials, data[0], cfg, command)
-    console.print(report.for_terminal(rows), highlight=False, soft_wrap=True)
-    console.print(f"report: {folder.path / 'report.md'}", highlight=False)
-    return rows
+            if best.row["key"] == "best":  # no arrangement of the plan
+                trained.append(best)
+    return trained, trials, best
 
 
 def arrangements(keys: tuple[str, ...]) -> Iterator[tuple[str, Tricks]]:
