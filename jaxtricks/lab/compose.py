@@ -149,7 +149,8 @@ def build_schedule(cfg: Train) -> Callable[[Any], Any]:
     # cyclical: two triangles from a tenth of the peak, ending low; else warm-up and cosine.
     if cfg.tricks.cyclical:
         return jt.cyclical.cyclical(peak / 10, peak, max(1, steps // 4))
-    return optax.warmup_cosine_decay_schedule(peak / 10, peak, max(1, steps // 10), steps)
+    # (a run of one step ends in its warm-up)
+    return optax.warmup_cosine_decay_schedule(peak / 10, peak, max(1, steps // 10), max(2, steps))
 
 
 def build_loss(cfg: Train, counts: Array) -> Callable[..., Array]:
