@@ -150,7 +150,7 @@ def test_a_stream_that_tuned_itself_is_resumed_and_replayed(schedule, make):
     def slow(n):
         dataset = make(n)
         for i in range(len(dataset)):
-            time.sleep(0.002)
+            time.sleep(0.006)  # well above what a busy machine takes between two reads
             yield dataset[i]
 
     kwargs = {"schedule": schedule, "tag": True, "batch_size": 1}
