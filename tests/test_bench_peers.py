@@ -1,7 +1,11 @@
 """The table of peers: what a row says, and the parts of the README that commands write."""
 
+import json
+import pathlib
+
 import pytest
 
+from jaxtricks.lab import report
 from tests.bench import peers, readme
 
 
@@ -45,3 +49,11 @@ def test_the_readme_has_every_group_of_peers():
     assert {"optax.adafactor", "optax.sm3", "adamw", "nnx.BatchNorm", "linen.remat"} <= named
     assert {"jax.checkpoint", "jmp", "grampax", "jaxamp"} <= named
     assert "rounds in turn" in text and "jax " in text and "cores" in text
+
+
+def test_the_ablation_of_photographs_is_the_recorded_one():
+    folder = pathlib.Path(peers.__file__).parent / "results"
+    rows = json.loads((folder / "ablation_cifar.json").read_text())
+    table = report.table(rows).markdown()
+    assert readme.part("ablation-cifar") == table
+    assert table in (folder / "ablation_cifar.md").read_text()
