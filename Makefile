@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/jaxtricks ablate
+	$(BIN)/jaxtricks ablate --no-search
 
 # Twice, for speed: see XLA_FLAGS in tests/conftest.py.
 test: $(VENV)/.installed
