@@ -64,9 +64,9 @@ def timed(ours: str, base: str) -> Figures:
 
 def recomputed() -> Figures:
     """Temporaries of the gradient of 16 layers in 4 groups, MiB."""
-    weights, x = [jnp.ones((128, 128))] * 16, jnp.ones((1024, 128))
+    args = recompute.arguments()
     wraps = (jt.remat.recompute_grad, lambda f: f)
-    found = (jt.remat.memory(recompute.deep_mlp(wrap), weights, x).temp for wrap in wraps)
+    found = (jt.remat.memory(recompute.deep_mlp(wrap), *args).temp for wrap in wraps)
     return ratio(*(temp / 2**20 for temp in found))
 
 
@@ -75,10 +75,9 @@ def growth(segments: str) -> Figures:
 
     def temp(layers: int) -> float:
         run = jt.remat.sequential([lambda w, x: jnp.tanh(x @ w)] * layers, segments)
-        weights, x = [jnp.ones((128, 128))] * layers, jnp.ones((1024, 128))
         # By the weights: those gradients are results. By x alone they would count as temporaries.
         gradient = jax.grad(lambda ws, x: (run(ws, x) ** 2).mean())
-        return jt.remat.memory(gradient, weights, x).temp / 2**20
+        return jt.remat.memory(gradient, *recompute.arguments(layers)).temp / 2**20
 
     few, many = map(temp, DEPTHS)
     return ratio(many, few)

@@ -5,10 +5,9 @@ least times. Bytes are the compiler's own counts, exact. Below 1 is less than th
 `--readme` writes the table into README.md. jmp, grampax and jaxamp come with the extra `bench`.
 """
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import jax
@@ -219,9 +218,8 @@ def heading(command: str, rounds: int) -> str:
     found = []
     for name in ("jmp", "grampax", "jaxamp"):
         try:
-            importlib.import_module(name)
             found.append(f"{name} {version(name)}")
-        except ImportError:
+        except PackageNotFoundError:
             found.append(f"{name} is not installed")
     return f"`{command}`: {rounds} rounds in turn. {hardware()}, {', '.join(found)}."
 

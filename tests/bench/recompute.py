@@ -11,12 +11,17 @@ from jaxtricks import _table, remat
 
 def table() -> _table.Table:
     """Temporaries and FLOPs of the gradient of a deep network."""
-    weights, x = [jnp.ones((128, 128))] * 16, jnp.ones((1024, 128))
+    weights, x = arguments()
     wraps = {"plain": lambda f: f, "jax.checkpoint": jax.checkpoint}
     wraps["remat.recompute_grad"] = remat.recompute_grad
     reports = {name: remat.memory(deep_mlp(wrap), weights, x) for name, wrap in wraps.items()}
     body = [(n, _table.format_bytes(r.temp), f"{r.flops:.3e}") for n, r in reports.items()]
     return _table.make(("16-layer MLP, 4 groups", "temporaries", "flops"), body)
+
+
+def arguments(layers: int = 16) -> tuple[list[Any], Any]:
+    """(weights, input) of `deep_mlp`, or of another number of layers of its size."""
+    return [jnp.ones((128, 128))] * layers, jnp.ones((1024, 128))
 
 
 def deep_mlp(wrap: Callable[..., Any]) -> Callable[..., Any]:
