@@ -1,18 +1,29 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else.
-PYTHON ?= python3
+# pyenv's own commands only work where a version is chosen, so each candidate is tried.
+PYENV := $(HOME)/.pyenv/versions
+newest = $(shell for python in $(1); do "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo "$$python" && break; done)
+ifndef PYTHON
+PYTHON := $(call newest,$(foreach v,3.14 3.13 3.12,python$(v) $(wildcard $(PYENV)/$(v).*/bin/python)) python3)
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
-CONSTRAINTS ?= constraints/newest.txt
-COLAB_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) $(shell command -v python3.13))
+# jax 0.10.2 is the last for Python 3.11.
+ifndef CONSTRAINTS
+CONSTRAINTS := constraints/$(shell '$(PYTHON)' -c 'import sys; print("py311" if sys.version_info < (3, 12) else "newest")').txt
+endif
+COLAB_PYTHON ?= $(call newest,python3.13 $(wildcard $(PYENV)/3.13.*/bin/python))
+PY311 ?= $(call newest,python3.11 $(wildcard $(PYENV)/3.11.*/bin/python))
 PYTEST_WORKERS ?= 2
 # By files: what a file builds and compiles once stays in one process.
 PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
 GPU_VENV ?= $(VENV)-gpu
 
-.PHONY: demo test test-all test-colab multihost gpu-check check format bench claims clean
+.PHONY: demo test test-all test-colab test-py311 has-py311 multihost gpu-check check format bench claims clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@if [ -z '$(PYTHON)' ]; then echo 'no Python 3.11 or newer here: set PYTHON=/path/to/python'; exit 1; fi
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab,test]'
 	touch $@
@@ -22,14 +33,14 @@ demo: $(VENV)/.installed
 
 # Twice, for speed: see XLA_FLAGS in tests/conftest.py.
 test: $(VENV)/.installed
-	CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock'
-	$(PYTEST) -m 'stock and not slow' tests
+	CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock' $(TESTS)
+	$(PYTEST) -m 'stock and not slow' $(or $(TESTS),tests)
 
 # The TPU compiler lives apart: in the ordinary environment it would greet every look for devices.
-# (beartype: the package `tests` imports it.)
+# (beartype: the package `tests` imports it. libtpu by itself: Colab's is not the one that jax[tpu] asks for.)
 $(TPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(TPU_VENV)
-	$(TPU_VENV)/bin/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab,tpu]' beartype
+	$(TPU_VENV)/bin/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab]' libtpu beartype
 	touch $@
 
 test-all: $(VENV)/.installed $(TPU_VENV)/.installed
@@ -65,6 +76,15 @@ check: $(VENV)/.installed
 test-colab:
 	@if [ -z '$(COLAB_PYTHON)' ]; then echo 'no Python 3.13 here: set COLAB_PYTHON=/path/to/python3.13'; exit 1; fi
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints/colab.txt PYTHON=$(COLAB_PYTHON)
+
+# Python 3.11, jax 0.10.2: every import, the differences between versions, the laws, the golden arrays.
+# `make test-py311 PY311_TESTS=` runs the whole suite there.
+has-py311:
+	@test -n '$(PY311)'
+PY311_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,compat primitives laws* *golden memopt agc ebn cyclical longtail reparam))
+test-py311:
+	@if [ -z '$(PY311)' ]; then echo 'no Python 3.11 here: set PY311=/path/to/python3.11'; exit 1; fi
+	$(MAKE) test VENV=.venv-py311 CONSTRAINTS=constraints/py311.txt PYTHON=$(PY311) TESTS='$(PY311_TESTS)'
 
 # Ours beside optax, Flax, jmp, grampax and jaxamp: every table, and the one in README.md.
 bench: $(VENV)/.installed

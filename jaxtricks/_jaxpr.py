@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.extend import core, source_info_util
 
+from jaxtricks import _compat
+
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
 Var = core.Var
@@ -32,28 +34,12 @@ def as_fun(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
     return run
 
 
-def params(eqn: Any) -> dict[str, Any]:
-    """Parameters of an equation; under jax_remat3 those of names and checkpoints lie one level down."""
-    return eqn.params["_prim"].params if _is_high(eqn) else eqn.params
-
-
-def primitive(eqn: Any) -> str:
-    """Name of the primitive; under jax_remat3 names and checkpoints are classes of one primitive."""
-    return type(eqn.params["_prim"]).__name__ if _is_high(eqn) else eqn.primitive.name
-
-
-def _is_high(eqn: Any) -> bool:
-    return eqn.primitive.name == "call_hi_primitive"
-
-
 def sub_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
-    """The jaxprs among the parameters of an equation (bodies of scan, cond, pjit, custom rules)."""
-    for value in params(eqn).values():
+    """The jaxprs among the parameters of an equation, those of its derivative rules included."""
+    for value in _compat.params(eqn).values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
+            if _compat.is_jaxpr(item):
+                yield _compat.closed(item).jaxpr
 
 
 def walk(jaxpr: Jaxpr) -> Iterator[Any]:
@@ -68,15 +54,10 @@ def census(fn: Callable[..., Any], *args: Any) -> Counter[tuple[str, str]]:
     """How often each (primitive, dtype of its first output) occurs in the trace of fn(*args)."""
     closed, _ = trace(fn, *args)
     return Counter(
-        (eqn.primitive.name, str(eqn.outvars[0].aval.dtype))
+        (_compat.primitive(eqn), str(eqn.outvars[0].aval.dtype))
         for eqn in walk(closed.jaxpr)
         if eqn.outvars and hasattr(eqn.outvars[0].aval, "dtype")
     )
-
-
-def opened(jaxpr: Any) -> Jaxpr:
-    """The jaxpr without its constants."""
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def is_literal(v: Any) -> bool:
@@ -105,9 +86,11 @@ def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
 
 def made(consts: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], eqns: Any) -> Jaxpr:
     """A jaxpr of these variables and equations."""
+    eqns = list(eqns)
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     names = _anonymous(len(consts) + len(ins), len(outs))
-    return Jaxpr(tuple(consts), list(ins), list(outs), list(eqns), effects, names)
+    is_high = any(_compat.is_high(eqn) or any(j.is_high for j in sub_jaxprs(eqn)) for eqn in eqns)
+    return Jaxpr(tuple(consts), list(ins), list(outs), eqns, effects, names, is_high)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
@@ -102,25 +101,6 @@ def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
     dtypes = [x.dtype for x in xs if hasattr(x, "dtype")]
     with jax.numpy_dtype_promotion("standard"):
         return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
-
-
-def on_mesh(*xs: Any) -> bool:
-    """Whether the compiler may have split one of the arrays over devices, as far as their types say.
-
-    Inside shard_map it has not: an array there is one device's part.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in xs]
-    axes = [axis for m in meshes for axis in zip(m.axis_sizes, m.axis_types, strict=True)]
-    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
-
-
-def replicated(fn: Callable[..., Any], *args: Any) -> Any:
-    """fn(*args), the same on every device: for scatters and reshapes, on which Explicit axes are silent."""
-    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
-    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
-    if mesh is None:
-        return fn(*args)
-    return jax.sharding.auto_axes(fn, out_sharding=NamedSharding(mesh, PartitionSpec()))(*args)
 
 
 def static(**kwargs: Any) -> Any:

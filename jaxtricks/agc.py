@@ -66,7 +66,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from jaxtricks import _tree
+from jaxtricks import _sharding, _tree
 from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
@@ -319,7 +319,7 @@ def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Arra
     total = sum(units.g.size for units in leaves)
     # Once over the units of all leaves: for every leaf it would dominate the compile time of large trees.
     # Not of shards: joined, they would be gathered, and drag the leaves to where the others' units are.
-    if not _tree.on_mesh(*(x for units in leaves for x in units)):
+    if not _sharding.on_mesh(*(x for units in leaves for x in units)):
         leaves = [_joined(leaves)]
     counts, ratios = zip(*(_of_leaf(units, clipping, eps) for units in leaves), strict=True)
     return jnp.sum(jnp.stack(counts)) / total, jnp.max(jnp.stack(ratios))

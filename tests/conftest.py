@@ -16,7 +16,7 @@ if "TEST_PLATFORM" not in os.environ:
 os.environ.setdefault("XLA_FLAGS", "")
 if os.environ.get("CHEAP_COMPILER"):
     os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_backend_optimization_level=0"
     )
 
 # Devices wait for each other in threads of one pool, which XLA makes as large as this says: with one a

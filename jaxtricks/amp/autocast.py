@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks._call import Call
 from jaxtricks.amp.emit import Emitter
 from jaxtricks.amp.policy import Policy, as_policy
-from jaxtricks.amp.rules import BODIES, check_rules
+from jaxtricks.amp.rules import check_rules
 from jaxtricks.amp.states import FREE, FULL, FULL_PRECISION, LOW, Analysis, Analyzer, held, is_full
 
 DEFAULT = "p=f32,c=bf16,o=f32"
@@ -164,7 +164,7 @@ def _refuse_refs(jaxpr: Any) -> None:
                 f"amp.autocast: the function uses a Ref at {_jaxpr.source_line(eqn)}, which has a fixed "
                 "dtype; pass and return arrays instead, or wrap that part in amp.full_precision"
             )
-        if eqn.primitive.name in BODIES:  # the Refs of a Pallas kernel are its own
+        if _compat.has_bodies(eqn):  # the Refs of a Pallas kernel are its own
             for inner in _jaxpr.sub_jaxprs(eqn):
                 _refuse_refs(inner)
 

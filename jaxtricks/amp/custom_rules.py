@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _jaxpr
-from jaxtricks.amp.states import FREE, LOW, Analysis, State, body_name
+from jaxtricks import _compat, _jaxpr
+from jaxtricks.amp.states import FREE, LOW, Analysis, State
 
 
 def custom_jvp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) -> list[Any]:
     """The results of a rewritten `custom_jvp_call`."""
-    consts = eqn.params[body_name(eqn)].consts
+    (consts,) = (closed.consts for closed in _compat.bodies(eqn))
     moved = _movable(eqn.outvars)
 
     def run(*args: Any) -> list[Any]:
         return emitter.run(body, consts, args)
 
-    run.__name__ = eqn.params.get("name", run.__name__)
+    run.__name__ = _compat.params(eqn).get("name", run.__name__)
     function = jax.custom_jvp(run)
 
     @function.defjvp
@@ -50,7 +50,7 @@ def custom_jvp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) 
 
 def custom_vjp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) -> list[Any]:
     """The results of a rewritten `custom_vjp_call`."""
-    consts = eqn.params[body_name(eqn)].consts
+    (consts,) = (closed.consts for closed in _compat.bodies(eqn))
     varied, moved = _movable(eqn.invars), _movable(eqn.outvars)
     residuals = _Residuals()
 
@@ -93,11 +93,7 @@ def custom_vjp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) 
     return function(*operands)
 
 
-HANDLERS = {
-    "custom_jvp_call": custom_jvp,
-    "custom_vjp_call": custom_vjp,
-    "custom_vjp_call_jaxpr": custom_vjp,
-}
+HANDLERS = {"custom_jvp_call": custom_jvp, "custom_vjp_call": custom_vjp}
 
 
 class _Residuals:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks.amp import custom_rules
 from jaxtricks.amp import rules as table
-from jaxtricks.amp.states import FULL, LOW, Analysis, Analyzer, Decision, State, body_name, is_full
+from jaxtricks.amp.states import FULL, LOW, Analysis, Analyzer, Decision, State, is_full
 
 _FULL = np.dtype(np.float32)
 
@@ -83,7 +84,11 @@ class Emitter:
     def _eqn(self, eqn: Any, decision: Decision, read: Callable[[Any, State], Any]) -> list[Any]:
         if decision.bodies and decision.rebuilt:
             return self._with_bodies(eqn, decision, read)
-        if eqn.primitive.name == table.CONVERT and decision.run is None and is_full(eqn.invars[0]):
+        if (
+            _compat.primitive(eqn) == table.CONVERT
+            and decision.run is None
+            and is_full(eqn.invars[0])
+        ):
             return [read(eqn.invars[0], None)]  # to float32 again, or to low and already there
         if decision.kind == table.FOLLOW and decision.run == LOW:
             operands = [self._spread(eqn, v, read) for v in eqn.invars]
@@ -91,7 +96,7 @@ class Emitter:
             operands = [self._rounded(v, read) for v in eqn.invars]
         else:
             operands = [read(v, decision.run) for v in eqn.invars]
-        if eqn.primitive.name == "broadcast_in_dim" and decision.run == LOW:
+        if _compat.primitive(eqn) == "broadcast_in_dim" and decision.run == LOW:
             # It only adds axes of size 1; as a reshape its derivative is no sum.
             return [lax.reshape(operands[0], eqn.outvars[0].aval.shape)]
         is_low = decision.kind == table.MATMUL and decision.run == LOW
@@ -121,47 +126,38 @@ class Emitter:
         return lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
     def _with_bodies(self, eqn: Any, decision: Decision, read: Callable[..., Any]) -> list[Any]:
-        name, params, bodies = eqn.primitive.name, eqn.params, decision.bodies
+        name, bodies = _compat.primitive(eqn), decision.bodies
         operands = [read(v, s) for v, s in zip(eqn.invars, _expected(eqn, bodies), strict=True)]
         if name in custom_rules.HANDLERS:
             return custom_rules.HANDLERS[name](self, eqn, bodies[0], operands)
         if name == "shard_map":
             return self._shard_map(eqn, bodies[0], operands)
-        if name == "cond":
-            consts = [b.consts for b in params["branches"]]
-            pairs = zip(bodies, consts, strict=True)
-            new = {"branches": tuple(self.closed(b, c) for b, c in pairs)}
-        elif name == "while":
-            new = {
-                key: self.closed(body, params[key].consts)
-                for key, body in zip(("cond_jaxpr", "body_jaxpr"), bodies, strict=True)
-            }
-        else:
-            key = body_name(eqn)
-            new = {key: self._like(params[key], bodies[0])}
-        return _jaxpr.bind(eqn, operands, **new)
-
-    def _like(self, old: Any, body: Analysis) -> Any:
-        closed = self.closed(body, getattr(old, "consts", ()))
-        return closed if hasattr(old, "consts") else closed.jaxpr
+        pairs = zip(bodies, _compat.bodies(eqn), strict=True)
+        new = [self.closed(body, old.consts) for body, old in pairs]
+        if _compat.is_high(eqn):
+            return _checkpoint(eqn, new[0], operands)
+        return _jaxpr.bind(eqn, operands, **_compat.with_bodies(eqn, new))
 
     def _shard_map(self, eqn: Any, body: Analysis, operands: list[Any]) -> list[Any]:
-        params = eqn.params
-        return jax.shard_map(  # its body can be traced only inside it, where its axes are bound
-            lambda *args: self.run(body, (), args),
-            mesh=params["mesh"],
-            in_specs=params["in_specs"],
-            out_specs=list(params["out_specs"]),
-            axis_names=set(params.get("manual_axes", params.get("newly_manual_axes", ()))),
-            check_vma=params["check_vma"],
-        )(*operands)
+        # Its body can be traced only inside it, where its axes are bound.
+        run = lambda *args: self.run(body, (), args)  # noqa: E731
+        return jax.shard_map(run, **_compat.shard_map_arguments(eqn))(*operands)
+
+
+def _checkpoint(eqn: Any, body: Any, operands: Sequence[Any]) -> list[Any]:
+    """A checkpoint of jax_remat3, made anew: the equation's own object has the dtypes of the old body."""
+    params = _compat.params(eqn)
+    run = jax.checkpoint(
+        jaxpr_as_fun(body), policy=params["policy"], prevent_cse=params["prevent_cse"]
+    )
+    return run(*operands)
 
 
 def _expected(eqn: Any, bodies: Sequence[Analysis]) -> list[State]:
     """The states in which the bodies of an equation expect its operands."""
     first = bodies[0].ins
-    if eqn.primitive.name == "cond":
+    if _compat.primitive(eqn) == "cond":
         return [None, *first]
-    if eqn.primitive.name == "while":
-        return [*first[: eqn.params["cond_nconsts"]], *bodies[1].ins]
+    if _compat.primitive(eqn) == "while":
+        return [*first[: _compat.while_consts(eqn)[0]], *bodies[1].ins]
     return list(first)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxtricks import _jaxpr, _table
+from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks.amp import rules as table
 from jaxtricks.amp.autocast import DEFAULT, Settings
 from jaxtricks.amp.emit import Emitter
@@ -109,7 +109,8 @@ def explain(
     casts = _added_casts(traced, low)
     products = Counter(d.run == LOW for e, d in steps if _is_product(e))
     carries = Counter(s for e, d in steps for s in _carries(e, d) if s is not None)
-    named = lambda kept: Counter(e.primitive.name for e, d in steps if kept(e, d))  # noqa: E731
+    named = lambda kept: Counter(_compat.primitive(e) for e, d in steps if kept(e, d))  # noqa: E731
+    unknown = named(lambda e, d: d.kind == table.OPAQUE and not table.known(e))
     counted = Counter((_name(e, d), _why(d), line) for e, d, line in places if _is_island(e, d))
     return Explanation(
         low.name,
@@ -119,10 +120,10 @@ def explain(
         casts["up"],
         carries[LOW],
         carries[FULL],
-        named(lambda e, d: d.kind == table.OPAQUE and table.known(e.primitive.name)),
-        named(lambda e, d: d.kind == table.OPAQUE and not table.known(e.primitive.name)),
+        named(lambda e, d: d.kind == table.OPAQUE and table.known(e)),
+        unknown,
         tuple(Island(*where, count) for where, count in counted.most_common()),
-        tuple(_notes(steps, products, low)),
+        (*_notes(steps, products, low), *_unknown_note(unknown)),
     )
 
 
@@ -137,7 +138,7 @@ def _steps(analysis: Analysis, outer: str) -> Iterator[tuple[Any, Decision, str]
 
 def _is_product(eqn: Any) -> bool:
     """One that could run low: of float32 operands."""
-    return eqn.primitive.name in table.PRODUCTS and any(map(is_full, eqn.invars))
+    return _compat.primitive(eqn) in table.PRODUCTS and any(map(is_full, eqn.invars))
 
 
 def _is_island(eqn: Any, decision: Decision) -> bool:
@@ -149,13 +150,13 @@ def _is_island(eqn: Any, decision: Decision) -> bool:
 
 
 def _carries(eqn: Any, decision: Decision) -> tuple[Any, ...]:
-    if eqn.primitive.name == "scan":
-        return decision.outs[: eqn.params["num_carry"]]
-    return decision.outs if eqn.primitive.name == "while" else ()
+    if _compat.primitive(eqn) == "scan":
+        return decision.outs[: _compat.scan_parts(eqn).carry]
+    return decision.outs if _compat.primitive(eqn) == "while" else ()
 
 
 def _name(eqn: Any, decision: Decision) -> str:
-    return "full_precision" if decision.kind == FULL_PRECISION else eqn.primitive.name
+    return "full_precision" if decision.kind == FULL_PRECISION else _compat.primitive(eqn)
 
 
 def _why(decision: Decision) -> str:
@@ -180,7 +181,7 @@ def _casts(jaxpr: Any, low: np.dtype) -> Counter[str]:
     ways = {(np.dtype(np.float32), low): "down", (low, np.dtype(np.float32)): "up"}
     found: Counter[str] = Counter()
     for eqn in _jaxpr.walk(jaxpr):
-        if eqn.primitive.name == table.CONVERT:
+        if _compat.primitive(eqn) == table.CONVERT:
             way = ways.get((eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype))
             found.update([way] if way else [])
     return found
@@ -191,7 +192,8 @@ def _notes(steps: Any, products: Counter[bool], low: np.dtype) -> Iterator[str]:
         yield "The policy computes in float32: nothing is rewritten."
     elif not products[True]:
         own = sum(
-            e.primitive.name in table.PRODUCTS and e.outvars[0].aval.dtype == low for e, _ in steps
+            _compat.primitive(e) in table.PRODUCTS and e.outvars[0].aval.dtype == low
+            for e, _ in steps
         )
         if own:
             yield (
@@ -202,3 +204,10 @@ def _notes(steps: Any, products: Counter[bool], low: np.dtype) -> Iterator[str]:
             yield "No product is rewritten: the table says why each stays in float32."
         else:
             yield "The function has no matrix product or convolution in float32: autocast changes nothing."
+
+
+def _unknown_note(unknown: Mapping[str, int]) -> Iterator[str]:
+    if unknown:
+        counts = ", ".join(f"{name} ({n})" for name, n in sorted(unknown.items()))
+        stay = "they stay" if len(unknown) > 1 else "it stays"
+        yield f"amp does not know {counts}: {stay} in float32; `rules=` can say otherwise."

@@ -6,79 +6,76 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtricks import _compat
+
 MATMUL, DENY, LOCAL, WIDE = "matmul", "deny", "local", "wide"
 FOLLOW, LAYOUT, EXACT, OPAQUE = "follow", "layout", "exact", "opaque"
 
-# Class -> primitives. jaxprs of jax 0.7 to 0.10; where a primitive was renamed, both names stand here.
+# Class -> primitives, of jax 0.7 to 0.12; tests/test_primitives.py says which one is missing.
 TABLE = {
     # Operands in the compute dtype, and so is the result; the hardware accumulates in float32.
     MATMUL: "dot_general conv_general_dilated ragged_dot ragged_dot_general",
-    # Operands in float32; the result stays in float32 and draws its partners up to it.
+    # Operands in float32; the result stays in float32 and draws its partners up to it. (Between the two
+    # halves of a collective is a future, which nothing can cast.)
     DENY: """
-        exp exp2 expm1 log log1p pow rsqrt tan asin acos atan sinh cosh asinh acosh atanh erf_inv
+        exp exp2 expm1 log log1p log2 pow rsqrt tan asin acos atan sinh cosh asinh acosh atanh erf_inv
         reduce reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window
-        scatter-add scatter-sub scatter-mul
+        scatter-add scatter-sub scatter-mul reduce_scatter_start reduce_scatter_done
         lgamma digamma polygamma zeta igamma igammac igamma_grad_a regularized_incomplete_beta
         bessel_i0e bessel_i1e random_gamma random_gamma_grad
-        cholesky lu lu_pivots_to_permutation qr geqrf geqp3 householder_product ormqr eig eigh svd
-        schur hessenberg tridiagonal tridiagonal_solve triangular_solve fft complex real imag conj""",
-    # Computed in float32; the result goes back to the compute dtype if an operand was in it.
+        cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 householder_product ormqr eig
+        eigh svd schur hessenberg tridiagonal tridiagonal_solve triangular_solve symmetric_product fft
+        complex real imag conj""",
+    # Computed in float32; the result goes back to the compute dtype if an operand was in it. (A polynomial
+    # is a sum; Frexp and Ldexp are objects that are made for operands of one dtype.)
     LOCAL: """
-        sin cos sqrt cbrt atan2 rem reduce_precision reduce_window_sum select_and_scatter_add
-        select_and_gather_add select_and_scatter psum psum2 psum_invariant psum_invariant_p
-        reduce_scatter unreduced_psum unreduced_reduce_scatter""",
+        sin cos sqrt cbrt atan2 rem polynomial Frexp Ldexp reduce_precision reduce_window_sum
+        select_and_scatter_add select_and_gather_add select_and_scatter psum reduce_scatter unreduced_psum
+        unreduced_reduce_scatter""",
     # Exact in any dtype, but the derivative sums: computed as LOCAL, so that it sums in float32.
     WIDE: """
         gather reduce_max reduce_min reduce_window_max reduce_window_min sort top_k approx_top_k tile
         pvary pbroadcast pcast all_gather all_gather_invariant all_gather_reduced""",
-    # Elementwise: computed where the operands are, in float32 if every consumer wants that.
+    # Elementwise: computed where the operands are, in float32 if every consumer wants that. (In the
+    # derivative of tanh, one_minus_square is (1 + y)(1 - y), and 1 - y is exact for y from 1/2 to 1. What
+    # digits it lacks near 1 were lost when y was rounded: float32 would not bring them back. It takes no
+    # square of what exceeds 1, so float16 does not overflow.)
     FOLLOW: """
-        add sub mul div neg tanh logistic erf erfc integer_pow square max min abs sign floor ceil round
-        clamp select_n add_any""",
+        add sub mul div neg tanh logistic erf erfc integer_pow square one_minus_square max min abs sign
+        floor ceil round clamp select_n add_any""",
     # Data movement: the dtype passes through.
     LAYOUT: """
         reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice scatter scatter-max
-        scatter-min concatenate pad rev squeeze expand_dims copy copy_p stop_gradient cummax cummin split
+        scatter-min concatenate pad rev squeeze expand_dims copy stop_gradient cummax cummin split
         stack unstack name sharding_constraint reshard mesh_cast layout_constraint all_to_all
-        ragged_all_to_all ppermute pmax pmin optimization_barrier device_put argmax argmin empty2
+        ragged_all_to_all ppermute pmax pmin optimization_barrier device_put argmax argmin empty empty2
         dce_sink stage""",
     # Operands as they were without autocast, since the result is not a number or must be exact.
     EXACT: """
-        eq ne lt le gt ge eq_to lt_to le_to is_finite bitcast_convert_type nextafter iota rng_uniform
-        rng_bit_generator""",
+        eq ne lt le gt ge eq_to lt_to le_to is_finite bitcast_convert_type nextafter iota Nonzero
+        SearchSorted and or xor not clz population_count mulhi shift_left shift_right_arithmetic
+        shift_right_logical reduce_and reduce_or reduce_xor axis_index platform_index after_all
+        create_token rng_uniform rng_bit_generator random_bits random_fold_in random_seed random_split
+        random_wrap random_unwrap threefry2x32""",
     # Not looked into: operands as they were, the result stays in float32.
     OPAQUE: """
-        pallas_call ffi_call tpu_custom_call custom_linear_solve custom_partitioning_call custom_partitioning
-        custom_lin xla_pmap pure_callback io_callback debug_callback debug_print python_callback
-        debug_partitioning call""",
+        pallas_call ffi_call tpu_custom_call custom_linear_solve CustomRoot _RootLinearMap linear_call
+        custom_partitioning_call custom_partitioning custom_lin custom_vmap_call composite remat_opt
+        scaled_dot scaled_matmul_wrapper psend precv get swap xla_pmap pure_callback io_callback
+        debug_callback debug_print python_callback debug_partitioning""",
 }
 # float16 overflows at 65504, the square of 256.
 FLOAT16_DENY = frozenset({"integer_pow", "square"})
-# Equations with bodies, which autocast goes into (`states`, `emit`).
-BODIES = frozenset(
-    {
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "remat2",
-        "checkpoint",
-        "remat",
-        "scan",
-        "while",
-        "cond",
-    }
-    | {"shard_map", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-)
 CONVERT = "convert_element_type"
 
 PRODUCTS = frozenset(TABLE[MATMUL].split())
 _CLASS = {name: kind for kind, names in TABLE.items() for name in names.split()}
 
 
-def known(primitive: str) -> bool:
+def known(eqn: Any) -> bool:
     """Whether the table (or the code for bodies) says what to do with it."""
-    return primitive in _CLASS or primitive in BODIES or primitive == CONVERT
+    name = _compat.primitive(eqn)
+    return name in _CLASS or _compat.has_bodies(eqn) or name == CONVERT
 
 
 def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
@@ -94,7 +91,7 @@ def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
                 f"amp.autocast: `rules` gives {primitive!r} the class {kind!r}; "
                 f"use one of {', '.join(TABLE)}"
             )
-        if primitive in BODIES or primitive == CONVERT:
+        if primitive in _compat.WITH_BODIES or primitive == CONVERT:
             raise ValueError(
                 f"amp.autocast: `rules` cannot reclass {primitive!r}; "
                 "name the primitives inside it, or wrap a part in amp.full_precision"
@@ -104,7 +101,7 @@ def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
 
 def classify(eqn: Any, low: np.dtype, rules: Mapping[str, str]) -> tuple[str, str]:
     """(class of an equation, the exception that was made: "" if none)."""
-    name = eqn.primitive.name
+    name = _compat.primitive(eqn)
     if name in rules:
         return rules[name], "rules="
     kind = _CLASS.get(name, OPAQUE)
@@ -121,7 +118,7 @@ def classify(eqn: Any, low: np.dtype, rules: Mapping[str, str]) -> tuple[str, st
 def _no_matmul(eqn: Any, low: np.dtype) -> str:
     if eqn.params.get("precision") is not None:
         return f"precision={_precision(eqn.params['precision'])}"
-    if eqn.primitive.name == "dot_general" and _is_inner(eqn):
+    if _compat.primitive(eqn) == "dot_general" and _is_inner(eqn):
         return "an inner product: a reduction"
     for v in eqn.invars:
         dtype = v.aval.dtype
@@ -147,4 +144,4 @@ def _grows(eqn: Any) -> bool:
 
 
 def _squares(eqn: Any) -> bool:
-    return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+    return _compat.primitive(eqn) == "mul" and eqn.invars[0] is eqn.invars[1]

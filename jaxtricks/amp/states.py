@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks.amp import rules as table
 
 FREE, LOW, FULL = 0, 1, 2
@@ -22,9 +22,7 @@ States = tuple[State, ...]
 BODY = "body"
 FULL_PRECISION = "amp_full_precision"  # name of the jitted call that `full_precision` makes
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat", "shard_map"}
-_CUSTOM_VJP = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
-_CALLS |= {"custom_jvp_call", *_CUSTOM_VJP}
+_CALLS = ("jit", "call", "checkpoint", "shard_map", "custom_jvp_call", "custom_vjp_call")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +120,7 @@ class Analyzer:
         return Analysis(jaxpr, ins, tuple(decisions), tuple(map(state, jaxpr.outvars)), changed)
 
     def _decide(self, eqn: Any, ins: States, wants: Mapping[Any, bool]) -> Decision:
-        name, wanted = eqn.primitive.name, _wanted(eqn, wants)
+        name, wanted = _compat.primitive(eqn), _wanted(eqn, wants)
         if name == table.CONVERT:
             return self._convert(eqn, ins[0])
         if eqn.params.get("name") == FULL_PRECISION:
@@ -163,13 +161,13 @@ class Analyzer:
         (jaxpr,) = bodies(eqn)
         body = self.analyse(jaxpr, ins, wanted)
         # The backward rule may hold products where the function has none.
-        rebuilt = body.changed or eqn.primitive.name in _CUSTOM_VJP
+        rebuilt = body.changed or _compat.primitive(eqn) == "custom_vjp_call"
         return Decision(BODY, "", None, body.outs, (body,), rebuilt)
 
     def _scan(self, eqn: Any, ins: States) -> Decision:
         (jaxpr,) = bodies(eqn)
-        first = eqn.params["num_consts"]
-        last = first + eqn.params["num_carry"]
+        first, carry_size, *_ = _compat.scan_parts(eqn)
+        last = first + carry_size
         carries = jaxpr.invars[first:last]
         low = [self._may_lower(jaxpr, v, s) for v, s in zip(carries, ins[first:last], strict=True)]
         while True:
@@ -199,7 +197,7 @@ class Analyzer:
         reached = {carry}
         for eqn in jaxpr.eqns:
             if any(not _jaxpr.is_literal(v) and v in reached for v in eqn.invars):
-                if eqn.primitive.name in table.BODIES:
+                if _compat.has_bodies(eqn):
                     return True
                 if table.classify(eqn, self.low, self.rules)[0] in (table.MATMUL, table.DENY):
                     return True
@@ -208,8 +206,8 @@ class Analyzer:
 
     def _while(self, eqn: Any, ins: States) -> Decision:
         cond, body = bodies(eqn)
-        a = eqn.params["cond_nconsts"]
-        b = a + eqn.params["body_nconsts"]
+        a, body_consts = _compat.while_consts(eqn)
+        b = a + body_consts
         carry = tuple(None if s is None else FULL for s in ins[b:])
         bodies_ = (
             self.analyse(cond, (*ins[:a], *carry), (False,)),
@@ -248,14 +246,14 @@ class Analyzer:
     def _operands(self, eqn: Any, wants: Mapping[Any, bool]) -> list[bool] | None:
         """Whether an equation wants its operands in float32; None if it does not care."""
         outs = _wanted(eqn, wants)
-        n, name = len(eqn.invars), eqn.primitive.name
+        n, name = len(eqn.invars), _compat.primitive(eqn)
         if eqn.params.get("name") == FULL_PRECISION or name == table.CONVERT:
             return [True] * n
         if name in _CALLS:
             (body,) = bodies(eqn)
             inner = self._demand(body, outs)
             return [inner.get(v, True) for v in body.invars]
-        if name in table.BODIES:
+        if _compat.has_bodies(eqn):
             return [False] * n
         kind, _ = table.classify(eqn, self.low, self.rules)
         if kind == table.EXACT:
@@ -268,17 +266,7 @@ class Analyzer:
 
 def bodies(eqn: Any) -> list[Any]:
     """The inner jaxprs of an equation, open; those that differentiate it are not among them."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "cond":
-        return [b.jaxpr for b in params["branches"]]
-    if name == "while":
-        return [params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr]
-    return [_jaxpr.opened(params[body_name(eqn)])]
-
-
-def body_name(eqn: Any) -> str:
-    """The parameter that holds the only body of an equation."""
-    return next(k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+    return [body.jaxpr for body in _compat.bodies(eqn)]
 
 
 def held(v: Any, state: State) -> State:

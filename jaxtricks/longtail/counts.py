@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from jaxtricks import _tree
+from jaxtricks import _sharding
 from jaxtricks._types import Array
 
 Counts = Num[Array, "C"] | Sequence[Any]
@@ -66,7 +66,7 @@ def class_counts(
     if xp is np:
         inside = labels[(labels >= 0) & (labels < num_classes)].astype(np.int64)
         return np.bincount(inside, minlength=num_classes)
-    return _tree.replicated(functools.partial(_counted, num_classes=num_classes), labels)
+    return _sharding.replicated(functools.partial(_counted, num_classes=num_classes), labels)
 
 
 def _counted(labels: Array, *, num_classes: int) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxtricks import _tree
+from jaxtricks import _sharding
 from jaxtricks._types import Array
 
 _SLACK = 100.0
@@ -85,7 +85,7 @@ def _parts(
 ) -> tuple[Array, Array, Array]:
     """(gap, exp(z' - top) of the other classes, their sum)."""
     terms = jnp.exp(_affine(z, gain, offset) - top[..., None])
-    if _tree.on_mesh(z):  # indices into sharded logits would gather the logits, or the indices
+    if _sharding.on_mesh(z):  # indices into sharded logits would gather the logits, or the indices
         terms, own = _by_mask(terms, z, labels)
     else:
         terms, own = jax.lax.platform_dependent(terms, z, labels, cpu=_by_index, default=_by_mask)

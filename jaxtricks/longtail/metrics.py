@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxtricks import _tree
+from jaxtricks import _sharding
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, floating
@@ -130,7 +130,7 @@ def update_predictions(
       The new state.
     """
     wanted = np.ones((), bool) if where is None else where
-    return _tree.replicated(_updated, state, predictions, confidence, labels, wanted)
+    return _sharding.replicated(_updated, state, predictions, confidence, labels, wanted)
 
 
 def _updated(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtricks import _compat
+from jaxtricks import _sharding
 from jaxtricks._types import Array
 from jaxtricks.memopt import leaves, noise
 
@@ -45,16 +45,16 @@ def checked_dtype(name: str, dtype: Any) -> Any:
     return found
 
 
-def zeros(path: str, leaf: Any, dtype: Any) -> Array | Int8:
+def zeros(leaf: Any, dtype: Any) -> Array | Int8:
     """An empty average for one leaf, placed as the leaf is; None = float32 or better."""
     if dtype != jnp.int8:
-        return leaves.zeros(path, leaf, dtype=dtype)
+        return leaves.zeros(leaf, dtype=dtype)
     if leaves.on_one_device(leaf):
         *leading, width = _merged(leaf.shape)
         scale = jnp.zeros((*leading, math.ceil(width / BLOCK)), jnp.float32)
     else:
-        scale = _no_scale(leaf, tag=leaves.tag(path, leaf))
-    return Int8(leaves.zeros(path, leaf, dtype=jnp.int8), scale)
+        scale = _no_scale(leaf)
+    return Int8(leaves.zeros(leaf, dtype=jnp.int8), scale)
 
 
 def seeds(m: Any, count: Any) -> dict[str, Array]:
@@ -84,7 +84,7 @@ def write(x: Array, like: Any, seed: Any) -> Any:
     return Int8(*_regrouped(_encode, lambda whole, scale: (whole, scale), x, seed))
 
 
-def kept(path: str, new: Any, old: Any) -> Any:
+def kept(new: Any, old: Any) -> Any:
     """`new` in the shards where `old` is: left alone, the compiler may find another place for a scale.
 
     Called outside of the jitted step, which leaves of one shape share wherever they lie.
@@ -92,7 +92,7 @@ def kept(path: str, new: Any, old: Any) -> Any:
     if not isinstance(new, Int8):
         return new
     if isinstance(new.values, jax.core.Tracer):
-        return jax.tree.map(lambda x, y: _compat.alike(x, y, path), new, old)
+        return new._replace(scale=_sharding.placed_like(new.scale, old.scale))
     if not all(isinstance(x, jax.Array) for x in old):  # from a checkpoint, say
         return new
     return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
@@ -108,9 +108,9 @@ def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
     return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="tag")
-def _no_scale(leaf: Any, *, tag: str) -> Array:
-    zeros = _compat.zeros_alike(leaf, jnp.float32, tag)
+@functools.partial(jax.jit, inline=True)
+def _no_scale(leaf: Any) -> Array:
+    zeros = _sharding.zeros_like(leaf, jnp.float32)
     return _regrouped(lambda x: jnp.sum(_split(x), axis=-1), lambda whole, scale: scale, zeros)
 
 

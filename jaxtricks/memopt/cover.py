@@ -122,10 +122,10 @@ def _transform(
 
     def init_fn(params: Params) -> Any:
         table, roles = leaves.checked(name, params), leaves.roles_by_path(axes, params)
-        v = {path: _zeros(path, x, _axes(x.shape, roles[path])) for path, x in table.items()}
+        v = {path: _zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()}
         m = None
         if not leaves.is_zero(momentum):
-            m = {path: averages.zeros(path, x, momentum_dtype) for path, x in table.items()}
+            m = {path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
         return Sm3State(jnp.zeros([], jnp.int32), v, m)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
@@ -142,7 +142,7 @@ def _transform(
                 g, v, m, seeds.get(path), *hyper, where=_axes(g.shape, roles[path])
             )
             if new_m is not None:
-                new_m[path] = averages.kept(path, m, new_m[path])
+                new_m[path] = averages.kept(m, new_m[path])
             out.append(u.astype(leaves.update_dtype(g, p)))
         count = optax.safe_increment(state.count)
         return jax.tree.unflatten(jax.tree.structure(updates), out), Sm3State(count, new_v, new_m)
@@ -161,10 +161,10 @@ def _others(axis: int, own: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(i for i in own if i != axis)
 
 
-def _zeros(path: str, leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
+def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
     if own is None:
-        return (leaves.zeros(path, leaf),)
-    return tuple(leaves.zeros(path, leaf, without=_others(axis, own)) for axis in own)
+        return (leaves.zeros(leaf),)
+    return tuple(leaves.zeros(leaf, without=_others(axis, own)) for axis in own)
 
 
 @functools.partial(jax.jit, static_argnames="where")

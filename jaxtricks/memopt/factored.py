@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtricks import _tree
+from jaxtricks import _sharding
 from jaxtricks import axes as axes_
 from jaxtricks._types import Array, Roles
 from jaxtricks.memopt import averages, leaves
@@ -94,15 +94,13 @@ def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
     return Layout(rows, columns, batch, tuple(i for i in range(rank) if i not in batch))
 
 
-def zeros(path: str, leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | Full:
+def zeros(leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | Full:
     """Second moment of a leaf before the first update, placed as the leaf is."""
     shape = tuple(leaf.shape)
     sides = [math.prod(shape[i] for i in side) for side in (where.rows, where.columns)]
     if not (factored and where.rows and where.columns and 0 not in shape and min(sides) >= min_dim):
-        return Full(leaves.zeros(path, leaf))
-    return Factored(
-        *(leaves.zeros(path, leaf, without=side) for side in (where.columns, where.rows))
-    )
+        return Full(leaves.zeros(leaf))
+    return Factored(*(leaves.zeros(leaf, without=side) for side in (where.columns, where.rows)))
 
 
 @functools.partial(jax.jit, static_argnames=("where", "config"))
@@ -245,7 +243,7 @@ def _means(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     by gathering what every device has, so on a mesh the sums are apart, which are all-reduced.
     """
     n = _count(a, axes)
-    if n >= _MANY or _tree.on_mesh(a):
+    if n >= _MANY or _sharding.on_mesh(a):
         return _mean(a, axes), _mean(b, axes)
     zero = jnp.zeros([], a.dtype)
     sums = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)

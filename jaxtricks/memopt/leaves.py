@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _compat, _tree, axes
+from jaxtricks import _sharding, _tree, axes
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
 
@@ -46,11 +46,10 @@ def update_dtype(g: Any, p: Any) -> Any:
         return jnp.promote_types(g.dtype, p.dtype)
 
 
-def zeros(path: str, leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
+def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
     """Zeros shaped as the leaf without some axes, on the devices and in the shards where the leaf is.
 
     Args:
-      path: of the leaf.
       leaf: array, tracer or shape.
       without: axes that are left out.
       dtype: None = that of the leaf, float32 at least.
@@ -58,20 +57,14 @@ def zeros(path: str, leaf: Any, without: tuple[int, ...] = (), dtype: Any = None
     dtype = _tree.wide_dtype(leaf) if dtype is None else dtype
     if on_one_device(leaf):
         return jnp.zeros([n for i, n in enumerate(leaf.shape) if i not in without], dtype)
-    return _zeros_alike(leaf, without=without, dtype=np.dtype(dtype), tag=tag(path, leaf))
+    return _zeros_placed(leaf, without=without, dtype=np.dtype(dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("without", "dtype", "tag"))
-def _zeros_alike(leaf: Any, *, without: tuple[int, ...], dtype: Any, tag: str) -> Array:
-    # Plain zeros depend on nothing, so that XLA would put all of them on every device; the sum over
-    # zeros that are sharded as the leaf has the leaf's sharding without these axes, and costs nothing.
-    zeros = _compat.zeros_alike(leaf, dtype, tag)
+@functools.partial(jax.jit, static_argnames=("without", "dtype"), inline=True)
+def _zeros_placed(leaf: Any, *, without: tuple[int, ...], dtype: Any) -> Array:
+    # The sum over zeros that are sharded as the leaf has the leaf's sharding without these axes.
+    zeros = _sharding.zeros_like(leaf, dtype)
     return jnp.sum(zeros, axis=without) if without else zeros
-
-
-def tag(path: str, leaf: Any) -> str:
-    """What tells a leaf from others of its shape in a program: "" for an array, which has its own."""
-    return path if isinstance(leaf, jax.core.Tracer) else ""
 
 
 def on_one_device(leaf: Any) -> bool:

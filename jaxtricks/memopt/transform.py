@@ -198,7 +198,7 @@ def adafactor(
             return state
         table = leaves.checked("adafactor", params)
         return state._replace(
-            m={path: averages.zeros(path, x, momentum_dtype) for path, x in table.items()}
+            m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
         )
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
@@ -238,9 +238,7 @@ def _init(name: str, params: Params, axes: Any, config: Config, min_dim: Any) ->
         )
     roles = leaves.roles_by_path(axes, params)
     v = {
-        path: zeros(
-            path, leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim)
-        )
+        path: zeros(leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim))
         for path, leaf in leaves.checked(name, params).items()
     }
     return AdafactorState(jnp.zeros([], jnp.int32), v, None)
@@ -273,7 +271,7 @@ def _update(
         m = None if state.m is None else state.m[path]
         u, new_v[path], m = step(g, p, v, m, seeds.get(path), h, where=where, config=config)
         if new_m is not None:
-            new_m[path] = averages.kept(path, m, new_m[path])
+            new_m[path] = averages.kept(m, new_m[path])
         out.append(u)
     count = optax.safe_increment(state.count)
     return jax.tree.unflatten(jax.tree.structure(updates), out), AdafactorState(count, new_v, new_m)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxtricks import _jaxpr, _tree
+from jaxtricks import _compat, _jaxpr, _tree
 from jaxtricks._types import ApplyFn, Key, Params, State
 
 _REST = nnx.Not(nnx.Any(nnx.Param, nnx.RngKey))
@@ -143,7 +143,7 @@ def _check(name: str, tree: Any, like: Any) -> None:
 
 
 def _draws(eqn: Any) -> bool:
-    return eqn.primitive.name.startswith(("random_bits", "random_fold_in", "random_split"))
+    return _compat.primitive(eqn).startswith(("random_bits", "random_fold_in", "random_split"))
 
 
 def static_train(train: Any) -> bool:

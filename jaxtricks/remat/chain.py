@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Var
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks.remat import flat, measure, tie
 
 MAX_STAGES = 96
@@ -18,8 +18,9 @@ _NEAR, _CHEAPER = 0.15, 1.2  # a cut inside a block has cheaper ones near it on 
 COLLECTIVES = frozenset(
     " ".join(
         (
-            "psum psum_invariant psum2 pmax pmin pmean ppermute pbroadcast all_to_all ragged_all_to_all",
-            "all_gather all_gather_invariant all_gather_reduced psum_scatter reduce_scatter unreduced_psum",
+            "psum pmax pmin ppermute pbroadcast all_to_all ragged_all_to_all psend precv",
+            "all_gather all_gather_invariant all_gather_reduced unreduced_psum unreduced_reduce_scatter",
+            "reduce_scatter reduce_scatter_start reduce_scatter_done",
         )
     ).split()
 )
@@ -49,7 +50,7 @@ def stages(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> list[Stage]:
         outs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= b]
         ins = [v for v in flat.read_by(eqns) if v not in consts]
         jaxpr = _jaxpr.made([v for v in flat.read_by(eqns) if v in consts], ins, outs, eqns)
-        fixed = any(e.primitive.name in COLLECTIVES for e in _jaxpr.walk(jaxpr))
+        fixed = any(_compat.primitive(e) in COLLECTIVES for e in _jaxpr.walk(jaxpr))
         found.append(Stage(jaxpr, int(alive[b - 1]), fixed))
     return found
 
@@ -91,7 +92,7 @@ def cut(program: _jaxpr.Jaxpr, max_stages: int = MAX_STAGES) -> list[int]:
     apart = {
         j
         for i, eqn in enumerate(program.eqns)
-        if eqn.primitive.name in COLLECTIVES
+        if _compat.primitive(eqn) in COLLECTIVES
         for j in (i - 1, i)
     }
     return [*sorted({c + 1 for c in {*cuts, *apart} if 0 <= c < n - 1}), n]

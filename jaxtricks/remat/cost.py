@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Var
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks.remat import measure, tie
 
 # Operations that a machine does in the time of one byte of memory traffic; fusion spares accelerators
@@ -21,7 +21,8 @@ FLOPS_PER_BYTE = {"cpu": 1.0, "gpu": 10.0, "tpu": 30.0}
 _CHEAP = frozenset(
     " ".join(
         (
-            "add sub mul neg abs sign max min square integer_pow add_any and or not xor select_n clamp",
+            "add sub mul neg abs sign max min square one_minus_square integer_pow add_any and or not xor",
+            "select_n clamp",
             "eq ne lt le gt ge convert_element_type broadcast_in_dim reshape squeeze expand_dims iota name",
             "stop_gradient copy is_finite population_count shift_right_logical bitcast_convert_type",
             "reduce_precision pvary",
@@ -36,6 +37,7 @@ _FUSES = _CHEAP | {
     "rsqrt",
     "exp",
     "log",
+    "log2",
     "tanh",
     "logistic",
     "erf",
@@ -55,9 +57,10 @@ def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         inner = list(_jaxpr.sub_jaxprs(eqn))
-        if eqn.primitive.name == "scan":
-            total += eqn.params["length"] * _bytes_written(inner[0])
-        elif inner and not eqn.primitive.name.startswith(("reduce", "scatter", "sort")):
+        name = _compat.primitive(eqn)
+        if name == "scan":
+            total += _compat.scan_parts(eqn).length * _bytes_written(inner[0])
+        elif inner and not name.startswith(("reduce", "scatter", "sort")):
             total += max(map(_bytes_written, inner))
         else:
             total += sum(map(tie.var_bytes, eqn.outvars))
@@ -73,7 +76,7 @@ def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
     change, inside = np.zeros(n + 1), np.zeros(n)
     for i in reversed(range(n)):
         eqn = jaxpr.eqns[i]
-        name = eqn.primitive.name
+        name = _compat.primitive(eqn)
         out: Any = eqn.outvars[0] if eqn.outvars else None
         fused = name in _VIEWS and out in last
         if name in _CHEAP and readers[out] == 1 and last[out] < n:
@@ -108,8 +111,9 @@ def kept_bytes(jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[An
     away: dict[Any, int] = dict.fromkeys([*known, *jaxpr.invars, *jaxpr.constvars], 0)
     for eqn in jaxpr.eqns:
         operands = [v for v in eqn.invars if isinstance(v, Var)]
-        if eqn.primitive.name in _CHEAP and all(v in away for v in operands):
-            steps = max((away[v] for v in operands), default=0) + (eqn.primitive.name not in _FREE)
+        name = _compat.primitive(eqn)
+        if name in _CHEAP and all(v in away for v in operands):
+            steps = max((away[v] for v in operands), default=0) + (name not in _FREE)
             away |= dict.fromkeys(eqn.outvars, steps) if steps <= _FUSED_AGAIN else {}
         for v in wanted.intersection(eqn.outvars) - away.keys():
             total += tie.var_bytes(v)

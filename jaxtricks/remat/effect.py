@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 
-from jaxtricks import _jaxpr, _table
+from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks.remat import flat, measure
 from jaxtricks.remat.recompute import is_recomputed
 
-_CHECKPOINTS = ("checkpoint", "remat2", "remat", "RematTraced")
-_BODIES = ("scan", "while", "cond", "jit", "pjit")
+_BODIES = ("scan", "while", "cond", "jit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,23 +93,19 @@ def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[
 
 
 def _is_checkpoint(eqn: Any) -> bool:
-    return _jaxpr.primitive(eqn) in _CHECKPOINTS or is_recomputed(eqn)
+    return _compat.primitive(eqn) == "checkpoint" or is_recomputed(eqn)
 
 
 def _without_checkpoints(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
     program = flat.inlined(closed, also=_is_checkpoint)
     jaxpr = program.jaxpr
     eqns = [
-        eqn.replace(params={k: _rewritten(v) for k, v in eqn.params.items()})
-        if eqn.primitive.name in _BODIES
+        eqn.replace(
+            params=_compat.with_bodies(eqn, [*map(_without_checkpoints, _compat.bodies(eqn))])
+        )
+        if _compat.primitive(eqn) in _BODIES
         else eqn
         for eqn in jaxpr.eqns
     ]
     flat_ = _jaxpr.made(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
     return _jaxpr.ClosedJaxpr(flat_, program.consts)
-
-
-def _rewritten(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_rewritten, value))
-    return _without_checkpoints(value) if isinstance(value, _jaxpr.ClosedJaxpr) else value

@@ -8,19 +8,10 @@ from typing import Any
 import jax
 from jax.extend.core import Var
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 
-CALLS = ("jit", "pjit", "closed_call", "core_call")
-
-
-RULES = (
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "checkpoint",
-    "remat2",
-    "remat",
-)
+CALLS = ("jit", "call")
+RULES = ("custom_jvp_call", "custom_vjp_call", "checkpoint")
 
 
 def inlined(
@@ -43,8 +34,8 @@ def inlined(
             operands = [_read(env, v) for v in eqn.invars]
             if _stays(eqn):
                 outs = operands
-            elif (eqn.primitive.name in calls and not _means_shardings(eqn)) or also(eqn):
-                inner = _callee(eqn)
+            elif (_compat.primitive(eqn) in calls and not _means_shardings(eqn)) or also(eqn):
+                (inner,) = _compat.bodies(eqn)
                 consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
                 outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
             else:
@@ -64,7 +55,7 @@ def _read(env: dict[Any, Any], v: Any) -> Any:
 
 def _stays(eqn: Any) -> bool:
     """Whether it moves nothing: jax writes a reshard where a mesh is in force, and none elsewhere."""
-    if eqn.primitive.name != "reshard":
+    if _compat.primitive(eqn) != "reshard":
         return False
     return eqn.invars[0].aval.str_short() == eqn.outvars[0].aval.str_short()
 
@@ -72,12 +63,6 @@ def _stays(eqn: Any) -> bool:
 def _means_shardings(eqn: Any) -> bool:
     given = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
     return any(isinstance(s, jax.sharding.Sharding) for s in given)
-
-
-def _callee(eqn: Any) -> _jaxpr.ClosedJaxpr:
-    params = _jaxpr.params(eqn)
-    body = next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)
-    return body if isinstance(body, _jaxpr.ClosedJaxpr) else _jaxpr.ClosedJaxpr(body, ())
 
 
 def straight(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
@@ -105,7 +90,7 @@ def _sunk(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
 
     for eqn in program.eqns:
         reads = [v for v in eqn.invars if isinstance(v, Var)]
-        if eqn.primitive.name in _PARTS and all(v in inputs or v in waiting for v in reads):
+        if _compat.primitive(eqn) in _PARTS and all(v in inputs or v in waiting for v in reads):
             waiting[eqn.outvars[0]] = eqn
         else:
             fetch(reads)
@@ -217,14 +202,13 @@ def pruned(jaxpr: _jaxpr.Jaxpr, used: Sequence[bool] | None = None) -> _jaxpr.Ja
 
 def _pruned_body(eqn: Any, needed: set[Any]) -> Any:
     """A scan without the stacked outputs that nobody reads (counted, never run)."""
-    if eqn.primitive.name != "scan":
+    if _compat.primitive(eqn) != "scan":
         return eqn
-    carry = eqn.params["num_carry"]
+    carry = _compat.scan_parts(eqn).carry
     used = [i < carry or v in needed for i, v in enumerate(eqn.outvars)]
-    body = eqn.params["jaxpr"]
-    outs = [v for v, u in zip(eqn.outvars, used, strict=True) if u]
+    (body,) = _compat.bodies(eqn)
     slim = _jaxpr.ClosedJaxpr(pruned(body.jaxpr, used), body.consts)
-    return eqn.replace(outvars=outs, params={**eqn.params, "jaxpr": slim})
+    return _compat.scan_outputs(eqn, used, slim)
 
 
 def fingerprint(jaxpr: _jaxpr.Jaxpr) -> str:
@@ -245,9 +229,9 @@ def _written(jaxpr: _jaxpr.Jaxpr) -> Any:
         number |= {v: next(fresh) for v in eqn.outvars}
         reads = [str(v) if _jaxpr.is_literal(v) else number[v] for v in eqn.invars]
         outs = [v.aval.str_short() for v in eqn.outvars]
-        params = sorted((k, v) for k, v in eqn.params.items() if _is_plain(v))
+        params = sorted((k, v) for k, v in _compat.params(eqn).items() if _is_plain(v))
         inner = [_written(j) for j in _jaxpr.sub_jaxprs(eqn)]
-        lines.append((eqn.primitive.name, reads, outs, params, inner))
+        lines.append((_compat.primitive(eqn), reads, outs, params, inner))
     return shapes, lines, [str(v) if _jaxpr.is_literal(v) else number[v] for v in jaxpr.outvars]
 
 

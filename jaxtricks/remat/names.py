@@ -8,9 +8,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks._call import Call
-from jaxtricks.remat import flat
+from jaxtricks.remat import flat, tie
 from jaxtricks.remat.recompute import recomputed
 
 
@@ -41,15 +41,15 @@ def checkpoint(
 ) -> Callable[..., Any]:
     """fn that runs again in the backward pass, except for the values that `name` gave one of these names.
 
-    The second pass waits for the cotangent as in `recompute_grad`, so memory falls on every backend and
-    under jax_remat3 too. Name what is dear and whose own derivative does not read it, as the results of
+    It is jax.checkpoint with a policy of jax.checkpoint_policies wherever that saves memory: on
+    accelerators' jax and, since jaxlib 0.12, on CPU (`check_effective` tells). Up to jaxlib 0.10.2 XLA's CPU
+    backend undoes jax.checkpoint in code that is not in a loop; there the second pass waits for the
+    cotangent as in `recompute_grad`. Name what is dear and whose own derivative does not read it, as the results of
     products: tanh or exp behind a saved product is cheap to repeat, but a saved tanh does not spare the
     product before it, which its derivative needs again.
 
-    It is jax.checkpoint with a policy of jax.checkpoint_policies where `offload` or an argument of
-    jax.checkpoint is given, or where a name occurs only inside a loop, a branch, a custom rule or another
-    checkpoint. The order of the second pass is XLA's there: on CPU nothing is saved in unrolled code
-    (`check_effective` tells). jax_remat3 ignores `offload`.
+    With `offload`, an argument of jax.checkpoint, or a name that occurs only inside a loop, a branch, a
+    custom rule or another checkpoint, it is jax.checkpoint on every version.
 
     Args:
       fn: a function of pytrees, as for `recompute_grad`.
@@ -94,7 +94,7 @@ def checkpoint(
         program = flat.inlined(closed)
         jaxpr = _with_plain_names(program.jaxpr)
         inner = set(keep) & set(_labels(_jaxpr.walk(jaxpr))) - set(_labels(jaxpr.eqns))
-        if inner:
+        if inner or tie.barriers_hold():
             run = delegate(_jaxpr.as_fun(closed.jaxpr))
             return call.assemble(run(closed.consts, *call.arrays))
         saved = [i for i, eqn in enumerate(jaxpr.eqns) if label_of(eqn) in keep]
@@ -105,9 +105,7 @@ def checkpoint(
 
 def label_of(eqn: Any) -> str | None:
     """The name that an equation gives, if it gives one."""
-    return (
-        _jaxpr.params(eqn)["name"] if _jaxpr.primitive(eqn) in ("name", "CheckpointName") else None
-    )
+    return _compat.params(eqn)["name"] if _compat.primitive(eqn) == "name" else None
 
 
 def _labels(eqns: Iterable[Any]) -> list[str]:
@@ -145,7 +143,7 @@ def _with_plain_names(jaxpr: _jaxpr.Jaxpr) -> _jaxpr.Jaxpr:
     """Names of jax_remat3 as those without it, which vmap knows."""
     eqns = [
         eqn.replace(primitive=primitives.name_p, params={"name": label_of(eqn)})
-        if _jaxpr.primitive(eqn) == "CheckpointName"
+        if label_of(eqn) is not None
         else eqn
         for eqn in jaxpr.eqns
     ]

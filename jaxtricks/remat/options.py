@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks.remat import chain, cost, flat, loops, measure, tie
 from jaxtricks.remat.recompute import recomputed
 
@@ -114,24 +114,30 @@ def _splits(loop: Any) -> list[int]:
     """Iterations of the outer of two loops; 1 leaves one loop with a recomputed body."""
     if loop is None:
         return []
-    length = loop.params["length"]
+    length = _compat.scan_parts(loop).length
     divisors = [d for d in range(2, length) if length % d == 0]
     return [1, *sorted(divisors, key=lambda d: abs(math.log(d / math.sqrt(length))))[:3]]
 
 
 def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
     """The equations with most arithmetic a byte of result."""
-    found = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name in _PRODUCTS]
+    found = [i for i, eqn in enumerate(jaxpr.eqns) if _compat.primitive(eqn) in _PRODUCTS]
     return sorted(found, key=lambda i: -_gain(jaxpr.eqns[i]))[:_MOST_TRIED]
 
 
 def _body_products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
-    return _products(flat.inlined(largest_scan(jaxpr).params["jaxpr"]).jaxpr)
+    return _products(_body(largest_scan(jaxpr)).jaxpr)
+
+
+def _body(loop: Any) -> _jaxpr.ClosedJaxpr:
+    """The body of a scan, its calls written out."""
+    return flat.inlined(_compat.bodies(loop)[0])
 
 
 def largest_scan(jaxpr: _jaxpr.Jaxpr) -> Any:
     """The scan with most arithmetic in a jaxpr; None if there is none to split."""
-    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] > 1]
+    scans = [e for e in jaxpr.eqns if _compat.primitive(e) == "scan"]
+    scans = [e for e in scans if _compat.scan_parts(e).length > 1]
     return max(scans, key=measure.eqn_flops, default=None)
 
 
@@ -144,11 +150,11 @@ def check(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> None:
     body = jaxpr
     if choice.outer:
         loop = largest_scan(jaxpr)
-        if loop is None or loop.params["length"] % choice.outer:
+        if loop is None or _compat.scan_parts(loop).length % choice.outer:
             raise ValueError(
                 f"this plan splits a loop in {choice.outer} that has other steps: plan again"
             )
-        body = flat.inlined(loop.params["jaxpr"]).jaxpr
+        body = _body(loop).jaxpr
     if any(i >= len(body.eqns) for i in choice.saved or ()):
         raise ValueError("this plan keeps the result of an operation that is not there: plan again")
 
@@ -187,9 +193,8 @@ def _with_scan(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
 
 def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
     """The scan as two nested ones; the outer body and the inner one are recomputed."""
-    p = loop.params
-    consts, carries, length = p["num_consts"], p["num_carry"], p["length"]
-    body = flat.inlined(p["jaxpr"])
+    consts, carries, length, reverse = _compat.scan_parts(loop)
+    body = _body(loop)
     step = _plain(body.jaxpr)
     if choice.saved is not None:
         step = recomputed(body.jaxpr, saved=choice.saved, ordered=False)
@@ -202,7 +207,7 @@ def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
             return out[:carries], out[carries:]
 
         outer = [choice.outer] if choice.outer > 1 else []
-        carry, out = loops.nested(one, list(init), list(rows), length, outer, reverse=p["reverse"])
+        carry, out = loops.nested(one, list(init), list(rows), length, outer, reverse=reverse)
         return [*carry, *out]
 
     return go

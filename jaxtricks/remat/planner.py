@@ -110,6 +110,7 @@ def plan(
         frontier=np.stack([solution.memory + fixed, solution.extra / solution.step], 1),
         timeline=(unplanned.alive(), best.figures.alive()),
         rows=plans.rows(problem.stages, best.schedule),
+        unknown=dict(measure.unknown(unplanned.jaxpr.jaxpr)),
     )
 
 

@@ -94,6 +94,8 @@ class Plan:
       tried: (bytes, extra_flops) of each.
       frontier: (bytes, extra_flops) that the model expects of its best schedules: float64 [schedules, 2].
       timeline: bytes alive at each operation by estimate, unplanned and planned.
+      unknown: {primitive: count} of the unplanned program's operations that the cost model does not know
+        and prices by the bytes of their results.
     """
 
     fn: Callable[..., Any]
@@ -110,14 +112,19 @@ class Plan:
     frontier: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2)), repr=False)
     timeline: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, repr=False)
     rows: tuple[tuple[Any, ...], ...] = dataclasses.field(default=(), repr=False)
+    unknown: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
 
     def describe(self) -> _table.Table:
         """What becomes of each run of stages, and the figures."""
-        notes = (
+        notes = [
             f"{self.wrt} {_table.format_bytes(self.peak)} of {_table.format_bytes(self.baseline)} "
             f"(budget {_table.format_bytes(self.budget)}), {self.extra_flops:+.1%} FLOPs, "
             f"{self.compiles} programs compiled",
-        )
+        ]
+        if self.unknown:
+            counts = ", ".join(f"{name} ({n})" for name, n in sorted(self.unknown.items()))
+            sentence = f"unknown to the cost model, priced by bytes: {counts}"
+            notes.append(_table.printable(sentence))
         return _table.make(_HEADERS, self.rows, notes)
 
     def __str__(self) -> str:
@@ -127,6 +134,7 @@ class Plan:
         """The plan as text, for `plan_from_json`: the schedule and what it was made for."""
         text = {"format": _FORMAT} | {name: getattr(self, name) for name in _KINDS}
         steps = None if self.recipe.schedule is None else _packed(self.recipe.schedule)
+        text |= {"unknown": self.unknown} if self.unknown else {}
         text |= {"ends": self.recipe.ends, "prints": self.recipe.prints, "schedule": steps}
         return json.dumps(text)
 
@@ -163,9 +171,11 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
         schedule = None if steps is None else _unpacked(steps, len(given["ends"]))
         recipe = Recipe(tuple(given.pop("ends")), tuple(given.pop("prints")), schedule)
         _check_recipe(recipe)
+        unknown = given.pop("unknown", {})
+        _check_counts(unknown)
         _check_figures(given)
         given["rows"] = tuple(map(tuple, given["rows"]))
-        return Plan(fn=recipe.applied(fn), recipe=recipe, **given)
+        return Plan(fn=recipe.applied(fn), recipe=recipe, unknown=unknown, **given)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"text is no plan written by Plan.to_json: {error}") from error
 
@@ -179,6 +189,11 @@ def _check_recipe(recipe: Recipe) -> None:
         raise ValueError("it has not one fingerprint a stage")
     if recipe.schedule is not None and list(stages_of(recipe.schedule)) != list(range(len(ends))):
         raise ValueError("it does not run every stage once")
+
+
+def _check_counts(unknown: Any) -> None:
+    if any(type(n) is not int or not 0 < n < 2**63 for n in unknown.values()):
+        raise ValueError("its unknown operations are not counted in positive integers")
 
 
 def _check_figures(given: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks._call import Call
 from jaxtricks.remat import flat, tie
 
@@ -117,9 +117,9 @@ def recomputed(
 
 def is_recomputed(eqn: Any) -> bool:
     """Whether an equation is a call of what `recomputed` returns."""
-    if not eqn.primitive.name.startswith("custom_vjp_call"):
+    if _compat.primitive(eqn) != "custom_vjp_call":
         return False
-    info = next(_jaxpr.sub_jaxprs(eqn)).debug_info
+    info = _compat.bodies(eqn)[0].jaxpr.debug_info
     return info is not None and info.func_src_info.startswith("jaxtricks_recomputed ")
 
 

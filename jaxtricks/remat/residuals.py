@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxtricks import _jaxpr, _table
+from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks.remat import flat, tie
 from jaxtricks.remat.names import label_of
 
@@ -39,10 +39,10 @@ def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     origin |= {v: ("argument", p) for v, p in zip(jaxpr.invars, paths, strict=True)}
     same: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
-        place = (label_of(eqn) or eqn.primitive.name, _jaxpr.source_line(eqn))
+        place = (label_of(eqn) or _compat.primitive(eqn), _jaxpr.source_line(eqn))
         origin |= dict.fromkeys(eqn.outvars, place)
         # JAX rounds what a policy saves; a name is no value of its own.
-        if label_of(eqn) or eqn.primitive.name == "reduce_precision":
+        if label_of(eqn) or _compat.primitive(eqn) == "reduce_precision":
             (x,), (y,) = eqn.invars, eqn.outvars
             same[y] = same.get(x, x) if not _jaxpr.is_literal(x) else y
             if label_of(eqn) and same[y] not in jaxpr.invars:

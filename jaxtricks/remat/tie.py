@@ -1,11 +1,13 @@
 """Make a recomputation wait for the cotangent, so that no compiler merges it with the first pass."""
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from jaxtricks import _compat, _jaxpr, _tree
 from jaxtricks._types import Array
@@ -15,10 +17,10 @@ from jaxtricks.remat import flat
 def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], list[Any]]:
     """xs and cotangents, bit for bit, none before all of the cotangents are there.
 
-    Accelerators have a barrier for this. XLA's CPU backend deletes barriers before it merges common
-    subexpressions, and a mere dependence by data does not stop it from fusing the sum of all cotangents
-    of a residual stream into its last reader, which keeps every term alive. There it is a conditional,
-    whose other branch is never taken and which no pass can see through.
+    XLA has a barrier for this. Up to jaxlib 0.10.2 its CPU backend deletes barriers before it merges
+    common subexpressions, and a mere dependence by data does not stop it from fusing the sum of all
+    cotangents of a residual stream into its last reader, which keeps every term alive. There it is a
+    conditional, whose other branch is never taken and which no pass can see through.
 
     Args:
       xs: arrays of any dtype, typed keys among them.
@@ -30,14 +32,35 @@ def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], l
     inputs = (_never(moving), *data, *moving)
     # Inside shard_map what has passed a barrier would vary over the axes of all that passes with it.
     alike = len({_compat.varying(x) for x in inputs[1:]}) <= 1
-    default = _barrier if alike else _conditional
-    out: list[Any] = jax.lax.platform_dependent(*inputs, cpu=_conditional, default=default)
+    out: list[Any]
+    if not alike:
+        out = _conditional(*inputs)
+    elif barriers_hold():
+        out = _barrier(*inputs)
+    else:
+        out = jax.lax.platform_dependent(*inputs, cpu=_conditional, default=_barrier)
     late: list[Any] = [
         x if k is None else jax.random.wrap_key_data(x, impl=k)
         for x, k in zip(out[: len(xs)], keys, strict=True)
     ]
     passed = iter(out[len(xs) :])
     return late, [next(passed) if _tree.is_floating(ct) else ct for ct in cotangents]
+
+
+@functools.cache
+def barriers_hold() -> bool:
+    """Whether XLA's CPU backend merges nothing across a barrier: asked of a small program, once."""
+
+    def twice(x: Array) -> Array:
+        return x @ x + (lambda y: y @ y)(jax.lax.optimization_barrier(x))
+
+    try:
+        cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+    except RuntimeError:  # this process has no CPU backend: nothing is compiled for one
+        return True
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=cpu)
+    cost: Any = jax.jit(twice).lower(shape).compile().cost_analysis()
+    return cost["flops"] > 2 * 2 * 8**3  # of two products; one has half
 
 
 def _conditional(never: Array, *xs: Array) -> list[Array]:
@@ -92,7 +115,7 @@ def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:
       Indices into (*constvars, *invars).
     """
     inputs = [*jaxpr.constvars, *jaxpr.invars]
-    if any(eqn.primitive.name == "conv_general_dilated" for eqn in _jaxpr.walk(jaxpr)):
+    if any(_compat.primitive(eqn) == "conv_general_dilated" for eqn in _jaxpr.walk(jaxpr)):
         return set(range(len(inputs)))
     if not saved:
         # What one input of a recomputed block reaches inside it need not be all of the block.

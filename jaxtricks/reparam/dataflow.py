@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 
 _PREFIX = "jaxtricks.fuse"
 # What is run where it stands: its inputs and outputs are those of the equation.
-_CALLS = (
-    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr"
-)
+_CALLS = ("jit", "call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
 
 
 class Mark(NamedTuple):
@@ -115,12 +112,12 @@ class _Trace:
 
         for eqn in jaxpr.eqns:
             ins = list(map(number, eqn.invars))
-            inner = list(_jaxpr.sub_jaxprs(eqn))
-            if eqn.primitive.name in _CALLS.split() and inner:
-                outs = self.run(inner[0], dict(zip(inner[0].invars, ins, strict=True)))
+            if _compat.primitive(eqn) in _CALLS:
+                body = _compat.bodies(eqn)[0].jaxpr
+                outs = self.run(body, dict(zip(body.invars, ins, strict=True)))
                 env.update(zip(eqn.outvars, outs, strict=True))
                 continue
-            for body in inner:  # of a loop or a branch: what leaves it is used
+            for body in _jaxpr.sub_jaxprs(eqn):  # of a loop or a branch: what leaves it is used
                 self.leave(self.run(body, {}))
             made = _mark_of(eqn)
             for value in ins:
@@ -132,8 +129,8 @@ class _Trace:
 
 
 def _mark_of(eqn: Any) -> Mark | None:
-    name = eqn.params.get("name")
-    if eqn.primitive.name != "name" or not str(name).startswith(_PREFIX):
+    name = _compat.params(eqn).get("name")
+    if _compat.primitive(eqn) != "name" or not str(name).startswith(_PREFIX):
         return None
     _, side, layer = name.split(":", 2)
     return Mark(side, layer)

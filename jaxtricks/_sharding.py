@@ -1,0 +1,42 @@
+"""Arrays that lie on a mesh where another array lies, whatever sharding the compiler finds for that one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
+    """Zeros shaped and sharded as x, a floating array that may hold NaN; call it inside of jax.jit.
+
+    Zeros of jnp.zeros_like depend on nothing, so the compiler puts all of them on every device, and
+    arithmetic that it can fold (x & 0) ends the same way. No array has more bits set in a word than the word
+    has, but no pass of XLA knows: shifted right, that count is a zero that depends on x.
+    """
+    words = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), f"uint{jnp.finfo(x.dtype).bits}")
+    return (jax.lax.population_count(words) >> words.dtype.type(7)).astype(dtype)
+
+
+def placed_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x, sharded as the other is: an array of the same shape. Inside of jax.jit a hint to the compiler."""
+    return x + zeros_like(other, x.dtype)
+
+
+def on_mesh(*xs: Any) -> bool:
+    """Whether the compiler may have split one of the arrays over devices, as far as their types say.
+
+    Inside shard_map it has not: an array there is one device's part.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in xs]
+    axes = [axis for m in meshes for axis in zip(m.axis_sizes, m.axis_types, strict=True)]
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
+def replicated(fn: Any, *args: Any) -> Any:
+    """fn(*args), the same on every device: for scatters and reshapes, on which Explicit axes are silent."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
+    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    if mesh is None:
+        return fn(*args)
+    return jax.sharding.auto_axes(fn, out_sharding=NamedSharding(mesh, PartitionSpec()))(*args)
