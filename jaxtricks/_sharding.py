@@ -8,13 +8,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
-    """Zeros shaped and sharded as x, a floating array that may hold NaN; call it inside of jax.jit.
+    """Zeros shaped and sharded as x, which may hold NaN; call it inside of jax.jit.
 
     Zeros of jnp.zeros_like depend on nothing, so the compiler puts all of them on every device, and
     arithmetic that it can fold (x & 0) ends the same way. No array has more bits set in a word than the word
     has, but no pass of XLA knows: shifted right, that count is a zero that depends on x.
     """
-    words = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), f"uint{jnp.finfo(x.dtype).bits}")
+    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
+    words = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), f"uint{info(x.dtype).bits}")
     return (jax.lax.population_count(words) >> words.dtype.type(7)).astype(dtype)
 
 

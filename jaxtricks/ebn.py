@@ -218,8 +218,28 @@ def normalize(
     offset = (fixed - mean) * factor
     if bias is not None:
         offset = offset + jnp.asarray(bias, dtype)
-    y = (jnp.asarray(x, dtype) - _row(fixed, x)) * _row(factor, x) + _row(offset, x)
-    return y.astype(x.dtype)
+    return _affine(jnp.asarray(x, dtype), fixed, factor, offset).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _affine(x: Array, shift: Array, factor: Array, offset: Array) -> Array:
+    """(x - shift) * factor + offset, of which the backward pass shares nothing with the forward pass.
+
+    What both read (x - shift, and factor spread over x) XLA's CPU backend would compute once, write at the
+    size of x and read back twice. Behind barriers around the small vectors the two passes are not the same
+    to it, and each is fused into its reader.
+    """
+    shift, factor, offset = map(jax.lax.optimization_barrier, (shift, factor, offset))
+    return (x - _row(shift, x)) * _row(factor, x) + _row(offset, x)
+
+
+@_affine.defjvp
+def _affine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    x, shift, factor, _ = primals
+    dx, dshift, dfactor, doffset = tangents
+    centred = x - _row(shift, x)
+    dy = (dx - _row(dshift, x)) * _row(factor, x) + centred * _row(dfactor, x) + _row(doffset, x)
+    return _affine(*primals), dy
 
 
 def _sample(x: Array) -> Array:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas
 
 import jaxtricks as jt
-from jaxtricks import _jaxpr, _tree, amp
+from jaxtricks import _compat, _jaxpr, _tree, amp
 from tests import zoo
 from tests.bench.amp_peers import PRODUCTS, distance, gradient64
 
@@ -137,7 +137,7 @@ def test_scan_carries():
     def carry(fn, *args, **settings):
         jaxpr = jax.make_jaxpr(amp.autocast(fn, **settings))(*args).jaxpr
         (eqn,) = [e for e in _jaxpr.walk(jaxpr) if e.primitive.name == "scan"]
-        return [v.aval.dtype.name for v in eqn.outvars[: eqn.params["num_carry"]]]
+        return [v.aval.dtype.name for v in eqn.outvars[: _compat.scan_parts(eqn).carry]]
 
     assert carry(layers, W, X) == ["float32"]
     assert carry(layers, W, X, scan_carry="auto") == ["bfloat16"]

@@ -219,7 +219,7 @@ def test_int8_momentum_costs_1_03_bytes():
 )
 def test_int8_blocks_of_any_shape(shape, scales, ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    empty = averages.zeros("w", x, jnp.dtype("int8"))
+    empty = averages.zeros(x, jnp.dtype("int8"))
     m = averages.write(x, empty, noise.of_step(jax.random.key(0), 0))
     assert (m.values.shape, m.scale.shape) == (shape, scales)
     chex.assert_trees_all_equal_shapes_and_dtypes(m, empty)
@@ -230,7 +230,7 @@ def test_int8_blocks_of_any_shape(shape, scales, ours):
 
 def test_int8_rounding_is_unbiased_and_keeps_the_largest(ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=128), jnp.float32)
-    empty = averages.zeros("w", x, jnp.dtype("int8"))
+    empty = averages.zeros(x, jnp.dtype("int8"))
 
     def once(step):
         seed = noise.of_step(jax.random.key(1), step)
@@ -282,7 +282,7 @@ def test_int8_momentum_follows_float32_and_repeats_itself(make, ours):
 
 
 def test_int8_seeds_are_of_step_and_path(ours):
-    m = {n: averages.zeros(n, jnp.ones(8), jnp.dtype("int8")) for n in ("a", "b")}
+    m = {n: averages.zeros(jnp.ones(8), jnp.dtype("int8")) for n in ("a", "b")}
     data = lambda count, table: {
         n: seed.tolist() for n, seed in averages.seeds(table, count).items()
     }

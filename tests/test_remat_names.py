@@ -214,13 +214,15 @@ def test_table_of_residuals(remat3):
     params, n, x = {"w": jnp.ones((8, 64))}, jnp.arange(64), jnp.ones((16, 8))
     table = remat.residuals(fn, params, n, x)
     made = [row[2] for row in table.rows]
-    assert made.index("tanh") < made.index("argument")
+    # Since jax 0.11.2 the derivative of tanh reads 1 - tanh(x)^2.
+    slope = "tanh" if "tanh" in made else "one_minus_square"
+    assert made.index(slope) < made.index("argument")
     assert "exponential" in made and "exp" not in made
     assert ("512 B", "f32[16,8]", "argument", "args[2]") in table.rows
     assert ("2.0 KiB", "f32[8,64]", "argument", "args[0]['w']") in table.rows
     sizes = [row[0] for row in table.rows]
     assert sizes[0] == "4.0 KiB" and "kept" in table.notes[0]
-    assert all("test_remat_names.py" in row[3] for row in table.rows if row[2] == "tanh")
+    assert all("test_remat_names.py" in row[3] for row in table.rows if row[2] == slope)
     assert len(table.rows) == len(set(table.rows))
 
     # A wrapper that recomputes keeps its arguments and the names it is told to.

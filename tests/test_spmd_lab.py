@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,9 @@ def test_fsdp_splits_state_and_gathers_parameters_once(mesh, memopt):
     gathered = [c for c in found if c.kind == "all-gather"]
     assert max(c.bytes for c in gathered) <= max(x.nbytes for x in jax.tree.leaves(state.params))
     assert sum(c.bytes for c in gathered) < 1.05 * total
-    assert not [c for c in gathered if "sharding_constraint" not in c.name and c.bytes > 1024]
+    # XLA names them after the constraint that asks for whole parameters, since jaxlib 0.12 after the parameter.
+    others = [c for c in gathered if not re.search("sharding_constraint|^state.params", c.name)]
+    assert not [c for c in others if c.bytes > 1024]
 
 
 def test_data_parallel_steps_only_sum():

@@ -27,7 +27,7 @@ TABLE = {
         eigh svd schur hessenberg tridiagonal tridiagonal_solve triangular_solve symmetric_product fft
         complex real imag conj""",
     # Computed in float32; the result goes back to the compute dtype if an operand was in it. (A polynomial
-    # is a sum; Frexp and Ldexp are objects that are made for operands of one dtype.)
+    # is a sum; the objects Frexp and Ldexp were made for operands in float32.)
     LOCAL: """
         sin cos sqrt cbrt atan2 rem polynomial Frexp Ldexp reduce_precision reduce_window_sum
         select_and_scatter_add select_and_gather_add select_and_scatter psum reduce_scatter unreduced_psum
@@ -37,9 +37,9 @@ TABLE = {
         gather reduce_max reduce_min reduce_window_max reduce_window_min sort top_k approx_top_k tile
         pvary pbroadcast pcast all_gather all_gather_invariant all_gather_reduced""",
     # Elementwise: computed where the operands are, in float32 if every consumer wants that. (In the
-    # derivative of tanh, one_minus_square is (1 + y)(1 - y), and 1 - y is exact for y from 1/2 to 1. What
-    # digits it lacks near 1 were lost when y was rounded: float32 would not bring them back. It takes no
-    # square of what exceeds 1, so float16 does not overflow.)
+    # derivative of tanh, one_minus_square is (1 + y)(1 - y), and 1 - y is exact for y from 1/2 to 1. The
+    # digits that it lacks near 1 were lost when y was rounded: float32 would not bring them back. y is at
+    # most 1, so float16 does not overflow.)
     FOLLOW: """
         add sub mul div neg tanh logistic erf erfc integer_pow square one_minus_square max min abs sign
         floor ceil round clamp select_n add_any""",
@@ -110,6 +110,8 @@ def classify(eqn: Any, low: np.dtype, rules: Mapping[str, str]) -> tuple[str, st
         return (DENY, why) if why else (kind, "")
     if kind == LAYOUT and name == "broadcast_in_dim" and _grows(eqn):
         return WIDE, ""
+    if kind in (LAYOUT, FOLLOW) and _compat.is_high(eqn):
+        return WIDE, ""  # the object was made for operands in float32
     if low == np.float16 and (name in FLOAT16_DENY or _squares(eqn)):
         return DENY, "float16 squares overflow at 256"
     return kind, "" if name in _CLASS else "unknown primitive"

@@ -92,7 +92,7 @@ def kept(new: Any, old: Any) -> Any:
     if not isinstance(new, Int8):
         return new
     if isinstance(new.values, jax.core.Tracer):
-        return new._replace(scale=_sharding.placed_like(new.scale, old.scale))
+        return jax.tree.map(_sharding.placed_like, new, old)
     if not all(isinstance(x, jax.Array) for x in old):  # from a checkpoint, say
         return new
     return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
@@ -145,9 +145,9 @@ def _regrouped(fn: Callable[..., Any], out: Callable[..., Any], x: Array, *rest:
         return fn(x, *rest)
     *leading, width = _merged(x.shape)
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    last = None
-    if len(leading) == x.ndim - 1 and width % (BLOCK * _shards(sharding.mesh, spec[-1])) == 0:
-        last = spec[-1]
+    # Of axes that are merged the first may stay split, if every part of it holds whole blocks.
+    last = spec[len(leading)] if x.ndim else None
+    last = None if width % (BLOCK * _shards(sharding.mesh, last)) else last
     scale = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(leading)], last))
     return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(x, *rest)
 

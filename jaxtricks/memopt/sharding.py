@@ -43,7 +43,9 @@ def state_specs(tx: Any, params: Params, param_specs: Any) -> Any:
         jax.ShapeDtypeStruct(jax.numpy.shape(x), x.dtype, sharding=NamedSharding(mesh, spec))
         for x, spec in zip(leaves, specs, strict=True)
     ]
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, placed))
+    # Since jax 0.12 zeros_like forgets the sharding of a shape whose mesh is not in force.
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, placed))
     return jax.tree.map(_spec_of, state)
 
 

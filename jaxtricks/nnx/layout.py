@@ -58,7 +58,7 @@ def _possible(model: nnx.Module) -> Iterator[tuple[str, list[Roles], tuple[Any, 
     for _, module in _compat.modules(model):
         layer = {}
         for name, own in layer_axes(module).items():
-            variable = getattr(module, name, None)
+            variable = _member(module, name)
             if isinstance(variable, nnx.Variable) and id(variable) not in seen:
                 seen.add(id(variable))
                 if found := placements(own, variable.shape) or _by_rank(own, variable.shape):
@@ -66,6 +66,13 @@ def _possible(model: nnx.Module) -> Iterator[tuple[str, list[Roles], tuple[Any, 
         for variable, found in _made_together(layer.values()):
             path = "/".join(map(str, owners[id(variable)]))
             yield path, found, _compat.partition_names(variable)
+
+
+def _member(module: Any, name: str) -> Any:
+    """The variable of a module, or, for "attribute/key", of a dictionary that it holds; None if absent."""
+    attribute, _, key = name.partition("/")
+    member = getattr(module, attribute, None)
+    return {str(k): v for k, v in member.items()}.get(key) if key and member else member
 
 
 def _made_together(layer: Iterable[tuple[Any, list[Roles]]]) -> list[tuple[Any, list[Roles]]]:
@@ -229,6 +236,13 @@ def _head(module: Any) -> dict[str, tuple[Axis, ...]]:
     }
 
 
+def _weight_norm(module: Any) -> dict[str, tuple[Axis, ...]]:
+    feature_axes = module.feature_axes
+    count = 1 if isinstance(feature_axes, int) else len(feature_axes or ())
+    scales = getattr(module, "scales", None) or {}
+    return {f"scales/{path}": (("none", None),) * count for path in scales}
+
+
 def _prelu(module: Any) -> dict[str, tuple[Axis, ...]]:
     return {"negative_slope": ()}
 
@@ -249,4 +263,5 @@ LAYERS: dict[type, Callable[[Any], dict[str, tuple[Axis, ...]]]] = {
     Branch: _gain,
     First: _gain,
     **dict.fromkeys(_compat.PRELU, _prelu),
+    **dict.fromkeys(_compat.WEIGHT_NORM, _weight_norm),
 }

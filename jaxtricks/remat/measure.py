@@ -79,8 +79,9 @@ def refusal(error: Exception, program: _jaxpr.ClosedJaxpr) -> Report | None:
 
 
 def flops(jaxpr: _jaxpr.Jaxpr) -> int:
-    """Floating-point operations: 2 a multiply-add of matrix products, 1 an element elsewhere.
+    """Floating-point operations: 2 per multiply-add of matrix products, 1 per element elsewhere.
 
+    Matrix factorizations and Fourier transforms count the order of magnitude.
     The body of a scan counts as often as it runs, the dearest branch of a cond once, the body of a
     while loop once (its trip count is not in the program).
     """
@@ -129,9 +130,9 @@ def _ragged_dot(eqn: Any) -> int:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contract), (_, batch) = numbers.dot_dimension_numbers
     lhs, rhs = eqn.invars[:2]
-    shared = {*contract, *batch, *numbers.rhs_group_dimensions}
-    free = [n for i, n in enumerate(rhs.aval.shape) if i not in shared]
-    return 2 * _size(lhs) * math.prod(free)
+    sides = {*contract, *batch, *numbers.rhs_group_dimensions}
+    columns = math.prod(n for i, n in enumerate(rhs.aval.shape) if i not in sides)
+    return 2 * _size(lhs) * columns
 
 
 def _scaled_matmul(eqn: Any) -> int:
@@ -179,7 +180,7 @@ def _none(eqn: Any) -> int:
 
 
 # What counts the operations -> primitives of jax 0.7 to 0.12; tests/test_primitives.py says which one is
-# missing. Equations with jaxprs (reduce, scatter-add, composite) count what is in these.
+# missing. Equations that hold jaxprs (reduce, scatter-add, composite) count what these do.
 _ROWS = {
     _dot: "dot_general scaled_dot",
     _ragged_dot: "ragged_dot ragged_dot_general",
@@ -191,7 +192,7 @@ _ROWS = {
     _triangular_solve: "triangular_solve",
     _fft: "fft",
     _polynomial: "polynomial",
-    # One an element of the result.
+    # One per element of the result.
     _elementwise: """
         add sub mul div rem neg abs sign max min square one_minus_square integer_pow pow sqrt rsqrt cbrt
         add_any floor ceil round exp exp2 expm1 log log1p log2 tanh logistic erf erfc erf_inv
@@ -199,7 +200,7 @@ _ROWS = {
         cumsum cumprod cummax cummin cumlogsumexp lgamma digamma polygamma zeta igamma igammac
         igamma_grad_a regularized_incomplete_beta bessel_i0e bessel_i1e random_gamma random_gamma_grad
         Frexp Ldexp tridiagonal_solve""",
-    # One an element of the operand.
+    # One per element of the operand.
     _reduction: """
         reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or reduce_xor reduce_precision
         reduce reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_scatter
