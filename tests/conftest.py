@@ -3,12 +3,13 @@
 import json
 import os
 import pathlib
+import tempfile
 
 # TEST_PLATFORM=cuda,cpu tests on a GPU, as `make gpu-check` does; TEST_PLATFORM=cpu on one CPU device.
 # XLA_FLAGS are then those of the environment.
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 # Nearly all the time of this suite is XLA compiling small programs that then run once. CHEAP_COMPILER=1,
-# as `make test` sets it, compiles them in a quarter of the time: LLVM at -O0 and XLA's older emitters.
+# as `make test` sets it, compiles them with LLVM at -O0, and what another module compiled comes from disk.
 # Tests of what the compiler's own choices decide (bytes, last bits) are marked `stock`; those `make test`
 # runs without it, as `make test-all` runs everything.
 if "TEST_PLATFORM" not in os.environ:
@@ -16,7 +17,7 @@ if "TEST_PLATFORM" not in os.environ:
 os.environ.setdefault("XLA_FLAGS", "")
 if os.environ.get("CHEAP_COMPILER"):
     os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0"
+        " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     )
 
 # Devices wait for each other in threads of one pool, which XLA makes as large as this says: with one a
@@ -27,10 +28,24 @@ import jax
 import numpy as np
 import pytest
 
+if os.environ.get("CHEAP_COMPILER"):
+    # One folder a worker, since jax does not write its entries at once; not in the environment, where the
+    # processes that tests start would share it.
+    programs = tempfile.TemporaryDirectory(prefix="jaxtricks-programs-")
+    jax.config.update("jax_compilation_cache_dir", programs.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 ELSEWHERE = "TEST_PLATFORM" in os.environ
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_unconfigure():
+    """The folder of compiled programs goes with its process."""
+    if os.environ.get("CHEAP_COMPILER"):
+        programs.cleanup()
 
 
 def pytest_collection_modifyitems(items):

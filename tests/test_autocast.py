@@ -409,34 +409,3 @@ def test_numpy_arguments_and_enclosing_jit(x64):
     found = jax.jit(amp.autocast(fn))(x, W.astype(np.float32))
     np.testing.assert_allclose(found, eager, rtol=2.0**-8, atol=1e-6)
     assert eager.dtype == np.float32
-
-
-def test_trace_of_a_table_row_for_every_public_primitive():
-    from jax.extend.core import Primitive, primitives
-
-    from jaxtricks.amp import rules
-
-    integer = {
-        "and",
-        "or",
-        "not",
-        "xor",
-        "clz",
-        "population_count",
-        "shift_left",
-        "mulhi",
-        "after_all",
-    }
-    integer |= {
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "reduce_and",
-        "reduce_or",
-        "reduce_xor",
-    }
-    integer |= {"axis_index", "create_token", "threefry2x32", "get", "swap"}
-    integer |= {
-        f"random_{n}" for n in ("bits", "fold_in", "seed", "split", "wrap", "unwrap", "clone")
-    }
-    names = {p.name for p in vars(primitives).values() if isinstance(p, Primitive)}
-    assert {n for n in names if not rules.known(n)} <= integer

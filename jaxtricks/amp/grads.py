@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 
-from jaxtricks import _tree
+from jaxtricks import _jaxpr, _tree
 from jaxtricks._types import Array, Params, Scalar
 from jaxtricks.amp.autocast import autocast
 from jaxtricks.amp.policy import Policy, as_policy
@@ -173,9 +174,13 @@ def dynamic_loss_scale(
     def update_fn(
         updates: Any, state: DynamicLossScaleState, params: Params | None = None, **extra: Any
     ) -> tuple[Any, DynamicLossScaleState]:
-        grads = StaticLossScale(state.scale).unscale(updates)
-        finite = all_finite(grads, axis_name)
-        updates, inner_state = _guarded(inner, finite, grads, state.inner_state, params, extra)
+        unscale = StaticLossScale(state.scale).unscale
+        finite = all_finite(unscale(updates), axis_name)
+
+        def step(grads: Any, inner_state: Any) -> Any:
+            return inner.update(unscale(grads), inner_state, params, **extra)
+
+        updates, inner_state = _guarded(step, finite, updates, state.inner_state, axis_name)
         scale, clean = next_scale(
             state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
         )
@@ -213,7 +218,11 @@ def skip_nonfinite(
         updates: Any, state: SkipNonfiniteState, params: Params | None = None, **extra: Any
     ) -> tuple[Any, SkipNonfiniteState]:
         finite = all_finite(updates, axis_name)
-        updates, inner_state = _guarded(inner, finite, updates, state.inner_state, params, extra)
+
+        def step(grads: Any, inner_state: Any) -> Any:
+            return inner.update(grads, inner_state, params, **extra)
+
+        updates, inner_state = _guarded(step, finite, updates, state.inner_state, axis_name)
         skipped, consecutive = _counted(finite, state)
         return updates, SkipNonfiniteState(consecutive, skipped, state.max_consecutive, inner_state)
 
@@ -292,13 +301,48 @@ def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
 
 
 def _guarded(
-    inner: Any, finite: Array, grads: Any, state: Any, params: Any, extra: Any
+    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any, axis_name: AxisName
 ) -> tuple[Any, Any]:
+    """step(grads, state) -> (updates, state); zeros and the state as it was where not finite."""
+    if _decides_alike(finite, axis_name):
+        return _branched(step, finite, grads, state)
     # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans included).
     safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
-    updates, new_state = inner.update(safe, state, params, **extra)
+    updates, new_state = step(safe, state)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
     return updates, select_tree(finite, new_state, state)
+
+
+def _decides_alike(finite: Array, axis_name: AxisName) -> bool:
+    """Whether the step may be a branch: it is compiled, and no device waits in it for one that skips it."""
+    manual = AxisType.Manual in jax.typeof(finite).sharding.mesh.axis_types
+    return isinstance(finite, jax.core.Tracer) and (not manual or axis_name is not None)
+
+
+def _branched(
+    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any
+) -> tuple[Any, Any]:
+    """As `_guarded`: in a branch the step is the compiler's as it is without a guard.
+
+    With `where` around it XLA computes new moments twice, for the updates and for the state.
+    """
+    closed, (updates, new_state) = jax.make_jaxpr(step, return_shape=True)(grads, state)
+    structure = jax.tree.structure((updates, new_state))
+
+    def apply(grads: Any, state: Any) -> list[Any]:
+        return _jaxpr.as_fun(closed.jaxpr)(closed.consts, *jax.tree.leaves((grads, state)))
+
+    def skip(grads: Any, state: Any) -> list[Any]:
+        zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
+        return jax.tree.leaves((zeros, jax.tree.map(_copied, state, new_state)))
+
+    def _copied(old: Any, new: Any) -> Any:
+        # What a branch hands on as it is, XLA copies before it branches: every step would pay for it.
+        if not _tree.is_floating(old):
+            return jnp.asarray(old)
+        return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
+
+    return jax.tree.unflatten(structure, jax.lax.cond(finite, apply, skip, grads, state))
 
 
 def _states(opt_state: Any, kind: type | tuple[type, ...]) -> list[Any]:

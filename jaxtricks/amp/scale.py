@@ -107,7 +107,7 @@ def next_scale(
 ) -> tuple[Array, Array]:
     """(scale float32 [], clean steps int32 []) after a step; see `DynamicLossScale`."""
     value, clean = jnp.float32(value), jnp.int32(clean) + 1
-    grow = clean >= growth_interval
+    grow = clean >= jnp.asarray(growth_interval)
     grown = jnp.where(grow, value * jnp.float32(growth), value)
     grown = jnp.where(jnp.isfinite(grown), grown, value)
     smaller = jnp.maximum(value * jnp.float32(backoff), jnp.float32(min_scale))

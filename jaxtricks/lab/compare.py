@@ -111,11 +111,9 @@ def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def names(runs: Sequence[Run]) -> list[str]:
     """The shortest ends of the runs' paths that tell them apart."""
     parts = [run.path.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        ends = ["/".join(part[-depth:]) for part in parts]
-        if len(set(ends)) == len(set(parts)):
-            break
-    return ends
+    depths = range(1, max(map(len, parts)) + 1)
+    candidates = (["/".join(part[-depth:]) for part in parts] for depth in depths)
+    return next(ends for ends in candidates if len(set(ends)) == len(set(parts)))
 
 
 def tricks(run: Run) -> str:

@@ -42,10 +42,13 @@ function closes over receive their gradients. Plan what autocast returns, so tha
 dtypes. Flax modules go through `functional`, or `jt.nnx.recompute_grad(module)`. Collective operations
 are never run twice. Reverse mode; ad="both" allows forward over reverse.
 
-Differences from the paper and from optax/flax. `jax.checkpoint` saves nothing in unrolled code on XLA's CPU
-backend: the barriers it relies on are removed before common subexpressions are merged. Here the second run
-waits for the cotangent behind a conditional that no pass sees through, and on accelerators behind a barrier
-that takes the cotangent (jax_remat3 drops it from its own). The paper plans against its own allocator;
+Differences from the paper and from optax/flax. Up to jaxlib 0.10.2 `jax.checkpoint` saves nothing in unrolled
+code on XLA's CPU backend, which removes the barriers that it relies on before it merges common
+subexpressions; here the second run waits for the cotangent behind a conditional that no pass sees through.
+Since jaxlib 0.12 the barriers hold: `checkpoint` is jax.checkpoint there, and `recompute_grad` needs its
+bytes and its operations. What `recompute_grad` is still for: the older versions (Colab's 0.7.2), strings, flags and
+callables as arguments without `static_argnums`, and `jt.nnx.recompute_grad`, `sequential` and `plan`, which
+are made of it. The paper plans against its own allocator;
 this plan is measured by the compiler. Random numbers need no seeds: keys are inputs of both passes.
 
 References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. Beaumont et al.,

@@ -69,7 +69,7 @@ def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[
       True
     """
     closed, _ = _jaxpr.trace(fn, *args)
-    if [v.aval.shape for v in closed.jaxpr.outvars] != [()]:
+    if [getattr(aval, "shape", None) for aval in closed.out_avals] != [()]:
         raise ValueError("remat.check_effective: `fn` must return one scalar, the loss")
     if not any(map(_is_checkpoint, _jaxpr.walk(closed.jaxpr))):
         raise ValueError(

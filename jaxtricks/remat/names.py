@@ -41,15 +41,15 @@ def checkpoint(
 ) -> Callable[..., Any]:
     """fn that runs again in the backward pass, except for the values that `name` gave one of these names.
 
-    It is jax.checkpoint with a policy of jax.checkpoint_policies wherever that saves memory: on
-    accelerators' jax and, since jaxlib 0.12, on CPU (`check_effective` tells). Up to jaxlib 0.10.2 XLA's CPU
-    backend undoes jax.checkpoint in code that is not in a loop; there the second pass waits for the
-    cotangent as in `recompute_grad`. Name what is dear and whose own derivative does not read it, as the results of
-    products: tanh or exp behind a saved product is cheap to repeat, but a saved tanh does not spare the
-    product before it, which its derivative needs again.
+    Name what is dear and whose own derivative does not read it, as the results of products: tanh or exp
+    behind a saved product is cheap to repeat, but a saved tanh does not spare the product before it, which
+    its derivative needs again.
 
-    With `offload`, an argument of jax.checkpoint, or a name that occurs only inside a loop, a branch, a
-    custom rule or another checkpoint, it is jax.checkpoint on every version.
+    Since jaxlib 0.12 this is jax.checkpoint with a policy of jax.checkpoint_policies. Before, XLA's CPU
+    backend undoes jax.checkpoint in code that is not in a loop (`check_effective` tells); there the second
+    pass waits for the cotangent as in `recompute_grad`. With `offload`, an argument of jax.checkpoint, or a
+    name that occurs only inside a loop, a branch, a custom rule or another checkpoint, it is jax.checkpoint
+    on every version.
 
     Args:
       fn: a function of pytrees, as for `recompute_grad`.

@@ -40,7 +40,7 @@ def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], l
     else:
         out = jax.lax.platform_dependent(*inputs, cpu=_conditional, default=_barrier)
     late: list[Any] = [
-        x if k is None else jax.random.wrap_key_data(x, impl=k)
+        x if k is None else jax.random.wrap_key_data(jnp.asarray(x), impl=k)
         for x, k in zip(out[: len(xs)], keys, strict=True)
     ]
     passed = iter(out[len(xs) :])

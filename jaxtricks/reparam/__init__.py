@@ -41,7 +41,7 @@ all branches in every step, and one normalization. After fusing: exactly one con
 Composes with. jit, grad, vmap (stacked layers, ensembles); nodes are pytrees. `fuse` is differentiable, so a
 penalty on the fused kernel works. Kernels may be standardized first (`weightstd`), the normalization may have
 one variance for all channels (`ebn`). XLA gives wrong gradients of grouped and depthwise kernels whose
-batch lies on one axis of a mesh of two (jax 0.7.2 and 0.10.2): use a mesh with one axis for those.
+batch lies on one axis of a mesh of two (jax 0.7.2 to 0.12.0.1): use a mesh with one axis for those.
 
 Differences from the paper and from optax/flax. Every branch is centred on the centre tap (k // 2) of one
 window and derives its padding from it. With "SAME" and stride 2, branches that each use "SAME" do not add

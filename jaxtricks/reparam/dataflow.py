@@ -129,8 +129,8 @@ class _Trace:
 
 
 def _mark_of(eqn: Any) -> Mark | None:
-    name = _compat.params(eqn).get("name")
-    if _compat.primitive(eqn) != "name" or not str(name).startswith(_PREFIX):
+    name = str(_compat.params(eqn).get("name"))
+    if _compat.primitive(eqn) != "name" or not name.startswith(_PREFIX):
         return None
     _, side, layer = name.split(":", 2)
     return Mark(side, layer)

@@ -54,7 +54,7 @@ Composes with. Any function of a parameter tree (`standardize_params`), vmap ove
 `reparam` (branches of `ACBlock(conv=WSConv)` fuse), `agc` and `memopt` (they see the raw kernel). Statistics
 are float32 or better whatever the parameter's dtype; the hook sees the kernel after Flax has cast it to the
 layer's dtype, `WSConv` standardizes the parameter itself. XLA computes wrong gradients of grouped kernels
-whose batch lies on one axis of a mesh of two (jax 0.7.2 and 0.10.2): use a mesh with one axis for those.
+whose batch lies on one axis of a mesh of two (jax 0.7.2 to 0.12.0.1): use a mesh with one axis for those.
 
 Differences from the paper and from optax/flax. Four conventions are in circulation and differ in epsilon: see
 `standardize`; weights trained under one are not weights for another. We compute (w - mean) * scale, which
