@@ -73,6 +73,11 @@ def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
       operands: one an operand; a literal's may be a NumPy scalar.
       params: parameters to replace.
     """
+    if type(eqn.primitive).get_bind_params is core.Primitive.get_bind_params:
+        # No bodies and no rules among its parameters: nothing has to be evaluated around it.
+        with place_of(eqn), eqn.ctx.manager:
+            results = eqn.primitive.bind(*operands, **{**eqn.params, **params})
+        return list(results) if eqn.primitive.multiple_results else [results]
     literal = [
         is_literal(v) and not hasattr(x, "dtype") for v, x in zip(eqn.invars, operands, strict=True)
     ]

@@ -28,6 +28,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import cases
+
 if os.environ.get("CHEAP_COMPILER"):
     # One folder a worker, since jax does not write its entries at once; not in the environment, where the
     # processes that tests start would share it.
@@ -48,8 +50,10 @@ def pytest_unconfigure():
         programs.cleanup()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(items):
     """Off the eight CPU devices, tests that need them or ask what XLA's CPU backend makes are skipped."""
+    cases.mark(items)
     if not ELSEWHERE:
         return
     unmet = {"devices": jax.device_count() < 8, "stock": jax.default_backend() != "cpu"}

@@ -271,6 +271,7 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     assert loss == wanted and (tmp_path / "plan/plan.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_budget_out_of_reach_leaves_nothing_behind(capsys, tmp_path):
     out = tmp_path / "run"
     args = ["--model", "transformer", *SMALL_TEXT, "--out", str(out)]

@@ -37,7 +37,10 @@ def count(model, kind):
     return len({id(m) for _, m in nnx.iter_graph(model) if isinstance(m, kind)})
 
 
-@pytest.mark.parametrize("name", sorted(BLOCKS))
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "ACBlock" else pytest.param(n, marks=pytest.mark.slow) for n in sorted(BLOCKS)],
+)
 def test_blocks_keep_the_function_and_fuse_back(name):
     """A stranger's ResNet: converted, trained a little, fused; its 3x3 convolutions by their paths."""
     model, x = resnet()

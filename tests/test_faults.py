@@ -225,7 +225,7 @@ def going_on(printed):
 @pytest.mark.parametrize(
     ("seed", "phases"),
     [
-        (0, PHASES),
+        pytest.param(0, PHASES, marks=SLOW),
         *(pytest.param(i, (*PHASES, "start-up"), marks=SLOW) for i in range(1, 6)),
     ],
 )
@@ -464,7 +464,7 @@ def images(tmp_path):
 @pytest.mark.parametrize(
     ("at", "readers"),
     [
-        ("step 7", True),
+        pytest.param("step 7", True, marks=SLOW),
         pytest.param("start", False, marks=SLOW),
         pytest.param("start", True, marks=SLOW),
         pytest.param("step 7", False, marks=SLOW),

@@ -163,7 +163,10 @@ def test_all_ten_at_once_learn_and_report(digits):
     assert summary["balanced_accuracy"] > 0.15
 
 
-@pytest.mark.parametrize("tricks", [("amp",), jt.KEYS], ids=["amp", "all"])
+@pytest.mark.parametrize(
+    "tricks",
+    [pytest.param(("amp",), id="amp"), pytest.param(jt.KEYS, id="all", marks=pytest.mark.slow)],
+)
 def test_amp_computes_every_convolution_in_bfloat16(digits, tricks):
     cfg = dataclasses.replace(TINY, tricks=Tricks.of(*tricks))
     program, state, batches = start(cfg, digits)

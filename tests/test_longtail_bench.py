@@ -24,6 +24,7 @@ def test_all_methods_run(tmp_path):
     assert [row["method"] for row in rows] == list(METHODS)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_table(tmp_path):
     names = ("balanced_softmax", "post_hoc", "crt", "tau_norm")
     cli.main(["longtail-bench", *SMALL, "--out", str(tmp_path / "run"), "--methods", *names])

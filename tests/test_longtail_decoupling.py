@@ -18,6 +18,7 @@ from tests.reference import posthoc as reference
 RNG = np.random.default_rng(3)
 COUNTS = np.array([500, 100, 20, 4])
 F4 = np.float32
+SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
 
 
 def close(a, b, rtol):
@@ -269,7 +270,7 @@ def held_out(seed, n=400, sharp=2.0, prior=None):
     return sharp * z, y
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_calibrate_finds_the_least_balanced_cross_entropy(seed, x64, ours):
     z, y = held_out(seed)
     got = jax.jit(posthoc.calibrate)(z, y, COUNTS)
@@ -347,7 +348,7 @@ def test_fit_tau_on_a_grid_is_the_first_of_the_best(seed, x64, ours):
     assert float(posthoc.fit_tau(z, y, COUNTS, taus=[3.0])) == 3
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_estimate_prior(seed, x64, ours):
     true = np.array([0.1, 0.2, 0.3, 0.4])
     z, _ = held_out(seed, n=3000, sharp=1.0, prior=true)

@@ -29,7 +29,7 @@ NAMES = (
     "10_longtail",
     "11_ablation",
 )
-QUICK = {"01_echo", "03_memopt"}  # these run in `make test` too
+QUICK = {"01_echo"}  # these run in `make test` too
 REPOSITORY = jt.REPO_URL.removeprefix("https://github.com/")
 HEADINGS = (
     "The idea in one figure",

@@ -26,6 +26,7 @@ def trained(devices, recompute, policy="p=f32,c=f32,o=f32", steps=3):
 
 
 @pytest.mark.devices
+@pytest.mark.slow
 def test_eight_devices_train_as_one_and_hold_an_eighth():
     one, _ = trained(1, lambda layer: layer)
     eight, params = trained(8, jt.remat.recompute_grad)
@@ -36,6 +37,7 @@ def test_eight_devices_train_as_one_and_hold_an_eighth():
 
 
 @pytest.mark.devices
+@pytest.mark.slow
 def test_autocast_of_the_sharded_step_is_close():
     low, _ = trained(8, jt.remat.recompute_grad, "p=f32,c=bf16,o=f32", steps=2)
     full, _ = trained(8, jt.remat.recompute_grad, steps=2)

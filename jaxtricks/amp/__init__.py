@@ -29,9 +29,10 @@ init 2**15, growth 2 every 2000 clean steps, backoff 0.5 (those of torch's GradS
 of 2**16, and of TF). `scan_carry="auto"` where layers run under lax.scan: the activations between them
 are then kept low, as in unrolled code; the default keeps every carry in float32, accumulators too.
 
-When it helps and when not. It saves activation memory and bandwidth on accelerators. On CPU it is
-slower: XLA's CPU backend converts to float32, multiplies, and converts back. On TPU a float32 product
-is one bfloat16 pass already, unless its precision is set: the gain there is memory and traffic.
+When it helps and when not. It saves activation memory and bandwidth on accelerators. On CPU it is slower:
+up to jaxlib 0.10.2 XLA converts to float32, multiplies, and converts back (1.2 of float32's time for the
+gradient of a small transformer); since 0.12 it multiplies in bfloat16, more slowly still (1.6). On TPU a
+float32 product is one bfloat16 pass already, unless its precision is set: the gain is memory and traffic.
 
 Cost. Of the traced gradient (tests/bench/results/amp_peers.md: two decoder layers, jax 0.7.2, quax 0.2.1;
 error: relative L2 distance from float64; kept: what the forward pass leaves for the backward one):

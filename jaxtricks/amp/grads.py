@@ -180,7 +180,7 @@ def dynamic_loss_scale(
         def step(grads: Any, inner_state: Any) -> Any:
             return inner.update(unscale(grads), inner_state, params, **extra)
 
-        updates, inner_state = _guarded(step, finite, updates, state.inner_state, axis_name)
+        updates, inner_state = _guarded(step, finite, updates, state.inner_state)
         scale, clean = next_scale(
             state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
         )
@@ -222,7 +222,7 @@ def skip_nonfinite(
         def step(grads: Any, inner_state: Any) -> Any:
             return inner.update(grads, inner_state, params, **extra)
 
-        updates, inner_state = _guarded(step, finite, updates, state.inner_state, axis_name)
+        updates, inner_state = _guarded(step, finite, updates, state.inner_state)
         skipped, consecutive = _counted(finite, state)
         return updates, SkipNonfiniteState(consecutive, skipped, state.max_consecutive, inner_state)
 
@@ -301,10 +301,10 @@ def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
 
 
 def _guarded(
-    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any, axis_name: AxisName
+    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any
 ) -> tuple[Any, Any]:
     """step(grads, state) -> (updates, state); zeros and the state as it was where not finite."""
-    if _decides_alike(finite, axis_name):
+    if _may_branch(finite):
         return _branched(step, finite, grads, state)
     # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans included).
     safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
@@ -313,10 +313,14 @@ def _guarded(
     return updates, select_tree(finite, new_state, state)
 
 
-def _decides_alike(finite: Array, axis_name: AxisName) -> bool:
-    """Whether the step may be a branch: it is compiled, and no device waits in it for one that skips it."""
-    manual = AxisType.Manual in jax.typeof(finite).sharding.mesh.axis_types
-    return isinstance(finite, jax.core.Tracer) and (not manual or axis_name is not None)
+def _may_branch(finite: Array) -> bool:
+    """Whether the step may be a branch.
+
+    It is not where nothing is compiled, where one device could skip what others wait for (in shard_map),
+    and where both branches would have to say how their results are sharded (Explicit axes).
+    """
+    kinds = set(jax.typeof(finite).sharding.mesh.axis_types)
+    return isinstance(finite, jax.core.Tracer) and kinds <= {AxisType.Auto}
 
 
 def _branched(
@@ -338,8 +342,10 @@ def _branched(
 
     def _copied(old: Any, new: Any) -> Any:
         # What a branch hands on as it is, XLA copies before it branches: every step would pay for it.
+        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+            return old
         if not _tree.is_floating(old):
-            return jnp.asarray(old)
+            return jnp.asarray(old).astype(new.dtype)
         return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
 
     return jax.tree.unflatten(structure, jax.lax.cond(finite, apply, skip, grads, state))

@@ -27,7 +27,7 @@ BFLOAT16 = "p=f32,c=bf16,o=f32"
 # What each trick is for, said where an ablation finds no gain in accuracy.
 PURPOSE = {
     "echo": "it pays where reading is slower than the step",
-    "amp": "it pays on accelerators; XLA's CPU backend has no bfloat16 product",
+    "amp": "it pays on accelerators; on CPU a bfloat16 product is slower than a float32 one",
     "memopt": "it pays in optimizer memory",
     "weightstd": "it pays without batch statistics or with tiny batches",
     "agc": "it pays with large batches and rates",

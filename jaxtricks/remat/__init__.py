@@ -46,9 +46,9 @@ Differences from the paper and from optax/flax. Up to jaxlib 0.10.2 `jax.checkpo
 code on XLA's CPU backend, which removes the barriers that it relies on before it merges common
 subexpressions; here the second run waits for the cotangent behind a conditional that no pass sees through.
 Since jaxlib 0.12 the barriers hold: `checkpoint` is jax.checkpoint there, and `recompute_grad` needs its
-bytes and its operations. What `recompute_grad` is still for: the older versions (Colab's 0.7.2), strings, flags and
-callables as arguments without `static_argnums`, and `jt.nnx.recompute_grad`, `sequential` and `plan`, which
-are made of it. The paper plans against its own allocator;
+bytes and its operations. What `recompute_grad` is still for: the older versions (Colab's 0.7.2); strings,
+flags and callables as arguments without `static_argnums`; and `jt.nnx.recompute_grad`, `sequential` and
+`plan`, which are made of it. The paper plans against its own allocator;
 this plan is measured by the compiler. Random numbers need no seeds: keys are inputs of both passes.
 
 References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. Beaumont et al.,
