@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxtricks as jt
-from jaxtricks import remat
+from jaxtricks import _compat, _jaxpr, remat
 from jaxtricks.remat import chain, flat
 from tests.flags import remat3
 
@@ -237,7 +237,7 @@ def test_collectives_are_never_run_twice():
 
     def collectives(fn):
         program = flat.inlined(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
-        names = [eqn.primitive.name for eqn in jt._jaxpr.walk(flat.pruned(program))]
+        names = map(_compat.primitive, _jaxpr.walk(flat.pruned(program)))
         return sum(name in chain.COLLECTIVES for name in names)
 
     assert 0 < collectives(plan.fn) <= collectives(loss)

@@ -53,7 +53,7 @@ def decided(params, rule):
 
 
 def weight_norm_scales():
-    """What this flax's WeightNorm adds: its scales are parameters since 0.12.9, before no nnx.Param."""
+    """What this flax's WeightNorm adds: its scales are parameters since 0.12.11, before no nnx.Param."""
     model = nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     paths = _tree.by_path(nnx.state(model, nnx.Param))
     return {path: "none" for path in paths if path.startswith("scales")}

@@ -45,7 +45,7 @@ def checkpoint(
     behind a saved product is cheap to repeat, but a saved tanh does not spare the product before it, which
     its derivative needs again.
 
-    Since jaxlib 0.12 this is jax.checkpoint with a policy of jax.checkpoint_policies. Before, XLA's CPU
+    Since jaxlib 0.11.2 this is jax.checkpoint with a policy of jax.checkpoint_policies. Before, XLA's CPU
     backend undoes jax.checkpoint in code that is not in a loop (`check_effective` tells); there the second
     pass waits for the cotangent as in `recompute_grad`. With `offload`, an argument of jax.checkpoint, or a
     name that occurs only inside a loop, a branch, a custom rule or another checkpoint, it is jax.checkpoint

@@ -17,7 +17,7 @@ from jaxtricks.remat import flat
 def wait(xs: Sequence[Array], cotangents: Sequence[Any]) -> tuple[list[Array], list[Any]]:
     """xs and cotangents, bit for bit, none before all of the cotangents are there.
 
-    XLA has a barrier for this. Up to jaxlib 0.10.2 its CPU backend deletes barriers before it merges
+    XLA has a barrier for this. Before jaxlib 0.11.2 its CPU backend deletes barriers before it merges
     common subexpressions, and a mere dependence by data does not stop it from fusing the sum of all
     cotangents of a residual stream into its last reader, which keeps every term alive. There it is a
     conditional, whose other branch is never taken and which no pass can see through.
