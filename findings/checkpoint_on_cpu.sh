@@ -2,10 +2,10 @@
 # jax.checkpoint saves memory on XLA's CPU backend since jaxlib 0.11.2; before, it costs memory.
 #
 # Seen with jax 0.12.0.1 and 0.11.2 on one side, 0.11.0, 0.10.2, 0.10.0, 0.9.0, 0.8.0 and 0.7.2 on
-# the other. What keeps the second forward pass apart from the first is lax.optimization_barrier. The
-# older backend deletes the barriers before it merges common subexpressions: what remains is the
-# program without jax.checkpoint (as many operations), in more memory. In the body of a lax.scan
-# jax.checkpoint saves memory on 0.12.0.1, 0.10.2 and 0.7.2 alike.
+# the other. What keeps the second forward pass apart from the first is lax.optimization_barrier.
+# The older backend deletes the barriers before it merges common subexpressions: what remains is
+# the program without jax.checkpoint (as many operations), in more memory. In the body of a
+# lax.scan jax.checkpoint saves memory on 0.12.0.1, 0.10.2 and 0.7.2 alike.
 #
 # So what a test on CPU says of rematerialization depends on the version.
 #
@@ -46,7 +46,8 @@ def measured(wrap):
     return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
 
 plain, saved = measured(lambda f: f), measured(jax.checkpoint)
-print(f"jax {jax.__version__}: plain {plain[0]}, checkpoint {saved[0]}, operations x{saved[1] / plain[1]:.2f}")
+operations = f"operations x{saved[1] / plain[1]:.2f}"
+print(f"jax {jax.__version__}: plain {plain[0]}, checkpoint {saved[0]}, {operations}")
 works = saved[0] < plain[0] and saved[1] > 1.2 * plain[1]
 sys.exit(works != (sys.argv[1] == "works"))
 END

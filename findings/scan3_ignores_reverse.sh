@@ -1,9 +1,9 @@
 #!/bin/sh
 # Under jax_scan3, lax.scan(..., reverse=True) runs from the first element on, and nothing warns.
 #
-# Seen with jax 0.12.0.1 and 0.10.2. jax_scan3 is off unless one asks for it ("embrace the future of
-# loops"); its source says "TODO: don't ignore" beside `reverse` and `unroll`. So a program that runs
-# under it need not compute what it did: returns discounted from the end, layers that read backwards.
+# Seen with jax 0.12.0.1 and 0.10.2. jax_scan3 is off unless one asks for it ("embrace the future
+# of loops"); its source says "TODO: don't ignore" beside `reverse` and `unroll`. So a program that
+# runs under it need not compute what it did: returns discounted from the end, say.
 #
 # Output:
 #   jax 0.12.0.1

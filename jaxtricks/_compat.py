@@ -149,14 +149,15 @@ class ScanParts(NamedTuple):
 def scan_parts(eqn: Any) -> ScanParts:
     """The parts of a scan: counts before jax 0.11, trees of its operands since."""
     there = params(eqn)
-    if "num_consts" in there:
-        counts = there["num_consts"], there["num_carry"]
-    elif "ft_in" in there:
-        consts, carry, _ = there["ft_in"].unpack()
-        counts = len(consts), len(carry)
-    else:
-        raise _unknown_layout(eqn)
-    return ScanParts(*counts, there["length"], there["reverse"])
+    try:
+        if "ft_in" in there:
+            consts, carry, _ = there["ft_in"].unpack()
+            counts = len(consts), len(carry)
+        else:
+            counts = there["num_consts"], there["num_carry"]
+        return ScanParts(*counts, there["length"], there["reverse"])
+    except KeyError as error:
+        raise _unknown_layout(eqn) from error
 
 
 def scan_outputs(eqn: Any, used: Sequence[bool], body: core.ClosedJaxpr) -> Any:

@@ -1,5 +1,6 @@
 """Named values are kept, all else is made again; tables of residuals; the detector of empty checkpoints."""
 
+import functools
 import warnings
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtricks import _jaxpr, remat
+from jaxtricks import _compat, _jaxpr, remat
 from jaxtricks.remat import tie
 from tests import flags
 
@@ -140,7 +141,7 @@ def test_same_dropout_mask_in_both_passes(remat3):
 
 
 def primitives(fn, *args):
-    return {e.primitive.name for e in _jaxpr.walk(jax.make_jaxpr(fn)(*args).jaxpr)}
+    return set(map(_compat.primitive, _jaxpr.walk(jax.make_jaxpr(fn)(*args).jaxpr)))
 
 
 def test_names_in_a_loop_go_to_jax(remat3):
@@ -152,16 +153,13 @@ def test_names_in_a_loop_go_to_jax(remat3):
 
         return jax.lax.scan(body, remat.name(x * x, "outer"), None, length=3)[0].sum()
 
-    delegated = {"remat2", "checkpoint", "call_hi_primitive"}
     # Where XLA's CPU backend keeps barriers, all of them do.
     outer_too = tie.barriers_hold()
     for save, to_jax in (("inner", True), (("inner", "outer"), True), ("outer", outer_too)):
         f = remat.checkpoint(fn, save=save)
         equal(jax.grad(f)(x), jax.grad(fn)(x))
         found = primitives(f, x)
-        assert ("custom_vjp_call" in found) != to_jax
-        if not remat3:
-            assert bool(found & delegated) == to_jax
+        assert ("checkpoint" in found, "custom_vjp_call" in found) == (to_jax, not to_jax)
     kept = lambda save: remat.residuals(remat.checkpoint(fn, save=save), x).rows
     if not remat3:
         assert any(shape == "f32[3,4]" for _, shape, *_ in kept("inner"))
@@ -247,20 +245,27 @@ def blocks(wrap):
 
 
 @pytest.mark.stock
-def test_jax_checkpoint_saves_memory_where_barriers_hold():
-    if not tie.barriers_hold():
-        pytest.skip("this XLA deletes barriers on CPU: see the next test")
-    weights, x = mlp()
-    assert remat.check_effective(blocks(jax.checkpoint), weights, x)
+def test_jax_checkpoint_saves_what_ours_does_where_barriers_hold():
+    params, x = stack()
+    ours = remat.check_effective(loss(remat.recompute_grad), params, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if tie.barriers_hold() else "ignore")
+        theirs = remat.check_effective(loss(jax.checkpoint), params, x)
+    # Measured 1.00 where they hold, and up to 0.09 where they do not.
+    assert (theirs.saved > 0.9 * ours.saved) == tie.barriers_hold()
 
 
 @pytest.mark.stock
-def test_the_detector_fires_for_jax_checkpoint_on_cpu():
-    if tie.barriers_hold():
-        pytest.skip("this XLA keeps barriers on CPU: see the test before")
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.checkpoint, functools.partial(jax.checkpoint, prevent_cse=False)],
+    ids=["one product a block", "merged again"],
+)
+def test_the_detector_fires_where_nothing_is_saved(wrap):
+    # The input of a block, which it keeps, is as large as what it makes again.
     weights, x = mlp()
     with pytest.warns(UserWarning, match="save no memory: .* use jaxtricks.remat.recompute_grad"):
-        effect = remat.check_effective(blocks(jax.checkpoint), weights, x)
+        effect = remat.check_effective(blocks(wrap), weights, x)
     assert not effect and effect.saved <= 0
 
 

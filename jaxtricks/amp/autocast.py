@@ -170,4 +170,6 @@ def _refuse_refs(jaxpr: Any) -> None:
 
 
 def _is_ref(v: Any) -> bool:
-    return not _jaxpr.is_literal(v) and hasattr(v.aval, "inner_aval")
+    # The future of a collective operation (since jax 0.12) holds an array as well.
+    holds = not _jaxpr.is_literal(v) and hasattr(v.aval, "inner_aval")
+    return holds and not hasattr(v.aval, "done_fun")

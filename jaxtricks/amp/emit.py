@@ -147,9 +147,8 @@ class Emitter:
 def _checkpoint(eqn: Any, body: Any, operands: Sequence[Any]) -> list[Any]:
     """A checkpoint of jax_remat3, made anew: the equation's own object has the dtypes of the old body."""
     params = _compat.params(eqn)
-    run = jax.checkpoint(
-        jaxpr_as_fun(body), policy=params["policy"], prevent_cse=params["prevent_cse"]
-    )
+    prevent_cse = params.get("prevent_cse", True)  # jax 0.10.2 does not write it down
+    run = jax.checkpoint(jaxpr_as_fun(body), policy=params["policy"], prevent_cse=prevent_cse)
     return run(*operands)
 
 

@@ -42,8 +42,8 @@ function closes over receive their gradients. Plan what autocast returns, so tha
 dtypes. Flax modules go through `functional`, or `jt.nnx.recompute_grad(module)`. Collective operations
 are never run twice. Reverse mode; ad="both" allows forward over reverse.
 
-Differences from the paper and from optax/flax. Before jaxlib 0.11.2 `jax.checkpoint` saves nothing in unrolled
-code on XLA's CPU backend, which removes the barriers that it relies on before it merges common
+Differences from the paper and from optax/flax. Before jaxlib 0.11.2 `jax.checkpoint` saves nothing in
+unrolled code on XLA's CPU backend, which removes the barriers that it relies on before it merges common
 subexpressions; here the second run waits for the cotangent behind a conditional that no pass sees through.
 Since jaxlib 0.11.2 the barriers hold: `checkpoint` is jax.checkpoint there, and `recompute_grad` needs its
 bytes and its operations. What `recompute_grad` is still for: the older versions (Colab's 0.7.2); strings,

@@ -143,7 +143,7 @@ def _with_plain_names(jaxpr: _jaxpr.Jaxpr) -> _jaxpr.Jaxpr:
     """Names of jax_remat3 as those without it, which vmap knows."""
     eqns = [
         eqn.replace(primitive=primitives.name_p, params={"name": label_of(eqn)})
-        if label_of(eqn) is not None
+        if _compat.is_high(eqn) and label_of(eqn) is not None
         else eqn
         for eqn in jaxpr.eqns
     ]

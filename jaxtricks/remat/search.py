@@ -1,8 +1,9 @@
 """From the model's schedules to one whose compiled bytes meet the budget."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jax.extend.core import Var
@@ -125,10 +126,23 @@ class Search:
             if self._left and self._promises(schedule, temp):
                 self._try(schedule)
         if self._left and not self._fitting(temp) and 0 not in self._seen:
-            self._try(self._solution.schedule(0))
+            self._seen[0] = self._try(self._solution.schedule(0)).temp
+        # What is the smallest to the model need not be to the compiler.
+        for i in self._smallest():
+            if not self._left or self._fitting(temp):
+                break
+            if i not in self._seen:
+                self._seen[i] = self._try(self._solution.schedule(i)).temp
         cheapest = min(self._fitting(temp), key=lambda t: t.figures.report.flops, default=None)
         every = [*self.tried, self._unplanned]
         return cheapest or min(every, key=lambda t: (t.figures.refused, t.temp))
+
+    def _smallest(self) -> Iterator[int]:
+        """Indices of schedules from the smallest on by the model, of each size the cheapest."""
+        size = lambda i: self._solution.priced(self._solution.schedule(i))[0]  # noqa: E731
+        for _, same in itertools.groupby(range(len(self._solution.memory)), key=size):
+            *_, cheapest = same
+            yield cheapest
 
     def _fitting(self, temp: int) -> list[Tried]:
         return [t for t in self.tried if t.fits(temp)]
