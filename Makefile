@@ -70,7 +70,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/pylint jaxtricks # modules that are too long, lines that stand twice
+	$(BIN)/pylint jaxtricks # lines that stand twice
 
 # What Google Colab ships: Python 3.13, jax 0.7.2, flax 0.11.2, optax 0.2.8.
 test-colab:
