@@ -268,7 +268,9 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     batch = loop.example_batch(cfg, plan.described(cfg), program.place)
     inputs = program.inputs(program.init(0, np.ones(50)), batch)
     (loss, _), (wanted, _) = found.fn(*inputs), program.loss(*inputs)
-    assert loss == wanted and (tmp_path / "plan/plan.png").stat().st_size > 5_000
+    # Not bit by bit: XLA compiles the calls within the loss, which the plan writes out.
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    assert (tmp_path / "plan/plan.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow

@@ -54,8 +54,8 @@ def _read(env: dict[Any, Any], v: Any) -> Any:
 
 
 def _stays(eqn: Any) -> bool:
-    """Whether it moves nothing: jax writes a reshard where a mesh is in force, and none elsewhere."""
-    if _compat.primitive(eqn) != "reshard":
+    """Whether it moves nothing: jax writes it where a mesh is in force, and not elsewhere."""
+    if _compat.primitive(eqn) not in ("reshard", "broadcast_in_dim"):
         return False
     return eqn.invars[0].aval.str_short() == eqn.outvars[0].aval.str_short()
 
