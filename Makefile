@@ -20,7 +20,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 TPU_VENV ?= $(VENV)-tpu
 GPU_VENV ?= $(VENV)-gpu
 
-.PHONY: demo test test-all test-colab test-py311 has-py311 multihost gpu-check check format bench claims clean
+.PHONY: demo test test-all test-colab test-py311 has-py311 test-next multihost gpu-check check format bench claims clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@if [ -z '$(PYTHON)' ]; then echo 'no Python 3.11 or newer here: set PYTHON=/path/to/python'; exit 1; fi
@@ -45,6 +45,12 @@ $(TPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 test-all: $(VENV)/.installed $(TPU_VENV)/.installed
 	TPU_PYTHON=$(abspath $(TPU_VENV))/bin/python $(PYTEST)
+
+# The laws under what jax offers early, a flag at a time; tests/flags.py lists what fails and why.
+NEXT_TESTS := $(patsubst %,tests/test_%.py,laws laws_wrappers laws_modules autocast remat remat_names)
+test-next: $(VENV)/.installed
+	for flag in JAX_REMAT3 JAX_CUSTOM_JVP3 JAX_CUSTOM_VJP3 JAX_SCAN3; do \
+	env $$flag=1 CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock' $(NEXT_TESTS) || exit 1; done
 
 # Two processes of four devices each on this machine: trained, killed, resumed; about five minutes.
 multihost: $(VENV)/.installed

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import cases
+from tests import cases, flags
 
 if os.environ.get("CHEAP_COMPILER"):
     # One folder a worker, since jax does not write its entries at once; not in the environment, where the
@@ -54,6 +54,7 @@ def pytest_unconfigure():
 def pytest_collection_modifyitems(items):
     """Off the eight CPU devices, tests that need them or ask what XLA's CPU backend makes are skipped."""
     cases.mark(items)
+    flags.mark(items)
     if not ELSEWHERE:
         return
     unmet = {"devices": jax.device_count() < 8, "stock": jax.default_backend() != "cpu"}

@@ -147,6 +147,7 @@ def test_fsdp_splits_state_and_gathers_parameters_once(mesh, memopt):
     assert not [c for c in others if c.bytes > 1024]
 
 
+@pytest.mark.slow
 def test_data_parallel_steps_only_sum():
     cfg = settings("resnet", TRICKS, parallel=Parallel(mesh="data=8"))
     _, step, state = compiled(cfg, False)
