@@ -80,3 +80,39 @@ def test_one_device_of_sixteen_holds_the_bytes_on_paper():
     assert paper <= args <= 1.01 * paper
     assert alias == pytest.approx(paper, rel=0.01)  # all of it is donated
     assert offset == 0  # a constant that libtpu added would be in every temporary of the table
+
+
+GENERATIONS = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
+PLANNED = f"""
+import json, jax, jax.numpy as jnp
+from jaxtricks import remat
+
+def loss(ws, x):
+    for w in ws:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+args = [shape(1024, 1024)] * 8, shape(32768, 1024)
+kwargs = dict(budget_bytes=0.6, wrt="temp", max_compiles=4)
+plans = [remat.plan(loss, *args, topology=one, **kwargs) for one in {GENERATIONS}]
+print(json.dumps([(p.peak, p.budget, p.baseline) for p in plans]))
+"""
+
+
+@pytest.mark.slow
+def test_plans_meet_their_budgets_on_every_generation():
+    found = compiled(PLANNED)
+    assert len(found) == len(GENERATIONS)
+    for peak, budget, baseline in found:
+        assert 0 < peak <= budget < baseline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", GENERATIONS[1:])  # tests/tpu_aot has the first
+def test_all_tricks_compile_on_every_generation(topology):
+    found = "aot.one_chip('transformer', ('baseline', 'all'))"
+    script = f"import json; from tests.bench import tpu, tpu_aot as aot; tpu.TOPOLOGY = {topology!r}; "
+    costs = compiled(script + f"print(json.dumps({found}))", timeout=1800)
+    base, every = (common.StepCost(*costs[name]) for name in ("baseline", "all"))
+    assert every.temp < 0.5 * base.temp and every.args < base.args
