@@ -34,6 +34,11 @@ def on_mesh(*xs: Any) -> bool:
     return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 
 
+def says_how(*xs: Any) -> bool:
+    """Whether the type of an array says how it is sharded, over Explicit axes of a mesh."""
+    return any(any(jax.typeof(x).sharding.spec) for x in xs)
+
+
 def replicated(fn: Any, *args: Any) -> Any:
     """fn(*args), the same on every device: for scatters and reshapes, on which Explicit axes are silent."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))

@@ -1,5 +1,8 @@
 """Mixed precision: casts, loss scales against hand-computed sequences, skipped steps."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +159,30 @@ def test_scaled_training_equals_unscaled_training():
         p = optax.apply_updates(p, updates)
         q, t = step(q, t)
     np.testing.assert_allclose(p["w"], q["w"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("inner", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)])
+def test_a_state_of_16_bits_stays_so(inner, dtype):
+    tx = amp.dynamic_loss_scale(inner, init=4.0)
+    params = {"w": jnp.ones(3, dtype)}
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update({"w": 4 * g}, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    grads = jnp.asarray([[0.5, -0.25, 1.0], [1.0, 0.5, -0.5]], dtype)
+    start = params, tx.init(params)
+    jitted, _ = jax.jit(lambda start: jax.lax.scan(step, start, grads))(start)
+    eager = functools.reduce(lambda carry, g: step(carry, g)[0], grads, start)
+    plain, state = params, inner.init(params)
+    for g in grads:
+        updates, state = inner.update({"w": g}, state, plain)
+        plain = optax.apply_updates(plain, updates)
+    for found, after in (jitted, eager):
+        chex.assert_trees_all_equal_dtypes(after.inner_state, state)
+        chex.assert_trees_all_close(found, plain, rtol=2e-2)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -116,6 +116,24 @@ def test_init_places_the_state_and_steps_keep_it_there(name, kind):
     assert update._cache_size() == 1
 
 
+@pytest.mark.devices
+@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_replicated_gradients_serve_sharded_parameters(name, kind):
+    tx, _ = PLACED[name]
+    mesh, grads = mesh_of(kind), arrays(1)
+    everywhere = jax.device_put(grads, NamedSharding(mesh, P()))
+    expected, _ = jax.jit(tx.update)(grads, tx.init(arrays()), arrays())
+    with jax.set_mesh(mesh):
+        params = on_mesh(mesh, arrays())
+        state = tx.init(params)
+        updates, new_state = jax.jit(tx.update)(everywhere, state, params)
+    assert_placed(new_state, memopt.state_specs(tx, params, SPECS), mesh)
+    for n in SHAPES:
+        size = np.max(np.abs(expected[n]))
+        np.testing.assert_allclose(updates[n], expected[n], rtol=0, atol=1e-5 * size)
+
+
 def test_specs_of_any_chain():
     tx = optax.chain(jt.agc.adaptive_grad_clip(), optax.adamw(1e-3), memopt.stochastic_round(0))
     specs = memopt.state_specs(optax.MultiSteps(tx, 2), arrays(), SPECS)

@@ -213,7 +213,7 @@ def test_mistakes_are_one_sentence():
         refused(lambda n: n.astype(jnp.float32).sum(), jnp.arange(3))
     with pytest.raises(ValueError, match="side effects"):
         refused(lambda p, x: [jax.debug.print("{}", x[0, 0]), loss(p, x)][1], params, x)
-    for budget in ("4 lightyears", "", 0, -1.0):
+    for budget in ("4 lightyears", "", 0, -1.0, True, 2.5, float("nan")):
         with pytest.raises(ValueError, match="budget_bytes"):
             remat.plan(loss, params, x, budget_bytes=budget)
     with pytest.raises(ValueError, match="topology must be like"):

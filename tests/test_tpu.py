@@ -112,7 +112,9 @@ def test_plans_meet_their_budgets_on_every_generation():
 @pytest.mark.parametrize("topology", GENERATIONS[1:])  # tests/tpu_aot has the first
 def test_all_tricks_compile_on_every_generation(topology):
     found = "aot.one_chip('transformer', ('baseline', 'all'))"
-    script = f"import json; from tests.bench import tpu, tpu_aot as aot; tpu.TOPOLOGY = {topology!r}; "
+    script = (
+        f"import json; from tests.bench import tpu, tpu_aot as aot; tpu.TOPOLOGY = {topology!r}; "
+    )
     costs = compiled(script + f"print(json.dumps({found}))", timeout=1800)
     base, every = (common.StepCost(*costs[name]) for name in ("baseline", "all"))
     assert every.temp < 0.5 * base.temp and every.args < base.args

@@ -178,7 +178,9 @@ def dynamic_loss_scale(
         finite = all_finite(unscale(updates), axis_name)
 
         def step(grads: Any, inner_state: Any) -> Any:
-            return inner.update(unscale(grads), inner_state, params, **extra)
+            updates, new_state = inner.update(unscale(grads), inner_state, params, **extra)
+            # Moments of 16 bits stay so: the gradients that they take in are wider now.
+            return updates, jax.tree.map(_as_before, new_state, inner_state)
 
         updates, inner_state = _guarded(step, finite, updates, state.inner_state)
         scale, clean = next_scale(
@@ -298,6 +300,11 @@ _SKIPPING = (DynamicLossScaleState, SkipNonfiniteState)
 def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
     """(skipped, consecutive) after a step."""
     return state.skipped + (~finite).astype(jnp.int32), jnp.where(finite, 0, state.consecutive + 1)
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """A leaf of a new state, in the dtype of the old one."""
+    return new.astype(old.dtype) if _tree.is_floating(new) and _tree.is_floating(old) else new
 
 
 def _guarded(

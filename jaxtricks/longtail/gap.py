@@ -98,15 +98,10 @@ def _parts(
 
 def of_label(vector: Array, labels: Array, z: Array) -> Array:
     """vector[labels] of a [C] vector, for the labels [...] of the logits z [..., C]."""
-    if _explicit(z):
+    if _sharding.says_how(z):  # gathers do not carry that on
         zero = jnp.zeros((), vector.dtype)
         return jnp.sum(jnp.where(_is_label(labels, z), rows(vector, z), zero), axis=-1)
     return vector[jnp.clip(labels, 0, z.shape[-1] - 1)]
-
-
-def _explicit(z: Array) -> bool:
-    """Whether the type of z says how it is sharded, which gathers and scatters do not carry on."""
-    return any(jax.typeof(z).sharding.spec)
 
 
 def _by_index(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:

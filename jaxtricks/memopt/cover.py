@@ -180,7 +180,7 @@ def _step(
     v = tuple(maxima) or (nu,)
     # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
     total = nu + eps
-    u = jnp.where(total == 0, jnp.zeros_like(g), g * jax.lax.rsqrt(total))
+    u = g * jnp.where(total == 0, 0, jax.lax.rsqrt(total))
     if m is not None:
         u = momentum * averages.read(m, u.dtype) + (1 - momentum) * u
         m = averages.write(u, m, seed)

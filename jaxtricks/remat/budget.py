@@ -1,5 +1,6 @@
 """Budgets: bytes, text, or a fraction of what the program needs unplanned."""
 
+import numbers
 import re
 
 from jaxtricks import _table
@@ -37,7 +38,7 @@ def parse(budget: int | float | str, unplanned: int) -> int:
       unplanned: bytes.
 
     Raises:
-      ValueError: not above 0, or text that is no size.
+      ValueError: not above 0, text that is no size, or a float above 1 that is no whole number.
     """
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", budget.lower())
@@ -45,9 +46,16 @@ def parse(budget: int | float | str, unplanned: int) -> int:
         if found is None or number is None or found[2] not in _UNITS:
             raise ValueError(f'budget_bytes is {budget!r}: write a size such as "4GiB" or "500 MB"')
         budget = int(number * _UNITS[found[2]])
+    number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
+    if not number or (budget > 1 and budget % 1):
+        shown = budget if isinstance(budget, numbers.Real) else type(budget).__name__
+        raise ValueError(
+            f'budget_bytes is {shown}: write bytes, a size such as "4GiB", or a fraction up to 1'
+        )
     if not budget > 0:
         raise ValueError(f"budget_bytes must be above 0, not {budget}")
-    return int(budget * unplanned) if isinstance(budget, float) and budget <= 1 else int(budget)
+    fraction = budget <= 1 and not isinstance(budget, numbers.Integral)
+    return int(budget * unplanned) if fraction else int(budget)
 
 
 def _number(text: str) -> float | None:

@@ -67,6 +67,7 @@ def plan(
     """
     if wrt not in ("peak", "temp"):
         raise ValueError(f'wrt must be "peak" or "temp", not {wrt!r}')
+    budget.parse(budget_bytes, 1)  # a mistake in it is known before anything is compiled
     wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     program = _checked(fn, args, wanted, has_aux)
     problem = Problem.of(program.jaxpr, _varied(args, wanted), target.platform(topology))
