@@ -109,12 +109,12 @@ def test_plans_meet_their_budgets_on_every_generation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", GENERATIONS[1:])  # tests/tpu_aot has the first
-def test_all_tricks_compile_on_every_generation(topology):
+@pytest.mark.parametrize(("topology", "limit"), [("v6e:2x2", 0.5), ("tpu7x:2x2x1", 0.75)])
+def test_all_tricks_compile_on_later_generations(topology, limit):  # tests/tpu_aot has v5e
     found = "aot.one_chip('transformer', ('baseline', 'all'))"
     script = (
         f"import json; from tests.bench import tpu, tpu_aot as aot; tpu.TOPOLOGY = {topology!r}; "
     )
     costs = compiled(script + f"print(json.dumps({found}))", timeout=1800)
     base, every = (common.StepCost(*costs[name]) for name in ("baseline", "all"))
-    assert every.temp < 0.5 * base.temp and every.args < base.args
+    assert every.temp < limit * base.temp and every.args < base.args
