@@ -68,6 +68,8 @@ class Checkpoints:
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            # What a checkpoint says of its time is not needed, and damaged would end the run here.
+            lightweight_initialize=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._sum_up,
                 # Else threads wait ten minutes for a directory that can't be made, and the process with them.
