@@ -52,7 +52,8 @@ def test_every_pair_trains(on):
     check(trained(on), on)
 
 
-@pytest.mark.parametrize("form", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_lab.py has all ten at once, too
+@pytest.mark.parametrize("form", ["nnx", "linen"])
 def test_all_ten_train(form):
     check(trained(ALL, form=form), ALL)
 
@@ -78,7 +79,8 @@ def same(a, b, rtol):
     np.testing.assert_allclose(a.losses, b.losses, rtol=rtol)
 
 
-@pytest.mark.parametrize("form", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nnx", "linen"])
 def test_remat_is_the_same_function(form):
     rest = ALL - {"amp", "echo", "cyclical"}
     same(composition.train(rest, form=form), composition.train(rest - {"remat"}, form=form), 1e-4)

@@ -258,6 +258,7 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_end_at_the_same_step(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

@@ -199,6 +199,7 @@ def test_transformer_names_what_does_not_fit():
         model(jnp.zeros((1, 13), jnp.int32))
 
 
+@pytest.mark.slow
 def test_nfnet_stochastic_depth():
     """Rates rise linearly; branches drop in training alone, by key; it learns, and keeps no statistics."""
     model = models.NFNet(1, CLASSES, **SHAPE, blocks=2, drop_rate=0.4, rngs=nnx.Rngs(0))
