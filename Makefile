@@ -32,9 +32,10 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxtricks ablate --no-search
 
 # Twice, for speed: see XLA_FLAGS in tests/conftest.py.
+STOCK_TESTS = $(shell grep -l mark.stock tests/test_*.py)
 test: $(VENV)/.installed
 	CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock' $(TESTS)
-	$(PYTEST) -m 'stock and not slow' $(or $(TESTS),tests)
+	$(PYTEST) -m 'stock and not slow' $(or $(TESTS),$(STOCK_TESTS))
 
 # The TPU compiler lives apart: in the ordinary environment it would greet every look for devices.
 # (beartype: the package `tests` imports it. libtpu by itself: Colab's is not the one that jax[tpu] asks for.)

@@ -45,6 +45,7 @@ FEW = {
     "test_memopt_random.py::test_adafactor": 12,
     "test_models.py::test_recomputing_changes_nothing": 1,
     "test_models.py::test_starts_near_chance_and_learns": 1,
+    "test_nnx.py::test_fused_within_sixteen_units": 1,
     "test_reparam.py::test_fused_convolution_is_a_plain_convolution": 2,
     "test_reparam.py::test_fused_equals_branches": 8,
     "test_reparam.py::test_unfuse_is_the_inverse_of_fuse": 2,

@@ -93,13 +93,10 @@ def alone(model, wide):
     return curve(settings(model), wide)[0]
 
 
-QUICK = [("transformer", "data=4,model=2", True)]
-WIDE = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in ((model, *on) for model in ("transformer", "resnet") for on in ON_MESHES)
-]
+WIDE = [(model, *on) for model in ("transformer", "resnet") for on in ON_MESHES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "mesh", "fsdp"), WIDE)
 def test_the_loss_curve_is_that_of_one_device_in_float64(model, mesh, fsdp, x64):
     cfg = settings(model, parallel=Parallel(mesh=mesh, fsdp=fsdp))
