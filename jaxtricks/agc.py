@@ -29,9 +29,9 @@ normalization is far better in so few steps (two rates tried for each): 45.1 +- 
 (batch 256, 96 steps), 38.3 +- 0.8 against 28.5 +- 1.5 (batch 1024, 24 steps). Long schedules are not shown.
 `python -m tests.bench.networks --data cifar10.zip`.
 
-Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum 0.80 of AdamW's
-step on two CPU cores (optax's 0.80), 32 bytes a parameter against 40, trace and compile 1.15 of AdamW's
-(optax's 1.33); tests/bench/results/optimizers.md has the versions.
+Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum 0.76 of AdamW's
+step on two CPU cores (optax's 0.75), 32 bytes a parameter against 40, trace and compile 1.23 of AdamW's
+(optax's 1.30); tests/bench/results/optimizers.md has the versions.
 
 Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum. Under
 `amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. As in the reference, a unit

@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -265,9 +266,12 @@ def _silence_orbax() -> None:
     """Leave what is said in one sentence here to that sentence.
 
     Orbax logs tracebacks, and after a failure TensorStore's threads still call an event loop that Orbax has
-    closed: what they raise reaches nobody but `sys.unraisablehook`.
+    closed: what they raise reaches nobody but `sys.unraisablehook`. What Orbax had not begun to write then is
+    a warning (Orbax 0.12.8).
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    unwritten = "coroutine '.*write_fragment' was never awaited"
+    warnings.filterwarnings("ignore", unwritten, RuntimeWarning)
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -35,24 +35,24 @@ are lost. It does nothing in float32. Measured (python -m tests.bench.rounding, 
 a peak rate of 1e-3 the validation loss is 1.203 of float32's to the nearest and 1.000 rounded at random;
 at 1e-2, 1.005 and 1.000.
 
-Cost. State: `state_bytes`, `state_table`. The step beside AdamW's on two CPU cores (jax 0.10.2, optax
+Cost. State: `state_bytes`, `state_table`. The step beside AdamW's on two CPU cores (jax 0.12.0.1, optax
 0.2.8, 10.5 M parameters in 145 leaves, float32, donated; tests/bench/results/optimizers.md, `make bench`):
 
                                step   bytes/param   temporaries   trace + compile
       adamw                     1        40            0            1
-      adafactor                 1.00     24            0.5 MiB      1.68   (289 leaves: 1.69)
-      optax.adafactor           2.48     56           44 MiB        2.97   (289 leaves: 3.15)
-      sm3, momentum 0.9         1.21     32            0.2 MiB      1.00
-      optax.sm3                 1.82     44           40 MiB        1.17
-      sm3                       0.89     20            0.2 MiB      0.76
-      adafactor, int8 momentum  2.64     47           41 MiB        5.3
-      sm3, int8 momentum        3.60     63           81 MiB        4.5
+      adafactor                 0.93     24            0.5 MiB      1.91   (289 leaves: 1.86)
+      optax.adafactor           2.03     56           44 MiB        3.08   (289 leaves: 3.39)
+      sm3, momentum 0.9         1.07     32            0.2 MiB      1.02
+      optax.sm3                 1.51     44           40 MiB        1.08
+      sm3                       0.80     20            0.2 MiB      0.74
+      adafactor, int8 momentum  2.16     47           41 MiB        5.7
+      sm3, int8 momentum        3.36     63           81 MiB        4.9
 
 On a TPU v5e, compiled ahead of time, traffic with HBM for a leaf of 8192 x 8192 is 24 bytes a parameter
 for adafactor (adamw and optax.adafactor 28), 20 for sm3 with momentum (optax.sm3 20) and 12 without.
 Trees that fit into its fast memory are counted otherwise: tests/bench/results/tpu.md. Int8 momentum buys
 state, not time: while it is rounded a few float32 copies of a leaf are alive. Stacking equal leaves into
-one update was measured too: three times slower, and slower to compile.
+one update was measured too: two to three times slower, and slower to compile.
 
 Composes with. optax.chain, masked, multi_transform, MultiSteps, inject_hyperparams (name static
 arguments that you give in static_args), nnx.Optimizer; after agc, inside amp.dynamic_loss_scale. A
