@@ -25,15 +25,15 @@ nets, long sequences, large images. On a net that fits it only adds a second for
 whose only residual is its input has nothing to save.
 
 Cost. `python -m tests.bench.remat_plan` writes tests/bench/results/remat_plan.md: temporaries of value and
-gradient in float32, compiled for CPU with jax 0.10.2; extra FLOPs counted in the traced program.
+gradient in float32, compiled for CPU with jax 0.12.0.1; extra FLOPs counted in the traced program.
 
     MiB of temporaries    budget  planned  FLOPs    by hand, recompute_grad
-    16-layer MLP, 8.5        4.0      3.5  + 28 %   4.0 + 34 % sqrt(n), 3.0 + 68 % recursion
-                             3.0      2.5  + 51 %
-    12-layer decoder, 223     62     60.5  +  8 %   60.5 + 30 % sqrt(n)
-                            27.5     26.0  + 21 %   28.5 + 24 % each layer, 25.5 + 46 % nested
-                              21     20.5  + 27 %
-    64-layer scan, 97.6     16.5     11.0  + 67 %   33.6 + 33 % body, 19.0 + 33 % two levels
+    16-layer MLP, 8.5        4.0      4.0  + 26 %   4.0 + 34 % sqrt(n), 3.0 + 68 % recursion
+                             3.0      3.0  + 41 %
+    12-layer decoder, 223     62     61.0  +  7 %   58.5 + 30 % sqrt(n)
+                            27.5     26.0  + 21 %   26.5 + 24 % each layer, 23.5 + 46 % nested
+                              21     20.0  + 26 %
+    64-layer scan, 65.6     16.5     14.5  + 33 %   33.6 + 33 % body, 15.0 + 33 % two levels
 
 Planning compiles the program two to six times and runs nothing.
 
