@@ -32,8 +32,8 @@ at 4, none from 8 on (notebooks/07_ebn.ipynb).
 
 Cost. Less than batch normalization: one pass over x for both sums, about a mean taken from 1/16 of it, where
 Flax makes two or three. Bytes accessed by the train step (value and gradients) of a norm on [64, 32, 32, 64],
-in sizes of x: 9.3 (13.3 on jax 0.10.2), nnx.BatchNorm 17, with use_fast_variance=False 20 (tests/test_cost.py).
-With a mask a whole pass takes the sample's place. The running variance is a scalar.
+in sizes of x: 9.3 (13.3 on jax 0.10.2), nnx.BatchNorm 17, with use_fast_variance=False 20
+(tests/test_cost.py). With a mask a whole pass takes the sample's place. The running variance is a scalar.
 
 Composes with. jit under SPMD needs nothing; inside shard_map or pmap give `axis_name`. Masks may leave
 different counts on every device, or none. It folds into a convolution in front of it (`reparam.Norm` takes a
