@@ -48,11 +48,11 @@ error: relative L2 distance from float64; kept: what the forward pass leaves for
 
 On jax 0.10.2 and 0.12 neither peer runs. Temporaries on a TPU v5e as libtpu 0.0.42.1 plans them, to the
 cast by hand (tests/bench/results/tpu_amp.md): unrolled 0.84, scan 1.03 (auto carry 1.00), scan of
-jax.checkpoint 1.22 (auto carry 0.88: set it there). Tracing takes 1.3 to 2.0 times that of the loss, the gradient's 0.9 to 1.5
-times that of the cast by hand (autocast outside of grad: to 1.75); compiling 0.8 to 1.0 (`make bench`).
-Training reaches float32's loss within 1 % in bfloat16 and float16 on text and images, three seeds each;
-skipping steps costs what it costs in float32 too (tests/bench/results/amp_training.md).
-The finiteness check of the loss scale reads every gradient once.
+jax.checkpoint 1.22 (auto carry 0.88: set it there). Tracing takes 1.3 to 2.0 times that of the loss, the
+gradient's 0.9 to 1.5 times that of the cast by hand (autocast outside of grad: to 1.75); compiling 0.8
+to 1.0 (`make bench`). Training reaches float32's loss within 1 % in bfloat16 and float16 on text and
+images, three seeds each; skipping steps costs what it costs in float32 too
+(tests/bench/results/amp_training.md). The finiteness check of the loss scale reads every gradient once.
 
 Composes with. Everything: the result is ordinary JAX. scan, while, cond, jax.checkpoint, custom_jvp,
 custom_vjp and shard_map are rewritten inside; jit keeps its shardings, donation and names. Order in a
