@@ -31,7 +31,7 @@ are then kept low, as in unrolled code; the default keeps every carry in float32
 
 When it helps and when not. It saves activation memory and bandwidth on accelerators. On CPU it is slower:
 up to jaxlib 0.10.2 XLA converts to float32, multiplies, and converts back (1.2 of float32's time for the
-gradient of a small transformer); since 0.12 it multiplies in bfloat16, more slowly still (1.6 to 1.9). On
+gradient of a small transformer); since 0.12 it multiplies in bfloat16, more slowly still (1.6 to 2.4). On
 TPU a float32 product is one bfloat16 pass already, unless its precision is set: the gain is memory and
 traffic.
 
@@ -46,9 +46,9 @@ error: relative L2 distance from float64; kept: what the forward pass leaves for
     grampax 0.1.0       6.9e-03    39 of 39      0 of 47      2.34        3 of 32
     jaxamp 0.0.4        TypeError; it runs an MLP, with 3 of 11 sums low
 
-On jax 0.10.2 and 0.12 neither peer runs. Temporaries on a TPU v5e as libtpu 0.0.42.1 plans them, to the
-cast by hand (tests/bench/results/tpu_amp.md): unrolled 0.84, scan 1.03 (auto carry 1.00), scan of
-jax.checkpoint 1.22 (auto carry 0.88: set it there). Tracing takes 1.3 to 2.0 times that of the loss, the
+On jax 0.10.2 and 0.12 neither peer runs. Temporaries on a TPU v5e as libtpu 0.0.50.1 plans them, to the
+cast by hand (tests/bench/results/tpu_amp.md): unrolled 0.87, scan 1.01 (auto carry 1.00), scan of
+jax.checkpoint 1.18 (auto carry 0.88: set it there). Tracing takes 1.3 to 2.0 times that of the loss, the
 gradient's 0.9 to 1.5 times that of the cast by hand (autocast outside of grad: to 1.75); compiling 0.8
 to 1.0 (`make bench`). Training reaches float32's loss within 1 % in bfloat16 and float16 on text and
 images, three seeds each; skipping steps costs what it costs in float32 too
