@@ -34,8 +34,8 @@ def on_mesh(*xs: Any) -> bool:
     return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 
 
-def says_how(*xs: Any) -> bool:
-    """Whether the type of an array says how it is sharded, over Explicit axes of a mesh."""
+def is_explicit(*xs: Any) -> bool:
+    """Whether one of the arrays is sharded over Explicit axes of a mesh, so that its type says how."""
     return any(any(jax.typeof(x).sharding.spec) for x in xs)
 
 

@@ -52,7 +52,7 @@ def pytest_unconfigure():
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(items):
-    """Off the eight CPU devices, tests that need them or ask what XLA's CPU backend makes are skipped."""
+    """Mark what `make test` leaves out, what is expected to fail, and what this platform lacks."""
     cases.mark(items)
     flags.mark(items)
     if not ELSEWHERE:

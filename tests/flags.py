@@ -5,7 +5,6 @@ import contextlib
 import jax
 import pytest
 
-OPT_IN = ("jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3", "jax_scan3")
 HAS_REMAT3 = hasattr(jax.config, "jax_remat3")
 
 # What fails under a flag set from the start, as `make test-next` does: {flag: {reason: {test: its cases}}}.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.bench import common
-from tests.tpu_aot import compiled
+from tests.tpu_aot import compiled, costs
 
 pytestmark = pytest.mark.tpu
 SCRIPT = "import json; from tests.bench import tpu; print(json.dumps(tpu.rows(tpu.leaf())))"
@@ -111,10 +111,7 @@ def test_plans_meet_their_budgets_on_every_generation():
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "limit"), [("v6e:2x2", 0.5), ("tpu7x:2x2x1", 0.75)])
 def test_all_tricks_compile_on_later_generations(topology, limit):  # tests/tpu_aot has v5e
-    found = "aot.one_chip('transformer', ('baseline', 'all'))"
-    script = (
-        f"import json; from tests.bench import tpu, tpu_aot as aot; tpu.TOPOLOGY = {topology!r}; "
-    )
-    costs = compiled(script + f"print(json.dumps({found}))", timeout=1800)
-    base, every = (common.StepCost(*costs[name]) for name in ("baseline", "all"))
+    names = ("baseline", "all")
+    found = costs("one_chip", "transformer", names, topology)
+    base, every = (found[name] for name in names)
     assert every.temp < limit * base.temp and every.args < base.args

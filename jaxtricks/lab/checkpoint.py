@@ -69,7 +69,7 @@ class Checkpoints:
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            # What a checkpoint says of its time is not needed, and damaged would end the run here.
+            # Skips the metadata of each step: nothing here reads it, and a damaged one would end the run.
             lightweight_initialize=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._sum_up,
@@ -266,8 +266,8 @@ def _silence_orbax() -> None:
     """Leave what is said in one sentence here to that sentence.
 
     Orbax logs tracebacks, and after a failure TensorStore's threads still call an event loop that Orbax has
-    closed: what they raise reaches nobody but `sys.unraisablehook`. What Orbax had not begun to write then is
-    a warning (Orbax 0.12.8).
+    closed: what they raise reaches nobody but `sys.unraisablehook`. Orbax 0.12.8 also warns of
+    writes that it never started.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     unwritten = "coroutine '.*write_fragment' was never awaited"

@@ -9,7 +9,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import loop
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.plan_config import Plan
-from jaxtricks.remat import budget, target
+from jaxtricks.remat import target
 from jaxtricks.remat.planner import Wrt
 
 
@@ -68,12 +68,10 @@ def plan(
         return jitted, (state, batch)
 
     try:
-        asked = _budget(cfg.remat_budget or "")
-        budget.parse(asked, 1)  # a budget that can't be read is known before anything is compiled
         return remat.plan(
             program.loss,
             *jax.eval_shape(program.inputs, state, batch),
-            budget_bytes=asked,
+            budget_bytes=_budget(cfg.remat_budget or ""),
             has_aux=True,
             within=within,
             wrt=wrt,

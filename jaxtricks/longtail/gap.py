@@ -98,7 +98,7 @@ def _parts(
 
 def of_label(vector: Array, labels: Array, z: Array) -> Array:
     """vector[labels] of a [C] vector, for the labels [...] of the logits z [..., C]."""
-    if _sharding.says_how(z):  # gathers do not carry that on
+    if _sharding.is_explicit(z):  # a gather does not propagate the sharding
         zero = jnp.zeros((), vector.dtype)
         return jnp.sum(jnp.where(_is_label(labels, z), rows(vector, z), zero), axis=-1)
     return vector[jnp.clip(labels, 0, z.shape[-1] - 1)]

@@ -183,8 +183,8 @@ def _parameter_square(p: Any, dtype: Any, where: Layout, config: Config) -> Arra
 
 def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """(mean of g^2, mean of g^2 / v) over the axes, in one pass over g on every backend."""
-    if _sharding.says_how(g, v):
-        # The two ways differ in how their results are sharded where g and v do, and branches may not.
+    if _sharding.is_explicit(g, v):
+        # Where g and v are sharded differently, so are the results of the two forms; branches must agree.
         return two_means_separate(g, v, axes)
     return jax.lax.platform_dependent(
         g,

@@ -38,7 +38,7 @@ def parse(budget: int | float | str, unplanned: int) -> int:
       unplanned: bytes.
 
     Raises:
-      ValueError: not above 0, text that is no size, or a float above 1 that is no whole number.
+      ValueError: budget is not positive, is text but not a size, or is above 1 and not an integer.
     """
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", budget.lower())
@@ -46,9 +46,9 @@ def parse(budget: int | float | str, unplanned: int) -> int:
         if found is None or number is None or found[2] not in _UNITS:
             raise ValueError(f'budget_bytes is {budget!r}: write a size such as "4GiB" or "500 MB"')
         budget = int(number * _UNITS[found[2]])
-    number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
-    if not number or (budget > 1 and budget % 1):
-        shown = budget if isinstance(budget, numbers.Real) else type(budget).__name__
+    real = isinstance(budget, numbers.Real)
+    if not real or isinstance(budget, bool) or (budget > 1 and budget % 1):
+        shown = budget if real else type(budget).__name__
         raise ValueError(
             f'budget_bytes is {shown}: write bytes, a size such as "4GiB", or a fraction up to 1'
         )

@@ -95,7 +95,7 @@ def _never(cotangents: Sequence[Array]) -> Array:
 
 def _first(x: Array) -> Array:
     # An explicitly sharded axis can't be indexed; any one number that needs the whole of x will do.
-    return jnp.max(x) if _sharding.says_how(x) else x[(0,) * x.ndim]
+    return jnp.max(x) if _sharding.is_explicit(x) else x[(0,) * x.ndim]
 
 
 def tied_inputs(jaxpr: _jaxpr.Jaxpr, saved: Collection[int] = ()) -> set[int]:

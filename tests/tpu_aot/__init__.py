@@ -34,8 +34,15 @@ def compiled(script: str, timeout: int = 900) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def costs(chips: str, model: str, names: tuple[str, ...] = ()) -> dict[str, StepCost]:
+def costs(
+    chips: str, model: str, names: tuple[str, ...] = (), topology: str = "v5e:2x2"
+) -> dict[str, StepCost]:
     """`tpu_aot.one_chip(model, names)` or `tpu_aot.four_chips(model, names)`; names () are all."""
     found = f"aot.{chips}({model!r}, {names!r})"
-    script = f"import json; from tests.bench import tpu_aot as aot; print(json.dumps({found}))"
+    script = f"""
+import json
+from tests.bench import tpu, tpu_aot as aot
+tpu.TOPOLOGY = {topology!r}
+print(json.dumps({found}))
+"""
     return {name: StepCost(*values) for name, values in compiled(script, timeout=3600).items()}
