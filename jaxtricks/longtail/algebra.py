@@ -22,10 +22,11 @@ from jaxtricks.longtail.counts import (
     as_vector,
     at_least_rarest,
     check_labels,
+    class_indices,
     floating,
     log_prior,
 )
-from jaxtricks.longtail.gap import floor, gap, logsumexp_of_others, of_label, rows
+from jaxtricks.longtail.gap import expected, gap, gaps, of_label, rows
 
 
 @node
@@ -183,7 +184,8 @@ class SoftmaxLoss:
 
         Returns:
           [...] unreduced losses; 0 for an integer label outside [0, C), which outside of jit raises
-          unless it is masked.
+          unless it is masked. NaN where a logit is NaN or inf, inf where the label is a class that is
+          not offered.
 
         Raises:
           ValueError: where the shapes do not fit each other or the counts; for a label outside [0, C)
@@ -196,10 +198,9 @@ class SoftmaxLoss:
         form = self._form(logits)
         if _are_hard(labels, logits):
             check_labels(labels, logits.shape[-1], where)
-            loss = self._hard(logits, jnp.asarray(labels), form)
+            loss = self._hard(logits, class_indices(labels), form)
         else:
             z = rows(form.gain, logits) * logits + rows(form.offset, logits)
-            z = jnp.maximum(z, floor(z))  # finite, so that no inf - inf arises below
             loss = self._soft(z, floating(jnp.asarray(labels)), form)
         return loss if where is None else jnp.where(where, loss, 0)
 
@@ -219,17 +220,20 @@ class SoftmaxLoss:
         return jnp.where(inside, loss, 0)
 
     def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
-        distance = logsumexp_of_others(z) - (z - rows(form.margin, z))
-        weights = rows(self._class_weights(form), z)
-        return jnp.sum(labels.astype(z.dtype) * weights * self._of_gap(distance), axis=-1)
+        distance, offered = gaps(z)
+        q = labels.astype(z.dtype) * rows(self._class_weights(form), z)
+        return expected(q, self._of_gap(distance + rows(form.margin, z)), offered)
 
     def _of_gap(self, distance: Array) -> Array:
         # p_y = sigmoid(-gap): -log p_y and log(1 - p_y) are exact even where p_y rounds to 1.
-        loss = jax.nn.softplus(distance)
         if isinstance(self.focal_gamma, int | float) and self.focal_gamma == 0:
-            return loss
+            return jax.nn.softplus(distance)
         gamma = jnp.asarray(self.focal_gamma).astype(distance.dtype)
-        return loss * jnp.exp(-gamma * jax.nn.softplus(-distance))
+        # At inf the factor is 1: its derivative is 0, and 0 times the loss would be NaN.
+        infinite = jnp.isposinf(distance)
+        finite = jnp.where(infinite, 0, distance)
+        loss = jax.nn.softplus(finite) * jnp.exp(-gamma * jax.nn.softplus(-finite))
+        return jnp.where(infinite, distance, loss)
 
     def _class_weights(self, form: Affine) -> Array:
         if self.weights is None:

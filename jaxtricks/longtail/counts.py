@@ -70,6 +70,7 @@ def class_counts(
 
 
 def _counted(labels: Array, *, num_classes: int) -> Array:
+    labels = class_indices(labels)
     target = jnp.where(labels < 0, num_classes, labels)  # a negative index would wrap around
     return jnp.zeros(num_classes, jnp.int32).at[target.reshape(-1)].add(1, mode="drop")
 
@@ -147,6 +148,19 @@ def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
             f"longtail: `labels` has {values[outside][0]} where the logits have {num_classes} classes: mask "
             "it with `where`, or correct it"
         )
+
+
+def class_indices(labels: Any) -> Array:
+    """Integer labels as int32, which holds every class number; -1 where int32 cannot hold the label.
+
+    Of a narrower dtype the number of classes may be out of range: uint8 labels of 256 classes.
+    """
+    labels = jnp.asarray(labels)
+    if jnp.iinfo(labels.dtype).max > jnp.iinfo(jnp.int32).max:
+        fits = (labels >= 0) & (labels <= jnp.iinfo(jnp.int32).max)
+        labels = jnp.where(fits, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32)
+        return jnp.where(fits, labels, -1)
+    return labels.astype(jnp.int32)
 
 
 def floating(values: Array) -> Array:

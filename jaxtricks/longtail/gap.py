@@ -28,10 +28,11 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
       z: [..., C] logits; -inf is a class that is not offered.
       gain: [C], or [] for all, positive.
       offset: [C], finite.
-      labels: [...] integers; what is outside of [0, C) gets any number.
+      labels: [...] int32; what is outside of [0, C) gets any number.
 
     Returns:
-      [...]; the lowest number there is where no other class is offered.
+      [...]; a very low number where no other class is offered, inf where the class of the label is
+      not, NaN where a logit is NaN or inf.
     """
     top = jax.lax.stop_gradient(_top(z, gain, offset))
     return _gap(z, gain, offset, top, labels)
@@ -40,7 +41,7 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
 def _top(z: Array, gain: Array, offset: Array) -> Array:
     """Close to the largest of gain z + offset, within _SLACK / 2."""
     largest = jnp.max(z, axis=-1)
-    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)  # a row without any class
     ends = jnp.min(gain) * largest, jnp.max(gain) * largest
     low = jnp.minimum(*ends) + jnp.min(offset)
     high = jnp.maximum(*ends) + jnp.max(offset)
@@ -48,8 +49,8 @@ def _top(z: Array, gain: Array, offset: Array) -> Array:
     apart = jnp.max(offset) - jnp.min(offset) if gain.ndim == 0 else jnp.max(high - low)
     return jax.lax.cond(
         apart <= _SLACK,
-        lambda z: (low + high) / 2,
-        lambda z: jnp.maximum(jnp.max(_affine(z, gain, offset), axis=-1), floor(z)),
+        lambda z: low / 2 + high / 2,  # their sum may be beyond the largest float
+        lambda z: jnp.maximum(jnp.max(_affine(z, gain, offset), axis=-1), lowest(z)),
         z,
     )
 
@@ -62,14 +63,14 @@ def _gap(z: Array, gain: Array, offset: Array, top: Array, labels: Array) -> Arr
 def _gap_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     z, gain, _, _, labels = primals
     out, terms, total = _parts(*primals)
-    share = terms * (1 / jnp.where(total > 0, total, 1))[..., None]
-    share = jnp.where(_is_label(labels, z), -1, share)
+    share = terms * (1 / jnp.where(total == 0, 1, total))[..., None]
+    share = jnp.where(is_label(labels, z), -1, share)
     dz, dgain, doffset = tangents[:3]
     moves = []
     if not isinstance(dz, SymbolicZero):
         moves.append(rows(gain, z) * dz)
     if not isinstance(dgain, SymbolicZero):
-        moves.append(rows(dgain, z) * jnp.maximum(z, floor(z)))
+        moves.append(rows(dgain, z) * jnp.where(jnp.isneginf(z), 0, z))
     if not isinstance(doffset, SymbolicZero):
         moves.append(rows(doffset, z))
     if not moves:
@@ -91,16 +92,19 @@ def _parts(
         terms, own = jax.lax.platform_dependent(terms, z, labels, cpu=_by_index, default=_by_mask)
     total = jnp.sum(terms, axis=-1)
     own_gain = gain if gain.ndim == 0 else of_label(gain, labels, z)
-    own = own_gain * jnp.maximum(own, floor(z)) + of_label(offset, labels, z)
-    log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), floor(z))
-    return log_total - own, terms, total
+    own = own_gain * own + of_label(offset, labels, z)
+    # Asked as == 0, so that the sum of a NaN is not taken for that of no class.
+    alone = total == 0
+    distance = top + jnp.log(jnp.where(alone, 1, total)) - own
+    distance = jnp.where(alone, jnp.where(jnp.isfinite(own), floor(z), jnp.nan), distance)
+    return distance, terms, total
 
 
 def of_label(vector: Array, labels: Array, z: Array) -> Array:
     """vector[labels] of a [C] vector, for the labels [...] of the logits z [..., C]."""
     if _sharding.is_explicit(z):  # a gather does not propagate the sharding
         zero = jnp.zeros((), vector.dtype)
-        return jnp.sum(jnp.where(_is_label(labels, z), rows(vector, z), zero), axis=-1)
+        return jnp.sum(jnp.where(is_label(labels, z), rows(vector, z), zero), axis=-1)
     return vector[jnp.clip(labels, 0, z.shape[-1] - 1)]
 
 
@@ -113,12 +117,13 @@ def _by_index(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
 
 def _by_mask(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
     """The same by a mask, which accelerators fuse and which needs no indices on a sharded axis."""
-    own = _is_label(labels, z)
+    own = is_label(labels, z)
     zero = jnp.zeros((), z.dtype)
     return jnp.where(own, zero, terms), jnp.sum(jnp.where(own, z, zero), axis=-1)
 
 
-def _is_label(labels: Array, z: Array) -> Array:
+def is_label(labels: Array, z: Array) -> Array:
+    """[..., C] bool, the class of each label [...] int32; none for a label outside [0, C)."""
     return labels[..., None] == rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
 
 
@@ -136,10 +141,37 @@ def floor(z: Array) -> Array:
     return jnp.asarray(jnp.finfo(z.dtype).min / 8, z.dtype)
 
 
+def lowest(z: Array) -> Array:
+    """The lowest finite number of the logits' dtype."""
+    return jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)
+
+
 def logsumexp_of_others(z: Array) -> Array:
-    """log sum_{j != c} exp z_j for every c at once, without cancellation."""
+    """log sum_{j != c} exp z_j for every c at once, without cancellation; -inf is not in the sum."""
     top = jnp.argmax(z, axis=-1, keepdims=True) == rows(jnp.arange(z.shape[-1]), z)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-    without_top = jax.nn.logsumexp(jnp.where(top, floor(z), z), axis=-1, keepdims=True)
+    # The lowest float adds nothing to the others, and has a gradient where there are none.
+    without_top = jax.nn.logsumexp(jnp.where(top, lowest(z), z), axis=-1, keepdims=True)
     share = jnp.exp(jnp.where(top, total - 1, z) - total)  # <= 1/2 wherever it is used
     return jnp.where(top, without_top, total + jnp.log1p(-share))
+
+
+def gaps(z: Array) -> tuple[Array, Array]:
+    """`gap` of every class at once, and where a class is offered.
+
+    Args:
+      z: [..., C] logits; -inf is a class that is not offered.
+
+    Returns:
+      [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not offered; [..., C] bool.
+    """
+    offered = ~jnp.isneginf(z)
+    distance = logsumexp_of_others(z) - jnp.where(offered, z, 0)
+    # Finite where no other class is offered, so that a focal factor of it has a derivative.
+    return jnp.where(offered, jnp.maximum(distance, floor(z)), 0), offered
+
+
+def expected(q: Array, each: Array, offered: Array) -> Array:
+    """sum_c q_c each_c [...]: a class that is not offered costs inf where q_c > 0, else nothing."""
+    total = jnp.sum(jnp.where(offered, q * each, 0), axis=-1)
+    return jnp.where(jnp.any(~offered & (q > 0), axis=-1), jnp.inf, total)

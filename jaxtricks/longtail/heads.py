@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.counts import class_indices, floating
 from jaxtricks.longtail.kernels import check_normed as check_normed
 from jaxtricks.longtail.kernels import max_norm as max_norm
 from jaxtricks.longtail.kernels import max_norm_radius as max_norm_radius
@@ -130,11 +130,11 @@ def centroids(
         raise ValueError(
             f'longtail.heads.centroids: `kind` is {kind!r}: pass "un", "l2n" or "cl2n"'
         )
-    x, y = floating(jnp.asarray(features)), jnp.asarray(labels)
+    x, y = floating(jnp.asarray(features)), class_indices(labels)
     keep = jnp.ones(y.shape, bool) if where is None else jnp.asarray(where)
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)
-    member = (y[:, None] == jnp.arange(num_classes, dtype=y.dtype)[None]) & keep[:, None]
+    member = (y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]) & keep[:, None]
     total = jnp.sum(member, axis=0)
     sums = member.astype(x.dtype).T @ _normalized(x, center, kind)
     return Centroids(sums / jnp.maximum(total, 1).astype(x.dtype)[:, None], total > 0, center, kind)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks._types import Array
-from jaxtricks.longtail.counts import Counts, as_vector, floating, log_prior, seen
+from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating, log_prior, seen
 
 
 class HeldOut(NamedTuple):
@@ -22,7 +22,7 @@ def held_out(
     name: str, logits: Array, labels: Array, counts: Counts, where: Array | None
 ) -> HeldOut:
     """The examples that count; what the others hold is replaced."""
-    z, y = floating(jnp.asarray(logits)), jnp.asarray(labels).reshape(-1)
+    z, y = floating(jnp.asarray(logits)), class_indices(labels).reshape(-1)
     n = as_vector(f"posthoc.{name}: `counts`", counts).astype(z.dtype)
     check_classes(name, "counts", n, z)
     z = z.reshape(-1, z.shape[-1])

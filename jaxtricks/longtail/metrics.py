@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from jaxtricks import _sharding
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, floating
+from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating
 from jaxtricks.longtail.scores import Split, calibration_error, groups, ratio, scores
 
 ECE_BINS = 15
@@ -137,9 +137,7 @@ def _updated(
     state: State, predictions: Array, confidence: Array, labels: Array, wanted: Array
 ) -> State:
     num_classes, bins = state.class_bin_count.shape
-    labels, predictions = (
-        jnp.asarray(x).astype(jnp.int32).reshape(-1) for x in (labels, predictions)
-    )
+    labels, predictions = (class_indices(x).reshape(-1) for x in (labels, predictions))
     wanted = jnp.broadcast_to(wanted, jnp.shape(confidence)).reshape(-1)
     inside = (labels >= 0) & (labels < num_classes)
     row = jnp.where(

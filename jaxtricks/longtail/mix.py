@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Num
 
 from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating
+from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, class_indices, floating
 
 
 def mixup(
@@ -72,7 +72,7 @@ def remix(
       Chou et al., Remix: rebalanced mixup, arXiv 2007.03943.
     """
     n = at_least_rarest(as_vector("mix.remix: `counts`", counts))
-    labels = jnp.asarray(labels)
+    labels = class_indices(labels)
     lam, partner = _draw("remix", key, labels.shape[0], alpha)
     kappa, tau = (jnp.asarray(a).astype(jnp.float32) for a in (kappa, tau))
     own, other = n[labels], n[labels[partner]]
@@ -112,7 +112,7 @@ def unimix(
       arXiv 2111.03874.
     """
     n = at_least_rarest(as_vector("mix.unimix: `counts`", counts))
-    labels = jnp.asarray(labels)
+    labels = class_indices(labels)
     alpha = _checked("unimix", alpha)
     beta_key, partner_key = jax.random.split(key)
     own = n[labels]
@@ -143,7 +143,7 @@ def _checked(name: str, alpha: Scalar) -> Array:
 def _soft(labels: Array, num_classes: int) -> Array:
     labels = jnp.asarray(labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        return jax.nn.one_hot(class_indices(labels), num_classes, dtype=jnp.float32)
     return floating(labels)
 
 

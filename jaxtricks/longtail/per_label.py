@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Int
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.algebra import _are_hard
-from jaxtricks.longtail.counts import check_labels, floating
-from jaxtricks.longtail.gap import floor, logsumexp_of_others, rows
+from jaxtricks.longtail.counts import check_labels, class_indices, floating
+from jaxtricks.longtail.gap import expected, gaps, is_label, logsumexp_of_others, lowest, rows
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
 
@@ -32,12 +32,11 @@ class LabelAwareSmoothing:
     ) -> Float[Array, "*batch"]:
         """The loss of every example; as `SoftmaxLoss`."""
         z, q, inside = _inputs(logits, labels, where)
-        offered = z > floor(z)
         e = _vector("label_aware_smoothing: `counts`", self.smoothing, z)
-        each = _cross_entropies(z)
+        each, offered = _cross_entropies(z)
         total = jnp.sum(jnp.where(offered, each, 0), axis=-1)
         mean = total / jnp.maximum(jnp.sum(offered, axis=-1), 1).astype(z.dtype)
-        loss = jnp.sum(q * (1 - e) * each, axis=-1) + jnp.sum(q * e, axis=-1) * mean
+        loss = expected(q * (1 - e), each, offered) + jnp.sum(q * e, axis=-1) * mean
         return _finished(loss, inside, where)
 
 
@@ -69,7 +68,7 @@ class Seesaw:
             return _finished(self._of_label(z, n, target), inside, where)
         one_hot = jnp.eye(z.shape[-1], dtype=z.dtype)
         each = jax.vmap(lambda label: self._of_label(z, n, rows(label, z)), out_axes=-1)(one_hot)
-        return _finished(jnp.sum(target * each, axis=-1), None, where)
+        return _finished(expected(target, each, ~jnp.isneginf(z)), None, where)
 
     def _of_label(self, z: Array, n: Array, one_hot: Array) -> Array:
         log_n, log_p = jnp.log(n), jax.lax.stop_gradient(jax.nn.log_softmax(z, axis=-1))
@@ -81,7 +80,7 @@ class Seesaw:
         mitigation = p * jnp.minimum(log_n - own(log_n), 0)
         least = jnp.log(jnp.asarray(0.01, z.dtype))
         compensation = q * jnp.maximum(log_p - jnp.maximum(own(log_p), least), 0)
-        others = jnp.where(one_hot > 0, floor(z), z + mitigation + compensation)
+        others = jnp.where(one_hot > 0, lowest(z), z + mitigation + compensation)
         return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1) - own(z)[..., 0])
 
 
@@ -110,17 +109,19 @@ class Lade:
         z, q, inside = _inputs(logits, labels, where)
         n = _vector("lade: `counts`", self.counts, z)
         prior = n / jnp.maximum(jnp.sum(n), 1)
-        own = jnp.sum(q * _cross_entropies(z + jnp.log(prior + PRIOR_EPS)), axis=-1)
+        own = expected(q, *_cross_entropies(z + jnp.log(prior + PRIOR_EPS)))
         keep = jnp.ones(own.shape, bool) if where is None else jnp.asarray(where)
+        keep = keep if inside is None else keep & inside
         rows = z.reshape(-1, z.shape[-1]), q.reshape(-1, z.shape[-1]), keep.reshape(-1)
         alpha = jnp.asarray(self.alpha).astype(z.dtype)
         return _finished(own + alpha * self._regulariser(*rows, prior.reshape(-1)), inside, where)
 
     def _regulariser(self, z: Array, q: Array, keep: Array, prior: Array) -> Array:
-        of_label = jnp.sum(q * z, axis=0) / (jnp.sum(q, axis=0) + 1e-8)
-        kept = jnp.where(keep[:, None], z, floor(z))
-        offered = jnp.any(kept > floor(z), axis=0)  # elsewhere the square below would overflow
-        spread = jax.nn.logsumexp(jnp.where(offered[None], kept, 0), axis=0)
+        finite = jnp.where(keep[:, None] & ~jnp.isneginf(z), z, 0)
+        of_label = jnp.sum(q * finite, axis=0) / (jnp.sum(q, axis=0) + 1e-8)
+        counted = jnp.where(keep[:, None], z, -jnp.inf)
+        offered = ~jnp.all(jnp.isneginf(counted), axis=0)
+        spread = jax.nn.logsumexp(jnp.where(offered[None], counted, 0), axis=0)
         spread -= jnp.log(jnp.maximum(jnp.sum(keep), 1).astype(z.dtype))
         uniform = jnp.asarray(1 / z.shape[-1] + PRIOR_EPS, z.dtype)
         spread += jnp.log(uniform) - jnp.log(prior + PRIOR_EPS)
@@ -157,8 +158,10 @@ class Equalization:
         rare = n < jnp.asarray(self.threshold).astype(z.dtype) * jnp.sum(n)
         gamma = jnp.asarray(self.gamma).astype(z.dtype)
         left_out = rare & jax.random.bernoulli(key, gamma, z.shape)
-        others = logsumexp_of_others(jnp.where(left_out, floor(z), z))
-        return _finished(jnp.sum(q * jax.nn.softplus(others - z), axis=-1), inside, where)
+        others = logsumexp_of_others(jnp.where(left_out, lowest(z), z))
+        offered = ~jnp.isneginf(z)
+        each = jax.nn.softplus(others - jnp.where(offered, z, 0))
+        return _finished(expected(q, each, offered), inside, where)
 
 
 @node
@@ -190,7 +193,7 @@ class InfluenceBalanced:
         h = jnp.asarray(features).astype(z.dtype)
         if where is not None:
             h = jnp.where(jnp.asarray(where)[..., None], h, 0)
-        gap = logsumexp_of_others(z) - z
+        gap, offered = gaps(z)
         # ||p - onehot||_1 = 2 (1 - p_c), and 1 - p_c = sigmoid(gap) without cancellation.
         influence = 2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
         alpha, gamma = (jnp.asarray(x).astype(z.dtype) for x in (self.alpha, self.focal_gamma))
@@ -198,23 +201,23 @@ class InfluenceBalanced:
         each *= alpha / (influence + self.eps)
         if self.weights is not None:
             each *= _vector("influence_balanced: `weights`", self.weights, z)
-        return _finished(jnp.sum(q * each, axis=-1), inside, where)
+        return _finished(expected(q, each, offered), inside, where)
 
 
 def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array, Array | None]:
-    """Finite logits, the labels as probabilities, and which integer labels are classes at all."""
+    """The logits, the labels as probabilities, and which integer labels are classes at all."""
     z = floating(jnp.asarray(logits))
     labels = jnp.asarray(labels)
     if hard := _are_hard(labels, z):
         check_labels(labels, z.shape[-1], where)
-        q = labels[..., None] == rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
+        q = is_label(class_indices(labels), z)
     else:
         q = labels
     inside = jnp.any(q, axis=-1) if hard else None
     if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
         keep = jnp.asarray(where)[..., None]
         z, q = jnp.where(keep, z, 0), jnp.where(keep, q, jnp.zeros((), q.dtype))
-    return jnp.maximum(z, floor(z)), q.astype(z.dtype), inside
+    return z, q.astype(z.dtype), inside
 
 
 def _finished(loss: Array, inside: Array | None, where: Array | None) -> Array:
@@ -223,9 +226,10 @@ def _finished(loss: Array, inside: Array | None, where: Array | None) -> Array:
     return loss if where is None else jnp.where(jnp.asarray(where), loss, 0)
 
 
-def _cross_entropies(z: Array) -> Array:
-    """-log softmax(z)_c for every c, exact where p_c rounds to 1."""
-    return jax.nn.softplus(logsumexp_of_others(z) - z)
+def _cross_entropies(z: Array) -> tuple[Array, Array]:
+    """-log softmax(z)_c for every c, exact where p_c rounds to 1, and where a class is offered."""
+    distance, offered = gaps(z)
+    return jax.nn.softplus(distance), offered
 
 
 def _vector(name: str, values: Array, z: Array) -> Array:

@@ -132,7 +132,8 @@ def fit_tau(
     grid = jnp.asarray(taus).astype(held.logits.dtype)
 
     def score(tau: Array) -> Array:
-        right = jnp.argmax(adjust(held.logits, counts, tau), axis=-1) == held.labels
+        prediction = jnp.argmax(adjust(held.logits, counts, tau), axis=-1).astype(jnp.int32)
+        right = prediction == held.labels
         return balanced(right.astype(held.logits.dtype), held)
 
     scores = jax.lax.map(score, grid)  # one at a time: [N, C] and not [T, N, C]

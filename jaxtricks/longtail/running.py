@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Int
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.algebra import _are_hard
-from jaxtricks.longtail.counts import floating
-from jaxtricks.longtail.gap import rows
+from jaxtricks.longtail.counts import class_indices, floating
+from jaxtricks.longtail.gap import is_label
 from jaxtricks.longtail.stateful import Axis, _at_least_one, _counted, _summed
 
 
@@ -114,8 +114,7 @@ class ClassMean:
         like = jnp.zeros((*features.shape[:-1], self.num_classes), x.dtype)
         if not _are_hard(labels, like):
             return labels.astype(x.dtype)
-        classes = rows(jnp.arange(self.num_classes, dtype=labels.dtype), like)
-        return (labels[..., None] == classes).astype(x.dtype)
+        return is_label(class_indices(labels), like).astype(x.dtype)
 
     def _moved(self, old: Array, batch: Array, total: Array) -> Array:
         mu = jnp.asarray(self.momentum).astype(old.dtype)

@@ -95,7 +95,9 @@ class EqualizationV2:
             )
         down = self._negative_weight(state, z)
         up = 1 + jnp.asarray(self.alpha).astype(z.dtype) * (1 - down)
-        each = q * up * jax.nn.softplus(-z) + (1 - q) * down * jax.nn.softplus(z)
+        # Of a class that is not offered softplus(-z) is inf, which counts for its own examples only.
+        pull = jnp.where(q == 0, 0, q * up * jax.nn.softplus(-z))
+        each = pull + (1 - q) * down * jax.nn.softplus(z)
         loss = _finished(jnp.sum(each, axis=-1), inside, where)
         keep = _counted(z, inside, where)
         return loss, EqualizationV2State(

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, floating, log_prior
+from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating, log_prior
 from jaxtricks.longtail.gap import floor, rows
 from jaxtricks.longtail.stateful import Axis
 
@@ -94,8 +94,9 @@ class Paco:
         self._check(z, features, keys)
         keep = jnp.ones(z.shape[:1], bool) if where is None else jnp.asarray(where)
         z, f, k = (jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys))
+        labels = class_indices(labels)
         inside = (labels >= 0) & (labels < z.shape[-1])
-        y = jnp.where(keep & inside, labels, NOBODY).astype(jnp.int32)
+        y = jnp.where(keep & inside, labels, NOBODY)
         state = PacoState(jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32))
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
         loss = self._loss(z, f, y, others, jnp.concatenate([y, y, state.labels]))
