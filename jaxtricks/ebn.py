@@ -56,7 +56,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks import _tree
 from jaxtricks._types import Array
@@ -83,7 +83,7 @@ class Moments(NamedTuple):
 def extended_moments(
     x: Float[Array, "*batch C"],
     *,
-    mask: Bool[Array, "..."] | Int[Array, "..."] | Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Integer[Array, "..."] | Float[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
     variance: Literal["channel", "grand"] = "channel",
 ) -> tuple[Float[Array, " C"], Float[Array, ""]]:
@@ -124,7 +124,7 @@ def extended_moments(
 def moments(
     x: Float[Array, "*batch C"],
     *,
-    mask: Bool[Array, "..."] | Int[Array, "..."] | Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Integer[Array, "..."] | Float[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
     variance: Literal["channel", "grand"] = "channel",
 ) -> Moments:

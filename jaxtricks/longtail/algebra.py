@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Integer, Num
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import (
     Counts,
+    are_classes,
     as_vector,
     at_least_rarest,
     check_labels,
@@ -170,7 +171,7 @@ class SoftmaxLoss:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
@@ -216,8 +217,7 @@ class SoftmaxLoss:
         loss = self._of_gap(distance)
         if self.weights is not None:
             loss *= of_label(self._class_weights(form), labels, z)
-        inside = (labels >= 0) & (labels < z.shape[-1])
-        return jnp.where(inside, loss, 0)
+        return jnp.where(are_classes(labels, z.shape[-1]), loss, 0)
 
     def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
         distance, offered = gaps(z)

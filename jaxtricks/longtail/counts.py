@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Integer, Num
 
 from jaxtricks import _sharding
 from jaxtricks._types import Array
@@ -22,11 +22,11 @@ UNSEEN_LOG_PRIOR = math.log(1e-12)
 
 
 def class_counts(
-    labels: Int[Array, "..."] | Sequence[Any],
+    labels: Integer[Array, "..."] | Sequence[Any],
     num_classes: int | np.integer,
     *,
     names: Sequence[str] | None = None,
-) -> Int[Array, "C"]:
+) -> Integer[Array, "C"]:
     """Number of examples of each class: n_c = #{i : labels_i = c}.
 
     Counting by label value is what keeps the prior in the order of the logits; a directory listing
@@ -59,11 +59,13 @@ def class_counts(
         labels = _by_name(labels, names, int(num_classes))
     xp = np if isinstance(labels, Sequence | np.ndarray) else jnp
     labels, num_classes = xp.asarray(labels), int(num_classes)
-    if labels.size and not xp.issubdtype(labels.dtype, xp.integer):
+    if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"longtail.class_counts needs integer `labels`, got {labels.dtype}: cast them"
         )
     if xp is np:
+        if labels.dtype.kind not in "iu":  # NumPy does not compare the 4 bits of ml_dtypes
+            labels = labels.astype(np.int64)
         inside = labels[(labels >= 0) & (labels < num_classes)].astype(np.int64)
         return np.bincount(inside, minlength=num_classes)
     return _sharding.replicated(functools.partial(_counted, num_classes=num_classes), labels)
@@ -161,6 +163,15 @@ def class_indices(labels: Any) -> Array:
         labels = jnp.where(fits, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32)
         return jnp.where(fits, labels, -1)
     return labels.astype(jnp.int32)
+
+
+def are_classes(labels: Any, num_classes: int) -> Array:
+    """[...] bool, integer labels in [0, C); [] True for probabilities."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return jnp.ones((), bool)
+    index = class_indices(labels)
+    return (index >= 0) & (index < num_classes)
 
 
 def floating(values: Array) -> Array:

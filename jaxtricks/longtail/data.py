@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from jaxtricks._types import Array
 
@@ -12,7 +12,9 @@ Real = float | int | np.number
 Whole = int | np.integer
 
 
-def exponential_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Int[np.ndarray, "C"]:
+def exponential_counts(
+    n_max: Real, num_classes: Whole, imbalance: Real
+) -> Integer[np.ndarray, "C"]:
     """Exponential profile: n_c = int(n_max imbalance^(-c / (C-1))), at least 1.
 
     Args:
@@ -39,7 +41,7 @@ def exponential_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Int[
     return _whole(n_max * factor ** (c / steps) for c in range(num_classes))
 
 
-def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Int[np.ndarray, "C"]:
+def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Integer[np.ndarray, "C"]:
     """Step profile: the first C // 2 classes keep n_max, the others have int(n_max / imbalance).
 
     Args:
@@ -64,7 +66,7 @@ def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Int[np.ndar
 
 def pareto_counts(
     n_max: Real, num_classes: Whole, imbalance: Real, *, alpha: Real = 6.0
-) -> Int[np.ndarray, "C"]:
+) -> Integer[np.ndarray, "C"]:
     """Pareto profile: the quantiles of a Pareto law, stretched to end at n_max and n_max/imbalance.
 
     q_c = ((c + 1/2) / C)^(-1/alpha); n_c = n_min + (n_max - n_min) (q_c - q_last)/(q_0 - q_last).
@@ -100,7 +102,7 @@ def pareto_counts(
     return _whole(n_min + (n_max - n_min) * share + 1e-9)
 
 
-def balanced_counterpart(counts: Int[Array, "C"] | Sequence[Any]) -> Int[np.ndarray, "C"]:
+def balanced_counterpart(counts: Integer[Array, "C"] | Sequence[Any]) -> Integer[np.ndarray, "C"]:
     """As many examples in all, as evenly as they go: the training set behind the upper reference A_u.
 
     Args:
@@ -128,10 +130,10 @@ def balanced_counterpart(counts: Int[Array, "C"] | Sequence[Any]) -> Int[np.ndar
 
 
 def longtail_indices(
-    labels: Int[Array, "N"] | Sequence[Any],
-    counts: Int[Array, "C"] | Sequence[Any],
+    labels: Integer[Array, "N"] | Sequence[Any],
+    counts: Integer[Array, "C"] | Sequence[Any],
     seed: int,
-) -> Int[np.ndarray, "M"]:
+) -> Integer[np.ndarray, "M"]:
     """Which examples of a balanced set make a long-tailed one, in the order of LDAM-DRW.
 
     For each class in turn the indices are shuffled by NumPy's legacy generator and the first n_c
@@ -179,5 +181,5 @@ def _check(name: str, n_max: Real, num_classes: Whole, imbalance: Real) -> None:
         )
 
 
-def _whole(values: object) -> Int[np.ndarray, "C"]:
+def _whole(values: object) -> Integer[np.ndarray, "C"]:
     return np.array([max(int(v), 1) for v in values], np.int64)  # pyrefly: ignore

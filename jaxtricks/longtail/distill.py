@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import floating
-from jaxtricks.longtail.gap import floor
+from jaxtricks.longtail.counts import are_classes, floating
 
 Loss = Callable[..., Array]
 """loss(logits [..., C], labels, where=None) -> per-example [...]: any loss of the room."""
@@ -54,9 +53,10 @@ def kl_divergence(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"]
 ) -> Float[Array, "*batch"]:
     """KL(softmax(p) || softmax(q)) of logits, finite where both say -inf."""
-    p, q = (jnp.maximum(x, floor(x)) for x in (p, q))
     log_p, log_q = jax.nn.log_softmax(p, axis=-1), jax.nn.log_softmax(q, axis=-1)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    share = jnp.exp(log_p)
+    # The limit of x log x at 0; -inf less -inf would be NaN.
+    return jnp.sum(share * jnp.where(share == 0, 0, log_p - log_q), axis=-1)
 
 
 @node
@@ -78,7 +78,7 @@ class Dive:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         teacher: Float[Array, "*batch C"],
         where: Bool[Array, "*batch"] | None = None,
@@ -86,6 +86,7 @@ class Dive:
         """The loss of every example; as `SoftmaxLoss`, and `teacher` [..., C] the teacher's logits."""
         own = self.base(logits, labels, where=where)
         other = kd(logits, teacher, self.temperature, self.power, where=where)
+        other = jnp.where(are_classes(labels, logits.shape[-1]), other, 0)
         alpha = jnp.asarray(self.alpha).astype(own.dtype)
         return alpha * other.astype(own.dtype) + (1 - alpha) * own
 

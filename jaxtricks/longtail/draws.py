@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Float, Integer, UInt32
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Key, Scalar
@@ -31,7 +31,7 @@ class Table:
     probabilities: Array
 
 
-def table(labels: Int[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
+def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
     """Sort the examples by class, once, on the host.
 
     Args:
@@ -66,7 +66,7 @@ def table(labels: Int[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
 
 def sample_indices(
     key: Key, table: Table, n: int, *, shard: Shard | None = None
-) -> Int[Array, "m"]:
+) -> Integer[Array, "m"]:
     """Draw n example indices: a class by its probability, then one of its examples uniformly.
 
     Stateless: fold the step into the key, and a resumed run draws the same. On several hosts all use
@@ -107,7 +107,7 @@ def class_aware_indices(
     *,
     per_class: int = 1,
     shard: Shard | None = None,
-) -> Int[Array, "m"]:
+) -> Integer[Array, "m"]:
     """Class after class, `per_class` examples of each, without replacement within a class.
 
     The classes that have examples come in a new order each time all have had their turn, and the

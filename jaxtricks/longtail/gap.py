@@ -95,7 +95,8 @@ def _parts(
     own = own_gain * own + of_label(offset, labels, z)
     # Asked as == 0, so that the sum of a NaN is not taken for that of no class.
     alone = total == 0
-    distance = top + jnp.log(jnp.where(alone, 1, total)) - own
+    # In this order: the log 2 of two equal logits is lost beside 1e30.
+    distance = (top - own) + jnp.log(jnp.where(alone, 1, total))
     distance = jnp.where(alone, jnp.where(jnp.isfinite(own), floor(z), jnp.nan), distance)
     return distance, terms, total
 
@@ -146,7 +147,27 @@ def lowest(z: Array) -> Array:
     return jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)
 
 
-def logsumexp_of_others(z: Array) -> Array:
+def gaps(z: Array, left_out: Array | None = None) -> tuple[Array, Array]:
+    """`gap` of every class at once, and where a class is offered.
+
+    Args:
+      z: [..., C] logits; -inf is a class that is not offered.
+      left_out: [..., C] bool, classes that are in no sum, or None.
+
+    Returns:
+      [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not offered; [..., C] bool.
+    """
+    offered = ~jnp.isneginf(z)
+    largest = jnp.max(z, axis=-1, keepdims=True)
+    # Relative to the largest one, so that no log is added to 1e30.
+    z = z - jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0, largest))
+    others = _logsumexp_of_others(z if left_out is None else jnp.where(left_out, lowest(z), z))
+    distance = others - jnp.where(offered, z, 0)
+    # Finite where no other class is offered, so that a focal factor of it has a derivative.
+    return jnp.where(offered, jnp.maximum(distance, floor(z)), 0), offered
+
+
+def _logsumexp_of_others(z: Array) -> Array:
     """log sum_{j != c} exp z_j for every c at once, without cancellation; -inf is not in the sum."""
     top = jnp.argmax(z, axis=-1, keepdims=True) == rows(jnp.arange(z.shape[-1]), z)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -156,22 +177,9 @@ def logsumexp_of_others(z: Array) -> Array:
     return jnp.where(top, without_top, total + jnp.log1p(-share))
 
 
-def gaps(z: Array) -> tuple[Array, Array]:
-    """`gap` of every class at once, and where a class is offered.
-
-    Args:
-      z: [..., C] logits; -inf is a class that is not offered.
-
-    Returns:
-      [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not offered; [..., C] bool.
-    """
-    offered = ~jnp.isneginf(z)
-    distance = logsumexp_of_others(z) - jnp.where(offered, z, 0)
-    # Finite where no other class is offered, so that a focal factor of it has a derivative.
-    return jnp.where(offered, jnp.maximum(distance, floor(z)), 0), offered
-
-
 def expected(q: Array, each: Array, offered: Array) -> Array:
     """sum_c q_c each_c [...]: a class that is not offered costs inf where q_c > 0, else nothing."""
-    total = jnp.sum(jnp.where(offered, q * each, 0), axis=-1)
-    return jnp.where(jnp.any(~offered & (q > 0), axis=-1), jnp.inf, total)
+    # A class without a share may cost inf, and 0 times that would be NaN.
+    counts = offered & ((q != 0) | jnp.isnan(each))
+    total = jnp.sum(jnp.where(counts, q * each, 0), axis=-1)
+    return total + jnp.where(jnp.any(~offered & (q > 0), axis=-1), jnp.inf, 0)

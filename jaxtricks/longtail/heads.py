@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
@@ -102,7 +102,7 @@ class Centroids:
 
 def centroids(
     features: Float[Array, "N D"],
-    labels: Int[Array, "N"],
+    labels: Integer[Array, "N"],
     num_classes: int,
     kind: Kind = "cl2n",
     where: Bool[Array, "N"] | None = None,

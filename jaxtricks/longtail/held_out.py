@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks._types import Array
-from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating, log_prior, seen
+from jaxtricks.longtail.counts import (
+    Counts,
+    are_classes,
+    as_vector,
+    class_indices,
+    floating,
+    log_prior,
+    seen,
+)
 
 
 class HeldOut(NamedTuple):
@@ -26,7 +34,7 @@ def held_out(
     n = as_vector(f"posthoc.{name}: `counts`", counts).astype(z.dtype)
     check_classes(name, "counts", n, z)
     z = z.reshape(-1, z.shape[-1])
-    inside = (y >= 0) & (y < z.shape[-1])
+    inside = are_classes(y, z.shape[-1])
     y = jnp.where(inside, y, 0)
     keep = inside & seen(n)[y]
     keep = keep if where is None else keep & jnp.asarray(where).reshape(-1)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks import _sharding
 from jaxtricks._tree import node
@@ -37,12 +37,12 @@ class State:
     out_of_range: Array
 
     @property
-    def bin_count(self) -> Int[Array, "B"]:
+    def bin_count(self) -> Integer[Array, "B"]:
         """[B] examples per bin of confidence."""
         return jnp.sum(self.class_bin_count, axis=0)
 
     @property
-    def bin_correct(self) -> Int[Array, "B"]:
+    def bin_correct(self) -> Integer[Array, "B"]:
         """[B] correct ones among them."""
         return jnp.sum(self.class_bin_correct, axis=0)
 
@@ -80,7 +80,7 @@ def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
 def update(
     state: State,
     logits: Float[Array, "*batch C"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     where: Bool[Array, "*batch"] | None = None,
 ) -> State:
     """Count one batch; the prediction is the largest logit, the confidence its softmax.
@@ -112,9 +112,9 @@ def update(
 
 def update_predictions(
     state: State,
-    predictions: Int[Array, "*batch"],
+    predictions: Integer[Array, "*batch"],
     confidence: Float[Array, "*batch"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     where: Bool[Array, "*batch"] | None = None,
 ) -> State:
     """`update` for predictions that are no argmax of logits (ensembles, nearest class mean).

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Integer, Num
 
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, class_indices, floating
@@ -11,7 +11,7 @@ from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, class_
 def mixup(
     key: Key,
     x: Num[Array, "N ..."],
-    labels: Int[Array, "N"] | Float[Array, "N C"],
+    labels: Integer[Array, "N"] | Float[Array, "N C"],
     num_classes: int,
     alpha: Scalar = 1.0,
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
@@ -42,7 +42,7 @@ def mixup(
 def remix(
     key: Key,
     x: Num[Array, "N ..."],
-    labels: Int[Array, "N"],
+    labels: Integer[Array, "N"],
     counts: Counts,
     alpha: Scalar = 1.0,
     kappa: Scalar = 3.0,
@@ -86,7 +86,7 @@ def remix(
 def unimix(
     key: Key,
     x: Num[Array, "N ..."],
-    labels: Int[Array, "N"],
+    labels: Integer[Array, "N"],
     counts: Counts,
     alpha: Scalar = 0.8,
     tau: Scalar = -0.1,

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.algebra import _are_hard
 from jaxtricks.longtail.counts import check_labels, class_indices, floating
-from jaxtricks.longtail.gap import expected, gaps, is_label, logsumexp_of_others, lowest, rows
+from jaxtricks.longtail.gap import expected, gaps, is_label, lowest, rows
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
 
@@ -26,7 +26,7 @@ class LabelAwareSmoothing:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
@@ -34,8 +34,8 @@ class LabelAwareSmoothing:
         z, q, inside = _inputs(logits, labels, where)
         e = _vector("label_aware_smoothing: `counts`", self.smoothing, z)
         each, offered = _cross_entropies(z)
-        total = jnp.sum(jnp.where(offered, each, 0), axis=-1)
-        mean = total / jnp.maximum(jnp.sum(offered, axis=-1), 1).astype(z.dtype)
+        number = jnp.maximum(jnp.sum(offered, axis=-1, keepdims=True), 1).astype(z.dtype)
+        mean = jnp.sum(jnp.where(offered, each / number, 0), axis=-1)
         loss = expected(q * (1 - e), each, offered) + jnp.sum(q * e, axis=-1) * mean
         return _finished(loss, inside, where)
 
@@ -57,7 +57,7 @@ class Seesaw:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
@@ -101,7 +101,7 @@ class Lade:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
@@ -147,7 +147,7 @@ class Equalization:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         key: Key,
         where: Bool[Array, "*batch"] | None = None,
@@ -158,10 +158,8 @@ class Equalization:
         rare = n < jnp.asarray(self.threshold).astype(z.dtype) * jnp.sum(n)
         gamma = jnp.asarray(self.gamma).astype(z.dtype)
         left_out = rare & jax.random.bernoulli(key, gamma, z.shape)
-        others = logsumexp_of_others(jnp.where(left_out, lowest(z), z))
-        offered = ~jnp.isneginf(z)
-        each = jax.nn.softplus(others - jnp.where(offered, z, 0))
-        return _finished(expected(q, each, offered), inside, where)
+        distance, offered = gaps(z, left_out)
+        return _finished(expected(q, jax.nn.softplus(distance), offered), inside, where)
 
 
 @node
@@ -183,7 +181,7 @@ class InfluenceBalanced:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         features: Float[Array, "*batch D"],
         where: Bool[Array, "*batch"] | None = None,
@@ -207,6 +205,7 @@ class InfluenceBalanced:
 def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array, Array | None]:
     """The logits, the labels as probabilities, and which integer labels are classes at all."""
     z = floating(jnp.asarray(logits))
+    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # certain of a class, and beyond correction
     labels = jnp.asarray(labels)
     if hard := _are_hard(labels, z):
         check_labels(labels, z.shape[-1], where)

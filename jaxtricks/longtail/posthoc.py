@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import UNSEEN_LOG_PRIOR, Counts, as_vector, floating, log_prior, seen
@@ -90,7 +90,7 @@ def shift_prior(
 
 def fit_tau(
     logits: Float[Array, "*batch C"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     counts: Counts,
     *,
     taus: Sequence[Any] | Float[Array, "T"] | None = None,
@@ -155,7 +155,7 @@ class Calibration(NamedTuple):
 
 def calibrate(
     logits: Float[Array, "*batch C"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     counts: Counts,
     *,
     where: Bool[Array, "*batch"] | None = None,

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
@@ -70,7 +70,7 @@ class ClassMean:
         self,
         state: ClassMeanState,
         features: Float[Array, "*batch D"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "C D"], ClassMeanState]:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._types import Array, Scalar
 
@@ -69,8 +69,8 @@ def scores(
 
 
 def calibration_error(
-    count: Int[Array, "C B"],
-    correct: Int[Array, "C B"],
+    count: Integer[Array, "C B"],
+    correct: Integer[Array, "C B"],
     confidence: Float[Array, "C B"],
     member: Bool[Array, "C"],
 ) -> Float[Array, ""]:

@@ -13,7 +13,7 @@ that each holds the same state. Under plain jit with sharded arrays there is not
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
@@ -67,7 +67,7 @@ class EqualizationV2:
         self,
         state: EqualizationV2State,
         logits: Float[Array, "*batch K"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch K"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch K"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "*batch"], EqualizationV2State]:
@@ -201,7 +201,7 @@ class OnlineSeesaw:
         self,
         state: OnlineSeesawState,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "*batch"], OnlineSeesawState]:

@@ -1,7 +1,7 @@
 """BBN: two branches, one on examples as they come and one on reversed sampling, mixed by a schedule."""
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
@@ -54,8 +54,8 @@ class Bbn:
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
-        reversed_labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
+        reversed_labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         step: Scalar,
         where: Bool[Array, "*batch"] | None = None,

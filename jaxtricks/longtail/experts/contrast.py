@@ -5,11 +5,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating, log_prior
+from jaxtricks.longtail.counts import (
+    Counts,
+    are_classes,
+    as_vector,
+    class_indices,
+    floating,
+    log_prior,
+)
 from jaxtricks.longtail.gap import floor, rows
 from jaxtricks.longtail.stateful import Axis
 
@@ -67,7 +74,7 @@ class Paco:
         self,
         state: PacoState,
         logits: Float[Array, "B C"],
-        labels: Int[Array, "B"],
+        labels: Integer[Array, "B"],
         *,
         features: Float[Array, "B D"],
         keys: Float[Array, "B D"],
@@ -94,9 +101,8 @@ class Paco:
         self._check(z, features, keys)
         keep = jnp.ones(z.shape[:1], bool) if where is None else jnp.asarray(where)
         z, f, k = (jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys))
-        labels = class_indices(labels)
-        inside = (labels >= 0) & (labels < z.shape[-1])
-        y = jnp.where(keep & inside, labels, NOBODY)
+        inside = are_classes(labels, z.shape[-1])
+        y = jnp.where(keep & inside, class_indices(labels), NOBODY)
         state = PacoState(jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32))
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
         loss = self._loss(z, f, y, others, jnp.concatenate([y, y, state.labels]))

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, floating
+from jaxtricks.longtail.counts import Counts, are_classes, as_vector, floating
 from jaxtricks.longtail.distill import Loss, kl_divergence
-from jaxtricks.longtail.gap import floor
 from jaxtricks.longtail.presets import cross_entropy
 
 
@@ -64,7 +63,6 @@ def divergence(
     z = floating(jnp.asarray(logits))
     if where is not None:
         z = jnp.where(jnp.asarray(where)[None, ..., None], z, 0)
-    z = jnp.maximum(z, floor(z))
     t = jnp.asarray(temperature).astype(z.dtype)
     mean = jax.lax.stop_gradient(jnp.mean(z, axis=0, keepdims=True))
     z, mean = (x / t.reshape((1,) * (z.ndim - t.ndim) + t.shape) for x in (z, mean))
@@ -89,13 +87,14 @@ class Ride:
     def __call__(
         self,
         logits: Float[Array, "E *batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """The loss of every example, summed over the experts; `logits` are [E, ..., C]."""
         own = jnp.sum(jax.vmap(lambda z: self.base(z, labels, where=where))(logits), axis=0)
         apart = divergence(logits, self.temperature, where=where).astype(own.dtype)
+        apart = jnp.where(are_classes(labels, logits.shape[-1]), apart, 0)
         return own + jnp.asarray(self.diversity).astype(own.dtype) * apart
 
 

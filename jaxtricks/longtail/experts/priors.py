@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
@@ -29,7 +29,7 @@ class Sade:
     def __call__(
         self,
         logits: Float[Array, "E *batch C"],
-        labels: Int[Array, "*batch"] | Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
