@@ -68,6 +68,7 @@ from jaxtyping import Float
 
 from jaxtricks import _sharding, _tree
 from jaxtricks import axes as axes_
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
 __all__ = ["AgcState", "adaptive_grad_clip", "exclude", "unitwise_norm"]
@@ -119,6 +120,7 @@ class Exclude:
                 )
 
 
+@checked
 def exclude(*regex: str) -> Exclude:
     r"""A `where=` predicate: clip everything but these parameters.
 
@@ -149,6 +151,7 @@ def exclude(*regex: str) -> Exclude:
     return Exclude(tuple(regex))
 
 
+@checked
 def unitwise_norm(x: Float[Array, "*shape"], roles: Roles | None = None) -> Float[Array, "*units"]:
     """Euclidean norm of every unit, in float32 or better.
 
@@ -173,6 +176,7 @@ def unitwise_norm(x: Float[Array, "*shape"], roles: Roles | None = None) -> Floa
     return _norm(x, _unit_axes("unitwise_norm", tuple(x.shape), roles))
 
 
+@checked
 def adaptive_grad_clip(
     clipping: ScalarOrSchedule = 0.01,
     *,

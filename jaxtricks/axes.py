@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _table, _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Params, Roles
 
 ROLES = ("batch", "in", "out", "none")
@@ -99,6 +100,7 @@ class Exact:
         return _stacked(path, shape, self.table[path]) if path in self.table else None
 
 
+@checked
 def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     r"""Roles from regular expressions over paths.
 
@@ -130,6 +132,7 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     return Rule(tuple((pattern, tuple(roles)) for pattern, roles in rules.items()), strict)
 
 
+@checked
 def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
     """Rule from known paths, as a model's own layers give them; None for every other leaf.
 
@@ -144,6 +147,7 @@ def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
     return Exact(dict(roles), frozenset(assumed))
 
 
+@checked
 def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
     """Roles where a Flax name fixes the meaning, None where it does not; it never guesses.
 
@@ -185,6 +189,7 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
     return None
 
 
+@checked
 def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
     """Whether weight decay usually applies: a kernel or embedding, not a bias, scale or gain.
 
@@ -205,6 +210,7 @@ def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
     )
 
 
+@checked
 def describe(params: Params, rule: Any) -> _table.Table:
     """What a rule decided for each leaf.
 
@@ -239,6 +245,7 @@ which cannot tell stacked layers and heads; take the roles from the model \
     return _table.make(("parameter", "shape", "roles"), rows, _notes([row[2] for row in rows]))
 
 
+@checked
 def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     """Roles of every leaf of params in flattening order; None = the reference's own rule.
 
@@ -262,6 +269,7 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     return [_checked(p, np.shape(x), r) for (p, x), r in zip(leaves, found, strict=True)]
 
 
+@checked
 def positions(roles: Roles, *words: str) -> tuple[int, ...]:
     """Indices of the axes whose role is one of the words."""
     return tuple(i for i, role in enumerate(roles) if role in words)

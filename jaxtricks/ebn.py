@@ -59,6 +59,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 
 __all__ = ["Moments", "extended_moments", "moments", "normalize"]
@@ -80,6 +81,7 @@ class Moments(NamedTuple):
     count: Float[Array, ""]
 
 
+@checked
 def extended_moments(
     x: Float[Array, "*batch C"],
     *,
@@ -121,6 +123,7 @@ def extended_moments(
     return found.mean, found.var
 
 
+@checked
 def moments(
     x: Float[Array, "*batch C"],
     *,
@@ -148,6 +151,7 @@ def moments(
     """
     if variance not in ("channel", "grand"):
         raise ValueError(f"ebn: `variance` is {variance!r}; use 'channel' or 'grand'")
+    _tree.check_floating("ebn: `x`", x)
     x = jnp.asarray(x, _tree.wide_dtype(x))
     over = tuple(range(x.ndim - 1))
     if mask is None:
@@ -179,6 +183,7 @@ def moments(
     return Moments(mean, jnp.sum(within) / jnp.maximum(n, 1), n)
 
 
+@checked
 def normalize(
     x: Float[Array, "*batch C"],
     mean: Float[Array, " C"],
@@ -207,6 +212,7 @@ def normalize(
       [[-0.5, -1.0], [0.5, 1.0]]
     """
     x = jnp.asarray(x)
+    _tree.check_floating("ebn.normalize: `x`", x)
     dtype = _tree.wide_dtype(x, mean, var, scale, bias)
     factor = jax.lax.rsqrt(jnp.asarray(var, dtype) + epsilon)
     if scale is not None:

@@ -13,7 +13,15 @@ from jaxtricks import _jaxpr, _tree
 from jaxtricks._types import Array, Params, Scalar
 from jaxtricks.amp.autocast import autocast
 from jaxtricks.amp.policy import Policy, as_policy
-from jaxtricks.amp.scale import AxisName, StaticLossScale, all_finite, next_scale, select_tree
+from jaxtricks.amp.scale import (
+    AxisName,
+    StaticLossScale,
+    all_finite,
+    check_most,
+    check_settings,
+    next_scale,
+    select_tree,
+)
 
 
 class DynamicLossScaleState(NamedTuple):
@@ -145,20 +153,16 @@ def dynamic_loss_scale(
       A GradientTransformation; read the scale with `loss_scale(opt_state)`.
 
     Raises:
-      ValueError: growth or growth_interval below 1, backoff below 0; (from init) another loss scale
-        inside.
+      ValueError: a number with which the scale runs away or stands still: `init` that is not finite
+        and positive, growth or growth_interval below 1, backoff outside (0, 1), min_scale not in
+        (0, init], max_consecutive below 1; (from init) another loss scale inside.
 
     References:
       Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
     """
-    bounds = {
-        "growth": (growth, 1),
-        "growth_interval": (growth_interval, 1),
-        "backoff": (backoff, 0),
-    }
-    for name, (value, least) in bounds.items():
-        if isinstance(value, int | float) and not value >= least:  # arrays may be traced
-            raise ValueError(f"amp.dynamic_loss_scale: `{name}` is {value}; it must be >= {least}")
+    name = "dynamic_loss_scale"
+    check_settings(name, ("init", init), growth_interval, growth, backoff, min_scale)
+    check_most(name, max_consecutive)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> DynamicLossScaleState:
@@ -208,7 +212,11 @@ def skip_nonfinite(
 
     Returns:
       A GradientTransformation: `dynamic_loss_scale` without the scale.
+
+    Raises:
+      ValueError: max_consecutive below 1.
     """
+    check_most("skip_nonfinite", max_consecutive)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> SkipNonfiniteState:
@@ -304,7 +312,12 @@ def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
 
 def _as_before(new: Any, old: Any) -> Any:
     """A leaf of a new state, in the dtype of the old one."""
-    return new.astype(old.dtype) if _tree.is_floating(new) and _tree.is_floating(old) else new
+    same_kind = any(kind(new) and kind(old) for kind in (_tree.is_floating, _is_complex))
+    return new.astype(old.dtype) if same_kind else new
+
+
+def _is_complex(x: Any) -> bool:
+    return _tree.is_inexact(x) and jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 def _guarded(
@@ -351,7 +364,7 @@ def _branched(
         # What a branch hands on as it is, XLA copies before it branches: every step would pay for it.
         if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
             return old
-        if not _tree.is_floating(old):
+        if not _tree.is_inexact(old):
             return jnp.asarray(old).astype(new.dtype)
         return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
 

@@ -1,9 +1,11 @@
 """Loss scales as pytrees, and the finiteness check."""
 
-from typing import Any, TypeVar
+import math
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtricks import _tree
 from jaxtricks._types import Array, Scalar
@@ -45,11 +47,11 @@ class StaticLossScale:
     value: Scalar
 
     def scale(self, tree: T) -> T:
-        """Floating leaves times the scale, in float32 or better."""
+        """Floating and complex leaves times the scale, in float32 or better."""
         return _multiply(tree, jnp.float32(self.value))
 
     def unscale(self, tree: T) -> T:
-        """Floating leaves divided by the scale, in float32 or better."""
+        """Floating and complex leaves divided by the scale, in float32 or better."""
         return _multiply(tree, 1 / jnp.float32(self.value))
 
     def adjust(self, grads_finite: Array) -> "StaticLossScale":
@@ -77,12 +79,17 @@ class DynamicLossScale:
     backoff: float = _tree.static(default=0.5)
     min_scale: float = _tree.static(default=1.0)
 
+    def __post_init__(self) -> None:
+        """Refuse settings under which training stands still."""
+        rules = self.growth_interval, self.growth, self.backoff, self.min_scale
+        check_settings("DynamicLossScale", ("value", self.value), *rules)
+
     def scale(self, tree: T) -> T:
-        """Floating leaves times the scale, in float32 or better."""
+        """Floating and complex leaves times the scale, in float32 or better."""
         return StaticLossScale(self.value).scale(tree)
 
     def unscale(self, tree: T) -> T:
-        """Floating leaves divided by the scale, in float32 or better."""
+        """Floating and complex leaves divided by the scale, in float32 or better."""
         return StaticLossScale(self.value).unscale(tree)
 
     def adjust(self, grads_finite: Array) -> "DynamicLossScale":
@@ -94,6 +101,49 @@ class DynamicLossScale:
         rules = self.growth_interval, self.growth, self.backoff, self.min_scale
         value, clean = next_scale(self.value, self.clean, grads_finite, *rules)
         return DynamicLossScale(value, clean, *rules)
+
+
+def check_settings(
+    name: str,
+    init: tuple[str, Scalar],
+    growth_interval: Scalar,
+    growth: Scalar,
+    backoff: Scalar,
+    min_scale: Scalar,
+) -> None:
+    """Raise for numbers with which the scale runs away or stands still; arrays may be traced."""
+    rules = [
+        (*init, "a finite number > 0", lambda x: 0 < x < math.inf),
+        (
+            "growth_interval",
+            growth_interval,
+            "a whole number >= 1",
+            lambda x: x >= 1 and x % 1 == 0,
+        ),
+        ("growth", growth, "a finite number >= 1", lambda x: 1 <= x < math.inf),
+        ("backoff", backoff, "a number between 0 and 1", lambda x: 0 < x < 1),
+        ("min_scale", min_scale, "a finite number > 0", lambda x: 0 < x < math.inf),
+    ]
+    for argument, value, wanted, holds in rules:
+        if _is_plain(value) and not holds(value):
+            raise ValueError(f"amp.{name}: `{argument}` is {value}: give {wanted}")
+    argument, first = init
+    if _is_plain(first) and _is_plain(min_scale) and min_scale > first:
+        raise ValueError(
+            f"amp.{name}: `min_scale` is {min_scale}, above `{argument}`, {first}: give a smaller one"
+        )
+
+
+def check_most(name: str, max_consecutive: Scalar) -> None:
+    """Raise for a number of skipped steps that no training could stay below."""
+    if _is_plain(max_consecutive) and not (max_consecutive >= 1 and max_consecutive % 1 == 0):
+        raise ValueError(
+            f"amp.{name}: `max_consecutive` is {max_consecutive}: give a whole number >= 1"
+        )
+
+
+def _is_plain(x: Any) -> TypeGuard[float]:
+    return isinstance(x, int | float | np.number)
 
 
 def next_scale(
@@ -115,14 +165,14 @@ def next_scale(
 
 
 def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
-    """Whether every floating leaf is free of inf and NaN: bool [], True for an empty tree.
+    """Whether every floating and complex leaf is free of inf and NaN: bool [], True for an empty tree.
 
     Args:
       tree: gradients, say.
       axis_name: mapped axes (of shard_map or pmap) along which the leaves differ; the answer is for
         all of them together. Under jit, arrays are whole and none is needed.
     """
-    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_floating(x)]
+    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_inexact(x)]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
     return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
 
@@ -134,9 +184,12 @@ def select_tree(pred: Array, on_true: T, on_false: T) -> T:
 
 def _multiply(tree: T, factor: Array) -> T:
     def leaf(x: Any) -> Any:
-        if not _tree.is_floating(x):
+        if not _tree.is_inexact(x):
             return x
-        dtype = _tree.wide_dtype(x)
-        return x.astype(dtype) * factor.astype(dtype)
+        x = x.astype(_tree.wide_dtype(x))
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            # Part by part: as a complex number the factor would make NaN of an infinite part.
+            return jax.lax.complex(*(part * factor.astype(part.dtype) for part in (x.real, x.imag)))
+        return x * factor.astype(x.dtype)
 
     return jax.tree.map(leaf, tree)

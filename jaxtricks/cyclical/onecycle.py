@@ -6,12 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar, Schedule
 from jaxtricks.cyclical.phase import blend, cast, check_number, iteration, plain
 
 _LIMIT = 2**30
 
 
+@checked
 def one_cycle(
     peak: Scalar,
     total_steps: Scalar,
@@ -69,6 +71,7 @@ def one_cycle(
     return _path(ends, values, anneal)
 
 
+@checked
 def one_cycle_momentum(
     base: Scalar,
     peak: Scalar,

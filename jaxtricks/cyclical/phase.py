@@ -13,14 +13,17 @@ from jaxtricks._types import Array
 
 _MAX_DENOMINATOR = 1000
 _LIMIT = 2**31
+_LAST_STEP = 2**32 - 1
 
 
 def plain(name: str, x: Any) -> float:
     """A static number; `name` is "function: `argument`" for the message."""
     if isinstance(x, jax.core.Tracer):
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
-    if isinstance(x, str) or x is None or np.ndim(x) != 0:
-        raise ValueError(f"cyclical.{name} is {x!r}: give a plain number")
+    if not isinstance(x, int | float | np.number | np.ndarray | jax.Array) or np.ndim(x) != 0:
+        raise ValueError(f"cyclical.{name} is {_what(x)}: give a plain number")
+    if jnp.issubdtype(jnp.asarray(x).dtype, jnp.complexfloating):
+        raise ValueError(f"cyclical.{name} is {_what(x)}: give a plain number")
     return float(x)
 
 
@@ -29,9 +32,16 @@ def check_number(name: str, x: Any, low: float = -math.inf) -> None:
     if isinstance(x, jax.Array):
         return
     values = np.asarray(x)
-    if not np.all((low < values) & (values < math.inf)):
-        wanted = "finite number" if low == -math.inf else f"number > {low:g}"
+    wanted = "finite number" if low == -math.inf else f"number > {low:g}"
+    if values.ndim or values.dtype.kind not in "iuf":
+        raise ValueError(f"cyclical.{name} is {_what(x)}: give a {wanted}")
+    if not low < values < math.inf:
         raise ValueError(f"cyclical.{name} is {x}: give a {wanted}")
+
+
+def _what(x: Any) -> str:
+    shape = f" of shape {x.shape}" if isinstance(x, np.ndarray) else ""
+    return f"a {type(x).__name__}{shape}"
 
 
 def exact(name: str, x: Any) -> Fraction:
@@ -54,10 +64,15 @@ def representable(name: str, period: Fraction) -> Fraction:
 
 
 def iteration(step: Any) -> Array:
-    """The step as uint32; below 0 counts as 0."""
+    """The step as uint32; below 0 counts as 0, above 2^32 - 1 as that."""
+    if isinstance(step, int | np.generic | np.ndarray) and np.asarray(step).dtype.kind in "iu":
+        # On the host: without x64 JAX takes 2^31 for a negative number.
+        step = np.clip(np.asarray(step), 0, _LAST_STEP).astype(np.uint32)
     step = jnp.asarray(step)
     if not jnp.issubdtype(step.dtype, jnp.integer):
         raise ValueError(f"cyclical: the step is {step.dtype}: give an integer")
+    if jnp.iinfo(step.dtype).max > _LAST_STEP:
+        step = jnp.minimum(step, jnp.asarray(_LAST_STEP, step.dtype))
     return jnp.maximum(step, 0).astype(jnp.uint32)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 
 
@@ -43,6 +44,7 @@ class _Seen(NamedTuple):
     smoothed: jax.Array
 
 
+@checked
 def lr_range_test(
     step: Step,
     carry: Any,

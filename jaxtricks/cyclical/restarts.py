@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar, Schedule
 from jaxtricks.cyclical.phase import (
     blend,
@@ -24,6 +25,7 @@ _MAX_CYCLES = 1000
 _GRAIN = 2**128
 
 
+@checked
 def warm_restarts(
     peak: Scalar, first_period: Scalar, *, period_mult: Scalar = 1, floor: Scalar = 0.0
 ) -> Schedule:

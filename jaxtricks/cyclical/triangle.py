@@ -7,12 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar, Schedule
 from jaxtricks.cyclical.phase import cast, check_number, exact, iteration, phase, representable
 
 _MODES = ("triangular", "triangular2", "exp_range")
 
 
+@checked
 def cyclical(
     base: Scalar = 1e-3,
     peak: Scalar = 6e-3,
@@ -38,7 +40,7 @@ def cyclical(
       step_size_down: iterations from peak to base; None = step_size_up.
       mode: how the amplitude shrinks.
       gamma: factor per iteration of "exp_range", > 0; a number (which keeps its digits near 1) or array
-        [].
+        []. Above 1 the amplitude grows, up to the largest float.
       scale_fn: scale as a function of your own instead of `mode`; it gets a floating array shaped as
         the step (in float32 whole numbers beyond 2^24 are rounded).
       scale_by: what scale_fn gets: "cycle" (1, 2, ...) or "iteration" (0, 1, ...).
@@ -66,6 +68,7 @@ def cyclical(
     )  # fmt: skip
 
 
+@checked
 def cyclical_momentum(
     base: Scalar,
     peak: Scalar,
@@ -175,5 +178,7 @@ def _scale(mode: str, gamma: Scalar, n: Array, cycle: Array, dtype: Any) -> Arra
     if mode == "exp_range":
         # The exponent loses digits as it grows, but e^x has shrunk by then: at most 1e-7 of 1.
         log = np.log(gamma) if isinstance(gamma, int | float | np.generic) else jnp.log(gamma)
-        return jnp.exp(n.astype(dtype) * jnp.asarray(log).astype(dtype))
+        growth = jnp.exp(n.astype(dtype) * jnp.asarray(log).astype(dtype))
+        # Not inf: at the ends of a cycle it is multiplied by 0.
+        return jnp.minimum(growth, jnp.finfo(dtype).max)
     return jnp.ones(n.shape, dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer, Num
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import (
@@ -53,6 +54,7 @@ Transform = Callable[[Affine], Affine]
 class _Scale:
     s: Scalar
 
+    @checked
     def __call__(self, form: Affine) -> Affine:
         s = jnp.asarray(self.s).astype(form.gain.dtype)
         return Affine(form.gain * s, form.offset * s, form.margin * s)
@@ -62,6 +64,7 @@ class _Scale:
 class _Margin:
     m: Array | Scalar
 
+    @checked
     def __call__(self, form: Affine) -> Affine:
         m = _per_class("margin: `m`", self.m, form)
         return Affine(form.gain, form.offset, form.margin + m)
@@ -72,6 +75,7 @@ class _AddLogPrior:
     counts: Array
     tau: Scalar
 
+    @checked
     def __call__(self, form: Affine) -> Affine:
         counts = _per_class("add_log_prior: `counts`", self.counts, form)
         tau = jnp.asarray(self.tau).astype(form.gain.dtype)
@@ -83,6 +87,7 @@ class _Temper:
     counts: Array
     gamma: Scalar
 
+    @checked
     def __call__(self, form: Affine) -> Affine:
         n = at_least_rarest(_per_class("temper: `counts`", self.counts, form))
         gamma = jnp.asarray(self.gamma).astype(n.dtype)
@@ -90,6 +95,7 @@ class _Temper:
         return Affine(form.gain * factor, form.offset * factor, form.margin * factor)
 
 
+@checked
 def scale(s: Scalar) -> Transform:
     """Multiply the logits: z -> s z (an inverse temperature; cosine heads need 10 to 30).
 
@@ -102,6 +108,7 @@ def scale(s: Scalar) -> Transform:
     return _Scale(s)
 
 
+@checked
 def margin(m: Counts | Scalar) -> Transform:
     """Subtract a margin from the logit of the label: z_y -> z_y - m_y.
 
@@ -114,6 +121,7 @@ def margin(m: Counts | Scalar) -> Transform:
     return _Margin(jnp.asarray(m))
 
 
+@checked
 def add_log_prior(counts: Counts, tau: Scalar = 1.0) -> Transform:
     """Add the log prior: z_j -> z_j + tau log(n_j / sum n).
 
@@ -132,6 +140,7 @@ def add_log_prior(counts: Counts, tau: Scalar = 1.0) -> Transform:
     return _AddLogPrior(as_vector("add_log_prior: `counts`", counts), tau)
 
 
+@checked
 def temper(counts: Counts, gamma: Scalar) -> Transform:
     """Divide each logit by its class's temperature: z_j -> z_j / (n_max / n_j)^gamma.
 
@@ -168,6 +177,7 @@ class SoftmaxLoss:
     weights: Array | None
     focal_gamma: Scalar
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -241,6 +251,7 @@ class SoftmaxLoss:
         return _per_class("softmax_loss: `weights`", self.weights, form)
 
 
+@checked
 def softmax_loss(
     *transforms: Transform, weights: Counts | None = None, focal_gamma: Scalar = 0.0
 ) -> SoftmaxLoss:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Num
 
-from jaxtricks import _sharding
+from jaxtricks import _sharding, _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 
 Counts = Num[Array, "C"] | Sequence[Any]
@@ -21,6 +22,7 @@ UNSEEN_LOG_PRIOR = math.log(1e-12)
 """What stands for log 0: out of the softmax for every purpose, yet finite, as are its gradients."""
 
 
+@checked
 def class_counts(
     labels: Integer[Array, "..."] | Sequence[Any],
     num_classes: int | np.integer,
@@ -175,7 +177,13 @@ def are_classes(labels: Any, num_classes: int) -> Array:
 
 
 def floating(values: Array) -> Array:
-    """float32, or float64 where the values have it already."""
+    """float32, or float64 where the values have it already.
+
+    Raises:
+      ValueError: the values are not real numbers.
+    """
+    if not (jnp.issubdtype(values.dtype, jnp.integer) or _tree.is_floating(values)):
+        raise ValueError(f"longtail: an argument is an array of {values.dtype}: give real numbers")
     return values.astype(values.dtype if values.dtype == jnp.float64 else jnp.float32)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 
 Real = float | int | np.number
 Whole = int | np.integer
 
 
+@checked
 def exponential_counts(
     n_max: Real, num_classes: Whole, imbalance: Real
 ) -> Integer[np.ndarray, "C"]:
@@ -41,6 +43,7 @@ def exponential_counts(
     return _whole(n_max * factor ** (c / steps) for c in range(num_classes))
 
 
+@checked
 def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Integer[np.ndarray, "C"]:
     """Step profile: the first C // 2 classes keep n_max, the others have int(n_max / imbalance).
 
@@ -64,6 +67,7 @@ def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Integer[np.
     return _whole([n_max] * large + [small] * (num_classes - large))
 
 
+@checked
 def pareto_counts(
     n_max: Real, num_classes: Whole, imbalance: Real, *, alpha: Real = 6.0
 ) -> Integer[np.ndarray, "C"]:
@@ -102,6 +106,7 @@ def pareto_counts(
     return _whole(n_min + (n_max - n_min) * share + 1e-9)
 
 
+@checked
 def balanced_counterpart(counts: Integer[Array, "C"] | Sequence[Any]) -> Integer[np.ndarray, "C"]:
     """As many examples in all, as evenly as they go: the training set behind the upper reference A_u.
 
@@ -129,6 +134,7 @@ def balanced_counterpart(counts: Integer[Array, "C"] | Sequence[Any]) -> Integer
     return result
 
 
+@checked
 def longtail_indices(
     labels: Integer[Array, "N"] | Sequence[Any],
     counts: Integer[Array, "C"] | Sequence[Any],

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Key, Params, Scalar
 from jaxtricks.longtail import heads, place
 from jaxtricks.longtail.counts import floating
@@ -31,6 +32,7 @@ Mask = place.Mask
 Compat = Literal["reference"] | None
 
 
+@checked
 def crt(
     params: Params, *, head: str, key: Key, init: Callable[..., Any] | None = None
 ) -> tuple[Params, Mask]:
@@ -65,6 +67,7 @@ def crt(
     return place.replaced(params, new), place.mask(params, found.all)
 
 
+@checked
 def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
     """Learnable weight scaling: a factor per class, initially 1, beside the head's kernel; it trains alone.
 
@@ -92,6 +95,7 @@ def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
     return place.beside("lws", params, found, {"scale": jnp.ones(found.classes, found.value.dtype)})
 
 
+@checked
 def fold_lws(params: Params, *, head: str) -> Params:
     """The parameters of the plain model that computes what `lws` has trained: f_c w_c, f_c b_c.
 
@@ -128,6 +132,7 @@ def fold_lws(params: Params, *, head: str) -> Params:
     return place.replaced(whole, {found.layer: rest})
 
 
+@checked
 def disalign(params: Params, *, head: str, compat: Compat = None) -> tuple[Params, Mask]:
     """Distribution alignment: calibration parameters beside the head's kernel; they train alone.
 
@@ -155,6 +160,7 @@ def disalign(params: Params, *, head: str, compat: Compat = None) -> tuple[Param
     return place.beside("disalign", params, found, start)
 
 
+@checked
 def tau_norm(params: Params, tau: Scalar, *, head: str, compat: Compat = None) -> Params:
     """Divide each class's weights by a power of their norm: w_c / ||w_c||^tau. Trains nothing.
 
@@ -187,6 +193,7 @@ def tau_norm(params: Params, tau: Scalar, *, head: str, compat: Compat = None) -
     return place.replaced(params, new)
 
 
+@checked
 def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     """Nearest class mean as a linear head: w_c = 2 mu_c, b_c = -||mu_c||^2. Trains nothing.
 
@@ -227,6 +234,7 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     )
 
 
+@checked
 def head_mask(params: Params, *, head: str) -> Mask:
     """True for the head's kernel, its bias, and whatever else `head` matches; False elsewhere.
 
@@ -243,6 +251,7 @@ def head_mask(params: Params, *, head: str) -> Mask:
     return place.mask(params, place.find("head_mask", params, head).all)
 
 
+@checked
 def disalign_start(shape: tuple[int, ...], dtype: Any, compat: Compat) -> dict[str, Array]:
     """{parameter: initial value} of DisAlign's calibration of a head of shape [D, C]."""
     features, classes = shape
@@ -256,6 +265,7 @@ def disalign_start(shape: tuple[int, ...], dtype: Any, compat: Compat) -> dict[s
     }
 
 
+@checked
 def check_compat(name: str, compat: Any) -> None:
     """An error for anything but None and "reference"."""
     if compat not in (None, "reference"):

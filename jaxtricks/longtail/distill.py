@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import are_classes, floating
@@ -14,6 +15,7 @@ Loss = Callable[..., Array]
 """loss(logits [..., C], labels, where=None) -> per-example [...]: any loss of the room."""
 
 
+@checked
 def kd(
     logits: Float[Array, "*batch C"],
     teacher: Float[Array, "*batch C"],
@@ -49,6 +51,7 @@ def kd(
     return temperature**2 * kl_divergence(power * t / temperature, z / temperature)
 
 
+@checked
 def kl_divergence(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"]
 ) -> Float[Array, "*batch"]:
@@ -75,6 +78,7 @@ class Dive:
     temperature: Scalar
     power: Scalar
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -91,6 +95,7 @@ class Dive:
         return alpha * other.astype(own.dtype) + (1 - alpha) * own
 
 
+@checked
 def dive(
     base: Loss, *, alpha: Scalar = 0.5, temperature: Scalar = 3.0, power: Scalar = 0.5
 ) -> Dive:

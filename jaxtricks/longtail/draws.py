@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer, UInt32
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import as_vector
@@ -31,6 +32,7 @@ class Table:
     probabilities: Array
 
 
+@checked
 def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
     """Sort the examples by class, once, on the host.
 
@@ -64,6 +66,7 @@ def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Tabl
     return Table(order, starts, counts, probabilities)
 
 
+@checked
 def sample_indices(
     key: Key, table: Table, n: int, *, shard: Shard | None = None
 ) -> Integer[Array, "m"]:
@@ -99,6 +102,7 @@ def sample_indices(
     return jnp.where(total > 0, table.order[places], -1)
 
 
+@checked
 def class_aware_indices(
     key: Key,
     table: Table,

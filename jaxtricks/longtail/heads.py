@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import class_indices, floating
@@ -18,6 +19,7 @@ from jaxtricks.longtail.kernels import tau_normalize as tau_normalize
 Kind = Literal["un", "l2n", "cl2n"]
 
 
+@checked
 def cosine(
     x: Float[Array, "*batch D"], kernel: Float[Array, "D C"], s: Scalar = 16.0
 ) -> Float[Array, "*batch C"]:
@@ -42,6 +44,7 @@ def cosine(
     return jnp.asarray(s).astype(x.dtype) * _product("cosine", squashed, _unit_columns(kernel, x))
 
 
+@checked
 def normed(
     x: Float[Array, "*batch D"], kernel: Float[Array, "D C"], s: Scalar = 1.0
 ) -> Float[Array, "*batch C"]:
@@ -66,6 +69,7 @@ def normed(
     return jnp.asarray(s).astype(x.dtype) * cosines
 
 
+@checked
 def lws(logits: Float[Array, "*batch C"], scales: Float[Array, "C"]) -> Float[Array, "*batch C"]:
     """Learnable weight scaling: f_c z_c. Train f alone, from ones, on class-balanced batches.
 
@@ -100,6 +104,7 @@ class Centroids:
     kind: Kind = static()
 
 
+@checked
 def centroids(
     features: Float[Array, "N D"],
     labels: Integer[Array, "N"],
@@ -140,6 +145,7 @@ def centroids(
     return Centroids(sums / jnp.maximum(total, 1).astype(x.dtype)[:, None], total > 0, center, kind)
 
 
+@checked
 def ncm(
     x: Float[Array, "*batch D"], centroids: Centroids, metric: Literal["l2", "dot"] = "l2"
 ) -> Float[Array, "*batch C"]:
@@ -176,6 +182,7 @@ def ncm(
     return jnp.where(centroids.seen.reshape((1,) * (z.ndim - 1) + (-1,)), z, -jnp.inf)
 
 
+@checked
 def disalign(
     logits: Float[Array, "*batch C"],
     confidence: Float[Array, "*batch"],
@@ -205,6 +212,7 @@ def disalign(
     return (1 + sigma * a) * z + sigma * b
 
 
+@checked
 def tde(
     x: Float[Array, "*batch D"],
     kernel: Float[Array, "D C"],

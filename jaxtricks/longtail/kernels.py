@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import floating
 
 
+@checked
 def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C"]:
     """Divide each class's weights by a power of their norm: w_c / ||w_c||^tau.
 
@@ -36,6 +38,7 @@ def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C
     return w * jnp.exp(-jnp.asarray(tau).astype(w.dtype) * log_norm)
 
 
+@checked
 def max_norm_radius(kernel: Float[Array, "D C"], threshold: Scalar = 0.1) -> Float[Array, ""]:
     """The radius for `max_norm`: r = min_c ||w_c|| + threshold (max_c ||w_c|| - min_c ||w_c||).
 
@@ -56,6 +59,7 @@ def max_norm_radius(kernel: Float[Array, "D C"], threshold: Scalar = 0.1) -> Flo
     return low + jnp.asarray(threshold).astype(norms.dtype) * (high - low)
 
 
+@checked
 def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]:
     """Project each class's weights into a ball: w_c min(1, radius / ||w_c||). After every update.
 
@@ -78,6 +82,7 @@ def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]
     return w * jnp.where(outside, radius / jnp.where(outside, norms, 1), 1)
 
 
+@checked
 def check_normed(
     logits: Float[Array, "*batch C"], where: Bool[Array, "*batch"] | None = None
 ) -> None:
@@ -110,12 +115,14 @@ def check_normed(
         )
 
 
+@checked
 def norm(x: Array, axis: int = -1) -> Array:
     """The norm along an axis, kept; its gradient at 0 is 0, not NaN."""
     square = jnp.sum(x**2, axis=axis, keepdims=True)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
+@checked
 def unit(x: Array, axis: int = -1) -> Array:
     """x divided by its norm along an axis; 0 stays 0."""
     length = norm(x, axis)

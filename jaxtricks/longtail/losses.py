@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest
 from jaxtricks.longtail.per_label import (
@@ -17,6 +18,7 @@ from jaxtricks.longtail.per_label import (
 Shape = Literal["concave", "linear", "convex", "exp"]
 
 
+@checked
 def label_aware_smoothing(
     counts: Counts,
     head: Scalar = 0.4,
@@ -73,6 +75,7 @@ def label_aware_smoothing(
     return LabelAwareSmoothing(low + (high - low) * rise)
 
 
+@checked
 def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
     """Seesaw loss: -log(e^z_y / (e^z_y + sum_{j != y} S_yj e^z_j)).
 
@@ -98,6 +101,7 @@ def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
     return Seesaw(as_vector("seesaw: `counts`", counts), p, q)
 
 
+@checked
 def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
     """LADE: CE(z + log(pi + 1e-9)) + alpha R, R a regulariser of the whole batch.
 
@@ -125,6 +129,7 @@ def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
     return Lade(as_vector("lade: `counts`", counts), lam, alpha)
 
 
+@checked
 def equalization(counts: Counts, gamma: Scalar = 0.9, threshold: Scalar = 4.3e-4) -> Equalization:
     """Softmax equalization: -log(e^z_y / sum_j w_j e^z_j), w_j = 1 - b_j [pi_j < threshold][j != y].
 
@@ -151,6 +156,7 @@ def equalization(counts: Counts, gamma: Scalar = 0.9, threshold: Scalar = 4.3e-4
     return Equalization(as_vector("equalization: `counts`", counts), gamma, threshold)
 
 
+@checked
 def influence_balanced(
     weights: Counts | None = None,
     *,

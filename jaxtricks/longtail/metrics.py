@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from jaxtricks import _sharding
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating
@@ -52,6 +53,7 @@ class State:
         return jnp.sum(self.class_bin_confidence, axis=0)
 
 
+@checked
 def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
     """Empty state: C (C + 1) + 3 C B numbers.
 
@@ -77,6 +79,7 @@ def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
     )
 
 
+@checked
 def update(
     state: State,
     logits: Float[Array, "*batch C"],
@@ -103,13 +106,14 @@ def update(
             f"longtail.metrics.update: `logits` have {logits.shape[-1]} classes, the state has "
             f"{num_classes}: call init({logits.shape[-1]})"
         )
-    z = jnp.asarray(logits).astype(jnp.float32)
+    z = floating(jnp.asarray(logits)).astype(jnp.float32)
     confidence = jnp.max(jax.nn.softmax(z, axis=-1), axis=-1)
     is_number = jnp.isfinite(confidence)
     prediction = jnp.where(is_number, jnp.argmax(z, axis=-1).astype(jnp.int32), num_classes)
     return update_predictions(state, prediction, jnp.where(is_number, confidence, 0), labels, where)
 
 
+@checked
 def update_predictions(
     state: State,
     predictions: Integer[Array, "*batch"],
@@ -161,6 +165,7 @@ def _updated(
     )
 
 
+@checked
 def merge(*states: State) -> State:
     """The state of all that these have seen: of several hosts, or parts of a test set.
 
@@ -170,6 +175,7 @@ def merge(*states: State) -> State:
     return jax.tree.map(lambda *x: functools.reduce(jnp.add, map(jnp.asarray, x)), *states)
 
 
+@checked
 def summary(
     state: State,
     counts: Counts,
@@ -224,6 +230,7 @@ def summary(
     }
 
 
+@checked
 def bootstrap(
     key: Key,
     state: State,
@@ -279,6 +286,7 @@ def bootstrap(
     return {name: jnp.nanquantile(value, tails) for name, value in values.items()}
 
 
+@checked
 def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
     """A_r = A_t / A_u, A_u the larger of the upper references: how much of what balance gives is reached.
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Integer, Num
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, class_indices, floating
 
 
+@checked
 def mixup(
     key: Key,
     x: Num[Array, "N ..."],
@@ -39,6 +41,7 @@ def mixup(
     return _blend(x, partner, lam), _blend(q, partner, lam)
 
 
+@checked
 def remix(
     key: Key,
     x: Num[Array, "N ..."],
@@ -83,6 +86,7 @@ def remix(
     return _blend(x, partner, lam), _blend(_soft(labels, n.shape[0]), partner, share)
 
 
+@checked
 def unimix(
     key: Key,
     x: Num[Array, "N ..."],

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import UNSEEN_LOG_PRIOR, Counts, as_vector, floating, log_prior, seen
 from jaxtricks.longtail.held_out import (
@@ -18,6 +19,7 @@ from jaxtricks.longtail.held_out import (
 )
 
 
+@checked
 def adjust(
     logits: Float[Array, "*batch C"], counts: Counts, tau: Scalar = 1.0
 ) -> Float[Array, "*batch C"]:
@@ -54,6 +56,7 @@ def adjust(
     return z + shift.reshape((1,) * (z.ndim - 1) + shift.shape)
 
 
+@checked
 def shift_prior(
     logits: Float[Array, "*batch C"], source: Counts, target: Counts
 ) -> Float[Array, "*batch C"]:
@@ -88,6 +91,7 @@ def shift_prior(
     return z + shift.reshape((1,) * (z.ndim - 1) + shift.shape)
 
 
+@checked
 def fit_tau(
     logits: Float[Array, "*batch C"],
     labels: Integer[Array, "*batch"],
@@ -153,6 +157,7 @@ class Calibration(NamedTuple):
     temperature: Array
 
 
+@checked
 def calibrate(
     logits: Float[Array, "*batch C"],
     labels: Integer[Array, "*batch"],
@@ -221,6 +226,7 @@ def calibrate(
     return Calibration(last.theta[1], 1 / last.theta[0])
 
 
+@checked
 def estimate_prior(
     logits: Float[Array, "*batch C"],
     source: Counts,

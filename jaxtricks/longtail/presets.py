@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail import weights as class_weights
@@ -21,6 +22,7 @@ from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest
 from jaxtricks.longtail.kernels import check_normed
 
 
+@checked
 def cross_entropy() -> SoftmaxLoss:
     """Plain softmax cross entropy: -log softmax(z)_y.
 
@@ -33,6 +35,7 @@ def cross_entropy() -> SoftmaxLoss:
     return softmax_loss()
 
 
+@checked
 def weighted(weights: Counts) -> SoftmaxLoss:
     """Cross entropy times the weight of the label's class: -w_y log softmax(z)_y.
 
@@ -62,6 +65,7 @@ def weighted(weights: Counts) -> SoftmaxLoss:
     return softmax_loss(weights=weights)
 
 
+@checked
 def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
     """Softmax focal loss: -w_y (1 - p_y)^gamma log p_y.
 
@@ -78,6 +82,7 @@ def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
     return softmax_loss(weights=weights, focal_gamma=gamma)
 
 
+@checked
 def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
     """Cross entropy weighted by the inverse effective number of examples, (1-beta)/(1-beta^n).
 
@@ -94,6 +99,7 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
     return softmax_loss(weights=class_weights.effective_number(counts, beta))
 
 
+@checked
 def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxLoss:
     """Label-distribution-aware margin: CE(s (z - m_y e_y)), m_c = max_margin (n_min/n_c)^(1/4).
 
@@ -123,6 +129,7 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
     return _OfCosines(loss.transforms, loss.weights, loss.focal_gamma)
 
 
+@checked
 def balanced_softmax(counts: Counts) -> SoftmaxLoss:
     """Balanced softmax: CE(z + log n), which is `logit_adjusted` at tau = 1.
 
@@ -145,6 +152,7 @@ def balanced_softmax(counts: Counts) -> SoftmaxLoss:
     return softmax_loss(add_log_prior(counts, 1.0))
 
 
+@checked
 def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
     """Logit-adjusted cross entropy: CE(z + tau log pi), pi = n / sum n.
 
@@ -164,6 +172,7 @@ def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
     return softmax_loss(add_log_prior(counts, tau))
 
 
+@checked
 def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
     """Vector scaling: CE(z / Delta + tau log pi), Delta_c = (n_max / n_c)^gamma.
 
@@ -182,6 +191,7 @@ def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
     return softmax_loss(temper(counts, gamma), add_log_prior(counts, tau))
 
 
+@checked
 def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
     """Class-dependent temperatures: CE(z / Delta), Delta_c = (n_max / n_c)^gamma.
 
@@ -202,6 +212,7 @@ def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
 class _OfCosines(SoftmaxLoss):
     """A loss that warns where what it is given cannot be cosines."""
 
+    @checked
     def __call__(self, logits: Array, labels: Array, *, where: Any = None) -> Array:
         check_normed(logits, where)
         return super().__call__(logits, labels, where=where)

@@ -5,10 +5,12 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Num
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.longtail.counts import floating
 
 
+@checked
 def reduce(
     per_example: Float[Array, "*batch"],
     weights: Num[Array, "*batch"] | Bool[Array, "*batch"] | None = None,

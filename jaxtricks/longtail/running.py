@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.algebra import _are_hard
@@ -66,6 +67,7 @@ class ClassMean:
         zeros = [jnp.zeros(s, float) for s in (shape, shape[:1], shape[1:], ())]
         return ClassMeanState(*zeros)
 
+    @checked
     def update(
         self,
         state: ClassMeanState,
@@ -121,6 +123,7 @@ class ClassMean:
         return jnp.where(total > 0, mu * old + (1 - mu) * batch.astype(old.dtype), old)
 
 
+@checked
 def class_mean(
     num_classes: int, num_features: int, *, momentum: Scalar = 0.9, axis_name: Axis = None
 ) -> ClassMean:

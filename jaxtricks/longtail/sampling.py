@@ -6,6 +6,7 @@ Probabilities are functions of the counts and of the step; `table` and `sample_i
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail import weights
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, seen
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 
+@checked
 def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"]:
     """Probability to draw each class: p_c ~ n_c^power.
 
@@ -46,6 +48,7 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     return _normalized(raw)
 
 
+@checked
 def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
     """From the data to balance: (1 - t) p_instance + t p_balanced.
 
@@ -68,6 +71,7 @@ def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
     return (1 - t) * data + t * balanced
 
 
+@checked
 def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
     """Each example drawn by its class's inverse effective number: p_c ~ n_c (1 - beta) / (1 - beta^n_c).
 
@@ -91,6 +95,7 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
     return _normalized(jnp.where(seen(n), n, 0) * weights.effective_number(n, beta))
 
 
+@checked
 def deferred(counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0) -> Float[Array, "C"]:
     """Deferred re-sampling: as the data while step < start, p_c ~ n_c^power from there on.
 
@@ -113,6 +118,7 @@ def deferred(counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0) -
     return weights.deferred(step, start, data, after)
 
 
+@checked
 def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
     """Where the meta sampler starts: r_c = n_c^-power / (n_max^-power + n_min^-power).
 

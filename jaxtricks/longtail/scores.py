@@ -5,11 +5,13 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 
 Split = Literal["threshold", "rank"]
 
 
+@checked
 def groups(
     counts: Float[Array, "C"], many: Scalar, few: Scalar, split: Split
 ) -> dict[str, Bool[Array, "C"]]:
@@ -30,6 +32,7 @@ def groups(
     return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
 
 
+@checked
 def scores(
     correct: Float[Array, "C"],
     total: Float[Array, "C"],
@@ -68,6 +71,7 @@ def scores(
     }
 
 
+@checked
 def calibration_error(
     count: Integer[Array, "C B"],
     correct: Integer[Array, "C B"],
@@ -82,6 +86,7 @@ def calibration_error(
     return ratio(jnp.sum(jnp.abs(correct - confidence)), jnp.sum(count))
 
 
+@checked
 def ratio(a: Array, b: Array) -> Array:
     """a / b, NaN where b is 0."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)

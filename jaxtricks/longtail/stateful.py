@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.per_label import Seesaw, _finished, _inputs
@@ -63,6 +64,7 @@ class EqualizationV2:
         zeros = jnp.zeros(self.num_classes, float)
         return EqualizationV2State(zeros, zeros)
 
+    @checked
     def update(
         self,
         state: EqualizationV2State,
@@ -120,6 +122,7 @@ class EqualizationV2:
         return total + _summed(batch, self.axis_name).astype(total.dtype)
 
 
+@checked
 def equalization_v2(
     num_classes: int,
     *,
@@ -197,6 +200,7 @@ class OnlineSeesaw:
         """The state before the first batch."""
         return OnlineSeesawState(jnp.zeros(self.num_classes, float))
 
+    @checked
     def update(
         self,
         state: OnlineSeesawState,
@@ -219,6 +223,7 @@ class OnlineSeesaw:
         return loss, OnlineSeesawState(counts)
 
 
+@checked
 def online_seesaw(
     num_classes: int, *, p: Scalar = 0.8, q: Scalar = 2.0, axis_name: Axis = None
 ) -> OnlineSeesaw:

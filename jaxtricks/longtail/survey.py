@@ -5,6 +5,7 @@ here. Marks are the branches of the survey's taxonomy, see `MARKS`.
 """
 
 from jaxtricks import _table
+from jaxtricks._arguments import checked
 
 MARKS = {
     "S": "re-sampling",
@@ -129,6 +130,7 @@ Weight balancing | beyond | C | weight decay and a bound on the norms | heads.ta
 """
 
 
+@checked
 def methods() -> _table.Table:
     """The methods of the survey, in its order, and some that it does not have.
 

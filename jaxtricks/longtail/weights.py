@@ -8,10 +8,12 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Float, Num
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, floating, seen
 
 
+@checked
 def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
     """Inverse effective number of examples: w_c ~ (1 - beta) / (1 - beta^n_c), sum w = C.
 
@@ -47,6 +49,7 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
     return _sum_to_classes(n, inverse)
 
 
+@checked
 def inverse_frequency(counts: Counts, power: Scalar = 1.0) -> Float[Array, "C"]:
     """Inverse frequency to a power: w_c ~ n_c^-power, sum w = C.
 
@@ -65,6 +68,7 @@ def inverse_frequency(counts: Counts, power: Scalar = 1.0) -> Float[Array, "C"]:
     return _sum_to_classes(n, jnp.exp(-power * jnp.log(jnp.where(seen(n), n, 1))))
 
 
+@checked
 def deferred(step: Scalar, start: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
     """Deferred re-weighting: `before` while step < start, `after` from there on.
 
@@ -92,6 +96,7 @@ def deferred(step: Scalar, start: Scalar, before: Counts, after: Counts) -> Floa
     return jnp.where(jnp.asarray(step) >= jnp.asarray(start), second, first)
 
 
+@checked
 def ramp(
     step: Scalar, start: Scalar, stop: Scalar, *, shape: Literal["linear", "cosine"] = "linear"
 ) -> Float[Array, ""]:
@@ -118,6 +123,7 @@ def ramp(
     return (1 - jnp.cos(jnp.pi * x)) / 2 if shape == "cosine" else x
 
 
+@checked
 def blend(t: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
     """(1 - t) before + t after: weights or probabilities on the way, with t of `ramp`.
 
@@ -140,6 +146,7 @@ def blend(t: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
     return (1 - t) * first + t * second
 
 
+@checked
 def bbn(step: Scalar, total_steps: Scalar) -> Float[Array, ""]:
     """Share of BBN's conventional branch: 1 - (step / total_steps)^2.
 

@@ -8,11 +8,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtricks import _table, _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Params
 from jaxtricks.memopt.factored import Full
 from jaxtricks.memopt.sharding import shardings_of, state_specs
 
 
+@checked
 def state_bytes(tx: Any, params: Params) -> int:
     """Bytes of the state that `tx.init(params)` would make; allocates nothing.
 
@@ -32,6 +34,7 @@ def state_bytes(tx: Any, params: Params) -> int:
     return _tree.nbytes(jax.eval_shape(tx.init, _shapes(params)))
 
 
+@checked
 def state_table(tx: Any, params: Params) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxtricks import axes as axes_
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves
 
@@ -33,6 +34,7 @@ class Sm3State(NamedTuple):
     m: dict[str, Any] | None
 
 
+@checked
 def scale_by_sm3(
     *,
     momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
@@ -67,6 +69,7 @@ def scale_by_sm3(
     return _transform("scale_by_sm3", None, momentum, momentum_dtype, axes, eps)
 
 
+@checked
 def sm3(
     learning_rate: ScalarOrSchedule,
     *,

@@ -42,8 +42,7 @@ def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
 
 def update_dtype(g: Any, p: Any) -> Any:
     """Dtype of the update: the wider of gradient and parameter."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(g.dtype, p.dtype)
+    return _tree.common_dtype(g, p)
 
 
 def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:

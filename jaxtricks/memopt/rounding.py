@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Key, Params
 from jaxtricks.memopt import leaves, noise
 
@@ -21,6 +22,7 @@ class StochasticRoundState(NamedTuple):
     count: Any
 
 
+@checked
 def stochastic_round(seed: Any) -> optax.GradientTransformation:
     """Round parameters below float32 up or down at random, without bias; the last link of a chain.
 
@@ -76,6 +78,7 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+@checked
 def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Params:
     """params + updates in the dtypes of params, rounded at random where a key is given.
 

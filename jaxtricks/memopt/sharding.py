@@ -6,9 +6,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Params
 
 
+@checked
 def state_specs(tx: Any, params: Params, param_specs: Any) -> Any:
     """PartitionSpecs of the state that `tx.init(params)` makes.
 

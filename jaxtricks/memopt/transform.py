@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves, rates
 from jaxtricks.memopt.factored import Config, Factored, Full, Hyper, layout, step, zeros
@@ -31,6 +32,7 @@ class AdafactorState(NamedTuple):
     m: dict[str, Any] | None
 
 
+@checked
 def scale_by_adafactor(
     *,
     decay: str = "pow",
@@ -88,6 +90,7 @@ def scale_by_adafactor(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+@checked
 def adafactor(
     learning_rate: ScalarOrSchedule | None = None,
     *,

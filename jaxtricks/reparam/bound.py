@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.reparam import geometry
 from jaxtricks.reparam.forward import apply
@@ -18,6 +19,7 @@ FACTOR = 16
 """Measured errors are 0.4 to 4.8 times u S; the rest is room for other orders of summation."""
 
 
+@checked
 def error_bound(
     node: Node,
     x: Float[Array, "..."],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.reparam import geometry
 from jaxtricks.reparam.geometry import Padding, Pads
@@ -47,6 +48,7 @@ class _Place(NamedTuple):
         return _Place(((0, 0),) * len(ones), ones, ones, ones, self.precision)
 
 
+@checked
 def apply(
     node: Node,
     x: Float[Array, "..."],

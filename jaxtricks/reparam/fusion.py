@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.reparam import geometry
 from jaxtricks.reparam.forward import check_features, norm_factor, pool_kernel
@@ -29,6 +30,7 @@ from jaxtricks.reparam.nodes import (
 )
 
 
+@checked
 def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
     """The one convolution that equals the branches, for any stride, padding and dilation.
 

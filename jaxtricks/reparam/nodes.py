@@ -39,6 +39,7 @@ class Conv:
         shape = getattr(self.kernel, "shape", None)
         if shape is None:
             return
+        _tree.check_floating("reparam.Conv: `kernel`", self.kernel)
         if len(shape) < 3 or shape[-1] % self.groups:
             raise ValueError(
                 f"reparam.Conv: `kernel` of shape {tuple(shape)} with {self.groups} groups; give "

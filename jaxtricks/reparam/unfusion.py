@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.reparam.forward import norm_factor
 from jaxtricks.reparam.fusion import fuse
@@ -16,6 +17,7 @@ from jaxtricks.reparam.nodes import Conv, Identity, Node, Norm, Scale, Sequentia
 _AFFINE = (Norm, Scale, Identity)
 
 
+@checked
 def unfuse(conv: Conv, like: Node) -> Node:
     """Branches of the structure of `like` that compute a given convolution: where re-training starts.
 

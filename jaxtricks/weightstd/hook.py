@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.weightstd.kernel import checked_preset, standardize
 
@@ -49,6 +50,7 @@ class Hook:
         return standardize(kernel, self.gain, preset=self.preset, eps=self.eps, out_axis=out_axis)
 
 
+@checked
 def standardized(
     *, gain: float | None = None, preset: str = "nfnet", eps: float | None = None
 ) -> Hook:

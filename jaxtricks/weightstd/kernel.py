@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 
 
@@ -36,6 +37,7 @@ PRESETS = {
 }
 
 
+@checked
 def standardize(
     kernel: Float[Array, "..."],
     gain: Scalar | None = None,
@@ -76,6 +78,7 @@ def standardize(
     """
     rule = checked_preset(preset, eps)
     kernel = jnp.asarray(kernel)
+    _tree.check_floating("weightstd.standardize: `kernel`", kernel)
     kept = _kept_axes(kernel, out_axis)
     reduced = tuple(i for i in range(kernel.ndim) if i not in kept)
     fan_in = math.prod(kernel.shape[i] for i in reduced)

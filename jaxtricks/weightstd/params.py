@@ -8,10 +8,12 @@ from jaxtyping import Float
 
 from jaxtricks import _tree
 from jaxtricks import axes as axes_
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, PathRule, Roles, Scalar
 from jaxtricks.weightstd.kernel import standardize
 
 
+@checked
 def standardize_params(
     params: Params,
     *,
@@ -59,6 +61,7 @@ def standardize_params(
     return _tree.map_with_path(change, params)
 
 
+@checked
 def bake(
     params: Params,
     *,
@@ -117,6 +120,7 @@ def bake(
     return baked
 
 
+@checked
 def l2(
     params: Params, scale: Scalar = 1e-4, *, where: Callable[[str], bool] | None = None
 ) -> Float[Array, ""]:
@@ -136,11 +140,14 @@ def l2(
       >>> float(l2({"conv": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}}, 0.5))
       18.0
     """
-    leaves = [
-        leaf
+    chosen = [
+        (path, leaf)
         for path, leaf in _tree.leaves_with_paths(params)
         if (axes_.is_kernel(path, tuple(leaf.shape)) if where is None else where(path))
     ]
+    for path, leaf in chosen:
+        _tree.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
+    leaves = [leaf for _, leaf in chosen]
     dtype = _tree.wide_dtype(*leaves)
     total = sum((jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves), jnp.zeros((), dtype))
     return jnp.asarray(scale, dtype) * total

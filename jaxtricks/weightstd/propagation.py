@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxtricks import _compat
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Key, Scalar
 
 
@@ -31,6 +32,7 @@ class ScaledActivation:
         return self.fn(x) * self.gain
 
 
+@checked
 def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
     """The activation scaled so that standard normal inputs give outputs of variance one.
 
@@ -102,6 +104,7 @@ class ResidualScale(NamedTuple):
     beta: float
 
 
+@checked
 def residual_scales(depths: Sequence[int], alpha: float = 0.2) -> list[tuple[ResidualScale, ...]]:
     """alpha and beta of every block of a normalizer-free residual network.
 
@@ -142,6 +145,7 @@ def residual_scales(depths: Sequence[int], alpha: float = 0.2) -> list[tuple[Res
     return stages
 
 
+@checked
 def stochastic_depth(key: Key, x: Float[Array, "N ..."], rate: Scalar) -> Float[Array, "N ..."]:
     """The residual branch in training, with whole examples of it dropped: y = shortcut + result.
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail import weights
@@ -26,6 +27,7 @@ class Bbn:
         """a = 1 - (step / total)^2 of the conventional branch, 0 from `total` on; step from 0."""
         return weights.bbn(step, self.total)
 
+    @checked
     def mix(
         self,
         conventional: Float[Array, "*batch D"],
@@ -51,6 +53,7 @@ class Bbn:
         ]
         return jnp.concatenate(parts, axis=-1)
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -77,6 +80,7 @@ class Bbn:
         return a * first + (1 - a) * second
 
 
+@checked
 def bbn(total: Scalar, base: Loss | None = None) -> Bbn:
     """Bilateral-branch network: the mixer of two branches and their loss, a = 1 - (t / total)^2.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import (
@@ -70,6 +71,7 @@ class Paco:
         labels = jnp.full(self.queue, NOBODY, jnp.int32)
         return PacoState(jnp.zeros((self.queue, self.num_features), float), labels)
 
+    @checked
     def update(
         self,
         state: PacoState,
@@ -161,6 +163,7 @@ class Paco:
                 )
 
 
+@checked
 def paco(
     counts: Counts,
     num_features: int,

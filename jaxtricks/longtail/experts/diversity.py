@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import Counts, are_classes, as_vector, floating
@@ -11,6 +12,7 @@ from jaxtricks.longtail.distill import Loss, kl_divergence
 from jaxtricks.longtail.presets import cross_entropy
 
 
+@checked
 def aggregate(
     logits: Float[Array, "E *batch C"], weights: Float[Array, "E"] | None = None
 ) -> Float[Array, "*batch C"]:
@@ -42,6 +44,7 @@ def aggregate(
     return jnp.sum(jnp.where(w != 0, w * z, 0), axis=0)
 
 
+@checked
 def divergence(
     logits: Float[Array, "E *batch C"],
     temperature: Scalar | Float[Array, "C"] = 1.0,
@@ -84,6 +87,7 @@ class Ride:
     diversity: Scalar
     temperature: Scalar | Array
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "E *batch C"],
@@ -98,6 +102,7 @@ class Ride:
         return own + jnp.asarray(self.diversity).astype(own.dtype) * apart
 
 
+@checked
 def ride(
     base: Loss | None = None,
     counts: Counts | None = None,

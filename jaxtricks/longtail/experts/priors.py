@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
@@ -26,6 +27,7 @@ class Sade:
 
     offsets: Array
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "E *batch C"],
@@ -48,6 +50,7 @@ class Sade:
         return jnp.sum(jax.vmap(of_expert)(z, offsets), axis=0)
 
 
+@checked
 def sade(counts: Counts, *, tau: Scalar = 2.0, compat: Compat = None) -> Sade:
     """SADE: CE(z_1) + CE(z_2 + log pi) + CE(z_3 + log pi - tau log pi').
 
@@ -99,6 +102,7 @@ def _reversed(n: Array) -> Array:
     return jnp.where(alone, falling[start], mean) / jnp.sum(n)
 
 
+@checked
 def agreement(
     weights: Float[Array, "E"],
     first: Float[Array, "E *batch C"],
@@ -119,6 +123,7 @@ def agreement(
     return jnp.sum(p * q, axis=-1) / jnp.sqrt(norms)
 
 
+@checked
 def fit_weights(
     first: Float[Array, "E *batch C"],
     second: Float[Array, "E *batch C"],

@@ -1,0 +1,260 @@
+"""Types of arguments, checked where a call enters the library, by what the annotations say.
+
+Without a check a wrong type ends where it first does harm: "'str' object is not callable" names neither
+the function nor the argument. Values are checked by the functions themselves.
+"""
+
+import collections.abc
+import functools
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import AbstractArray
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class ArgumentTypeError(TypeError, ValueError):
+    """An argument of a wrong type; a ValueError too, as are all other mistakes in arguments."""
+
+
+class _EveryType:
+    """Stands for the set of all types."""
+
+    def __contains__(self, kind: object) -> bool:
+        return True
+
+
+_EVERY_TYPE = _EveryType()
+
+
+class _Kind(NamedTuple):
+    """One of the types that an argument may have.
+
+    Attributes:
+      words: what it is called in an error.
+      holds: whether a value is one.
+      by_type: whether the type alone decides, so that the next value of it need not be looked at.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+    by_type: bool = True
+
+
+def checked(function: Function) -> Function:
+    """Decorate a public function: an argument of a wrong type raises one sentence that names it.
+
+    Annotations are read at the first call. What they leave open (Any, type variables, pytrees) is not
+    checked, and a wrong number of arguments stays Python's own error.
+
+    Raises:
+      ArgumentTypeError: (from the decorated function) with the function's name, the argument's, the type
+        that it has, never its contents, and the types that it may have.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    kinds: dict[str, list[_Kind]] = {}
+    # Types that were right for an argument before: the usual call is a look into a set per argument.
+    known: dict[str, Any] = {p.name: set() for p in parameters}
+    read = False
+
+    def check(name: str, value: Any) -> None:
+        for kind in kinds[name]:
+            if kind.holds(value):
+                if kind.by_type:
+                    known[name].add(type(value))
+                return
+        raise ArgumentTypeError(
+            f"{_name(function)}: `{name}` is {_described(value)}: give {_listed(kinds[name])}"
+        )
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal read
+        if not read:
+            kinds.update(_read(function))
+            known.update(dict.fromkeys(known.keys() - kinds.keys(), _EVERY_TYPE))
+            read = True
+        for name, value in zip(positional, args, strict=False):
+            if type(value) not in known[name]:
+                check(name, value)
+        if rest is not None:
+            for value in args[len(positional) :]:
+                if type(value) not in known[rest]:
+                    check(rest, value)
+        for name, value in kwargs.items():
+            if name in known and type(value) not in known[name]:
+                check(name, value)
+        return function(*args, **kwargs)
+
+    return call  # pyrefly: ignore
+
+
+def _read(function: Callable[..., Any]) -> dict[str, list[_Kind]]:
+    """{argument: what it may be}, of the arguments whose annotations say it."""
+    hints = typing.get_type_hints(function)
+    kinds = {name: _kinds(hint) for name, hint in hints.items() if name != "return"}
+    return {name: found for name, found in kinds.items() if found is not None}
+
+
+def _kinds(hint: Any) -> list[_Kind] | None:
+    """What an annotation allows; None if it allows anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _union(arguments)
+    if hint in _SIMPLE:
+        return [_SIMPLE[hint]]
+    if origin is typing.Literal:
+        words = "one of " + ", ".join(repr(x) for x in arguments)
+        return [_Kind(words, _instance(*{type(x) for x in arguments}))]
+    if origin in _GENERIC:
+        return [_GENERIC[origin]]
+    if not isinstance(hint, type) or hint in (Any, object):
+        return None
+    if issubclass(hint, AbstractArray):
+        return [_array_of(hint.dtypes)]
+    if issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        # A NamedTuple such as optax.GradientTransformation is known by what it has.
+        return [
+            _Kind(f"a {hint.__name__}", lambda x: all(hasattr(x, f) for f in hint._fields), False)
+        ]
+    return [_Kind(f"a {hint.__name__}", _instance(hint))]
+
+
+def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
+    hints = tuple(dict.fromkeys(hints))
+    if {float, jax.Array} <= set(hints):
+        # A scalar: a number, or an array that JAX has made of one.
+        hints = tuple(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray))
+    found: list[_Kind] = []
+    for hint in hints:
+        kinds = _kinds(hint)
+        if kinds is None:
+            return None
+        found += [kind for kind in kinds if kind.words not in [other.words for other in found]]
+    return found
+
+
+def _instance(*classes: type) -> Callable[[Any], bool]:
+    def holds(x: Any) -> bool:
+        return isinstance(x, classes) and (bool in classes or not isinstance(x, bool))
+
+    return holds
+
+
+def _is_number(x: Any) -> bool:
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return _dtype_kind(x.dtype) in "if"
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _is_integer(x: Any) -> bool:
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return _dtype_kind(x.dtype) == "i" and np.shape(x) == ()
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _is_array(x: Any, letters: Container[str] = "ifcbk") -> bool:
+    """Whether it is an array of these kinds, the shape of one, or what NumPy would make one of."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return _dtype_kind(x.dtype) in letters
+    if isinstance(x, list | tuple):
+        return all(_is_array(part, letters) for part in x)
+    if isinstance(x, bool):
+        return "b" in letters
+    if isinstance(x, numbers.Real):
+        return "f" in letters or (isinstance(x, numbers.Integral) and "i" in letters)
+    return (isinstance(x, complex) and "c" in letters) or hasattr(x, "__jax_array__")
+
+
+def _array_of(dtypes: Any) -> _Kind:
+    """An array of the dtypes of a jaxtyping annotation."""
+    letters = (
+        {_letter(name) for name in dtypes} if isinstance(dtypes, list | tuple) else set("ifcbk")
+    )
+    if letters >= set("ifc"):
+        of = "numbers"
+    else:
+        of = {"i": "integers", "f": "floating numbers", "b": "booleans"}[next(iter(letters))]
+    return _Kind(f"an array of {of}", functools.partial(_is_array, letters=letters), False)
+
+
+def _letter(dtype: str) -> str:
+    for prefix, letter in (("bool", "b"), ("complex", "c"), ("float", "f"), ("bfloat", "f")):
+        if dtype.startswith(prefix):
+            return letter
+    return "i" if dtype.startswith(("int", "uint")) else "k"
+
+
+@functools.cache
+def _dtype_kind(dtype: Any) -> str:
+    """One letter: integer, floating, complex, bool, or k for a key and whatever else there is."""
+    return _letter(str(dtype))
+
+
+def _is_sequence(x: Any) -> bool:
+    return isinstance(x, collections.abc.Sequence | np.ndarray | jax.Array) and not isinstance(
+        x, str | bytes
+    )
+
+
+_NUMBER = _Kind("a number", _is_number, False)
+_INTEGER = _Kind("a whole number", _is_integer, False)
+_SEQUENCE = _Kind("a sequence", _is_sequence)
+_MAPPING = _Kind("a dict", _instance(collections.abc.Mapping))
+_FUNCTION = _Kind("a function", callable)
+_SIMPLE = {
+    type(None): _Kind("None", lambda x: x is None),
+    bool: _Kind("True or False", _instance(bool, np.bool_)),
+    int: _INTEGER,
+    np.integer: _INTEGER,
+    float: _NUMBER,
+    np.generic: _NUMBER,
+    np.number: _NUMBER,
+    str: _Kind("a string", _instance(str)),
+    jax.Array: _Kind("an array", _is_array, False),
+    np.ndarray: _Kind("an array", _is_array, False),
+}
+_GENERIC = {
+    collections.abc.Callable: _FUNCTION,
+    collections.abc.Sequence: _SEQUENCE,
+    collections.abc.Iterable: _Kind(
+        "an iterable", lambda x: hasattr(x, "__iter__") and not isinstance(x, str | bytes)
+    ),
+    collections.abc.Mapping: _MAPPING,
+    dict: _MAPPING,
+    tuple: _Kind("a tuple", _instance(tuple, list)),
+    list: _Kind("a list", _instance(list, tuple)),
+    type: _Kind("a class", _instance(type)),
+}
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """ "longtail.balanced_softmax": the room and what its user calls."""
+    room = function.__module__.removeprefix("jaxtricks.").split(".")[0]
+    return f"{room}.{function.__qualname__.removesuffix('.__call__').lstrip('_')}"
+
+
+def _described(x: Any) -> str:
+    """The type of a value, and of an array its dtype and shape; never what is in it."""
+    if x is None:
+        return "None"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"an array of {x.dtype} {list(x.shape)}"
+    name = type(x).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _listed(kinds: list[_Kind]) -> str:
+    words = [kind.words for kind in kinds]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
