@@ -32,20 +32,32 @@ def check(layer: Any, kind: type, extension_points: tuple[str, ...] = ()) -> Non
       extension_points: methods that subclasses are meant to override.
 
     Raises:
-      ValueError: a method or property of its own, dilated inputs, or a function in place of jax's.
+      ValueError: a method or property of its own, or what `check_hooks` raises.
     """
     name = overridden(type(layer), kind, extension_points)
     if name is not None:
         raise ValueError(
             f"is a {type(layer).__name__} with a `{name}` of its own, so what it computes is not known"
         )
+    check_hooks(layer, kind)
+
+
+def check_hooks(layer: Any, kind: type, but: tuple[str, ...] = ()) -> None:
+    """Raise if the layer dilates its input, or has functions in place of jax's; see `check`.
+
+    Args:
+      layer: an instance of `kind`.
+      kind: class of flax or of this library.
+      but: hooks that are no matter.
+    """
     dilation = getattr(layer, "input_dilation", None) or 1
     if any(d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)):
-        raise ValueError(f"has `input_dilation` {dilation}, which a plain layer does not stand for")
+        raise ValueError(f"has `input_dilation` {dilation}, which has no counterpart")
     for hook, usual in _HOOKS.items():
         value = getattr(layer, hook, None)
         if (
             value is not None
+            and hook not in but
             and not any(value is v for v in (*usual, _default(kind, hook)))
             and not isinstance(value, weightstd.Hook)
         ):
