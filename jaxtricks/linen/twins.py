@@ -38,6 +38,7 @@ _FIELDS = (
     "mask conv_general_dilated preset eps use_gain use_bias use_scale epsilon axis internal_features "
     "transpose_kernel einsum_str preferred_element_type"
 )
+_STACKED = "is stacked (nn.scan, nn.vmap): fuse one layer"
 
 
 def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) -> Any:
@@ -83,6 +84,8 @@ def _affine_sizes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(module, nn.Einsum):
         if module.einsum_str is None:
             raise ValueError("is given its equation in the call")
+        if len(shape) != len(module.shape):
+            raise ValueError(_STACKED)
         # The bias has the axes that kernel and output share, in the order of the output.
         _, letters, outputs = module.einsum_str.replace(" ", "").replace("->", ",").split(",")
         size = dict(zip(letters, shape, strict=False))
@@ -91,6 +94,8 @@ def _affine_sizes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(module, nn.DenseGeneral):
         dims, axis = _tuple(module.batch_dims), _tuple(module.axis)
         at = len(dims) + len(axis)
+        if shape[at:] != _tuple(module.features):
+            raise ValueError(_STACKED)
         return {
             "in_features": shape[len(dims) : at],
             "out_features": shape[at:],
@@ -124,7 +129,7 @@ def _filled(make: Callable[[], nnx.Module], variables: Mapping[str, Any]) -> Any
         if {p: x.shape for p, x in given.items()} != {
             p: x.shape for p, x in _tree.by_path(like).items()
         }:
-            raise ValueError("is stacked (nn.scan, nn.vmap)")
+            raise ValueError(_STACKED)
         return _tree.map_with_path(lambda path, _: jnp.asarray(given[path]), like)
 
     return nnx.merge(

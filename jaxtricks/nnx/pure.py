@@ -161,7 +161,8 @@ def call_rngs(
 
 def _set_mode(model: nnx.Module, *, train: bool) -> None:
     """As `model.train()` and `model.eval()`, and flags of the model's own modules too."""
-    (model.train if train else model.eval)()
+    # Not model.train(): an attribute of this name would be called.
+    (nnx.Module.train if train else nnx.Module.eval)(model)
     for _, module in nnx_compat.modules(model):
         # Not by hasattr: every module has a method `train`.
         for name, value in flags.attribute_flags(vars(module), train).items():
