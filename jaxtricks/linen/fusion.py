@@ -107,15 +107,28 @@ class _Run:
         def run(mutable: list[str]) -> Any:
             return self.module.apply(self.variables, *inputs, **self.kwargs, mutable=mutable)
 
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(functools.partial(_outermost, set(), interceptor)):
             # What is written is met by our sentence on training mode, not by flax's.
             return evaluated(run, self.variables)[0][0]
 
 
+def _outermost(
+    running: set[str], interceptor: Any, call: Any, inputs: Any, kwargs: Any, context: Any
+) -> Any:
+    """Intercept a layer's `__call__`, not that of its base class, which it may call in turn."""
+    path = layer_path(context.module)
+    layer = isinstance(context.module, tuple(KINDS)) and context.method_name == "__call__"
+    if not layer or path in running:
+        return call(*inputs, **kwargs)
+    running.add(path)
+    try:
+        return interceptor(call, inputs, kwargs, context)
+    finally:
+        running.remove(path)
+
+
 def _watched(watch: Watch, call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
     path = layer_path(context.module)
-    if context.method_name != "__call__" or not isinstance(context.module, tuple(KINDS)):
-        return call(*inputs, **kwargs)
     inputs, kwargs = with_input(lambda x: watch(x, "in", path), inputs, kwargs)
     return watch(call(*inputs, **kwargs), "out", path)
 
@@ -123,17 +136,16 @@ def _watched(watch: Watch, call: Any, inputs: Any, kwargs: Any, context: Any) ->
 def _layers(run: _Run, variables: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Twins by path: (layers and blocks, normalizations), and {path: why a layer has none}.
 
-    Those inside blocks are left out.
+    A layer without a twin stands for itself; those inside blocks are left out.
     """
     called: dict[str, nn.Module] = {}
     trains: set[str] = set()
 
     def note(call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
         layer, path = context.module, layer_path(context.module)
-        if context.method_name == "__call__" and isinstance(layer, tuple(KINDS)):
-            called.setdefault(path, layer)
-            if isinstance(layer, tuple(NORMS)) and layer_trains(layer, inputs, kwargs):
-                trains.add(path)
+        called.setdefault(path, layer)
+        if isinstance(layer, tuple(NORMS)) and layer_trains(layer, inputs, kwargs):
+            trains.add(path)
         return call(*inputs, **kwargs)
 
     traced(functools.partial(run.intercepted, note), run.example)
@@ -146,8 +158,7 @@ def _layers(run: _Run, variables: Any) -> tuple[dict[str, Any], dict[str, Any], 
         try:
             made = twin(layer, _at(variables, path), evaluates=evaluates)
         except ValueError as error:
-            unknown[path] = f"{path!r} {error}"
-            continue
+            made, unknown[path] = layer, f"{path!r} {error}"
         (norms if isinstance(layer, tuple(NORMS)) else convs)[path] = made
     return convs, norms, unknown
 

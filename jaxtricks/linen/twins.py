@@ -67,7 +67,10 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
         fields |= {n: _factory(getattr(module, n)) for n in ("conv", "norm") if kind in BLOCKS}
     if kind is nn.Einsum:
         fields.pop("use_bias")
+    mask = fields.pop("mask", None)  # an array, which would count as a variable
     made = _filled(lambda: KINDS[kind](*sizes, rngs=nnx.Rngs(0), **fields), variables)
+    if mask is not None:
+        made.mask = nnx.data(mask)
     (made.eval if evaluates else made.train)()
     return made
 

@@ -91,15 +91,12 @@ def _with_variables(layer: Any, kernel: Array, bias: Array | None, dtype: Any = 
     """A copy of the layer with this kernel and bias, in `dtype` or that of its kernel."""
     copy = nnx.clone(layer)
     dtype = dtype or layer.kernel[...].dtype
-    copy.kernel[...] = kernel.astype(dtype)
+    copy.kernel = layer.kernel.replace(kernel.astype(dtype))  # not [...] =, which would cast
     if bias is None:
         return copy
     shape = _bias_shape(layer)
     values = jnp.broadcast_to(bias, shape).astype(dtype)
-    if layer.bias is None:
-        copy.bias = nnx.Param(values)
-    else:
-        copy.bias[...] = values
+    copy.bias = nnx.Param(values) if layer.bias is None else layer.bias.replace(values)
     if isinstance(layer, nnx.Einsum):
         copy.bias_shape = shape
     else:

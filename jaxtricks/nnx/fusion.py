@@ -184,17 +184,17 @@ def paired(
       convs: layers and blocks by path.
       norms: normalizations by path.
       flow: what feeds what.
-      unknown: {path: reason} of layers that are known not to fuse; some may feed a normalization.
+      unknown: {path: reason} of those among them that are known not to fuse.
     """
     unknown = unknown or {}
-    behind, kept = {}, {path: unknown[path] for path in norms if path in unknown}
+    behind, kept = {}, {}
     for path, norm in norms.items():
-        if path in kept:
-            continue
         try:
+            if path in unknown:
+                raise ValueError(unknown[path])
             if getattr(norm, "axis", -1) not in (-1, (-1,)):
                 raise ValueError(f"{path!r} normalizes axis {norm.axis}, not the channels")
-            conv = flow.source(path, {**convs, **unknown})
+            conv = flow.source(path, convs)
             if conv in unknown:
                 raise ValueError(unknown[conv])
             Unit(conv, convs[conv], norm, path).check_kind()
@@ -203,7 +203,9 @@ def paired(
             kept[path] = str(error)
     pairs = [Unit(conv, convs[conv], norms[path], path) for conv, path in behind.items()]
     rest, refused = _fusible(
-        Unit(path, conv) for path, conv in convs.items() if path not in behind and _changes(conv)
+        Unit(path, conv)
+        for path, conv in convs.items()
+        if path not in behind and path not in unknown and _changes(conv)
     )
     order = list(convs)
     return sorted(pairs + rest, key=lambda one: order.index(one.layer)), kept | refused
