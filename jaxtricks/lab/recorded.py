@@ -36,7 +36,9 @@ ABOUT: dict[str, Any] = _SESSION | {
 RESULT: dict[str, Any] = {
     "kind": str,
     **dict.fromkeys(("train", "validation", "test"), _SUMMARY),
-    **dict.fromkeys(("parameters", "state_bytes", "temp_bytes", "bytes_read"), int),
+    **dict.fromkeys(
+        ("parameters", "state_bytes", "temp_bytes", "bytes_read", "skipped_records"), int
+    ),
     "plan": {
         **dict.fromkeys(("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int),
         "extra_flops": float,

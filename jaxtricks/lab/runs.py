@@ -58,8 +58,9 @@ class Run(NamedTuple):
 
     @property
     def examples_per_s(self) -> float | None:
-        """Median rate over the same windows."""
-        return _median([row.get("examples_per_s") for row in self.timing[1:]])
+        """Rate of a step of median time."""
+        batch, milliseconds = look(self.about, "config", "batch"), self.step_ms
+        return 1e3 * batch / milliseconds if batch and milliseconds else None
 
     def newest(self, name: str) -> float | None:
         """The newest finite value of a metric."""

@@ -67,31 +67,35 @@ def _run(
     console: Console,
     say: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    # A disk that can't be written is said before anything is computed.
-    together.on_first(lambda: rundir.check_writable(cfg.out))
+    # Of the first host, which writes: said before anything is read or computed.
+    together.on_first(lambda: _check_outputs(cfg))
     data = load(cfg)
     # A mistake here must leave no directory behind.
     prepared = planning.prepare(cfg, data)
-    folder = open_folder(cfg, about.of_run(cfg, command, data), together)
-    introduce(data, say)
-    if together.count > 1:
-        say(
-            f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others end "
-            f"within {hosts.HEARTBEAT} s: start all of them again with --resume"
-        )
-    if prepared.plan:
-        say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
-    with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
-        stack.callback(checkpoints.close)
-        trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
-        start = trainer.restore(say, about.session(command)) if folder.resumed else 0
-        outputs = writers.open_writers(cfg, folder.path, start) if hosts.first() else []
-        for writer in outputs:
-            stack.callback(writer.close)
-        with _progress(console) as progress:
-            trainer.fit(start, interrupt, outputs, progress)
-        result = None if interrupt.signal else trainer.result()
+    with open_folder(cfg, about.of_run(cfg, command, data), together) as folder:
+        introduce(data, say)
+        if together.count > 1:
+            say(
+                f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others "
+                f"end within {hosts.HEARTBEAT} s: start all of them again with --resume"
+            )
+        if prepared.plan:
+            say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
+        if folder.note:
+            say(folder.note)
+        with contextlib.ExitStack() as stack:
+            checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
+            stack.callback(checkpoints.close)
+            trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
+            start = trainer.restore(say, about.session(command)) if folder.resumed else 0
+            outputs = writers.open_writers(cfg, folder.path, start) if hosts.first() else []
+            for writer in outputs:
+                stack.callback(writer.close)
+            with _progress(console) as progress:
+                trainer.fit(start, interrupt, outputs, progress)
+            result = None if interrupt.signal else trainer.result()
+        if result is not None and hosts.first():
+            folder.write(RESULT, result)
     if result is None:
         say(f"stopped on {interrupt.signal}, saved: go on with --resume")
         if interrupt.signal == "SIGINT":
@@ -99,10 +103,14 @@ def _run(
         return None
     if not hosts.first():
         return None
-    folder.write(RESULT, result)
     say(str(summary_table(result)))
     say(f"run directory: {folder.path}")
     return result
+
+
+def _check_outputs(cfg: Train) -> None:
+    rundir.can_begin(cfg.out, resume=cfg.resume)
+    writers.check(cfg)
 
 
 def open_folder(cfg: Train, about: dict[str, Any], together: hosts.Hosts) -> RunDir:
@@ -118,7 +126,7 @@ def open_folder(cfg: Train, about: dict[str, Any], together: hosts.Hosts) -> Run
         return opened[0].resumed
 
     resumed = together.on_first(make)
-    folder = opened[0] if opened else RunDir(cfg.out, about, resume=True)
+    folder = opened[0] if opened else RunDir(cfg.out, about, resume=True, lock=False)
     folder.resumed = resumed
     return folder
 
@@ -129,13 +137,23 @@ def load(cfg: Train) -> data_lib.Data:
     Raises:
       UserError: it can't be used, or not by this model.
     """
-    data = data_lib.load(
-        cfg.source, imbalance=cfg.imbalance, skip_unreadable=cfg.skip_unreadable, **where(cfg)
-    )
-    if (data.kind == "text") != (cfg.model == "transformer"):
-        fits = "a .txt file or topics" if cfg.model == "transformer" else "images"
-        raise UserError(f"--model {cfg.model} can't read --data {data.name}: give {fits}")
-    return data
+    if cfg.model != "transformer":
+        refuse_text(
+            cfg.source, cfg.root, f"--model {cfg.model} can't read it: use --model transformer, "
+        )
+    elif not data_lib.is_text(cfg.source, cfg.root):
+        raise UserError(
+            f"--data {cfg.source} is no text, and --model transformer reads nothing else: give a .txt "
+            "file or topics, or use another model"
+        )
+    return data_lib.load(cfg.source, imbalance=cfg.imbalance, **where(cfg))
+
+
+def refuse_text(name: str, root: str, why: str = "") -> None:
+    """Raise UserError for text where images are needed."""
+    if data_lib.is_text(name, root):
+        cure = "give images, or --root DIR if it is a list of images"
+        raise UserError(f"--data {name} is text, but {why or 'this needs images: '}{cure}")
 
 
 def check_data(cfg: Train) -> None:
@@ -154,8 +172,10 @@ def check_data(cfg: Train) -> None:
 
 
 def where(cfg: Train) -> dict[str, Any]:
-    """How the data set is split and shaped."""
+    """How the data set is read, split and shaped."""
     return {
+        "root": cfg.root,
+        "skip_unreadable": cfg.skip_unreadable,
         "seed": cfg.seed,
         "validation": cfg.validation,
         "test": cfg.test,
