@@ -55,6 +55,8 @@ def test_differences_are_paired_by_seed():
     lines = longtail_report.table(rows).rows
     assert lines[0][:2] == ("cross_entropy", 3) and lines[0][-2:] == ("-", "-")
     assert lines[1][2] == "40.0 +- 20.0" and lines[1][-2] == "+10.0 +- 0.0"
+    lines = longtail_report.table([row for row in rows if row["seed"] == 0]).rows
+    assert lines[0][2] == "10.0 +- -" and lines[1][-2] == "+10.0 +- -"
 
 
 @pytest.mark.parametrize(
