@@ -303,15 +303,19 @@ def test_which_normalization_is_behind():
     hidden = Pair(make(0.7), make(0.7), nnx.relu)
     assert momenta(convert(hidden, {"conv1": AC}, example=x).conv1) == {0.7}
     # Those beside it and of its width go before others; without any, all of the model.
-    both = nnx.Dict(
-        {"near": nnx.List([CONV(4, 4, (3, 3), rngs=nnx.Rngs(0)), make(0.3), make(0.4, 5)])}
-    )
-    both["far"] = make(0.5)
-    assert momenta(convert(both, {r"near/0": AC})["near"][0]) == {0.3}
-    alone = nnx.Dict({"inner": nnx.List([CONV(4, 4, (3, 3), rngs=nnx.Rngs(0))]), "far": make(0.5)})
-    assert momenta(convert(alone, {r"inner/0": AC})["inner"][0]) == {0.5}
+    plain = lambda: CONV(4, 4, (3, 3), rngs=nnx.Rngs(0))
+    both = Outer(nnx.Sequential(plain(), make(0.3), make(0.4, 5)), make(0.5))
+    new = convert(both, {r"near/layers/0": AC})
+    assert momenta(new.near.layers[0]) == {0.3}
+    alone = Outer(nnx.Sequential(plain()), make(0.5))
+    assert momenta(convert(alone, {r"near/layers/0": AC}).near) == {0.5}
     # A model without normalizations: the block's defaults.
-    assert momenta(convert(nnx.List([CONV(4, 4, (3, 3), rngs=nnx.Rngs(0))]), {"0": AC})) == {0.99}
+    assert momenta(convert(nnx.Sequential(plain()), {nnx.Conv: AC})) == {0.99}
+
+
+class Outer(nnx.Module):
+    def __init__(self, near, far):
+        self.near, self.far = near, far
 
 
 def test_nothing_of_a_convolution_is_lost_in_silence():
@@ -323,11 +327,10 @@ def test_nothing_of_a_convolution_is_lost_in_silence():
     for argument in set(inspect.signature(nnx.Conv.__init__).parameters) - handed:
         for value in VALUES[argument]:
             value = jnp.ones((3, 3, 4, 4)) if argument == "mask" else value
-            model = nnx.List([CONV(4, 4, (3, 3), **{argument: value}, rngs=nnx.Rngs(0))])
+            model = nnx.Sequential(CONV(4, 4, (3, 3), **{argument: value}, rngs=nnx.Rngs(0)))
+            convert = functools.partial(jt.nnx.convert, model, rngs=nnx.Rngs(1), init="fresh")
             try:
-                new = jt.nnx.convert(model, {"0": jt.nnx.ACBlock}, rngs=nnx.Rngs(1), init="fresh")[
-                    0
-                ]
+                new = convert({nnx.Conv: jt.nnx.ACBlock}).layers[0]
             except ValueError as error:
                 assert argument in str(error) and argument in REFUSED | {"mask"}
                 continue
@@ -336,14 +339,14 @@ def test_nothing_of_a_convolution_is_lost_in_silence():
             if argument != "feature_group_count":
                 # Also where the convolution's author has said something else of it.
                 target = functools.partial(jt.nnx.ACBlock, conv=CONV)
-                new = jt.nnx.convert(model, {"0": target}, rngs=nnx.Rngs(1), init="fresh")[0]
+                new = convert({nnx.Conv: target}).layers[0]
                 kept = getattr(new.square.conv, argument)
                 assert kept == (value if argument != "conv_general_dilated" else kept)
             assert new(x.astype(jnp.float32)).shape == x.shape
     with pytest.raises(ValueError, match="preferred_element_type"):
-        model = nnx.List([CONV(4, 4, (3, 3), rngs=nnx.Rngs(0))])
-        model[0].preferred_element_type = jnp.float32
-        jt.nnx.convert(model, {"0": jt.nnx.WSConv}, rngs=nnx.Rngs(1), init="fresh")
+        model = nnx.Sequential(CONV(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+        model.layers[0].preferred_element_type = jnp.float32
+        jt.nnx.convert(model, {nnx.Conv: jt.nnx.WSConv}, rngs=nnx.Rngs(1), init="fresh")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +357,7 @@ def test_nothing_of_a_convolution_is_lost_in_silence():
     ],
 )
 def test_a_linear_layer_with_a_function_of_its_own_is_refused(hook):
-    model = nnx.List([nnx.Linear(4, 4, **hook, rngs=nnx.Rngs(0))])
+    model = nnx.Sequential(nnx.Linear(4, 4, **hook, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=f"it has a `{next(iter(hook))}` of its own"):
         jt.nnx.convert(model, {nnx.Linear: jt.nnx.LWSHead}, rngs=nnx.Rngs(0))
 
