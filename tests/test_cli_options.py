@@ -183,7 +183,7 @@ def test_mistakes_get_one_sentence_before_anything_is_read(capsys, monkeypatch, 
     assert all(word in text for word in words), text
 
 
-def test_words_of_tyro_still_work():
+def test_options_may_be_spelled_in_more_than_one_way():
     cfg = cli.parse(["train", "--learning_rate", "0.5", "--no-agc", "--echo-factor=auto", "--agc"])
     assert cfg.learning_rate == 0.5 and cfg.echo_factor == "auto" and cfg.tricks.on == ("agc",)
     cfg = cli.parse(["ablate", "--tricks", "agc", "echo", "--no-search", "--widths", "4", "8"])

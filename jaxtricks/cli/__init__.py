@@ -1,6 +1,6 @@
 """The command line: train | compare | lr-find | fuse | ablate | longtail-bench | plan | explain.
 
-`jaxtricks explain KEY` needs nothing but the core; the others need jaxtricks[lab], and say so.
+explain, --help and --version need nothing but the core; the others need jaxtricks[lab], and say so.
 """
 
 import os
@@ -66,9 +66,6 @@ def parse(args: Sequence[str]) -> Any:
 
 
 def _main(args: Sequence[str]) -> None:
-    if len(args) == 2 and args[0] == "explain" and not args[1].startswith("-"):
-        print(card(args[1]))
-        return
     from jaxtricks.cli import commands
 
     if not args or args[0] in ("-h", "--help"):

@@ -1,5 +1,6 @@
 """The `fuse` command: a run's model as plain convolutions, in files that need nothing of this library."""
 
+import dataclasses
 import functools
 import pathlib
 import statistics
@@ -61,7 +62,7 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
         raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
     out = cfg.out or str(made.path / "fused")
     can_begin(out)
-    data = train.load(settings)
+    data = train.load(dataclasses.replace(settings, resume=True, out=str(made.path)))
     # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.
     with only_writer(made.path):
         model = restored(settings, data, made.path, say)

@@ -20,14 +20,14 @@ _SESSION: dict[str, Any] = {
     "hardware": {"devices": list[str], "kind": str, "cores": int, "machine": str},
     "git": {"commit": str, "branch": str, "dirty": bool},
 }
-FRAME: dict[str, Any] = {"config": {}, "data": {}, "resumed": [{}]}
+FRAME: dict[str, Any] = {"config": {}, "data": {"left_out": list[str]}, "resumed": [{}]}
 """What every command's config.json has in common: name -> kind, as `misfit` takes it."""
 ABOUT: dict[str, Any] = _SESSION | {
     "config": Train,
     "data": {
         **dict.fromkeys(("name", "kind"), str),
         **dict.fromkeys(("train", "validation", "test"), int),
-        **dict.fromkeys(("classes", "notes"), list[str]),
+        **dict.fromkeys(("classes", "notes", "left_out"), list[str]),
         **dict.fromkeys(("counts", "shape"), list[int]),
     },
     "resumed": [_SESSION],

@@ -69,7 +69,7 @@ class RunDir:
             # Another process may have begun and ended in between.
             self.resumed = can_begin(path, resume=resume)
             if self.resumed:
-                before = self._before()
+                before = begun_with(self.path)
                 check_same(path, before, about)
                 self.note = _other_versions(path, before, about)
             else:
@@ -111,20 +111,26 @@ class RunDir:
         for name in (METRICS, TIMING):
             if (self.path / name).exists():
                 self.write_text(name, _lines_until(self.path / name, step))
-        before = self._before()
+        before = begun_with(self.path)
         before.setdefault("resumed", []).append({"step": step, **session})
         self.write(CONFIG, before)
 
-    def _before(self) -> dict[str, Any]:
-        path = self.path / CONFIG
-        try:
-            before = jsons.parse(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read ({error}): give another --out") from error
-        problem = recorded.misfit(before, recorded.FRAME)
-        if problem or before.get("config") is None:
-            raise UserError(f"{path} is of no run ({problem or 'no config'}): give another --out")
-        return {name: value for name, value in before.items() if value is not None}
+
+def begun_with(path: pathlib.Path) -> dict[str, Any]:
+    """What config.json says.
+
+    Raises:
+      UserError: it can't be read, or is of no run.
+    """
+    file = path / CONFIG
+    try:
+        before = jsons.parse(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read ({error}): give another --out") from error
+    problem = recorded.misfit(before, recorded.FRAME)
+    if problem or before.get("config") is None:
+        raise UserError(f"{file} is of no run ({problem or 'no config'}): give another --out")
+    return {name: value for name, value in before.items() if value is not None}
 
 
 def can_begin(path: str, *, resume: bool | None = None) -> bool:
@@ -184,7 +190,7 @@ def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         )
     old, new = _flat(before.get("data", {})), _flat(now.get("data", {}))
     for name in new:
-        if name != "notes" and old.get(name) != new[name]:
+        if name != "notes" and old.get(name, new[name]) != new[name]:
             raise UserError(
                 f"--resume: the data set has changed since {path} was begun ({name}: {old.get(name)} then, "
                 f"{new[name]} now): restore it or give another --out"

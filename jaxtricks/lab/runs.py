@@ -113,9 +113,9 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
-    # Not there, torn, or no JSON: all the same to a reader.
+    # Not there, torn, or no JSON: all the same to a reader. A pipe would be waited for.
     try:
-        value = jsons.parse(file.read_bytes())
+        value = jsons.parse(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError):
         return {}
     if not isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.interrupt import Interrupt, StopError
-from jaxtricks.lab.rundir import RESULT, RunDir
+from jaxtricks.lab.rundir import CONFIG, RESULT, RunDir
 from jaxtricks.lab.trainer import Trainer
 
 _SUMMARY = {
@@ -146,7 +147,17 @@ def load(cfg: Train) -> data_lib.Data:
             f"--data {cfg.source} is no text, and --model transformer reads nothing else: give a .txt "
             "file or topics, or use another model"
         )
-    return data_lib.load(cfg.source, imbalance=cfg.imbalance, **where(cfg))
+    return data_lib.load(
+        cfg.source, imbalance=cfg.imbalance, left_out=_left_out_before(cfg), **where(cfg)
+    )
+
+
+def _left_out_before(cfg: Train) -> list[str] | None:
+    """What the run that goes on has left out; None if there is none, or it says nothing of it."""
+    out = pathlib.Path(cfg.out)
+    if not (cfg.resume and cfg.skip_unreadable and (out / CONFIG).is_file()):
+        return None
+    return rundir.begun_with(out).get("data", {}).get("left_out")
 
 
 def refuse_text(name: str, root: str, why: str = "") -> None:

@@ -3,13 +3,14 @@
 import os
 import pathlib
 import re
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays, custom, files, lists, look, records, splits, text, zips
 from jaxtricks.lab.data.image import conform
-from jaxtricks.lab.data.source import Data, Example, Shape, Source, Stored
+from jaxtricks.lab.data.source import Data, Example, Shape, Source, Stored, UnreadableError
 
 KNOWN = (
     "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them, "
@@ -28,6 +29,7 @@ def load(
     size: int = 0,
     context: int = 128,
     skip_unreadable: bool = False,
+    left_out: Collection[str] | None = None,
 ) -> Data:
     """The data set called name, its training split made long-tailed.
 
@@ -46,6 +48,8 @@ def load(
       context: characters a window of text.
       skip_unreadable: leave out images that can't be read, after a look at all of them; later on, read
         another one of the class in place of one that breaks.
+      left_out: names of the images that are left out, where a run has found them before: one that has
+        broken since is skipped, so that the others stay where they are.
 
     Raises:
       UserError: nothing there, no images, a class without one, or one that can't be read; it names
@@ -59,8 +63,12 @@ def load(
     shares = {"validation": validation, "test": test, "seed": seed}
     index, split_notes = splits.assign(stored, **shares)  # before the look, which takes longer
     seen = look.look(stored, everything=skip_unreadable)
-    if skip_unreadable and seen.unreadable and seen.readable:
-        stored = leave_out(stored, seen)
+    broken = seen.unreadable
+    if left_out is not None:
+        before = set(left_out)
+        broken = {i: error for i, error in broken.items() if stored.names[i] in before}
+    if skip_unreadable and broken and seen.readable:
+        stored = leave_out(stored, broken)
         index, split_notes = splits.assign(stored, **shares)
     look.refuse_unreadable(seen._replace(unreadable={}) if skip_unreadable else seen)
     shape, notes = look.aim(seen, size, name)
@@ -69,7 +77,8 @@ def load(
         kept = splits.long_tail(stored.labels[train], len(stored.classes), imbalance, seed)
         index["train"] = train[kept]
     every = (*stored.notes, *split_notes, *notes)
-    return _data(stored, index, shape, every, skip_unreadable=skip_unreadable)
+    data = _data(stored, index, shape, every, skip_unreadable=skip_unreadable)
+    return data._replace(left_out=tuple(error.name for error in broken.values()))
 
 
 def is_text(name: str, root: str = "") -> bool:
@@ -110,10 +119,10 @@ def open_images(name: str, root: str = "", *, skip_unreadable: bool = False) -> 
     raise UserError(f"--data {name} {problem}: {KNOWN}")
 
 
-def leave_out(stored: Stored, seen: look.Look) -> Stored:
+def leave_out(stored: Stored, broken: Mapping[int, UnreadableError]) -> Stored:
     """Without the images that can't be read, which a note names."""
-    kept = stored.subset(np.setdiff1d(np.arange(len(stored.names)), list(seen.unreadable)))
-    named = files.listed(f"{e.name} ({e.reason})" for e in seen.unreadable.values())
+    kept = stored.subset(np.setdiff1d(np.arange(len(stored.names)), list(broken)))
+    named = files.listed(f"{e.name} ({e.reason})" for e in broken.values())
     notes = *stored.notes, f"left out, as they can't be read: {named}"
     have, left = np.unique(stored.labels), np.unique(kept.labels)
     if len(have) > len(left):

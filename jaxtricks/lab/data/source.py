@@ -140,6 +140,7 @@ class Data(NamedTuple):
       flip: whether a mirrored image keeps its class.
       counts: int [C] training examples of each class (occurrences of each character as a target).
       notes: sentences the person should be told.
+      left_out: names of the images that could not be read at the start.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Data(NamedTuple):
     flip: bool
     counts: np.ndarray
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 class Stored(NamedTuple):
