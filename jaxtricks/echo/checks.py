@@ -10,8 +10,8 @@ import numpy as np
 MOST_COPIES = 1000
 """The largest factor: the calendar of an element has a row for every copy."""
 
-MOST_READ = 2**62
-"""More elements than a stream ever reads."""
+MOST_READ = 2**63 - 1
+"""More elements than a stream ever reads; Grain's longest range, which the lab reads over, has as many."""
 
 _SHOWN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 
