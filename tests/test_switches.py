@@ -136,6 +136,11 @@ def test_modules_that_look_at_what_is_mutable():
         assert moved == train
 
 
+class Frozen(LinenBase):
+    def __call__(self, x, frozen=False):
+        return self.run(x, frozen)
+
+
 def test_a_flag_of_another_name():
     """`train_kwargs` says it; without it linen says that it is needed."""
     nnx_net = written("*, train=False", "train", NnxBase, "    pass")
@@ -151,7 +156,18 @@ def test_a_flag_of_another_name():
     for given in ({"is_test": False}, lambda train: {"is_test": not train}):
         obeys(nnx_case(Nnx(), train_kwargs=given))
         obeys(linen_case(Linen(), linen_variables(), train_kwargs=given))
-    apply, params, state = jt.linen.functional(Linen(), linen_variables())
+    linen = jt.linen.functional(Linen(), linen_variables())
+    for apply, params, state in (linen, jt.nnx.functional(Nnx())):
+        with pytest.raises(ValueError, match=r"`is_test` that looks like a flag.*`train_kwargs`"):
+            apply(params, state, X, train=False)
+        apply(params, state, X, train=False, is_test=True)
+    with pytest.raises(ValueError, match="`is_test`.*`example_kwargs`"):
+        jt.nnx.fuse(Nnx(), example=X)
+    model = Nnx()
+    NnxBase.run(model, X, False)
+    assert jt.nnx.fuse(model, example=X, example_kwargs={"is_test": True})[1].layers
+    # A name that says nothing: linen sees what is written.
+    apply, params, state = jt.linen.functional(Frozen(), linen_variables())
     with pytest.raises(ValueError, match=r"still updates 'batch_stats'.*train_kwargs"):
         apply(params, state, X, train=False)
     with pytest.raises(Exception, match=r"train_kwargs|rate"):

@@ -1,6 +1,7 @@
 """How a model is told to train or to evaluate: the arguments of its call, and attributes of its modules."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ FLAGS = {
     "inference": False,
 }
 """{name of a flag: its value in training}."""
+
+_LOOKS = re.compile(
+    r"(^|_)(train|training|test|testing|eval|evaluate|evaluation|infer|inference)(_|$)"
+)
 
 
 def mode_rule(
@@ -50,18 +55,25 @@ def mode_rule(
 def call_flags(
     kind: type, train: bool, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, bool]:
-    """The flags of a call that its arguments leave open, set for this mode."""
+    """The flags of a call that its arguments leave open, set for this mode.
+
+    Raises:
+      ValueError: an open argument that looks like a flag by a name that is not known.
+    """
     names = open_parameters(kind, inputs, kwargs)
-    return {
-        flag: value == train
-        for flag, value in FLAGS.items()
-        if flag in names and _is_switch(names[flag].default)
-    }
+    for name, parameter in names.items():
+        if name not in FLAGS and isinstance(parameter.default, bool) and _LOOKS.search(name):
+            raise ValueError(
+                f"the call of {kind.__name__} has an argument `{name}` that looks like a flag of training "
+                "but is not known: give it, in `example_kwargs` to fuse, or say in `train_kwargs` what it is"
+            )
+    return {flag: value == train for flag, value in FLAGS.items() if _is_switch(names.get(flag))}
 
 
 def has_flags(kind: type) -> bool:
     """Whether the call itself can be told to train."""
-    return bool(call_flags(kind, True, (), {}))
+    names = open_parameters(kind, (), {})
+    return any(_is_switch(names.get(flag)) for flag in FLAGS)
 
 
 def open_parameters(
@@ -85,5 +97,8 @@ def attribute_flags(attributes: Mapping[str, Any], train: bool) -> dict[str, boo
     }
 
 
-def _is_switch(default: Any) -> bool:
-    return default is inspect.Parameter.empty or default is None or isinstance(default, bool)
+def _is_switch(parameter: inspect.Parameter | None) -> bool:
+    if parameter is None:
+        return False
+    default = parameter.default
+    return default is parameter.empty or default is None or isinstance(default, bool)
