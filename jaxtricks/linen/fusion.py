@@ -15,7 +15,16 @@ from jaxtricks.linen.pure import evaluated, in_mode, layer_trains, original
 from jaxtricks.linen.twins import BLOCKS, KINDS, NORMS, twin
 from jaxtricks.nnx import fusion
 from jaxtricks.nnx.flags import call_flags
-from jaxtricks.nnx.probe import Probed, Watch, as_inputs, traced, whole_model, with_input
+from jaxtricks.nnx.probe import (
+    Probed,
+    Watch,
+    altered_reason,
+    as_inputs,
+    is_altered,
+    traced,
+    whole_model,
+    with_input,
+)
 from jaxtricks.nnx.surgery import below
 from jaxtricks.nnx.unit import Unit, count
 
@@ -81,8 +90,8 @@ def fuse(
     run = _Run(module, variables, inputs, flags)
     probed = Probed(run, inputs)
     convs, norms, unknown = _layers(run, variables)
-    units, kept = fusion.paired(convs, norms, probed.flow(), unknown)
-    values, dtypes = probed.values()
+    flow, (values, dtypes) = probed.flow(), probed.values()
+    units, kept = fusion.paired(convs, norms, flow, run.altered | unknown)
     units, plain, rows, kept = fusion.merged("linen.fuse", units, kept, where, values)
     fused, smaller = _exchanged(module, variables, units, plain, dtypes)
     call = functools.partial(fused.apply, smaller, **flags)
@@ -96,10 +105,21 @@ class _Run:
     def __init__(self, module: nn.Module, variables: Any, example: Any, kwargs: dict[str, Any]):
         self.module, self.variables = module, variables
         self.example, self.kwargs = example, kwargs
+        self.altered: dict[str, str] = {}  # as that of nnx.probe.Spied
 
     def __call__(self, watch: Watch, *inputs: Any) -> Any:
         """The module's output."""
-        return self.intercepted(functools.partial(_watched, watch), *inputs)
+        return self.intercepted(functools.partial(self._watched, watch), *inputs)
+
+    def _watched(self, watch: Watch, call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
+        path = layer_path(context.module)
+        stored = _at(self.variables, path)["params"].get("kernel")
+        if stored is not None:
+            used = nn.meta.unbox(context.module.get_variable("params", "kernel"))
+            if is_altered(stored, used):
+                self.altered[path] = altered_reason(path)
+        inputs, kwargs = with_input(lambda x: watch(x, "in", path), inputs, kwargs)
+        return watch(call(*inputs, **kwargs), "out", path)
 
     def intercepted(self, interceptor: Callable[..., Any], *inputs: Any) -> Any:
         """The output with an interceptor around every method."""
@@ -125,12 +145,6 @@ def _outermost(
         return interceptor(call, inputs, kwargs, context)
     finally:
         running.remove(path)
-
-
-def _watched(watch: Watch, call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
-    path = layer_path(context.module)
-    inputs, kwargs = with_input(lambda x: watch(x, "in", path), inputs, kwargs)
-    return watch(call(*inputs, **kwargs), "out", path)
 
 
 def _layers(run: _Run, variables: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

@@ -87,7 +87,7 @@ def fuse(
         probed = Probed(spied, example)
         flow, (inputs, dtypes) = probed.flow(), probed.values()
         _set_modes(convs | norms, spied.modes)
-        units, kept = paired(convs, norms, flow)
+        units, kept = paired(convs, norms, flow, spied.altered)
     units, plain, rows, kept = merged("nnx.fuse", units, kept, where, inputs)
     changes: dict[int, Any] = {id(one.conv): new for one, new in zip(units, plain, strict=True)}
     changes |= {id(one.norm): Folded(dtypes[one.norm_layer]) for one in units if one.norm_layer}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxtricks import _jaxpr, _tree, reparam
 from jaxtricks._types import Array
-from jaxtricks.nnx import flags, pure, surgery, unit
+from jaxtricks.nnx import _compat, flags, pure, surgery, unit
 from jaxtricks.nnx.unit import Unit
 from jaxtricks.remat import measure
 from jaxtricks.reparam import dataflow
@@ -85,11 +85,14 @@ class Spied:
     Attributes:
       modes: {path: whether the layer's statistics are the running ones} of all calls so far, for layers whose
         calls have a `use_running_average`; None where neither a call nor the layer says.
+      altered: {path: reason} of layers that are called with another kernel than the model holds, as far as
+        calls outside of jit and scan show it.
     """
 
     def __init__(self, model: nnx.Module, watched: Iterable[str], kwargs: Mapping[str, Any]):
         model, paths = nnx.clone(model), frozenset(watched)
         self.modes: dict[str, set[bool | None]] = {}
+        self.altered: dict[str, str] = {}
         self._watch: Watch = _unchanged
         for path, module in surgery.modules(model):
             if path in paths:
@@ -105,8 +108,11 @@ class Spied:
         # A subclass, so that code that asks for a layer's type or reads its variables goes on to work.
         base: Any = type(module)
         signature = inspect.signature(base.__call__)
+        stored = _compat.read(getattr(module, "kernel", None))
 
         def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if stored is not None and is_altered(stored, layer.kernel[...]):
+                self.altered[path] = altered_reason(path)
             if "use_running_average" in signature.parameters:
                 given = signature.bind(layer, *args, **kwargs).arguments.get("use_running_average")
                 own = getattr(layer, "use_running_average", None)
@@ -115,6 +121,17 @@ class Spied:
             return self._watch(base.__call__(layer, *args, **kwargs), "out", path)
 
         object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": call}))
+
+
+def is_altered(stored: Any, used: Any) -> bool:
+    """Whether a layer's kernel is another one than it is stored with; not known of tracers."""
+    known = not isinstance(used, jax.core.Tracer)
+    return known and used is not stored and not np.array_equal(stored, used)
+
+
+def altered_reason(path: str) -> str:
+    """Why a layer with an altered kernel is kept."""
+    return f"{path!r} is called with another kernel than the model holds (WeightNorm, SpectralNorm)"
 
 
 def with_input(
