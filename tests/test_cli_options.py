@@ -59,7 +59,7 @@ def outcome(args, capsys):
 
 @pytest.mark.parametrize("name", list(commands.COMMANDS))
 def test_any_value_of_any_option_is_settings_or_a_sentence(name, monkeypatch, capsys, tmp_path):
-    """Every option of every command with every value: 12,000 command lines."""
+    """Every option of every command with every value, in both forms."""
     ran = []
     monkeypatch.setattr(commands, "run", lambda cfg, command: ran.append(cfg))
     monkeypatch.chdir(tmp_path)
@@ -295,5 +295,8 @@ def test_what_needs_no_data_is_said_before_it_is_read(capsys, monkeypatch, tmp_p
         assert "--root DIR" in fails(
             capsys, command, "--data", text, "--out", str(tmp_path / "run")
         )
+    for args in (("train",), ("lr-find",), ("plan", "--budget", "0.5")):
+        said = fails(capsys, *args, "--mesh", "data=16", "--out", str(tmp_path / "run"))
+        assert "--mesh data=16" in said
     assert "wandb" in fails(capsys, "train", "--wandb", "x", "--out", str(tmp_path / "run"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -13,6 +13,7 @@ from jaxtricks import cyclical
 from jaxtricks.lab import about, loop, planning, train
 from jaxtricks.lab.config import LrFind
 from jaxtricks.lab.feed import Feed
+from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 PICTURE = "lr_range.png"
@@ -35,6 +36,7 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     # One update a rate: a sweep has no use for averages over updates.
     cfg = dataclasses.replace(cfg, ema=0.0, accumulate=1)
     can_begin(cfg.out)
+    Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = train.load(cfg)
     # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
     program, _ = planning.prepare(cfg, data, rate=1.0)

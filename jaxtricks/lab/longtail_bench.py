@@ -59,15 +59,21 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
     train.refuse_text(cfg.data, cfg.root)
     data, trainers = _load(cfg, 0), {}
     with RunDir(cfg.out, about.of_run(cfg, command)) as folder:
-        for seed in range(cfg.seeds):
-            data = _load(cfg, seed) if seed else data
-            for name, figures in of_seed(cfg, names, data, seed, trainers):
-                rows.append({"method": name, "seed": seed, **figures})
-                say(f"seed {seed} {name:<18} {100 * figures['balanced_accuracy']:.1f} %")
-                folder.write("results.json", rows)  # what is done is kept
-        report.write(folder, rows, data, cfg, command)
+        try:
+            for seed in range(cfg.seeds):
+                data = _load(cfg, seed) if seed else data
+                for name, figures in of_seed(cfg, names, data, seed, trainers):
+                    rows.append({"method": name, "seed": seed, **figures})
+                    say(f"seed {seed} {name:<18} {100 * figures['balanced_accuracy']:.1f} %")
+                    folder.write("results.json", rows)  # what is done is kept
+        except KeyboardInterrupt:
+            say(f"stopped: the report has what is done, {folder.path / report.REPORT}")
+            raise
+        finally:
+            if rows:
+                report.write(folder, rows, data, cfg, command)
     say(str(report.table(rows)))
-    say(f"report: {folder.path / 'report.md'}")
+    say(f"report: {folder.path / report.REPORT}")
     return rows
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from jaxtricks import _table
-from jaxtricks.lab import report, spread
+from jaxtricks.lab import spread
 from jaxtricks.lab.longtail_config import LongtailBench
+from jaxtricks.lab.report import REPORT, counted, hardware
 from jaxtricks.lab.rundir import RunDir
 
 BASE = "cross_entropy"
@@ -54,12 +55,12 @@ def write(
         f"{len(data.test)} to test on, {height} x {width}; ResNet of {layers} layers, widths "
         f"{cfg.widths}; {cfg.steps} steps of {cfg.batch}, SGD with Nesterov momentum 0.9, rate "
         f"{cfg.rate} for all methods, weight decay 5e-4, cosine. Many, medium and few are thirds of the "
-        f"classes. {report.counted(cfg.seeds, 'seed')}: mean +- sample standard deviation. Changes are those "
+        f"classes. {counted(cfg.seeds, 'seed')}: mean +- sample standard deviation. Changes are those "
         "from cross entropy, paired by seed, mean +- standard error.",
         table(rows).markdown(),
-        f"{report.hardware()}.",
+        f"{hardware()}.",
     ]
-    folder.write_text(report.REPORT, "\n\n".join(line for line in lines if line) + "\n")
+    folder.write_text(REPORT, "\n\n".join(line for line in lines if line) + "\n")
 
 
 def _spread(values: list[float]) -> str:

@@ -23,6 +23,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.interrupt import Interrupt, StopError
+from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.rundir import CONFIG, RESULT, RunDir
 from jaxtricks.lab.trainer import Trainer
 
@@ -70,6 +71,7 @@ def _run(
 ) -> dict[str, Any] | None:
     # Of the first host, which writes: said before anything is read or computed.
     together.on_first(lambda: _check_outputs(cfg))
+    Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = load(cfg)
     # A mistake here must leave no directory behind.
     prepared = planning.prepare(cfg, data)
