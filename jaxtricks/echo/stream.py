@@ -252,7 +252,7 @@ class Stream:
             raise checks.damaged("schedule", made)
         if made != self._name:
             raise ValueError(
-                f"echo: the state was made by ({made}), this is ({self._name}): "
+                f"echo: the state was made by ({repr(made)[1:-1]:.200}), this is ({self._name}): "
                 "use the same factor, schedule and distance"
             )
         for name in ("source", "first", "copies", *self._position(), "elements", "schedule"):
