@@ -59,7 +59,7 @@ def functional(
       >>> sorted(params), sorted(state["batch_stats"])
       (['bias', 'scale'], ['mean', 'var'])
     """
-    told = _Told(module, train_kwargs)
+    call = _Call(module, train_kwargs)
     state = {name: _plain(tree) for name, tree in variables.items() if name != "params"}
 
     def apply(
@@ -72,9 +72,9 @@ def functional(
         **kwargs: Any,
     ) -> tuple[Any, State]:
         rngs = None if key is None else _rngs(pure.checked_key(key))
-        given = {"params": params, **state}
+        variables = {"params": params, **state}
         try:
-            y, updated = told(pure.static_train(train), given, inputs, kwargs, rngs)
+            y, updated = call(pure.static_train(train), variables, inputs, kwargs, rngs)
         except flax.errors.InvalidRngError as error:
             raise ValueError(
                 "linen.functional: this call draws random numbers and needs `key`: pass "
@@ -85,17 +85,17 @@ def functional(
     return apply, _plain(variables.get("params", {})), state
 
 
-class _Told:
-    """Calls of a module that is told to train or to evaluate."""
+class _Call:
+    """The call of a module, which is told to train or to evaluate."""
 
     def __init__(self, module: nn.Module, train_kwargs: flags.TrainKwargs):
         kind = type(original(module))
         self.kwargs = flags.mode_rule("linen.functional", kind, train_kwargs)
         self.modules = {train: in_mode(module, train) for train in (True, False)}
-        self.decides = train_kwargs is None
-        # Then only the collections that are mutable can tell it. What is fused has nothing to be told.
-        self.deaf = (
-            self.decides
+        self.finds_flags = train_kwargs is None
+        # Then only the collections that are mutable can tell it. What is fused need not be told.
+        self.has_none = (
+            self.finds_flags
             and not isinstance(module, Fused)
             and self.modules[True] is self.modules[False]
             and not flags.has_flags(kind)
@@ -118,12 +118,12 @@ class _Told:
             out = run([name for name in variables if name != "params"])
         else:
             out, written = evaluated(run, variables)
-            if self.decides and STATISTICS in written:
+            if self.finds_flags and STATISTICS in written:
                 raise ValueError(
                     f"linen.functional: with train=False the call still updates {STATISTICS!r}, so it "
                     "trains: pass `train_kwargs`, which says by what arguments the module evaluates"
                 )
-        if self.deaf:
+        if self.has_none:
             _check_modes(train, modes)
         return out
 

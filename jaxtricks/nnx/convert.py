@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtricks import weightstd
 from jaxtricks._types import Array
 from jaxtricks.nnx import _compat, overrides, surgery
-from jaxtricks.nnx.behind import SETTINGS, Behind
+from jaxtricks.nnx.norm_settings import NAMES, NormSettings
 from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.heads import DisAlignHead, LWSHead
@@ -90,12 +90,12 @@ def convert(
     """
     if init not in ("preserve", "fresh"):
         raise ValueError(f"nnx.convert: `init` is {init!r}; use 'preserve' or 'fresh'")
-    behind = Behind(model, example, example_kwargs)
+    norms = NormSettings(model, example, example_kwargs)
     model = nnx.clone(model)
     evaluates = _evaluates(model)
     changes = {}
     for path, layer, target in _decided(model, rules):
-        settings = functools.partial(behind.settings, path)
+        settings = functools.partial(norms.of, path)
         try:
             new = _made(layer, target, rngs, settings, keep=init == "preserve")
         except (ValueError, TypeError) as error:
@@ -275,7 +275,7 @@ def _factories(
         own.pop("conv_general_dilated", None)  # their author has chosen another convolution
     conv = _with_settings(bound.get("conv", nnx.Conv), own)
     norm = bound.get("norm", names["norm"].default)
-    missing = _missing(norm, SETTINGS)
+    missing = _missing(norm, NAMES)
     behind = settings(arguments["out_features"], missing)
     return {"conv": conv, "norm": _with_settings(norm, behind)}
 

@@ -41,7 +41,8 @@ def functional(
         has the same structure; variables that a call creates (sown intermediates) are not in it.
 
     Raises:
-      ValueError: (from apply) random numbers without `key`, or a tree of another structure.
+      ValueError: (from apply) random numbers without `key`, a tree of another structure, or an argument of
+        the call that looks like a flag (`is_test`) of which neither `train_kwargs` nor the caller speaks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,9 +205,9 @@ def static_train(train: Any) -> bool:
 
 
 def checked_key(key: Any) -> Key:
-    """`key`, or an error if it is no typed PRNG key."""
+    """`key`, or an error if it is not a typed PRNG key."""
     if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        raise ValueError("functional: `key` is no typed PRNG key; make it with jax.random.key")
+        raise ValueError("functional: `key` is not a typed PRNG key; make it with jax.random.key")
     return key
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtricks.nnx import fusion
 from jaxtricks.nnx.probe import Probed, Spied, evaluation_kwargs
 
-SETTINGS = (
+NAMES = (
     "momentum",
     "epsilon",
     "axis_name",
@@ -19,7 +19,7 @@ SETTINGS = (
 )
 
 
-class Behind:
+class NormSettings:
     """Finds the settings of the normalization that a convolution of a model feeds.
 
     Args:
@@ -36,7 +36,7 @@ class Behind:
             spied = Spied(model, (*self._convs, *self._norms), kwargs)
             self._fed = Probed(spied, example).flow().read_by
 
-    def settings(self, path: str, features: int, names: Iterable[str]) -> dict[str, Any]:
+    def of(self, path: str, features: int, names: Iterable[str]) -> dict[str, Any]:
         """{name: value} of the normalization; empty if the model has none, or none with a name.
 
         Of several that may be it, all must agree: those that the trace shows; else those beside the
