@@ -13,11 +13,11 @@ from flax import nnx
 from jaxtricks import weightstd
 from jaxtricks._types import Array
 from jaxtricks.nnx import _compat, overrides, surgery
-from jaxtricks.nnx.norm_settings import NAMES, NormSettings
 from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.heads import DisAlignHead, LWSHead
 from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks.nnx.norm_settings import NAMES, NormSettings
 from jaxtricks.nnx.parts import effective_kernel, unpacked
 from jaxtricks.nnx.plain import largest_conv
 
