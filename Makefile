@@ -7,6 +7,7 @@ ifndef PYTHON
 PYTHON := $(call newest,$(foreach v,3.14 3.13 3.12,python$(v) $(wildcard $(PYENV)/$(v).*/bin/python)) python3)
 endif
 VENV ?= .venv
+, := ,
 BIN := $(VENV)/bin
 # jax 0.10.2 is the last for Python 3.11.
 ifndef CONSTRAINTS
@@ -22,14 +23,24 @@ GPU_VENV ?= $(VENV)-gpu
 
 .PHONY: demo test test-all test-colab test-py311 has-py311 test-next multihost gpu-check check format bench claims clean
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+define install
 	@if [ -z '$(PYTHON)' ]; then echo 'no Python 3.11 or newer here: set PYTHON=/path/to/python'; exit 1; fi
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[lab,test]'
+	@echo 'installing jax and what goes with it into $(VENV): about 1 GB, a few minutes'
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(1)]'
 	touch $@
+endef
 
-demo: $(VENV)/.installed
-	$(BIN)/jaxtricks ablate --no-search
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(call install,lab$(,)test)
+
+# Without the developer's tools, unless they are there already.
+$(VENV)/.runs: pyproject.toml $(CONSTRAINTS)
+	$(call install,lab)
+
+# Another `make demo` goes on where the last one was stopped.
+demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.runs)
+	$(BIN)/jaxtricks ablate --no-search --resume
 
 # Twice, for speed: see XLA_FLAGS in tests/conftest.py.
 STOCK_TESTS = $(shell grep -l mark.stock tests/test_*.py)

@@ -38,7 +38,14 @@ class ApplyFn(Protocol):
     """The functional form of a model, whatever framework it was written in."""
 
     def __call__(
-        self, params: Params, state: State, *inputs: Any, train: bool, key: Key | None = None
+        self,
+        params: Params,
+        state: State,
+        /,
+        *inputs: Any,
+        train: bool,
+        key: Key | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, State]:
         """Return the output and the new state; `key` may be None only if no RNG is used."""
         ...

@@ -166,13 +166,41 @@ def test_what_is_left_alone(x64):
 
     w32, x32 = W.astype(jnp.float32), X.astype(jnp.float32)
     assert kept(lambda w, x: x @ w, W.astype(jnp.float64), X.astype(jnp.float64)) == {"float64"}
-    assert kept(lambda w, x: jnp.dot(x, w, precision="highest"), w32, x32) == {"float32"}
+    highest = ("highest", "high", ("default", "highest"), lax.DotAlgorithmPreset.F32_F32_F32)
+    for precision in highest:
+        assert kept(lambda w, x, p=precision: jnp.dot(x, w, precision=p), w32, x32) == {"float32"}
     assert kept(lambda w, x: jnp.vdot(x[0], w[0]), w32, x32) == {"float32"}
     assert kept(lambda w, x: jnp.einsum("bi,bi->b", x, x), w32, x32) == {"float32"}
     assert kept(lambda w, x: amp.full_precision(lambda a, b: a @ b)(x, w), w32, x32) == {"float32"}
     assert kept(
         lambda w, x: jnp.linalg.solve(w + 5 * jnp.eye(16, dtype=jnp.float32), x.T), w32, x32
     ) <= {"float32"}
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16", ("default", "fastest")],
+)
+def test_a_product_of_the_lowest_precision_is_one_without_it(precision):
+    image, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((2, 2, 2, 3))
+    layout = ("NHWC", "HWIO", "NHWC")
+    for fn, args in (
+        (lambda x, w: jnp.dot(x, w, precision=precision), (X, W)),
+        (lambda x, w: jnp.einsum("bi,io->bo", x, w, precision=precision), (X, W)),
+        (lambda x, w: lax.ragged_dot(x, w[None], jnp.array([8]), precision=precision), (X[:8], W)),
+        (
+            lambda x, k: lax.conv_general_dilated(
+                x, k, (1, 1), "SAME", dimension_numbers=layout, precision=precision
+            ),
+            (image, kernel),
+        ),
+    ):
+        cast, plain = amp.autocast(fn), jax.jit(fn)
+        found = [d for e, d in operands(cast, *args) if e.primitive.name in amp.rules.PRODUCTS]
+        assert found == [{"bfloat16"}]
+        np.testing.assert_allclose(jax.jit(cast)(*args), plain(*args), rtol=0.03, atol=0.03)
+        census = amp.explain(fn, *args)
+        assert (census.low, census.full) == (1, 0)
 
 
 @pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
@@ -249,6 +277,94 @@ def test_rules_of_the_caller():
         amp.autocast(fn, rules={"tanh": "full"})
     with pytest.raises(ValueError, match="cannot reclass 'scan'"):
         amp.autocast(fn, rules={"scan": "deny"})
+    # what holds a function made for float32 cannot follow low operands
+    largest = amp.autocast(into("max"), rules={"scatter-max": "follow"})
+    np.testing.assert_allclose(jax.jit(largest)(X, W), into("max")(X, W), rtol=0.02, atol=0.02)
+
+
+def into(name, low="updates"):
+    """Rows of a product, put at indices of another array by .at[].max and the like."""
+
+    def fn(x, w):
+        rows = jnp.arange(x.shape[0]) // 2
+        low_rows, full_rows = jnp.tanh(0.1 * (x @ w)), jnp.cos(x)
+        operand, updates = (full_rows, low_rows) if low == "updates" else (low_rows, full_rows)
+        place = operand.at[rows]
+        return place.apply(jnp.sin) if name == "apply" else getattr(place, name)(updates)
+
+    return fn
+
+
+SCATTERS = {f"at.{name}, {low}": into(name, low)
+            for name in ("set", "add", "multiply", "min", "max", "apply")
+            for low in ("updates", "operand")}  # fmt: skip
+SEGMENTS = {
+    name: lambda x, w, name=name: getattr(jax.ops, name)(x @ w, jnp.arange(x.shape[0]) % 3, 4)[:3]
+    for name in ("segment_sum", "segment_max", "segment_min", "segment_prod")
+}
+REDUCERS = {
+    "reduce": lambda x, w: lax.reduce(x @ w, -jnp.inf, lax.max, (0,)),
+    "reduce of two": lambda x, w: lax.reduce(
+        (x @ w, x), (0.0, 0.0), lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (0,)
+    ),
+    "reduce_window": lambda x, w: lax.reduce_window(
+        x @ w, 0.0, lambda a, b: a + 0.5 * b, (2, 2), (1, 1), "SAME"
+    ),
+    "sort of two": lambda x, w: lax.sort((x @ w, x), num_keys=1),
+    "sort by another": lambda x, w: lax.sort((x, x @ w), num_keys=1),
+    "cummax": lambda x, w: lax.cummax(x @ w),
+    # Their derivatives ask which operand the result equals, after XLA has dropped some roundings.
+    "largest, in float32": lambda x, w: jnp.exp(jnp.max(jnp.tanh(x @ w), 1)),
+    "larger, in float32": lambda x, w: jnp.exp(jnp.maximum(jnp.cos(x), jnp.tanh(0.1 * (x @ w)))),
+    "segment_max, in float32": lambda x, w: jax.ops.segment_max(
+        jnp.tanh(x @ w), jnp.arange(x.shape[0]) // 2, x.shape[0] // 2
+    ),
+    "cumsum": lambda x, w: jnp.cumsum(x @ w, 0),
+    "associative_scan": lambda x, w: lax.associative_scan(jnp.maximum, x @ w),
+    "map": lambda x, w: lax.map(lambda row: row * 2, x @ w),
+    "clamp": lambda x, w: lax.clamp(jnp.sin(x) - 1, x @ w, jnp.sin(x) + 1),
+    "select": lambda x, w: jnp.where(x > 0, x @ w, jnp.exp(x)),
+    "dynamic_update_slice": lambda x, w: lax.dynamic_update_slice(jnp.exp(x), (x @ w)[:2], (1, 0)),
+    "pad": lambda x, w: lax.pad(x @ w, x[0, 0], [(1, 0, 1), (0, 2, 0)]),
+}
+TIED = SCATTERS | SEGMENTS | REDUCERS
+
+
+@pytest.mark.parametrize("how", ["value", "grad", "jvp", "vmap"])
+@pytest.mark.parametrize("name", TIED)
+def test_what_ties_the_dtypes_of_its_operands_gives_what_it_gave(name, how):
+    fn, x, w = TIED[name], X[:6], W
+
+    def loss(fn):
+        def total(x, w):
+            return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(fn(x, w)))
+
+        return total
+
+    def transformed(fn):
+        return {
+            "value": fn,
+            "grad": jax.grad(loss(fn), (0, 1)),
+            "jvp": lambda x, w: jax.jvp(fn, (x, w), (jnp.cos(x), jnp.cos(w))),
+            "vmap": jax.vmap(fn, in_axes=(None, 0)),
+        }[how]
+
+    if how == "vmap":
+        w = jnp.stack([w, -w])
+    try:
+        want = jax.jit(transformed(fn))(x, w)
+    except (NotImplementedError, ValueError):  # jax does not differentiate these
+        functions = ("reduce", "at.multiply", "at.apply", "segment_prod")
+        assert name.startswith(functions) and how in ("grad", "jvp")
+        return
+    inside = jax.jit(transformed(amp.autocast(fn)))(x, w)
+    outside = jax.jit(amp.autocast(transformed(fn)))(x, w)
+    for got in (inside, outside):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            scale = jnp.abs(b).max()
+            # where two elements are nearly equal, rounding chooses the other one
+            assert jnp.median(jnp.abs(a - b)) <= 0.02 * scale
+            assert a.dtype == b.dtype
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def png(width, height, *chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+def tiff(tags, body):
+    """A gray TIFF of 8 x 8 pixels, deflated, with more tags; `body` begins at 8."""
+    tags = {0x100: 8, 0x101: 8, 0x102: 8, 0x103: 8, 0x106: 1, 0x115: 1, **tags}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory
+
+
 def sound():
     """Entries of `zipped` that are images."""
     raw = png(8, 8, (b"IDAT", zlib.compress(bytes(72))))
@@ -99,7 +107,12 @@ def bombs():
     idat = zeros(4 * GIB, 15)
     text = b"Comment\0\0" + idat
     profile = b"icc\0\0" + idat
+    strip = zlib.compress(bytes(72))
     pictures = {
+        "a/tile.tif": tiff({0x142: 60_000, 0x143: 60_000, 0x144: 8, 0x145: len(idat)}, idat),
+        "a/strip.tif": tiff({0x111: 8, 0x116: 8, 0x117: len(idat)}, idat),
+        "b/rows.tif": tiff({0x111: 8, 0x116: 2**31, 0x117: len(idat)}, idat),
+        "b/sound.tif": tiff({0x111: 8, 0x116: 8, 0x117: len(strip)}, strip),
         "a/huge.png": png(60_000, 60_000, (b"IDAT", idat)),
         "b/small.png": png(8, 8, (b"IDAT", idat)),
         "b/text.png": png(8, 8, (b"zTXt", text), (b"IDAT", zlib.compress(bytes(72)))),

@@ -11,7 +11,7 @@ from PIL import Image
 
 import jaxtricks as jt
 from jaxtricks import cli
-from jaxtricks.lab import loop, plan
+from jaxtricks.lab import find_lr, loop, plan
 
 HEADS = (
     "What.",
@@ -76,7 +76,7 @@ def test_explain_prints_the_card(capsys):
     ("args", "words"),
     [
         (("nonsense",), ("'nonsense'", "train")),
-        (("train", "--nonsense"), ("'--nonsense'", "longtail")),
+        (("train", "--nonsense"), ("'--nonsense'", "--help")),
         (("explain", "nonsense"), ("'nonsense'", "longtail")),
         (("ablate", "--tricks", "agc", "nonsense"), ("'nonsense'", "longtail")),
         (("train", "--imbalance", "0"), ("--imbalance", "at least 1")),
@@ -99,7 +99,7 @@ def test_explain_prints_the_card(capsys):
         (("train", "--model", "repvgg", "--reparam"), ("--reparam", "already", "drop it")),
         (("train", "--model", "transformer", "--heads", "3"), ("128", "3 --heads", "multiple")),
         (("train", "--model", "transformer", "--data", "digits"), ("digits", "topics")),
-        (("train", "--data", "topics"), ("--model resnet", "topics", "images")),
+        (("train", "--data", "topics"), ("--model resnet", "topics", "transformer")),
         (("lr-find", "--lo", "1", "--hi", "0.1"), ("--lo 1", "0 < lo < hi")),
         (("lr-find", "--rates", "1"), ("--rates", "at least 2")),
         (("compare",), ("compare", "run directories")),
@@ -228,10 +228,42 @@ def test_lr_find_suggests_and_draws(capsys, tmp_path):
         "3",
     ]
     cli.main([*args, "--out", str(out), "--agc", "--memopt"])
-    assert "suggested --learning-rate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "suggested --learning-rate" in said and "at or below" in said
+    assert "above the suggestion" not in (out / "report.md").read_text()
     found = json.loads((out / "range.json").read_text())
     assert 1e-4 < found["suggestion"] < 3 and len(found["lrs"]) == len(found["losses"]) <= 30
     assert (out / "lr_range.png").stat().st_size > 5_000 and (out / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("smoothed", "suggestion", "words"),
+    [
+        (
+            [2, 1, 0.5, 0.7, 3],
+            1e-3,
+            "at or below the suggestion: the smoothed loss was lowest at 0.01, and",
+        ),
+        (
+            [2, 1, 0.5, 0.4, 0.3],
+            1e-3,
+            "at or below the suggestion: the loss still fell at 1, so a sweep",
+        ),
+        (
+            [2, 1, 0.5, 0.7, 3],
+            0.1,
+            "the peak of a schedule below 0.01, where the smoothed loss was lowest.",
+        ),
+        ([2, 3, np.nan, 3, 3], np.nan, "Nothing is known"),
+        ([np.nan, 1, 0.5, np.nan, np.nan], 1e-3, "lowest at 0.01"),
+    ],
+)
+def test_advice_is_of_the_case_at_hand(smoothed, suggestion, words):
+    lrs = np.array([1e-4, 1e-3, 1e-2, 0.1, 1.0])
+    curve = np.array(smoothed)
+    found = jt.cyclical.RangeTest(lrs=lrs, losses=curve, smoothed=curve, suggestion=suggestion)
+    assert words in find_lr.advice(found)
+    assert find_lr.advice(found) in find_lr.markdown(found, "digits", "")
 
 
 def test_a_directory_that_cannot_be_written(capsys):

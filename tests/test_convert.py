@@ -1,6 +1,8 @@
 """nnx.convert: layers of existing models exchanged, the function kept, and back again by fuse."""
 
 import functools
+import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import jaxtricks as jt
 from jaxtricks import _tree, weightstd
 from tests import strangers
 from tests.strangers import trained
+from tests.test_fuse_layers import REFUSED, VALUES, own_promotion
 
 # The default initializer takes seconds to compile, for each shape.
 CONV = functools.partial(nnx.Conv, kernel_init=nnx.initializers.uniform(0.2))
@@ -226,3 +229,145 @@ def test_an_optimizer_of_the_plain_model_says_rebuild_it():
         grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 4, 4, 4)))))(new)
         with pytest.raises(ValueError, match="rebuild"):
             optimizer.update(new, grads)
+
+
+# ---- a block's own normalizations are made like the one behind the convolution
+
+EVERY_BLOCK = {
+    **BLOCKS,
+    "MobileOneBlock": functools.partial(jt.nnx.MobileOneBlock, num_branches=2),
+    "DilatedReparamBlock": functools.partial(
+        jt.nnx.DilatedReparamBlock, kernel_sizes=(2, 1), dilates=(1, 1), feature_group_count=1
+    ),
+}
+NORMS = {"nnx": nnx.BatchNorm, "ours": jt.nnx.ExtendedBatchNorm}
+
+
+class Pair(nnx.Module):
+    """Convolutions and normalizations whose order as attributes says nothing."""
+
+    def __init__(self, first, second, between=lambda x: x):
+        self.conv1, self.conv2 = (CONV(4, 4, (3, 3), rngs=nnx.Rngs(i)) for i in range(2))
+        self.norm2, self.norm1 = second, first
+        self.between = between
+
+    def __call__(self, x, *, train):
+        mode = {"use_running_average": not train}
+        x = self.norm1(self.between(self.conv1(x)), **mode)
+        return self.norm2(self.conv2(x), **mode)
+
+
+def norms(model):
+    return [m for _, m in nnx.iter_graph(model) if isinstance(m, tuple(NORMS.values()))]
+
+
+def seen(model, *names):
+    return {tuple(getattr(norm, name) for name in names) for norm in norms(model)}
+
+
+@pytest.mark.parametrize("mode", ["branches", "online"])
+@pytest.mark.parametrize("block", sorted(EVERY_BLOCK))
+def test_blocks_take_the_settings_of_the_normalization_behind(block, mode):
+    """All blocks, both modes, both kinds of normalization behind and inside, with and without an example."""
+    rng = np.random.default_rng(0)
+    for behind, inside, example in itertools.product(NORMS, NORMS, (None, image(1, 6, 6, 4))):
+        momentum, epsilon = map(float, rng.uniform(0.1, 0.9, 2))
+        how = dict(momentum=momentum, epsilon=epsilon, param_dtype=jnp.bfloat16)
+        pair = Pair(*(NORMS[behind](4, **how, rngs=nnx.Rngs(0)) for _ in range(2)))
+        target = functools.partial(EVERY_BLOCK[block], conv=CONV, norm=NORMS[inside], mode=mode)
+        convert = functools.partial(
+            jt.nnx.convert, pair, rngs=nnx.Rngs(1), init="fresh", example=example
+        )
+        new = convert({"conv1": target}).conv1
+        assert seen(new, *how) == {(momentum, epsilon, jnp.bfloat16)} and norms(new)
+        # What is bound wins, alone or in part.
+        bound = functools.partial(target, norm=functools.partial(NORMS[inside], momentum=0.25))
+        assert seen(convert({nnx.Conv: bound}).conv2, *how) == {(0.25, epsilon, jnp.bfloat16)}
+
+
+def test_which_normalization_is_behind():
+    x = image(1, 6, 6, 4)
+    make = lambda momentum, features=4: nnx.BatchNorm(features, momentum=momentum, rngs=nnx.Rngs(0))
+    momenta = lambda model: {norm.momentum for norm in norms(model)}
+    convert = functools.partial(jt.nnx.convert, rngs=nnx.Rngs(1), init="fresh")
+    pair = Pair(make(0.7), make(0.8))
+    # Two that differ, in any order: the trace knows, and nothing is guessed without it.
+    new = convert(pair, {nnx.Conv: AC}, example=x)
+    assert (momenta(new.conv1), momenta(new.conv2)) == ({0.7}, {0.8})
+    words = r"'conv1'.*`momentum` 0.[78] and 0.[78]: give `example`.*functools\.partial"
+    with pytest.raises(ValueError, match=words):
+        convert(pair, {nnx.Conv: AC})
+    norm = functools.partial(nnx.BatchNorm, momentum=0.6)
+    assert momenta(convert(pair, {nnx.Conv: functools.partial(AC, norm=norm)}).conv1) == {0.6}
+    # An activation between hides it from the trace; all that lie beside the convolution agree.
+    hidden = Pair(make(0.7), make(0.7), nnx.relu)
+    assert momenta(convert(hidden, {"conv1": AC}, example=x).conv1) == {0.7}
+    # Those beside it and of its width go before others; without any, all of the model.
+    plain = lambda: CONV(4, 4, (3, 3), rngs=nnx.Rngs(0))
+    both = Outer(nnx.Sequential(plain(), make(0.3), make(0.4, 5)), make(0.5))
+    new = convert(both, {r"near/layers/0": AC})
+    assert momenta(new.near.layers[0]) == {0.3}
+    alone = Outer(nnx.Sequential(plain()), make(0.5))
+    assert momenta(convert(alone, {r"near/layers/0": AC}).near) == {0.5}
+    # A model without normalizations: the block's defaults.
+    assert momenta(convert(nnx.Sequential(plain()), {nnx.Conv: AC})) == {0.99}
+
+
+class Outer(nnx.Module):
+    def __init__(self, near, far):
+        self.near, self.far = near, far
+
+
+def test_nothing_of_a_convolution_is_lost_in_silence():
+    """Every argument of nnx.Conv: the block's convolutions have it, or the layer is refused by name."""
+    x = image(1, 6, 6, 4)
+    handed = {"in_features", "out_features", "kernel_size", "rngs", "self"}
+    handed |= {"kernel_init", "bias_init", "kernel_metadata", "bias_metadata"}  # of the start alone
+    handed |= {"strides", "padding", "kernel_dilation", "use_bias"}  # of the block; see above
+    for argument in set(inspect.signature(nnx.Conv.__init__).parameters) - handed:
+        for value in VALUES[argument]:
+            value = jnp.ones((3, 3, 4, 4)) if argument == "mask" else value
+            model = nnx.Sequential(CONV(4, 4, (3, 3), **{argument: value}, rngs=nnx.Rngs(0)))
+            convert = functools.partial(jt.nnx.convert, model, rngs=nnx.Rngs(1), init="fresh")
+            try:
+                new = convert({nnx.Conv: jt.nnx.ACBlock}).layers[0]
+            except ValueError as error:
+                assert argument in str(error) and argument in REFUSED | {"mask"}
+                continue
+            assert argument not in REFUSED | {"mask"}
+            assert getattr(new.square.conv, argument) == value
+            if argument != "feature_group_count":
+                # Also where the convolution's author has said something else of it.
+                target = functools.partial(jt.nnx.ACBlock, conv=CONV)
+                new = convert({nnx.Conv: target}).layers[0]
+                kept = getattr(new.square.conv, argument)
+                assert kept == (value if argument != "conv_general_dilated" else kept)
+            assert new(x.astype(jnp.float32)).shape == x.shape
+    with pytest.raises(ValueError, match="preferred_element_type"):
+        model = nnx.Sequential(CONV(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+        model.layers[0].preferred_element_type = jnp.float32
+        jt.nnx.convert(model, {nnx.Conv: jt.nnx.WSConv}, rngs=nnx.Rngs(1), init="fresh")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        {"dot_general": lambda *a, **k: 2 * jax.lax.dot_general(*a, **k)},
+        {"promote_dtype": own_promotion},
+    ],
+)
+def test_a_linear_layer_with_a_function_of_its_own_is_refused(hook):
+    model = nnx.Sequential(nnx.Linear(4, 4, **hook, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=f"it has a `{next(iter(hook))}` of its own"):
+        jt.nnx.convert(model, {nnx.Linear: jt.nnx.LWSHead}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.slow
+def test_a_short_run_with_the_statistics_of_the_model():
+    """The running statistics of a converted model keep up with a run as short as those of the plain one."""
+    x = 2 + 3 * image(64, 6, 6, 4)
+    make = lambda: nnx.BatchNorm(4, momentum=0.8, rngs=nnx.Rngs(0))
+    new = jt.nnx.convert(Pair(make(), make()), {nnx.Conv: AC}, rngs=nnx.Rngs(1))
+    for _ in range(40):
+        y = new(x, train=True)
+    np.testing.assert_allclose(new(x, train=False), y, atol=0.02)

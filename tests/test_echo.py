@@ -27,7 +27,7 @@ def origins(n, factor, **kwargs):
 def waiting(iterator):
     """Ordinals of the elements that a stream keeps."""
     stream = iterator._stream
-    return sorted({i for outputs in (*stream._due.values(), stream._now) for i, _, _ in outputs})
+    return sorted({i for outputs in (*stream._due.values(), stream._ready) for i, _, _ in outputs})
 
 
 def gaps(out):
@@ -357,8 +357,10 @@ def test_a_state_of_another_schedule_or_a_shorter_source_is_refused():
     for other in ({"distance": 7}, {"schedule": "adjacent"}):
         with pytest.raises(ValueError, match="factor 5/2, distance 6"):
             iter(echo.echo(range(50), 2.5, **other)).set_state(state)
-    with pytest.raises(ValueError, match="same elements"):
+    with pytest.raises(ValueError, match="made over 50 elements, this source has 3"):
         iter(echo.echo(range(3), 2.5, distance=6)).set_state(state)
+    with pytest.raises(ValueError, match="same elements"):
+        iter(echo.echo(generator(3), 2.5, distance=6)).set_state(state)
 
 
 def test_each_iteration_starts_again():

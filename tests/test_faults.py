@@ -6,7 +6,8 @@ checkpoint truncated, bit-flipped       test_checkpoint (every file of one); tes
 file of a run torn or damaged           test_fuzz_runs
 NaN batch, diverged run                 here; test_memopt (an optimizer's state)
 loss overflow bursts under float16      here; test_amp_training (the loss that is reached)
-image damaged in mid-run                here; test_lab_data (every kind of pipeline)
+image damaged in mid-run                here; test_lab_data (every kind of pipeline), test_lab_folders
+two processes in one run directory      here; test_rundir
 worker process killed                   test_echo_workers
 disk full while saving, while logging   here; test_checkpoint (its writer alone)
 run directory that can't be written     here; test_resume (one that can't be made)
@@ -36,7 +37,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from jaxtricks import amp, cli
-from jaxtricks.lab import compose, data, feed, loop, planning, rundir, train, trainer
+from jaxtricks.lab import (
+    compose,
+    data,
+    feed,
+    loop,
+    planning,
+    run_report,
+    rundir,
+    runs,
+    train,
+    trainer,
+)
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.data import look
@@ -247,7 +259,7 @@ def test_killed_at_any_moment_nothing_before_the_newest_checkpoint_is_lost(
 def test_killed_while_it_wrote_its_first_file_a_run_begins_anew(tmp_path):
     (tmp_path / f".{rundir.CONFIG}.partial").write_text('{"con')
     assert not rundir.RunDir(str(tmp_path), {"config": {}}, resume=True).resumed
-    assert [p.name for p in tmp_path.iterdir()] == [rundir.CONFIG]
+    assert {p.name for p in tmp_path.iterdir()} == {rundir.CONFIG, rundir.LOCK}
 
 
 # NaN.
@@ -504,6 +516,54 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_mended_run_goes_on(
     assert_goes_on_to(cfg.out, out)
 
 
+@pytest.mark.parametrize("readers", [False, pytest.param(True, marks=SLOW)])
+def test_images_that_break_in_mid_run_are_skipped_on_request(
+    monkeypatch, capsys, images, tmp_path, readers
+):
+    """Stopped and resumed, with the broken images found by the look this time, it is the same run."""
+    if readers:
+        monkeypatch.setattr(feed, "_SMALL", 0)
+    (images / "a/broken.jpg").write_bytes(b"from the start")
+    cfg = dataclasses.replace(
+        RUN,
+        data=str(images),
+        batch=4,
+        save_every=3,
+        skip_unreadable=True,
+        out=str(tmp_path / "whole"),
+    )
+    good = {path: path.read_bytes() for path in images.rglob("?.jpg")}
+
+    def damage():
+        for path, raw in good.items():
+            path.write_bytes(raw[: len(raw) // 2])
+
+    def mend():
+        for path, raw in good.items():
+            path.write_bytes(raw)
+
+    with monkeypatch.context() as patch:
+        followed(patch, train, "load", damage)
+        result = train.run(cfg)
+    mend()
+    said = capsys.readouterr().out
+    assert "can't be read any more" in said and "another image of its class is used" in said
+    assert 0 < result["skipped_records"] <= len(good)
+    report = run_report.markdown(*runs.read(cfg.out)[1:], ())
+    assert f"{result['skipped_records']} images broke while the run read them" in report
+    stopped = dataclasses.replace(cfg, out=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        followed(patch, train, "load", damage)
+        before_step(patch, 11, terminate)
+        assert train.run(stopped) is None
+    # They are still broken: found by the look, and not left out, which would move all the others.
+    assert train.run(dataclasses.replace(stopped, resume=True)) is not None
+    assert log_of(stopped.out) == log_of(cfg.out)
+    assert result_of(stopped.out) == result_of(cfg.out)
+    left_out = json.loads((tmp_path / "stopped/config.json").read_text())["data"]["left_out"]
+    assert left_out == ["a/broken.jpg"]
+
+
 # Disks.
 
 FULL = """
@@ -630,6 +690,64 @@ def test_a_disk_that_is_mounted_read_only(whole, tmp_path):
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith(f"jaxtricks: can't write {out} (Read-only file system): ")
     assert sorted(p for p in (tmp_path / "disk").rglob("*")) == before
+
+
+@SLOW
+@pytest.mark.parametrize("kilobytes", [90, 160, 220])
+def test_a_disk_that_is_full_is_one_sentence_and_nothing_of_asyncio(tmp_path, kilobytes):
+    """A small disk of its own; Orbax writes in threads, whose errors asyncio would print too."""
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    (tmp_path / "disk").mkdir()
+    flags = "--echo --widths 8 --steps 24 --batch 16 --save-every 2 --log-every 4 --out"
+    line = f"{sys.executable} -m jaxtricks.cli train {flags} {tmp_path}/disk/run"
+    mount = f"mount -t tmpfs -o size={kilobytes}k none {tmp_path}/disk"
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", f"{mount} && {line}"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("jaxtricks: can't write ") and done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+# Two processes.
+
+
+def test_a_second_process_is_refused_and_spoils_nothing(whole, cfg):
+    """While one trains, a second --resume, a fresh run and `fuse` are refused, each by a sentence."""
+    said = {}
+
+    def others():
+        for words in (["train", "--resume"], ["train"], ["fuse", cfg.out]):
+            more = [] if words[0] == "fuse" else [*flags_of(cfg), "--out", cfg.out]
+            done = subprocess.run(
+                [sys.executable, "-m", "jaxtricks.cli", *words, *more],
+                capture_output=True, text=True, timeout=600, check=False,
+            )  # fmt: skip
+            said[" ".join(words[:2])] = done.returncode, done.stderr
+
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 12, others)
+        train.run(cfg)
+    assert log_of(cfg.out) == log_of(whole) and result_of(cfg.out) == result_of(whole)
+    assert len(said) == 3
+    for code, text in said.values():
+        assert code == 2 and text.count("\n") == 1, text
+        assert f"is being written by process {os.getpid()} on" in text or "already holds" in text
+
+
+def flags_of(cfg):
+    """The command line of RUN."""
+    options = {"widths": 4, "steps": 24, "batch": 16, "ema": 0.9, "log_every": 4, "eval_every": 8}
+    options |= {"save_every": 5, "keep": 2}
+    return [
+        "--echo",
+        *(w for k, v in options.items() for w in ("--" + k.replace("_", "-"), str(v))),
+    ]
 
 
 # SIGTERM.

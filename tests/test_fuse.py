@@ -1,6 +1,7 @@
 """nnx.fuse: plain convolutions in place of blocks, standardized kernels and normalizations."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,8 @@ def test_sixteen_bits(dtype):
     model = trained(Chain(block, nnx.relu, conv(dtype=dtype), norm()), x)
     plain, report = jt.nnx.fuse(model, example=x)
     assert plain.layers[0].dtype == dtype
+    if "preferred_element_type" in inspect.signature(nnx.Conv.__init__).parameters:
+        assert plain.layers[0](x).dtype == block(x).dtype == jnp.float32
     assert report.model.max_error <= report.model.bound < 10
 
 

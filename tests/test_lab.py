@@ -25,10 +25,11 @@ from jaxtricks.lab import (
     rundir,
     train,
 )
-from jaxtricks.lab.config import Train, Tricks, UserError
+from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
+from tests import mangle
 from tests.test_cli import make_images
 
 TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2)
@@ -301,7 +302,7 @@ def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
         "best",
     ]
     fields = {"key", "metric", "std", "n", "step_ms", "temp_bytes", "state_bytes", "reads", "note"}
-    fields |= {"tricks", "validation"}
+    fields |= {"tricks", "validation", "by_seed"}
     assert set(rows[0]) == fields and rows[0]["n"] == 2
     by_key = {r["key"]: r for r in rows}
     assert by_key["memopt"]["state_bytes"] < 0.8 * by_key["baseline"]["state_bytes"]
@@ -310,7 +311,94 @@ def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
     assert "jaxtricks ablate --tricks memopt remat" in text and "ablation.png" in text
     assert f"jax {jax.__version__}" in text
     assert (out / "ablation.png").stat().st_size > 10_000
-    assert "what changed here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "what changed here" in said
+    # Without a terminal a line is printed for each row, as it is finished.
+    lines = said.splitlines()[:6]
+    assert [line.split(" ", 1)[0] for line in lines] == [f"{i}/6" for i in range(1, 7)]
+    assert all(row["key"] in line for row, line in zip(rows[:-1], lines, strict=True))
+
+
+SMALL = ["--seeds", "2", "--steps", "2", "--widths", "4", "--batch", "16", "--no-search"]
+
+
+def test_an_ablation_that_is_stopped_reports_its_rows_and_goes_on(tmp_path, monkeypatch, capsys):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    args = ["ablate", "--tricks", "agc", "memopt", *SMALL, "--out"]
+    trained, stops, original = [], [], ablate.train_row
+
+    def train_row(key, *args):
+        if key in stops:
+            raise KeyboardInterrupt
+        trained.append(key)
+        return original(key, *args)
+
+    monkeypatch.setattr(ablate, "train_row", train_row)
+    order = ["baseline", "agc", "memopt", "all", "all - agc", "all - memopt"]
+    for count in (0, 2, 5):
+        stops[:] = order[count : count + 1]
+        with pytest.raises(SystemExit) as error:
+            cli.main([*args, str(out), "--resume"])
+        said = capsys.readouterr().out
+        assert error.value.code == 130
+        rows = f"{count} rows" if count != 1 else "1 row"
+        assert f"stopped after {rows}: go on with --resume" in said and "report.md" in said
+        text = (out / "report.md").read_text()
+        assert "Not finished" in text and rows in text and "ablation.png" not in text
+        assert all(f"| {key} |" in text.replace("  ", "") for key in order[:count])
+        assert trained == order[:count]
+    stops.clear()
+    cli.main([*args, str(out), "--resume"])
+    assert trained == order  # each of them once
+    assert "Not finished" not in (out / "report.md").read_text()
+    cli.main([*args, str(whole)])
+    wanted, have = (json.loads((x / "results.json").read_text()) for x in (whole, out))
+    measured = ("key", "tricks", "metric", "std", "by_seed", "temp_bytes", "state_bytes", "reads")
+    for a, b in zip(wanted, have, strict=True):
+        assert [a[name] for name in measured] == [b[name] for name in measured]
+        assert b["step_ms"] > 0
+    with pytest.raises(SystemExit):
+        cli.main([*args, str(out)])
+    assert "go on with --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*args, str(out), "--resume", "--steps", "3"])
+    assert "was begun with --steps 2, not --steps 3" in capsys.readouterr().err
+
+
+def test_rows_that_are_damaged_are_trained_again(tmp_path):
+    cfg = Ablate(tricks=("agc",), seeds=2, out=str(tmp_path / "run"))
+    row = {
+        "key": "agc", "tricks": ["agc"], "metric": 0.5, "std": 0.1, "n": 2, "validation": 0.5,
+        "by_seed": {"test": [0.5, 0.5], "validation": [0.5, 0.5]}, "temp_bytes": 1,
+        "state_bytes": 1, "reads": 2.0,
+    }  # fmt: skip
+    about = {"config": {}}
+    rundir.RunDir(cfg.out, about)
+    folder = rundir.RunDir(cfg.out, about, resume=True)
+    path = tmp_path / "run/results.json"
+    assert ablate.finished(cfg, folder) == {}
+    path.write_text(json.dumps([row]))
+    assert ablate.finished(cfg, folder) == {"agc": row}
+
+    def check(raw):
+        path.write_bytes(raw)
+        for key, found in ablate.finished(cfg, folder).items():
+            assert key == found["key"] == "agc" and found["tricks"] == ["agc"]
+            assert found.keys() == row.keys() and len(found["by_seed"]["validation"]) == 2
+            json.dumps(report.table([{**found, "step_ms": 1.0, "note": ""}]).rows)
+
+    mangle.search(check, 150, raw=mangle.damaged_json([row]))
+
+
+def test_one_seed_has_no_spread(tmp_path, capsys):
+    out = tmp_path / "run"
+    args = ["ablate", "--tricks", "agc", "memopt", *SMALL[2:-1], "--seeds", "1"]
+    cli.main([*args, "--out", str(out)])
+    text = (out / "report.md").read_text()
+    assert "1 seed." in text and "1 seeds" not in text and "+- -" in text and "+- 0.0" not in text
+    table = capsys.readouterr().out.split("tricks ")[1].split("\n\n")[0]
+    rows = [line.split() for line in table.splitlines() if line.startswith(("agc", "base"))]
+    assert [row[2] for row in rows] == ["-", "-"]
 
 
 def test_an_ablation_that_ends_early_keeps_its_rows(tmp_path, monkeypatch):

@@ -407,11 +407,6 @@ def test_only_twenty_are_named(tmp_path):
     assert note.count("bad") == 20 and note.endswith("and 5 more")
 
 
-def test_a_class_of_unreadable_files_is_named(tmp_path):
-    root = write(tmp_path, classes() | {"ant/0.png": b"", "ant/1.png": b""})
-    refused(root, "'ant'", "no training image", skip_unreadable=True)
-
-
 def test_large_sets_are_sampled_unless_files_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(look, "ALL_UP_TO", 10)
     monkeypatch.setattr(look, "SAMPLE", 4)

@@ -162,3 +162,14 @@ def test_training_mode_and_untouched_statistics_are_refused():
         jt.linen.fuse(Fixed(True), variables, example=x)
     with pytest.raises(ValueError, match="'BatchNorm_0' is in training mode"):
         jt.linen.fuse(Fixed(False), variables, example=x)
+
+
+def test_a_block_in_sixteen_bits_gives_what_it_gave():
+    """Its normalizations give float32, and so does the convolution that stands for it."""
+    conv = functools.partial(nn.Conv, dtype=jnp.bfloat16)
+    block, x = jt.linen.ACBlock(None, 4, (3, 3), conv=conv), image(2, 6, 6, 3).astype(jnp.bfloat16)
+    variables = trained(block, x, use_running_average=False)
+    fused, small, _ = jt.linen.fuse(block, variables, example=x)
+    y, z = block.apply(variables, x, use_running_average=True), fused.apply(small, x)
+    assert y.dtype == z.dtype == jnp.float32
+    np.testing.assert_allclose(z, y, atol=0.1)

@@ -55,6 +55,8 @@ def test_differences_are_paired_by_seed():
     lines = longtail_report.table(rows).rows
     assert lines[0][:2] == ("cross_entropy", 3) and lines[0][-2:] == ("-", "-")
     assert lines[1][2] == "40.0 +- 20.0" and lines[1][-2] == "+10.0 +- 0.0"
+    lines = longtail_report.table([row for row in rows if row["seed"] == 0]).rows
+    assert lines[0][2] == "10.0 +- -" and lines[1][-2] == "+10.0 +- -"
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,21 @@ def test_differences_are_paired_by_seed():
 def test_mistakes_are_named(args, word):
     with pytest.raises(UserError, match=word):
         cli.parse(["longtail-bench", *args])
+
+
+def test_one_that_is_stopped_reports_what_is_done(tmp_path, monkeypatch, capsys):
+    def of_seed(cfg, names, data, seed, trainers):
+        figures = dict.fromkeys(("balanced_accuracy", "many", "medium", "few", "ece"), 0.25)
+        yield "cross_entropy", figures
+        if seed:
+            raise KeyboardInterrupt
+        yield "vs", figures
+
+    monkeypatch.setattr(longtail_bench, "of_seed", of_seed)
+    args = ["longtail-bench", "--methods", "vs", "--seeds", "2", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 130 and "stopped: the report has" in capsys.readouterr().out
+    text = (tmp_path / "run/report.md").read_text()
+    assert "25.0 +- 0.0" in text and "25.0 +- -" in text and "+0.0 +- -" in text
+    assert "{'" not in text and "-0.0" not in text

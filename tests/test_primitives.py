@@ -589,6 +589,53 @@ def test_low_operands(fn):
     np.testing.assert_allclose(amp.autocast(program)(VECTOR), program(VECTOR), rtol=0.02, atol=0.02)
 
 
+def lowered(eqn, which):
+    """A function that binds an equation on operands of which some come out of a product."""
+
+    def product(x):
+        return (x.reshape(-1, 1) @ np.ones((1, 1), np.float32)).reshape(x.shape)
+
+    def fn(*operands):
+        full = [x.dtype == np.float32 for x in operands]
+        places = [i for i, is_full in enumerate(full) if is_full]
+        low = {"all": places, "the first": places[:1], "all but the first": places[1:]}[which]
+        mixed = [product(x) if i in low else x for i, x in enumerate(operands)]
+        return _jaxpr.bind(eqn, mixed)
+
+    return fn
+
+
+def ways(eqn):
+    """Which of the float32 operands to lower: every choice that differs. Of one, only for a function."""
+    count = sum(getattr(v.aval, "dtype", None) == np.float32 for v in eqn.invars)
+    holds = any(True for _ in _jaxpr.sub_jaxprs(eqn))
+    return ("all", "the first", "all but the first")[: 3 if count > 1 else count * holds]
+
+
+def test_what_ties_the_dtypes_of_its_operands_compiles_under_autocast(census):
+    """What holds a function, or has several operands, is rewritten as a whole or not at all."""
+    kinds = {}
+    for eqns in census.values():
+        for name, eqn in eqns.items():
+            functions = sum(1 for _ in _jaxpr.sub_jaxprs(eqn))
+            kinds.setdefault((name, len(eqn.invars), functions), eqn)
+    broken, tried = {}, 0
+    for (name, *_), eqn in kinds.items():
+        for which in ways(eqn):
+            fn, shapes = lowered(eqn, which), [v.aval for v in eqn.invars]
+            try:
+                jax.jit(fn).lower(*shapes)
+            except Exception:  # a collective outside of its mesh, a callback that is gone
+                continue
+            tried += 1
+            try:
+                jax.jit(amp.autocast(fn)).lower(*shapes)
+            except Exception as error:
+                broken[f"{name}, {which}"] = str(error).splitlines()[0]
+    assert not broken
+    assert tried > 150
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_a_name_has_one_dtype(on):
     def fn(x):

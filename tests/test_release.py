@@ -62,7 +62,7 @@ def test_installing_it_here_moves_nothing(wheel):
 
 BLOCKED = """
 import sys
-for name in ("tyro", "grain", "rich", "matplotlib", "orbax", "sklearn"):
+for name in ("grain", "rich", "matplotlib", "orbax", "sklearn"):
     sys.modules[name] = None  # an import of it fails
 from jaxtricks import cli
 cli.main(sys.argv[1:])
@@ -72,7 +72,9 @@ cli.main(sys.argv[1:])
 def test_the_core_explains_and_names_the_extra():
     card = run(sys.executable, "-c", BLOCKED, "explain", "agc").stdout
     assert card.startswith("Adaptive gradient clipping")
-    for args in (("train",), ("ablate", "--seeds", "1"), ("--help",)):
+    assert "longtail-bench" in run(sys.executable, "-c", BLOCKED, "--help").stdout
+    assert "--learning-rate" in run(sys.executable, "-c", BLOCKED, "train", "--help").stdout
+    for args in (("train",), ("ablate", "--seeds", "1")):
         said = run(sys.executable, "-c", BLOCKED, *args, code=2).stderr
         assert "pip install 'jaxtricks[lab]'" in said and said.count("\n") == 1
 

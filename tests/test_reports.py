@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -93,7 +94,7 @@ def test_reading_and_comparing_import_no_jax(tmp_path):
 def test_a_whole_run_is_read(tmp_path):
     run = run_report.read(make_run(tmp_path / "run", Train(tricks=Tricks.of("echo", "agc"))))
     assert [row["step"] for row in run.rows] == list(STEPS) and run.done == 40 and run.finished
-    assert run.step_ms == pytest.approx(100) and run.examples_per_s == 64  # compilation left out
+    assert run.step_ms == pytest.approx(100) and run.examples_per_s == 640  # compilation left out
     assert run.tricks == ("echo", "agc") and not run.is_text
     assert run.newest("val_loss") == 0.5 and run.newest("nothing") is None
 
@@ -121,6 +122,14 @@ def test_a_bare_run_is_read_and_told(tmp_path):
     assert "Not finished" in text and "None" not in text
     assert "None" not in compare.for_terminal([run, run])
     assert plot.compare(compare.points([run])).axes
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
+    for name in ("config.json", "result.json", "metrics.jsonl", "timing.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is no run"):
+        run_report.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "config.json", "missing"])

@@ -17,9 +17,8 @@ import pytest
 from PIL import Image
 
 from jaxtricks.lab import run_report, rundir, runs, train
-from jaxtricks.lab.config import Text, Train, Tricks, UserError
+from jaxtricks.lab.config import Text, Train, Tricks
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.rundir import RunDir
 from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
@@ -253,58 +252,3 @@ def test_ten_random_kills_of_a_zip_of_jpegs(tmp_path):
         interrupt_process(out, choose.randint(0, 49), signal.SIGKILL, *args)
         run_process(out, "--resume", *args)
         assert log_of(out) == log_of(tmp_path / "whole"), i
-
-
-# The run directory alone.
-
-ABOUT = {
-    "config": {"steps": 30, "tricks": {"agc": True}, "widths": [4, 8], "out": "a", "keep": 1},
-    "data": {"train": 10, "counts": [5, 5], "notes": ["a"]},
-}
-
-
-def changed(section, **values):
-    return {**ABOUT, section: {**ABOUT[section], **values}}
-
-
-@pytest.mark.parametrize(
-    ("about", "words"),
-    [
-        (changed("config", steps=31), "was begun with --steps 30, not --steps 31"),
-        (changed("config", tricks={"agc": False}), "was begun with --agc, not --no-agc"),
-        (changed("config", widths=[4]), "was begun with --widths 4 8, not --widths 4"),
-        (changed("data", train=11), "the data set has changed since"),
-        (changed("data", counts=[6, 4]), "counts: [5, 5] then, [6, 4] now"),
-    ],
-)
-def test_another_config_is_refused_with_the_first_difference(tmp_path, about, words):
-    RunDir(str(tmp_path / "run"), ABOUT)
-    before = (tmp_path / "run" / rundir.CONFIG).read_bytes()
-    with pytest.raises(UserError) as error:
-        RunDir(str(tmp_path / "run"), about, resume=True)
-    assert words in str(error.value) and "another --out" in str(error.value)
-    assert (tmp_path / "run" / rundir.CONFIG).read_bytes() == before
-
-
-def test_what_changes_no_number_may_change(tmp_path):
-    RunDir(str(tmp_path / "run"), ABOUT)
-    assert RunDir(str(tmp_path / "run"), changed("config", keep=5, out="b"), resume=True).resumed
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("{", "can't be read"), ("[]", "is of no run"), (None, "holds no run")]
-)
-def test_a_folder_without_a_run_is_refused(tmp_path, text, words):
-    (tmp_path / "notes.txt").write_text("mine")
-    if text is not None:
-        (tmp_path / rundir.CONFIG).write_text(text)
-    with pytest.raises(UserError, match=words):
-        RunDir(str(tmp_path), ABOUT, resume=True)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_a_directory_that_cannot_be_written():
-    with pytest.raises(
-        UserError, match=r"can't write /proc/nothing/run \(.*\): free space or give"
-    ):
-        RunDir("/proc/nothing/run", ABOUT)

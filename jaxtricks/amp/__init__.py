@@ -62,7 +62,7 @@ What else a step changes is kept on a skipped one by
 `select_tree(applied(opt_state, new_opt_state), new_statistics, statistics)`; `check(opt_state)` raises on
 the host after more than max_consecutive (50) skips in a row.
 Not rewritten: Pallas kernels, FFI calls and callbacks (counted by `explain`), float64, what is 16-bit
-already, products with an explicit `precision=`, inner products, what jax.custom_batching.custom_vmap
+already, products with a `precision=` above DEFAULT, inner products, what jax.custom_batching.custom_vmap
 wraps. Refs are refused.
 
 Differences from the paper and from optax/flax. flax casts by layer (`dtype=`), jmp by argument: both

@@ -31,7 +31,7 @@ def autocast(
     fn is traced at every call, and its float32 operations are rewritten by the table in `amp.rules`:
     products in the compute dtype; sums, exponentials, logarithms, powers and linear algebra in float32;
     the rest where their operands are. Parameters stay float32 and so do their gradients. Other dtypes
-    (float64, integers, what is already 16-bit), products with an explicit `precision=`, inner products
+    (float64, integers, what is already 16-bit), products with a `precision=` above DEFAULT, inner products
     and kernels that cannot be looked into are left as they are: `amp.explain` lists them. It goes
     inside or outside of grad, jit, vmap, shard_map and jax.checkpoint.
 

@@ -42,6 +42,13 @@ class Emitter:
         # values are not kept: each use rounds anew (XLA merges the casts), and the cotangents of a
         # weight's uses add in float32.
         raised: dict[Any, Any] = {}
+        compared = {
+            v
+            for eqn, decision in zip(jaxpr.eqns, analysis.decisions, strict=True)
+            if _compares(eqn, decision)
+            for v in eqn.invars
+            if not _jaxpr.is_literal(v)
+        }
 
         def read(v: Any, state: State) -> Any:
             if _jaxpr.is_literal(v):
@@ -52,7 +59,7 @@ class Emitter:
             if state == LOW or x.dtype == _FULL:
                 return self.cast(x, state)
             if v not in raised:
-                raised[v] = self.cast(x, FULL)
+                raised[v] = self._rounded(x) if v in compared else self.cast(x, FULL)
             return raised[v]
 
         for eqn, decision in zip(jaxpr.eqns, analysis.decisions, strict=True):
@@ -92,8 +99,8 @@ class Emitter:
             return [read(eqn.invars[0], None)]  # to float32 again, or to low and already there
         if decision.kind == table.FOLLOW and decision.run == LOW:
             operands = [self._spread(eqn, v, read) for v in eqn.invars]
-        elif decision.kind == table.EXACT:
-            operands = [self._rounded(v, read) for v in eqn.invars]
+        elif _compares(eqn, decision):
+            operands = [read(v, FULL) for v in eqn.invars]
         else:
             operands = [read(v, decision.run) for v in eqn.invars]
         if _compat.primitive(eqn) == "broadcast_in_dim" and decision.run == LOW:
@@ -116,13 +123,14 @@ class Emitter:
         axes = range(len(shape) - v.aval.ndim, len(shape))
         return self.cast(lax.broadcast_in_dim(read(v, FULL), shape, tuple(axes)), LOW)
 
-    def _rounded(self, v: Any, read: Callable[[Any, State], Any]) -> Any:
-        """An operand of a comparison. XLA may drop a rounding that float32 follows, on one side only:
-        then the largest value of an array would equal none of its elements."""
-        x = read(v, FULL)
-        if not is_full(v) or _jaxpr.is_literal(v) or read(v, None).dtype == _FULL:
-            return x
+    def _rounded(self, x: Any) -> Any:
+        """A low value in float32, where something compares it.
+
+        XLA may drop a rounding that float32 follows, on one side only: then the largest value of an array
+        would equal none of its elements.
+        """
         bits = jnp.finfo(self.low)
+        x = self.cast(x, FULL)
         return lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
     def _with_bodies(self, eqn: Any, decision: Decision, read: Callable[..., Any]) -> list[Any]:
@@ -142,6 +150,12 @@ class Emitter:
         # Its body can be traced only inside it, where its axes are bound.
         run = lambda *args: self.run(body, (), args)  # noqa: E731
         return jax.shard_map(run, **_compat.shard_map_arguments(eqn))(*operands)
+
+
+def _compares(eqn: Any, decision: Decision) -> bool:
+    """Whether it compares its operands, or its derivative will."""
+    chooses = decision.run == FULL and _compat.primitive(eqn) in table.CHOICES
+    return chooses or decision.kind == table.EXACT
 
 
 def _checkpoint(eqn: Any, body: Any, operands: Sequence[Any]) -> list[Any]:

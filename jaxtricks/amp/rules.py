@@ -5,8 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxtricks import _compat
+from jaxtricks import _compat, _jaxpr
 
 MATMUL, DENY, LOCAL, WIDE = "matmul", "deny", "local", "wide"
 FOLLOW, LAYOUT, EXACT, OPAQUE = "follow", "layout", "exact", "opaque"
@@ -16,11 +17,12 @@ TABLE = {
     # Operands in the compute dtype, and so is the result; the hardware accumulates in float32.
     MATMUL: "dot_general conv_general_dilated ragged_dot ragged_dot_general",
     # Operands in float32; the result stays in float32 and draws its partners up to it. (Between the two
-    # halves of a collective is a future, which nothing can cast.)
+    # halves of a collective is a future, which nothing can cast. The result of scatter-max is compared
+    # with its operands, see CHOICES: rounded, it would equal none in float32.)
     DENY: """
         exp exp2 expm1 log log1p log2 pow rsqrt tan asin acos atan sinh cosh asinh acosh atanh erf_inv
         reduce reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window
-        scatter-add scatter-sub scatter-mul reduce_scatter_start reduce_scatter_done
+        scatter-add scatter-sub scatter-mul scatter-max scatter-min reduce_scatter_start reduce_scatter_done
         lgamma digamma polygamma zeta igamma igammac igamma_grad_a regularized_incomplete_beta
         bessel_i0e bessel_i1e random_gamma random_gamma_grad
         cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 householder_product ormqr eig
@@ -45,8 +47,8 @@ TABLE = {
         floor ceil round clamp select_n add_any""",
     # Data movement: the dtype passes through.
     LAYOUT: """
-        reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice scatter scatter-max
-        scatter-min concatenate pad rev squeeze expand_dims copy stop_gradient cummax cummin split
+        reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice scatter concatenate
+        pad rev squeeze expand_dims copy stop_gradient cummax cummin split
         stack unstack name sharding_constraint reshard mesh_cast layout_constraint all_to_all
         ragged_all_to_all ppermute pmax pmin optimization_barrier device_put argmax argmin empty empty2
         dce_sink stage""",
@@ -67,6 +69,12 @@ TABLE = {
 # float16 overflows at 65504, the square of 256.
 FLOAT16_DENY = frozenset({"integer_pow", "square"})
 CONVERT = "convert_element_type"
+
+# The derivative asks which operand the result equals.
+CHOICES = frozenset({"max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min"})
+
+# What asks for the lowest precision that there is, as a product without `precision=` does.
+_LOWEST = (None, lax.Precision.DEFAULT, lax.DotAlgorithmPreset.DEFAULT)
 
 PRODUCTS = frozenset(TABLE[MATMUL].split())
 _CLASS = {name: kind for kind, names in TABLE.items() for name in names.split()}
@@ -102,9 +110,11 @@ def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
 def classify(eqn: Any, low: np.dtype, rules: Mapping[str, str]) -> tuple[str, str]:
     """(class of an equation, the exception that was made: "" if none)."""
     name = _compat.primitive(eqn)
+    kind = rules.get(name) or _CLASS.get(name, OPAQUE)
+    if kind in (LAYOUT, FOLLOW) and any(True for _ in _jaxpr.sub_jaxprs(eqn)):
+        return DENY, "its function is for operands in float32"
     if name in rules:
-        return rules[name], "rules="
-    kind = _CLASS.get(name, OPAQUE)
+        return kind, "rules="
     if kind == MATMUL:
         why = _no_matmul(eqn, low)
         return (DENY, why) if why else (kind, "")
@@ -118,8 +128,10 @@ def classify(eqn: Any, low: np.dtype, rules: Mapping[str, str]) -> tuple[str, st
 
 
 def _no_matmul(eqn: Any, low: np.dtype) -> str:
-    if eqn.params.get("precision") is not None:
-        return f"precision={_precision(eqn.params['precision'])}"
+    precision = eqn.params.get("precision")
+    pair = precision if isinstance(precision, tuple) else (precision,)
+    if any(p not in _LOWEST for p in pair):
+        return f"precision={'/'.join(dict.fromkeys(map(str, pair)))}"
     if _compat.primitive(eqn) == "dot_general" and _is_inner(eqn):
         return "an inner product: a reduction"
     for v in eqn.invars:
@@ -127,11 +139,6 @@ def _no_matmul(eqn: Any, low: np.dtype) -> str:
         if dtype not in (np.float32, low) and jnp.issubdtype(dtype, jnp.inexact):
             return f"an operand is {dtype}"
     return ""
-
-
-def _precision(value: Any) -> str:
-    pair = value if isinstance(value, tuple) else (value, value)
-    return "/".join(dict.fromkeys(str(p) for p in pair))
 
 
 def _is_inner(eqn: Any) -> bool:

@@ -1,8 +1,9 @@
 """The command line: train | compare | lr-find | fuse | ablate | longtail-bench | plan | explain.
 
-`jaxtricks explain KEY` needs nothing but the core; the others need jaxtricks[lab], and say so.
+explain, --help and --version need nothing but the core; the others need jaxtricks[lab], and say so.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ __all__ = ["card", "main", "parse"]
 USER_ERROR, TRY_AGAIN = 2, 75
 # What the extra brings, by the names that are imported.
 _LAB = {"PIL", "flatbuffers", "grain", "matplotlib", "orbax", "rich", "safetensors", "simplejpeg"}
-_LAB |= {"sklearn", "tyro"}
+_LAB |= {"sklearn"}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -24,11 +25,14 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     try:
         _main(args)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _LAB:
             raise
-        missing = f"{args[0] if args else 'the list of commands'} needs {error.name}"
-        print(f"jaxtricks: {missing}: pip install 'jaxtricks[lab]'", file=sys.stderr)
+        print(
+            f"jaxtricks: {args[0]} needs {error.name}: pip install 'jaxtricks[lab]'",
+            file=sys.stderr,
+        )
         _leave(USER_ERROR)
     except UserError as error:
         print(f"jaxtricks: {error}", file=sys.stderr)
@@ -38,6 +42,16 @@ def main(args: Sequence[str] | None = None) -> None:
         _leave(TRY_AGAIN)
     except KeyboardInterrupt:
         _leave(130)
+    except BrokenPipeError:
+        # Whoever reads has seen enough; what is left in the buffer must not raise again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(141)
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")):
+            raise
+        cure = "lower --batch, or the size of the model or of the images"
+        print(f"jaxtricks: out of memory: {cure}", file=sys.stderr)
+        _leave(USER_ERROR)
 
 
 def parse(args: Sequence[str]) -> Any:
@@ -52,13 +66,13 @@ def parse(args: Sequence[str]) -> Any:
 
 
 def _main(args: Sequence[str]) -> None:
-    if len(args) == 2 and args[0] == "explain" and not args[1].startswith("-"):
-        print(card(args[1]))
-        return
     from jaxtricks.cli import commands
 
     if not args or args[0] in ("-h", "--help"):
         print(commands.usage())
+        return
+    if args[0] == "--version":
+        print(commands.versions())
         return
     commands.run(parse(args), "jaxtricks " + shlex.join(args))
 

@@ -4,8 +4,7 @@ import ast
 import importlib.util
 import pathlib
 
-from jaxtricks import KEYS
-from jaxtricks.lab.errors import UserError
+from jaxtricks.lab.config import Explain
 
 
 def card(key: str) -> str:
@@ -14,7 +13,7 @@ def card(key: str) -> str:
     Raises:
       UserError: not one of the ten.
     """
-    spec = importlib.util.find_spec(f"jaxtricks.{key}") if key in KEYS else None
-    if spec is None or spec.origin is None:
-        raise UserError(f"unknown trick {key!r}; use one of {', '.join(KEYS)}")
+    Explain(key).check()
+    spec = importlib.util.find_spec(f"jaxtricks.{key.lower()}")
+    assert spec is not None and spec.origin is not None
     return ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())) or ""

@@ -1,12 +1,14 @@
-"""What the commands of the lab are and what each does. Parsing imports no jax; needs jaxtricks[lab]."""
+"""What the commands of the lab are and what each does. Parsing imports no jax."""
 
+import difflib
+import importlib.metadata
 import pathlib
+import platform
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
-from jaxtricks import KEYS
+import jaxtricks
+from jaxtricks.cli import options
 from jaxtricks.cli.cards import card
 from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
 from jaxtricks.lab.longtail_config import LongtailBench
@@ -33,16 +35,10 @@ def parse(args: Sequence[str]) -> Command:
     """
     name, *rest = args
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}: use {', '.join(COMMANDS)}")
-    cfg, unknown = tyro.cli(
-        COMMANDS[name],
-        prog=f"jaxtricks {name}",
-        args=rest,
-        return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]!r}: see --help; the tricks are {_tricks()}")
+        meant = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+        hint = f"did you mean {meant[0]}? The commands are" if meant else "use"
+        raise UserError(f"unknown command {name[:60]!r}: {hint} {', '.join(COMMANDS)}")
+    cfg = options.read(COMMANDS[name], name, rest)
     cfg.check()
     return cfg
 
@@ -139,11 +135,19 @@ def _draw(figure: Any, path: pathlib.Path) -> None:
 
 def usage() -> str:
     """What `jaxtricks --help` prints."""
-    # By hand: tyro would read every field of every command first, which takes longer than its import.
+    width = max(map(len, COMMANDS))
     lines = ["usage: jaxtricks COMMAND [OPTIONS]", "", "Ten training techniques for JAX.", ""]
-    lines += [f"  {name:<8} {cls.__doc__}" for name, cls in COMMANDS.items()]
-    return "\n".join([*lines, "", "jaxtricks COMMAND --help lists the options of a command."])
+    lines += [f"  {name:<{width}} {cls.__doc__}" for name, cls in COMMANDS.items()]
+    lines += ["", "jaxtricks COMMAND --help lists the options of a command."]
+    return "\n".join([*lines, "jaxtricks --version prints what a bug report needs."])
 
 
-def _tricks() -> str:
-    return ", ".join(KEYS)
+def versions() -> str:
+    """What `jaxtricks --version` prints: of this library, Python, and what it stands on."""
+    lines = [f"jaxtricks {jaxtricks.__version__}", f"python {platform.python_version()}"]
+    for name in ("jax", "jaxlib", "flax", "optax"):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed")
+    return "\n".join(lines)

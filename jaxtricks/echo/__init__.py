@@ -53,11 +53,12 @@ thread of its own and decides every 16 batches; the first climb to 4 takes some 
 
 Composes with. Grain on both sides (map, batch, ThreadPrefetch, mp_prefetch, Orbax); torch loaders, HF
 datasets, tf.data, any iterable. After mp_prefetch it sends each element between processes once; inside
-the workers e times, and "auto" must then not be used by several hosts. A killed worker ends iteration in
-Grain's RuntimeError, and a new pipeline given the last state goes on exactly. Batch statistics of first
-copies alone: ebn.extended_moments(x, mask=copy == 0). With longtail: counts are those of what is
-read; a class-balanced sampler repeats the tail already, and echo multiplies that. Mixup partners are
-never copies of each other under spread.
+the workers e times, and "auto" must then not be used by several hosts. Threads may share an iterator.
+A read that fails can be asked again, after a resume too: nothing is lost or repeated. A killed worker
+ends iteration in Grain's RuntimeError, and a new pipeline given the last state goes on exactly. Batch
+statistics of first copies alone: ebn.extended_moments(x, mask=copy == 0). With longtail: counts are
+those of what is read; a class-balanced sampler repeats the tail already, and echo multiplies that.
+Mixup partners are never copies of each other under spread.
 
 Differences from the paper and from optax/flax. The paper shuffles the copies in a buffer ("pool",
 here with a bound on how long one stays, and without a wait while it fills); spread bounds the

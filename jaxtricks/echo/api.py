@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxtricks.echo import checks
 from jaxtricks.echo.copies import rational
 from jaxtricks.echo.recipe import Factor, Recipe, most_copies
 from jaxtricks.echo.sources import EchoIterable
 
 DEFAULT_DISTANCE = 512
+MOST_APART = 10**9
 BATCHES_APART = 4
 SCHEDULES = ("spread", "adjacent", "pool")
 
@@ -45,7 +47,7 @@ def echo(
 
     Args:
       source: grain.IterDataset (or MapDataset), any iterable, or a function that returns one.
-      factor: e >= 1, mean copies per element; 2.5 gives 2, 3, 2, 3, ... Floats are taken to the
+      factor: e from 1 to 1000, mean copies per element; 2.5 gives 2, 3, 2, 3, ... Floats are taken to the
         nearest fraction with a denominator up to 1000. [C] factors, one for every class, with
         `class_of`. "auto" measures how much slower the source is than its consumer, and follows it
         in quarter steps: the same on all hosts of `jax.distributed`, which must read and resume
@@ -75,9 +77,9 @@ def echo(
       `changes`, ((element, factor), ...) unless factors are per class.
 
     Raises:
-      ValueError: factor below 1 or not a number, a distance below the batch size, a distance for
-        "adjacent", a budget that is too small (when the first element is read), or a source that
-        cannot be iterated.
+      ValueError: factor below 1, above 1000 or not a number, a distance or a batch size that is not a
+        whole number, a distance below the batch size, a distance for "adjacent", a budget that is
+        too small (when the first element is read), or a source that cannot be iterated.
 
     >>> list(echo("abcd", 2, distance=3))
     ['a', 'b', 'c', 'a', 'd', 'b', 'c', 'd']
@@ -97,20 +99,26 @@ def echo(
     factors = ((0, Fraction(1)),) if auto else _factors(factor, class_of)
     if auto and class_of is not None:
         raise ValueError('echo.echo: `class_of` needs a `factor` per class, not "auto"')
-    chosen, least = _distance(schedule, distance, batch_size)
+    limit = checks.whole("echo.echo: `max_factor`", max_factor, 1, checks.MOST_COPIES)
+    batch = (
+        None
+        if batch_size is None
+        else checks.whole("echo.echo: `batch_size`", batch_size, 1, MOST_APART)
+    )
+    chosen, least = _distance(schedule, distance, batch)
     recipe = Recipe(
         schedule=schedule,
         factor=factors,
         auto=auto,
-        most=_limit(max_factor) if auto else most_copies(factors),
+        most=most_copies(factors) if not auto else limit,
         distance=chosen,
         least=least,
-        batch_size=batch_size or DEFAULT_DISTANCE // BATCHES_APART,
+        batch_size=batch or DEFAULT_DISTANCE // BATCHES_APART,
         max_bytes=_budget(max_bytes, schedule),
         class_of=class_of,
         tag=tag,
         guard=guard,
-        seed=seed,
+        seed=checks.whole("echo.echo: `seed`", seed, 0),
     )
     dataset = _grain_dataset(source, recipe)
     if dataset is not None:
@@ -149,33 +157,24 @@ def _factors(factor: Any, class_of: Any) -> Factor:
 
 
 def _changes(factor: Sequence[Any]) -> Factor:
-    starts = [i for i, _ in factor]
+    starts = [checks.whole("echo.echo: an element in `factor`", i, 0) for i, _ in factor]
     if starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(
             "echo.echo: (element, factor) pairs in `factor` must begin at element 0 and go up"
         )
-    return tuple((int(i), rational(f)) for i, f in factor)
-
-
-def _limit(max_factor: int) -> int:
-    if max_factor < 1:
-        raise ValueError(f"echo.echo needs `max_factor` >= 1, got {max_factor}")
-    return max_factor
+    return tuple((i, rational(f)) for i, (_, f) in zip(starts, factor, strict=True))
 
 
 def _budget(max_bytes: int | None, schedule: str) -> int | None:
-    if max_bytes is not None and (max_bytes < 1 or schedule == "adjacent"):
-        raise ValueError(
-            f'echo.echo: `max_bytes` is {max_bytes}: give a positive number, for schedule="spread" or '
-            '"pool"'
-        )
-    return max_bytes
+    if max_bytes is None:
+        return None
+    if schedule == "adjacent":
+        raise ValueError('echo.echo: `max_bytes` is not for schedule="adjacent": leave it out')
+    return checks.whole("echo.echo: `max_bytes`", max_bytes)
 
 
 def _distance(schedule: str, distance: int | None, batch_size: int | None) -> tuple[int, int]:
     """(the distance, what it may not be less than)."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"echo.echo needs `batch_size` >= 1, got {batch_size}")
     if schedule == "adjacent":
         if distance is not None:
             raise ValueError('echo.echo: `distance` is not for schedule="adjacent": leave it out')
@@ -183,11 +182,10 @@ def _distance(schedule: str, distance: int | None, batch_size: int | None) -> tu
     if distance is None:
         distance = DEFAULT_DISTANCE if batch_size is None else BATCHES_APART * batch_size
         return distance, 1 if batch_size is None or schedule == "pool" else batch_size
+    distance = checks.whole("echo.echo: `distance`", distance, 1, MOST_APART)
     if schedule == "spread" and batch_size is not None and distance < batch_size:
         raise ValueError(
             f"echo.echo: `distance` {distance} is smaller than `batch_size` {batch_size}, so that "
             "copies could share a batch: leave it out or make it larger"
         )
-    if distance < 1:
-        raise ValueError(f"echo.echo needs `distance` >= 1, got {distance}")
     return distance, distance

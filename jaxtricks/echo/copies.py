@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxtricks.echo import checks
+
 CHANGES = 64
 """Changes of the factor that a state keeps; older ones are no longer needed to go on."""
 
@@ -36,6 +38,10 @@ class Copies(Protocol):
         """What `take` needs to know where a resume begins; JSON of a fixed shape."""
         ...
 
+    def check(self, state: Any, first: int) -> None:
+        """Raise ValueError unless it is a state of this rule at element `first`."""
+        ...
+
     def restore(self, state: Any) -> None:
         """Go back to that."""
         ...
@@ -54,6 +60,8 @@ class Constant:
 
     def take(self, i: int, element: Any = None) -> int:
         """Copies of element i."""
+        if self._down == 1:
+            return self._up
         return (i + 1) * self._up // self._down - i * self._up // self._down
 
     def forget(self) -> None:
@@ -61,6 +69,11 @@ class Constant:
 
     def state(self) -> None:
         """Nothing is counted."""
+
+    def check(self, state: Any, first: int) -> None:
+        """Nothing is counted."""
+        if state is not None:
+            raise checks.damaged("copies", state)
 
     def restore(self, state: Any) -> None:
         """Nothing is counted."""
@@ -98,6 +111,12 @@ class PerClass:
     def state(self) -> list[int]:
         """Elements of each class before the one where a resume begins."""
         return list(self._gone)
+
+    def check(self, state: Any, first: int) -> None:
+        """A count for each class, of all elements before the first one."""
+        counts = checks.numbers({"copies": state}, "copies", lambda count: count >= 0)
+        if len(counts) != len(self._rules) or sum(counts) != first:
+            raise checks.damaged("copies", state)
 
     def restore(self, state: Sequence[int]) -> None:
         """Go back to these counts."""
@@ -139,6 +158,20 @@ class Changing:
         rows = [[i, f.numerator, f.denominator] for i, f in self.changes[-CHANGES:]]
         return rows + [[-1, -1, -1]] * (CHANGES - len(rows))
 
+    def check(self, state: Any, first: int) -> None:
+        """Rows as `state` gives them: elements that go up, factors from 1 to the most."""
+        rows = state if isinstance(state, Sequence) and len(state) == CHANGES else [state]
+        before = -1
+        for row in rows:
+            numbers = checks.numbers({"copies": row}, "copies", lambda number: number >= -1)
+            if numbers == [-1, -1, -1] and before >= 0:
+                continue
+            if len(numbers) != 3 or numbers[0] <= before or numbers[2] < 1:
+                raise checks.damaged("copies", state)
+            if not numbers[2] <= numbers[1] <= self.most * numbers[2]:
+                raise checks.damaged("copies", state)
+            before = numbers[0]
+
     def restore(self, state: Sequence[Sequence[int]]) -> None:
         """Take over the changes of a state."""
         self.changes = tuple((i, Fraction(up, down)) for i, up, down in state if i >= 0)
@@ -157,8 +190,14 @@ def rational(factor: object) -> Fraction:
             raise ValueError(f"echo.echo needs a finite `factor`, got {factor}: 2 is a good start")
         factor = Fraction(float(factor)).limit_denominator(1000)
     if isinstance(factor, bool) or not isinstance(factor, int | np.integer | Fraction):
-        raise ValueError(f'echo.echo: `factor` is {factor!r}: pass a number >= 1, or "auto"')
+        said = checks.spell(factor)
+        raise ValueError(f'echo.echo: `factor` is {said}: pass a number >= 1, or "auto"')
     factor = Fraction(int(factor)) if isinstance(factor, np.integer) else Fraction(factor)
     if factor < 1:
         raise ValueError(f"echo.echo needs `factor` >= 1, got {factor}: it cannot drop elements")
+    if factor > checks.MOST_COPIES:
+        raise ValueError(
+            f"echo.echo needs `factor` <= {checks.MOST_COPIES}, got {float(min(factor, 10**300)):.6g}: "
+            "repeat less, or clip the factors of the rarest classes"
+        )
     return factor

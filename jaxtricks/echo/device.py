@@ -24,9 +24,19 @@ def keys(key: Array, ordinal: Array | int, copy: Array | int) -> Array:
     Returns:
       Keys of that shape.
 
+    Raises:
+      ValueError: if the key is not one typed key.
+
     >>> keys(jax.random.key(0), jnp.arange(4), jnp.zeros(4, int)).shape
     (4,)
     """
+    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or jnp.shape(key):
+        given = f"an array of {jnp.shape(key)} keys" if typed else "not a typed key"
+        raise ValueError(
+            f"echo.keys: `key` is {given}: pass one key of jax.random.key, or for a legacy "
+            "jax.random.PRNGKey its jax.random.wrap_key_data"
+        )
     ordinal, copy = jnp.broadcast_arrays(jnp.asarray(ordinal), jnp.asarray(copy))
 
     def one(ordinal: Array, copy: Array) -> Array:

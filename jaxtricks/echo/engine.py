@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtricks.echo import checks
 from jaxtricks.echo.schedule import Calendar, VaryingCalendar
 from jaxtricks.echo.stream import Output, Stream
 
@@ -34,8 +35,8 @@ class CalendarStream(Stream):
     def _clear(self) -> None:
         self._tick = self._first - 1
         self._due: Due = {}
-        self._now: list[Output] = []
-        self._gone = 0  # how many have gone out in this tick
+        self._left: list[int] = []  # ticks of the drain, last first
+        self._planned = 0  # outputs of this tick
         if self.distance:
             self._use(self.distance)
 
@@ -45,43 +46,64 @@ class CalendarStream(Stream):
         self._age = self._calendar.age
         self._lags: dict[int, list[tuple[int, int]]] = {}  # copies -> (copy, lag)
 
-    def _next(self) -> Output:
-        while not self._now:
-            self._advance()
-        self._gone += 1
-        return self._now.pop()
-
-    def _advance(self) -> None:
+    def _decide(self) -> list[Output]:
         pulled = self._pull()
-        if pulled is not None:
-            self._plan(*pulled)
-        elif not self._due:
-            raise StopIteration
-        elif self._tick == self._read - 1 and isinstance(self._calendar, VaryingCalendar):
-            self._due, self._least = drain(self._due, self._read, self.distance)
-        self._tick += 1
-        self._now = self._due.pop(self._tick, None) or []
-        self._gone = 0
-
-    def _plan(self, i: int, copies: int, element: Any) -> None:
-        if copies not in self._lags:
-            self._lags[copies] = list(enumerate(self._calendar.lags_of(copies)))[::-1]
-        for k, lag in self._lags[copies]:
+        if pulled is None:
+            self._tick = self._next_of_drain()
+        else:
+            i, copies, element = pulled
+            due = self._due
             # What comes in last goes out first: the freshest element, its earliest copy.
-            self._due.setdefault(i + lag, []).append((i, k, element))
-        self._forget_until(i - self._age)
+            for k, lag in self._lags.get(copies) or self._lags_of(copies):
+                if i + lag in due:
+                    due[i + lag].append((i, k, element))
+                else:
+                    due[i + lag] = [(i, k, element)]
+            if self._first < i - self._age:
+                self._forget_until(i - self._age)
+            self._tick += 1
+        ready = self._due.pop(self._tick)
+        self._planned = len(ready)
+        return ready
+
+    def _next_of_drain(self) -> int:
+        """The next tick that has outputs: a source that is too short leaves gaps."""
+        if not self._due:
+            raise StopIteration
+        if self._tick == self._read - 1 and isinstance(self._calendar, VaryingCalendar):
+            self._due, self._least = drain(self._due, self._read, self.distance)
+        if not self._left:
+            self._left = sorted(self._due, reverse=True)
+        return self._left.pop()
+
+    def _lags_of(self, copies: int) -> list[tuple[int, int]]:
+        lags = list(enumerate(self._calendar.lags_of(copies)))[::-1]
+        self._lags[copies] = lags
+        return lags
+
+    def _check_position(self, state: Mapping[str, Any], first: int) -> None:
+        calendar = self._calendar_of(state["distance"] or self._choose(0))
+        # From the oldest element to the newest, to its last copy; one output a tick if copies vary.
+        ticks = 2 * calendar.age + (calendar.age + 1) * self._copies.most
+        checks.field(state, "tick", least=first - 1, most=first + ticks)
+        checks.field(state, "position")
 
     def _position(self) -> dict[str, Any]:
-        return {"tick": self._tick, "position": self._gone, "distance": self.distance}
+        gone = self._planned - len(self._ready)
+        return {"tick": self._tick, "position": gone, "distance": self.distance}
 
-    def _replay_to(self, position: Mapping[str, Any]) -> None:
+    def _replay_to(self, position: Mapping[str, Any]) -> list[Output]:
         if position["distance"]:
             self._use(position["distance"])
+        ready = []
         while self._tick < position["tick"]:
-            self._advance()
-        for _ in range(position["position"]):
-            self._now.pop()
-        self._gone = position["position"]
+            ready = self._decide()
+        if self._tick != position["tick"]:
+            raise checks.damaged("tick", position["tick"])
+        left = len(ready) - position["position"]
+        if left < 0:
+            raise checks.damaged("position", position["position"])
+        return ready[:left]
 
 
 def drain(due: Due, end: int, distance: int) -> tuple[Due, int]:

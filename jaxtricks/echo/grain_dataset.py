@@ -5,6 +5,7 @@ from typing import Any
 
 import grain
 
+from jaxtricks.echo import checks
 from jaxtricks.echo.recipe import Recipe
 from jaxtricks.echo.stream import StreamIterator
 
@@ -14,6 +15,7 @@ class _GrainSource:
 
     def __init__(self, iterator: Any):
         self._iterator = iterator
+        self._workers = sorted(_workers(iterator.get_state()))
 
     def read(self) -> tuple[Any, Any]:
         snapshot = self._iterator.get_state()
@@ -22,15 +24,18 @@ class _GrainSource:
     def snapshot(self) -> Any:
         return self._iterator.get_state()
 
-    def rewind(self, snapshot: Any) -> None:
+    def check(self, snapshot: Any, first: int) -> None:
         # Grain takes a state of fewer workers as it is, and loses what the others were to read.
-        made, here = (sorted(_workers(x)) for x in (snapshot, self._iterator.get_state()))
+        made, here = sorted(_workers(snapshot)), self._workers
         if made != here:
             raise ValueError(
                 f"echo: the state was made with {_spell(made)}, this pipeline has {_spell(here)}: use the "
                 "same number of workers (mp_prefetch) and the same steps"
             )
-        self._iterator.set_state(snapshot)
+
+    def rewind(self, snapshot: Any) -> None:
+        with checks.states_of_others():
+            self._iterator.set_state(snapshot)
 
 
 def _workers(state: Any) -> Iterator[int]:
@@ -78,7 +83,7 @@ class EchoIterDataset(grain.IterDataset):
         super().__init__(parent)
         self._recipe = recipe
         self.distance, self.held = recipe.distance, recipe.held
-        self.min_distance = recipe.min_distance(2**62)  # of an endless one: not every has a length
+        self.min_distance = recipe.min_distance(None)  # not every dataset has a length
 
     def __iter__(self) -> EchoDatasetIterator:
         parent = self.parents[0]

@@ -26,6 +26,8 @@ def freeze(x: Any) -> Any:
 def fresh(x: Any) -> Any:
     """The same leaves in dicts and lists of its own, so that each copy may fill them anew."""
     kind = type(x)
+    if kind is np.ndarray or kind in _ATOMS:
+        return x
     if kind is dict:
         for value in x.values():
             if type(value) in _CONTAINERS:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtricks.echo import checks
 from jaxtricks.echo.stream import Output, Stream
 
 _DRAWS = 1024  # random numbers made at a time
@@ -35,33 +36,37 @@ class PoolStream(Stream):
         self._waiting: list[tuple[int, int]] = []  # (ordinal, copy), in no order
         self._left: collections.Counter[int] = collections.Counter()
         self._live: dict[int, Any] = {}
-        self._block = -1
+        self._numbers: list[float] = []
 
-    def _next(self) -> Output:
+    def _decide(self) -> list[Output]:
         if self._filling:
             pulled = self._pull()
             if pulled is not None:
                 i, _, element = pulled
                 self._keep(*pulled, begin=1)
                 self._filling = len(self._waiting) < self.distance
-                return i, 0, element
+                return [(i, 0, element)]
             self._filling = False
         while len(self._waiting) < self.distance and (pulled := self._pull()) is not None:
             self._keep(*pulled, begin=0)
         if not self._waiting:
             raise StopIteration
-        return self._draw()
+        return [self._draw()]
 
     def _keep(self, i: int, copies: int, element: Any, begin: int) -> None:
         if copies > begin:
             self._live[i] = element
             self._left[i] = copies - begin
             self._waiting += [(i, k) for k in range(begin, copies)]
-        self._forget()
+        if self._first not in self._live:
+            self._forget()
 
     def _draw(self) -> Output:
         waiting = self._waiting
-        at = int(self._random() * len(waiting))
+        if not self._numbers:
+            self._numbers = self._draw_numbers()
+        self._drawn += 1
+        at = int(self._numbers.pop() * len(waiting))
         if self._read - self._first > _AGE * self.distance:
             at = min(range(len(waiting)), key=waiting.__getitem__)
         i, k = waiting[at]
@@ -71,7 +76,8 @@ class PoolStream(Stream):
         self._left[i] -= 1
         if not self._left[i]:
             del self._left[i], self._live[i]
-            self._forget()
+            if i == self._first:
+                self._forget()
         return i, k, element
 
     def _forget(self) -> None:
@@ -80,14 +86,12 @@ class PoolStream(Stream):
             first += 1
         self._forget_until(first)
 
-    def _random(self) -> float:
+    def _draw_numbers(self) -> list[float]:
+        """The numbers of this block of draws that are left, last first."""
         block, at = divmod(self._drawn, _DRAWS)
-        if block != self._block:
-            # A step of the counter makes four numbers: blocks must lie further apart than that.
-            bits = np.random.Philox(key=self._seed, counter=block * _DRAWS)
-            self._block, self._numbers = block, np.random.Generator(bits).random(_DRAWS).tolist()
-        self._drawn += 1
-        return self._numbers[at]
+        # A step of the counter makes four numbers: blocks must lie further apart than that.
+        bits = np.random.Philox(key=self._seed, counter=block * _DRAWS)
+        return np.random.Generator(bits).random(_DRAWS)[at:][::-1].tolist()
 
     def _position(self) -> dict[str, Any]:
         most = self._copies.most
@@ -101,7 +105,20 @@ class PoolStream(Stream):
             "distance": self.distance,
         }
 
-    def _replay_to(self, position: Mapping[str, Any]) -> None:
+    def _check_position(self, state: Mapping[str, Any], first: int) -> None:
+        most, room = self._copies.most, self._choose(0) + self._copies.most
+        length = self._elements if self._elements >= 0 else checks.MOST_READ
+        read = checks.field(state, "read", least=first, most=length)
+        checks.field(state, "drawn")
+        if not isinstance(state["filling"], bool):
+            raise checks.damaged("filling", state["filling"])
+        codes = checks.numbers(state, "waiting", lambda code: -1 <= code < read * most)
+        waiting = [code for code in codes if code >= 0]
+        oldest = min([*(code // most for code in waiting), max(read - 1, 0)])
+        if len(codes) != room or len(set(waiting)) != len(waiting) or oldest != first:
+            raise checks.damaged("waiting", state["waiting"])
+
+    def _replay_to(self, position: Mapping[str, Any]) -> list[Output]:
         most = self._copies.most
         self.distance, self._filling = position["distance"], position["filling"]
         self._waiting = [divmod(code, most) for code in position["waiting"] if code >= 0]
@@ -110,7 +127,10 @@ class PoolStream(Stream):
             pulled = self._pull()
             if pulled is None:
                 raise StopIteration
-            i, _, element = pulled
+            i, copies, element = pulled
+            if left[i] > copies:
+                raise checks.damaged("waiting", position["waiting"])
             if left[i]:
                 self._live[i], self._left[i] = element, left[i]
         self._drawn = position["drawn"]
+        return []

@@ -34,6 +34,10 @@ class ReadAhead:
         """The state before the first element."""
         return self._begin
 
+    def check(self, snapshot: Any, first: int) -> None:
+        """Raise ValueError if the source can't go there; what has been read ahead stays."""
+        self._source.check(snapshot, first)
+
     def rewind(self, snapshot: Any) -> None:
         """Go to a snapshot; what has been read ahead is dropped."""
         self.close()

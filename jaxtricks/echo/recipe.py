@@ -93,10 +93,15 @@ class Recipe:
         """Outputs of a source of n elements, if that is known beforehand."""
         return schedules.total(self.factor, n) if isinstance(self.factor, Fraction) else None
 
-    def min_distance(self, n: int) -> int:
-        """Least distance of a source of n elements, as far as it is known beforehand."""
+    def min_distance(self, n: int | None) -> int:
+        """Least distance of a source of n elements, as far as it is known beforehand.
+
+        None stands for a source that is long enough.
+        """
         if self.schedule == "pool":
             return 1
+        if n is None:
+            return self.distance
         calendar = self.calendar(self.distance)
         return calendar.least_distance(n) if isinstance(calendar, Calendar) else self.distance
 

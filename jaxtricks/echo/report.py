@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _table
-from jaxtricks.echo import api
+from jaxtricks.echo import api, checks
 from jaxtricks.echo.reading import ReadAhead
 from jaxtricks.echo.sources import start
 
@@ -89,13 +89,19 @@ def report(
       A Report; print it.
 
     Raises:
-      ValueError: an empty source, steps < 1 or batch_size < 1.
+      ValueError: an empty source, steps < 1, batch_size < 1, or max_factor not from 1 to 1000.
 
     >>> str(report(range(100), lambda batch: None, batch_size=4, steps=2)).startswith("echo")
     True
     """
-    if steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError("echo.report needs `steps` >= 1 and `batch_size` >= 1")
+    steps = checks.whole("echo.report: `steps`", steps)
+    if batch_size is not None:
+        batch_size = checks.whole("echo.report: `batch_size`", batch_size)
+    if isinstance(max_factor, bool) or not 1 <= max_factor <= checks.MOST_COPIES:
+        raise ValueError(
+            f"echo.report: `max_factor` is {checks.spell(max_factor)}: pass a number from 1 to "
+            f"{checks.MOST_COPIES}"
+        )
     work = after or _same
     upstream, groups = _time_reading(source, batch_size or 1, steps)
     (done, host) = _timed(lambda: [[work(x) for x in group] for group in groups])
@@ -215,6 +221,9 @@ class _Batches:
 
     def snapshot(self) -> Any:
         return None
+
+    def check(self, snapshot: Any, first: int) -> None:
+        raise NotImplementedError
 
     def rewind(self, snapshot: Any) -> None:
         raise NotImplementedError

@@ -24,6 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from jaxtricks.echo import checks
 from jaxtricks.echo.copies import rational
 
 
@@ -164,11 +165,10 @@ def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
       The number of steps.
 
     Raises:
-      ValueError: if batch < 1, fresh < 0 or factor < 1.
+      ValueError: if batch < 1, fresh < 0 or factor < 1, or if one of the first two is not whole.
 
     >>> num_steps(1000, 32, 2.5)
     78
     """
-    if batch < 1 or fresh < 0:
-        raise ValueError("echo.num_steps needs `batch` >= 1 and `fresh` >= 0")
-    return total(rational(factor), fresh) // batch
+    batch = checks.whole("echo.num_steps: `batch`", batch)
+    return total(rational(factor), checks.whole("echo.num_steps: `fresh`", fresh, 0)) // batch

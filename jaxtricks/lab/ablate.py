@@ -1,6 +1,7 @@
 """The `ablate` command: baseline, each trick alone, all, all but one, and the best subset found."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtricks import _tree
-from jaxtricks.lab import about, compose, greedy, loop, report, spread
+from jaxtricks.lab import about, compose, greedy, jsons, loop, recorded, report, spread, train
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import KEYS, Ablate, Train, Tricks
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.placement import Placement
-from jaxtricks.lab.rundir import RunDir
+from jaxtricks.lab.rundir import RunDir, can_begin
 
 _HELD_OUT = 0.1  # of the training images, for the search
+RESULTS = "results.json"
+_ROW: dict[str, Any] = {
+    "key": str,
+    "tricks": list[str],
+    **dict.fromkeys(("metric", "std", "validation", "reads"), float),
+    **dict.fromkeys(("n", "temp_bytes", "state_bytes"), int),
+    "by_seed": {"test": list[float], "validation": list[float]},
+}
 _ROUNDS = 15  # interleaved timing rounds; the median of each row's steps is reported
 
 
@@ -27,7 +36,7 @@ class Trained(NamedTuple):
     """A row of the table, and what its timing needs.
 
     Attributes:
-      row: key, tricks, metric, std, n, validation, temp_bytes, state_bytes, reads.
+      row: key, tricks, metric, std, n, validation, by_seed, temp_bytes, state_bytes, reads.
       validation: the metric of each seed on the validation split, which the search goes by.
       step: the compiled step; it donates its state.
       state, batch: arguments to time it with.
@@ -49,53 +58,115 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
 
     Returns:
       The rows of results.json.
+
+    Raises:
+      UserError: something that the person can mend.
+      KeyboardInterrupt: Ctrl-C, after the report of the finished rows was written.
     """
     console = Console()
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    can_begin(cfg.out, resume=cfg.resume)
+    train.refuse_text(cfg.data, cfg.root)
     data = [
         data_lib.load(
-            cfg.data, imbalance=cfg.imbalance, seed=seed, size=cfg.size, validation=_HELD_OUT
+            cfg.data,
+            root=cfg.root,
+            imbalance=cfg.imbalance,
+            seed=seed,
+            size=cfg.size,
+            validation=_HELD_OUT,
         )
         for seed in range(cfg.seeds)
     ]
-    folder = RunDir(cfg.out, about.of_run(cfg, command))
-    trained, trials, best = _train(cfg, data, folder, console)
-    for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
-        entry.row["step_ms"] = milliseconds
-    rows = [entry.row for entry in trained]
-    if best and best.row["key"] != "best":  # an arrangement of the plan won
-        rows.append({**best.row, "key": "best"})
-    rows = report.annotate(rows)
-    report.write(folder, rows, trials, data[0], cfg, command)
-    console.print(report.for_terminal(rows), highlight=False, soft_wrap=True)
-    console.print(f"report: {folder.path / 'report.md'}", highlight=False)
+    with RunDir(cfg.out, about.of_run(cfg, command, data[0]), resume=cfg.resume) as folder:
+        if folder.note:
+            say(folder.note)
+        trained: list[Trained] = []
+        try:
+            trials, best = _train(cfg, data, folder, console, trained)
+            for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
+                entry.row["step_ms"] = milliseconds
+        except KeyboardInterrupt:
+            rows = report.annotate([entry.row for entry in trained])
+            report.write(folder, rows, [], data[0], cfg, command, complete=False)
+            say(f"stopped after {report.counted(len(rows), 'row')}: go on with --resume")
+            say(f"report: {folder.path / report.REPORT}")
+            raise
+        rows = [entry.row for entry in trained]
+        if best and best.row["key"] != "best":  # an arrangement of the plan won
+            rows.append({**best.row, "key": "best"})
+        rows = report.annotate(rows)
+        report.write(folder, rows, trials, data[0], cfg, command)
+    say(report.for_terminal(rows))
+    say(f"report: {folder.path / report.REPORT}")
     return rows
 
 
 def _train(
-    cfg: Ablate, data: list[data_lib.Data], folder: RunDir, console: Console
-) -> tuple[list[Trained], list[greedy.Trial], Trained | None]:
-    """(every row, the search's trials, what it found: None without a search)."""
+    cfg: Ablate,
+    data: list[data_lib.Data],
+    folder: RunDir,
+    console: Console,
+    trained: list[Trained],
+) -> tuple[list[greedy.Trial], Trained | None]:
+    """(the search's trials, what it found: None without a search); adds every row to `trained`."""
     plan = list(arrangements(cfg.tricks))
     evaluators: dict[Any, Evaluator] = {}
-    trained, trials, best = [], [], None
+    trials, best, done = [], None, finished(cfg, folder)
     with contextlib.ExitStack() as stack:
         ahead = ThreadPoolExecutor(1)
-        stack.callback(ahead.shutdown, cancel_futures=True)
+        # Whoever stops it need not wait for the next arrangement's compilation.
+        stack.callback(ahead.shutdown, wait=False, cancel_futures=True)
         progress = stack.enter_context(_progress(console))
         # XLA compiles the next arrangement while this one trains; times are taken at the end, alone.
         prepared = [ahead.submit(prepare, cfg, tricks, data[0]) for _, tricks in plan]
         task = progress.add_task("", total=len(plan))
         for (key, _), program in zip(plan, prepared, strict=True):
             progress.update(task, description=f"{key:<16}")
-            trained.append(train_row(key, cfg, program.result(), data, evaluators))
-            folder.write("results.json", [entry.row for entry in trained])  # what is done is kept
+            if key in done:
+                trained.append(ready(done[key], program.result(), data[0]))
+            else:
+                trained.append(train_row(key, cfg, program.result(), data, evaluators))
+            folder.write(RESULTS, [entry.row for entry in trained])  # what is done is kept
             progress.advance(task)
+            if not console.is_terminal:  # which shows a bar
+                accuracy = 100 * trained[-1].row["metric"]
+                console.print(
+                    f"{len(trained)}/{len(plan)} {key:<16} {accuracy:.1f} %", highlight=False
+                )
         if cfg.search and len(cfg.tricks) > 1:
             progress.update(task, description="search", total=len(plan) + len(cfg.tricks) - 1)
-            trials, best = _search(cfg, trained, data, evaluators, lambda: progress.advance(task))
+
+            def tried(subset: greedy.Subset) -> None:
+                progress.advance(task)
+                if not console.is_terminal:
+                    console.print(f"search {report.named(subset)}", highlight=False)
+
+            trials, best = _search(cfg, trained, data, evaluators, tried)
             if best.row["key"] == "best":  # no arrangement of the plan
                 trained.append(best)
-    return trained, trials, best
+    return trials, best
+
+
+def finished(cfg: Ablate, folder: RunDir) -> dict[str, dict[str, Any]]:
+    """Key -> row, of the rows that an interrupted comparison of the same settings has finished."""
+    if not folder.resumed:
+        return {}
+    try:
+        rows = jsons.parse((folder.path / RESULTS).read_bytes())
+    except (OSError, ValueError):  # stopped before its first row, or damaged
+        return {}
+    wanted = {key: list(tricks.on) for key, tricks in arrangements(cfg.tricks)}
+    done = {}
+    for row in rows if isinstance(rows, list) else ():
+        if not isinstance(row, dict) or recorded.misfit(row, _ROW):
+            continue
+        if any(row.get(name) is None for name in _ROW):
+            continue
+        by_seed = row["by_seed"].get("validation") or ()
+        if wanted.get(row["key"]) == row["tricks"] and len(by_seed) == cfg.seeds:
+            done[row["key"]] = {name: row[name] for name in _ROW}
+    return done
 
 
 def arrangements(keys: tuple[str, ...]) -> Iterator[tuple[str, Tricks]]:
@@ -114,7 +185,7 @@ def _search(
     trained: list[Trained],
     data: list[data_lib.Data],
     evaluators: dict[Any, Evaluator],
-    advance: Callable[[], None],
+    tried: Callable[[greedy.Subset], None],
 ) -> tuple[list[greedy.Trial], Trained]:
     """Search for the best subset by validation scores; what the plan has measured is not run again."""
     measured = {tuple(entry.row["tricks"]): entry for entry in trained}
@@ -124,7 +195,7 @@ def _search(
             prepared = prepare(cfg, Tricks.of(*subset), data[0])
             measured[subset] = train_row("best", cfg, prepared, data, evaluators)
         if len(subset) > 1:
-            advance()
+            tried(subset)
         return measured[subset].validation
 
     best, trials = greedy.search([k for k in KEYS if k in cfg.tricks], measure)
@@ -188,11 +259,18 @@ def train_row(
         "std": spread.deviation(scores),
         "n": len(scores),
         "validation": float(np.mean(validation)),
+        "by_seed": {"test": list(scores), "validation": list(validation)},
         "temp_bytes": temp_bytes,
         "state_bytes": _tree.nbytes(states[-1].opt_state),
         "reads": float(np.mean(reads)),
     }
     return Trained(row, list(validation), step, states[-1], batch)
+
+
+def ready(row: dict[str, Any], prepared: Prepared, data: data_lib.Data) -> Trained:
+    """A row that is finished, ready to be timed."""
+    state = prepared.program.start(0, data.counts)
+    return Trained(row, row["by_seed"]["validation"], prepared.step, state, prepared.batch)
 
 
 def interleaved_times(trained: list[Trained]) -> list[float]:
@@ -224,4 +302,4 @@ def _progress(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not console.is_terminal)

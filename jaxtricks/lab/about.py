@@ -45,6 +45,7 @@ def of_data(data: data_lib.Data) -> dict[str, Any]:
         "counts": [int(n) for n in data.counts],
         "shape": list(data.shape),
         "notes": list(data.notes),
+        "left_out": list(data.left_out),
     }
 
 

@@ -265,11 +265,12 @@ def _reason(error: Exception) -> str:
 def _silence_orbax() -> None:
     """Leave what is said in one sentence here to that sentence.
 
-    Orbax logs tracebacks, and after a failure TensorStore's threads still call an event loop that Orbax has
-    closed: what they raise reaches nobody but `sys.unraisablehook`. Orbax 0.12.8 also warns of
-    writes that it never started.
+    Orbax and asyncio log tracebacks, and after a failure TensorStore's threads still call an event loop
+    that Orbax has closed: what they raise reaches nobody but `sys.unraisablehook`. Orbax 0.12.8 also warns
+    of writes that it never started.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     unwritten = "coroutine '.*write_fragment' was never awaited"
     warnings.filterwarnings("ignore", unwritten, RuntimeWarning)
     previous = sys.unraisablehook

@@ -1,13 +1,23 @@
 """What the command line can set: frozen dataclasses; their docstrings are the help. Imports no jax."""
 
+import ast
 import dataclasses
+import difflib
+import inspect
+import itertools
 from typing import Literal
 
-import tyro
-
 from jaxtricks import KEYS
-from jaxtricks.lab.errors import UserError, at_least, flag, share
+from jaxtricks.lab.errors import UserError, at_least, at_most, budget, flag, named, outside, share
 from jaxtricks.lab.parallel_config import Parallel
+
+MOST = 2**31 - 1
+"""Steps are counted in 32 bits."""
+# What makes arrays, and the most that could be meant.
+_SIZES = {"batch": 2**20, "blocks": 1000, "size": 8000}
+_TEXT_SIZES = {"context": 2**20, "features": 2**16, "layers": 1000, "heads": 2**16}
+_WIDTH = 2**16
+_ECHO = 1000
 
 # Tricks that have nothing to act on in a model, and why.
 _NO_CONVOLUTION = "it has no convolution"
@@ -53,9 +63,11 @@ class Tricks:
     @classmethod
     def of(cls, *keys: str) -> "Tricks":
         """The tricks with these keys on."""
-        unknown = [key for key in keys if key not in KEYS]
-        if unknown:
-            raise UserError(f"unknown trick {unknown[0]!r}; use one of {', '.join(KEYS)}")
+        for key in keys:
+            if key not in KEYS:
+                meant = difflib.get_close_matches(key.lower(), KEYS, n=1)
+                hint = f"did you mean {meant[0]}? The tricks are" if meant else "use one of"
+                raise UserError(f"unknown trick {key!r}: {hint} {', '.join(KEYS)}")
         return cls(**dict.fromkeys(keys, True))
 
     @property
@@ -87,12 +99,17 @@ class Train:
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
     data: str = "auto"
     """A folder or a zip of class folders ([train|val|test/]CLASS/*), FILE.npz (images, labels),
-    FILE.array_record or a folder of them, FILE.txt, package.module:function (any random-access source),
-    "digits" or "topics" (both embedded). "auto" is digits, or topics for the transformer."""
+    FILE.array_record or a folder of them, FILE.txt, LIST.txt with --root, package.module:function (any
+    random-access source), "digits" or "topics" (both embedded). "auto" is digits, or topics for the
+    transformer."""
+    root: str = ""
+    """Folder that the paths in --data LIST.txt begin in; on each line of the list are a path and a label,
+    as ImageNet-LT, Places-LT and iNaturalist have them."""
     check_data: bool = False
     """Read every file once, list what cannot be read, and stop."""
     skip_unreadable: bool = False
-    """Name the files that cannot be read, leave them out, and train."""
+    """Name the files that cannot be read, leave them out, and train; if one breaks later on, another one of
+    its class takes its place."""
     size: int = 0
     """Side of the square to which images are resized; 0 takes the size that most of them have."""
     validation: float = 0.1
@@ -165,11 +182,14 @@ class Train:
         at_least(self.imbalance, 1, "--imbalance", "1 keeps the data as it is, 100 is a long tail")
         if self.echo_factor != "auto":
             at_least(self.echo_factor, 1, "--echo-factor", "1 uses every image once, 2 twice")
-        positive = "steps batch accumulate blocks log_every save_every keep"
-        for name in positive.split():
+            at_most(self.echo_factor, _ECHO, "--echo-factor")
+        for name in ("steps", "batch", "accumulate", "blocks", "log_every", "save_every", "keep"):
             at_least(getattr(self, name), 1, flag(name), "a positive number")
-        for name in ("size", "eval_every", "weight_decay"):
+            at_most(getattr(self, name), _SIZES.get(name, MOST), flag(name))
+        at_most(self.steps * self.accumulate, MOST, "--steps times --accumulate")
+        for name in ("size", "eval_every", "weight_decay", "seed"):
             at_least(getattr(self, name), 0, flag(name), "zero or a positive number")
+            at_most(getattr(self, name), _SIZES.get(name, MOST), flag(name))
         for name in ("label_smoothing", "ema", "validation", "test"):
             share(getattr(self, name), flag(name))
         if self.validation + self.test >= 1:
@@ -178,13 +198,29 @@ class Train:
             raise UserError(
                 "--test must be above 0: a run ends by measuring what it never trained on"
             )
-        if not self.widths or min(self.widths) < 1:
-            raise UserError("--widths must be positive numbers: give one width a stage")
+        check_widths(self.widths)
         self.parallel.check(self.batch, self.accumulate)
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
+        if self.remat_budget is not None:
+            budget(self.remat_budget, "--remat-budget")
+        self._check_paths()
         self._check_model()
         self._check_sampling()
+
+    def check_alone(self, command: str) -> None:
+        """Raise UserError for what a command that trains nothing can't do."""
+        self.parallel.check_alone(command)
+        for name in ("resume", "check_data"):
+            if getattr(self, name):
+                raise UserError(
+                    f"{flag(name)} is an option of train, and {command} has none: drop it"
+                )
+
+    def _check_paths(self) -> None:
+        named(self.data, "--data")
+        named(self.out, "--out")
+        outside(self.out, data=self.data, root=self.root)
 
     def _check_model(self) -> None:
         for trick in self.tricks.on:
@@ -192,8 +228,9 @@ class Train:
                 raise UserError(f"--{trick} does nothing for --model {self.model} ({why}): drop it")
         if self.model != "transformer":
             return
-        for name in ("context", "features", "layers", "heads"):
+        for name, most in _TEXT_SIZES.items():
             at_least(getattr(self.text, name), 1, flag(name), "a positive number")
+            at_most(getattr(self.text, name), most, flag(name))
         if self.text.features % self.text.heads:
             raise UserError(
                 f"--features {self.text.features} does not divide into {self.text.heads} --heads: "
@@ -218,10 +255,17 @@ class Train:
             )
 
 
+# Options of a run that no command but train uses: they may stay where a command line is tried with another.
+NOT_TRAINED = {"resume", "check_data", "steps", "learning_rate", "log_every", "eval_every"}
+NOT_TRAINED |= {"save_every", "keep", "tensorboard", "wandb", "coordinator", "processes", "process"}
+NOT_SWEPT = NOT_TRAINED | {"accumulate", "ema"}
+
+
 @dataclasses.dataclass(frozen=True)
 class LrFind(Train):
     """Learning-rate range test of a run: sweep the rate, draw the loss, suggest a rate."""
 
+    UNUSED = NOT_SWEPT
     out: str = "runs/lr-find"
     """Run directory to create: report.md, lr_range.png, range.json."""
     lo: float = 1e-6
@@ -234,8 +278,9 @@ class LrFind(Train):
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         super().check()
-        self.parallel.check_alone("lr-find")
+        self.check_alone("lr-find")
         at_least(self.rates, 2, "--rates", "one step is taken at each")
+        at_most(self.rates, MOST, "--rates")
         if not 0 < self.lo < self.hi < float("inf"):
             raise UserError(f"--lo {self.lo} and --hi {self.hi} are no range: give 0 < lo < hi")
 
@@ -244,7 +289,7 @@ class LrFind(Train):
 class Compare:
     """Compare runs: one table of what they reached, what they cost, and where their settings differ."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tuple[str, ...] = dataclasses.field(default=(), metadata={"positional": True})
     """Run directories of `jaxtricks train`."""
     picture: str = ""
     """PNG to draw: their curves, and accuracy against cost."""
@@ -259,7 +304,7 @@ class Compare:
 class Fuse:
     """A run's model with every block and normalization fused: weights and a program for deployment."""
 
-    run: tyro.conf.Positional[str]
+    run: str = dataclasses.field(default="", metadata={"positional": True})
     """Run directory of `jaxtricks train`; its newest checkpoint is taken."""
     out: str = ""
     """Directory to create: model.safetensors, model.stablehlo, fuse.json; RUN/fused if not given."""
@@ -268,6 +313,9 @@ class Fuse:
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
+        if not self.run:
+            raise UserError("fuse needs a run directory: give one that `jaxtricks train` made")
+        at_most(self.batch, _SIZES["batch"], "--batch")
         at_least(self.batch, 1, "--batch", "a positive number")
 
 
@@ -276,7 +324,9 @@ class Ablate:
     """What each trick costs and gains: baseline, each alone, all, all but one, the best subset found."""
 
     data: str = "digits"
-    """"digits" (embedded), a folder or a zip of class folders."""
+    """"digits" (embedded), a folder or a zip of class folders, or what else train takes for images."""
+    root: str = ""
+    """Folder that the paths in --data LIST.txt begin in, as in train."""
     out: str = "runs/ablation"
     """Run directory to create: results.json, report.md, ablation.png."""
     tricks: tuple[str, ...] = KEYS
@@ -295,10 +345,13 @@ class Ablate:
     """Channels of each stage."""
     search: bool = True
     """Search for the best subset too, greedily, on the validation split: at most a run a trick."""
+    resume: bool = False
+    """Go on with what --out has finished; a new comparison if there is none yet."""
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         at_least(self.seeds, 1, "--seeds", "a positive number")
+        at_most(self.seeds, MOST, "--seeds")
         if not self.tricks:
             raise UserError(f"--tricks is empty: name some of {', '.join(KEYS)}")
         Tricks.of(*self.tricks)
@@ -309,6 +362,7 @@ class Ablate:
         return Train(
             tricks=tricks,
             data=self.data,
+            root=self.root,
             out=self.out,
             steps=self.steps,
             batch=self.batch,
@@ -323,9 +377,28 @@ class Ablate:
 class Explain:
     """Print the card of a trick: what, use, settings, when it helps and when not, cost, references."""
 
-    key: tyro.conf.Positional[str]
+    key: str = dataclasses.field(default="", metadata={"positional": True})
     """echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam or longtail."""
 
     def check(self) -> None:
         """Raise UserError for an unknown key."""
-        Tricks.of(self.key)
+        if not self.key:
+            raise UserError(f"explain needs a trick: give one of {', '.join(KEYS)}")
+        Tricks.of(self.key.lower())
+
+
+def check_widths(widths: tuple[int, ...]) -> None:
+    """Raise UserError for widths that no network has."""
+    if not widths or not 1 <= min(widths) <= max(widths) <= _WIDTH:
+        raise UserError(f"--widths must be from 1 to {_WIDTH}: give one width a stage")
+
+
+def docs(cls: type) -> dict[str, str]:
+    """Field -> the string below it, which is the help of an option; those of base classes too."""
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        for field, text in itertools.pairwise(getattr(tree, "body", ())):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return found

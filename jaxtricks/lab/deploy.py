@@ -1,5 +1,6 @@
 """The `fuse` command: a run's model as plain convolutions, in files that need nothing of this library."""
 
+import dataclasses
 import functools
 import pathlib
 import statistics
@@ -23,7 +24,7 @@ from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
 from jaxtricks.lab.examples import to_float
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.rundir import CONFIG, RunDir, writing
+from jaxtricks.lab.rundir import CONFIG, RunDir, can_begin, only_writer, writing
 
 WEIGHTS, PROGRAM, REPORT = "model.safetensors", "model.stablehlo", "fuse.json"
 _ROUNDS = 30
@@ -59,9 +60,13 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     settings = settings_of(made)
     if settings.model == "transformer":
         raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
-    data = train.load(settings)
-    model = restored(settings, data, made.path, say)
-    folder = RunDir(cfg.out or str(made.path / "fused"), about.session(command))
+    out = cfg.out or str(made.path / "fused")
+    can_begin(out)
+    data = train.load(dataclasses.replace(settings, resume=True, out=str(made.path)))
+    # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.
+    with only_writer(made.path):
+        model = restored(settings, data, made.path, say)
+    folder = RunDir(out, about.session(command))
     images = next(data_lib.eval_batches(data.test, cfg.batch))["image"]
     try:
         fused, report = jt.nnx.fuse(model, example=to_float(jnp.asarray(images)))

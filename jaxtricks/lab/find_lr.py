@@ -13,7 +13,8 @@ from jaxtricks import cyclical
 from jaxtricks.lab import about, loop, planning, train
 from jaxtricks.lab.config import LrFind
 from jaxtricks.lab.feed import Feed
-from jaxtricks.lab.rundir import RunDir
+from jaxtricks.lab.placement import Placement
+from jaxtricks.lab.rundir import RunDir, can_begin
 
 PICTURE = "lr_range.png"
 
@@ -34,11 +35,13 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
     # One update a rate: a sweep has no use for averages over updates.
     cfg = dataclasses.replace(cfg, ema=0.0, accumulate=1)
+    can_begin(cfg.out)
+    Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = train.load(cfg)
-    folder = RunDir(cfg.out, about.of_run(cfg, command, data))
-    train.introduce(data, say)
     # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
     program, _ = planning.prepare(cfg, data, rate=1.0)
+    folder = RunDir(cfg.out, about.of_run(cfg, command, data))
+    train.introduce(data, say)
     state = program.start(cfg.seed, data.counts)
 
     @jax.jit
@@ -60,6 +63,7 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     )
     folder.write_text("report.md", markdown(found, data.name, command))
     say(sentence(found))
+    say(advice(found))
     return found
 
 
@@ -74,14 +78,30 @@ def sentence(found: cyclical.RangeTest) -> str:
     )
 
 
+def advice(found: cyclical.RangeTest) -> str:
+    """Where to put the peak of a schedule, by where this loss turned up."""
+    if math.isnan(float(found.suggestion)):
+        return "Nothing is known of a good rate."
+    at = int(np.nanargmin(np.asarray(found.smoothed)))
+    lowest, peak = float(found.lrs[at]), "Take the peak of a schedule at or below the suggestion"
+    if at == len(found.lrs) - 1:
+        return f"{peak}: the loss still fell at {lowest:.2g}, so a sweep with a higher --hi may suggest more."
+    if lowest < float(found.suggestion):
+        return (
+            f"Take the peak of a schedule below {lowest:.2g}, where the smoothed loss was lowest."
+        )
+    return f"{peak}: the smoothed loss was lowest at {lowest:.2g}, and rose above that."
+
+
 def markdown(found: cyclical.RangeTest, name: str, command: str) -> str:
     """The report."""
     return f"""# Learning-rate range test on {name}
 
 Command: `{command or "jaxtricks lr-find"}`
 
-{sentence(found)}. One short training whose rate rises at every step; take the peak of a schedule at or a
-few times above the suggestion, and well below where the loss turns up.
+{sentence(found)}. It was one short training whose rate rose at every step.
+
+{advice(found)}
 
 ![Loss against learning rate]({PICTURE})
 """

@@ -19,6 +19,7 @@ class Trial(NamedTuple):
       gain: mean over the seeds of the score's difference, paired by seed.
       error: standard error of that mean; 0 with one seed.
       kept: whether the gain exceeds the error.
+      n: seeds.
     """
 
     subset: Subset
@@ -26,6 +27,7 @@ class Trial(NamedTuple):
     gain: float
     error: float
     kept: bool
+    n: int
 
 
 def search(
@@ -48,7 +50,7 @@ def search(
         subset = tuple(k for k in keys if k in (*best, key))
         found = np.asarray(measure(subset))
         gain, error = float(np.mean(found - scores)), spread.error(found - scores)
-        trials.append(Trial(subset, key, gain, error, gain > error))
+        trials.append(Trial(subset, key, gain, error, gain > error, len(found)))
         if trials[-1].kept:
             best, scores = subset, found
     return best, trials

@@ -13,13 +13,13 @@ from rich.console import Console
 
 import jaxtricks as jt
 from jaxtricks import longtail
-from jaxtricks.lab import about, examples, longtail_methods, models
+from jaxtricks.lab import about, examples, longtail_methods, models, train
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import longtail_report as report
 from jaxtricks.lab.data.batches import stack
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.longtail_methods import TRAINED, Method
-from jaxtricks.lab.rundir import RunDir
+from jaxtricks.lab.rundir import RunDir, can_begin
 
 BASE = "cross_entropy"
 WARM_UP = 0.05  # share of the run
@@ -53,18 +53,32 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
       The rows: method, seed, and the figures of `longtail.metrics.summary`.
     """
     console, rows = Console(), []
-    folder = RunDir(cfg.out, about.of_run(cfg, command))
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     names = [BASE, *(m for m in cfg.methods if m != BASE)]
-    data, trainers = None, {}
-    for seed in range(cfg.seeds):
-        data = data_lib.load(cfg.data, imbalance=cfg.imbalance, seed=seed, size=cfg.size)
-        for name, figures in of_seed(cfg, names, data, seed, trainers):
-            rows.append({"method": name, "seed": seed, **figures})
-            console.print(f"seed {seed} {name:<18} {100 * figures['balanced_accuracy']:.1f} %")
-            folder.write("results.json", rows)  # what is done is kept
-    report.write(folder, rows, data, cfg, command)
-    console.print(str(report.table(rows)), highlight=False, soft_wrap=True)
+    can_begin(cfg.out)
+    train.refuse_text(cfg.data, cfg.root)
+    data, trainers = _load(cfg, 0), {}
+    with RunDir(cfg.out, about.of_run(cfg, command)) as folder:
+        try:
+            for seed in range(cfg.seeds):
+                data = _load(cfg, seed) if seed else data
+                for name, figures in of_seed(cfg, names, data, seed, trainers):
+                    rows.append({"method": name, "seed": seed, **figures})
+                    say(f"seed {seed} {name:<18} {100 * figures['balanced_accuracy']:.1f} %")
+                    folder.write("results.json", rows)  # what is done is kept
+        except KeyboardInterrupt:
+            say(f"stopped: the report has what is done, {folder.path / report.REPORT}")
+            raise
+        finally:
+            if rows:
+                report.write(folder, rows, data, cfg, command)
+    say(str(report.table(rows)))
+    say(f"report: {folder.path / report.REPORT}")
     return rows
+
+
+def _load(cfg: LongtailBench, seed: int) -> data_lib.Data:
+    return data_lib.load(cfg.data, root=cfg.root, imbalance=cfg.imbalance, seed=seed, size=cfg.size)
 
 
 def of_seed(

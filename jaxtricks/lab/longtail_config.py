@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxtricks.lab.config import UserError, at_least
+from jaxtricks.lab.config import MOST, Train, UserError, at_least, at_most
 
 METHODS = (
     "cross_entropy",
@@ -27,6 +27,8 @@ class LongtailBench:
 
     data: str = "digits"
     """"digits" (embedded), a folder or a zip of class folders, or what else train takes for images."""
+    root: str = ""
+    """Folder that the paths in --data LIST.txt begin in, as in train."""
     out: str = "runs/longtail"
     """Run directory to create: results.json, report.md."""
     methods: tuple[str, ...] = METHODS
@@ -52,7 +54,12 @@ class LongtailBench:
         """Raise UserError for a value that can't be meant."""
         for name in ("seeds", "steps", "batch", "blocks"):
             at_least(getattr(self, name), 1, f"--{name}", "a positive number")
-        at_least(self.imbalance, 1, "--imbalance", "1 keeps the data as it is, 100 is a long tail")
+        if not 0 < self.rate < float("inf"):
+            raise UserError(f"--rate must be positive, not {self.rate}")
+        # What a run of the same settings refuses.
+        names = ("data", "root", "out", "steps", "batch", "blocks", "imbalance", "size", "widths")
+        Train(**{name: getattr(self, name) for name in names}).check()
+        at_most(self.seeds, MOST, "--seeds")
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
             raise UserError(f"--methods knows no {unknown[0]!r}: use some of {', '.join(METHODS)}")

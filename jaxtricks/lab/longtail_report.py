@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from jaxtricks import _table
-from jaxtricks.lab import about, spread
+from jaxtricks.lab import spread
 from jaxtricks.lab.longtail_config import LongtailBench
+from jaxtricks.lab.report import REPORT, counted, hardware
 from jaxtricks.lab.rundir import RunDir
 
 BASE = "cross_entropy"
@@ -34,8 +35,8 @@ def table(rows: list[dict[str, Any]]) -> _table.Table:
         "many",
         "medium",
         "few",
-        "to cross entropy",
-        "few to it",
+        "change",
+        "change, few",
     )
     return _table.make(headers, lines)
 
@@ -54,17 +55,18 @@ def write(
         f"{len(data.test)} to test on, {height} x {width}; ResNet of {layers} layers, widths "
         f"{cfg.widths}; {cfg.steps} steps of {cfg.batch}, SGD with Nesterov momentum 0.9, rate "
         f"{cfg.rate} for all methods, weight decay 5e-4, cosine. Many, medium and few are thirds of the "
-        "classes. Mean +- sample standard deviation over the seeds; differences are paired by seed, mean "
-        "+- standard error.",
+        f"classes. {counted(cfg.seeds, 'seed')}: mean +- sample standard deviation. Changes are those "
+        "from cross entropy, paired by seed, mean +- standard error.",
         table(rows).markdown(),
-        f"{about.hardware()}; {about.versions()}",
+        f"{hardware()}.",
     ]
-    folder.write_text("report.md", "\n\n".join(line for line in lines if line) + "\n")
+    folder.write_text(REPORT, "\n\n".join(line for line in lines if line) + "\n")
 
 
 def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} +- {spread.deviation(values):.1f}"
+    return f"{np.mean(values):.1f} +- {spread.spell(spread.deviation(values), len(values))}"
 
 
 def _error(values: list[float]) -> str:
-    return f"{np.mean(values):+.1f} +- {spread.error(values):.1f}"
+    mean = round(float(np.mean(values)), 1) + 0.0  # no -0.0
+    return f"{mean:+.1f} +- {spread.spell(spread.error(values), len(values))}"

@@ -35,11 +35,12 @@ class Parallel:
         axes: dict[str, int] = {}
         for part in filter(None, self.mesh.split(",")):
             name, _, size = part.partition("=")
-            if name not in (DATA, MODEL) or name in axes or not size.isdecimal() or int(size) < 1:
+            number = int(size) if size.isdecimal() and len(size) < 7 else 0
+            if name not in (DATA, MODEL) or name in axes or number < 1:
                 raise UserError(
                     f"--mesh {self.mesh} can't be read: give sizes such as data=4,model=2"
                 )
-            axes[name] = int(size)
+            axes[name] = number
         return axes and {DATA: axes.get(DATA, 1), MODEL: axes.get(MODEL, 1)}
 
     @property
@@ -71,7 +72,7 @@ class Parallel:
                 )
             return
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
             raise UserError(
                 f"--coordinator {self.coordinator} is no address: give HOST:PORT of process 0, or auto"
             )

@@ -9,8 +9,9 @@ from jaxtricks import remat
 from jaxtricks.lab import about, loop, planning, train
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
+from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.plan_config import Plan
-from jaxtricks.lab.rundir import RunDir
+from jaxtricks.lab.rundir import RunDir, can_begin
 
 PLAN, PICTURE = "plan.json", "plan.png"
 _SIDE, _CLASSES, _CHARACTERS = 32, 10, 128  # where the command line says nothing
@@ -27,6 +28,9 @@ def run(cfg: Plan, command: str = "") -> remat.Plan:
       UserError: a budget that can't be met, or something else that the person can mend.
     """
     say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    if cfg.out:
+        can_begin(cfg.out)
+    Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = described(cfg) if cfg.data == "auto" else train.load(cfg)
     say(_introduction(cfg, data))
     settings = {name: getattr(cfg, name) for name in ("wrt", "max_compiles", "topology")}

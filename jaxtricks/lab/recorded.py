@@ -20,14 +20,14 @@ _SESSION: dict[str, Any] = {
     "hardware": {"devices": list[str], "kind": str, "cores": int, "machine": str},
     "git": {"commit": str, "branch": str, "dirty": bool},
 }
-FRAME: dict[str, Any] = {"config": {}, "data": {}, "resumed": [{}]}
+FRAME: dict[str, Any] = {"config": {}, "data": {"left_out": list[str]}, "resumed": [{}]}
 """What every command's config.json has in common: name -> kind, as `misfit` takes it."""
 ABOUT: dict[str, Any] = _SESSION | {
     "config": Train,
     "data": {
         **dict.fromkeys(("name", "kind"), str),
         **dict.fromkeys(("train", "validation", "test"), int),
-        **dict.fromkeys(("classes", "notes"), list[str]),
+        **dict.fromkeys(("classes", "notes", "left_out"), list[str]),
         **dict.fromkeys(("counts", "shape"), list[int]),
     },
     "resumed": [_SESSION],
@@ -36,7 +36,9 @@ ABOUT: dict[str, Any] = _SESSION | {
 RESULT: dict[str, Any] = {
     "kind": str,
     **dict.fromkeys(("train", "validation", "test"), _SUMMARY),
-    **dict.fromkeys(("parameters", "state_bytes", "temp_bytes", "bytes_read"), int),
+    **dict.fromkeys(
+        ("parameters", "state_bytes", "temp_bytes", "bytes_read", "skipped_records"), int
+    ),
     "plan": {
         **dict.fromkeys(("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int),
         "extra_flops": float,

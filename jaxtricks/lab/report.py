@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtricks import _table
-from jaxtricks.lab import about, compose, greedy
+from jaxtricks.lab import about, compose, greedy, spread
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Ablate
 from jaxtricks.lab.rundir import RunDir
 
-PICTURE = "ablation.png"
+PICTURE, REPORT = "ablation.png", "report.md"
 _COSTS = {
     "step_ms": "step time",
     "temp_bytes": "temporaries",
@@ -75,8 +75,8 @@ def table(rows: list[dict[str, Any]]) -> _table.Table:
         (
             row["key"],
             f"{100 * row['metric']:.1f}",
-            f"{100 * row['std']:.1f}",
-            f"{row['step_ms']:.1f}",
+            spread.spell(100 * row["std"], row["n"]),
+            f"{row['step_ms']:.1f}" if "step_ms" in row else "-",
             f"{row['temp_bytes'] / 1024:.0f}",
             f"{row['state_bytes'] / 1024:.1f}",
             f"{row['reads']:.0f}",
@@ -102,10 +102,13 @@ def write(
     data: data_lib.Data,
     cfg: Ablate,
     command: str,
+    *,
+    complete: bool = True,
 ) -> None:
-    """results.json and report.md (which shows PICTURE, drawn by the command line)."""
+    """results.json and report.md; that of all rows shows PICTURE, drawn by the command line."""
     folder.write("results.json", rows)
-    folder.write_text("report.md", markdown(rows, trials, data, cfg, command))
+    text = markdown(rows, trials, data, cfg, command, complete=complete)
+    folder.write_text(REPORT, text)
 
 
 def markdown(
@@ -114,15 +117,21 @@ def markdown(
     data: data_lib.Data,
     cfg: Ablate,
     command: str,
+    *,
+    complete: bool = True,
 ) -> str:
     """The report."""
     counts = ", ".join(str(int((data.train.labels == c).sum())) for c in range(len(data.classes)))
+    stopped = (
+        f"**Not finished:** it was stopped after {counted(len(rows), 'row')}, before any step was timed; the "
+        "same command with --resume goes on.\n\n"
+    )
     return f"""# What each trick costs and gains on {data.name}
 
 Command: `{command or "jaxtricks ablate"}`
 
-{len(data.train)} training images ({counts} by class), {len(data.test)} test images, {cfg.steps} steps of
-{cfg.batch}, {cfg.seeds} seeds. {hardware()}.
+{"" if complete else stopped}{len(data.train)} training images ({counts} by class), {len(data.test)} test \
+images, {cfg.steps} steps of {cfg.batch}, {counted(cfg.seeds, "seed")}. {hardware()}.
 
 {table(rows).markdown()}
 
@@ -133,8 +142,13 @@ Command: `{command or "jaxtricks ablate"}`
 - state: bytes of the optimizer state; exact.
 - read: bytes read from the data set a step, measured.
 
-![Balanced accuracy against cost]({PICTURE})
+{f"![Balanced accuracy against cost]({PICTURE})" if complete else ""}
 {searched(trials)}"""
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 seed", "2 seeds"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def searched(trials: list[greedy.Trial]) -> str:
@@ -144,7 +158,7 @@ def searched(trials: list[greedy.Trial]) -> str:
     body = [
         (
             named(trial.subset),
-            f"{100 * trial.gain:+.1f} +- {100 * trial.error:.1f}",
+            f"{100 * trial.gain:+.1f} +- {spread.spell(100 * trial.error, trial.n)}",
             trial.offered if trial.kept else "",
         )
         for trial in trials
@@ -178,7 +192,7 @@ def machine_line(machine: dict[str, Any], have: dict[str, str]) -> str:
 def _changes(row: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     clauses = []
     for name, label in _COSTS.items():
-        change = row[name] / reference[name] - 1 if reference[name] else 0.0
+        change = row[name] / reference[name] - 1 if name in row and reference.get(name) else 0.0
         if abs(change) >= _NOTABLE[name]:
             clauses.append(f"{label} {100 * change:+.0f} %")
     return clauses

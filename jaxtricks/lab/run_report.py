@@ -1,8 +1,5 @@
 """report.md of a single run. Imports no jax."""
 
-import ast
-import inspect
-import itertools
 import math
 import pathlib
 import shlex
@@ -10,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtricks import _table
-from jaxtricks.lab.config import Tricks
+from jaxtricks.lab.config import Tricks, docs
 from jaxtricks.lab.rundir import writing
 from jaxtricks.lab.runs import Run, look, read
 
@@ -86,6 +83,7 @@ def markdown(
         "## Result",
         _unfinished(run),
         _quality(run),
+        _skipped(run),
         *(f"![{_PICTURES.get(name, name)}]({name})" for name in pictures),
         "## Cost",
         _costs(run),
@@ -154,19 +152,9 @@ def _length(run: Run) -> str:
 def _tricks(run: Run) -> str:
     if not run.tricks:
         return "No trick is on: this is plain training."
-    what = _docs(Tricks)
+    what = docs(Tricks)
     lines = [f"- {key}: {what[key]}" for key in run.tricks]
     return "\n".join(["Tricks that are on (`jaxtricks explain NAME` tells more):", "", *lines])
-
-
-def _docs(cls: type) -> dict[str, str]:
-    # The help of an option is the string below its field.
-    (tree,) = ast.parse(inspect.getsource(cls)).body
-    return {
-        ast.unparse(field.target): ast.literal_eval(text.value)
-        for field, text in itertools.pairwise(getattr(tree, "body", ()))
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
 
 
 def _unfinished(run: Run) -> str:
@@ -200,6 +188,16 @@ def _quality(run: Run) -> str:
         legend = _legend(look(run.about, "data", "counts") or ())
     sample = "A large training split is measured on a sample."
     return f"{_table.make(headers, body).markdown()}\n\n{legend} {sample}"
+
+
+def _skipped(run: Run) -> str:
+    count = run.result.get("skipped_records")
+    if not count:
+        return ""
+    return (
+        f"{count} images broke while the run read them and were skipped: in training another image of the "
+        "class took the place of each, and the evaluations are without them."
+    )
 
 
 def _text_cells(summary: dict[str, Any]) -> tuple[str, ...]:
@@ -236,7 +234,7 @@ def _costs(run: Run) -> str:
         "mesh": _say(_mesh, result.get("mesh")),
         "sent between devices in a step": _say(_sent, result.get("mesh")),
         "time of a step, median": _say("{:.2f} ms".format, run.step_ms),
-        "examples per second, median": _say("{:,.0f}".format, run.examples_per_s),
+        "examples per second": _say("{:,.0f}".format, run.examples_per_s),
         "read from the data per step": _say(
             lambda n: _table.format_bytes(n / done), result.get("bytes_read") if done else None
         ),

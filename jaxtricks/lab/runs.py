@@ -58,8 +58,9 @@ class Run(NamedTuple):
 
     @property
     def examples_per_s(self) -> float | None:
-        """Median rate over the same windows."""
-        return _median([row.get("examples_per_s") for row in self.timing[1:]])
+        """Rate of a step of median time."""
+        batch, milliseconds = look(self.about, "config", "batch"), self.step_ms
+        return 1e3 * batch / milliseconds if batch and milliseconds else None
 
     def newest(self, name: str) -> float | None:
         """The newest finite value of a metric."""
@@ -112,9 +113,9 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
-    # Not there, torn, or no JSON: all the same to a reader.
+    # Not there, torn, or no JSON: all the same to a reader. A pipe would be waited for.
     try:
-        value = jsons.parse(file.read_bytes())
+        value = jsons.parse(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError):
         return {}
     if not isinstance(value, dict):

@@ -13,3 +13,8 @@ def deviation(values: Sequence[float] | np.ndarray) -> float:
 def error(values: Sequence[float] | np.ndarray) -> float:
     """Standard error of the mean."""
     return deviation(values) / len(values) ** 0.5
+
+
+def spell(spread: float, n: int) -> str:
+    """A deviation or an error of n repetitions; "-" of one, which has none."""
+    return f"{spread:.1f}" if n > 1 else "-"

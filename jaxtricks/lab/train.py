@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.interrupt import Interrupt, StopError
-from jaxtricks.lab.rundir import RESULT, RunDir
+from jaxtricks.lab.placement import Placement
+from jaxtricks.lab.rundir import CONFIG, RESULT, RunDir
 from jaxtricks.lab.trainer import Trainer
 
 _SUMMARY = {
@@ -67,31 +69,36 @@ def _run(
     console: Console,
     say: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    # A disk that can't be written is said before anything is computed.
-    together.on_first(lambda: rundir.check_writable(cfg.out))
+    # Of the first host, which writes: said before anything is read or computed.
+    together.on_first(lambda: _check_outputs(cfg))
+    Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = load(cfg)
     # A mistake here must leave no directory behind.
     prepared = planning.prepare(cfg, data)
-    folder = open_folder(cfg, about.of_run(cfg, command, data), together)
-    introduce(data, say)
-    if together.count > 1:
-        say(
-            f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others end "
-            f"within {hosts.HEARTBEAT} s: start all of them again with --resume"
-        )
-    if prepared.plan:
-        say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
-    with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
-        stack.callback(checkpoints.close)
-        trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
-        start = trainer.restore(say, about.session(command)) if folder.resumed else 0
-        outputs = writers.open_writers(cfg, folder.path, start) if hosts.first() else []
-        for writer in outputs:
-            stack.callback(writer.close)
-        with _progress(console) as progress:
-            trainer.fit(start, interrupt, outputs, progress)
-        result = None if interrupt.signal else trainer.result()
+    with open_folder(cfg, about.of_run(cfg, command, data), together) as folder:
+        introduce(data, say)
+        if together.count > 1:
+            say(
+                f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others "
+                f"end within {hosts.HEARTBEAT} s: start all of them again with --resume"
+            )
+        if prepared.plan:
+            say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
+        if folder.note:
+            say(folder.note)
+        with contextlib.ExitStack() as stack:
+            checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
+            stack.callback(checkpoints.close)
+            trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
+            start = trainer.restore(say, about.session(command)) if folder.resumed else 0
+            outputs = writers.open_writers(cfg, folder.path, start) if hosts.first() else []
+            for writer in outputs:
+                stack.callback(writer.close)
+            with _progress(console) as progress:
+                trainer.fit(start, interrupt, outputs, progress)
+            result = None if interrupt.signal else trainer.result()
+        if result is not None and hosts.first():
+            folder.write(RESULT, result)
     if result is None:
         say(f"stopped on {interrupt.signal}, saved: go on with --resume")
         if interrupt.signal == "SIGINT":
@@ -99,10 +106,14 @@ def _run(
         return None
     if not hosts.first():
         return None
-    folder.write(RESULT, result)
     say(str(summary_table(result)))
     say(f"run directory: {folder.path}")
     return result
+
+
+def _check_outputs(cfg: Train) -> None:
+    rundir.can_begin(cfg.out, resume=cfg.resume)
+    writers.check(cfg)
 
 
 def open_folder(cfg: Train, about: dict[str, Any], together: hosts.Hosts) -> RunDir:
@@ -118,7 +129,7 @@ def open_folder(cfg: Train, about: dict[str, Any], together: hosts.Hosts) -> Run
         return opened[0].resumed
 
     resumed = together.on_first(make)
-    folder = opened[0] if opened else RunDir(cfg.out, about, resume=True)
+    folder = opened[0] if opened else RunDir(cfg.out, about, resume=True, lock=False)
     folder.resumed = resumed
     return folder
 
@@ -129,13 +140,33 @@ def load(cfg: Train) -> data_lib.Data:
     Raises:
       UserError: it can't be used, or not by this model.
     """
-    data = data_lib.load(
-        cfg.source, imbalance=cfg.imbalance, skip_unreadable=cfg.skip_unreadable, **where(cfg)
+    if cfg.model != "transformer":
+        refuse_text(
+            cfg.source, cfg.root, f"--model {cfg.model} can't read it: use --model transformer, "
+        )
+    elif not data_lib.is_text(cfg.source, cfg.root):
+        raise UserError(
+            f"--data {cfg.source} is no text, and --model transformer reads nothing else: give a .txt "
+            "file or topics, or use another model"
+        )
+    return data_lib.load(
+        cfg.source, imbalance=cfg.imbalance, left_out=_left_out_before(cfg), **where(cfg)
     )
-    if (data.kind == "text") != (cfg.model == "transformer"):
-        fits = "a .txt file or topics" if cfg.model == "transformer" else "images"
-        raise UserError(f"--model {cfg.model} can't read --data {data.name}: give {fits}")
-    return data
+
+
+def _left_out_before(cfg: Train) -> list[str] | None:
+    """What the run that goes on has left out; None if there is none, or it says nothing of it."""
+    out = pathlib.Path(cfg.out)
+    if not (cfg.resume and cfg.skip_unreadable and (out / CONFIG).is_file()):
+        return None
+    return rundir.begun_with(out).get("data", {}).get("left_out")
+
+
+def refuse_text(name: str, root: str, why: str = "") -> None:
+    """Raise UserError for text where images are needed."""
+    if data_lib.is_text(name, root):
+        cure = "give images, or --root DIR if it is a list of images"
+        raise UserError(f"--data {name} is text, but {why or 'this needs images: '}{cure}")
 
 
 def check_data(cfg: Train) -> None:
@@ -154,8 +185,10 @@ def check_data(cfg: Train) -> None:
 
 
 def where(cfg: Train) -> dict[str, Any]:
-    """How the data set is split and shaped."""
+    """How the data set is read, split and shaped."""
     return {
+        "root": cfg.root,
+        "skip_unreadable": cfg.skip_unreadable,
         "seed": cfg.seed,
         "validation": cfg.validation,
         "test": cfg.test,

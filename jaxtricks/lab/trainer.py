@@ -44,6 +44,8 @@ class Trainer:
         self.state = program.start(cfg.seed, data.counts)
         self.batches = Feed(cfg, data, self.place)
         self.meter, self.bytes_before = loop.Meter(), 0
+        self.skipped_before: set[str] = set()
+        self._told = 0
         self.divergence = Divergence(cfg, self.place)
         batch = loop.batch_shapes(cfg, data, self.place)
         self.compiled = loop.compile_step(program, self.state, batch)
@@ -64,6 +66,7 @@ class Trainer:
             said = self.batches.resume(restored.step, restored.host["feeds"], rows)
             self.meter = loop.Meter(restored.host["window"])
             self.bytes_before = int(restored.host["bytes_read"])
+            self.skipped_before = set(map(str, restored.host.get("skipped", ())))
         except Exception as error:  # each dataset of Grain and of ours fails in its own way
             raise UserError(
                 f"the checkpoint of step {restored.step} in {self.folder.path} does not say how far its "
@@ -85,7 +88,7 @@ class Trainer:
             self.state = state
             if means is not None:
                 self.divergence.check(done, [means["loss"]], state)
-                timing = window.timing(done, cfg.batch)
+                timing = window.timing(done, cfg.batch) | self._tell_skipped(progress)
                 if done % every == 0 or done == cfg.steps:
                     means = {**means, **self.validate()}
                 if first():
@@ -131,6 +134,7 @@ class Trainer:
             "feeds": self.hosts.gather(self.batches.get_state()),
             "window": window,
             "bytes_read": self.bytes_read(),
+            "skipped": self.skipped(),
         }
         self.checkpoints.save(step, self.state, host)
         self.divergence.saved = step
@@ -138,6 +142,33 @@ class Trainer:
     def bytes_read(self) -> int:
         """Bytes of examples read by all hosts, earlier sessions included; the prefetched ones count."""
         return self.bytes_before + sum(self.hosts.gather(self.data.train.bytes_read))
+
+    def skipped(self) -> list[str]:
+        """Names of the examples that could not be read since the run began, on all hosts."""
+        if not self.cfg.skip_unreadable:
+            return []
+        here = [name for part in self._splits() for name in list(part.skipped)]
+        return sorted(self.skipped_before.union(*self.hosts.gather(here)))
+
+    def _splits(self) -> list[data_lib.Source]:
+        splits = (self.data.train, self.data.validation, self.data.test)
+        return [part for part in splits if part is not None]
+
+    def _tell_skipped(self, progress: Progress) -> dict[str, int]:
+        """Name the training images that broke since the last call; how many there are, for the log.
+
+        The log of times, not that of metrics: threads read ahead, and meet them sooner or later.
+        """
+        broken = dict(self.data.train.skipped)
+        for name in list(broken)[self._told :]:
+            progress.console.print(
+                f"{name} can't be read any more ({broken[name]}): another image of its class is used",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        self._told = len(broken)
+        return {"skipped_records": len(broken)} if broken else {}
 
     def result(self) -> dict[str, Any]:
         """What result.json says; the training split is measured on a sample."""
@@ -148,16 +179,18 @@ class Trainer:
             for name, source in splits.items()
             if source is not None
         }
-        planned = {"plan": planning.figures(self.plan)} if self.plan else {}
+        more: dict[str, Any] = {"plan": planning.figures(self.plan)} if self.plan else {}
+        if skipped := self.skipped():
+            more["skipped_records"] = len(skipped)
         if self.place.mesh.size > 1:
-            planned["mesh"] = spread(self.place, self.state, self.compiled.step)
+            more["mesh"] = spread(self.place, self.state, self.compiled.step)
         return {
             "kind": data.kind,
             **measured,
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
             "state_bytes": _tree.nbytes(self.state.opt_state),
             "temp_bytes": self.compiled.temp_bytes,
-            **planned,
+            **more,
             "bytes_read": bytes_read,
         }
 

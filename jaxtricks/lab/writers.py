@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtricks.lab.config import Train, UserError
 
 _ID_FILE = "wandb.json"
+_MODULES = {"wandb": "wandb", "tensorboard": "tensorboardX"}
 
 
 @runtime_checkable
@@ -36,7 +37,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: pathlib.Path, start: int = 0):
-        module = _load("tensorboardX", "tensorboard", "--tensorboard")
+        module = _load(_MODULES["tensorboard"], "tensorboard", "--tensorboard")
         self._writer = module.SummaryWriter(
             str(folder),
             purge_step=start + 1,  # the first step that this run writes
@@ -74,7 +75,7 @@ class WandB:
     def __init__(
         self, project: str, folder: pathlib.Path, config: dict[str, Any], resume_step: int = 0
     ):
-        wandb = _load("wandb", "wandb", "--wandb")
+        wandb = _load(_MODULES["wandb"], "wandb", "--wandb")
         self._file = folder / _ID_FILE
         self._kept = _kept(self._file) if resume_step else {"id": uuid.uuid4().hex, "next": 0}
         self._save()
@@ -110,6 +111,13 @@ class WandB:
 
     def _save(self) -> None:
         self._file.write_text(json.dumps(self._kept) + "\n")
+
+
+def check(cfg: Train) -> None:
+    """Raise UserError if a writer that a run asks for is not installed."""
+    for name in ("wandb", "tensorboard"):
+        if getattr(cfg, name):
+            _load(_MODULES[name], name, f"--{name}")
 
 
 def open_writers(cfg: Train, folder: pathlib.Path, start_step: int = 0) -> list[Writer]:

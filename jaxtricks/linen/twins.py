@@ -1,7 +1,7 @@
 """The nnx layer that computes what a linen layer does, with the same variables."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 import jaxtricks.nnx as jnnx
 from jaxtricks import _tree
 from jaxtricks.linen import blocks, layers
+from jaxtricks.nnx import overrides
 from jaxtricks.nnx.parts import unpacked
 
 BLOCKS: dict[type, Any] = {
@@ -19,17 +20,25 @@ BLOCKS: dict[type, Any] = {
     blocks.DiverseBranchBlock: jnnx.DiverseBranchBlock,
 }
 CONVS: dict[type, Any] = {nn.Conv: nnx.Conv, layers.WSConv: jnnx.WSConv}
+AFFINE: dict[type, Any] = {
+    nn.Dense: nnx.Linear,
+    nn.DenseGeneral: nnx.LinearGeneral,
+    nn.Einsum: nnx.Einsum,
+    nn.ConvTranspose: nnx.ConvTranspose,
+}
 NORMS: dict[type, Any] = {
     nn.BatchNorm: nnx.BatchNorm,
     layers.ExtendedBatchNorm: jnnx.ExtendedBatchNorm,
 }
-KINDS = CONVS | BLOCKS | NORMS
+KINDS = CONVS | AFFINE | BLOCKS | NORMS
 
 # Attributes of linen layers that are arguments of their twins.
 _FIELDS = (
     "kernel_size strides padding kernel_dilation feature_group_count dtype param_dtype precision "
-    "mask conv_general_dilated preset eps use_gain use_bias use_scale epsilon axis internal_features"
+    "mask conv_general_dilated preset eps use_gain use_bias use_scale epsilon axis internal_features "
+    "transpose_kernel einsum_str preferred_element_type"
 )
+_STACKED = "is stacked (nn.scan, nn.vmap): fuse one layer"
 
 
 def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) -> Any:
@@ -41,16 +50,27 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
       evaluates: whether its normalizations use their running statistics.
 
     Raises:
-      ValueError: stacked variables (nn.scan, nn.vmap), or a block whose parts have no twin.
+      ValueError: stacked variables (nn.scan, nn.vmap), a subclass that computes something else, or a block
+        whose parts have no twin.
     """
-    kind = next(kind for kind in KINDS if isinstance(module, kind))
+    kind = overrides.kind_of(module, tuple(KINDS))
+    overrides.check(module, kind, ("_branches",) if kind in BLOCKS else ())
     fields = {n: value for n in _FIELDS.split() if (value := getattr(module, n, None)) is not None}
+    kernel = variables["params"].get("kernel")
+    sizes: tuple[Any, ...] = ()
     if kind in NORMS:
         sizes = variables["batch_stats"]["mean"].shape[-1:]
+    elif kind in AFFINE:
+        fields |= _affine_sizes(module, kernel.shape)
     else:
         sizes = _sizes(module, variables["params"])
         fields |= {n: _factory(getattr(module, n)) for n in ("conv", "norm") if kind in BLOCKS}
+    if kind is nn.Einsum:
+        fields.pop("use_bias")
+    mask = fields.pop("mask", None)  # an array, which would count as a variable
     made = _filled(lambda: KINDS[kind](*sizes, rngs=nnx.Rngs(0), **fields), variables)
+    if mask is not None:
+        made.mask = nnx.data(mask)
     (made.eval if evaluates else made.train)()
     return made
 
@@ -62,11 +82,44 @@ def _sizes(module: Any, params: Mapping[str, Any]) -> tuple[int, int]:
     return fan_in * module.feature_group_count, out
 
 
+def _affine_sizes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of the twin that only the kernel's shape says."""
+    if isinstance(module, nn.Einsum):
+        if module.einsum_str is None:
+            raise ValueError("is given its equation in the call")
+        if len(shape) != len(module.shape):
+            raise ValueError(_STACKED)
+        # The bias has the axes that kernel and output share, in the order of the output.
+        _, letters, outputs = module.einsum_str.replace(" ", "").replace("->", ",").split(",")
+        size = dict(zip(letters, shape, strict=False))
+        bias = tuple(size[letter] for letter in outputs if letter in size)
+        return {"kernel_shape": shape, "bias_shape": bias if module.use_bias else None}
+    if isinstance(module, nn.DenseGeneral):
+        dims, axis = _tuple(module.batch_dims), _tuple(module.axis)
+        at = len(dims) + len(axis)
+        if shape[at:] != _tuple(module.features):
+            raise ValueError(_STACKED)
+        return {
+            "in_features": shape[len(dims) : at],
+            "out_features": shape[at:],
+            "axis": axis,
+            "batch_axis": dict(zip(dims, shape, strict=False)),
+        }
+    fan_in, out = shape[-2:]
+    if getattr(module, "transpose_kernel", False):
+        fan_in, out = out, fan_in
+    return {"in_features": fan_in, "out_features": out}
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
 def _factory(given: Callable[..., Any]) -> Callable[..., Any]:
     """The nnx factory of a block's part."""
     base, keywords = unpacked(given)
     if base not in KINDS:
-        raise ValueError(f"linen.fuse: a block of {base} does not fuse: it has no twin in flax.nnx")
+        raise ValueError(f"is a block of {base}, which has no twin in flax.nnx")
     return functools.partial(KINDS[base], **keywords)
 
 
@@ -79,7 +132,7 @@ def _filled(make: Callable[[], nnx.Module], variables: Mapping[str, Any]) -> Any
         if {p: x.shape for p, x in given.items()} != {
             p: x.shape for p, x in _tree.by_path(like).items()
         }:
-            raise ValueError("linen.fuse: stacked layers (nn.scan, nn.vmap) do not fuse")
+            raise ValueError(_STACKED)
         return _tree.map_with_path(lambda path, _: jnp.asarray(given[path]), like)
 
     return nnx.merge(

@@ -157,6 +157,7 @@ def convolution(
     dilation: int | Sequence[int],
     groups: int,
     precision: Any = None,
+    preferred_element_type: Any = None,
 ) -> Array:
     """conv(x, kernel) + bias in `dtype`, with flax's padding modes."""
     rank = kernel.ndim - 2
@@ -176,8 +177,11 @@ def convolution(
         dilation=dilation,
         groups=groups,
         precision=precision,
+        preferred_element_type=preferred_element_type,
     )
-    return y if bias is None else y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (
+        y if bias is None else y + jnp.asarray(bias, y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    )
 
 
 def pad_by_mode(

@@ -3,24 +3,28 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtricks import weightstd
 from jaxtricks._types import Array
-from jaxtricks.nnx import _compat, surgery
+from jaxtricks.nnx import _compat, overrides, surgery
 from jaxtricks.nnx.branch import Branched
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.heads import DisAlignHead, LWSHead
 from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks.nnx.norm_settings import NAMES, NormSettings
 from jaxtricks.nnx.parts import effective_kernel, unpacked
 from jaxtricks.nnx.plain import largest_conv
 
 Rule = type | str
 Target = Callable[..., Any] | None
+Settings = Callable[[int, Iterable[str]], dict[str, Any]]
+"""(features, names) -> settings of the normalization behind a convolution."""
 
 # The arguments that a layer was made with, which it keeps as attributes.
 _CONV = (
@@ -40,6 +44,8 @@ def convert(
     *,
     rngs: nnx.Rngs,
     init: Literal["preserve", "fresh"] = "preserve",
+    example: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """A new model in which the layers that the rules name are exchanged; the model given in is left alone.
 
@@ -48,23 +54,32 @@ def convert(
     The first rule that fits a layer decides. A layer in several places stays one layer. Layers inside our
     blocks are left alone. An optimizer made for the old model does not fit the new one: rebuild it.
 
+    The normalizations inside a block take momentum, epsilon, axis_name and dtypes from the one behind the
+    convolution that it stands for. Without an example those are meant that lie beside the convolution and
+    have as many features, else all of the model; they must agree. What `functools.partial` binds wins, as in
+    `functools.partial(jt.nnx.ACBlock, norm=functools.partial(nnx.BatchNorm, momentum=0.9))`. In a model
+    without normalizations the block's own defaults stay.
+
     Args:
       model: any module; layers may lie in lists, tuples and dicts.
-      rules: {type or regex: target}. A type fits its subclasses too, unless they have a `__call__` of their
-        own; a regex must match the layer's whole path ("stages/0/conv"). The target is a class or a factory
-        that takes the layer's arguments by name (`functools.partial(jt.nnx.WSConv, preset="qiao")`; those
-        it does not know are not passed), or None to leave the layer as it is.
+      rules: {type or regex: target}. A type fits its subclasses too, unless they have methods of their own
+        in place of its; a regex must match the layer's whole path ("stages/0/conv"). The target is a class
+        or a factory that takes the layer's arguments by name (`functools.partial(jt.nnx.WSConv,
+        preset="qiao")`; those it does not know are not passed), or None to leave the layer as it is.
       rngs: keys for the new layers.
       init: "preserve" = the new model computes the same function in evaluation mode; "fresh" = new layers
         begin anew.
+      example: an input of the model, or a tuple of them, whose trace tells what normalization is behind a
+        convolution.
+      example_kwargs: keyword arguments of the model's call, as in `fuse`.
 
     Returns:
       The new model, in the mode (train or eval) of the old one.
 
     Raises:
-      ValueError: a rule that decides nothing, a layer that the target cannot stand for, or
-        init="preserve" for a layer whose function the target cannot keep: a standardized kernel
-        has mean zero, so WSConv keeps only filters that have it already.
+      ValueError: a rule that decides nothing, a layer that the target cannot stand for, normalizations
+        that do not agree and no example, or init="preserve" for a layer whose function the target cannot
+        keep: a standardized kernel has mean zero, so WSConv keeps only filters that have it already.
 
     Example:
       >>> import jaxtricks as jt
@@ -75,12 +90,14 @@ def convert(
     """
     if init not in ("preserve", "fresh"):
         raise ValueError(f"nnx.convert: `init` is {init!r}; use 'preserve' or 'fresh'")
+    norms = NormSettings(model, example, example_kwargs)
     model = nnx.clone(model)
     evaluates = _evaluates(model)
     changes = {}
     for path, layer, target in _decided(model, rules):
+        settings = functools.partial(norms.of, path)
         try:
-            new = _made(layer, target, rngs, keep=init == "preserve")
+            new = _made(layer, target, rngs, settings, keep=init == "preserve")
         except (ValueError, TypeError) as error:
             raise ValueError(f"nnx.convert: {path!r} ({type(layer).__name__}): {error}") from error
         if evaluates:
@@ -155,20 +172,23 @@ def _fits(rule: Rule, path: str, module: nnx.Module) -> bool:
         return re.fullmatch(rule, path) is not None
     if not isinstance(module, rule):
         return False
-    if type(module).__call__ is not rule.__call__ and type(module) is not rule:
+    own = overrides.overridden(type(module), rule)
+    if own is not None:
         raise ValueError(
-            f"nnx.convert: {path!r} is a {type(module).__name__} with a `__call__` of its own, which the "
+            f"nnx.convert: {path!r} is a {type(module).__name__} with a `{own}` of its own, which the "
             f"rule {rule.__name__} would lose: name it in a rule in front (None leaves it as it is)"
         )
     return True
 
 
-def _made(layer: Any, target: Callable[..., Any], rngs: nnx.Rngs, *, keep: bool) -> Any:
+def _made(
+    layer: Any, target: Callable[..., Any], rngs: nnx.Rngs, settings: Settings, *, keep: bool
+) -> Any:
     """The layer that stands for `layer`."""
     arguments = _arguments(layer)
     if keep and isinstance(layer, nnx.BatchNorm):
         arguments["use_scale"] = True  # takes up what the variances of the channels differ by
-    new = target(**_accepted(target, arguments), rngs=rngs)
+    new = target(**_accepted(layer, target, arguments, settings), rngs=rngs)
     if keep:
         _keep(layer, new)
     return new
@@ -177,15 +197,16 @@ def _made(layer: Any, target: Callable[..., Any], rngs: nnx.Rngs, *, keep: bool)
 def _arguments(layer: Any) -> dict[str, Any]:
     """What the layer was made with."""
     if isinstance(layer, nnx.Conv | WSConv):
-        dilation: Any = getattr(layer, "input_dilation", 1)
-        if dilation not in (None, 1) and set(dilation) != {1}:
-            raise ValueError("a convolution with `input_dilation` has no counterpart")
+        _check_hooks(layer, (nnx.Conv, WSConv), but=("conv_general_dilated",))
+        if getattr(layer, "mask", None) is not None:
+            raise ValueError("its `mask` would be lost in training: leave it as it is (None)")
         if layer.kernel[...].ndim != len(layer.kernel_size) + 2:
             raise ValueError(
                 "its parameters are stacked (nnx.vmap): convert a layer, then stack it"
             )
         return {name: getattr(layer, name) for name in _CONV.split()}
     if isinstance(layer, nnx.BatchNorm | ExtendedBatchNorm):
+        _check_hooks(layer, (nnx.BatchNorm, ExtendedBatchNorm))
         if getattr(layer, "axis", -1) not in (-1, (-1,)) or getattr(
             layer, "axis_index_groups", None
         ):
@@ -198,6 +219,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
             )
         return {name: getattr(layer, name) for name in _NORM.split()}
     if isinstance(layer, nnx.Linear):
+        _check_hooks(layer, (nnx.Linear,))
         if layer.kernel[...].ndim != 2:
             raise ValueError(
                 "its parameters are stacked (nnx.vmap): convert a layer, then stack it"
@@ -208,17 +230,81 @@ def _arguments(layer: Any) -> dict[str, Any]:
     )
 
 
-def _accepted(target: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def _check_hooks(layer: Any, kinds: tuple[type, ...], but: tuple[str, ...] = ()) -> None:
+    try:
+        overrides.check_hooks(layer, overrides.kind_of(layer, kinds), but)
+    except ValueError as error:
+        raise ValueError(f"it {error}") from None
+
+
+def _accepted(
+    layer: Any, target: Callable[..., Any], arguments: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
     """The arguments that the target has and that its author has not bound."""
     base, bound = unpacked(target)
-    # Of a module class, `inspect.signature` sees the metaclass.
-    names = inspect.signature(base.__init__ if isinstance(base, type) else base).parameters
-    if "conv" in names and "conv" not in bound and "out_features" in arguments:
-        given = {name: arguments[name] for name in ("dtype", "param_dtype", "precision")}
-        arguments = arguments | {"conv": functools.partial(nnx.Conv, **given)}
+    names = _parameters(base)
     if "kernel_size" in names and "in_features" in arguments and "kernel_size" not in arguments:
         raise ValueError("only nnx.Conv and WSConv turn into convolutions and blocks")
-    return {k: v for k, v in arguments.items() if k in names and k not in bound}
+    accepted = {k: v for k, v in arguments.items() if k in names and k not in bound}
+    if "kernel_size" in arguments:
+        accepted |= _factories(layer, names, bound, arguments, settings)
+    return accepted
+
+
+def _factories(
+    layer: Any,
+    names: Mapping[str, inspect.Parameter],
+    bound: Mapping[str, Any],
+    arguments: dict[str, Any],
+    settings: Settings,
+) -> dict[str, Any]:
+    """A block's `conv` and `norm`, with what the layer and the normalization behind it were made with."""
+    own = {name: arguments[name] for name in ("dtype", "param_dtype", "precision")}
+    # Not taken by every target, and more than a matter of rounding.
+    for name in ("preferred_element_type", "conv_general_dilated"):
+        value = getattr(layer, name, None)
+        if value not in (None, jax.lax.conv_general_dilated):
+            own[name] = value
+    if "conv" not in names:
+        if "preferred_element_type" in own.keys() - names.keys():
+            raise ValueError(
+                "its `preferred_element_type` would be lost: use a target that takes it"
+            )
+        return {name: value for name, value in own.items() if name in names and name not in bound}
+    if "conv" in bound:
+        own.pop("conv_general_dilated", None)  # their author has chosen another convolution
+    conv = _with_settings(bound.get("conv", nnx.Conv), own)
+    norm = bound.get("norm", names["norm"].default)
+    missing = _missing(norm, NAMES)
+    behind = settings(arguments["out_features"], missing)
+    return {"conv": conv, "norm": _with_settings(norm, behind)}
+
+
+def _with_settings(factory: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """The factory with the settings that it takes and does not bind itself."""
+    return functools.partial(factory, **{n: settings[n] for n in _missing(factory, settings)})
+
+
+def _missing(factory: Callable[..., Any], names: Iterable[str]) -> list[str]:
+    """Those of the names that a factory takes and does not bind."""
+    base, bound = unpacked(factory)
+    parameters = _parameters(base)
+    return [name for name in names if name in parameters and name not in bound]
+
+
+def _parameters(base: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """By name; of a class that hands on **kwargs, those of the classes above it too."""
+    # Of a module class, `inspect.signature` sees the metaclass.
+    functions = (
+        [vars(kind).get("__init__") for kind in base.__mro__] if isinstance(base, type) else [base]
+    )
+    found: dict[str, inspect.Parameter] = {}
+    for function in filter(None, functions):
+        parameters = inspect.signature(function).parameters
+        found = {**parameters, **found}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return found
 
 
 def _keep(layer: Any, new: Any) -> None:

@@ -21,9 +21,12 @@ def plain_conv(layer: Any, merged: reparam.Conv) -> nnx.Conv:
         feature_group_count=merged.groups,
         dtype=dtype.compute,
         param_dtype=dtype.param,
+        precision=largest_conv(layer).precision,
         kernel_init=nnx.initializers.zeros,  # the default takes seconds to compile, for each shape
         rngs=nnx.Rngs(0),
     )
+    if (element := getattr(largest_conv(layer), "preferred_element_type", None)) is not None:
+        conv.preferred_element_type = element  # no argument in older releases of flax
     conv.kernel[...] = merged.kernel.astype(dtype.param)
     bias = jnp.zeros(layer.out_features) if merged.bias is None else merged.bias
     conv.bias[...] = bias.astype(dtype.param)

@@ -1,7 +1,8 @@
 """A model run on an example, with an eye on what its layers are given and give."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from jaxtricks import _jaxpr, _tree, reparam
 from jaxtricks._types import Array
-from jaxtricks.nnx import surgery, unit
+from jaxtricks.nnx import _compat, flags, pure, surgery, unit
 from jaxtricks.nnx.unit import Unit
 from jaxtricks.remat import measure
 from jaxtricks.reparam import dataflow
@@ -27,12 +28,12 @@ class Probed:
     Args:
       run: run(watch, *example) -> output, where every watched layer does x = watch(x, "in", path) and
         y = watch(y, "out", path).
-      example: an input of the model, or a tuple of them; what is no array is passed as it is.
+      example: an input of the model, or a tuple of them; what is not an array is passed as it is.
     """
 
     def __init__(self, run: Callable[..., Any], example: Any):
         self.run = run
-        self.example = example if isinstance(example, tuple) else (example,)
+        self.example = as_inputs(example)
 
     def __call__(self, *example: Any) -> Any:
         """The model's output."""
@@ -42,17 +43,23 @@ class Probed:
         """What feeds what."""
         return dataflow.read(traced(functools.partial(self.run, dataflow.mark), self.example))
 
-    def inputs(self) -> dict[str, Array]:
-        """{path: what the layer is given first}; layers inside jit or scan are not seen."""
-        found: dict[str, Array] = {}
+    def values(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """({path: what the layer is given first}, {path: dtype of what it gives}).
+
+        Inside jit or scan no values are seen: an input drawn at random, of the same shape, stands for them.
+        """
+        inputs: dict[str, Array] = {}
+        dtypes: dict[str, Any] = {}
 
         def keep(x: Any, side: str, path: str) -> Any:
-            if side == "in" and not isinstance(x, jax.core.Tracer):
-                found.setdefault(path, x)
+            if side == "out":
+                dtypes.setdefault(path, x.dtype)
+            elif path not in inputs:
+                inputs[path] = unit.random_input(x) if isinstance(x, jax.core.Tracer) else x
             return x
 
         self.run(keep, *self.example)
-        return found
+        return inputs, dtypes
 
     def disturbed(self, sizes: dict[str, float], seed: int) -> Any:
         """The output if the outputs of these layers change by +-size, at random."""
@@ -67,37 +74,102 @@ class Probed:
         return self.run(change, *self.example)
 
 
-def spied(model: nnx.Module, watched: Iterable[str]) -> Callable[..., Any]:
-    """run(watch, *inputs) of a copy of the model in which these layers are watched; see `Probed`."""
-    model, paths = nnx.clone(model), frozenset(watched)
-    holder: list[Watch] = [_unchanged]
-    for path, module in surgery.modules(model):
-        if path in paths:
-            _spy(module, path, holder)
-    call = pure_call(model)
+class Spied:
+    """run(watch, *inputs) of a copy of a model in which some layers are watched; see `Probed`.
 
-    def run(watch: Watch, *inputs: Any) -> Any:
-        holder[0] = watch
-        return call(*inputs)
+    Args:
+      model: any module.
+      watched: the paths of those layers.
+      kwargs: keyword arguments of the model's call.
 
-    return run
+    Attributes:
+      modes: {path: whether the layer's statistics are the running ones} of all calls so far, for layers whose
+        calls have a `use_running_average`; None where neither a call nor the layer says.
+      altered: {path: reason} of layers that are called with another kernel than the model holds, as far as
+        calls outside of jit and scan show it.
+    """
+
+    def __init__(self, model: nnx.Module, watched: Iterable[str], kwargs: Mapping[str, Any]):
+        model, paths = nnx.clone(model), frozenset(watched)
+        self.modes: dict[str, set[bool | None]] = {}
+        self.altered: dict[str, str] = {}
+        self._watch: Watch = _unchanged
+        for path, module in surgery.modules(model):
+            if path in paths:
+                self._spy(module, path)
+        self._call = pure_call(model, kwargs)
+
+    def __call__(self, watch: Watch, *inputs: Any) -> Any:
+        """The model's output."""
+        self._watch = watch
+        return self._call(*inputs)
+
+    def _spy(self, module: nnx.Module, path: str) -> None:
+        # A subclass, so that code that asks for a layer's type or reads its variables goes on to work.
+        base: Any = type(module)
+        signature = inspect.signature(base.__call__)
+        stored = _compat.read(getattr(module, "kernel", None))
+
+        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if stored is not None and is_altered(stored, layer.kernel[...]):
+                self.altered[path] = altered_reason(path)
+            if "use_running_average" in signature.parameters:
+                given = signature.bind(layer, *args, **kwargs).arguments.get("use_running_average")
+                own = getattr(layer, "use_running_average", None)
+                self.modes.setdefault(path, set()).add(own if given is None else given)
+            args, kwargs = with_input(lambda x: self._watch(x, "in", path), args, kwargs)
+            return self._watch(base.__call__(layer, *args, **kwargs), "out", path)
+
+        object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": call}))
 
 
-def pure_call(model: nnx.Module) -> Callable[..., Any]:
+def is_altered(stored: Any, used: Any) -> bool:
+    """Whether a layer's kernel is another one than it is stored with; not known of tracers."""
+    known = not isinstance(used, jax.core.Tracer)
+    return known and used is not stored and not np.array_equal(stored, used)
+
+
+def altered_reason(path: str) -> str:
+    """Why a layer with an altered kernel is kept."""
+    return f"{path!r} is called with another kernel than the model holds (WeightNorm, SpectralNorm)"
+
+
+def with_input(
+    change: Callable[[Any], Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer's call with the first, its input, changed; it may be given by name."""
+    if args:
+        return (change(args[0]), *args[1:]), dict(kwargs)
+    (name, x), *others = kwargs.items()
+    return (), {name: change(x), **dict(others)}
+
+
+def pure_call(model: nnx.Module, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     """The model's call; its variables are made anew in the trace that it runs in, and change nothing."""
     graph, state = nnx.split(model)
-    return lambda *inputs: nnx.merge(graph, state, copy=True)(*inputs)
+
+    def own(x: Any) -> Any:
+        return nnx.clone(x) if isinstance(x, nnx.Rngs) else x
+
+    def call(*inputs: Any) -> Any:
+        module = nnx.merge(graph, state, copy=True)
+        return module(*map(own, inputs), **{name: own(x) for name, x in kwargs.items()})
+
+    return call
 
 
-def _spy(module: nnx.Module, path: str, holder: list[Watch]) -> None:
-    # A subclass, so that code that asks for a layer's type or reads its variables goes on to work.
-    base: Any = type(module)
+def evaluation_kwargs(
+    model: nnx.Module, example: Any, kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """`kwargs`, and what the call of the model needs beside them to evaluate on the example."""
+    inputs, kwargs = as_inputs(example), dict(kwargs or {})
+    kwargs |= flags.call_flags(type(model), False, inputs, kwargs)
+    return kwargs | pure.call_rngs(type(model), inputs, kwargs, None)
 
-    def call(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        y = base.__call__(layer, holder[0](x, "in", path), *args, **kwargs)
-        return holder[0](y, "out", path)
 
-    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": call}))
+def as_inputs(example: Any) -> tuple[Any, ...]:
+    """The positional arguments that an example stands for."""
+    return example if isinstance(example, tuple) else (example,)
 
 
 def traced(fn: Callable[..., Any], example: Sequence[Any]) -> _jaxpr.ClosedJaxpr:

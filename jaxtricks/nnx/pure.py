@@ -1,6 +1,7 @@
 """A module as a pure function of plain dictionaries: what every transform of this library works on."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,11 +9,15 @@ from flax import nnx
 
 from jaxtricks import _compat, _jaxpr, _tree
 from jaxtricks._types import ApplyFn, Key, Params, State
+from jaxtricks.nnx import _compat as nnx_compat
+from jaxtricks.nnx import flags
 
 _REST = nnx.Not(nnx.Any(nnx.Param, nnx.RngKey))
 
 
-def functional(model: nnx.Module) -> tuple[ApplyFn, Params, State]:
+def functional(
+    model: nnx.Module, *, train_kwargs: flags.TrainKwargs = None
+) -> tuple[ApplyFn, Params, State]:
     """The model as (apply, params, state).
 
     y, state = apply(params, state, *inputs, train=True, key=key). `apply` is pure: use it under jit, grad,
@@ -20,18 +25,24 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params, State]:
 
     Args:
       model: any module. `train` sets what `model.train()` and `model.eval()` set (`deterministic`,
-        `use_running_average`).
+        `use_running_average`), attributes of the model's own such as `training`, and the flags of its call.
+      train_kwargs: how the call is told to train: a function train -> keyword arguments, or the flags in
+        training ({"is_test": False}; negated in evaluation). None = those of `train`, `training`,
+        `is_training`, `is_train`, `deterministic`, `use_running_average` and `inference` that the call has
+        and that the arguments of `apply` leave open.
 
     Returns:
-      apply: (params, state, *inputs, train: bool, key=None) -> (y, state). `key` is a typed PRNG key that
-        replaces the model's own RNG keys, a different one for every stream; it may be None only if the
+      apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y, state). `kwargs` are the
+        call's own. `key` is a typed PRNG key that replaces the model's own RNG keys, a different one for
+        every stream, and makes the `rngs` of a call that has such an argument; it may be None only if the
         call draws no random numbers.
       params: nested dict of all nnx.Param arrays, {"block": {0: {"kernel": ...}}}.
       state: nested dict of all other variables: batch statistics, caches, RNG counts. The returned state
         has the same structure; variables that a call creates (sown intermediates) are not in it.
 
     Raises:
-      ValueError: (from apply) random numbers without `key`, or a tree of another structure.
+      ValueError: (from apply) random numbers without `key`, a tree of another structure, or an argument of
+        the call that looks like a flag (`is_test`) of which neither `train_kwargs` nor the caller speaks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,7 +53,7 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params, State]:
     """
     model = nnx.clone(model)
     params, state = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, _REST))
-    return _Functional(model).apply, params, state
+    return _Functional(model, train_kwargs).apply, params, state
 
 
 def filled(model: nnx.Module, params: Params, state: State) -> Any:
@@ -73,10 +84,12 @@ def filled(model: nnx.Module, params: Params, state: State) -> Any:
 class _Functional:
     """The static part of a model, and how to run it on given variables; changes the model's mode."""
 
-    def __init__(self, model: nnx.Module):
-        model.train()
+    def __init__(self, model: nnx.Module, train_kwargs: flags.TrainKwargs):
+        self.kind = type(model)
+        self.kwargs = flags.mode_rule("nnx.functional", self.kind, train_kwargs)
+        _set_mode(model, train=True)
         train, *_ = split = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
-        model.eval()
+        _set_mode(model, train=False)
         self.graphs = {True: train, False: nnx.split(model, nnx.Param, nnx.RngKey, _REST)[0]}
         params, keys, rest = split[1:]
         # Shapes only: arrays that the caller donates or drops must not be kept alive here.
@@ -84,22 +97,36 @@ class _Functional:
         self.random = bool(jax.tree.leaves(self.keys_like))
 
     def apply(
-        self, params: Params, state: State, *inputs: Any, train: bool, key: Key | None = None
+        self,
+        params: Params,
+        state: State,
+        /,
+        *inputs: Any,
+        train: bool,
+        key: Key | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, State]:
         _check("params", params, self.params_like)
         _check("state", state, self.state_like)
         graph = self.graphs[static_train(train)]
-        keys = self._keys(key)
+        keys, kwargs = self._keys(key), self.kwargs(train, inputs, kwargs)
 
         def run() -> tuple[Any, State]:
-            return self._run(graph, keys, params, state, inputs)
+            rngs = call_rngs(self.kind, inputs, kwargs, key)
+            return self._run(graph, keys, params, state, inputs, {**kwargs, **rngs})
 
         if key is None and self.random:
             _refuse_random(run)
         return run()
 
     def _run(
-        self, graph: Any, keys: Any, params: Params, state: State, inputs: tuple[Any, ...]
+        self,
+        graph: Any,
+        keys: Any,
+        params: Params,
+        state: State,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Any, State]:
         # Variables are made here, in the trace that uses them.
         module = nnx.merge(
@@ -108,7 +135,7 @@ class _Functional:
             jax.tree.unflatten(jax.tree.structure(self.keys_like), keys),
             _filled(self.state_like, state),
         )
-        y = module(*inputs)
+        y = module(*inputs, **kwargs)
         return y, pruned(nnx.to_pure_dict(nnx.state(module, _REST)), state)
 
     def _keys(self, key: Key | None) -> list[Key]:
@@ -117,6 +144,30 @@ class _Functional:
         key = jax.random.key(0) if key is None else checked_key(key)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.keys_like)]
         return [_split(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
+
+
+def call_rngs(
+    kind: type, inputs: Sequence[Any], kwargs: Mapping[str, Any], key: Key | None
+) -> dict[str, Any]:
+    """{"rngs": ...} for a call that takes nnx.Rngs and was given none; made in the trace that uses them.
+
+    Without a key it is None where the call insists on the argument: then nothing may be drawn.
+    """
+    parameter = flags.open_parameters(kind, inputs, kwargs).get("rngs")
+    if parameter is None or (key is None and parameter.default is not inspect.Parameter.empty):
+        return {}
+    # Another key than those of the model's own streams, which have the small numbers.
+    return {"rngs": None if key is None else nnx.Rngs(jax.random.fold_in(key, 2**31 - 1))}
+
+
+def _set_mode(model: nnx.Module, *, train: bool) -> None:
+    """As `model.train()` and `model.eval()`, and flags of the model's own modules too."""
+    # Not model.train(): an attribute of this name would be called.
+    (nnx.Module.train if train else nnx.Module.eval)(model)
+    for _, module in nnx_compat.modules(model):
+        # Not by hasattr: every module has a method `train`.
+        for name, value in flags.attribute_flags(vars(module), train).items():
+            setattr(module, name, value)
 
 
 def _refuse_random(run: Callable[[], Any]) -> None:
@@ -147,16 +198,16 @@ def _draws(eqn: Any) -> bool:
 
 
 def static_train(train: Any) -> bool:
-    """`train`, or an error if it is traced or no bool."""
+    """`train`, or an error if it is traced or not a bool."""
     if not isinstance(train, bool):
         raise ValueError("functional: `train` must be a Python bool: make it static under jit")
     return train
 
 
 def checked_key(key: Any) -> Key:
-    """`key`, or an error if it is no typed PRNG key."""
+    """`key`, or an error if it is not a typed PRNG key."""
     if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        raise ValueError("functional: `key` is no typed PRNG key; make it with jax.random.key")
+        raise ValueError("functional: `key` is not a typed PRNG key; make it with jax.random.key")
     return key
 
 

@@ -1,4 +1,4 @@
-"""A convolution or a block, and the normalization behind it, if any: what fuses into one nnx.Conv."""
+"""A layer or a block, and the normalization behind it, if any: what fuses into one plain layer."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,24 +10,28 @@ from flax import nnx
 
 from jaxtricks import _jaxpr, _tree, reparam
 from jaxtricks._types import Array
-from jaxtricks.nnx import surgery
+from jaxtricks.nnx import affine, overrides, surgery
 from jaxtricks.nnx.branch import Branched
-from jaxtricks.nnx.conv import pad_by_mode
+from jaxtricks.nnx.conv import WSConv, pad_by_mode
 from jaxtricks.nnx.norm import ExtendedBatchNorm
 from jaxtricks.nnx.parts import conv_node, frozen_norm
-from jaxtricks.nnx.plain import largest_conv, layer_dtypes, plain_conv
+from jaxtricks.nnx.plain import layer_dtypes, plain_conv
 from jaxtricks.remat import measure
 from jaxtricks.reparam import geometry
 
 NORMS = (nnx.BatchNorm, ExtendedBatchNorm)
+LAYERS = (nnx.Conv, WSConv, Branched, *affine.LAYERS)
+"""What may take up a normalization."""
+
+_EXTENSION_POINTS = ("parts", "_make")  # of a block, whose call adds up what `parts` lists
 
 
 class Unit(NamedTuple):
-    """What one plain convolution can stand for in evaluation mode.
+    """What one plain layer can stand for in evaluation mode.
 
     Attributes:
       layer: path of the convolution.
-      conv: nnx.Conv, WSConv or a block.
+      conv: nnx.Conv, WSConv, a block, or a layer that `affine` knows.
       norm: the normalization of its output, or None.
       norm_layer: its path.
     """
@@ -50,12 +54,20 @@ class Unit(NamedTuple):
             node = conv_node(self.conv)
         return node if self.norm is None else reparam.Sequential(node, frozen_norm(self.norm))
 
+    def check_kind(self) -> None:
+        """Raise if it is not known what the unit computes, whatever its mode and its statistics are."""
+        for path, module in surgery.modules(self.conv):
+            if isinstance(module, LAYERS + NORMS):
+                _known(surgery.below(self.layer) + path if path else self.layer, module)
+        if self.norm is not None:
+            _known(str(self.norm_layer), self.norm)
+        if isinstance(self.conv, affine.LAYERS):
+            frozen_norm(self.norm)
+        else:
+            self.node()
+
     def check(self) -> None:
-        """Raise if the unit is in training mode, if its statistics say nothing yet, or if it is stacked."""
-        if largest_conv(self.conv).kernel[...].ndim != self.rank + 2:
-            raise ValueError(
-                f"{self.layer!r} is stacked (nnx.vmap): fuse one layer, or its `branches()`"
-            )
+        """Raise if the unit is in training mode, or if its statistics say nothing yet."""
         norms = {
             surgery.below(self.layer) + path: module
             for path, module in surgery.modules(self.conv)
@@ -66,14 +78,21 @@ class Unit(NamedTuple):
         for path, norm in norms.items():
             if norm.use_running_average is not True:
                 raise ValueError(
-                    f"{path!r} is in training mode, in which it is no fixed function: evaluate first "
-                    "(model.eval() in nnx, train=False or use_running_average=True in linen)"
+                    f"{path!r} is in training mode, in which it is not a fixed function: evaluate first, by "
+                    "model.eval() in nnx, or by an argument of the call (train=False, "
+                    "use_running_average=True) in `example_kwargs`"
                 )
         if norms and all(map(_untouched, norms.values())):
             raise ValueError(
                 f"the statistics of {min(norms)!r} were never updated (mean 0, variance 1): train the "
                 "model, or load them with its parameters, before it is fused"
             )
+
+    @property
+    def exact(self) -> bool:
+        """Whether all types are those of flax or of this library themselves."""
+        types = (type(self.conv), *(() if self.norm is None else (type(self.norm),)))
+        return all(kind.__module__.startswith(("flax.", "jaxtricks.")) for kind in types)
 
     @property
     def rank(self) -> int:
@@ -84,47 +103,86 @@ class Unit(NamedTuple):
         """An input to compare on where no example is given."""
         extents = _extents(self.conv)
         shape = (2, *(2 * n + 3 for n in extents), self.conv.in_features)
-        return jnp.asarray(
-            np.random.default_rng(0).normal(size=shape), _dtype(self.conv, jnp.float32)
-        )
+        return random_input(jax.ShapeDtypeStruct(shape, _dtype(self.conv, jnp.float32)))
 
-    def fused(self, x: Array) -> tuple[nnx.Conv, reparam.FusedLayer]:
-        """The plain convolution, and how it compares with the unit on x [..., *spatial, in_features].
+    def fused(self, x: Array) -> tuple[Any, reparam.FusedLayer]:
+        """The plain layer, and how it compares with the unit on x [..., *spatial, in_features].
 
         Raises:
           ValueError: they differ by more than rounding allows.
         """
-        x = jnp.asarray(x, _dtype(self.conv, x.dtype)).reshape(
-            (-1, *x.shape[x.ndim - self.rank - 1 :])
-        )
-        size, dilation = self.conv.kernel_size, _per_axis(self.conv, "kernel_dilation")
-        node = self.node()
-        merged = reparam.fuse(node, size)
-        plain = plain_conv(self.conv, merged)
-        padded, padding = pad_by_mode(x, self.conv.padding, size, dilation)
+        make = self._fused_affine if isinstance(self.conv, affine.LAYERS) else self._fused_conv
         with jax.default_matmul_precision("highest"):
-            error = largest_difference(self(x), plain(x))
-            bound = reparam.error_bound(
-                node,
-                padded,
-                strides=_per_axis(self.conv, "strides"),
-                padding=padding,
-                dilation=dilation,
-                kernel_size=size,
-                fused=merged,
-            )
+            x, plain, bound = make(jnp.asarray(x))
+            y, z = self(x), plain(x)
+            error = largest_difference(y, z)
+        if self.norm is None and z.dtype != y.dtype:
+            # A block's normalizations give float32 where its convolutions compute in sixteen bits.
+            plain.preferred_element_type = y.dtype
         layers = (self.conv,) if self.norm is None else (self.conv, self.norm)
         found = reparam.FusedLayer(
             self.layer,
             len(self.conv.parts()) if isinstance(self.conv, Branched) else 1,
             error,
-            float(bound),
+            bound,
             sum(map(variables, layers)),
             variables(plain),
             flops(self, x),
             flops(plain, x),
         )
         return plain, within_bound(found)
+
+    def _fused_conv(self, x: Array) -> tuple[Any, Any, float]:
+        """(x as the convolution takes it, plain convolution, what rounding allows)."""
+        x = jnp.asarray(x, _dtype(self.conv, x.dtype)).reshape(
+            (-1, *x.shape[x.ndim - self.rank - 1 :])
+        )
+        size, dilation = self.conv.kernel_size, _per_axis(self.conv, "kernel_dilation")
+        node = self.node()
+        merged = reparam.fuse(node, size)
+        padded, padding = pad_by_mode(x, self.conv.padding, size, dilation)
+        bound = reparam.error_bound(
+            node,
+            padded,
+            strides=_per_axis(self.conv, "strides"),
+            padding=padding,
+            dilation=dilation,
+            kernel_size=size,
+            fused=merged,
+        )
+        # The bound is of rounding in x's dtype; parameters or a normalization may have a coarser one.
+        coarser = jnp.finfo(self._coarsest(x.dtype)).eps / jnp.finfo(x.dtype).eps
+        return x, plain_conv(self.conv, merged), float(bound) * float(coarser)
+
+    def _fused_affine(self, x: Array) -> tuple[Any, Any, float]:
+        """(x, the layer with other variables, what rounding allows)."""
+        norm = frozen_norm(self.norm)
+        plain = affine.with_norm(self.conv, norm)
+        dtype = self._coarsest(self.conv.dtype or x.dtype)
+        return x, plain, affine.rounding_bound(self.conv, norm, plain, x, dtype)
+
+    def _coarsest(self, dtype: Any) -> Any:
+        """The dtype with the largest unit roundoff of those that the unit computes or is stored in."""
+        modules = [module for _, module in surgery.modules(self.conv)]
+        modules += [] if self.norm is None else [self.norm]
+        kernels = [m.kernel[...].dtype for m in modules if hasattr(m, "kernel")]
+        computed = [m.dtype for m in modules if getattr(m, "dtype", None) is not None]
+        return max((dtype, *kernels, *computed), key=lambda d: float(jnp.finfo(d).eps))
+
+
+def _known(path: str, module: Any) -> None:
+    kind = overrides.kind_of(module, LAYERS + NORMS)
+    points = _EXTENSION_POINTS if kind is Branched else ()
+    try:
+        overrides.check(module, kind, points)
+        if isinstance(module, affine.LAYERS):
+            affine.channel_axis(module)
+        elif hasattr(module, "kernel") and module.kernel[...].ndim != len(module.kernel_size) + 2:
+            raise ValueError("is stacked (nnx.vmap): fuse one layer, or its `branches()`")
+        elif isinstance(module, NORMS) and module.mean[...].ndim != 1:
+            raise ValueError("is stacked (nnx.vmap): fuse one layer")
+    except ValueError as error:
+        raise ValueError(f"{path!r} {error}") from None
 
 
 def within_bound(found: reparam.FusedLayer) -> reparam.FusedLayer:
@@ -133,7 +191,8 @@ def within_bound(found: reparam.FusedLayer) -> reparam.FusedLayer:
     if not found.max_error <= found.bound:
         raise ValueError(
             f"fused and unfused {found.layer or 'model'!r} differ by {found.max_error:.3g}, where rounding "
-            f"allows {found.bound:.3g}: it is not fused; please report this with the layer"
+            f"allows {found.bound:.3g}, so they are different functions: leave "
+            f"{'it' if found.layer else 'layers'} out by `where`"
         )
     return found
 
@@ -146,6 +205,12 @@ def largest_difference(a: Any, b: Any) -> float:
         for x, y in pairs
     ]
     return max((float(jnp.max(jnp.abs(x - y))) for x, y in wide if x.size), default=0.0)
+
+
+def random_input(like: Any) -> Array:
+    """Normal numbers of this shape and dtype."""
+    # Of numpy, since it may be drawn inside a trace and used outside.
+    return np.random.default_rng(0).normal(size=like.shape).astype(like.dtype)
 
 
 def variables(module: nnx.Module) -> int:

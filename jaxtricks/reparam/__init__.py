@@ -20,12 +20,16 @@ Use.
 
 A whole model, yours or another's: `jt.nnx.convert(model, {".*/conv1": jt.nnx.ACBlock}, rngs=rngs)` keeps its
 function in evaluation mode, then train it; `jt.nnx.fuse(model, example=x)` gives plain convolutions, which
-take up batch normalizations as well, and a report of errors against rounding bounds (`jt.linen.fuse` too).
-`jaxtricks fuse RUN` does so for a run of the lab.
+take up batch normalizations as well, as linear layers and transposed convolutions do, and a report of errors
+against rounding bounds and of what was kept and why (`jt.linen.fuse` too). Arguments of the model's call go
+in `example_kwargs`. `jaxtricks fuse RUN` does so for a run of the lab.
 
 Settings to start from. ACBlock in place of 3x3 convolutions followed by batch normalization; gamma_init 1/3
 is an option of the reference code that its authors found to help on CIFAR. Fuse after training, in
-evaluation mode.
+evaluation mode. `convert` gives the normalizations inside a block the momentum, epsilon and axis_name of the
+one behind the convolution; if yours differ, give it an `example`, or bind them
+(`functools.partial(jt.nnx.ACBlock, norm=functools.partial(nnx.BatchNorm, momentum=0.9))`). A block that you
+make yourself has Flax's momentum 0.99, whose statistics lag behind in runs of a few hundred steps.
 
 When it helps and when not. Plain and residual convolutional networks gain a few tenths of a point in the
 papers' experiments; differences of that size need several seeds to see. The function class does not grow,

@@ -86,6 +86,7 @@ def convolve(
     dilation: Sequence[int],
     groups: int = 1,
     precision: Any = None,
+    preferred_element_type: Any = None,
 ) -> Array:
     """Convolution of x [..., *spatial, I] with a kernel [*size, I / groups, O], channels last.
 
@@ -106,6 +107,7 @@ def convolve(
         dimension_numbers=channels_last(rank),
         feature_group_count=groups,
         precision=precision,
+        preferred_element_type=preferred_element_type,
     )
     return y.reshape((*lead, *y.shape[1:])) if len(lead) != 1 else y
 

@@ -41,7 +41,7 @@ class FuseReport(NamedTuple):
       layers: the fused layers.
       model: the whole model on the example; None without one. Its bound is what the layers' bounds come
         to at the output, carried there by the derivative of the model.
-      kept: (path, reason) of normalizations that stay.
+      kept: (path, reason) of the layers and normalizations that stay, though they might have fused.
     """
 
     layers: tuple[FusedLayer, ...]

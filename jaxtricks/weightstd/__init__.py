@@ -28,6 +28,9 @@ Use.
     params = {"conv": {"kernel": kernel, "gain": jnp.ones(16)}}
     params = jt.weightstd.bake(params)
 
+In a model that exists: `jt.nnx.convert(model, {nnx.Conv: jt.nnx.WSConv}, rngs=rngs, init="fresh")`, and train
+it from the start; ordinary filters have means, which standardizing removes, so it keeps no function.
+
 Settings to start from. preset "nfnet" with a gain (NFNets, no normalization layers), or preset "qiao" without
 one in front of group normalization. A whole network without normalization: scaled activations, alpha 0.2, a
 learned scalar that starts at 0 on every branch (`jaxtricks.lab.models.NFNet` shows it). Leave gains and

@@ -85,6 +85,8 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """All examples once, the last batch padded; "where" (bool [batch]) marks the real ones.
 
+    An example that is skipped, as it can't be read, is padding too.
+
     Args:
       source: random access to examples.
       batch: examples a batch.
@@ -96,11 +98,13 @@ def eval_batches(
         order = order[np.linspace(0, len(order) - 1, limit).astype(int)]
     mine = np.arange(batch) if rows is None else rows
     for start in range(0, len(order), batch):
-        real = start + mine < len(order)
+        indices = [order[start + i] for i in mine if start + i < len(order)]
+        examples = [source.readable(index) for index in indices]
+        examples += [None] * (len(mine) - len(examples))
         # A host whose rows are all padding needs an example to pad with.
-        examples = [source[order[start + i]] for i in mine[real]] or [source[order[start]]]
-        padded = examples + [examples[0]] * (len(mine) - len(examples))
-        yield {**stack(padded), "where": real}
+        filling = next((x for x in examples if x is not None), None) or source[order[start]]
+        rows_of_batch = stack([filling if x is None else x for x in examples])
+        yield {**rows_of_batch, "where": np.array([x is not None for x in examples])}
 
 
 def _join(blocks: Sequence[Example]) -> Example:

@@ -66,6 +66,7 @@ class Report:
 def check(
     name: str,
     *,
+    root: str = "",
     imbalance: float = 1.0,
     seed: int = 0,
     validation: float = 0.0,
@@ -77,15 +78,15 @@ def check(
     """Decode every file of the data set called name, and say what there is.
 
     Args:
-      name, seed, validation, test, size, context: as `load` has them.
-      imbalance, skip_unreadable: taken so that both take the same, and not used.
+      name, root, seed, validation, test, size, context, skip_unreadable: as `load` has them.
+      imbalance: taken so that both take the same, and not used.
 
     Raises:
       UserError: as `load`, but not for images that can't be read.
     """
-    if loading.is_text(name):
+    if loading.is_text(name, root):
         return _of_text(text.load(name, context=context, validation=validation, test=test))
-    stored = loading.open_images(name)
+    stored = loading.open_images(name, root, skip_unreadable=skip_unreadable)
     index, notes = splits.assign(stored, validation=validation, test=test, seed=seed)
     seen = look.look(stored, everything=True)
     if seen.readable:

@@ -1,5 +1,7 @@
 """Class folders of image files, below a directory or inside a zip."""
 
+import collections
+import os
 import pathlib
 from collections.abc import Iterable
 
@@ -13,10 +15,14 @@ from jaxtricks.lab.data.source import SPLITS, Stored
 from jaxtricks.lab.data.trees import Parts
 
 
-def stored(path: pathlib.Path) -> Stored:
+def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     """The images of [train|val|test/]CLASS/NAME below a directory or inside a zip.
 
     Everything below a class folder belongs to the class. A folder around all of it is ignored.
+
+    Args:
+      path: of the directory or the zip.
+      skip_unreadable: leave out class folders without an image.
 
     Raises:
       UserError: no images, a folder without any, images outside the class folders of a split, or a zip
@@ -26,17 +32,27 @@ def stored(path: pathlib.Path) -> Stored:
     depth = _around(tree)
     found = {parts[depth:]: name for parts, name in tree.images.items()}
     folders = {parts[depth:] for parts in tree.folders if len(parts) > depth}
+    others = [parts[depth:] for parts in tree.others]
     split = any(len(parts) > 2 and parts[0].lower() in SPLITS for parts in found)
     images = {parts: name for parts, name in found.items() if len(parts) > 1}
     if not images:
-        raise UserError(f"{path} holds no images: it needs [train|val|test/]CLASS/NAME.jpg")
+        has = f" (it has {extensions(others)})" if others else ""
+        raise UserError(f"{path} holds no images{has}: it needs [train|val|test/]CLASS/NAME.jpg")
     if split:
         _refuse_stray(path, images)
-    _refuse_empty(path, images, folders, split)
+    empty = _empty_classes(path, images, folders, split)
+    if empty and not skip_unreadable:
+        raise UserError(_said_of_empty(path, empty, others, split))
     loose = [printable(name) for parts, name in found.items() if len(parts) == 1]
     classes = sorted({parts[split] for parts in images}, key=_natural)
     label = {name: i for i, name in enumerate(classes)}
     names = list(images.values())
+    notes = {
+        "left out, as they are in no class folder: ": listed(loose),
+        "left out, as files of these extensions are not read: ": extensions(others),
+        "left out, as these class folders hold no image: ": listed(map(printable, empty)),
+        "": "" if split else _looks_split(images),
+    }
 
     def read(i: int) -> tuple[np.ndarray, int]:
         raw = tree.read(names[i])
@@ -49,7 +65,7 @@ def stored(path: pathlib.Path) -> Stored:
         labels=np.array([label[parts[split]] for parts in images], np.int32),
         where=np.array([SPLITS[parts[0].lower()] if split else "train" for parts in images]),
         classes=tuple(map(printable, classes)),
-        notes=(f"left out, as they are in no class folder: {listed(loose)}",) if loose else (),
+        notes=tuple(front + what for front, what in notes.items() if what),
     )
 
 
@@ -58,6 +74,14 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def extensions(paths: Iterable[Parts]) -> str:
+    """How many files there are of each extension, as "40 .jp2, 1 .txt"."""
+    ends = (os.path.splitext(parts[-1])[1].lower() for parts in paths)
+    counts = collections.Counter(end or "without one" for end in ends)
+    by_number = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return listed(f"{n} {printable(end)}" for end, n in by_number)
 
 
 def _around(tree: trees.Tree) -> int:
@@ -86,12 +110,13 @@ def _refuse_stray(path: pathlib.Path, images: Iterable[Parts]) -> None:
             )
 
 
-def _refuse_empty(
+def _empty_classes(
     path: pathlib.Path, images: Iterable[Parts], folders: Iterable[Parts], split: bool
-) -> None:
-    """Folders of a split or of a class that have no image in them."""
+) -> list[str]:
+    """Names of the class folders that have no image in them; refuses a split that has none."""
     tops = {parts[0] for parts in images}
     classes = {parts[split] for parts in images}
+    empty = []
     for parts in sorted(folders):
         if parts[0] not in tops and parts[0].lower() in SPLITS:
             raise UserError(
@@ -99,9 +124,35 @@ def _refuse_empty(
                 "some, or remove the folder"
             )
         if len(parts) == 1 + split and parts[split] not in classes:
-            raise UserError(
-                f"class {parts[split]!r} of {path} has no image: add some or remove the folder"
-            )
+            empty.append(parts[split])
+    return sorted(set(empty))
+
+
+def _said_of_empty(
+    path: pathlib.Path, empty: list[str], others: Iterable[Parts], split: bool
+) -> str:
+    inside = [parts for parts in others if len(parts) > 1 + split and parts[split] in empty]
+    has = f" (but {extensions(inside)})" if inside else ""
+    if len(empty) == 1:
+        what, cure = f"class {empty[0]!r} of {path} has", "the folder"
+    else:
+        what, cure = f"the classes {listed(map(repr, empty))} of {path} have", "the folders"
+    return f"{what} no image{has}: add some, remove {cure}, or pass --skip-unreadable"
+
+
+def _looks_split(images: Iterable[Parts]) -> str:
+    """A sentence if all top folders hold the same sub-folders: these may be the classes."""
+    inside: dict[str, set[str]] = {}
+    for parts in images:
+        inside.setdefault(parts[0], set()).update(parts[1:2] if len(parts) > 2 else ())
+    first, *others = inside.values()
+    if not others or len(first) < 2 or any(names != first for names in others):
+        return ""
+    tops, names = (listed(sorted(map(printable, x)), 5) for x in (inside, first))
+    return (
+        f"the classes are the top folders ({tops}), and all of them hold the same sub-folders ({names}): "
+        "if those are the classes, call the top folders train, val and test"
+    )
 
 
 def _natural(name: str) -> tuple[int, int, str]:

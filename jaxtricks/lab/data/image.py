@@ -1,8 +1,10 @@
-"""One image: its header, its pixels, and those pixels at another size."""
+"""One image: its header, its pixels as they are meant to be seen, and those pixels at another size."""
 
 import functools
 import io
+import math
 import struct
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +17,15 @@ MAX_PIXELS = 64_000_000
 MAX_SCANS = 100
 """Passes over a JPEG; each takes as long as a whole image and may take 100 bytes, and ten are usual."""
 
-KINDS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # extensions lie: GIFs called .jpg are common
+# Extensions lie: GIFs called .jpg are common.
+KINDS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _ALONE = frozenset([0x00, 0x01, *range(0xD0, 0xD9)])  # no length follows
+_APP1, _EXIF = 0xE1, b"Exif\0\0"
+_ORIENTATION, _WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 0x112, 0x100, 0x101, 0x142, 0x143
+_WHOLE = {3: "H", 4: "I"}  # kinds of TIFF entries that are whole numbers
 
 
 class Header(NamedTuple):
@@ -27,24 +33,27 @@ class Header(NamedTuple):
 
     Attributes:
       kind: one of KINDS.
-      width, height: in pixels.
+      width, height: in pixels, as stored.
       components: channels of a JPEG; 0 for the others.
+      orientation: of a JPEG, by EXIF; `_upright` takes it.
     """
 
     kind: str
     width: int
     height: int
     components: int = 0
+    orientation: int = 1
 
 
 def decode(raw: bytes, name: str) -> np.ndarray:
     """Image file -> uint8 [H, W, C]: C is 1 if it is stored as gray, else 3.
 
-    Transparent parts are laid on white, 16 bits are scaled to 8, animations give their first frame.
+    Transparent parts are laid on white, 16 bits are scaled to 8, animations give their first frame, and
+    what EXIF says is turned or mirrored is turned back, as viewers do.
 
     Raises:
-      UnreadableError: no image, a truncated or broken one, one of more than 64 megapixels, or a JPEG of
-        more than 100 scans.
+      UnreadableError: no image, a truncated or broken one, one of more than 64 megapixels, one of 32-bit
+        or floating-point pixels, or a JPEG of more than 100 scans.
     """
     try:
         header = read_header(raw)
@@ -52,7 +61,7 @@ def decode(raw: bytes, name: str) -> np.ndarray:
         header = None
     if header is None:
         raise UnreadableError(
-            name, "it has no JPEG, PNG, BMP, WebP or GIF header" if raw else "it is empty"
+            name, "it has no JPEG, PNG, BMP, WebP, GIF or TIFF header" if raw else "it is empty"
         )
     if not 0 < header.width * header.height <= MAX_PIXELS:
         raise UnreadableError(name, _oversized(header))
@@ -91,19 +100,57 @@ def read_header(raw: bytes) -> Header | None:
         return Header("GIF", *struct.unpack_from("<HH", raw, 6))
     if raw.startswith(b"RIFF") and raw[8:12] == b"WEBP":
         return _read_webp_header(raw)
+    if raw.startswith((b"II*\0", b"MM\0*")):
+        return _read_tiff_header(raw)
     return None
 
 
 def _read_jpeg_header(raw: bytes) -> Header:
-    at = 2
+    at, orientation = 2, 0
     while True:
         while raw[at] != 0xFF or raw[at + 1] == 0xFF:  # fill bytes
             at += 1
         marker = raw[at + 1]
         if marker in _FRAMES:
             height, width, components = struct.unpack_from(">HHB", raw, at + 5)
-            return Header("JPEG", width, height, components)
-        at += 2 if marker in _ALONE else 2 + max(2, raw[at + 2] << 8 | raw[at + 3])
+            return Header("JPEG", width, height, components, orientation or 1)
+        length = 2 if marker in _ALONE else 2 + max(2, raw[at + 2] << 8 | raw[at + 3])
+        if marker == _APP1 and not orientation and raw.startswith(_EXIF, at + 4):
+            orientation = _orientation(raw[at + 4 : at + length])
+        at += length
+
+
+def _orientation(exif: bytes) -> int:
+    """What EXIF says, 1 (upright) to 8; 1 where it says nothing that can be meant."""
+    try:
+        value = _tiff_numbers(exif.removeprefix(_EXIF)).get(_ORIENTATION, 1)
+    except struct.error:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _tiff_numbers(raw: bytes) -> dict[int, int]:
+    """Tag -> whole number, in the first directory of a TIFF; EXIF is one.
+
+    By hand: Pillow takes 20 times as long, and warns of what it can't read.
+    """
+    order = "<" if raw.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(order + "I", raw, 4)
+    (entries,) = struct.unpack_from(order + "H", raw, start)
+    numbers = {}
+    for at in range(start + 2, start + 2 + 12 * entries, 12):
+        tag, kind, count = struct.unpack_from(order + "HHI", raw, at)
+        if count == 1 and kind in _WHOLE:
+            (numbers[tag],) = struct.unpack_from(order + _WHOLE[kind], raw, at + 8)
+    return numbers
+
+
+def _read_tiff_header(raw: bytes) -> Header | None:
+    numbers = _tiff_numbers(raw)
+    sides = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
+    tile = numbers.get(_TILE_WIDTH, 0), numbers.get(_TILE_HEIGHT, 0)
+    # A whole tile is unpacked, however little of it the picture shows.
+    return Header("TIFF", *(tile if math.prod(tile) > MAX_PIXELS else sides))
 
 
 def _pairs(raw: bytes, pair: bytes) -> int:
@@ -147,7 +194,8 @@ def _decode_jpeg(raw: bytes, header: Header) -> np.ndarray:
     if library is None or header.components not in (1, 3):  # it inverts some CMYK files
         return _decode_any(raw, header)
     try:
-        return library.decode_jpeg(raw, "GRAY" if header.components == 1 else "RGB")
+        pixels = library.decode_jpeg(raw, "GRAY" if header.components == 1 else "RGB")
+        return _upright(pixels, header.orientation)
     except ValueError as error:
         # Pillow fills the rest of a picture that ends early with gray where an end marker follows.
         if "premature end" in str(error).lower():
@@ -159,15 +207,37 @@ def _decode_any(raw: bytes, header: Header) -> np.ndarray:
     from PIL import Image
 
     with Image.open(io.BytesIO(raw), formats=KINDS) as picture:
-        if picture.size != (header.width, header.height):
+        stored = {(header.width, header.height)}
+        if header.kind == "TIFF":
+            stored.add((header.height, header.width))  # Pillow turns it itself
+            _silence_tiff()
+        if picture.size not in stored:
             raise ValueError("its headers contradict each other")
         picture.load()
-        return _pixels(picture).reshape(header.height, header.width, -1)
+        orientation = header.orientation
+        if header.kind in ("PNG", "WEBP"):
+            orientation = _orientation(picture.info.get("exif") or b"")
+        return _upright(_pixels(picture).reshape(*picture.size[::-1], -1), orientation)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[h, w, C] as stored -> as it is meant to be seen, by an EXIF orientation."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _pixels(picture: Any) -> np.ndarray:
     from PIL import Image
 
+    if picture.format == "TIFF" and picture.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit or floating-point: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
         return ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
     mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
@@ -176,6 +246,12 @@ def _pixels(picture: Any) -> np.ndarray:
         white.alpha_composite(picture.convert("RGBA"))
         picture = white
     return np.asarray(picture.convert(mode))
+
+
+@functools.cache
+def _silence_tiff() -> None:
+    """Leave what is wrong with a file to the one sentence on it."""
+    warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 @functools.cache

@@ -31,7 +31,9 @@ def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     if path.is_file():
         return {"train": [path]} if _NAME.fullmatch(path.name) else {}
     files = sorted(path.glob("*"))  # none in what is no folder
-    found = {file: match for file in files if (match := _NAME.fullmatch(file.name))}
+    # Regular files: the library would wait for what a pipe has to say.
+    matches = {file: _NAME.fullmatch(file.name) for file in files}
+    found = {file: match for file, match in matches.items() if match and file.is_file()}
     _refuse_absent(path, list(found.values()))
     splits: dict[str, list[pathlib.Path]] = {}
     for file, match in found.items():

@@ -11,10 +11,12 @@ from jaxtricks.lab.config import UserError
 
 SPLITS = {
     "train": "train",
+    "training": "train",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
     "test": "test",
+    "testing": "test",
 }
 """What the splits may be called -> what they are."""
 
@@ -39,10 +41,23 @@ class UnreadableError(UserError):
         self.name, self.reason = printable(name), printable(reason)
 
 
+_TRIES = 100  # records of a class that are tried in place of one that broke
+
+
 class Source:
     """Random access to examples, from any thread.
 
     An example is {"image": uint8 [H, W, C], "label": int32 []} or {"text": int32 [context + 1]}.
+
+    Args:
+      read: index -> (example, bytes read); raises UnreadableError.
+      length: N.
+      labels: int [N], of images.
+      skips: give another example of the class in place of one that can't be read; always the same one, so
+        that a run can be repeated and resumed.
+
+    Attributes:
+      skipped: name -> reason, of the examples that could not be read.
     """
 
     def __init__(
@@ -50,21 +65,49 @@ class Source:
         read: Callable[[int], tuple[Example, int]],
         length: int,
         labels: np.ndarray | None = None,
+        *,
+        skips: bool = False,
     ):
         self._read, self._length, self._labels = read, length, labels
         self._bytes_read = 0
         self._lock = threading.Lock()
+        self._skips = skips and labels is not None
+        self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int | np.integer) -> Example:
+        example = self.readable(index)
+        return self._instead(int(index) % self._length) if example is None else example
+
+    def readable(self, index: int | np.integer) -> Example | None:
+        """The example; None for one that is to be skipped."""
         if not -self._length <= index < self._length:
             raise IndexError(f"example {index} of {self._length}")
-        example, nbytes = self._read(int(index) % self._length)
+        try:
+            example, nbytes = self._read(int(index) % self._length)
+        except UnreadableError as error:
+            if not self._skips:
+                raise
+            self.skipped[error.name] = error.reason
+            return None
         with self._lock:
             self._bytes_read += nbytes
         return example
+
+    def _instead(self, index: int) -> Example:
+        """The next example of the class that can be read."""
+        members = np.flatnonzero(self.labels == self.labels[index])
+        following = np.roll(members, -int(np.searchsorted(members, index, side="right")))
+        for other in following[:_TRIES]:
+            if (example := self.readable(other)) is not None:
+                return example
+        name, reason = next(reversed(self.skipped.items()))
+        raise UserError(
+            f"{name} can't be read ({reason}), nor can the {min(_TRIES, len(members))} images of its "
+            "class after it: see to the disk"
+        )
 
     @property
     def labels(self) -> np.ndarray:
@@ -82,7 +125,7 @@ class Source:
         """The examples at these indices, in this order, with a counter of its own."""
         read = self._read
         labels = None if self._labels is None else self._labels[indices]
-        return Source(lambda i: read(int(indices[i])), len(indices), labels)
+        return Source(lambda i: read(int(indices[i])), len(indices), labels, skips=self._skips)
 
 
 class Data(NamedTuple):
@@ -97,6 +140,7 @@ class Data(NamedTuple):
       flip: whether a mirrored image keeps its class.
       counts: int [C] training examples of each class (occurrences of each character as a target).
       notes: sentences the person should be told.
+      left_out: names of the images that could not be read at the start.
     """
 
     name: str
@@ -109,6 +153,7 @@ class Data(NamedTuple):
     flip: bool
     counts: np.ndarray
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 class Stored(NamedTuple):

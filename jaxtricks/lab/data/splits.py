@@ -25,8 +25,11 @@ def assign(
       seed: of what is held out.
 
     Raises:
-      UserError: a class that has no image in a split, or too few to hold some out.
+      UserError: fewer than two classes, one that has no image in a split, or too few to hold some out.
     """
+    if len(stored.classes) < 2:
+        only = ", ".join(map(repr, stored.classes))
+        raise UserError(f"{stored.name} has one class ({only}), nothing to tell apart: add another")
     index = {name: np.flatnonzero(stored.where == name) for name in _CALLED}
     notes = []
     if len(index["validation"]) and not len(index["test"]):

@@ -1,8 +1,10 @@
 """The image files below a directory or inside a zip: their names, and their bytes on demand."""
 
+import functools
 import os
 import pathlib
 import re
+import stat
 import struct
 import threading
 import zipfile
@@ -14,7 +16,7 @@ from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import zips
 from jaxtricks.lab.data.source import UnreadableError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 MAX_BYTES = 256 * 2**20
 """Files that are longer, or unpack to more, are not read: no image of 64 megapixels needs as much."""
 
@@ -29,6 +31,7 @@ _PLAIN = (
     0x00E | _UTF8
 )  # flags that change nothing about stored bytes: how hard to compress, sizes behind
 
+_LEFT_BEHIND = {"thumbs.db", "desktop.ini"}
 _TOO_LONG = f"it is over the limit of {MAX_BYTES // 2**20} MiB"
 
 
@@ -37,18 +40,20 @@ class Tree(NamedTuple):
 
     Attributes:
       images: path -> name for `read`, sorted.
+      others: paths of the files that are not called images.
       folders: all, with and without images.
       read: name -> bytes; raises UnreadableError.
     """
 
     images: dict[Parts, str]
+    others: list[Parts]
     folders: set[Parts]
     read: Callable[[str], bytes]
 
 
 def open_folder(path: pathlib.Path) -> Tree:
     """The tree below a directory; links are followed, but not in circles."""
-    images, folders, seen = {}, set(), set()
+    images, others, folders, seen = {}, [], set(), set()
     for root, children, files in os.walk(path, followlinks=True):
         real = os.path.realpath(root)
         children[:] = [] if real in seen else sorted(filter(_visible, children))
@@ -57,17 +62,28 @@ def open_folder(path: pathlib.Path) -> Tree:
         seen.add(real)
         parts = pathlib.Path(root).relative_to(path).parts
         folders |= {(*parts, child) for child in children}
-        images |= {(*parts, f): "/".join((*parts, f)) for f in files if _visible(f) and _image(f)}
+        files = list(filter(_visible, files))
+        images |= {(*parts, f): "/".join((*parts, f)) for f in files if _image(f)}
+        others += [(*parts, f) for f in files if not _image(f)]
+    read = functools.partial(read_file, path)
+    return Tree(dict(sorted(images.items())), others, folders, read)
 
-    def read(name: str) -> bytes:
-        try:
-            if (path / name).stat().st_size > MAX_BYTES:
-                raise UnreadableError(name, _TOO_LONG)
-            return (path / name).read_bytes()
-        except OSError as error:
-            raise UnreadableError(name, error.strerror or str(error)) from error
 
-    return Tree(dict(sorted(images.items())), folders, read)
+def read_file(folder: pathlib.Path, name: str) -> bytes:
+    """The bytes of a regular file: a pipe would be waited for, and a device need not end.
+
+    Raises:
+      UnreadableError: it isn't one, is longer than MAX_BYTES, or can't be read.
+    """
+    try:
+        status = (folder / name).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableError(name, "it is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise UnreadableError(name, _TOO_LONG)
+        return (folder / name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UnreadableError(name, getattr(error, "strerror", None) or str(error)) from error
 
 
 def open_zip(path: pathlib.Path) -> Tree:
@@ -81,7 +97,7 @@ def open_zip(path: pathlib.Path) -> Tree:
         archive = zipfile.ZipFile(path)
     except zips.BROKEN as error:
         raise UserError(f"{path} is a broken zip ({error}): make or fetch it again") from error
-    entries, images, folders = _contents(path, archive)
+    entries, images, others, folders = _contents(path, archive)
     lock = threading.Lock()  # zipfile counts its open entries without one
     # `archive` keeps it open; Windows has no pread.
     file = archive.fp.fileno() if archive.fp and hasattr(os, "pread") else None
@@ -98,14 +114,20 @@ def open_zip(path: pathlib.Path) -> Tree:
         except zips.BROKEN as error:
             raise UnreadableError(name, str(error) or "it ends too early") from error
 
-    return Tree(dict(sorted(images.items())), folders, read)
+    return Tree(dict(sorted(images.items())), others, folders, read)
+
+
+def points_outside(name: str) -> bool:
+    """Whether a path with "/" between its parts leaves the folder that it begins in."""
+    absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
+    return bool(absolute) or ".." in name.split("/")
 
 
 def _contents(
     path: pathlib.Path, archive: zipfile.ZipFile
-) -> tuple[dict[str, zipfile.ZipInfo], dict[Parts, str], set[Parts]]:
-    """(name -> entry, path -> name of the images, folders)."""
-    entries, images, folders = {}, {}, set()
+) -> tuple[dict[str, zipfile.ZipInfo], dict[Parts, str], list[Parts], set[Parts]]:
+    """(name -> entry, path -> name of the images, paths of the other files, folders)."""
+    entries, images, others, folders = {}, {}, [], set()
     for entry in archive.infolist():
         name = entry.filename.replace("\\", "/")
         _refuse(path, name, entry)
@@ -117,7 +139,9 @@ def _contents(
         if inside < len(parts) and _image(name):
             zips.refuse_method(path, entry)
             images[parts], entries[name] = name, entry
-    return entries, images, folders
+        elif inside < len(parts):
+            others.append(parts)
+    return entries, images, others, folders
 
 
 def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -167,7 +191,7 @@ def _read_in_place(file: int, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _refuse(path: pathlib.Path, name: str, entry: zipfile.ZipInfo) -> None:
-    if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
+    if points_outside(name):
         raise UserError(f"{path} holds {entry.filename!r}, which points outside: remove that entry")
     if entry.flag_bits & 1:
         raise UserError(f"{entry.filename} in {path} is encrypted: make the zip without a password")
@@ -178,5 +202,5 @@ def _image(name: str) -> bool:
 
 
 def _visible(part: str) -> bool:
-    # Finder, notebooks and git leave folders of their own behind.
-    return not part.startswith((".", "__MACOSX"))
+    # Finder, Explorer, notebooks and git leave files and folders of their own behind.
+    return not part.startswith((".", "__MACOSX")) and part.lower() not in _LEFT_BEHIND
