@@ -117,12 +117,14 @@ def _kinds(hint: Any) -> list[_Kind] | None:
     if origin is typing.Literal:
         words = "one of " + ", ".join(repr(x) for x in arguments)
         return [_Kind(words, _instance(*{type(x) for x in arguments}))]
+    if origin is collections.abc.Sequence:
+        return [_sequence_of(arguments[0])]
     if origin in _GENERIC:
         return [_GENERIC[origin]]
     if not isinstance(hint, type) or hint in (Any, object):
         return None
     if issubclass(hint, AbstractArray):
-        return [_array_of(hint.dtypes)]
+        return [_array_of(hint)]
     if issubclass(hint, tuple) and hasattr(hint, "_fields"):
         # A NamedTuple such as optax.GradientTransformation is known by what it has.
         return [
@@ -132,10 +134,12 @@ def _kinds(hint: Any) -> list[_Kind] | None:
 
 
 def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
-    hints = tuple(dict.fromkeys(hints))
-    if {float, jax.Array} <= set(hints):
-        # A scalar: a number, or an array that JAX has made of one.
-        hints = tuple(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray))
+    if {jax.Array, np.ndarray} <= set(hints):
+        # Beside numbers it is a scalar: a number, or an array that JAX has made of one.
+        array = [] if float in hints else [np.ndarray]
+        hints = (*(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray)), *array)
+    if any(isinstance(h, type) and issubclass(h, AbstractArray) for h in hints):
+        hints = tuple(h for h in hints if h != collections.abc.Sequence[Any])  # lists are arrays
     found: list[_Kind] = []
     for hint in hints:
         kinds = _kinds(hint)
@@ -154,63 +158,89 @@ def _instance(*classes: type) -> Callable[[Any], bool]:
 
 def _is_number(x: Any) -> bool:
     if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return _dtype_kind(x.dtype) in "if"
+        return _dtype_kind(x.dtype) in "if" and len(x.shape) == 0
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def _is_integer(x: Any) -> bool:
     if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return _dtype_kind(x.dtype) == "i" and np.shape(x) == ()
+        return _dtype_kind(x.dtype) == "i" and len(x.shape) == 0
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _is_array(x: Any, letters: Container[str] = "ifcbk") -> bool:
-    """Whether it is an array of these kinds, the shape of one, or what NumPy would make one of."""
+def _is_key(x: Any) -> bool:
+    """Whether it is a key, typed or of the legacy kind."""
+    return hasattr(x, "dtype") and (_dtype_kind(x.dtype) == "k" or x.dtype == np.uint32)
+
+
+def _is_array(x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] = range(99)) -> bool:
+    """Whether it is an array of these kinds and ranks, the shape of one, or what makes one."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return _dtype_kind(x.dtype) in letters
+        return _dtype_kind(x.dtype) in letters and len(x.shape) in ranks
     if isinstance(x, list | tuple):
-        return all(_is_array(part, letters) for part in x)
+        return len(x) > 0 and np.ndim(x) in ranks and all(_is_array(part, letters) for part in x)
+    if hasattr(x, "__jax_array__"):
+        return True
+    if 0 not in ranks:
+        return False
     if isinstance(x, bool):
         return "b" in letters
     if isinstance(x, numbers.Real):
         return "f" in letters or (isinstance(x, numbers.Integral) and "i" in letters)
-    return (isinstance(x, complex) and "c" in letters) or hasattr(x, "__jax_array__")
+    return isinstance(x, complex) and "c" in letters
 
 
-def _array_of(dtypes: Any) -> _Kind:
-    """An array of the dtypes of a jaxtyping annotation."""
-    letters = (
-        {_letter(name) for name in dtypes} if isinstance(dtypes, list | tuple) else set("ifcbk")
-    )
+def _array_of(hint: Any) -> _Kind:
+    """An array of the dtypes and the rank of a jaxtyping annotation."""
+    listed = isinstance(hint.dtypes, list | tuple)
+    letters = {_letter(name) for name in hint.dtypes} if listed else set("ifcbk")
     if letters >= set("ifc"):
         of = "numbers"
     else:
         of = {"i": "integers", "f": "floating numbers", "b": "booleans"}[next(iter(letters))]
-    return _Kind(f"an array of {of}", functools.partial(_is_array, letters=letters), False)
+    axes = hint.dim_str.split()
+    fixed = [axis for axis in axes if not axis.startswith(("*", "..."))]
+    ranks = range(len(fixed), 99 if len(fixed) < len(axes) else len(fixed) + 1)
+    holds = functools.partial(_is_array, letters=letters, ranks=ranks)
+    return _Kind(f"an array [{', '.join(axes)}] of {of}", holds, False)
+
+
+def _sequence_of(hint: Any) -> _Kind:
+    """A sequence whose items may be what an annotation says."""
+    items = _kinds(hint)
+
+    def holds(x: Any) -> bool:
+        if not isinstance(x, collections.abc.Sequence | np.ndarray | jax.Array):
+            return False
+        if isinstance(x, str | bytes) or (hasattr(x, "shape") and not x.shape):
+            return False
+        return items is None or all(any(kind.holds(item) for kind in items) for item in x)
+
+    of = "" if items is None else f" of {_plural(items[0].words)}"
+    return _Kind(f"a sequence{of}", holds, False)
+
+
+def _plural(words: str) -> str:
+    return f"{words.removeprefix('an ').removeprefix('a ')}s"
 
 
 def _letter(dtype: str) -> str:
     for prefix, letter in (("bool", "b"), ("complex", "c"), ("float", "f"), ("bfloat", "f")):
         if dtype.startswith(prefix):
             return letter
-    return "i" if dtype.startswith(("int", "uint")) else "k"
+    if dtype.startswith(("int", "uint")):
+        return "i"
+    return "k" if dtype.startswith("key") else "?"
 
 
 @functools.cache
 def _dtype_kind(dtype: Any) -> str:
-    """One letter: integer, floating, complex, bool, or k for a key and whatever else there is."""
+    """One letter: integer, floating, complex, bool, key, or ? for strings and objects."""
     return _letter(str(dtype))
-
-
-def _is_sequence(x: Any) -> bool:
-    return isinstance(x, collections.abc.Sequence | np.ndarray | jax.Array) and not isinstance(
-        x, str | bytes
-    )
 
 
 _NUMBER = _Kind("a number", _is_number, False)
 _INTEGER = _Kind("a whole number", _is_integer, False)
-_SEQUENCE = _Kind("a sequence", _is_sequence)
 _MAPPING = _Kind("a dict", _instance(collections.abc.Mapping))
 _FUNCTION = _Kind("a function", callable)
 _SIMPLE = {
@@ -222,14 +252,16 @@ _SIMPLE = {
     np.generic: _NUMBER,
     np.number: _NUMBER,
     str: _Kind("a string", _instance(str)),
-    jax.Array: _Kind("an array", _is_array, False),
+    jax.Array: _Kind("a key (jax.random.key)", _is_key, False),
     np.ndarray: _Kind("an array", _is_array, False),
 }
 _GENERIC = {
     collections.abc.Callable: _FUNCTION,
-    collections.abc.Sequence: _SEQUENCE,
     collections.abc.Iterable: _Kind(
-        "an iterable", lambda x: hasattr(x, "__iter__") and not isinstance(x, str | bytes)
+        "an iterable",
+        lambda x: (
+            hasattr(x, "__iter__") and not isinstance(x, str | bytes | np.ndarray | jax.Array)
+        ),
     ),
     collections.abc.Mapping: _MAPPING,
     dict: _MAPPING,

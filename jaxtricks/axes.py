@@ -17,7 +17,9 @@ stacked biases are clipped and factored over the wrong axes.
 """
 
 import dataclasses
+import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -94,6 +96,27 @@ class Exact:
 
     table: Mapping[str, Roles]
     assumed: frozenset[str] = frozenset()
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise if it knows none of the paths, and warn if it is likely to be of another model."""
+        paths = list(paths)
+        unknown = [path for path in paths if path not in self.table]
+        if not unknown or not self.table:
+            return
+        nearest = difflib.get_close_matches(unknown[0], self.table, 1, 0.0)[0]
+        if len(unknown) == len(paths):
+            raise ValueError(
+                f"axes: the roles know none of the parameters: {unknown[0]!r} is not among them, and "
+                f"the nearest is {nearest!r}; take them from the model that is trained (jt.nnx.roles, "
+                "jt.linen.roles)"
+            )
+        if not self.table.keys() <= set(paths):
+            unused = next(path for path in self.table if path not in paths)
+            warnings.warn(
+                f"axes: the roles do not know the parameter {unknown[0]!r}, and know {unused!r}, which "
+                "is not there: are they of the model before a change (converted, fused)?",
+                stacklevel=4,
+            )
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> Roles | None:
         """Roles of the path, None for an unknown one; leading axes beyond them are "batch"."""
@@ -236,13 +259,19 @@ def describe(params: Params, rule: Any) -> _table.Table:
 which cannot tell stacked layers and heads; take the roles from the model \
 (jt.nnx.roles, jt.linen.roles) or write axes.by_path
     """
+    if callable(params) or isinstance(params, Rule | Exact):
+        raise ValueError(
+            "axes.describe: `params` is a rule: the parameters come first, describe(params, rule)"
+        )
     leaves = _tree.leaves_with_paths(params)
     assumed = rule.assumed if isinstance(rule, Exact) else frozenset()
     rows = [
         (path, "x".join(map(str, np.shape(x))) or "scalar", _words(x, r, path in assumed))
         for (path, x), r in zip(leaves, leaf_roles(rule, params), strict=True)
     ]
-    return _table.make(("parameter", "shape", "roles"), rows, _notes([row[2] for row in rows]))
+    undecided = [x for (_, x), row in zip(leaves, rows, strict=True) if row[2] == _BY_RANK]
+    notes = _notes([row[2] for row in rows], undecided, isinstance(rule, Exact))
+    return _table.make(("parameter", "shape", "roles"), rows, notes)
 
 
 @checked
@@ -260,7 +289,9 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     leaves = _tree.leaves_with_paths(params)
     if axes is None:
         return [None] * len(leaves)
-    if isinstance(axes, Rule) and axes.strict and not _tree.has_masked(params):
+    _check_rule(axes)
+    strict = isinstance(axes, Exact) or (isinstance(axes, Rule) and axes.strict)
+    if strict and leaves and not _tree.has_masked(params):
         axes.check(path for path, _ in leaves)
     if callable(axes):
         found = [axes(path, np.shape(leaf)) for path, leaf in leaves]
@@ -270,6 +301,20 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
 
 
 @checked
+def _check_rule(axes: Any) -> None:
+    """Raise for what is neither a function, a rule nor a tree of roles."""
+    is_model = any(c.__module__.startswith("flax.") for c in type(axes).__mro__) and callable(axes)
+    if is_model:
+        raise ValueError(
+            "axes: `axes` is a model: pass its roles, jt.nnx.roles(model) or jt.linen.roles(module, x)"
+        )
+    if isinstance(axes, str | bytes | bool | int | float | complex | type):
+        raise ValueError(
+            f"axes: `axes` is a {type(axes).__name__}: give a function (path, shape) -> roles, a rule "
+            "(axes.by_path, jt.nnx.roles) or a tree of roles"
+        )
+
+
 def positions(roles: Roles, *words: str) -> tuple[int, ...]:
     """Indices of the axes whose role is one of the words."""
     return tuple(i for i, role in enumerate(roles) if role in words)
@@ -281,7 +326,13 @@ def _flatten_like(params: Params, axes: Any) -> list[Any]:
 
     # A tree of roles may say something where params has None or where optax.masked hides a leaf.
     leaves, structure = jax.tree.flatten(params, is_leaf=empty)
-    roles = structure.flatten_up_to(axes)
+    try:
+        roles = structure.flatten_up_to(axes)
+    except ValueError:
+        raise ValueError(
+            f"axes: `axes` is a {type(axes).__name__} of another structure than the parameters: give "
+            "a tuple of roles in place of every parameter, or a function or a rule"
+        ) from None
     return [r for x, r in zip(leaves, roles, strict=True) if not empty(x)]
 
 
@@ -297,9 +348,12 @@ def _checked(path: str, shape: tuple[int, ...], roles: Any) -> Roles | None:
 
 
 def _check_words(name: str, roles: Any) -> None:
-    if isinstance(roles, str) or any(role not in ROLES for role in roles):
+    if not isinstance(roles, tuple | list) or not all(isinstance(role, str) for role in roles):
+        given = repr(roles) if isinstance(roles, str) else f"a {type(roles).__name__}"
+        raise ValueError(f"axes: roles of {name!r} are {given}; use a tuple of {', '.join(ROLES)}")
+    if any(role not in ROLES for role in roles):
         raise ValueError(
-            f"axes: roles of {name!r} are {roles!r}; use a tuple of {', '.join(ROLES)}"
+            f"axes: roles of {name!r} are {tuple(roles)}; use a tuple of {', '.join(ROLES)}"
         )
 
 
@@ -322,16 +376,21 @@ def _words(leaf: Any, roles: Roles | None, assumed: bool) -> str:
     return _BY_RANK if roles is None else " ".join(roles) + _ASSUMED * assumed
 
 
-def _notes(words: list[str]) -> list[str]:
+def _notes(words: list[str], by_rank: list[Any], exact: bool) -> list[str]:
     """What to do about leaves without roles, and about those whose roles are an assumption."""
-    undecided = words.count(_BY_RANK)
+    # A vector is one unit and one accumulator whatever its axis means.
+    undecided = sum(np.ndim(x) > 1 for x in by_rank)
     assumed = sum(w.endswith(_ASSUMED) for w in words)
     notes = []
     if undecided:
+        cure = (
+            "these are no layers that the model's roles know: write axes.by_path for them"
+            if exact
+            else "take the roles from the model (jt.nnx.roles, jt.linen.roles) or write axes.by_path"
+        )
         notes.append(
             f"{undecided} of {len(words)} leaves: {_BY_RANK}, as the transform's reference does "
-            "without `axes`, which cannot tell stacked layers and heads; take the roles from the "
-            "model (jt.nnx.roles, jt.linen.roles) or write axes.by_path"
+            f"without `axes`, which cannot tell stacked layers and heads; {cure}"
         )
     if assumed:
         notes.append(

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxtricks import _compat, _jaxpr
+from jaxtricks._arguments import checked
 from jaxtricks._call import Call
 from jaxtricks.amp.emit import Emitter
 from jaxtricks.amp.policy import Policy, as_policy
@@ -19,6 +20,7 @@ from jaxtricks.amp.states import FREE, FULL, FULL_PRECISION, LOW, Analysis, Anal
 DEFAULT = "p=f32,c=bf16,o=f32"
 
 
+@checked
 def autocast(
     fn: Callable[..., Any],
     policy: Policy | str = DEFAULT,
@@ -71,6 +73,7 @@ def autocast(
     return cast
 
 
+@checked
 def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     """fn, left in float32 by a surrounding `autocast`, its derivatives included.
 

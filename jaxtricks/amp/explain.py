@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks._arguments import checked
 from jaxtricks.amp import rules as table
 from jaxtricks.amp.autocast import DEFAULT, Settings
 from jaxtricks.amp.emit import Emitter
@@ -80,6 +81,7 @@ class Explanation:
         return "\n".join(x for x in (heading, *self.notes, islands) if x)
 
 
+@checked
 def explain(
     fn: Callable[..., Any],
     *args: Any,

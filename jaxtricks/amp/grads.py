@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AxisType
 
 from jaxtricks import _jaxpr, _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, Scalar
 from jaxtricks.amp.autocast import autocast
 from jaxtricks.amp.policy import Policy, as_policy
@@ -68,6 +69,7 @@ class SkipNonfiniteState(NamedTuple):
         return {"amp/skipped_steps": self.skipped}
 
 
+@checked
 def value_and_grad(
     loss_fn: Callable[..., Any],
     policy: Policy | str | None = None,
@@ -123,6 +125,7 @@ def value_and_grad(
     return run
 
 
+@checked
 def dynamic_loss_scale(
     inner: optax.GradientTransformation,
     *,
@@ -197,6 +200,7 @@ def dynamic_loss_scale(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
 
 
+@checked
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     max_consecutive: Scalar = 5,
@@ -239,6 +243,7 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
 
 
+@checked
 def loss_scale(opt_state: Any) -> Array:
     """The scale of the one `dynamic_loss_scale` in an optimizer state, float32 [].
 
@@ -254,6 +259,7 @@ def loss_scale(opt_state: Any) -> Array:
     return jnp.asarray(found[0].scale)  # an nnx.Optimizer holds Variables
 
 
+@checked
 def check(opt_state: Any) -> None:
     """Raise if more steps in a row were skipped than max_consecutive allows (reads from the device).
 
@@ -271,6 +277,7 @@ def check(opt_state: Any) -> None:
             )
 
 
+@checked
 def applied(before: Any, after: Any) -> Array:
     """Whether the step between two optimizer states was applied, not skipped: bool [].
 

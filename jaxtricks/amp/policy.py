@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtricks._arguments import checked
+
 _DTYPES = {
     "f16": jnp.float16,
     "float16": jnp.float16,
@@ -52,6 +54,7 @@ class Policy:
             object.__setattr__(self, field.name, dtype)
 
     @classmethod
+    @checked
     def parse(cls, text: str) -> "Policy":
         """Policy from jmp's grammar.
 
@@ -96,6 +99,7 @@ def as_policy(policy: Policy | str) -> Policy:
     return Policy.parse(policy) if isinstance(policy, str) else policy
 
 
+@checked
 def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., Any]:
     """fn with arguments cast to `policy.compute` and results cast to `policy.output`.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 
 T = TypeVar("T")
@@ -164,6 +165,7 @@ def next_scale(
     return jnp.where(finite, grown, smaller), jnp.where(finite & ~grow, clean, 0)
 
 
+@checked
 def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
     """Whether every floating and complex leaf is free of inf and NaN: bool [], True for an empty tree.
 
@@ -177,6 +179,7 @@ def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
     return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
 
 
+@checked
 def select_tree(pred: Array, on_true: T, on_false: T) -> T:
     """Leaf by leaf `where(pred, on_true, on_false)`; pred is bool [], keys and integers included."""
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks.echo import checks
 from jaxtricks.echo.copies import rational
 from jaxtricks.echo.recipe import Factor, Recipe, most_copies
@@ -19,6 +20,7 @@ BATCHES_APART = 4
 SCHEDULES = ("spread", "adjacent", "pool")
 
 
+@checked
 def echo(
     source: Any,
     factor: Any,

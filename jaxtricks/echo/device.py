@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
+@checked
 def keys(key: Array, ordinal: Array | int, copy: Array | int) -> Array:
     """The key of an augmentation: fold_in(fold_in(key, ordinal), copy), elementwise.
 
@@ -46,6 +48,7 @@ def keys(key: Array, ordinal: Array | int, copy: Array | int) -> Array:
     return flat.reshape(ordinal.shape)
 
 
+@checked
 def echo_step(
     step: Step,
     factor: int,

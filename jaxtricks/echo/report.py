@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _table
+from jaxtricks._arguments import checked
 from jaxtricks.echo import api, checks
 from jaxtricks.echo.reading import ReadAhead
 from jaxtricks.echo.sources import start
@@ -61,6 +62,7 @@ class Report:
         return str(_table.make(("echo", "value"), rows))
 
 
+@checked
 def report(
     source: Any,
     step: Callable[[Any], Any],

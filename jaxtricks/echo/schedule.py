@@ -24,6 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks.echo import checks
 from jaxtricks.echo.copies import rational
 
@@ -151,6 +152,7 @@ def total(factor: Fraction, n: int) -> int:
     return n * factor.numerator // factor.denominator
 
 
+@checked
 def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
     """Full batches that an echoed epoch makes: floor(fresh e) // batch.
 

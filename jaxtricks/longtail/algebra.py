@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Integer, Num
+from jaxtyping import Bool, Float, Integer, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
@@ -276,7 +276,7 @@ def softmax_loss(
     return SoftmaxLoss(tuple(transforms), w, focal_gamma)
 
 
-def _are_hard(labels: Num[Array, "..."], logits: Array) -> bool:
+def _are_hard(labels: Real[Array, "..."], logits: Array) -> bool:
     labels = jnp.asarray(labels)
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
     if labels.shape == logits.shape[:-1] and integers:

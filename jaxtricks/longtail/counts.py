@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Integer, Num
+from jaxtyping import Bool, Float, Integer, Real
 
 from jaxtricks import _sharding, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 
-Counts = Num[Array, "C"] | Sequence[Any]
+Counts = Real[Array, "C"] | Sequence[Any]
 """Training examples per class, [C]; may be traced, so a change of counts needs no new trace."""
 
 UNSEEN_LOG_PRIOR = math.log(1e-12)
@@ -24,7 +24,7 @@ UNSEEN_LOG_PRIOR = math.log(1e-12)
 
 @checked
 def class_counts(
-    labels: Integer[Array, "..."] | Sequence[Any],
+    labels: Integer[Array, "..."] | Sequence[int] | Sequence[str],
     num_classes: int | np.integer,
     *,
     names: Sequence[str] | None = None,
@@ -187,12 +187,12 @@ def floating(values: Array) -> Array:
     return values.astype(values.dtype if values.dtype == jnp.float64 else jnp.float32)
 
 
-def seen(counts: Num[Array, "C"]) -> Bool[Array, "C"]:
+def seen(counts: Real[Array, "C"]) -> Bool[Array, "C"]:
     """Classes that have examples."""
     return counts > 0
 
 
-def log_prior(counts: Num[Array, "C"]) -> Float[Array, "C"]:
+def log_prior(counts: Real[Array, "C"]) -> Float[Array, "C"]:
     """log(n_c / sum n), and UNSEEN_LOG_PRIOR for a class without examples."""
     counts = floating(counts)
     positive = jnp.where(seen(counts), counts, 1)
@@ -202,7 +202,7 @@ def log_prior(counts: Num[Array, "C"]) -> Float[Array, "C"]:
     return jnp.where(seen(counts), log_share, UNSEEN_LOG_PRIOR)
 
 
-def at_least_rarest(counts: Num[Array, "C"]) -> Float[Array, "C"]:
+def at_least_rarest(counts: Real[Array, "C"]) -> Float[Array, "C"]:
     """The counts, where a class without examples is treated like the rarest class that has some."""
     counts = floating(counts)
     rarest = jnp.min(jnp.where(seen(counts), counts, jnp.inf))

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Float, Integer, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Key, Scalar
@@ -12,7 +12,7 @@ from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, class_
 @checked
 def mixup(
     key: Key,
-    x: Num[Array, "N ..."],
+    x: Real[Array, "N ..."],
     labels: Integer[Array, "N"] | Float[Array, "N C"],
     num_classes: int,
     alpha: Scalar = 1.0,
@@ -44,7 +44,7 @@ def mixup(
 @checked
 def remix(
     key: Key,
-    x: Num[Array, "N ..."],
+    x: Real[Array, "N ..."],
     labels: Integer[Array, "N"],
     counts: Counts,
     alpha: Scalar = 1.0,
@@ -89,7 +89,7 @@ def remix(
 @checked
 def unimix(
     key: Key,
-    x: Num[Array, "N ..."],
+    x: Real[Array, "N ..."],
     labels: Integer[Array, "N"],
     counts: Counts,
     alpha: Scalar = 0.8,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
+from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.algebra import _are_hard
@@ -23,6 +24,7 @@ class LabelAwareSmoothing:
 
     smoothing: Array
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -54,6 +56,7 @@ class Seesaw:
     p: Scalar
     q: Scalar
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -98,6 +101,7 @@ class Lade:
     lam: Scalar
     alpha: Scalar
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -144,6 +148,7 @@ class Equalization:
     gamma: Scalar
     threshold: Scalar
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],
@@ -178,6 +183,7 @@ class InfluenceBalanced:
     focal_gamma: Scalar
     eps: float = static()
 
+    @checked
     def __call__(
         self,
         logits: Float[Array, "*batch C"],

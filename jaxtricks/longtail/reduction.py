@@ -3,7 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array
@@ -13,7 +13,7 @@ from jaxtricks.longtail.counts import floating
 @checked
 def reduce(
     per_example: Float[Array, "*batch"],
-    weights: Num[Array, "*batch"] | Bool[Array, "*batch"] | None = None,
+    weights: Real[Array, "*batch"] | Bool[Array, "*batch"] | None = None,
     kind: Literal["mean", "weighted_mean", "sum"] = "mean",
 ) -> Float[Array, ""]:
     """Reduce per-example losses: sum w l over N, over sum w, or over 1.

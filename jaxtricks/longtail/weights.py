@@ -6,7 +6,7 @@ Weights sum to the number of classes, and an empty class weighs nothing.
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Float, Num
+from jaxtyping import Float, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
@@ -180,7 +180,7 @@ def _pair(name: str, before: Counts, after: Counts) -> tuple[Array, Array]:
     return first, second
 
 
-def _sum_to_classes(n: Num[Array, "C"], raw: Float[Array, "C"]) -> Float[Array, "C"]:
+def _sum_to_classes(n: Real[Array, "C"], raw: Float[Array, "C"]) -> Float[Array, "C"]:
     raw = jnp.where(seen(n), raw, 0)
     total = jnp.sum(raw)
     return raw * (n.shape[0] / jnp.where(total > 0, total, 1))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtricks import _table, _tree
@@ -15,7 +16,7 @@ from jaxtricks.memopt.sharding import shardings_of, state_specs
 
 
 @checked
-def state_bytes(tx: Any, params: Params) -> int:
+def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
     """Bytes of the state that `tx.init(params)` would make; allocates nothing.
 
     Args:
@@ -35,7 +36,7 @@ def state_bytes(tx: Any, params: Params) -> int:
 
 
 @checked
-def state_table(tx: Any, params: Params) -> _table.Table:
+def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 
     Args:

@@ -36,11 +36,12 @@ def checked_dtype(name: str, dtype: Any) -> Any:
         return None
     try:
         found = jnp.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found is None or not (jnp.issubdtype(found, jnp.floating) or found == jnp.int8):
+        given = repr(dtype) if isinstance(dtype, str) else found or f"a {type(dtype).__name__}"
         raise ValueError(
-            f"memopt.{name}: `momentum_dtype` is {dtype!r}: give 'float32', 'bfloat16', 'int8' or None"
+            f"memopt.{name}: `momentum_dtype` is {given}: give 'float32', 'bfloat16', 'int8' or None"
         )
     return found
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _tree
@@ -11,7 +12,7 @@ from jaxtricks._types import Params
 
 
 @checked
-def state_specs(tx: Any, params: Params, param_specs: Any) -> Any:
+def state_specs(tx: optax.GradientTransformation, params: Params, param_specs: Any) -> Any:
     """PartitionSpecs of the state that `tx.init(params)` makes.
 
     What is shaped as a parameter takes its spec; a mean over some axes takes the spec without them

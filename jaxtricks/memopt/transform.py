@@ -215,7 +215,9 @@ def adafactor(
 def _check(name: str, decay: Any, eps: Any, clip: Any, max_scale: Any) -> None:
     rates.check_decay(name, *decay)
     if not isinstance(eps, tuple | list) or len(eps) != 2:
-        raise ValueError(f"memopt.{name}: `eps` is {eps!r}: give (added to g^2, scale floor)")
+        raise ValueError(
+            f"memopt.{name}: `eps` is a {type(eps).__name__}: give two numbers, (added to g^2, scale floor)"
+        )
     tiny = float(np.finfo(np.float32).tiny)
     leaves.check_number(name, "eps[0]", eps[0], tiny)  # 0 / 0 for a row of zero gradients
     leaves.check_number(name, "eps[1]", eps[1], 0)

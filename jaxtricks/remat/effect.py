@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks._arguments import checked
 from jaxtricks.remat import flat, measure
 from jaxtricks.remat.recompute import is_recomputed
 
@@ -42,6 +43,7 @@ class Effect:
         return str(_table.make(("checkpoints", "temp", "peak", "flops"), rows))
 
 
+@checked
 def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0) -> Effect:
     """Whether the checkpoints in a loss make jit(value_and_grad(fn)) need less memory; warns if not.
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _tree
+from jaxtricks._arguments import checked
 
 
+@checked
 def scan(
     body: Callable[..., tuple[Any, Any]],
     init: Any,

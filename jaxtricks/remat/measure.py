@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks._arguments import checked
 from jaxtricks.remat import flat
 
 
@@ -36,6 +37,7 @@ class Report(NamedTuple):
         return str(_table.make(("memory", "bytes"), [*rows, ("flops", f"{self.flops:.3e}")]))
 
 
+@checked
 def memory(fn: Callable[..., Any], *args: Any) -> Report:
     """Bytes and FLOPs of fn(*args), compiled for the default backend; nothing is run.
 

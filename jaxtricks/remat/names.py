@@ -9,11 +9,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 
 from jaxtricks import _compat, _jaxpr
+from jaxtricks._arguments import checked
 from jaxtricks._call import Call
 from jaxtricks.remat import flat, tie
 from jaxtricks.remat.recompute import recomputed
 
 
+@checked
 def name(x: Any, label: str) -> Any:
     """x under a name that `checkpoint` can keep and `residuals` prints: jax.ad_checkpoint.checkpoint_name.
 
@@ -32,6 +34,7 @@ def name(x: Any, label: str) -> Any:
     return checkpoint_name(x, label)
 
 
+@checked
 def checkpoint(
     fn: Callable[..., Any],
     *,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _jaxpr
+from jaxtricks._arguments import checked
 from jaxtricks.remat import budget, flat, measure, plans, target
 from jaxtricks.remat.plans import Plan
 from jaxtricks.remat.search import Figures, Problem, Search
@@ -16,6 +17,7 @@ from jaxtricks.remat.search import Figures, Problem, Search
 Wrt = Literal["peak", "temp"]
 
 
+@checked
 def plan(
     fn: Callable[..., Any],
     *args: Any,
@@ -115,6 +117,7 @@ def plan(
     )
 
 
+@checked
 def auto_remat(
     fn: Callable[..., Any], budget_bytes: int | float | str, **settings: Any
 ) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _jaxpr, _table
+from jaxtricks._arguments import checked
 from jaxtricks.remat import chain, emit, flat, options
 from jaxtricks.remat.measure import Report
 from jaxtricks.remat.options import Choice
@@ -139,6 +140,7 @@ class Plan:
         return json.dumps(text)
 
 
+@checked
 def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
     """The plan that `Plan.to_json` wrote, for the same function: nothing is compiled or searched.
 

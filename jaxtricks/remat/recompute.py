@@ -10,6 +10,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxtricks import _compat, _jaxpr
+from jaxtricks._arguments import checked
 from jaxtricks._call import Call
 from jaxtricks.remat import flat, tie
 
@@ -18,6 +19,7 @@ Ad = Literal["reverse", "both"]
 Residuals = tuple[dict[int, Any], dict[int, Any], list[Any]]
 
 
+@checked
 def recompute_grad(fn: Callable[..., Any], *, seed: Any = None, ad: Ad = "reverse") -> Any:
     """fn that keeps only its inputs for the backward pass and runs again there.
 

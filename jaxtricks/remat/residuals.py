@@ -6,10 +6,12 @@ from typing import Any
 import jax
 
 from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks._arguments import checked
 from jaxtricks.remat import flat, tie
 from jaxtricks.remat.names import label_of
 
 
+@checked
 def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     """What the forward pass of fn(*args) keeps for the backward pass, largest first; nothing is run.
 

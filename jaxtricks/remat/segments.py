@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks.remat.recompute import recompute_grad
 
 Fn = Callable[..., Any]
 
 
+@checked
 def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") -> Fn:
     """The composition of functions, cut into segments that are recomputed in the backward pass.
 

@@ -40,7 +40,7 @@ PRESETS = {
 @checked
 def standardize(
     kernel: Float[Array, "..."],
-    gain: Scalar | None = None,
+    gain: Scalar | Float[Array, "..."] | None = None,
     *,
     preset: str = "nfnet",
     eps: float | None = None,
