@@ -16,7 +16,7 @@ from jaxtricks.memopt.sharding import shardings_of, state_specs
 
 
 @checked
-def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
+def state_bytes(tx: optax.GradientTransformation | optax.MultiSteps, params: Params) -> int:
     """Bytes of the state that `tx.init(params)` would make; allocates nothing.
 
     Args:
@@ -36,7 +36,9 @@ def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
 
 
 @checked
-def state_table(tx: optax.GradientTransformation, params: Params) -> _table.Table:
+def state_table(
+    tx: optax.GradientTransformation | optax.MultiSteps, params: Params
+) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 
     Args:

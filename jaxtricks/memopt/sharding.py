@@ -12,7 +12,9 @@ from jaxtricks._types import Params
 
 
 @checked
-def state_specs(tx: optax.GradientTransformation, params: Params, param_specs: Any) -> Any:
+def state_specs(
+    tx: optax.GradientTransformation | optax.MultiSteps, params: Params, param_specs: Any
+) -> Any:
     """PartitionSpecs of the state that `tx.init(params)` makes.
 
     What is shaped as a parameter takes its spec; a mean over some axes takes the spec without them
