@@ -378,13 +378,13 @@ def _words(leaf: Any, roles: Roles | None, assumed: bool) -> str:
 
 def _notes(words: list[str], by_rank: list[Any], exact: bool) -> list[str]:
     """What to do about leaves without roles, and about those whose roles are an assumption."""
-    # A vector is one unit and one accumulator whatever its axis means.
-    undecided = sum(np.ndim(x) > 1 for x in by_rank)
+    # The vectors of a model's own parameters are no matter: one unit, whatever their axis means.
+    undecided = sum(np.ndim(x) > 1 or not exact for x in by_rank)
     assumed = sum(w.endswith(_ASSUMED) for w in words)
     notes = []
     if undecided:
         cure = (
-            "these are no layers that the model's roles know: write axes.by_path for them"
+            "they are not of a layer that the model's roles know; write axes.by_path for them"
             if exact
             else "take the roles from the model (jt.nnx.roles, jt.linen.roles) or write axes.by_path"
         )

@@ -8,7 +8,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from jaxtricks import axes
+import jaxtricks as jt
+from jaxtricks import agc, axes, memopt
 
 
 def shape(*n):
@@ -166,6 +167,66 @@ def test_describe_counts_every_leaf_that_nothing_decides(rule):
     table = axes.describe({"a": shape(2, 3), "b": shape(3)}, rule)
     assert [row[2] for row in table.rows] == ["by rank and size"] * 2
     assert table.notes[0].startswith("2 of 2")
+
+
+def test_describe_of_a_models_roles_is_silent_about_vectors_and_does_not_name_itself():
+    rule = axes.exact({"a/kernel": ("in", "out")})
+    params = {"a": {"kernel": shape(2, 3)}, "scale": shape(3)}
+    assert not axes.describe(params, rule).notes
+    (note,) = axes.describe({**params, "own": shape(2, 3)}, rule).notes
+    assert note.startswith("1 of 3") and "by_path" in note and "jt.nnx.roles" not in note
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.stem(x)
+
+
+TRANSFORMS = {
+    "agc": lambda axes: agc.adaptive_grad_clip(axes=axes),
+    "adafactor": lambda axes: memopt.adafactor(axes=axes),
+    "sm3": lambda axes: memopt.sm3(0.1, axes=axes),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_roles_of_another_model_raise_and_name_the_nearest_path(make):
+    rule = jt.nnx.roles(Model(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"'body/kernel'.*'stem/kernel'"):
+        make(rule).init({"body": {"kernel": jnp.ones((256, 256))}})
+    # A part of the model's parameters is right, and so are more of one's own.
+    make(rule).init({"stem": {"kernel": jnp.ones((4, 4))}})
+    make(rule).init({"stem": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "own": jnp.ones(3)})
+    # Both at once are what a conversion leaves behind.
+    with pytest.warns(UserWarning, match=r"'stem/conv/kernel'.*'stem/kernel'"):
+        make(rule).init({"stem": {"conv": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)}})
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_what_is_no_rule_is_named_and_never_printed(make):
+    params = {"w": jnp.full((4, 4), 7.0)}
+    for wrong in (
+        "in",
+        3,
+        True,
+        object,
+        [1],
+        {"v": ("in", "out")},
+        {"w": params["w"]},
+        {"w": "in"},
+    ):
+        with pytest.raises(ValueError, match="^axes: ") as caught:
+            make(wrong).init(params)
+        assert "7." not in str(caught.value) and "\n" not in str(caught.value)
+    model = Model(nnx.Rngs(0))
+    for wrong in (model, nn.Dense(3)):
+        with pytest.raises(ValueError, match=r"is a model: pass its roles, jt\.nnx\.roles"):
+            make(wrong).init(params)
+    with pytest.raises(ValueError, match=r"describe\(params, rule\)"):
+        axes.describe(axes.infer, params)
 
 
 def test_describe_reads_states_and_boxes():

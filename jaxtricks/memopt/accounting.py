@@ -74,7 +74,7 @@ def state_table(
     rows.append(_row("others", None, None, owned, local))
     rows.append(_row("total", table, "total", _with_total(owned), _with_total(local)))
     headers = ("parameter", "shape", "state", "state/param")
-    notes = [note for path in order for note in _unfactored(path, table[path], state)]
+    notes = _unfactored(tx, params, state, order)
     return _table.make(headers if local is None else (*headers, "per device"), rows, notes)
 
 
@@ -131,22 +131,68 @@ def _with_total(sizes: dict[str | None, int] | None) -> dict[str | None, int] | 
     return None if sizes is None else {"total": sum(sizes.values())}
 
 
-def _unfactored(path: str, leaf: Any, state: Any) -> list[str]:
-    """A sentence if Adafactor keeps the whole second moment of a leaf that could be two sides."""
-    if len(leaf.shape) < 2 or 0 in leaf.shape:
+def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[str]:
+    """A sentence for every leaf that Adafactor keeps whole because of its size, and the cure.
+
+    What the arguments of a transformation were cannot be asked in a chain, so its init is: of leaves whose
+    axes are as long as one likes, rising and falling. What stays whole there is whole by its roles, and
+    where the sides change places with the lengths, it is the lengths that decide them.
+    """
+    table = _tree.by_path(_shapes(params))
+    whole = [
+        path
+        for path in paths
+        if len(table[path].shape) > 1
+        and 0 not in table[path].shape
+        and any(isinstance(v, Full) for v in _second_moments(state, path))
+    ]
+    if not whole:
         return []
-    whole = [v for v in _second_moments(state, path) if isinstance(v, Full)]
-    cuts = range(1, len(leaf.shape))
-    sides = min(math.prod(leaf.shape[:c]) + math.prod(leaf.shape[c:]) for c in cuts)
-    sizes = [
-        (v.v.dtype.itemsize * math.prod(leaf.shape), v.v.dtype.itemsize * sides) for v in whole
-    ]
-    return [
-        f"{path} is not factored: {_table.format_bytes(size)}, where {_table.format_bytes(least)} would "
-        "do: pass axes=, or lower min_dim_size_to_factor"
-        for size, least in sizes
-        if size > least
-    ]
+    rising, falling = (_long(tx, params, order) for order in (1, -1))
+    notes = []
+    for path in whole:
+        up, down = (_sides(*long, path) for long in (rising, falling))
+        if not up or not down:
+            continue
+        leaf, by_length = table[path], len(table[path].shape) > 2 and up != down
+        itemsize = next(v.v.dtype.itemsize for v in _second_moments(state, path))
+        cuts = [(range(c), range(c, len(leaf.shape))) for c in range(1, len(leaf.shape))]
+        sides = cuts if by_length else [up]
+        least = min(sum(math.prod(leaf.shape[i] for i in side) for side in pair) for pair in sides)
+        if least < math.prod(leaf.shape):
+            size, least = (
+                _table.format_bytes(itemsize * n) for n in (math.prod(leaf.shape), least)
+            )
+            cure = "pass axes=, or lower min_dim_size_to_factor"
+            notes.append(
+                f"{path} is not factored: {size}, where {least} would do: "
+                + (cure if by_length else cure.removeprefix("pass axes=, or "))
+            )
+    return notes
+
+
+_LENGTH = 2**14
+"""Longer than any `min_dim_size_to_factor` that is of use."""
+
+
+def _long(tx: Any, params: Params, order: int) -> tuple[Any, dict[str, Any]]:
+    """(state, {path: shape}) of leaves with the same axes, whose lengths rise (1) or fall (-1)."""
+
+    def longer(x: Any) -> Any:
+        lengths = [_LENGTH * (i + 1) for i in range(len(x.shape))][::order]
+        return jax.ShapeDtypeStruct(tuple(lengths), x.dtype)
+
+    shapes = jax.tree.map(longer, _shapes(params))
+    return jax.eval_shape(tx.init, shapes), _tree.by_path(shapes)
+
+
+def _sides(state: Any, shapes: dict[str, Any], path: str) -> tuple[list[int], ...] | None:
+    """Axes that each factor of the second moment has; None where it is not factored."""
+    moments = _second_moments(state, path)
+    if not moments or any(isinstance(v, Full) for v in moments):
+        return None
+    lengths = shapes[path].shape  # all different
+    return tuple([lengths.index(n) for n in factor.shape] for factor in moments[0])
 
 
 def _second_moments(state: Any, path: str) -> list[Any]:
