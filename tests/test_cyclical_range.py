@@ -257,3 +257,12 @@ def test_the_picture_is_scaled_to_the_fall_not_to_the_explosion():
     assert 0.7 < low < 1 and 5 < high < 5.3
     assert limits([1.0, 2.0, 1e6])[1] > 1e6
     assert all(np.isfinite(limits([np.nan, 1.0])))
+
+
+def test_a_fall_that_had_not_ended_is_told(ours):
+    ended = lr_range_test(scripted([3.0, 2.0, 1.0, 2.0]), 0, [0] * 4, num_steps=4, smoothing=0.0)
+    assert not ended.still_falling
+    falling = lr_range_test(scripted([4.0, 3.0, 2.0, 1.0]), 0, [0] * 4, num_steps=4, smoothing=0.0)
+    assert falling.still_falling
+    flat = lr_range_test(scripted([1.0]), 0, [0], num_steps=4, smoothing=0.0)
+    assert not flat.still_falling

@@ -442,3 +442,22 @@ def test_ldam_warns_where_the_head_is_not_normed():
     again = jax.tree.map(lambda a: a, loss)
     close(jax.jit(again)(cosines, y), loss(cosines, y), 1e-6)
     assert type(again) is type(loss)
+
+
+def test_check_normed_warns_inside_jit():
+    @jax.jit
+    def step(z, where):
+        heads.check_normed(z, where)
+        return z.sum()
+
+    keep = np.array([True, False])
+    for bad in (3.0, np.nan, -np.inf):
+        z = np.array([[0.5, bad], [0.0, 0.0]], F4)
+        with pytest.warns(UserWarning, match="not cosines"):
+            step(z, keep)
+            jax.effects_barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(z[::-1], keep)  # masked
+            step(np.clip(np.nan_to_num(z), -1, 1), keep)
+            jax.effects_barrier()

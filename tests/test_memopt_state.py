@@ -335,3 +335,25 @@ def test_int8_state_of_host_arrays(ours):
     expected, _ = tx.update(params, state, params)
     updates, _ = tx.update(params, jax.tree.map(np.asarray, state), params)
     np.testing.assert_array_equal(updates["w"], expected["w"])
+
+
+def test_the_advice_is_computed_from_the_leaf_and_its_roles():
+    """By rank the axes decide; by roles only the size can; what no size factors gets no advice."""
+
+    def notes(shape, **kwargs):
+        params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        return memopt.state_table(memopt.adafactor(**kwargs), params).notes
+
+    (by_rank,) = notes((1024, 16, 64))
+    assert by_rank.endswith("where 8.0 KiB would do: pass axes=, or lower min_dim_size_to_factor")
+    for shape, kwargs in (
+        ((8, 32), {}),
+        ((8, 32), {"axes": {"w": ("in", "out")}}),
+        ((64, 4, 16), {"axes": {"w": ("in", "out", "out")}}),
+        ((12, 64, 64), {"axes": {"w": ("batch", "in", "out")}}),
+    ):
+        (note,) = notes(shape, **kwargs)
+        assert note.endswith("would do: lower min_dim_size_to_factor") and "axes" not in note
+    assert not notes((12, 256), axes={"w": ("batch", "none")})
+    assert not notes((4, 64), axes={"w": ("none", "none")}, min_dim_size_to_factor=4)
+    assert not notes((64, 64), factored=False)

@@ -238,3 +238,17 @@ def test_mistakes_say_what_to_do():
         tx.update({"v": jnp.ones(3)}, tx.init(params), params)
     with pytest.raises(ValueError, match="seed"):
         memopt.stochastic_round("seven")
+
+
+def test_members_of_an_ensemble_round_differently_with_a_key_each():
+    params = jnp.ones((4, 1000), jnp.bfloat16)
+
+    def step(key, params):
+        tx = memopt.stochastic_round(key)
+        updates, _ = tx.update(jnp.full(1000, 1e-3, jnp.float32), tx.init(params), params)
+        return updates
+
+    updates = jax.vmap(step)(jax.random.split(jax.random.key(0), 4), params)
+    assert all(np.any(updates[i] != updates[j]) for i in range(4) for j in range(i))
+    one = step(jax.random.split(jax.random.key(0), 4)[2], params[2])
+    np.testing.assert_array_equal(updates[2], one)

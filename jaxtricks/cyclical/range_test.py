@@ -22,13 +22,25 @@ class RangeTest(NamedTuple):
       losses: the losses at them [n], before the update with that rate.
       smoothed: their bias-corrected exponential moving average [n].
       suggestion: the rate at which `smoothed` falls most steeply over log(rate) within its longest
-        unbroken fall (the first averages are of few losses and jump about); NaN if it never falls.
+        unbroken fall (the first averages are of few losses and jump about); NaN if it never falls. See
+        `still_falling` for one that did not end.
     """
 
     lrs: Array
     losses: Array
     smoothed: Array
     suggestion: Array | float
+
+    @property
+    def still_falling(self) -> bool:
+        """Whether the smoothed loss was lowest at the last rate.
+
+        The suggestion is then the steepest point of a fall that had not ended: raise `hi`, unless a loss
+        that was NaN ended the test below it.
+        """
+        smoothed = np.asarray(self.smoothed)
+        seen = smoothed[~np.isnan(smoothed)]
+        return bool(seen.size == len(self.lrs) and seen.size > 1 and seen[-1] <= np.min(seen[:-1]))
 
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]

@@ -1,6 +1,7 @@
 """What classifier heads do to their kernels, and a check of what they give; reached as `heads.*`."""
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +90,12 @@ def check_normed(
     """Warn where logits cannot be cosines, which `ldam` needs: max |z| > 1.
 
     LDAM multiplies its logits by s = 30. On those of a plain linear layer that saturates the softmax,
-    the loss jumps and the weights soon are NaN. A loss sees arrays, not layers, and inside jit not even
-    those: so `ldam` checks what it is given eagerly, and a jitted loop can call this once, on the
-    logits of one batch, before it starts.
+    the loss jumps and the weights soon are NaN. A loss sees arrays, not layers: so `ldam` checks what it
+    is given eagerly, and a jitted step can call this. There the check is a callback on the host
+    (jax.debug.callback), in every step in which a logit is out of range.
 
     Args:
-      logits: [..., C] as they go into the loss. Traced ones are not checked.
+      logits: [..., C] as they go into the loss.
       where: [...] booleans; a masked example is not checked.
 
     Warns:
@@ -103,16 +104,31 @@ def check_normed(
     >>> check_normed(jnp.array([[0.9, -1.0]]))
     """
     if any(isinstance(a, jax.core.Tracer) for a in (logits, where)):
+        size = jnp.abs(floating(jnp.asarray(logits)))
+        if where is not None:
+            size = jnp.where(jnp.asarray(where)[..., None], size, 0)
+        outside = jnp.any(~(size <= _ROUNDED_ONE))
+        # XLA's maximum on CPU passes over a NaN.
+        largest = jnp.where(jnp.isnan(jnp.sum(size)), jnp.nan, jnp.max(size, initial=0))
+        jax.lax.cond(outside, lambda x: jax.debug.callback(_warn, x), lambda x: None, largest)
         return
     z = np.asarray(logits, np.float64)
     largest = np.max(np.abs(z if where is None else z[np.asarray(where)]), initial=0.0)
-    if not largest <= 1.01:
-        warnings.warn(
-            f"longtail.ldam: the largest |logit| is {largest:.3g}, so these are no cosines and "
-            "s = 30 would blow them up: end the model in a normalised head without bias "
-            "(longtail.heads.normed, jt.nnx.NormedHead, jt.linen.NormedHead), or pass s=1",
-            stacklevel=3,
-        )
+    if not largest <= _ROUNDED_ONE:
+        _warn(largest)
+
+
+_ROUNDED_ONE = 1.01
+"""What a cosine may be in bfloat16."""
+
+
+def _warn(largest: Any) -> None:
+    warnings.warn(
+        f"longtail.ldam: the largest |logit| is {float(largest):.3g}, so these are not cosines and "
+        "s = 30 would blow them up: end the model in a normalised head without bias "
+        "(longtail.heads.normed, jt.nnx.NormedHead, jt.linen.NormedHead), or pass s=1",
+        stacklevel=4,
+    )
 
 
 @checked

@@ -104,9 +104,11 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
     """Label-distribution-aware margin: CE(s (z - m_y e_y)), m_c = max_margin (n_min/n_c)^(1/4).
 
     The logits must be cosines in [-1, 1] (a head with normalised rows and no bias): on plain logits
-    s = 30 is far too large, and eager calls with s > 1 warn (`heads.check_normed`, which a jitted loop
-    can call on its first logits). For its deferred re-weighting compose it:
-    `softmax_loss(margin(m), scale(30.), weights=w)`.
+    s = 30 is far too large, and eager calls with s > 1 warn. Inside jit they do not, since a callback
+    would keep the step from `remat.plan` and from JAX's cache of compiled programs: call
+    `heads.check_normed` on the logits there, for as long as you want to be warned.
+
+    For its deferred re-weighting compose it: `softmax_loss(margin(m), scale(30.), weights=w)`.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -212,7 +214,8 @@ def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
 class _OfCosines(SoftmaxLoss):
     """A loss that warns where what it is given cannot be cosines."""
 
-    @checked
     def __call__(self, logits: Array, labels: Array, *, where: Any = None) -> Array:
-        check_normed(logits, where)
-        return super().__call__(logits, labels, where=where)
+        loss = super().__call__(logits, labels, where=where)
+        if not any(isinstance(a, jax.core.Tracer) for a in (logits, where)):
+            check_normed(logits, where)
+        return loss

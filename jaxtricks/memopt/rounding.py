@@ -34,7 +34,8 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
     update and cast, land exactly on the rounded value. Leaves of float32 and float64 pass unchanged.
 
     The bits are a hash of seed, step, path and place: they do not depend on how a leaf is sharded, and
-    cost no memory.
+    cost no memory. Under `jax.vmap` over members of an ensemble one seed means the same bits for all of
+    them: make the transformation inside, `stochastic_round(key)`, and map over the keys too.
 
     Args:
       seed: an int, or a key of `jax.random.key`.
