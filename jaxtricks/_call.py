@@ -1,13 +1,14 @@
-"""A call with everything but its arrays fixed."""
+"""A call with everything but its arrays fixed, and what a trace refuses: changes in place."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-_CURE = "return the new value, or for a flax.nnx module use jaxtricks.nnx.autocast"
 
 
 class Call:
@@ -16,10 +17,11 @@ class Call:
     Args:
       fn: the function.
       args, kwargs: what it is called with; leaves that are no arrays stay what they are.
+      nnx: the function of jaxtricks.nnx that carries the state of modules where this one can't.
     """
 
-    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any):
-        self._fn = fn
+    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any, *, nnx: str = "autocast"):
+        self._fn, self._nnx = fn, nnx
         self._leaves, self._structure = jax.tree.flatten((args, kwargs))
         arrays = [x for x in self._leaves if _is_array(x)]
         self.arrays = [
@@ -32,14 +34,9 @@ class Call:
         given = iter(arrays)
         leaves = [next(given) if _is_array(x) else x for x in self._leaves]
         args, kwargs = jax.tree.unflatten(self._structure, leaves)
-        try:
+        with _cured(self._nnx):
             out = self._fn(*args, **kwargs)
-        except Exception as error:
-            # flax.nnx: fn closes over a module and changes it.
-            if type(error).__name__ == "TraceContextError":
-                error.add_note(f"{_CURE}, and pass it as an argument")
-            raise
-        _refuse_changes(leaves, (args, kwargs))
+        _refuse_changes(leaves, (args, kwargs), self._nnx)
         self._outputs = jax.tree.flatten(out)
         return [x for x in self._outputs[0] if _is_array(x)]
 
@@ -48,6 +45,62 @@ class Call:
         leaves, structure = self._outputs
         given = iter(arrays)
         return jax.tree.unflatten(structure, [next(given) if _is_array(x) else x for x in leaves])
+
+
+def without_changes(fn: Callable[..., Any], nnx: str) -> Callable[..., Any]:
+    """fn, refused if it changes an argument in place: a trace works on copies, and they are lost.
+
+    Args:
+      fn: the function.
+      nnx: the function of jaxtricks.nnx that carries such changes.
+    """
+
+    @functools.wraps(fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        before = jax.tree.leaves((args, kwargs))
+        with _cured(nnx):
+            out = fn(*args, **kwargs)
+        _refuse_changes(before, (args, kwargs), nnx)
+        return out
+
+    return checked
+
+
+def positional(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+) -> tuple[Any, ...]:
+    """All arguments of fn(*args, **kwargs) by position.
+
+    Raises:
+      ValueError: if they don't fit, or one of them has no position.
+    """
+    if not kwargs:
+        return args
+    try:
+        bound = inspect.signature(fn).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{where}: the arguments do not fit the function: {error}") from None
+    if bound.kwargs:
+        names = ", ".join(bound.kwargs)
+        raise ValueError(
+            f"{where}: {names} can't be passed by position: fix it before, by functools.partial say"
+        )
+    return bound.args
+
+
+@contextlib.contextmanager
+def _cured(nnx: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # flax.nnx: fn closes over a module and changes it.
+        if type(error).__name__ == "TraceContextError":
+            error.add_note(f"{_cure(nnx)}, and pass the module as an argument")
+        raise
+
+
+def _cure(nnx: str) -> str:
+    return f"return the new value, or for a flax.nnx module use jaxtricks.nnx.{nnx}"
 
 
 def _is_array(x: Any) -> bool:
@@ -59,7 +112,7 @@ def _is_shape(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _refuse_changes(before: Sequence[Any], arguments: Any) -> None:
+def _refuse_changes(before: Sequence[Any], arguments: Any, nnx: str) -> None:
     """fn got copies of its containers: what it wrote into them (batch statistics) would be lost."""
     after, _ = jax.tree_util.tree_flatten_with_path(arguments)
     changed = [path for (path, x), old in zip(after, before, strict=False) if x is not old]
@@ -67,5 +120,5 @@ def _refuse_changes(before: Sequence[Any], arguments: Any) -> None:
         where = f" ({jax.tree_util.keystr(changed[0])})" if changed else ""
         raise ValueError(
             f"the traced function changes one of its arguments in place{where}, and a trace works on "
-            f"copies; {_CURE}"
+            f"copies; {_cure(nnx)}"
         )

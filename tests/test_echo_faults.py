@@ -257,7 +257,7 @@ def damaged(draw, state):
     for name in draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=2)):
         if draw(st.integers(0, 4)) == 0:
             state.pop(name, None)
-        elif isinstance(state.get(name), list) and draw(st.booleans()):
+        elif isinstance(state.get(name), list) and state[name] and draw(st.booleans()):
             state[name][draw(st.integers(0, len(state[name]) - 1))] = draw(JUNK)
         elif isinstance(state.get(name), int) and draw(st.booleans()):
             state[name] += draw(st.integers(-2, 2))

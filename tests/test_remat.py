@@ -189,3 +189,21 @@ def test_memory_reports_bytes_and_trip_counts():
     )
     jaxpr = jax.make_jaxpr(conv)(jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 4))).jaxpr
     assert measure.flops(jaxpr) == 2 * (2 * 3 * 3 * 4) * (3 * 3 * 3)
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f, x: jax.jvp(f, (x,), (x,)),
+        lambda f, x: jax.hessian(f)(x),
+        lambda f, x: jax.jacfwd(jax.grad(f))(x),
+    ],
+)
+def test_forward_mode_names_what_allows_it(derivative):
+    x = jnp.ones(3)
+    with pytest.raises(TypeError, match=r'^remat\.recompute_grad .*ad="both"'):
+        derivative(remat.recompute_grad(lambda x: jnp.sin(x).sum()), x)
+    both = remat.recompute_grad(lambda x: jnp.sin(x).sum(), ad="both")
+    np.testing.assert_allclose(jax.hessian(both)(x), jnp.diag(-jnp.sin(x)), atol=1e-6)
+    with pytest.raises(TypeError, match="pass fn itself"):
+        jax.jvp(both, (x,), (x,))

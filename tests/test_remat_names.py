@@ -1,6 +1,7 @@
 """Named values are kept, all else is made again; tables of residuals; the detector of empty checkpoints."""
 
 import functools
+import inspect
 import warnings
 
 import jax
@@ -204,6 +205,13 @@ def test_mistakes_of_names(remat3):
     for names in (dict(save="a"), dict(offload="a")):
         with pytest.raises(ValueError, match="exclude"):
             remat.checkpoint(fn, policy=jax.checkpoint_policies.dots_saveable, **names)
+
+
+def test_a_named_residual_has_the_line_that_named_it():
+    name = inspect.unwrap(remat.name)  # the type checker of the tests would stand in between
+    table = remat.residuals(lambda x: jnp.sin(name(jnp.exp(x), "e")).sum(), jnp.ones(3))
+    (where,) = [row[3] for row in table.rows if row[2] == "e"]
+    assert "test_remat_names.py" in where
 
 
 def test_table_of_residuals(remat3):

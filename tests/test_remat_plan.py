@@ -1,16 +1,19 @@
 """The planner: budgets met by compiled bytes, gradients unchanged, mistakes refused."""
 
+import fractions
 import functools
 import json
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
 
 import jaxtricks as jt
 from jaxtricks import _compat, _jaxpr, remat
+from jaxtricks.remat import budget as budgets
 from jaxtricks.remat import chain, flat
 from tests.flags import remat3
 
@@ -252,7 +255,7 @@ def test_forward_over_reverse_where_it_is_asked_for():
 
     x = jnp.arange(3.0)
     close(jax.hessian(remat.recompute_grad(f, ad="both"))(x), jax.hessian(f)(x))
-    with pytest.raises(TypeError, match="custom_vjp"):
+    with pytest.raises(TypeError, match="both"):
         jax.hessian(remat.recompute_grad(f))(x)
 
 
@@ -303,3 +306,41 @@ def test_another_error_of_the_compiler_is_not_taken_for_one_of_memory(machine):
     machine(0, "no figure")
     with pytest.raises(jax.errors.JaxRuntimeError, match="no figure"):
         remat.plan(loss, params, x, budget_bytes=0.5)
+
+
+SIZES = [("4GiB", 2**32), (" 500 MB", 5 * 10**8), ("1e3", 1000), (7, 7), (np.int64(5), 5), (2.0, 2)]
+FRACTIONS = [0.5, np.float32(0.5), np.float16(0.5), np.float64(0.5), fractions.Fraction(1, 2)]
+NO_SIZES = ["1e400", "1e999GiB", "9" * 400, float("inf"), -float("inf"), float("nan"), True, None]
+NO_SIZES += [b"4GiB", [], {}, 0, -1, 2.5, "", "foo", "0", "nan", "1..2", 2**63, np.float32(np.inf)]
+NO_SIZES += [10**400, 1j, np.zeros(3), np.bool_(True), "-4GiB", "4 GiB of it"]
+
+
+@pytest.fixture
+def unchecked():
+    """Call as users do, without the type checker of the tests in front."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_budgets_of_every_kind(unchecked):
+    for value, size in SIZES:
+        assert budgets.parse(value, 1000) == size
+    for value in FRACTIONS:
+        assert budgets.parse(value, 1000) == 500
+
+
+@pytest.mark.parametrize("value", NO_SIZES, ids=lambda value: repr(value)[:20])
+def test_what_is_no_budget_is_refused_in_a_sentence(value, unchecked):
+    with pytest.raises(
+        ValueError, match=r"^budget_bytes is .{1,90}: write bytes, a size"
+    ) as caught:
+        budgets.parse(value, 1000)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_an_infeasible_budget_shows_the_digits_that_differ():
+    near = str(remat.BudgetInfeasible(3_000_000, 3_000_128, 0, "temp"))
+    assert "3,000,000 B" in near and "3,000,128 B" in near
+    far = str(remat.BudgetInfeasible(2**20, 2**22, 0, "temp"))
+    assert "1.0 MiB" in far and "4.0 MiB" in far

@@ -142,16 +142,14 @@ def can_begin(path: str, *, resume: bool | None = None) -> bool:
     folder = pathlib.Path(path)
     if os.path.isfile(path):
         raise UserError(f"--out {path} is a file: give a directory to create")
-    if resume and os.path.isfile(folder / CONFIG):
-        return True
-    if os.path.isdir(path):
+    goes_on = bool(resume) and os.path.isfile(folder / CONFIG)
+    if os.path.isdir(path) and not goes_on:
         with writing(folder):
             names = {entry.name for entry in folder.iterdir()} - _NOT_BEGUN
         if names:
             raise UserError(f"--out {path} {_holding(folder, resume)}")
-    else:
-        check_writable(path)
-    return False
+    check_writable(path)
+    return goes_on
 
 
 def check_writable(path: str) -> None:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxtricks import reparam
+from jaxtricks._arguments import checked
 from jaxtricks.linen.fused import Fused, Original, layer_path
 from jaxtricks.linen.pure import evaluated, in_mode, layer_trains, original
 from jaxtricks.linen.twins import BLOCKS, KINDS, NORMS, twin
@@ -40,6 +41,7 @@ _GEOMETRY = {
 }
 
 
+@checked
 def fuse(
     module: nn.Module,
     variables: Mapping[str, Any],

@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxtricks import _tree, axes
+from jaxtricks._arguments import checked
 from jaxtricks._types import Roles
 from jaxtricks.linen import _tags
 from jaxtricks.linen.heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
@@ -26,6 +27,7 @@ NORMS = (
 )
 
 
+@checked
 def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> axes.Exact:
     """A rule for `axes=` (memopt, agc) that is exact for the layers of flax.linen and of this library.
 

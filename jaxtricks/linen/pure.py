@@ -8,6 +8,7 @@ import flax
 import jax
 from flax import linen as nn
 
+from jaxtricks._arguments import checked
 from jaxtricks._types import ApplyFn, Key, Params, State
 from jaxtricks.linen.fused import Fused, Original
 from jaxtricks.linen.layers import ExtendedBatchNorm
@@ -22,6 +23,7 @@ _IMMUTABLE = (
 )
 
 
+@checked
 def functional(
     module: nn.Module,
     variables: Mapping[str, Any],

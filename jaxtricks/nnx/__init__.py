@@ -4,7 +4,7 @@ Everything here calls the rooms' pure functions; only what owns parameters or st
 """
 
 from jaxtricks.nnx.blocks import ACBlock, RepVGGBlock
-from jaxtricks.nnx.carried import autocast, recompute_grad
+from jaxtricks.nnx.carried import auto_remat, autocast, checkpoint, plan, recompute_grad
 from jaxtricks.nnx.causal import CausalHead
 from jaxtricks.nnx.conv import WSConv
 from jaxtricks.nnx.convert import convert, plain_paths
@@ -28,12 +28,15 @@ __all__ = [
     "NormedHead",
     "RepVGGBlock",
     "WSConv",
+    "auto_remat",
     "autocast",
+    "checkpoint",
     "convert",
     "filled",
     "functional",
     "fuse",
     "plain_paths",
+    "plan",
     "recompute_grad",
     "roles",
 ]

@@ -1,17 +1,22 @@
 """Transforms of pure functions, applied to functions of modules."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 
 from jaxtricks import amp, remat
+from jaxtricks._arguments import checked
+from jaxtricks._call import positional
+from jaxtricks.remat.target import shape
 
 Fn = Callable[..., Any]
 
 
+@checked
 def recompute_grad(module: nnx.Module | Fn) -> Fn:
     """The module's call, recomputed in the backward pass; its variables are updated as ever.
 
@@ -23,7 +28,8 @@ def recompute_grad(module: nnx.Module | Fn) -> Fn:
         transformed function, where the modules live.
 
     Returns:
-      A function with the signature of the module's call (or of the function).
+      For a module, one that holds it as `module` and may take its place in a model; else a function. Its
+      call has the signature of the module's (or of the function).
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,6 +40,7 @@ def recompute_grad(module: nnx.Module | Fn) -> Fn:
     return _carried(remat.recompute_grad, module)
 
 
+@checked
 def autocast(
     fn: nnx.Module | Fn,
     policy: amp.Policy | str = "p=f32,c=bf16,o=f32",
@@ -61,12 +68,213 @@ def autocast(
     return _carried(cast, fn)
 
 
+@checked
+def checkpoint(
+    fn: nnx.Module | Fn,
+    *,
+    save: str | Iterable[str] = (),
+    offload: str | Iterable[str] = (),
+    **jax_checkpoint_arguments: Any,
+) -> Fn:
+    """`remat.checkpoint` of a module or of a function with modules among its arguments.
+
+    Args:
+      fn: a module, or a function; see `recompute_grad`.
+      save, offload, **jax_checkpoint_arguments: see `remat.checkpoint`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> block = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> checkpoint(block)(jnp.ones((2, 3))).shape
+      (2, 3)
+    """
+    settings = {"save": save, "offload": offload, **jax_checkpoint_arguments}
+    return _carried(functools.partial(remat.checkpoint, **settings), fn)
+
+
+@checked
+def plan(
+    fn: Fn,
+    *args: Any,
+    budget_bytes: int | float | str,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **settings: Any,
+) -> remat.Plan:
+    """`remat.plan` of a loss with modules among its arguments, whose variables are updated as ever.
+
+    Of the modules in `argnums` the nnx.Param are differentiated, as nnx.value_and_grad does.
+
+    Args:
+      fn: the scalar loss.
+      *args: its arguments: modules, arrays, shapes; nothing is run.
+      budget_bytes, argnums, has_aux, **settings: see `remat.plan`; `within` is not among them.
+
+    Returns:
+      Plan; its `fn` goes inside nnx.jit and nnx.value_and_grad.
+
+    Raises:
+      remat.BudgetInfeasible, ValueError: see `remat.plan`; and from `Plan.fn`, for modules that were built
+        otherwise.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model, x = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
+      >>> found = plan(lambda model, x: model(x).sum(), model, x, budget_bytes="1MB")
+      >>> nnx.grad(found.fn)(model, x).scale[...].shape
+      (3,)
+    """
+    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    return _planned(fn, _Parts.of(args, wanted), wanted, has_aux, budget_bytes, settings)
+
+
+def _planned(
+    fn: Fn,
+    parts: "_Parts",
+    wanted: Sequence[int],
+    has_aux: bool,
+    budget_bytes: int | float | str,
+    settings: Mapping[str, Any],
+) -> remat.Plan:
+    if "within" in settings:
+        raise ValueError(
+            "nnx.plan takes no `within`: plan the loss alone, or a pure one of nnx.functional by remat.plan"
+        )
+
+    def pure(moving: Any, fixed: Any) -> Any:
+        inner, given = parts.filled(moving, fixed)
+        out = fn(*given)
+        loss, aux = out if has_aux else (out, None)
+        return loss, (aux, parts.changed(inner, moving))
+
+    planned = remat.plan(
+        pure, parts.moving, parts.fixed, budget_bytes=budget_bytes, has_aux=True, **settings
+    )
+
+    @functools.wraps(fn)
+    def updating(*args: Any, **kwargs: Any) -> Any:
+        here = _Parts.of(positional(fn, args, kwargs, "nnx.plan"), wanted)
+        if here.graph != parts.graph or here.structure != parts.structure:
+            raise ValueError(
+                "nnx.plan: the modules are not built as those that were planned: plan again after train(), "
+                "eval() or a change of layers"
+            )
+        loss, (aux, state) = planned.fn(here.moving, here.fixed)
+        nnx.update(here.modules, state)
+        return (loss, aux) if has_aux else loss
+
+    return dataclasses.replace(planned, fn=updating)
+
+
+@checked
+def auto_remat(fn: Fn, budget_bytes: int | float | str, **settings: Any) -> Fn:
+    """`remat.auto_remat` of a loss with modules among its arguments: `plan` at the first such call.
+
+    Args:
+      fn: the scalar loss.
+      budget_bytes, **settings: of `plan`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = auto_remat(lambda model, x: model(x).sum(), "1MB")
+      >>> loss(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((2, 3))).shape
+      ()
+    """
+    found: dict[Any, remat.Plan] = {}
+    argnums, has_aux = settings.pop("argnums", 0), settings.pop("has_aux", False)
+    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fn)
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        args = positional(fn, args, kwargs, "nnx.auto_remat")
+        parts = _Parts.of(args, wanted)
+        moving, fixed = jax.tree.map(shape, (parts.moving, parts.fixed))
+        leaves, structure = jax.tree.flatten((moving, fixed))
+        shapes = tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
+        signature = parts.graph, parts.structure, structure, shapes
+        if signature not in found:
+            parts = parts._replace(moving=moving, fixed=fixed)
+            found[signature] = _planned(fn, parts, wanted, has_aux, budget_bytes, settings)
+        return found[signature].fn(*args)
+
+    return planned
+
+
+class _Parts(NamedTuple):
+    """Arguments taken apart: what is differentiated, what is not, and how they were put together.
+
+    Attributes:
+      modules: the modules among the leaves.
+      graph: how they are built.
+      structure: of the arguments, and which leaves are modules.
+      moving, fixed: (variables, other leaves).
+    """
+
+    modules: tuple[nnx.Module, ...]
+    graph: Any
+    structure: Any
+    moving: Any
+    fixed: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], wanted: Sequence[int]) -> "_Parts":
+        flat = [jax.tree.flatten(arg, is_leaf=_is_module) for arg in args]
+        places = [(x, i in wanted) for i, (leaves, _) in enumerate(flat) for x in leaves]
+        modules = tuple(x for x, _ in places if _is_module(x))
+        moves = [is_wanted for x, is_wanted in places if _is_module(x)]
+        chosen = nnx.All(nnx.Param, lambda path, _: moves[path[0]])
+        graph, params, rest = nnx.split(modules, chosen, ...)
+        others = [(None if _is_module(x) else x, is_wanted) for x, is_wanted in places]
+        split = [[x if side == w else None for x, w in others] for side in (True, False)]
+        kinds = tuple((_is_module(x), w) for x, w in places)
+        structure = tuple(tree for _, tree in flat), kinds
+        return cls(modules, graph, structure, (params, split[0]), (rest, split[1]))
+
+    def filled(self, moving: Any, fixed: Any) -> tuple[tuple[nnx.Module, ...], list[Any]]:
+        """Modules of their own with these variables, and the arguments around them."""
+        inner = nnx.merge(self.graph, moving[0], fixed[0], copy=True)
+        trees, kinds = self.structure
+        mine, given = iter(inner), []
+        pairs = zip(kinds, moving[1], fixed[1], strict=True)
+        leaves = iter([next(mine) if k else (x if w else y) for (k, w), x, y in pairs])
+        for tree in trees:
+            given.append(jax.tree.unflatten(tree, [next(leaves) for _ in range(tree.num_leaves)]))
+        return inner, given
+
+    def changed(self, inner: tuple[nnx.Module, ...], moving: Any) -> Any:
+        """The variables that are not differentiated; ValueError if another one was written."""
+        moves = [w for is_module, w in self.structure[1] if is_module]
+        chosen = nnx.All(nnx.Param, lambda path, _: moves[path[0]])
+        params, rest = nnx.state(inner, chosen, ...)
+        before, after = jax.tree.leaves(moving[0]), jax.tree.leaves(params)
+        if any(x is not y for x, y in zip(before, after, strict=True)):
+            raise ValueError(
+                "nnx.plan: the loss writes an nnx.Param that it is differentiated by: make it a variable of "
+                "another type"
+            )
+        return rest
+
+
+class _Carried(nnx.Module):
+    """A module whose call is transformed; it may take its place in a model."""
+
+    def __init__(self, transform: Callable[[Fn], Fn], module: nnx.Module):
+        self.module = module
+        self._transform = transform
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = lambda module, *args, **kwargs: module(*args, **kwargs)  # noqa: E731
+        return _carried(self._transform, call)(self.module, *args, **kwargs)
+
+
 def _carried(transform: Callable[[Fn], Fn], fn: nnx.Module | Fn) -> Fn:
     """fn under a transform; the variables of its modules go in as arguments and come out as results."""
-    own = [fn] if isinstance(fn, nnx.Module) else []
+    if isinstance(fn, nnx.Module):
+        return _Carried(transform, fn)
 
+    @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((own, args, kwargs), is_leaf=_is_module)
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_module)
         modules = tuple(x for x in leaves if _is_module(x))
         others = [None if _is_module(x) else x for x in leaves]
         graph, state = nnx.split(modules)
@@ -77,8 +285,8 @@ def _carried(transform: Callable[[Fn], Fn], fn: nnx.Module | Fn) -> Fn:
             filled = [
                 next(given) if _is_module(x) else y for x, y in zip(leaves, others, strict=True)
             ]
-            mine, args, kwargs = jax.tree.unflatten(structure, filled)
-            return (mine[0] if mine else fn)(*args, **kwargs), nnx.state(inner)
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            return fn(*args, **kwargs), nnx.state(inner)
 
         out, state = transform(pure)(state, others)
         nnx.update(modules, state)

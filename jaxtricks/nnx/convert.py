@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtricks import weightstd
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.nnx import _compat, overrides, surgery
 from jaxtricks.nnx.branch import Branched
@@ -38,6 +39,7 @@ _NORM = (
 )
 
 
+@checked
 def convert(
     model: nnx.Module,
     rules: Mapping[Rule, Target],
@@ -106,6 +108,7 @@ def convert(
     return surgery.replaced(model, changes)
 
 
+@checked
 def plain_paths(model: nnx.Module) -> dict[str, str]:
     """Where a checkpoint of the plain model goes in the converted one: {plain path: path in `model`}.
 

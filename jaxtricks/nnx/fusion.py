@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from jaxtricks import reparam, weightstd
+from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.nnx import surgery
 from jaxtricks.nnx.branch import Branched
@@ -32,6 +33,7 @@ class Folded(nnx.Module):
         return x.astype(self.dtype)
 
 
+@checked
 def fuse(
     model: nnx.Module,
     *,

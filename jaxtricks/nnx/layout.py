@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from jaxtricks import axes
+from jaxtricks._arguments import checked
 from jaxtricks._types import Roles
 from jaxtricks.nnx import _compat
 from jaxtricks.nnx.causal import CausalHead
@@ -22,6 +23,7 @@ Axis = tuple[str, int | None]
 """Role and size of one axis of a layer's own parameter; None where the layer does not keep the size."""
 
 
+@checked
 def roles(model: nnx.Module) -> axes.Exact:
     """A rule for `axes=` (memopt, agc) that is exact for the layers of flax.nnx and of this library.
 

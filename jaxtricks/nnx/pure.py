@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from jaxtricks import _compat, _jaxpr, _tree
+from jaxtricks._arguments import checked
 from jaxtricks._types import ApplyFn, Key, Params, State
 from jaxtricks.nnx import _compat as nnx_compat
 from jaxtricks.nnx import flags
@@ -15,6 +16,7 @@ from jaxtricks.nnx import flags
 _REST = nnx.Not(nnx.Any(nnx.Param, nnx.RngKey))
 
 
+@checked
 def functional(
     model: nnx.Module, *, train_kwargs: flags.TrainKwargs = None
 ) -> tuple[ApplyFn, Params, State]:
@@ -56,6 +58,7 @@ def functional(
     return _Functional(model, train_kwargs).apply, params, state
 
 
+@checked
 def filled(model: nnx.Module, params: Params, state: State) -> Any:
     """The module with the variables that `apply` was trained with: the way back from `functional`.
 

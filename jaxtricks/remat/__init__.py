@@ -39,8 +39,9 @@ Planning compiles the program two to six times and runs nothing.
 
 Composes with. jit, grad, vmap, scan, sharding, nesting, custom rules inside; traced values that the
 function closes over receive their gradients. Plan what autocast returns, so that the plan sees the final
-dtypes. Flax modules go through `functional`, or `jt.nnx.recompute_grad(module)`. Collective operations
-are never run twice. Reverse mode; ad="both" allows forward over reverse.
+dtypes. Functions of flax.nnx modules, whose statistics change in place, go through `jt.nnx.plan`,
+`auto_remat`, `checkpoint` and `recompute_grad`; linen's through `functional`. Collective operations are
+never run twice. Reverse mode; ad="both" allows forward over reverse.
 
 Differences from the paper and from optax/flax. Before jaxlib 0.11.2 `jax.checkpoint` saves nothing in
 unrolled code on XLA's CPU backend, which removes the barriers that it relies on before it merges common

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import source_info_util
 from jax.extend.core import primitives
 
 from jaxtricks import _compat, _jaxpr
@@ -13,6 +14,8 @@ from jaxtricks._arguments import checked
 from jaxtricks._call import Call
 from jaxtricks.remat import flat, tie
 from jaxtricks.remat.recompute import recomputed
+
+source_info_util.register_exclusion(__file__)  # a named value is where the user named it
 
 
 @checked
@@ -89,7 +92,7 @@ def checkpoint(
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        call = Call(whole or fn, args, kwargs)
+        call = Call(whole or fn, args, kwargs, nnx="checkpoint")
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
         _refuse_unknown((*keep, *away), closed.jaxpr)
         if whole:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxtricks import _jaxpr
 from jaxtricks._arguments import checked
+from jaxtricks._call import positional, without_changes
 from jaxtricks.remat import budget, flat, measure, plans, target
 from jaxtricks.remat.plans import Plan
 from jaxtricks.remat.search import Figures, Problem, Search
@@ -55,7 +56,8 @@ def plan(
 
     Raises:
       BudgetInfeasible: with `best`, the smallest figure reached.
-      ValueError: fn has effects or no float scalar, or nothing differentiable.
+      ValueError: fn has effects or no float scalar, nothing differentiable, or changes an argument in
+        place (a flax.nnx module with statistics: `jaxtricks.nnx.plan`).
 
     Example:
       >>> def loss(ws, x):
@@ -136,14 +138,16 @@ def auto_remat(
       (2, 2)
     """
     found: dict[Any, Plan] = {}
+    checked = without_changes(fn, "auto_remat")
 
     @functools.wraps(fn)
-    def planned(*args: Any) -> Any:
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        args = positional(fn, args, kwargs, "remat.auto_remat")
         shapes = jax.tree.map(target.shape, args)
         leaves, structure = jax.tree.flatten(shapes)
         signature = structure, tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
         if signature not in found:
-            found[signature] = plan(fn, *shapes, budget_bytes=budget_bytes, **settings)
+            found[signature] = plan(checked, *shapes, budget_bytes=budget_bytes, **settings)
         return found[signature].fn(*args)
 
     return planned
@@ -183,7 +187,7 @@ def _checked(
     fn: Callable[..., Any], args: Any, wanted: Sequence[int], has_aux: bool
 ) -> _jaxpr.ClosedJaxpr:
     """The program of fn, inlined; ValueError for what cannot be planned."""
-    closed, structure = _jaxpr.trace(fn, *args)
+    closed, structure = _jaxpr.trace(without_changes(fn, "plan"), *args)
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         raise ValueError("fn closes over traced values: pass them as arguments")
     outs = jax.tree.unflatten(structure, closed.out_avals)

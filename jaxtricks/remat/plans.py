@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
+from jaxtricks._call import positional, without_changes
 from jaxtricks.remat import chain, emit, flat, options
 from jaxtricks.remat.measure import Report
 from jaxtricks.remat.options import Choice
@@ -47,11 +48,12 @@ class Recipe:
         """fn with its activations recomputed as the schedule says; same arguments, same results."""
         if self.schedule is None:
             return fn
-        schedule = self.schedule
+        schedule, checked = self.schedule, without_changes(fn, "plan")
 
         @functools.wraps(fn)
-        def planned(*args: Any) -> Any:
-            closed, structure = _jaxpr.trace(fn, *args)
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            args = positional(fn, args, kwargs, "remat.plan")
+            closed, structure = _jaxpr.trace(checked, *args)
             program = flat.straight(closed)
             stages = self._matched(program.jaxpr)
             for step in runs_of(schedule):

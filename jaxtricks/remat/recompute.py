@@ -15,6 +15,10 @@ from jaxtricks._call import Call
 from jaxtricks.remat import flat, tie
 
 Ad = Literal["reverse", "both"]
+_FORWARD = {
+    "reverse": 'pass ad="both" for jax.hessian or jax.jvp of jax.grad, or fn itself for jax.jvp alone',
+    "both": "forward mode alone stores nothing, so pass fn itself",
+}
 # ({input: what is differentiated}, {input: what is not}, values of the saved equations)
 Residuals = tuple[dict[int, Any], dict[int, Any], list[Any]]
 
@@ -39,6 +43,7 @@ def recompute_grad(fn: Callable[..., Any], *, seed: Any = None, ad: Ad = "revers
 
     Raises:
       ValueError: for another ad, or if fn changes an argument in place.
+      TypeError: in forward mode, unless ad is "both".
 
     Example:
       >>> f = recompute_grad(lambda x: jnp.sin(jnp.sin(x)))
@@ -54,10 +59,18 @@ def recompute_grad(fn: Callable[..., Any], *, seed: Any = None, ad: Ad = "revers
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        call = Call(fn, args, kwargs)
+        call = Call(fn, args, kwargs, nnx="recompute_grad")
         # The trace turns closed-over tracers into inputs: a custom_vjp may not close over them.
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
-        return call.assemble(recomputed(closed.jaxpr, ad=ad)(*closed.consts, *call.arrays))
+        try:
+            outs = recomputed(closed.jaxpr, ad=ad)(*closed.consts, *call.arrays)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                f"remat.recompute_grad can't be differentiated forward here: {_FORWARD[ad]}"
+            ) from error
+        return call.assemble(outs)
 
     return wrapped
 
