@@ -194,8 +194,8 @@ def _array_of(hint: Any) -> _Kind:
     """An array of the dtypes and the rank of a jaxtyping annotation."""
     listed = isinstance(hint.dtypes, list | tuple)
     letters = {_letter(name) for name in hint.dtypes} if listed else set("ifcbk")
-    if letters >= set("ifc"):
-        of = "numbers"
+    if len(letters) > 1:
+        of = "numbers" if "c" in letters else "real numbers"
     else:
         of = {"i": "integers", "f": "floating numbers", "b": "booleans"}[next(iter(letters))]
     axes = hint.dim_str.split()

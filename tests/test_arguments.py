@@ -1,6 +1,14 @@
 """Arguments of a wrong type end in one sentence with the argument's name, in every room."""
 
-import re
+import functools
+import inspect
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,276 +16,85 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtricks import (
-    agc,
-    amp,
-    axes,
-    cyclical,
-    ebn,
-    echo,
-    longtail,
-    memopt,
-    remat,
-    reparam,
-    weightstd,
-)
-from jaxtricks.longtail import decoupling, distill, experts, heads, metrics, mix, posthoc, sampling
-from jaxtricks.longtail import weights as class_weights
+from jaxtricks import agc, amp, cyclical, ebn, longtail, memopt, remat, weightstd
+from jaxtricks._arguments import ArgumentTypeError, checked
 
-PARAMS = {"head": {"kernel": np.ones((3, 4), np.float32), "bias": np.zeros(4, np.float32)}}
 N = np.array([40, 20, 10, 5])
 Z = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 Y = np.array([0, 1, 2, 3, 0, 1], np.int32)
-X = np.ones((6, 3), np.float32)
-KERNEL = np.ones((3, 3, 4, 4), np.float32)
-TABLE = {"labels": Y, "probabilities": np.full(4, 0.25, np.float32)}
+PARAMS = {"head": {"kernel": np.ones((3, 4), np.float32)}}
 
 
-def loss(w, x):
-    return jnp.sum((x @ w) ** 2)
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_wrong_types_are_named(every):
+    """In a process of its own, where nothing but the library checks types; what is left are shapes."""
+    script = pathlib.Path(__file__).with_name("arguments.py")
+    done = subprocess.run(
+        [sys.executable, script, str(every)], capture_output=True, text=True, check=True
+    )
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["tried"] > 8000 / every and counts["failed"] > 0.8 * counts["tried"]
+    assert len(counts["unnamed"]) <= 0.03 * counts["failed"], counts["unnamed"]
 
 
-def step(carry, batch):
-    return carry, jnp.zeros(())
+def test_what_is_right_stays_right():
+    """Numbers of every make, keys of both kinds, shapes, lists, tracers, partial functions."""
+    for rate in (
+        1,
+        1.0,
+        np.float32(1),
+        np.float64(1),
+        np.int8(1),
+        jnp.ones(()),
+        np.ones(()),
+        optax.constant_schedule(1),
+    ):
+        memopt.sm3(rate)
+    for step_size in (4, 4.5, np.int64(4), np.float32(4.5)):
+        cyclical.cyclical(0.0, 1.0, step_size)
+    for counts in ([9, 1], (9, 1), np.array([9, 1]), jnp.array([9.0, 1.0]), [np.float32(9), 1]):
+        longtail.balanced_softmax(counts)
+    loss = longtail.cross_entropy()
+    for labels in (np.array([0, 1], np.uint8), jnp.eye(2)):
+        loss(np.zeros((2, 2), np.float32), labels)
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        weightstd.stochastic_depth(key, jnp.ones((2, 3)), 0.5)
+    amp.dynamic_loss_scale(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+    memopt.state_bytes(optax.MultiSteps(optax.sgd(0.1), 2), PARAMS)
+    remat.recompute_grad(functools.partial(loss))
+    jax.jit(longtail.seesaw(N))(Z, Y)
+    jax.vmap(lambda tau: longtail.logit_adjusted(N, tau)(Z, Y))(jnp.arange(3.0))
+    jax.eval_shape(weightstd.standardize, jax.ShapeDtypeStruct((3, 3, 4, 8), jnp.bfloat16))
 
 
-# name -> (function, the arguments of a right call)
-CALLS = {
-    "agc.adaptive_grad_clip": (agc.adaptive_grad_clip, {"clipping": 0.1, "eps": 1e-3}),
-    "agc.exclude": (agc.exclude, {}),
-    "agc.unitwise_norm": (agc.unitwise_norm, {"x": X, "roles": ("in", "out")}),
-    "axes.by_path": (axes.by_path, {"rules": {".*kernel": ("in", "out")}, "strict": False}),
-    "axes.exact": (axes.exact, {"roles": {"a": ("in",)}, "assumed": ()}),
-    "axes.infer": (axes.infer, {"path": "Dense_0/kernel", "shape": (3, 4)}),
-    "axes.is_kernel": (axes.is_kernel, {"path": "a/kernel", "shape": (3, 4)}),
-    "axes.describe": (axes.describe, {"params": PARAMS, "rule": axes.infer}),
-    "memopt.adafactor": (
-        lambda **k: memopt.adafactor(**k).init(PARAMS),
-        {
-            "learning_rate": 1e-2, "warmup_init": False, "beta1": 0.9, "momentum_dtype": "bfloat16",
-            "momentum_before_lr": False, "decay": "pow", "decay_rate": 0.8, "decay_offset": 0,
-            "decay_cap": 1.0, "clipping_threshold": 1.0, "eps": (1e-30, 1e-3),
-            "multiply_by_parameter_scale": True, "max_parameter_scale": None, "factored": True,
-            "min_dim_size_to_factor": 128, "axes": None, "clip_per_slice": True, "weight_decay": 0.0,
-        },
-    ),
-    "memopt.sm3": (
-        lambda **k: memopt.sm3(**k).init(PARAMS),
-        {"learning_rate": 0.1, "momentum": 0.9, "momentum_dtype": None, "axes": None, "eps": 1e-30},
-    ),
-    "memopt.scale_by_sm3": (lambda **k: memopt.scale_by_sm3(**k).init(PARAMS), {"momentum": 0.9}),
-    "memopt.stochastic_round": (memopt.stochastic_round, {"seed": 0}),
-    "memopt.state_bytes": (memopt.state_bytes, {"tx": optax.adam(1e-3), "params": PARAMS}),
-    "memopt.state_table": (memopt.state_table, {"tx": optax.adam(1e-3), "params": PARAMS}),
-    "amp.autocast": (
-        lambda **k: amp.autocast(**k)(np.ones((3, 2), np.float32), X),
-        {"fn": loss, "policy": "p=f32,c=bf16,o=f32", "rules": None, "scan_carry": "keep"},
-    ),
-    "amp.explain": (lambda **k: amp.explain(k.pop("fn"), X.T, X, **k), {"fn": loss, "policy": "half"}),
-    "amp.with_policy": (amp.with_policy, {"fn": loss, "policy": "half"}),
-    "amp.full_precision": (amp.full_precision, {"fn": loss}),
-    "amp.value_and_grad": (
-        lambda **k: amp.value_and_grad(**k)(X.T, X),
-        {"loss_fn": loss, "policy": None, "scale": 2.0, "has_aux": False, "argnums": 0},
-    ),
-    "amp.dynamic_loss_scale": (
-        lambda **k: amp.dynamic_loss_scale(**k).init(PARAMS),
-        {
-            "inner": optax.sgd(0.1), "init": 2.0, "growth_interval": 10, "growth": 2.0,
-            "backoff": 0.5, "min_scale": 1.0, "max_consecutive": 5, "axis_name": None,
-        },
-    ),
-    "amp.skip_nonfinite": (
-        lambda **k: amp.skip_nonfinite(**k).init(PARAMS),
-        {"inner": optax.sgd(0.1), "max_consecutive": 5},
-    ),
-    "amp.all_finite": (amp.all_finite, {"tree": PARAMS, "axis_name": None}),
-    "amp.Policy.parse": (amp.Policy.parse, {"text": "half"}),
-    "cyclical.cyclical": (
-        lambda **k: cyclical.cyclical(**k)(3),
-        {
-            "base": 0.1, "peak": 1.0, "step_size_up": 10, "step_size_down": None,
-            "mode": "exp_range", "gamma": 0.9, "scale_fn": None, "scale_by": "cycle",
-        },
-    ),
-    "cyclical.one_cycle": (
-        lambda **k: cyclical.one_cycle(**k)(3),
-        {
-            "peak": 1.0, "total_steps": 10, "pct_start": 0.3, "anneal": "cos", "div_factor": 25.0,
-            "final_div_factor": 1e4, "three_phase": False,
-        },
-    ),
-    "cyclical.one_cycle_momentum": (
-        lambda **k: cyclical.one_cycle_momentum(**k)(3),
-        {"base": 0.8, "peak": 0.9, "total_steps": 10},
-    ),
-    "cyclical.warm_restarts": (
-        lambda **k: cyclical.warm_restarts(**k)(3),
-        {"peak": 1.0, "first_period": 4, "period_mult": 2, "floor": 0.0},
-    ),
-    "cyclical.lr_range_test": (
-        cyclical.lr_range_test,
-        {
-            "step": lambda c, b, lr: (c, jnp.zeros(())), "carry": 0.0, "batches": [1, 2, 3], "lo": 0.1,
-            "hi": 1.0, "num_steps": 3, "spacing": "exp", "smoothing": 0.5, "stop_factor": 4.0,
-        },
-    ),
-    "ebn.extended_moments": (
-        ebn.extended_moments,
-        {"x": X, "mask": None, "axis_name": None, "variance": "channel"},
-    ),
-    "ebn.normalize": (
-        ebn.normalize,
-        {"x": X, "mean": X[0], "var": np.float32(1), "scale": X[0], "bias": X[0], "epsilon": 1e-3},
-    ),
-    "echo.echo": (
-        lambda **k: list(echo.echo(**k)),
-        {
-            "source": range(8), "factor": 2, "schedule": "spread", "distance": 2, "batch_size": None,
-            "max_bytes": None, "class_of": None, "max_factor": 4, "tag": False, "guard": True, "seed": 0,
-        },
-    ),
-    "echo.num_steps": (echo.num_steps, {"fresh": 10, "batch": 2, "factor": 2.0}),
-    "echo.keys": (echo.keys, {"key": None, "ordinal": np.arange(3), "copy": np.arange(3)}),
-    "echo.echo_step": (echo.echo_step, {"step": step, "factor": 2, "augment": None}),
-    "weightstd.standardize": (
-        weightstd.standardize,
-        {"kernel": KERNEL, "gain": None, "preset": "nfnet", "eps": None, "out_axis": -1},
-    ),
-    "weightstd.standardize_params": (
-        weightstd.standardize_params,
-        {"params": PARAMS, "where": lambda path: path.endswith("kernel")},
-    ),
-    "weightstd.l2": (weightstd.l2, {"params": PARAMS, "scale": 1e-4, "where": None}),
-    "weightstd.residual_scales": (weightstd.residual_scales, {"depths": [2, 2], "alpha": 0.2}),
-    "weightstd.scaled_activation": (weightstd.scaled_activation, {"fn": jnp.tanh}),
-    "weightstd.stochastic_depth": (weightstd.stochastic_depth, {"key": None, "x": X, "rate": 0.5}),
-    "remat.recompute_grad": (lambda **k: remat.recompute_grad(**k)(X.T, X), {"fn": loss, "seed": None}),
-    "remat.checkpoint": (
-        lambda **k: remat.checkpoint(**k)(X.T, X),
-        {"fn": loss, "save": (), "offload": ()},
-    ),
-    "remat.name": (remat.name, {"x": X, "label": "x"}),
-    "remat.memory": (lambda **k: remat.memory(k["fn"], X.T, X), {"fn": loss}),
-    "remat.scan": (
-        remat.scan,
-        {"body": lambda c, x: (c + x.sum(), None), "init": np.float32(0), "xs": X, "levels": "sqrt"},
-    ),
-    "remat.sequential": (remat.sequential, {"fns": [jnp.tanh, jnp.sin], "segments": "sqrt"}),
-    "remat.plan": (
-        lambda **k: remat.plan(k.pop("fn"), X.T, X, **k),
-        {
-            "fn": loss, "budget_bytes": 1.0, "argnums": 0, "has_aux": False, "within": None,
-            "wrt": "peak", "max_compiles": 2, "topology": None,
-        },
-    ),
-    "reparam.fuse": (reparam.fuse, {"node": reparam.Conv(KERNEL), "kernel_size": None}),
-    "reparam.apply": (
-        reparam.apply,
-        {
-            "node": reparam.Conv(KERNEL), "x": np.ones((1, 5, 5, 4), np.float32), "strides": 1,
-            "padding": "SAME", "dilation": 1, "kernel_size": None,
-        },
-    ),
-    "reparam.error_bound": (
-        reparam.error_bound,
-        {"node": reparam.Conv(KERNEL), "x": np.ones((1, 5, 5, 4), np.float32)},
-    ),
-    "longtail.class_counts": (longtail.class_counts, {"labels": Y, "num_classes": 4, "names": None}),
-    "longtail.softmax_loss": (longtail.softmax_loss, {"weights": N, "focal_gamma": 1.0}),
-    "longtail.weighted": (longtail.weighted, {"weights": N}),
-    "longtail.focal": (longtail.focal, {"gamma": 1.0, "weights": None}),
-    "longtail.class_balanced": (longtail.class_balanced, {"counts": N, "beta": 0.99}),
-    "longtail.ldam": (longtail.ldam, {"counts": N, "max_margin": 0.5, "s": 1.0}),
-    "longtail.balanced_softmax": (longtail.balanced_softmax, {"counts": N}),
-    "longtail.logit_adjusted": (longtail.logit_adjusted, {"counts": N, "tau": 1.0}),
-    "longtail.vs": (longtail.vs, {"counts": N, "gamma": 0.3, "tau": 1.0}),
-    "longtail.cdt": (longtail.cdt, {"counts": N, "gamma": 0.2}),
-    "longtail.label_aware_smoothing": (
-        longtail.label_aware_smoothing,
-        {"counts": N, "head": 0.4, "tail": 0.1, "shape": "concave", "power": 1.0},
-    ),
-    "longtail.seesaw": (longtail.seesaw, {"counts": N, "p": 0.8, "q": 2.0}),
-    "longtail.lade": (longtail.lade, {"counts": N, "lam": 0.01, "alpha": 0.1}),
-    "longtail.equalization": (longtail.equalization, {"counts": N, "gamma": 0.9, "threshold": 0.1}),
-    "longtail.reduce": (longtail.reduce, {"per_example": Z[:, 0], "weights": None, "kind": "mean"}),
-    "longtail.equalization_v2": (longtail.equalization_v2, {"num_classes": 4, "gamma": 12.0}),
-    "longtail.online_seesaw": (longtail.online_seesaw, {"num_classes": 4, "p": 0.8, "q": 2.0}),
-    "longtail.class_mean": (longtail.class_mean, {"num_classes": 4, "num_features": 3, "momentum": 0.9}),
-    "a loss": (longtail.cross_entropy(), {"logits": Z, "labels": Y, "where": None}),
-    "a seesaw loss": (longtail.seesaw(N), {"logits": Z, "labels": Y, "where": None}),
-    "weights.effective_number": (class_weights.effective_number, {"counts": N, "beta": 0.9}),
-    "weights.inverse_frequency": (class_weights.inverse_frequency, {"counts": N, "power": 1.0}),
-    "sampling.class_probabilities": (sampling.class_probabilities, {"counts": N, "power": 1.0}),
-    "sampling.progressive": (sampling.progressive, {"counts": N, "t": 0.5}),
-    "sampling.table": (sampling.table, dict(TABLE)),
-    "sampling.sample_indices": (sampling.sample_indices, {"key": None, "table": None, "n": 4}),
-    "data.exponential_counts": (
-        longtail.data.exponential_counts,
-        {"n_max": 100, "num_classes": 4, "imbalance": 10},
-    ),
-    "heads.tau_normalize": (heads.tau_normalize, {"kernel": X.T, "tau": 1.0}),
-    "heads.cosine": (heads.cosine, {"x": X, "kernel": X[:3], "s": 16.0}),
-    "heads.centroids": (
-        heads.centroids,
-        {"features": X, "labels": Y, "num_classes": 4, "kind": "un", "where": None},
-    ),
-    "posthoc.adjust": (posthoc.adjust, {"logits": Z, "counts": N, "tau": 1.0}),
-    "posthoc.shift_prior": (posthoc.shift_prior, {"logits": Z, "source": N, "target": N}),
-    "posthoc.fit_tau": (posthoc.fit_tau, {"logits": Z, "labels": Y, "counts": N, "where": None}),
-    "mix.mixup": (mix.mixup, {"key": None, "x": X, "labels": Y, "num_classes": 4, "alpha": 1.0}),
-    "experts.ride": (experts.ride, {"base": None, "counts": N, "diversity": -0.2}),
-    "experts.sade": (experts.sade, {"counts": N, "tau": 2.0, "compat": None}),
-    "experts.aggregate": (experts.aggregate, {"logits": Z[None], "weights": None}),
-    "distill.kd": (distill.kd, {"logits": Z, "teacher": Z, "temperature": 3.0, "power": 1.0}),
-    "distill.dive": (distill.dive, {"base": longtail.cross_entropy(), "alpha": 0.5}),
-    "decoupling.tau_norm": (decoupling.tau_norm, {"params": PARAMS, "head": "head", "tau": 1.0}),
-    "metrics.init": (metrics.init, {"num_classes": 4, "bins": 15}),
-    "metrics.update": (metrics.update, {"state": None, "logits": Z, "labels": Y, "where": None}),
-}  # fmt: skip
-
-WRONG = [
-    None, True, 3, 2.5, "x", b"x", 1j, (), [], {}, set(), object(), object, len, ["a"], {"a": 1}, 1 + 2j,
-    np.float32(1), np.array("x"), np.array([1j]), np.zeros(3, bool), np.zeros((2, 2), np.float32),
-    jnp.zeros(2, jnp.complex64), range(3), slice(3), Ellipsis, float("nan"), ValueError("x"),
-]  # fmt: skip
+def test_the_error_names_function_argument_and_types_and_nothing_else():
+    with pytest.raises(ArgumentTypeError) as caught:
+        longtail.balanced_softmax(counts={"secret": 1})
+    assert str(caught.value) == (
+        "longtail.balanced_softmax: `counts` is a dict: give an array [C] of real numbers"
+    )
+    with pytest.raises(ValueError, match=r"`clipping` is a str: give a number or a function"):
+        agc.adaptive_grad_clip("0.1")
+    with pytest.raises(TypeError, match=r"`x` is an array of complex64 \[2, 3\]: give an array"):
+        ebn.extended_moments(jnp.full((2, 3), 7j, jnp.complex64))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
+        agc.adaptive_grad_clip(axis=1)
 
 
-def arguments(name):
-    """The right call's; keys and states, which are not made at import, in their places."""
-    keywords = dict(CALLS[name][1])
-    if "key" in keywords:
-        keywords["key"] = jax.random.key(0)
-    if name == "sampling.sample_indices":
-        keywords["table"] = sampling.table(**TABLE)
-    if name == "metrics.update":
-        keywords["state"] = metrics.init(4)
-    return keywords
+def test_a_checked_function_is_still_itself():
+    function = longtail.balanced_softmax
+    assert function.__name__ == "balanced_softmax" and "Ren et al." in function.__doc__
+    assert list(inspect.signature(function).parameters) == ["counts"]
+    assert pickle.loads(pickle.dumps(function)) is function
 
 
-def outcomes(name):
-    """(argument, wrong value, error) of every call that fails with one argument wrong."""
-    function, _ = CALLS[name]
-    for argument, right in arguments(name).items():
-        for wrong in WRONG:
-            right_type = type(wrong) is type(right) and not isinstance(wrong, np.ndarray)
-            if right_type or (callable(wrong) and callable(right)):
-                continue
-            try:
-                function(**{**arguments(name), argument: wrong})
-            except Exception as error:
-                yield argument, wrong, error
+def test_what_an_annotation_leaves_open_is_not_checked():
+    @checked
+    def open_(a, b: Any, *rest: int, c: Callable[..., Any] | None = None):
+        return a, b, rest, c
 
-
-def is_named(name, argument, error):
-    """One line with the argument in backticks, or the name of the function."""
-    text = str(error)
-    short = name.split(".")[-1]
-    words = re.findall(r"\w+", text)
-    named = f"`{argument}`" in text or short in words or (len(argument) > 3 and argument in words)
-    return named and "\n" not in text.strip() and len(text) < 400
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_the_right_call_is_right(name):
-    CALLS[name][0](**arguments(name))
+    assert open_("x", object, 1, 2, c=len)[2] == (1, 2)
+    with pytest.raises(ArgumentTypeError, match="`rest` is a str: give a whole number"):
+        open_(1, 2, "x")
+    with pytest.raises(ArgumentTypeError, match="`c` is an int: give a function or None"):
+        open_(1, 2, c=3)

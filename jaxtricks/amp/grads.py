@@ -16,6 +16,8 @@ from jaxtricks.amp.autocast import autocast
 from jaxtricks.amp.policy import Policy, as_policy
 from jaxtricks.amp.scale import (
     AxisName,
+    DynamicLossScale,
+    NoOpLossScale,
     StaticLossScale,
     all_finite,
     check_most,
@@ -23,6 +25,8 @@ from jaxtricks.amp.scale import (
     next_scale,
     select_tree,
 )
+
+LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
 
 
 class DynamicLossScaleState(NamedTuple):
@@ -74,7 +78,7 @@ def value_and_grad(
     loss_fn: Callable[..., Any],
     policy: Policy | str | None = None,
     *,
-    scale: Any = None,
+    scale: Scalar | LossScale | None = None,
     has_aux: bool = False,
     argnums: int | tuple[int, ...] = 0,
 ) -> Callable[..., Any]:

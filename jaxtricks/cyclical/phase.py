@@ -1,6 +1,7 @@
 """The position in a cycle, in integers: float32 never sees the step itself."""
 
 import math
+import numbers
 from fractions import Fraction
 from typing import Any
 
@@ -20,9 +21,8 @@ def plain(name: str, x: Any) -> float:
     """A static number; `name` is "function: `argument`" for the message."""
     if isinstance(x, jax.core.Tracer):
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
-    if not isinstance(x, int | float | np.number | np.ndarray | jax.Array) or np.ndim(x) != 0:
-        raise ValueError(f"cyclical.{name} is {_what(x)}: give a plain number")
-    if jnp.issubdtype(jnp.asarray(x).dtype, jnp.complexfloating):
+    is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array) and not np.iscomplexobj(x)
+    if not is_number or np.ndim(x) != 0:
         raise ValueError(f"cyclical.{name} is {_what(x)}: give a plain number")
     return float(x)
 

@@ -155,6 +155,11 @@ def _weights(smoothing: float, stop_factor: float, num_steps: int) -> Array:
 def _stacked(batches: Any) -> bool:
     """Whether it is a pytree of arrays [batches, ...]; a list is always an iterable."""
     leaves = jax.tree.leaves(batches, is_leaf=_loader)
+    if not hasattr(batches, "__iter__") and (not leaves or leaves[0] is batches):
+        raise ValueError(
+            f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: give an iterable of "
+            "batches, or all of them stacked"
+        )
     if isinstance(batches, list) or not all(isinstance(x, Array) and x.ndim for x in leaves):
         return False
     if len({len(x) for x in leaves}) > 1:

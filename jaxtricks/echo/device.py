@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
+from jaxtricks._types import Array, Key
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @checked
-def keys(key: Array, ordinal: Array | int, copy: Array | int) -> Array:
+def keys(key: Key, ordinal: Array | int, copy: Array | int) -> Array:
     """The key of an augmentation: fold_in(fold_in(key, ordinal), copy), elementwise.
 
     It does not depend on the order of the stream, on the schedule or on the number of workers.

@@ -63,6 +63,11 @@ def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
                 f"longtail.decoupling.{name}: `params` is no nested dict at {_tree.path_str(path)!r}: "
                 'pass variables["params"] of linen or the params of jt.nnx.functional'
             )
+        if not path or not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"longtail.decoupling.{name}: `params` is a {type(params).__name__} with a leaf that is not "
+                "an array: give a nested dict of arrays"
+            )
         leaves[tuple(key.key for key in path)] = leaf
     return leaves
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Params, ScalarOrSchedule
+from jaxtricks._types import Params, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves, rates
 from jaxtricks.memopt.factored import Config, Factored, Full, Hyper, layout, step, zeros
 
@@ -44,7 +44,7 @@ def scale_by_adafactor(
     multiply_by_parameter_scale: bool = True,
     max_parameter_scale: ScalarOrSchedule | None = None,
     factored: bool = True,
-    min_dim_size_to_factor: int | np.integer | Array = _MIN_DIM,
+    min_dim_size_to_factor: int | np.integer = _MIN_DIM,
     axes: Any = None,
     clip_per_slice: bool = True,
 ) -> optax.GradientTransformation:
@@ -107,7 +107,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     max_parameter_scale: ScalarOrSchedule | None = None,
     factored: bool = True,
-    min_dim_size_to_factor: int | np.integer | Array = _MIN_DIM,
+    min_dim_size_to_factor: int | np.integer = _MIN_DIM,
     axes: Any = None,
     clip_per_slice: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,

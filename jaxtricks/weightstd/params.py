@@ -140,9 +140,14 @@ def l2(
       >>> float(l2({"conv": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}}, 0.5))
       18.0
     """
+    leaves = _tree.leaves_with_paths(params)
+    if any(not hasattr(leaf, "shape") for _, leaf in leaves):
+        raise ValueError(
+            "weightstd.l2: `params` has a leaf that is not an array: give a tree of arrays"
+        )
     chosen = [
         (path, leaf)
-        for path, leaf in _tree.leaves_with_paths(params)
+        for path, leaf in leaves
         if (axes_.is_kernel(path, tuple(leaf.shape)) if where is None else where(path))
     ]
     for path, leaf in chosen:
