@@ -32,6 +32,10 @@ class _EveryType:
 
 
 _EVERY_TYPE = _EveryType()
+_PLAIN = (int, float, str, type(None))
+"""Types of which either all values are right for an argument or none."""
+_LOOKED_AT = 64
+"""Items of a list that are looked at: a million labels would take longer than the loss."""
 
 
 class _Kind(NamedTuple):
@@ -71,7 +75,7 @@ def checked(function: Function) -> Function:
     def check(name: str, value: Any) -> None:
         for kind in kinds[name]:
             if kind.holds(value):
-                if kind.by_type:
+                if kind.by_type or type(value) in _PLAIN:
                     known[name].add(type(value))
                 return
         raise ArgumentTypeError(
@@ -178,7 +182,8 @@ def _is_array(x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] =
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return _dtype_kind(x.dtype) in letters and len(x.shape) in ranks
     if isinstance(x, list | tuple):
-        return len(x) > 0 and np.ndim(x) in ranks and all(_is_array(part, letters) for part in x)
+        parts = x[:_LOOKED_AT]
+        return _rank(x) in ranks and len(x) > 0 and all(_is_array(p, letters) for p in parts)
     if hasattr(x, "__jax_array__"):
         return True
     if 0 not in ranks:
@@ -188,6 +193,13 @@ def _is_array(x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] =
     if isinstance(x, numbers.Real):
         return "f" in letters or (isinstance(x, numbers.Integral) and "i" in letters)
     return isinstance(x, complex) and "c" in letters
+
+
+def _rank(x: Any) -> int:
+    """Axes of an array, or of a list by its first items."""
+    if isinstance(x, list | tuple):
+        return 1 + (_rank(x[0]) if x else 0)
+    return len(getattr(x, "shape", ()))
 
 
 def _array_of(hint: Any) -> _Kind:
@@ -214,7 +226,9 @@ def _sequence_of(hint: Any) -> _Kind:
             return False
         if isinstance(x, str | bytes) or (hasattr(x, "shape") and not x.shape):
             return False
-        return items is None or all(any(kind.holds(item) for kind in items) for item in x)
+        if items is None:
+            return True
+        return all(any(kind.holds(item) for kind in items) for item in x[:_LOOKED_AT])
 
     of = "" if items is None else f" of {_plural(items[0].words)}"
     return _Kind(f"a sequence{of}", holds, False)
@@ -272,7 +286,7 @@ _GENERIC = {
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """ "longtail.balanced_softmax": the room and what its user calls."""
+    """The room and what its user calls: "longtail.balanced_softmax"."""
     room = function.__module__.removeprefix("jaxtricks.").split(".")[0]
     return f"{room}.{function.__qualname__.removesuffix('.__call__').lstrip('_')}"
 
