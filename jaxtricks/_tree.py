@@ -37,18 +37,21 @@ def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
     """[(path, leaf)] in flattening order; None and MaskedNode are no leaves."""
-    return [(path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(path_str(path), leaf) for path, leaf in found]
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """{path: leaf} in flattening order.
 
     Raises:
       ValueError: two leaves have the same path (a key that contains "/").
     """
-    leaves = leaves_with_paths(tree)
+    leaves = leaves_with_paths(tree, is_leaf)
     table = dict(leaves)
     if len(table) < len(leaves):
         paths = [path for path, _ in leaves]

@@ -224,7 +224,8 @@ def adaptive_grad_clip(
 
     def init_fn(params: Params) -> AgcState:
         leaves = _tree.by_path(params)
-        if isinstance(where, Exclude) and not _tree.has_masked(params):
+        # A tree without leaves is optax's, which asks where in a state the parameters' trees stand.
+        if isinstance(where, Exclude) and leaves and not _tree.has_masked(params):
             where.check(leaves)
         for (path, leaf), roles in zip(leaves.items(), axes_.leaf_roles(axes, params), strict=True):
             _unit_axes(path, tuple(jnp.shape(leaf)), roles)

@@ -296,7 +296,8 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     if callable(axes):
         found = [axes(path, np.shape(leaf)) for path, leaf in leaves]
     else:
-        found = _flatten_like(params, axes)
+        # A tree without leaves is optax's, which asks where in a state the parameters' trees stand.
+        found = _flatten_like(params, axes) if leaves else []
     return [_checked(p, np.shape(x), r) for (p, x), r in zip(leaves, found, strict=True)]
 
 

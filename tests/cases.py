@@ -29,6 +29,7 @@ FEW = {
     "test_faults.py::test_sigterm_in_steps_saves": 1,
     "test_lab_data.py::test_a_state_goes_on_with_identical_batches": 6,
     "test_lab_pipeline.py::test_every_position_is_one_to_go_on_from": 8,
+    "test_laws.py::test_a_state_keeps_its_types_and_is_mapped_by_optax": 24,
     "test_laws_modules.py::test_functional_is_the_module": 5,
     "test_laws_modules.py::test_gradients_under_remat_vmap_and_scan": 5,
     "test_laws_modules.py::test_output_dtype_is_that_of_input_and_parameters": 10,

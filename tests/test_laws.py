@@ -3,7 +3,9 @@
 test_spmd.py has those on meshes.
 """
 
+import contextlib
 import inspect
+import itertools
 
 import chex
 import jax
@@ -13,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxtricks import _compat, agc, amp, memopt
 from tests import registry
 
 TRANSFORMS = sorted(registry.GRADIENT_TRANSFORMS)
@@ -226,6 +229,101 @@ def test_missing_params_raise_or_are_not_needed(name, ours):
         assert "params" in str(error)
     else:
         close(updates, expected)
+
+
+# States
+
+# name -> learning rate -> optimizer
+OPTIMIZERS = {
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "sgd": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+    "lion": optax.lion,
+    "rmsprop": lambda learning_rate: optax.rmsprop(learning_rate, momentum=0.9),
+    "MultiSteps": lambda learning_rate: optax.MultiSteps(
+        optax.adam(learning_rate), 2
+    ).gradient_transformation(),
+    "adafactor": lambda learning_rate: memopt.adafactor(
+        learning_rate, beta1=0.9, min_dim_size_to_factor=4
+    ),
+    "adafactor, int8": lambda learning_rate: memopt.adafactor(
+        learning_rate, beta1=0.9, momentum_dtype="int8"
+    ),
+    "sm3": memopt.sm3,
+    "sm3, int8": lambda learning_rate: memopt.sm3(
+        learning_rate, momentum=0.9, momentum_dtype="int8"
+    ),
+}
+# name -> makes a transformation of one of the optimizers
+AROUND = {
+    "alone": lambda make: make(1e-2),
+    "agc": lambda make: optax.chain(agc.adaptive_grad_clip(0.1), make(1e-2)),
+    "stochastic_round": lambda make: optax.chain(make(1e-2), memopt.stochastic_round(0)),
+    "dynamic_loss_scale": lambda make: amp.dynamic_loss_scale(make(1e-2)),
+    "skip_nonfinite": lambda make: amp.skip_nonfinite(make(1e-2)),
+    "masked": lambda make: optax.masked(make(1e-2), matrices),
+    "multi_transform": lambda make: optax.multi_transform(
+        {True: make(1e-2), False: memopt.scale_by_sm3()}, matrices
+    ),
+    "MultiSteps": lambda make: optax.MultiSteps(make(1e-2), 2),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(lambda rate: make(rate))(rate=1e-2),
+    "all": lambda make: amp.dynamic_loss_scale(
+        optax.chain(
+            agc.adaptive_grad_clip(0.1),
+            optax.MultiSteps(make(1e-2), 2).gradient_transformation(),
+            memopt.stochastic_round(0),
+        )
+    ),
+}
+REAL = ["float32", "bfloat16", "float16", "float64"]
+STATES = [(*case, dtype) for case in itertools.product(AROUND, OPTIMIZERS) for dtype in REAL]
+STATES += itertools.product(
+    ("alone", "dynamic_loss_scale", "skip_nonfinite", "MultiSteps"),
+    ("adam", "adamw", "sgd", "rmsprop", "MultiSteps"),
+    ("complex64",),
+)
+
+
+def matrices(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def types(state):
+    """Structure, shapes, dtypes and weak types: where they stay, a jitted step compiles once."""
+
+    def of(x):
+        kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+        return kind.shape, kind.dtype, kind.weak_type
+
+    return jax.tree.map(of, state)
+
+
+@pytest.mark.parametrize(("around", "inner", "dtype"), STATES)
+def test_a_state_keeps_its_types_and_is_mapped_by_optax(around, inner, dtype):
+    with _compat.enable_x64() if dtype == "float64" else contextlib.nullcontext():
+        tx, params = AROUND[around](OPTIMIZERS[inner]), tree(0, dtype)
+        state = tx.init(params)
+
+        def step(carry, grads):
+            updates, state = tx.update(grads, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        three = jax.tree.map(lambda x: jnp.stack([x] * 3), params)
+        once, _ = jax.eval_shape(step, (params, state), params)
+        assert types(once[1]) == types(state)
+        scanned, _ = jax.eval_shape(lambda *args: jax.lax.scan(step, *args), (params, state), three)
+        assert types(scanned) == types((params, state))
+        if dtype == "float32":  # what compiles for one compiles for all
+            steps = jax.jit(lambda *args: jax.lax.scan(step, *args)[0])
+            steps(steps((params, state), three), three)
+            assert steps._cache_size() == 1
+
+        owned = optax.tree_utils.tree_map_params(
+            tx, lambda _: True, state, transform_non_params=lambda _: False
+        )
+        assert jax.tree.structure(owned) == jax.tree.structure(state)
+        for x, own in zip(jax.tree.leaves(state), jax.tree.leaves(owned), strict=True):
+            assert own or x.ndim == 0
 
 
 # Schedules

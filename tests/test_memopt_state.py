@@ -1,6 +1,10 @@
 """What the optimizers keep: how many bytes, in what form, and on which devices."""
 
+import dataclasses
+from typing import Any
+
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
-from jaxtricks import memopt
+from jaxtricks import _tree, memopt
 from jaxtricks.memopt import averages, noise
 
 SHAPES = {
@@ -206,6 +210,129 @@ def test_table_tells_apart_parameters_whose_paths_end_alike():
     params = {"w": jnp.ones(4), "a": {"w": jnp.ones(8)}, "b": [{"w": jnp.ones(16)}]}
     rows = memopt.state_table(optax.trace(0.9), params).rows
     assert {row[0]: row[2] for row in rows[:3]} == {"w": "16 B", "a/w": "32 B", "b/0/w": "64 B"}
+
+
+def test_table_counts_what_stands_where_the_parameters_do():
+    # Paths alone would find "0", the place in the chain, and "v", the name in the state.
+    tx = optax.chain(memopt.adafactor(), optax.trace(0.9))
+    rows = lambda params: {row[0]: row[2] for row in memopt.state_table(tx, params).rows}
+    several = rows([jnp.ones(4), {"v": jnp.ones(8), "w": jnp.ones(16)}])
+    assert several["0"] == "32 B"
+    assert (several["1/v"], several["1/w"], several["others"]) == ("64 B", "128 B", "4 B")
+    assert rows(jnp.ones(4))[""] == "32 B"
+
+
+def test_table_of_a_transformation_that_optax_can_not_map():
+    flat = optax.GradientTransformation(
+        _tree.by_path, lambda updates, state, params: (updates, state)
+    )
+    rows = memopt.state_table(flat, {"a": {"w": jnp.ones(8)}, "b": jnp.ones(4)}).rows
+    assert {row[0]: row[2] for row in rows[:2]} == {"a/w": "32 B", "b": "16 B"}
+
+
+# Trees
+
+
+@dataclasses.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+jax.tree_util.register_dataclass(Layer, ["kernel", "bias"], [])
+
+MATRIX = np.linspace(-1, 1, 300, dtype=np.float32).reshape(20, 15)
+VECTOR = np.ones(15, np.float32)
+CONTAINERS = {
+    "bare": MATRIX,
+    "tuple": (MATRIX, VECTOR),
+    "nested tuples": ((MATRIX,), (), ((VECTOR, None), MATRIX)),
+    "named tuple": optax.TraceState((MATRIX, VECTOR)),
+    "list, None, scalar, empty": [{"w": MATRIX}, None, np.float32(2), np.zeros((0, 4), np.float32)],
+    "masked": {"w": MATRIX, "b": optax.MaskedNode()},
+    "frozen": flax.core.freeze({"a": {"w": MATRIX, "b": VECTOR}}),
+    "dataclass": {"layer": Layer(MATRIX, VECTOR)},
+    "nothing": {},
+}
+MAPPED = {
+    "adafactor": memopt.adafactor(min_dim_size_to_factor=4),
+    "adafactor, momentum": memopt.adafactor(1e-2, beta1=0.9),
+    "adafactor, int8": memopt.adafactor(1e-2, beta1=0.9, momentum_dtype="int8"),
+    "sm3": memopt.sm3(0.1),
+    "sm3, bfloat16": memopt.sm3(0.1, momentum=0.9, momentum_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_states_are_the_parameters_tree(container, name):
+    tx, params = MAPPED[name], jax.tree.map(jnp.asarray, CONTAINERS[container])
+    state = tx.init(params)
+    structure = jax.tree.structure(params)
+    for tree in (state.v, state.m):
+        if tree is not None:
+            assert len(structure.flatten_up_to(tree)) == len(jax.tree.leaves(params))
+    _, after = tx.update(jax.tree.map(jnp.cos, params), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    owned = optax.tree_utils.tree_map_params(
+        tx, lambda _: True, state, transform_non_params=lambda _: False
+    )
+    assert not owned.count
+    assert all(jax.tree.leaves((owned.v, owned.m)))
+
+
+def test_average_and_parameter_are_mapped_together():
+    params = {"a": {"w": jnp.ones((4, 3))}, "b": jnp.full(3, 2.0)}
+    tx = memopt.adafactor(beta1=0.9)
+    state = optax.tree_utils.tree_map_params(
+        tx, lambda x, p: jax.tree.map(lambda y: jnp.full_like(y, jnp.mean(p)), x), tx.init(params),
+        params, is_leaf=lambda x: isinstance(x, memopt.Full),
+    )  # fmt: skip
+    for tree in (state.m, state.v):
+        assert {float(jnp.mean(x)) for x in jax.tree.leaves(tree["a"])} == {1.0}
+        assert {float(jnp.mean(x)) for x in jax.tree.leaves(tree["b"])} == {2.0}
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"w": ("in", "out"), "b": ("none",)},
+        jt.axes.by_path({"w": ("in", "out"), "b": ("none",)}),
+        lambda path, shape: None,
+    ],
+    ids=["tree", "rule", "function"],
+)
+def test_mapped_with_roles(axes):
+    params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+    clip = jt.agc.adaptive_grad_clip(axes=axes, where=jt.agc.exclude("b"))
+    tx = optax.chain(clip, memopt.adafactor(axes=axes), memopt.sm3(0.1, axes=axes))
+    state = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, tx.init(params))
+    assert all(np.all(x == 1) for x in jax.tree.leaves((state[1].v, state[2].v)))
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_states_of_nnx_models(name):
+    """By the parameters' paths, whether or not an nnx.Optimizer has made arrays of the Variables."""
+    tx, model = (
+        MAPPED[name],
+        nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2))),
+    )
+    params = nnx.state(model, nnx.Param)
+    state = tx.init(params)
+    pure = tx.init(jax.tree.map(jnp.asarray, nnx.to_pure_dict(params)))
+    shapes = lambda tree: {path: x.shape for path, x in _tree.leaves_with_paths(tree)}
+    assert shapes(state) == shapes(pure)
+    _, after = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    zeros = optax.tree_utils.tree_map_params(tx, lambda x: x * 0, after)
+    assert not any(np.any(x) for x in jax.tree.leaves((zeros.v, zeros.m)))
+
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = shapes(nnx.state(optimizer))
+    nnx.jit(lambda o, m: o.update(m, nnx.state(m, nnx.Param)))(optimizer, model)
+    assert shapes(nnx.state(optimizer)) == before
+    assert {path.removeprefix("opt_state/") for path in before} >= shapes(pure).keys()
 
 
 # Momentum in eight bits

@@ -55,7 +55,8 @@ state, not time: while it is rounded a few float32 copies of a leaf are alive. S
 one update was measured too: two to three times slower, and slower to compile.
 
 Composes with. optax.chain, masked, multi_transform, MultiSteps, inject_hyperparams (name static
-arguments that you give in static_args), nnx.Optimizer; after agc, inside amp.dynamic_loss_scale. A
+arguments that you give in static_args), nnx.Optimizer; after agc, inside amp.dynamic_loss_scale. States are
+trees with the parameters' structure, which optax.tree_utils.tree_map_params maps, in any of these. A
 gradient that is not finite makes its leaf's state not finite, as in every optimizer, and no other leaf's:
 guard outside, with amp.skip_nonfinite. On a mesh, `init` (jitted or not, Auto or Explicit axes) places
 v_in, v_out and the accumulators as the parameters are placed, without the axes that are gone, and steps

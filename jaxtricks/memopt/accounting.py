@@ -1,5 +1,6 @@
 """What an optimizer's state costs, from shapes alone."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,8 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtricks import _table, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._types import Params
-from jaxtricks.memopt.factored import Full
+from jaxtricks.memopt import leaves
+from jaxtricks.memopt.factored import Full, is_second_moment
 from jaxtricks.memopt.sharding import shardings_of, state_specs
+from jaxtricks.memopt.transform import AdafactorState
 
 
 @checked
@@ -65,10 +68,11 @@ def state_table(
     """
     table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))
-    owned = _by_owner(jax.tree.map(_tree.nbytes, state), table)
+    owners = _owners(tx, state, table)
+    owned = _by_owner(jax.tree.map(_tree.nbytes, state), owners, table)
     local = None
     if shardings is not None:
-        local = _by_owner(_local_bytes(tx, params, state, shardings), table)
+        local = _by_owner(_local_bytes(tx, params, state, shardings), owners, table)
     order = sorted(table, key=lambda path: -owned[path])
     rows = [_row(path, table[path], path, owned, local) for path in order]
     rows.append(_row("others", None, None, owned, local))
@@ -87,12 +91,44 @@ def _dtype(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
 
 
-def _by_owner(sizes: Any, table: dict[str, Any]) -> dict[str | None, int]:
-    """{path: bytes of all state below that path}, None = what belongs to no parameter."""
+def _by_owner(sizes: Any, owners: list[str | None], table: dict[str, Any]) -> dict[str | None, int]:
+    """{path: bytes of the state of that parameter}, None = what belongs to no parameter."""
     owned: dict[str | None, int] = dict.fromkeys([*table, None], 0)
-    for path, size in _tree.leaves_with_paths(sizes):
-        owned[_owner(path, table)] += size
+    for owner, size in zip(owners, jax.tree.leaves(sizes), strict=True):
+        owned[owner] += size
     return owned
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owner:
+    """A path as a leaf of a tree; None would be none."""
+
+    path: str | None
+
+
+def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
+    """Of every array of the state the path of the parameter that it belongs to."""
+
+    def mark(tree: Any) -> Any:  # stands where the parameters' tree does
+        return _tree.map_with_path(lambda path, _: _Owner(_prefix(path, table)), tree)
+
+    def leave(tree: Any) -> Any:
+        return jax.tree.map(lambda _: _Owner(None), tree)
+
+    try:
+        marked = optax.tree_utils.tree_map_params(
+            tx, mark, state, transform_non_params=leave, is_leaf=lambda _: True
+        )
+    except Exception:  # a transformation whose state is no tree of that kind fails in its own way
+        return [_owner(path, table) for path, _ in _tree.leaves_with_paths(state)]
+    return [owner.path for owner in jax.tree.leaves(marked)]
+
+
+def _prefix(path: str, table: dict[str, Any]) -> str | None:
+    """The longest parameter path that the path begins with."""
+    keys = path.split("/")
+    starts = ("/".join(keys[:width]) for width in range(len(keys), -1, -1))
+    return next((start for start in starts if start in table), None)
 
 
 def _owner(path: str, table: dict[str, Any]) -> str | None:
@@ -196,13 +232,8 @@ def _sides(state: Any, shapes: dict[str, Any], path: str) -> tuple[list[int], ..
 
 
 def _second_moments(state: Any, path: str) -> list[Any]:
-    found: list[Any] = []
-
-    def visit(x: Any) -> bool:
-        v = getattr(x, "v", None)
-        if isinstance(v, dict) and path in v:
-            found.append(v[path])
-        return False
-
-    jax.tree.leaves(state, is_leaf=visit)
-    return found
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AdafactorState))
+    tables = [
+        leaves.nodes_by_path(x.v, is_second_moment) for x in states if isinstance(x, AdafactorState)
+    ]
+    return [table[path] for table in tables if path in table]

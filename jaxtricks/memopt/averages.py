@@ -58,9 +58,14 @@ def zeros(leaf: Any, dtype: Any) -> Array | Int8:
     return Int8(leaves.zeros(leaf, dtype=jnp.int8), scale)
 
 
-def seeds(m: Any, count: Any) -> dict[str, Array]:
+def is_int8(x: Any) -> bool:
+    """Whether x is the average of one leaf, in int8."""
+    return isinstance(x, Int8)
+
+
+def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
     """{path: seed} for the averages that are rounded at random; the same at the same (step, path)."""
-    paths = [path for path, x in (m or {}).items() if isinstance(x, Int8)]
+    paths = [path for path, x in table.items() if is_int8(x)]
     if not paths:
         return {}
     at_step = noise.of_step(jax.random.key(0), count)

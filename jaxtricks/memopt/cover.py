@@ -24,14 +24,16 @@ class Sm3State(NamedTuple):
 
     Attributes:
       count: updates so far, int32 [].
-      v: {path: accumulators}, float32 or better: one per axis that is not "batch", shaped as the
-        "batch" axes and that axis; for slices of rank <= 1 a single one shaped as the leaf.
-      m: {path: moving average of the update}; None without momentum.
+      v: the parameters' tree with a tuple of accumulators in place of every leaf, float32 or better: one
+        per axis that is not "batch", shaped as the "batch" axes and that axis; for slices of rank <= 1 a
+        single one shaped as the leaf.
+      m: the parameters' tree of moving averages of the update, each an array or an Int8; None without
+        momentum.
     """
 
     count: Any
-    v: dict[str, tuple[Any, ...]]
-    m: dict[str, Any] | None
+    v: Any
+    m: Any
 
 
 @checked
@@ -125,32 +127,42 @@ def _transform(
 
     def init_fn(params: Params) -> Any:
         table, roles = leaves.checked(name, params), leaves.roles_by_path(axes, params)
-        v = {path: _zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()}
+        v = [_zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()]
         m = None
         if not leaves.is_zero(momentum):
-            m = {path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
-        return Sm3State(jnp.zeros([], jnp.int32), v, m)
+            m = leaves.arranged([averages.zeros(x, momentum_dtype) for x in table.values()], params)
+        return Sm3State(jnp.zeros([], jnp.int32), leaves.arranged(v, params), m)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         tree = updates if params is None else params
         weights, roles = leaves.checked(name, tree), leaves.roles_by_path(axes, tree)
-        seeds = averages.seeds(state.m, state.count)
-        out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
+        new_v = leaves.nodes_by_path(state.v, _is_accumulators)
+        new_m = leaves.nodes_by_path(state.m, averages.is_int8)
+        seeds, out = averages.seeds(new_m, state.count), []
         for path, g in leaves.checked(name, updates).items():
-            v = leaves.lookup(name, state.v, path, "the state")
+            v = leaves.lookup(name, new_v, path, "the state")
             p = leaves.lookup(name, weights, path, "`params`")
-            m = None if state.m is None else state.m[path]
+            m = new_m.get(path)
             hyper = [leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
             u, new_v[path], m = _step(
                 g, v, m, seeds.get(path), *hyper, where=_axes(g.shape, roles[path])
             )
-            if new_m is not None:
+            if m is not None:
                 new_m[path] = averages.kept(m, new_m[path])
             out.append(u.astype(leaves.update_dtype(g, p)))
-        count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(jax.tree.structure(updates), out), Sm3State(count, new_v, new_m)
+        new_state = Sm3State(
+            optax.safe_increment(state.count),
+            leaves.replaced(state.v, _is_accumulators, new_v),
+            leaves.replaced(state.m, averages.is_int8, new_m),
+        )
+        return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _is_accumulators(x: Any) -> bool:
+    """Whether x is the tuple of one leaf: a tuple that parameters are in holds such tuples."""
+    return isinstance(x, tuple) and bool(x) and jax.tree_util.all_leaves(x)
 
 
 def _axes(shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...] | None:

@@ -42,6 +42,11 @@ class Full(NamedTuple):
     v: Any
 
 
+def is_second_moment(x: Any) -> bool:
+    """Whether x is the second moment of one leaf."""
+    return isinstance(x, Factored | Full)
+
+
 class Config(NamedTuple):
     """Arguments that do not depend on the step; hashable, so that equal leaves share one trace."""
 

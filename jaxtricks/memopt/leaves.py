@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,6 +28,37 @@ def roles_by_path(rule: Any, params: Params) -> dict[str, Roles | None]:
     """{path: roles or None}; strict rules are checked on the way."""
     arrays = jax.tree.map(_as_array, params)
     return dict(zip(_tree.by_path(params), axes.leaf_roles(rule, arrays), strict=True))
+
+
+def arranged(nodes: Iterable[Any], params: Params) -> Any:
+    """The parameters' tree with a node of the state in place of every leaf.
+
+    Args:
+      nodes: arrays, or small pytrees of them; in flattening order.
+      params: any pytree.
+    """
+    left = iter(nodes)
+
+    def place(x: Any) -> Any:
+        if not _is_variable(x):
+            return next(left)
+        (held,) = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
+        node = jax.tree.map(lambda _: next(left), held)
+        # flax 0.11 lets Variables of an optimizer hold single arrays only, and what shards the parameter
+        # does not fit parts of it: what is no array takes the Variable's place.
+        return jax.tree.map(lambda _: node, x) if hasattr(node, "shape") else node
+
+    return jax.tree.map(place, params, is_leaf=_is_variable)
+
+
+def nodes_by_path(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
+    """{path of the parameter: node} of a tree made by `arranged`; nothing for None."""
+    return _tree.by_path(tree, is_node)
+
+
+def replaced(tree: Any, is_node: Callable[[Any], bool], table: dict[str, Any]) -> Any:
+    """The tree with the nodes of the table, which are in the order of `nodes_by_path`."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), list(table.values()))
 
 
 def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
@@ -117,6 +149,11 @@ def decayed(mask: Any, params: Params) -> set[str]:
     tree = mask(params) if callable(mask) else mask
     full = jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), tree, params)
     return {path for path, on in _tree.leaves_with_paths(full) if bool(on)}
+
+
+def _is_variable(x: Any) -> bool:
+    """Whether x is a Variable of flax.nnx, which this room does not import."""
+    return hasattr(type(x), "get_metadata") and hasattr(type(x), "value")
 
 
 def _as_array(x: Any) -> Any:

@@ -11,7 +11,7 @@ import optax
 from jaxtricks._arguments import checked
 from jaxtricks._types import Params, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves, rates
-from jaxtricks.memopt.factored import Config, Factored, Full, Hyper, layout, step, zeros
+from jaxtricks.memopt.factored import Config, Hyper, is_second_moment, layout, step, zeros
 
 # optax.inject_hyperparams turns every Python int into an array, and under jit into a tracer, which
 # cannot decide a shape; a NumPy integer it leaves alone.
@@ -23,13 +23,14 @@ class AdafactorState(NamedTuple):
 
     Attributes:
       count: updates so far, int32 [].
-      v: {path: Factored or Full}, float32 or better.
-      m: {path: moving average of the step}; None without beta1.
+      v: the parameters' tree with a Factored or a Full in place of every leaf, float32 or better.
+      m: the parameters' tree of moving averages of the step, each an array or an Int8; None without
+        beta1.
     """
 
     count: Any
-    v: dict[str, Factored | Full]
-    m: dict[str, Any] | None
+    v: Any
+    m: Any
 
 
 @checked
@@ -200,9 +201,8 @@ def adafactor(
         if leaves.is_zero(beta1):
             return state
         table = leaves.checked("adafactor", params)
-        return state._replace(
-            m={path: averages.zeros(x, momentum_dtype) for path, x in table.items()}
-        )
+        m = [averages.zeros(x, momentum_dtype) for x in table.values()]
+        return state._replace(m=leaves.arranged(m, params))
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         off = leaves.is_zero(weight_decay) or params is None
@@ -242,11 +242,11 @@ def _init(name: str, params: Params, axes: Any, config: Config, min_dim: Any) ->
             "static_args='min_dim_size_to_factor' to optax.inject_hyperparams"
         )
     roles = leaves.roles_by_path(axes, params)
-    v = {
-        path: zeros(leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim))
+    v = [
+        zeros(leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim))
         for path, leaf in leaves.checked(name, params).items()
-    }
-    return AdafactorState(jnp.zeros([], jnp.int32), v, None)
+    ]
+    return AdafactorState(jnp.zeros([], jnp.int32), leaves.arranged(v, params), None)
 
 
 def _update(
@@ -263,20 +263,25 @@ def _update(
         raise ValueError(f"memopt.{name} needs `params`: call tx.update(grads, state, params)")
     weights, roles = leaves.checked(name, params), leaves.roles_by_path(axes, params)
     at_step: dict[Any, Hyper] = {}
-    seeds = averages.seeds(state.m, state.count)
-    out, new_v, new_m = [], dict(state.v), None if state.m is None else dict(state.m)
+    new_v = leaves.nodes_by_path(state.v, is_second_moment)
+    new_m = leaves.nodes_by_path(state.m, averages.is_int8)
+    seeds, out = averages.seeds(new_m, state.count), []
     for path, g in leaves.checked(name, updates).items():
-        v = leaves.lookup(name, state.v, path, "the state")
+        v = leaves.lookup(name, new_v, path, "the state")
         p = leaves.lookup(name, weights, path, "`params`")
         dtype = v[0].dtype
         if dtype not in at_step:
             at_step[dtype] = hyper(state.count, dtype)
         h = at_step[dtype] if path in decayed else at_step[dtype]._replace(weight_decay=None)
         where = layout(tuple(p.shape), roles[path])
-        m = None if state.m is None else state.m[path]
+        m = new_m.get(path)
         u, new_v[path], m = step(g, p, v, m, seeds.get(path), h, where=where, config=config)
-        if new_m is not None:
+        if m is not None:
             new_m[path] = averages.kept(m, new_m[path])
         out.append(u)
-    count = optax.safe_increment(state.count)
-    return jax.tree.unflatten(jax.tree.structure(updates), out), AdafactorState(count, new_v, new_m)
+    new_state = AdafactorState(
+        optax.safe_increment(state.count),
+        leaves.replaced(state.v, is_second_moment, new_v),
+        leaves.replaced(state.m, averages.is_int8, new_m),
+    )
+    return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
