@@ -266,7 +266,7 @@ class _Units(NamedTuple):
 
 
 def _check_dtype(path: str, leaf: Any, where: Callable[[str], bool] | None) -> None:
-    if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) or not (where is None or where(path)):
+    if _tree.is_floating(jnp.asarray(leaf)) or not (where is None or where(path)):
         return
     raise ValueError(
         f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it out by `where`, or hide "
