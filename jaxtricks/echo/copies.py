@@ -189,10 +189,12 @@ def rational(factor: object) -> Fraction:
         if not math.isfinite(factor):
             raise ValueError(f"echo.echo needs a finite `factor`, got {factor}: 2 is a good start")
         factor = Fraction(float(factor)).limit_denominator(1000)
-    if isinstance(factor, bool) or not isinstance(factor, int | np.integer | Fraction):
-        said = checks.spell(factor)
-        raise ValueError(f'echo.echo: `factor` is {said}: pass a number >= 1, or "auto"')
-    factor = Fraction(int(factor)) if isinstance(factor, np.integer) else Fraction(factor)
+    if not isinstance(factor, Fraction):
+        number = checks.index(factor)
+        if number is None:
+            said = checks.spell(factor)
+            raise ValueError(f'echo.echo: `factor` is {said}: pass a number >= 1, or "auto"')
+        factor = Fraction(number)
     if factor < 1:
         raise ValueError(f"echo.echo needs `factor` >= 1, got {factor}: it cannot drop elements")
     if factor > checks.MOST_COPIES:

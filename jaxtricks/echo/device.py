@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Key
+from jaxtricks.echo import checks
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -85,9 +86,11 @@ def echo_step(
     References:
       Choi et al., Faster neural network training with data echoing, arXiv 1907.05550: batch echoing.
     """
-    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+    copies = checks.index(factor)
+    if copies is None or copies < 1:
         raise ValueError(
-            f"echo.echo_step: `factor` is {factor!r}: pass a whole number >= 1, or use echo.echo"
+            f"echo.echo_step: `factor` is {checks.spell(factor)}: pass a whole number >= 1, or use "
+            "echo.echo"
         )
 
     def run(carry: Any, batch: Any, ordinal: Array, key: Array) -> tuple[Any, Any]:
@@ -97,7 +100,7 @@ def echo_step(
             seen = batch if augment is None else augment(jax.random.fold_in(key, copy), batch)
             return step(carry, seen)
 
-        return jax.lax.scan(update, carry, jnp.arange(factor))
+        return jax.lax.scan(update, carry, jnp.arange(copies))
 
     compiled = jax.jit(run, donate_argnums=0 if donate else ())
 

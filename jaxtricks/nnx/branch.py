@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _tree, reparam
+from jaxtricks import _integers, _tree, reparam
 from jaxtricks._types import Array
 from jaxtricks.nnx import start
 from jaxtricks.nnx.conv import convolution, hashable_padding
@@ -253,7 +253,7 @@ class Maker:
 
 def window(kernel_size: int | Sequence[int], name: str, least: int = 1) -> Size:
     """One size per spatial axis, or an error that names the block."""
-    size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    size = _integers.listed(kernel_size)
     if not least <= len(size) <= 3:
         raise ValueError(
             f"{name}: `kernel_size` is {kernel_size}; give {least} to 3 sizes, such as (height, width)"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _tree, weightstd
+from jaxtricks import _integers, _tree, weightstd
 from jaxtricks._types import Array
 from jaxtricks.nnx import _compat
 from jaxtricks.reparam import geometry
@@ -90,9 +90,9 @@ class WSConv(nnx.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = size[:-2]
-        self.strides = _hashable(1 if strides is None else strides)
+        self.strides = _integers.plain(1 if strides is None else strides)
         self.padding = hashable_padding(padding)
-        self.kernel_dilation = _hashable(1 if kernel_dilation is None else kernel_dilation)
+        self.kernel_dilation = _integers.plain(1 if kernel_dilation is None else kernel_dilation)
         self.feature_group_count = feature_group_count
         self.preset = preset
         self.eps = eps
@@ -131,7 +131,7 @@ def kernel_shape(
     in_features: int, out_features: int, kernel_size: int | Sequence[int], groups: int
 ) -> tuple[int, ...]:
     """[*kernel_size, in / groups, out]."""
-    size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    size = _integers.listed(kernel_size)
     if in_features % groups or out_features % groups:
         raise ValueError(
             f"nnx.WSConv: `feature_group_count` {groups} divides not both {in_features} and "
@@ -196,12 +196,10 @@ def pad_by_mode(
     return jnp.pad(x, [*lead, *pads, (0, 0)], mode=_PAD_MODES[padding.upper()]), "VALID"
 
 
-def _hashable(value: int | Sequence[int]) -> int | tuple[int, ...]:
-    return value if isinstance(value, int) else tuple(value)
-
-
 def hashable_padding(padding: geometry.Padding) -> Any:
     """Padding as a module's static attribute."""
-    if isinstance(padding, str | int):
+    if isinstance(padding, str):
         return padding
-    return tuple(p if isinstance(p, int) else tuple(p) for p in padding)
+    if _integers.is_integer(padding):
+        return _integers.plain(padding)
+    return tuple(map(_integers.plain, padding))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from flax import nnx
 
+from jaxtricks import _integers
 from jaxtricks.nnx.branch import Branched, Factory, Maker, Mode
 from jaxtricks.nnx.parts import Branch, Size
 from jaxtricks.reparam import geometry
@@ -302,7 +303,7 @@ def small_kernels(
     kernel_size: int | Sequence[int], sizes: Sequence[int] | None, dilates: Sequence[int] | None
 ) -> tuple[tuple[int, int], ...]:
     """(size, dilation) of every kernel beside the large one."""
-    large = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    large = _integers.listed(kernel_size)
     if sizes is None and dilates is None:
         if len(set(large)) != 1 or large[0] not in DILATED:
             raise ValueError(

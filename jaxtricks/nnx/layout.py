@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxtricks import axes
+from jaxtricks import _integers, axes
 from jaxtricks._arguments import checked
 from jaxtricks._types import Roles
 from jaxtricks.nnx import _compat
@@ -240,7 +240,7 @@ def _head(module: Any) -> dict[str, tuple[Axis, ...]]:
 
 def _weight_norm(module: Any) -> dict[str, tuple[Axis, ...]]:
     feature_axes = module.feature_axes
-    count = 1 if isinstance(feature_axes, int) else len(feature_axes or ())
+    count = 1 if _integers.is_integer(feature_axes) else len(feature_axes or ())
     scales = getattr(module, "scales", None) or {}
     return {f"scales/{path}": (("none", None),) * count for path in scales}
 

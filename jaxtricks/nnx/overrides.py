@@ -6,7 +6,7 @@ from typing import Any
 
 from jax import lax
 
-from jaxtricks import weightstd
+from jaxtricks import _integers, weightstd
 
 # Attributes that replace a part of the computation, with the values that leave it as it is.
 _HOOKS: dict[str, tuple[Any, ...]] = {
@@ -51,7 +51,7 @@ def check_hooks(layer: Any, kind: type, but: tuple[str, ...] = ()) -> None:
       but: hooks that are no matter.
     """
     dilation = getattr(layer, "input_dilation", None) or 1
-    if any(d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)):
+    if any(d != 1 for d in _integers.listed(dilation)):
         raise ValueError(f"has `input_dilation` {dilation}, which has no counterpart")
     for hook, usual in _HOOKS.items():
         value = getattr(layer, hook, None)

@@ -11,7 +11,7 @@ from jax.extend.core import primitives
 
 from jaxtricks import _compat, _jaxpr
 from jaxtricks._arguments import checked
-from jaxtricks._call import Call
+from jaxtricks._call import Call, refuse_module
 from jaxtricks.remat import flat, tie
 from jaxtricks.remat.recompute import recomputed
 
@@ -68,7 +68,8 @@ def checkpoint(
       A function with the signature of fn.
 
     Raises:
-      ValueError: names together with a policy; when called, if fn has values of none of the names.
+      ValueError: names together with a policy; for a flax.nnx module; when called, if fn has values of
+        none of the names.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,6 +83,7 @@ def checkpoint(
       Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174, algorithm 1 with the
       mirror count of a named value 0.
     """
+    refuse_module(fn, "checkpoint")
     keep, away = _names(save), _names(offload)
     if (keep or away) and jax_checkpoint_arguments.get("policy") is not None:
         raise ValueError(

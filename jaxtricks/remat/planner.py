@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _jaxpr
+from jaxtricks import _integers, _jaxpr
 from jaxtricks._arguments import checked
 from jaxtricks._call import positional, without_changes
 from jaxtricks.remat import budget, flat, measure, plans, target
@@ -72,8 +72,9 @@ def plan(
     if wrt not in ("peak", "temp"):
         raise ValueError(f'wrt must be "peak" or "temp", not {wrt!r}')
     budget.parse(budget_bytes, 1)  # a mistake in it is known before anything is compiled
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    program = _checked(fn, args, wanted, has_aux)
+    argnums = _integers.plain(argnums)
+    wanted = _wanted(argnums, len(args))
+    program = _checked(fn, args, wanted, argnums, has_aux)
     problem = Problem.of(program.jaxpr, _varied(args, wanted), target.platform(topology))
     measured = functools.partial(
         _measured,
@@ -184,7 +185,11 @@ def _idle(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(
-    fn: Callable[..., Any], args: Any, wanted: Sequence[int], has_aux: bool
+    fn: Callable[..., Any],
+    args: Any,
+    wanted: Sequence[int],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
 ) -> _jaxpr.ClosedJaxpr:
     """The program of fn, inlined; ValueError for what cannot be planned."""
     closed, structure = _jaxpr.trace(without_changes(fn, "plan"), *args)
@@ -202,7 +207,7 @@ def _checked(
     leaves = jax.tree.leaves([args[i] for i in wanted])
     if not any(jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in leaves):
         raise ValueError(
-            f"argnums={wanted} holds no float array: name the arguments to differentiate, the parameters"
+            f"argnums={argnums} holds no float array: name the arguments to differentiate, the parameters"
         )
     effects = [str(e) for e in closed.effects if type(e).__name__ != "NamedAxisEffect"]
     if effects:
@@ -211,6 +216,16 @@ def _checked(
             "out of the loss, into its aux output say"
         )
     return flat.straight(closed)
+
+
+def _wanted(argnums: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Positions of the differentiated arguments; negative ones count from the end."""
+    given = _integers.listed(argnums)
+    if any(not -count <= i < count for i in given):
+        raise ValueError(
+            f"argnums={argnums} is of no argument: give positions among the {count} that fn takes here"
+        )
+    return tuple(i % count for i in given)
 
 
 def _varied(args: Any, wanted: Sequence[int]) -> list[bool]:

@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxtricks import _compat, _jaxpr
 from jaxtricks._arguments import checked
-from jaxtricks._call import Call
+from jaxtricks._call import Call, refuse_module
 from jaxtricks.remat import flat, tie
 
 Ad = Literal["reverse", "both"]
@@ -42,7 +42,7 @@ def recompute_grad(fn: Callable[..., Any], *, seed: Any = None, ad: Ad = "revers
       A function with the signature of fn.
 
     Raises:
-      ValueError: for another ad, or if fn changes an argument in place.
+      ValueError: for another ad, for a flax.nnx module, or if fn changes an argument in place.
       TypeError: in forward mode, unless ad is "both".
 
     Example:
@@ -54,6 +54,7 @@ def recompute_grad(fn: Callable[..., Any], *, seed: Any = None, ad: Ad = "revers
       Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174, algorithm 1.
     """
     del seed
+    refuse_module(fn, "recompute_grad")
     if ad not in ("reverse", "both"):
         raise ValueError(f'ad must be "reverse" or "both", not {ad!r}')
 

@@ -1,12 +1,10 @@
 """Chains of functions whose memory grows slower than their length."""
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
+from jaxtricks import _integers
 from jaxtricks._arguments import checked
 from jaxtricks.remat.recompute import recompute_grad
 
@@ -125,8 +123,9 @@ def _sizes(segments: str | int | Sequence[int], n: int) -> list[int]:
                 f'remat.sequential: `segments` must be "sqrt", "log", a number or sizes, not {segments!r}'
             )
         segments = round(n**0.5)
-    if isinstance(segments, Sequence | np.ndarray):
-        sizes = list(map(operator.index, segments))
+    segments = _integers.plain(segments)
+    if isinstance(segments, tuple):
+        sizes = list(segments)
         if sum(sizes) != n or min(sizes) < 1:
             raise ValueError(
                 f"remat.sequential: `segments` must be positive sizes that sum to {n}, not {sizes}"

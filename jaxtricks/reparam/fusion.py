@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtricks import _tree
+from jaxtricks import _integers, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array
 from jaxtricks.reparam import geometry
@@ -64,7 +64,7 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
       Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
     """
     axes = rank(node)
-    if axes is None and kernel_size is not None and not isinstance(kernel_size, int):
+    if axes is None and kernel_size is not None and not _integers.is_integer(kernel_size):
         axes = len(tuple(kernel_size))
     features = features_in(node)
     if axes is None or features is None:

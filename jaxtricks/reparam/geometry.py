@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtricks import _integers
 from jaxtricks._types import Array
 
 Pads = tuple[tuple[int, int], ...]
@@ -14,7 +15,8 @@ Padding = str | int | Sequence[int | Sequence[int]]
 
 def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One positive integer per spatial axis."""
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = _integers.plain(value)
+    values = (values,) * rank if isinstance(values, int) else values
     if len(values) != rank or any(v < 1 for v in values):
         raise ValueError(
             f"reparam: `{name}` is {value}; give a positive integer or one per spatial axis ({rank})"
@@ -43,8 +45,8 @@ def resolve(
             )
         pads = jax.lax.padtype_to_pads(spatial, extents, strides, name)
         return tuple((int(low), int(high)) for low, high in pads)
-    pairs = (padding,) * rank if isinstance(padding, int) else tuple(padding)
-    pads = tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+    pairs = (padding,) * rank if _integers.is_integer(padding) else tuple(padding)
+    pads = tuple((p, p) if _integers.is_integer(p) else tuple(p) for p in pairs)
     if len(pads) != rank or any(len(p) != 2 for p in pads):
         raise ValueError(
             f"reparam: `padding` {padding} needs one (low, high) pair per spatial axis"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtricks import _tree
+from jaxtricks import _integers, _tree
 from jaxtricks._types import Array
 from jaxtricks.reparam.geometry import per_axis
 
@@ -35,7 +35,7 @@ class Conv:
     dilation: int | tuple[int, ...] = _tree.static(default=1)
 
     def __post_init__(self) -> None:
-        _set(self, "dilation", _hashable(self.dilation))
+        _set(self, "dilation", _integers.plain(self.dilation))
         shape = getattr(self.kernel, "shape", None)
         if shape is None:
             return
@@ -80,7 +80,7 @@ class AvgPool:
     size: int | tuple[int, ...] = _tree.static()
 
     def __post_init__(self) -> None:
-        _set(self, "size", _hashable(self.size))
+        _set(self, "size", _integers.plain(self.size))
 
 
 @_tree.node
@@ -226,10 +226,6 @@ def _some(name: str, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     if not nodes:
         raise ValueError(f"reparam.{name} needs at least one node")
     return nodes
-
-
-def _hashable(value: Any) -> int | tuple[int, ...]:
-    return value if isinstance(value, int) else tuple(value)
 
 
 def _name(node: Node) -> str:

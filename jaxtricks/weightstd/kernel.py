@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxtricks import _tree
+from jaxtricks import _integers, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
 
@@ -107,7 +107,7 @@ def checked_preset(name: str, eps: float | None) -> Preset:
 
 
 def _kept_axes(kernel: Array, out_axis: int | Sequence[int]) -> tuple[int, ...]:
-    axes = (out_axis,) if isinstance(out_axis, int) else tuple(out_axis)
+    axes = _integers.listed(out_axis)
     if any(not -kernel.ndim <= i < kernel.ndim for i in axes):
         raise ValueError(
             f"weightstd.standardize: `out_axis` {out_axis} is no axis of a kernel of shape "

@@ -1,0 +1,32 @@
+"""Integers of every type as Python's: NumPy's, and arrays without axes."""
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+
+def plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """An integer as a Python int, a sequence of them as a tuple.
+
+    Raises:
+      TypeError: an item that is no integer.
+    """
+    return operator.index(value) if is_integer(value) else tuple(map(operator.index, value))
+
+
+def listed(value: int | Sequence[int]) -> tuple[int, ...]:
+    """As `plain`, and an integer as a tuple of one."""
+    numbers = plain(value)
+    return (numbers,) if isinstance(numbers, int) else numbers
+
+
+def is_integer(value: object) -> "TypeIs[int]":
+    """Whether it can serve as an index; arrays with axes can't."""
+    try:
+        operator.index(value)  # pyrefly: ignore
+    except TypeError:
+        return False
+    return True
