@@ -66,6 +66,21 @@ def without_changes(fn: Callable[..., Any], nnx: str) -> Callable[..., Any]:
     return checked
 
 
+def refuse_module(fn: Callable[..., Any], name: str) -> None:
+    """Raise ValueError if fn is a flax.nnx module: as a function, it would hide its parameters.
+
+    Args:
+      fn: what is to be wrapped.
+      name: the function's, the same in remat and in jaxtricks.nnx.
+    """
+    bases = type(fn).__mro__
+    if any(c.__name__ == "Module" and c.__module__.startswith("flax.nnx.") for c in bases):
+        raise ValueError(
+            f"remat.{name}: `fn` is a flax.nnx module ({type(fn).__name__}): use jaxtricks.nnx.{name}, which "
+            "returns a module and updates its variables"
+        )
+
+
 def positional(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
 ) -> tuple[Any, ...]:

@@ -276,3 +276,21 @@ def test_float16_without_a_scale_warns_and_bfloat16_does_not(recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"amp\.dynamic_loss_scale"):
         amp.value_and_grad(jnp.sum, "p=f32,c=f16,o=f32")
+
+
+def test_changes_in_place_are_refused_with_and_without_a_policy():
+    def counting(tree, x):
+        tree["count"] = tree["count"] + 1
+        return (x * tree["scale"]).sum()
+
+    tree = {"count": jnp.zeros(()), "scale": jnp.ones(())}
+    norm, x = nnx.BatchNorm(4, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    for wrap in (
+        lambda fn: amp.with_policy(fn, "full"),
+        amp.value_and_grad,
+        lambda fn: amp.value_and_grad(fn, "full"),
+    ):
+        with pytest.raises(ValueError, match=r"in place.*jaxtricks\.nnx\.autocast"):
+            wrap(counting)(dict(tree), x)
+        with pytest.raises(ValueError, match=r"in place.*jaxtricks\.nnx\.autocast"):
+            wrap(lambda norm, x: norm(x).sum())(norm, x)

@@ -5,8 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxtricks as jt
 
@@ -202,3 +205,146 @@ def test_plans_take_keyword_arguments():
     only = functools.partial(jt.remat.auto_remat, **BUDGET)(lambda w, *, x: plain(w, x))
     with pytest.raises(ValueError, match="x can't be passed by position"):
         only(w, x=x)
+
+
+class Counter(nnx.Pytree):
+    """A graph node that is not a module."""
+
+    def __init__(self):
+        self.calls = nnx.Variable(jnp.float32(0))
+
+
+def count(variable):
+    variable[...] = variable[...] + 1
+    return variable[...] * 1.0
+
+
+def returning_zero(update):
+    return lambda node, x: (update(node, x), jnp.float32(0))[1]
+
+
+ADAM = optax.adam(0.1)  # part of how an optimizer is built
+
+# Everything with variables that a call writes: how it is built, and a call that writes and returns a number.
+NODES = {
+    "Rngs": (lambda: nnx.Rngs(0), lambda r, _: jax.random.uniform(r.default())),
+    "RngStream": (lambda: nnx.Rngs(1).default, lambda r, _: jax.random.uniform(r())),
+    "Variable": (lambda: nnx.Variable(jnp.float32(0)), lambda v, _: count(v)),
+    "BatchStat": (lambda: nnx.BatchStat(jnp.int32(0)), lambda v, _: count(v)),
+    "Average": (nnx.metrics.Average, returning_zero(lambda m, x: m.update(values=x))),
+    "MultiMetric": (
+        lambda: nnx.MultiMetric(
+            loss=nnx.metrics.Average("loss"), spread=nnx.metrics.Welford("loss")
+        ),
+        returning_zero(lambda m, x: m.update(loss=x)),
+    ),
+    "Pytree": (Counter, lambda c, _: count(c.calls)),
+    "Optimizer": (
+        lambda: nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), ADAM, wrt=nnx.Param),
+        lambda o, _: count(o.step),
+    ),
+    "Dropout": (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(2)), lambda m, x: m(x).mean()),
+    "BatchNorm": (lambda: nnx.BatchNorm(4, rngs=nnx.Rngs(0)), lambda m, x: m(x).mean()),
+}
+SMALL = jnp.arange(8, dtype=jnp.float32).reshape(2, 4)
+ROOMY = WRAPPERS | {
+    "plan": lambda fn, *args: jt.nnx.plan(fn, *args, budget_bytes="1GB").fn,
+    "auto_remat": lambda fn, *args: jt.nnx.auto_remat(fn, "1GB"),
+}
+
+
+def with_nodes(names):
+    """loss(model, nodes, x) that writes all the nodes."""
+
+    def fn(model, nodes, x):
+        values = [NODES[name][1](node, x) for name, node in zip(names, nodes["in"], strict=True)]
+        return (model(x) ** 2).mean() * (1 + sum(values))
+
+    return fn
+
+
+def nodes_of(names):
+    """New nodes; of two with the same name the second is the first."""
+    made = {name: NODES[name][0]() for name in names}
+    return {"in": [made[name] for name in names]}
+
+
+def steps(fn, names):
+    """Losses, gradients, and the state of the nodes after two steps."""
+    model, nodes = nnx.Linear(4, 4, rngs=nnx.Rngs(3)), nodes_of(names)
+    outs = [nnx.value_and_grad(fn)(model, nodes, SMALL) for _ in range(2)]
+    state = nnx.state(tuple(nodes["in"]), nnx.Not(nnx.RngKey))
+    return jax.tree.leaves(outs), jax.tree.leaves(state)
+
+
+def assert_carried(name, names):
+    fn, model = with_nodes(names), nnx.Linear(4, 4, rngs=nnx.Rngs(3))
+    wrapped = ROOMY[name](fn, model, nodes_of(names), SMALL)
+    want = steps(fn, names)
+    assert_equal(steps(wrapped, names), want)
+    before = jax.tree.leaves(nnx.state(tuple(nodes_of(names)["in"]), nnx.Not(nnx.RngKey)))
+    assert any((a != b).any() for a, b in zip(before, want[1], strict=True))
+
+
+@each
+def test_the_state_of_every_kind_of_node_is_carried(name):
+    assert_carried(name, tuple(NODES))
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_nodes_in_any_order_and_twice_are_carried(data):
+    name = data.draw(st.sampled_from(sorted(ROOMY)))
+    assert_carried(
+        name, data.draw(st.lists(st.sampled_from(sorted(NODES)), min_size=1, max_size=4))
+    )
+
+
+@pytest.mark.parametrize("name", ["recompute_grad", "checkpoint", "autocast"])
+def test_a_module_is_called_with_rngs_of_the_caller(name):
+    rngs, plain = nnx.Rngs(0), nnx.Rngs(0)
+    drop = nnx.Dropout(0.5)
+    wrapped = WRAPPERS[name](drop)
+    for _ in range(3):
+        np.testing.assert_array_equal(wrapped(SMALL, rngs=rngs), drop(SMALL, rngs=plain))
+    assert int(rngs.default.count[...]) == 3
+
+
+class Coder(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def encode(self, x, double=False):
+        return self.norm(x) * (2 if double else 1)
+
+
+@pytest.mark.parametrize("name", ["recompute_grad", "checkpoint", "autocast"])
+def test_methods_and_partials_of_modules_are_carried(name):
+    calls = {
+        "method": lambda coder: coder.encode,
+        "partial": lambda coder: functools.partial(Coder.encode, coder),
+        "both": lambda coder: functools.partial(coder.encode, double=True),
+    }
+    for make in calls.values():
+        coder, plain = Coder(), Coder()
+        np.testing.assert_allclose(
+            WRAPPERS[name](make(coder))(SMALL), make(plain)(SMALL), rtol=1e-5, atol=1e-6
+        )
+        assert_equal([variables(coder)], [variables(plain)])
+        assert not np.allclose(coder.norm.mean[...], 0)
+
+
+def test_flags_are_static_and_static_argnums_is_refused():
+    policy = jax.checkpoint_policies.dots_saveable
+    for fn in (jt.nnx.checkpoint(Coder.encode), jt.nnx.checkpoint(Coder.encode, policy=policy)):
+        np.testing.assert_allclose(fn(Coder(), SMALL, True), 2 * fn(Coder(), SMALL, False))
+    with pytest.raises(ValueError, match=r"nnx\.checkpoint takes no `static_argnums`"):
+        jt.nnx.checkpoint(Coder.encode, static_argnums=(2,))
+
+
+@pytest.mark.parametrize("name", ["recompute_grad", "checkpoint"])
+def test_the_pure_functions_refuse_a_module_and_name_the_cure(name):
+    with pytest.raises(ValueError, match=rf"remat\.{name}: .*\(Linear\).*jaxtricks\.nnx\.{name}"):
+        getattr(jt.remat, name)(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    jitted = nnx.jit(lambda x: x * 2)  # of flax.nnx, but not a module
+    np.testing.assert_array_equal(getattr(jt.remat, name)(jitted)(SMALL), SMALL * 2)

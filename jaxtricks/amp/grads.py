@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from jaxtricks import _jaxpr, _tree
 from jaxtricks._arguments import checked
+from jaxtricks._call import without_changes
 from jaxtricks._types import Array, Params, Scalar
 from jaxtricks.amp.autocast import autocast
 from jaxtricks.amp.policy import Policy, as_policy
@@ -97,11 +98,14 @@ def value_and_grad(
       The loss is float32 or better; the gradients still carry the scale, which
       `dynamic_loss_scale` (or `scale.unscale`) divides out.
 
+    Raises:
+      ValueError: when called, if loss_fn changes an argument in place: the change would be lost.
+
     Example:
       >>> value_and_grad(lambda w: w**2, scale=8.0)(jnp.float32(3.0))
       (Array(9., dtype=float32), Array(48., dtype=float32))
     """
-    fn = loss_fn
+    fn = without_changes(loss_fn, "autocast inside flax.nnx.value_and_grad")
     if policy is not None:
         policy = as_policy(policy)
         if policy.compute == jnp.float16 and scale is None:
@@ -302,7 +306,7 @@ def applied(before: Any, after: Any) -> Array:
       >>> bool(applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
       False
     """
-    pairs = list(zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=True))
+    pairs = list(zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=False))
     if not pairs:
         raise ValueError(
             "amp.applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "

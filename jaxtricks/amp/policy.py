@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks._arguments import checked
+from jaxtricks._call import without_changes
 
 _DTYPES = {
     "f16": jnp.float16,
@@ -114,16 +115,20 @@ def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., A
     Returns:
       A function with the signature of fn; its gradients have the dtypes of the uncast arguments.
 
+    Raises:
+      ValueError: when called, if fn changes an argument in place: it has a copy, and the change is lost.
+
     Example:
       >>> with_policy(lambda w, x: x @ w, "p=f32,c=bf16,o=f32")(jnp.ones((3, 2)), jnp.ones((4, 3))).dtype
       dtype('float32')
     """
     policy = as_policy(policy)
+    run = without_changes(fn, "autocast")
 
     @functools.wraps(fn)
     def cast(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = policy.cast_to_compute((args, kwargs))
-        return policy.cast_to_output(fn(*args, **kwargs))
+        return policy.cast_to_output(run(*args, **kwargs))
 
     return cast
 

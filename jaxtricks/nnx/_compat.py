@@ -11,6 +11,14 @@ def read(variable: Any) -> Any:
     return None if variable is None else variable[...]
 
 
+def is_node(x: Any) -> bool:
+    """Whether x has variables that a call may write: a module, nnx.Rngs, a metric, an optimizer, a variable.
+
+    They are pytrees too: jax would take them apart and lose what is written.
+    """
+    return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
 def modules(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
     """(path, module) of every module, itself included; `nnx.iter_modules` is absent in 0.11.2."""
     for path, value in nnx.iter_graph(model):

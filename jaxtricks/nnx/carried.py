@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxtricks import amp, remat
 from jaxtricks._arguments import checked
 from jaxtricks._call import positional
+from jaxtricks.nnx._compat import is_node
 from jaxtricks.remat.target import shape
 
 Fn = Callable[..., Any]
@@ -24,8 +27,8 @@ def recompute_grad(module: nnx.Module | Fn) -> Fn:
     counts, so its variables go in as arguments and come out as results.
 
     Args:
-      module: any module, or a function with modules among its arguments; call the result inside the
-        transformed function, where the modules live.
+      module: any module, a method of one, or a function with modules (or nnx.Rngs, metrics, variables)
+        among its arguments; call the result inside the transformed function, where the modules live.
 
     Returns:
       For a module, one that holds it as `module` and may take its place in a model; else a function. Its
@@ -54,7 +57,7 @@ def autocast(
     `nnx.jit` and `nnx.value_and_grad`.
 
     Args:
-      fn: a module, or a function; modules that it closes over (other than itself) are not updated.
+      fn: a module, a method of one, or a function; modules that it closes over are not updated.
       policy, rules, scan_carry: see `amp.autocast`.
 
     Example:
@@ -80,7 +83,11 @@ def checkpoint(
 
     Args:
       fn: a module, or a function; see `recompute_grad`.
-      save, offload, **jax_checkpoint_arguments: see `remat.checkpoint`.
+      save, offload, **jax_checkpoint_arguments: see `remat.checkpoint`; `static_argnums` is not among
+        them: whatever is no array is static.
+
+    Raises:
+      ValueError: for `static_argnums`; and see `remat.checkpoint`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,6 +95,10 @@ def checkpoint(
       >>> checkpoint(block)(jnp.ones((2, 3))).shape
       (2, 3)
     """
+    if "static_argnums" in jax_checkpoint_arguments:
+        raise ValueError(
+            "nnx.checkpoint takes no `static_argnums`: leave it out, arguments that are not arrays are static"
+        )
     settings = {"save": save, "offload": offload, **jax_checkpoint_arguments}
     return _carried(functools.partial(remat.checkpoint, **settings), fn)
 
@@ -160,7 +171,7 @@ def _planned(
                 "eval() or a change of layers"
             )
         loss, (aux, state) = planned.fn(here.moving, here.fixed)
-        nnx.update(here.modules, state)
+        nnx.update(here.nodes, state)
         return (loss, aux) if has_aux else loss
 
     return dataclasses.replace(planned, fn=updating)
@@ -204,13 +215,13 @@ class _Parts(NamedTuple):
     """Arguments taken apart: what is differentiated, what is not, and how they were put together.
 
     Attributes:
-      modules: the modules among the leaves.
+      nodes: the modules among the leaves, and whatever else has variables (`is_node`).
       graph: how they are built.
-      structure: of the arguments, and which leaves are modules.
+      structure: of the arguments, and which leaves are nodes.
       moving, fixed: (variables, other leaves).
     """
 
-    modules: tuple[nnx.Module, ...]
+    nodes: tuple[Any, ...]
     graph: Any
     structure: Any
     moving: Any
@@ -218,20 +229,20 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, args: tuple[Any, ...], wanted: Sequence[int]) -> "_Parts":
-        flat = [jax.tree.flatten(arg, is_leaf=_is_module) for arg in args]
+        flat = [jax.tree.flatten(arg, is_leaf=is_node) for arg in args]
         places = [(x, i in wanted) for i, (leaves, _) in enumerate(flat) for x in leaves]
-        modules = tuple(x for x, _ in places if _is_module(x))
-        moves = [is_wanted for x, is_wanted in places if _is_module(x)]
+        nodes = tuple(x for x, _ in places if is_node(x))
+        moves = [is_wanted for x, is_wanted in places if is_node(x)]
         chosen = nnx.All(nnx.Param, lambda path, _: moves[path[0]])
-        graph, params, rest = nnx.split(modules, chosen, ...)
-        others = [(None if _is_module(x) else x, is_wanted) for x, is_wanted in places]
+        graph, params, rest = nnx.split(nodes, chosen, ...)
+        others = [(None if is_node(x) else x, is_wanted) for x, is_wanted in places]
         split = [[x if side == w else None for x, w in others] for side in (True, False)]
-        kinds = tuple((_is_module(x), w) for x, w in places)
+        kinds = tuple((is_node(x), w) for x, w in places)
         structure = tuple(tree for _, tree in flat), kinds
-        return cls(modules, graph, structure, (params, split[0]), (rest, split[1]))
+        return cls(nodes, graph, structure, (params, split[0]), (rest, split[1]))
 
-    def filled(self, moving: Any, fixed: Any) -> tuple[tuple[nnx.Module, ...], list[Any]]:
-        """Modules of their own with these variables, and the arguments around them."""
+    def filled(self, moving: Any, fixed: Any) -> tuple[tuple[Any, ...], list[Any]]:
+        """Nodes of their own with these variables, and the arguments around them."""
         inner = nnx.merge(self.graph, moving[0], fixed[0], copy=True)
         trees, kinds = self.structure
         mine, given = iter(inner), []
@@ -241,9 +252,9 @@ class _Parts(NamedTuple):
             given.append(jax.tree.unflatten(tree, [next(leaves) for _ in range(tree.num_leaves)]))
         return inner, given
 
-    def changed(self, inner: tuple[nnx.Module, ...], moving: Any) -> Any:
+    def changed(self, inner: tuple[Any, ...], moving: Any) -> Any:
         """The variables that are not differentiated; ValueError if another one was written."""
-        moves = [w for is_module, w in self.structure[1] if is_module]
+        moves = [w for node, w in self.structure[1] if node]
         chosen = nnx.All(nnx.Param, lambda path, _: moves[path[0]])
         params, rest = nnx.state(inner, chosen, ...)
         before, after = jax.tree.leaves(moving[0]), jax.tree.leaves(params)
@@ -258,7 +269,7 @@ class _Parts(NamedTuple):
 class _Carried(nnx.Module):
     """A module whose call is transformed; it may take its place in a model."""
 
-    def __init__(self, transform: Callable[[Fn], Fn], module: nnx.Module):
+    def __init__(self, transform: Callable[[Fn], Fn], module: Any):
         self.module = module
         self._transform = transform
 
@@ -267,33 +278,48 @@ class _Carried(nnx.Module):
         return _carried(self._transform, call)(self.module, *args, **kwargs)
 
 
-def _carried(transform: Callable[[Fn], Fn], fn: nnx.Module | Fn) -> Fn:
+def _carried(transform: Callable[[Fn], Fn], fn: Any) -> Fn:
     """fn under a transform; the variables of its modules go in as arguments and come out as results."""
-    if isinstance(fn, nnx.Module):
+    if is_node(fn):
         return _Carried(transform, fn)
+    plain, bound, names = _unbound(fn)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_module)
-        modules = tuple(x for x in leaves if _is_module(x))
-        others = [None if _is_module(x) else x for x in leaves]
-        graph, state = nnx.split(modules)
+        arguments = (*bound, *args), {**names, **kwargs}
+        leaves, structure = jax.tree.flatten(arguments, is_leaf=is_node)
+        nodes = tuple(x for x in leaves if is_node(x))
+        # What is no array is closed over: jax.checkpoint would make a traced array of a flag.
+        arrays = [x if _is_array(x) else None for x in leaves]
+        graph, state = nnx.split(nodes)
 
-        def pure(state: Any, others: Any) -> tuple[Any, Any]:
+        def pure(state: Any, arrays: Any) -> tuple[Any, Any]:
             inner = nnx.merge(graph, state, copy=True)
-            given = iter(inner)
+            mine = iter(inner)
             filled = [
-                next(given) if _is_module(x) else y for x, y in zip(leaves, others, strict=True)
+                next(mine) if is_node(x) else (y if _is_array(x) else x)
+                for x, y in zip(leaves, arrays, strict=True)
             ]
             args, kwargs = jax.tree.unflatten(structure, filled)
-            return fn(*args, **kwargs), nnx.state(inner)
+            return plain(*args, **kwargs), nnx.state(inner)
 
-        out, state = transform(pure)(state, others)
-        nnx.update(modules, state)
+        out, state = transform(pure)(state, arrays)
+        nnx.update(nodes, state)
         return out
 
     return call
 
 
-def _is_module(x: Any) -> bool:
-    return isinstance(x, nnx.Module)
+def _unbound(fn: Fn) -> tuple[Fn, tuple[Any, ...], dict[str, Any]]:
+    """A function and what it is bound to: the module of a method, the arguments of a partial."""
+    if isinstance(fn, functools.partial):
+        inner, args, kwargs = _unbound(fn.func)
+        return inner, (*args, *fn.args), {**kwargs, **fn.keywords}
+    owner = getattr(fn, "__self__", None)
+    if inspect.ismethod(fn) and is_node(owner):
+        return fn.__func__, (owner,), {}
+    return fn, (), {}
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
