@@ -7,6 +7,7 @@ the function nor the argument. Values are checked by the functions themselves.
 import collections.abc
 import functools
 import inspect
+import itertools
 import numbers
 import types
 import typing
@@ -104,6 +105,15 @@ def checked(function: Function) -> Function:
     return call  # pyrefly: ignore
 
 
+def known_number(x: Any) -> float | None:
+    """The value of a number, also of an array []; None of what is traced, lies elsewhere or is none."""
+    if isinstance(x, bool | jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return float(x) if _is_number(x) else None
+
+
 def _read(function: Callable[..., Any]) -> dict[str, list[_Kind]]:
     """{argument: what it may be}, of the arguments whose annotations say it."""
     hints = typing.get_type_hints(function)
@@ -181,8 +191,8 @@ def _is_array(x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] =
     """Whether it is an array of these kinds and ranks, the shape of one, or what makes one."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return _dtype_kind(x.dtype) in letters and len(x.shape) in ranks
-    if isinstance(x, list | tuple):
-        parts = x[:_LOOKED_AT]
+    if _is_sequence(x):
+        parts = itertools.islice(x, _LOOKED_AT)
         return _rank(x) in ranks and len(x) > 0 and all(_is_array(p, letters) for p in parts)
     if hasattr(x, "__jax_array__"):
         return True
@@ -195,10 +205,14 @@ def _is_array(x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] =
     return isinstance(x, complex) and "c" in letters
 
 
+def _is_sequence(x: Any) -> bool:
+    return isinstance(x, collections.abc.Sequence) and not isinstance(x, str | bytes)
+
+
 def _rank(x: Any) -> int:
     """Axes of an array, or of a list by its first items."""
-    if isinstance(x, list | tuple):
-        return 1 + (_rank(x[0]) if x else 0)
+    if _is_sequence(x):
+        return 1 + (_rank(x[0]) if len(x) else 0)
     return len(getattr(x, "shape", ()))
 
 
@@ -206,10 +220,12 @@ def _array_of(hint: Any) -> _Kind:
     """An array of the dtypes and the rank of a jaxtyping annotation."""
     listed = isinstance(hint.dtypes, list | tuple)
     letters = {_letter(name) for name in hint.dtypes} if listed else set("ifcbk")
-    if len(letters) > 1:
-        of = "numbers" if "c" in letters else "real numbers"
-    else:
-        of = {"i": "integers", "f": "floating numbers", "b": "booleans"}[next(iter(letters))]
+    if letters == {"b"}:
+        letters = {"b", "i"}  # masks of 0 and 1
+    of = {
+        "b": "booleans", "i": "integers", "f": "floating numbers", "fi": "real numbers",
+        "bi": "booleans",
+    }.get("".join(sorted(letters)), "numbers")  # fmt: skip
     axes = hint.dim_str.split()
     fixed = [axis for axis in axes if not axis.startswith(("*", "..."))]
     ranks = range(len(fixed), 99 if len(fixed) < len(axes) else len(fixed) + 1)
@@ -222,13 +238,13 @@ def _sequence_of(hint: Any) -> _Kind:
     items = _kinds(hint)
 
     def holds(x: Any) -> bool:
-        if not isinstance(x, collections.abc.Sequence | np.ndarray | jax.Array):
-            return False
-        if isinstance(x, str | bytes) or (hasattr(x, "shape") and not x.shape):
+        if not _is_sequence(x) and not (isinstance(x, np.ndarray | jax.Array) and x.ndim):
             return False
         if items is None:
             return True
-        return all(any(kind.holds(item) for kind in items) for item in x[:_LOOKED_AT])
+        return all(
+            any(kind.holds(item) for kind in items) for item in itertools.islice(x, _LOOKED_AT)
+        )
 
     of = "" if items is None else f" of {_plural(items[0].words)}"
     return _Kind(f"a sequence{of}", holds, False)
@@ -298,6 +314,9 @@ def _described(x: Any) -> str:
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"an array of {x.dtype} {list(x.shape)}"
     name = type(x).__name__
+    if isinstance(x, list | tuple):
+        items = sorted({type(item).__name__ for item in x[:_LOOKED_AT]})
+        return f"a {name} of {' and '.join(items)}" if items else f"an empty {name}"
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 

@@ -62,13 +62,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Float
 
 from jaxtricks import _sharding, _tree
 from jaxtricks import axes as axes_
-from jaxtricks._arguments import checked
+from jaxtricks._arguments import checked, known_number
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
 __all__ = ["AgcState", "adaptive_grad_clip", "exclude", "unitwise_norm"]
@@ -173,7 +172,8 @@ def unitwise_norm(x: Float[Array, "*shape"], roles: Roles | None = None) -> Floa
       >>> unitwise_norm(jnp.full((4, 3), 2.0), ("in", "out")).tolist()
       [[4.0, 4.0, 4.0]]
     """
-    return _norm(x, _unit_axes("unitwise_norm", tuple(x.shape), roles))
+    x = jnp.asarray(x)
+    return _norm(x, _unit_axes("unitwise_norm", x.shape, roles))
 
 
 @checked
@@ -218,7 +218,8 @@ def adaptive_grad_clip(
       arXiv 2102.06171, eq. 3.
     """
     for name, x in (("clipping", clipping), ("eps", eps)):
-        if isinstance(x, int | float | np.number) and not float(x.real) >= 0:
+        number = known_number(x)
+        if number is not None and not number >= 0:
             raise ValueError(f"agc.adaptive_grad_clip: `{name}` is {x}: give a number >= 0")
     scheduled = callable(clipping) or callable(eps)
 

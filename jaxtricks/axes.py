@@ -97,14 +97,22 @@ class Exact:
     table: Mapping[str, Roles]
     assumed: frozenset[str] = frozenset()
 
-    def check(self, paths: Iterable[str]) -> None:
-        """Raise if it knows none of the paths, and warn if it is likely to be of another model."""
+    def check(self, paths: Iterable[str], matrices: Iterable[str]) -> None:
+        """Raise if it is of another model, and warn if it is likely to be.
+
+        Args:
+          paths: of all parameters.
+          matrices: of those with more than one axis; for the others roles hardly matter.
+
+        Raises:
+          ValueError: it knows none of the paths, and a matrix is among them.
+        """
         paths = list(paths)
-        unknown = [path for path in paths if path not in self.table]
+        unknown = [path for path in matrices if path not in self.table]
         if not unknown or not self.table:
             return
-        nearest = difflib.get_close_matches(unknown[0], self.table, 1, 0.0)[0]
-        if len(unknown) == len(paths):
+        if not any(path in self.table for path in paths):
+            nearest = difflib.get_close_matches(unknown[0], self.table, 1, 0.0)[0]
             raise ValueError(
                 f"axes: the roles know none of the parameters: {unknown[0]!r} is not among them, and "
                 f"the nearest is {nearest!r}; take them from the model that is trained (jt.nnx.roles, "
@@ -290,9 +298,11 @@ def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
     if axes is None:
         return [None] * len(leaves)
     _check_rule(axes)
-    strict = isinstance(axes, Exact) or (isinstance(axes, Rule) and axes.strict)
-    if strict and leaves and not _tree.has_masked(params):
-        axes.check(path for path, _ in leaves)
+    paths, whole = [path for path, _ in leaves], leaves and not _tree.has_masked(params)
+    if isinstance(axes, Rule) and axes.strict and whole:
+        axes.check(paths)
+    if isinstance(axes, Exact) and whole:
+        axes.check(paths, [path for path, leaf in leaves if np.ndim(leaf) > 1])
     if callable(axes):
         found = [axes(path, np.shape(leaf)) for path, leaf in leaves]
     else:

@@ -1,5 +1,7 @@
 """Arguments of a wrong type end in one sentence with the argument's name, in every room."""
 
+import array
+import collections
 import functools
 import inspect
 import json
@@ -57,6 +59,11 @@ def test_what_is_right_stays_right():
     loss = longtail.cross_entropy()
     for labels in (np.array([0, 1], np.uint8), jnp.eye(2)):
         loss(np.zeros((2, 2), np.float32), labels)
+    for counts in (range(1, 3), array.array("i", [1, 2]), collections.deque([1, 2])):
+        longtail.balanced_softmax(counts)
+    # A list of what is traced.
+    jax.vmap(lambda n: longtail.balanced_softmax([n, 10, 3, 1])(Z, Y))(jnp.arange(1.0, 4.0))
+    agc.unitwise_norm(jnp.ones((2, 3)), ("in", "out"))
     for key in (jax.random.key(0), jax.random.PRNGKey(0)):
         weightstd.stochastic_depth(key, jnp.ones((2, 3)), 0.5)
     amp.dynamic_loss_scale(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
@@ -77,6 +84,12 @@ def test_the_error_names_function_argument_and_types_and_nothing_else():
         agc.adaptive_grad_clip("0.1")
     with pytest.raises(TypeError, match=r"`x` is an array of complex64 \[2, 3\]: give an array"):
         ebn.extended_moments(jnp.full((2, 3), 7j, jnp.complex64))
+    with pytest.raises(
+        TypeError, match="is a list of float and int: give a sequence of whole numbers"
+    ):
+        weightstd.residual_scales([1.0, 2])
+    with pytest.raises(TypeError, match="is an empty list: give an array"):
+        longtail.balanced_softmax([])
     with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
         agc.adaptive_grad_clip(axis=1)
 

@@ -200,6 +200,7 @@ def test_roles_of_another_model_raise_and_name_the_nearest_path(make):
     # A part of the model's parameters is right, and so are more of one's own.
     make(rule).init({"stem": {"kernel": jnp.ones((4, 4))}})
     make(rule).init({"stem": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "own": jnp.ones(3)})
+    make(rule).init({"temperature": jnp.ones(()), "own": jnp.ones(3)})
     # Both at once are what a conversion leaves behind.
     with pytest.warns(UserWarning, match=r"'stem/conv/kernel'.*'stem/kernel'"):
         make(rule).init({"stem": {"conv": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)}})

@@ -174,3 +174,41 @@ def test_complex_moments_keep_their_dtype(tx):
         return jax.lax.scan(body, (params, guarded.init(params)), length=3)[0][0]
 
     assert steps(params)["z"].dtype == jnp.complex64
+
+
+def test_the_nan_of_a_python_float_is_seen():
+    params = {"w": 1.0, "z": 1j}
+    for bad in ({"w": float("nan"), "z": 1j}, {"w": 1.0, "z": complex(0, np.inf)}):
+        assert not amp.all_finite(bad)
+        for tx in (amp.skip_nonfinite(optax.sgd(0.1)), amp.dynamic_loss_scale(optax.sgd(0.1))):
+            updates, state = tx.update(bad, tx.init(params), params)
+            assert int(state.skipped) == 1 and not any(map(np.any, jax.tree.leaves(updates)))
+
+
+@pytest.mark.parametrize(
+    "of", [float, np.float64, jnp.float32, np.asarray], ids=lambda f: f.__name__
+)
+def test_a_number_out_of_range_is_refused_however_it_is_made(of):
+    """A plain number, a scalar of NumPy, an array [] on the host or a device."""
+    sgd = optax.sgd(0.1)
+    settings = [{"init": 0.0}, {"init": -1.0}, {"init": np.inf}, {"init": np.nan}, {"growth": 0.5}]
+    settings += [{"growth": np.inf}, {"growth_interval": 1.5}, {"growth_interval": 0.0}]
+    settings += [{"backoff": 0.0}, {"backoff": 1.0}, {"backoff": 2.0}, {"backoff": np.nan}]
+    settings += [
+        {"min_scale": 0.0},
+        {"min_scale": -1.0},
+        {"min_scale": 1e9},
+        {"max_consecutive": 0.0},
+    ]
+    for wrong in settings:
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"`{name}` is "):
+            amp.dynamic_loss_scale(sgd, **{name: of(value)})
+    with pytest.raises(ValueError, match="`max_consecutive`"):
+        amp.skip_nonfinite(sgd, of(0.0))
+    with pytest.raises(ValueError, match="`value`"):
+        amp.DynamicLossScale(of(-1.0))
+    with pytest.raises(ValueError, match="`clipping`"):
+        agc.adaptive_grad_clip(of(-1.0))
+    with pytest.raises(ValueError, match="`learning_rate`"):
+        memopt.adafactor(of(-1.0))

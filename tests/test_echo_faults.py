@@ -443,7 +443,7 @@ def test_a_large_distance_costs_nothing_before_it_is_used():
 def test_keys_asks_for_one_typed_key(unchecked):
     legacy = jax.random.PRNGKey(0)
     many = jax.random.split(jax.random.key(0), 3)
-    for key, match in ((legacy, "wrap_key_data"), (many, r"\(3,\)"), (0, "typed"), (None, "typed")):
+    for key, match in ((legacy, "wrap_key_data"), (many, r"\(3,\)"), (0, "key"), (None, "key")):
         with pytest.raises(ValueError, match=rf"^echo\.keys: `key` .*{match}"):
             echo.keys(key, jnp.arange(2), jnp.zeros(2, int))
     typed = echo.keys(jax.random.wrap_key_data(legacy), 3, 1)

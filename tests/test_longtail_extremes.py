@@ -260,3 +260,22 @@ def test_an_ignored_example_is_not_in_the_regulariser_of_lade_inside_jit(x64):
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(gradient[inside], want_gradient, rtol=1e-12)
     assert not np.any(gradient[~inside])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (3,), (1,), ()])
+def test_a_mask_of_another_shape_is_refused_by_name(shape):
+    """Broadcast, it would make another loss of them."""
+    z, y = np.zeros((2, 3), np.float32), np.array([0, 1])
+    where = np.ones(shape, bool)
+    for loss in (longtail.cross_entropy(), longtail.seesaw([3, 2, 1]), longtail.lade([3, 2, 1])):
+        for call in (loss, jax.jit(loss)):
+            with pytest.raises(Exception, match="where"):  # a type check in tests comes first
+                call(z, y, where=where)
+
+
+def test_a_mask_of_integers_counts_what_is_not_zero():
+    """As an attention mask is; the type check of tests does not know it, so by the undecorated call."""
+    keep = longtail.counts.as_mask(np.array([2, 0, 1]), (3,))
+    assert keep.tolist() == [True, False, True]
+    with pytest.raises(ValueError, match=r"`where` has shape \(1,\) where \(3,\)"):
+        longtail.counts.as_mask(np.ones(1, bool), (3,))

@@ -1,14 +1,13 @@
 """Loss scales as pytrees, and the finiteness check."""
 
 import math
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtricks import _tree
-from jaxtricks._arguments import checked
+from jaxtricks._arguments import checked, known_number
 from jaxtricks._types import Array, Scalar
 
 T = TypeVar("T")
@@ -126,10 +125,12 @@ def check_settings(
         ("min_scale", min_scale, "a finite number > 0", lambda x: 0 < x < math.inf),
     ]
     for argument, value, wanted, holds in rules:
-        if _is_plain(value) and not holds(value):
+        number = known_number(value)
+        if number is not None and not holds(number):
             raise ValueError(f"amp.{name}: `{argument}` is {value}: give {wanted}")
     argument, first = init
-    if _is_plain(first) and _is_plain(min_scale) and min_scale > first:
+    low, high = known_number(min_scale), known_number(first)
+    if low is not None and high is not None and low > high:
         raise ValueError(
             f"amp.{name}: `min_scale` is {min_scale}, above `{argument}`, {first}: give a smaller one"
         )
@@ -137,14 +138,11 @@ def check_settings(
 
 def check_most(name: str, max_consecutive: Scalar) -> None:
     """Raise for a number of skipped steps that no training could stay below."""
-    if _is_plain(max_consecutive) and not (max_consecutive >= 1 and max_consecutive % 1 == 0):
+    most = known_number(max_consecutive)
+    if most is not None and not (most >= 1 and most % 1 == 0):
         raise ValueError(
             f"amp.{name}: `max_consecutive` is {max_consecutive}: give a whole number >= 1"
         )
-
-
-def _is_plain(x: Any) -> TypeGuard[float]:
-    return isinstance(x, int | float | np.number)
 
 
 def next_scale(
@@ -174,7 +172,11 @@ def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
       axis_name: mapped axes (of shard_map or pmap) along which the leaves differ; the answer is for
         all of them together. Under jit, arrays are whole and none is needed.
     """
-    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_inexact(x)]
+    checks = [
+        jnp.isfinite(x).all()
+        for x in jax.tree.leaves(tree)
+        if _tree.is_inexact(x) or isinstance(x, float | complex)
+    ]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
     return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
 
@@ -187,6 +189,8 @@ def select_tree(pred: Array, on_true: T, on_false: T) -> T:
 
 def _multiply(tree: T, factor: Array) -> T:
     def leaf(x: Any) -> Any:
+        if isinstance(x, float | complex):
+            x = jnp.asarray(x)
         if not _tree.is_inexact(x):
             return x
         x = x.astype(_tree.wide_dtype(x))

@@ -21,6 +21,7 @@ from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import (
     Counts,
     are_classes,
+    as_mask,
     as_vector,
     at_least_rarest,
     check_labels,
@@ -204,7 +205,7 @@ class SoftmaxLoss:
         """
         logits = floating(jnp.asarray(logits))
         if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
-            where = jnp.asarray(where)
+            where = as_mask(where, logits.shape[:-1])
             logits = jnp.where(where[..., None], logits, 0)
         form = self._form(logits)
         if _are_hard(labels, logits):

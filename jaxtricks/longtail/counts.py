@@ -167,6 +167,30 @@ def class_indices(labels: Any) -> Array:
     return labels.astype(jnp.int32)
 
 
+def as_mask(where: Any, batch: tuple[int, ...]) -> Array:
+    """Which examples count, as booleans; of integers those that are not 0.
+
+    Raises:
+      ValueError: there is not one per example: broadcast, it would change the loss.
+    """
+    return same_shape("where", where, batch).astype(bool)
+
+
+def same_shape(name: str, values: Any, shape: tuple[int, ...]) -> Array:
+    """The values as an array, which must have this shape.
+
+    Raises:
+      ValueError: it has another one.
+    """
+    array = jnp.asarray(values)
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"longtail: `{name}` has shape {array.shape} where {tuple(shape)} fits the logits: pass one "
+            "entry per example"
+        )
+    return array
+
+
 def are_classes(labels: Any, num_classes: int) -> Array:
     """[...] bool, integer labels in [0, C); [] True for probabilities."""
     labels = jnp.asarray(labels)

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Integer
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import are_classes, floating
+from jaxtricks.longtail.counts import are_classes, as_mask, floating, same_shape
+from jaxtricks.longtail.gap import floor
 
 Loss = Callable[..., Array]
 """loss(logits [..., C], labels, where=None) -> per-example [...]: any loss of the room."""
@@ -43,9 +44,9 @@ def kd(
       Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
     """
     z = floating(jnp.asarray(logits))
-    t = jax.lax.stop_gradient(jnp.asarray(teacher)).astype(z.dtype)
+    t = jax.lax.stop_gradient(same_shape("teacher", teacher, z.shape)).astype(z.dtype)
     if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
-        keep = jnp.asarray(where)[..., None]
+        keep = as_mask(where, z.shape[:-1])[..., None]
         z, t = jnp.where(keep, z, 0), jnp.where(keep, t, 0)
     temperature, power = (jnp.asarray(x).astype(z.dtype) for x in (temperature, power))
     return temperature**2 * kl_divergence(power * t / temperature, z / temperature)
@@ -56,10 +57,9 @@ def kl_divergence(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"]
 ) -> Float[Array, "*batch"]:
     """KL(softmax(p) || softmax(q)) of logits, finite where both say -inf."""
+    p, q = (jnp.maximum(x, floor(x)) for x in (p, q))
     log_p, log_q = jax.nn.log_softmax(p, axis=-1), jax.nn.log_softmax(q, axis=-1)
-    share = jnp.exp(log_p)
-    # The limit of x log x at 0; -inf less -inf would be NaN.
-    return jnp.sum(share * jnp.where(share == 0, 0, log_p - log_q), axis=-1)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 @node

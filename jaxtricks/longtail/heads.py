@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Integer
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import class_indices, floating
+from jaxtricks.longtail.counts import as_mask, class_indices, floating
 from jaxtricks.longtail.kernels import check_normed as check_normed
 from jaxtricks.longtail.kernels import max_norm as max_norm
 from jaxtricks.longtail.kernels import max_norm_radius as max_norm_radius
@@ -136,7 +136,7 @@ def centroids(
             f'longtail.heads.centroids: `kind` is {kind!r}: pass "un", "l2n" or "cl2n"'
         )
     x, y = floating(jnp.asarray(features)), class_indices(labels)
-    keep = jnp.ones(y.shape, bool) if where is None else jnp.asarray(where)
+    keep = jnp.ones(y.shape, bool) if where is None else as_mask(where, y.shape)
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)
     member = (y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]) & keep[:, None]

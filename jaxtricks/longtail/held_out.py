@@ -9,6 +9,7 @@ from jaxtricks._types import Array
 from jaxtricks.longtail.counts import (
     Counts,
     are_classes,
+    as_mask,
     as_vector,
     class_indices,
     floating,
@@ -33,11 +34,12 @@ def held_out(
     z, y = floating(jnp.asarray(logits)), class_indices(labels).reshape(-1)
     n = as_vector(f"posthoc.{name}: `counts`", counts).astype(z.dtype)
     check_classes(name, "counts", n, z)
+    batch = z.shape[:-1]
     z = z.reshape(-1, z.shape[-1])
     inside = are_classes(y, z.shape[-1])
     y = jnp.where(inside, y, 0)
     keep = inside & seen(n)[y]
-    keep = keep if where is None else keep & jnp.asarray(where).reshape(-1)
+    keep = keep if where is None else keep & as_mask(where, batch).reshape(-1)
     return HeldOut(jnp.where(keep[:, None], z, 0), y, keep, n)
 
 

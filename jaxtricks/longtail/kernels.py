@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.counts import as_mask, floating
 
 
 @checked
@@ -106,14 +106,16 @@ def check_normed(
     if any(isinstance(a, jax.core.Tracer) for a in (logits, where)):
         size = jnp.abs(floating(jnp.asarray(logits)))
         if where is not None:
-            size = jnp.where(jnp.asarray(where)[..., None], size, 0)
+            size = jnp.where(as_mask(where, size.shape[:-1])[..., None], size, 0)
         outside = jnp.any(~(size <= _ROUNDED_ONE))
         # XLA's maximum on CPU passes over a NaN.
         largest = jnp.where(jnp.isnan(jnp.sum(size)), jnp.nan, jnp.max(size, initial=0))
         jax.lax.cond(outside, lambda x: jax.debug.callback(_warn, x), lambda x: None, largest)
         return
     z = np.asarray(logits, np.float64)
-    largest = np.max(np.abs(z if where is None else z[np.asarray(where)]), initial=0.0)
+    if where is not None:
+        z = z[np.asarray(as_mask(where, z.shape[:-1]))]
+    largest = np.max(np.abs(z), initial=0.0)
     if not largest <= _ROUNDED_ONE:
         _warn(largest)
 

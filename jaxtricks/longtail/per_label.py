@@ -8,7 +8,7 @@ from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Key, Scalar
 from jaxtricks.longtail.algebra import _are_hard
-from jaxtricks.longtail.counts import check_labels, class_indices, floating
+from jaxtricks.longtail.counts import as_mask, check_labels, class_indices, floating, same_shape
 from jaxtricks.longtail.gap import expected, gaps, is_label, lowest, rows
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
@@ -114,7 +114,7 @@ class Lade:
         n = _vector("lade: `counts`", self.counts, z)
         prior = n / jnp.maximum(jnp.sum(n), 1)
         own = expected(q, *_cross_entropies(z + jnp.log(prior + PRIOR_EPS)))
-        keep = jnp.ones(own.shape, bool) if where is None else jnp.asarray(where)
+        keep = jnp.ones(own.shape, bool) if where is None else as_mask(where, own.shape)
         keep = keep if inside is None else keep & inside
         rows = z.reshape(-1, z.shape[-1]), q.reshape(-1, z.shape[-1]), keep.reshape(-1)
         alpha = jnp.asarray(self.alpha).astype(z.dtype)
@@ -195,8 +195,9 @@ class InfluenceBalanced:
         """The loss of every example; as `SoftmaxLoss`, and `features` [..., D] the head's input."""
         z, q, inside = _inputs(logits, labels, where)
         h = jnp.asarray(features).astype(z.dtype)
+        h = same_shape("features", h, (*z.shape[:-1], h.shape[-1]))
         if where is not None:
-            h = jnp.where(jnp.asarray(where)[..., None], h, 0)
+            h = jnp.where(as_mask(where, z.shape[:-1])[..., None], h, 0)
         gap, offered = gaps(z)
         # ||p - onehot||_1 = 2 (1 - p_c), and 1 - p_c = sigmoid(gap) without cancellation.
         influence = 2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
@@ -213,6 +214,7 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
     z = floating(jnp.asarray(logits))
     z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # certain of a class, and beyond correction
     labels = jnp.asarray(labels)
+    where = None if where is None else as_mask(where, z.shape[:-1])
     if hard := _are_hard(labels, z):
         check_labels(labels, z.shape[-1], where)
         q = is_label(class_indices(labels), z)
@@ -220,7 +222,7 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
         q = labels
     inside = jnp.any(q, axis=-1) if hard else None
     if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
-        keep = jnp.asarray(where)[..., None]
+        keep = where[..., None]
         z, q = jnp.where(keep, z, 0), jnp.where(keep, q, jnp.zeros((), q.dtype))
     return z, q.astype(z.dtype), inside
 

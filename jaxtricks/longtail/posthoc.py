@@ -9,7 +9,15 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import UNSEEN_LOG_PRIOR, Counts, as_vector, floating, log_prior, seen
+from jaxtricks.longtail.counts import (
+    UNSEEN_LOG_PRIOR,
+    Counts,
+    as_mask,
+    as_vector,
+    floating,
+    log_prior,
+    seen,
+)
 from jaxtricks.longtail.held_out import (
     balanced,
     balanced_cross_entropy,
@@ -270,8 +278,8 @@ def estimate_prior(
     prior = _prior("source", source, z, "estimate_prior")
     offered = seen(prior)
     prior = jnp.where(jnp.any(offered), prior, 1 / z.shape[-1])
-    z = z.reshape(-1, z.shape[-1])
-    keep = jnp.ones(len(z), bool) if where is None else jnp.asarray(where).reshape(-1)
+    keep = jnp.ones(z.shape[:-1], bool) if where is None else as_mask(where, z.shape[:-1])
+    z, keep = z.reshape(-1, z.shape[-1]), keep.reshape(-1)
     z = jnp.where(keep[:, None], z, 0) - log_prior(prior)[None]
     z = jnp.where((offered | ~jnp.any(offered))[None], z, -jnp.inf)
     total = jnp.maximum(jnp.sum(keep), 1).astype(z.dtype)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array
-from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail.counts import floating, same_shape
 
 
 @checked
@@ -43,7 +43,9 @@ def reduce(
             f'longtail.reduce: `kind` is {kind!r}: pass "mean", "weighted_mean" or "sum"'
         )
     losses = floating(jnp.asarray(per_example))
-    w = jnp.ones_like(losses) if weights is None else jnp.asarray(weights).astype(losses.dtype)
+    w = jnp.ones_like(losses)
+    if weights is not None:
+        w = same_shape("weights", weights, losses.shape).astype(losses.dtype)
     total = jnp.sum(jnp.where(w != 0, w * losses, 0))
     if kind == "sum":
         return total

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Integer
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._types import Array, Scalar
+from jaxtricks.longtail.counts import as_mask
 from jaxtricks.longtail.per_label import Seesaw, _finished, _inputs
 
 Axis = str | tuple[str, ...] | None
@@ -266,7 +267,7 @@ def _counted(z: Array, inside: Array | None, where: Array | None) -> Array:
     keep = ~jnp.any(jnp.isnan(z), axis=-1)
     if inside is not None:
         keep &= inside
-    return keep if where is None else keep & jnp.asarray(where)
+    return keep if where is None else keep & as_mask(where, keep.shape)
 
 
 def _summed(x: Array, axis_name: Axis) -> Array:

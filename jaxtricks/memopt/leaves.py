@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _sharding, _tree, axes
+from jaxtricks._arguments import known_number
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
 
@@ -135,7 +136,8 @@ def is_zero(x: Any) -> bool:
 
 def check_number(name: str, argument: str, x: Any, low: float, high: float = float("inf")) -> None:
     """Raise if a plain number lies outside [low, high]; arrays and schedules pass."""
-    if isinstance(x, int | float | np.number) and not low <= float(x.real) <= high:
+    number = known_number(x)
+    if number is not None and not low <= number <= high:
         limit = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
         raise ValueError(f"memopt.{name}: `{argument}` is {x}: give a number {limit}")
 

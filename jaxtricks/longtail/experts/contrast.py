@@ -13,6 +13,7 @@ from jaxtricks._types import Array, Scalar
 from jaxtricks.longtail.counts import (
     Counts,
     are_classes,
+    as_mask,
     as_vector,
     class_indices,
     floating,
@@ -101,7 +102,7 @@ class Paco:
         """
         z = floating(jnp.asarray(logits))
         self._check(z, features, keys)
-        keep = jnp.ones(z.shape[:1], bool) if where is None else jnp.asarray(where)
+        keep = jnp.ones(z.shape[:1], bool) if where is None else as_mask(where, z.shape[:1])
         z, f, k = (jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys))
         inside = are_classes(labels, z.shape[-1])
         y = jnp.where(keep & inside, class_indices(labels), NOBODY)

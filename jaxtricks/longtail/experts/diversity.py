@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Integer
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, are_classes, as_vector, floating
+from jaxtricks.longtail.counts import Counts, are_classes, as_mask, as_vector, floating
 from jaxtricks.longtail.distill import Loss, kl_divergence
 from jaxtricks.longtail.presets import cross_entropy
 
@@ -65,7 +65,7 @@ def divergence(
     """
     z = floating(jnp.asarray(logits))
     if where is not None:
-        z = jnp.where(jnp.asarray(where)[None, ..., None], z, 0)
+        z = jnp.where(as_mask(where, z.shape[1:-1])[None, ..., None], z, 0)
     t = jnp.asarray(temperature).astype(z.dtype)
     mean = jax.lax.stop_gradient(jnp.mean(z, axis=0, keepdims=True))
     z, mean = (x / t.reshape((1,) * (z.ndim - t.ndim) + t.shape) for x in (z, mean))

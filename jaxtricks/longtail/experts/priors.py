@@ -9,7 +9,14 @@ from jaxtyping import Bool, Float, Integer
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, log_prior
+from jaxtricks.longtail.counts import (
+    Counts,
+    as_mask,
+    as_vector,
+    at_least_rarest,
+    floating,
+    log_prior,
+)
 from jaxtricks.longtail.experts.diversity import aggregate
 from jaxtricks.longtail.gap import rows
 from jaxtricks.longtail.presets import cross_entropy
@@ -161,7 +168,8 @@ def fit_weights(
       Zhang et al., Self-supervised aggregation of diverse experts, arXiv 2107.09249, section 4.3.
     """
     first, second = (floating(jnp.asarray(z)) for z in (first, second))
-    keep = jnp.ones(first.shape[1:-1], bool) if where is None else jnp.asarray(where)
+    batch = first.shape[1:-1]
+    keep = jnp.ones(batch, bool) if where is None else as_mask(where, batch)
     first, second = (jnp.where(keep[None, ..., None], z, 0) for z in (first, second))
     number = jnp.maximum(jnp.sum(keep), 1).astype(first.dtype)
     rate, least = (jnp.asarray(x).astype(first.dtype) for x in (learning_rate, least))
