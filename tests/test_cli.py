@@ -209,7 +209,9 @@ def test_the_report_of_a_run_and_a_comparison(capsys, tmp_path):
     text = fails(capsys, "compare", str(tmp_path))
     assert str(tmp_path) in text and "no run" in text
     text = fails(capsys, "compare", str(tmp_path / "0"), "--picture", "/proc/nothing/a.png")
-    assert "can't write /proc/nothing/a.png" in text
+    assert "can't write /proc/nothing/a.png" in text and "--out" not in text
+    text = fails(capsys, "compare", str(tmp_path / "0"), "--picture", str(tmp_path / "x.foo"))
+    assert "'foo' is not supported" in text and "--picture that ends in .png" in text
 
 
 def test_lr_find_suggests_and_draws(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """`jaxtricks fuse RUN`: the files are the model, and run without this library."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxtricks import cli
 from jaxtricks.lab import deploy
+from jaxtricks.lab.config import Fuse, UserError
 
 SMALL = ["--steps", "12", "--batch", "32", "--widths", "8", "16", "--save-every", "12"]
 
@@ -65,3 +67,15 @@ def test_mistakes_are_sentences(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main(args)
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_files_lie_outside_of_the_data(run, tmp_path, monkeypatch):
+    """Where a later run would take them for a class."""
+    (tmp_path / "data").mkdir()
+    settings = dataclasses.replace(
+        deploy.settings_of(deploy.runs.read(run)), data=str(tmp_path / "data")
+    )
+    monkeypatch.setattr(deploy, "settings_of", lambda _: settings)
+    with pytest.raises(UserError, match="--out .*/data/fz lies in --data"):
+        deploy.run(Fuse(str(run), out=str(tmp_path / "data/fz")))
+    assert not list((tmp_path / "data").iterdir())

@@ -435,6 +435,9 @@ def test_verdicts_follow_from_the_figures():
         "no difference beyond" in note and "temporaries -50 %" in note and "step time +30 %" in note
     )
     assert "does not help accuracy here" in note
+    # The table has 0.1 ms for both.
+    quick = base | {"step_ms": 0.11}
+    assert "step time" not in report.verdict(quick | {"key": "echo", "step_ms": 0.13}, quick)
     worse = report.verdict(base | {"key": "agc", "metric": 0.7}, base)
     assert worse.startswith("-10.0 points") and "does not help" in worse
 

@@ -254,7 +254,11 @@ def test_numbered_classes_are_in_the_order_of_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.png": encode(pixels(4, 4, 3))}, ("holds no images", "CLASS/NAME.jpg")),
+        (
+            {"a.png": encode(pixels(4, 4, 3))},
+            ("holds images (1) but no class folders", "CLASS/NAME.jpg"),
+        ),
+        ({"a.txt": b"", "cat/": None}, ("holds no images", "1 .txt", "CLASS/NAME.jpg")),
         (classes() | {"bird/": None}, ("class 'bird'", "no image")),
         (classes(under="train/") | {"val/": None}, ("validation split", "val/", "holds no images")),
         (classes(under="train/") | {"test/cat/": None}, ("test split", "holds no images")),

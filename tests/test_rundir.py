@@ -209,6 +209,15 @@ def test_a_run_is_advised_to_be_resumed_where_that_can_be(tmp_path):
             RunDir(str(tmp_path), ABOUT, resume=resume)
 
 
+def test_nothing_to_resume_is_said(tmp_path):
+    """It is meant: the same command may begin a run and go on with it."""
+    folder = RunDir(str(tmp_path / "run"), with_versions(), resume=True)
+    assert not folder.resumed and "nothing was begun" in folder.note
+    folder.close()
+    for resume, out in ((True, "run"), (False, "new")):
+        assert not RunDir(str(tmp_path / out), with_versions(), resume=resume).note
+
+
 @pytest.mark.parametrize("out", [".", "x", "x/y", "../data/x", "link/x"])
 def test_a_run_directory_lies_outside_of_its_data(tmp_path, monkeypatch, out):
     (tmp_path / "data").mkdir()

@@ -35,8 +35,10 @@ def parse(args: Sequence[str]) -> Command:
     """
     name, *rest = args
     if name not in COMMANDS:
-        meant = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
-        hint = f"did you mean {meant[0]}? The commands are" if meant else "use"
+        known = {command: command for command in COMMANDS}
+        known |= {"help": "--help", "version": "--version", "v": "--version"}
+        meant = difflib.get_close_matches(name.lower().strip("-"), known, n=1)
+        hint = f"did you mean {known[meant[0]]}? The commands are" if meant else "use"
         raise UserError(f"unknown command {name[:60]!r}: {hint} {', '.join(COMMANDS)}")
     cfg = options.read(COMMANDS[name], name, rest)
     cfg.check()
@@ -92,7 +94,8 @@ def _compare(cfg: Compare) -> None:
     if cfg.picture:
         from jaxtricks import plot
 
-        _draw(plot.compare(compare.points(found)), pathlib.Path(cfg.picture))
+        cure = "give a --picture that ends in .png, in a folder that can be written to"
+        _draw(plot.compare(compare.points(found)), pathlib.Path(cfg.picture), cure)
 
 
 def _lr_find(cfg: LrFind, command: str) -> None:
@@ -126,10 +129,10 @@ def _plan(cfg: Plan, command: str) -> None:
         _draw(plot.plan(found), pathlib.Path(cfg.out) / plan.PICTURE)
 
 
-def _draw(figure: Any, path: pathlib.Path) -> None:
+def _draw(figure: Any, path: pathlib.Path, cure: str = "") -> None:
     from jaxtricks.lab.rundir import writing
 
-    with writing(path):
+    with writing(path, cure=cure):
         figure.savefig(path, dpi=110)
 
 

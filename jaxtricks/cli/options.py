@@ -76,9 +76,17 @@ class _Parser(argparse.ArgumentParser):
         """Raise UserError for a word that is no option; names the option that may be meant."""
         option = word.partition("=")[0]
         if not option.startswith("-"):
+            for action in self._actions:
+                if not action.option_strings:
+                    raise UserError(
+                        f"{self.prog.split()[-1]} takes one {action.metavar}: drop {_REPR.repr(word)}"
+                    )
             raise UserError(f"{_REPR.repr(word)} is not an option: see {self.prog} --help")
         known = [x for action in self._actions for x in action.option_strings]
-        meant = difflib.get_close_matches(option, known, n=1, cutoff=0.7)
+        # Without the dashes, in which all are alike.
+        bare = {x.lstrip("-"): x for x in known}
+        near = difflib.get_close_matches(option.lstrip("-"), bare, n=1, cutoff=0.7)
+        meant = [bare[x] for x in near]
         hint = f"did you mean {meant[0]}?" if meant else f"see {self.prog} --help"
         raise UserError(f"unknown option {_REPR.repr(option)}: {hint}")
 

@@ -5,10 +5,21 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 from typing import Literal
 
 from jaxtricks import KEYS
-from jaxtricks.lab.errors import UserError, at_least, at_most, budget, flag, named, outside, share
+from jaxtricks.lab.errors import (
+    UserError,
+    at_least,
+    at_most,
+    budget,
+    flag,
+    named,
+    outside,
+    positive,
+    share,
+)
 from jaxtricks.lab.parallel_config import Parallel
 
 MOST = 2**31 - 1
@@ -33,6 +44,21 @@ IDLE = {
         "transformer": _NO_CONVOLUTION,
     },
 }
+
+# What else people call a trick, or a part of it, in small letters and digits alone.
+_NAMES = {
+    "echo": "dataecho dataechoing batchecho batchechoing",
+    "amp": "mixedprecision bf16 bfloat16 fp16 float16 lossscale lossscaling",
+    "memopt": "adafactor sm3",
+    "weightstd": "ws weightstandardization",
+    "agc": "clip clipping gradientclipping",
+    "remat": "checkpoint checkpointing recompute recomputation rematerialization",
+    "ebn": "bn batchnorm batchnormalization",
+    "cyclical": "clr onecycle sgdr",
+    "reparam": "acnet dbb repvgg fuse",
+    "longtail": "focal imbalance ldam logitadjustment",
+}
+_ALSO = {name: key for key, names in _NAMES.items() for name in names.split()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +91,9 @@ class Tricks:
         """The tricks with these keys on."""
         for key in keys:
             if key not in KEYS:
-                meant = difflib.get_close_matches(key.lower(), KEYS, n=1)
-                hint = f"did you mean {meant[0]}? The tricks are" if meant else "use one of"
+                near = difflib.get_close_matches(key.lower(), KEYS, n=1)
+                meant = _ALSO.get(re.sub("[^a-z0-9]", "", key.lower())) or next(iter(near), None)
+                hint = f"did you mean {meant}? The tricks are" if meant else "use one of"
                 raise UserError(f"unknown trick {key!r}: {hint} {', '.join(KEYS)}")
         return cls(**dict.fromkeys(keys, True))
 
@@ -200,8 +227,7 @@ class Train:
             )
         check_widths(self.widths)
         self.parallel.check(self.batch, self.accumulate)
-        if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
+        positive(self.learning_rate, "--learning-rate")
         if self.remat_budget is not None:
             budget(self.remat_budget, "--remat-budget")
         self._check_paths()
@@ -282,7 +308,9 @@ class LrFind(Train):
         at_least(self.rates, 2, "--rates", "one step is taken at each")
         at_most(self.rates, MOST, "--rates")
         if not 0 < self.lo < self.hi < float("inf"):
-            raise UserError(f"--lo {self.lo} and --hi {self.hi} are no range: give 0 < lo < hi")
+            raise UserError(
+                f"--lo {self.lo} and --hi {self.hi} are no range: give finite 0 < lo < hi"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jaxtricks.lab import about, compose, loop, runs, train
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
+from jaxtricks.lab.errors import outside
 from jaxtricks.lab.examples import to_float
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.rundir import CONFIG, RunDir, can_begin, only_writer, writing
@@ -61,6 +62,7 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     if settings.model == "transformer":
         raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
     out = cfg.out or str(made.path / "fused")
+    outside(out, data=settings.data, root=settings.root)
     can_begin(out)
     data = train.load(dataclasses.replace(settings, resume=True, out=str(made.path)))
     # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.

@@ -34,7 +34,15 @@ class HostLostError(Exception):
 def at_least(value: float, least: float, name: str, hint: str) -> None:
     """Raise UserError if value < least, or is infinite or no number."""
     if not least <= value < math.inf:
-        raise UserError(f"{name} must be at least {least}, not {value}: {hint}")
+        finite = "" if math.isfinite(value) else "a finite number of "
+        raise UserError(f"{name} must be {finite}at least {least}, not {value}: {hint}")
+
+
+def positive(value: float, name: str) -> None:
+    """Raise UserError unless 0 < value < infinity."""
+    if not 0 < value < math.inf:
+        finite = "positive" if math.isfinite(value) else "a finite positive number"
+        raise UserError(f"{name} must be {finite}, not {value}")
 
 
 def at_most(value: float, most: float, name: str) -> None:
@@ -68,10 +76,10 @@ def named(path: str, name: str) -> None:
 
 
 def outside(out: str, **folders: str) -> None:
-    """Raise UserError if a run directory would lie in a folder of data, where its pictures would be data.
+    """Raise UserError if a directory to create would lie in a folder of data, where it would be data.
 
     Args:
-      out: the run directory.
+      out: the directory.
       folders: option -> what it says, a folder or something else.
     """
     for name, folder in folders.items():
@@ -79,8 +87,8 @@ def outside(out: str, **folders: str) -> None:
             inside, around = os.path.realpath(out), os.path.realpath(folder)
             if inside == around or inside.startswith(os.path.join(around, "")):
                 raise UserError(
-                    f"--out {out} lies in --{name} {folder}, where the run's pictures would be taken for "
-                    "images of a class: give an --out outside of it"
+                    f"--out {out} lies in --{name} {folder}, where it would be taken for a class of "
+                    "images: give an --out outside of it"
                 )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxtricks.lab.config import MOST, Train, UserError, at_least, at_most
+from jaxtricks.lab.errors import positive
 
 METHODS = (
     "cross_entropy",
@@ -54,8 +55,7 @@ class LongtailBench:
         """Raise UserError for a value that can't be meant."""
         for name in ("seeds", "steps", "batch", "blocks"):
             at_least(getattr(self, name), 1, f"--{name}", "a positive number")
-        if not 0 < self.rate < float("inf"):
-            raise UserError(f"--rate must be positive, not {self.rate}")
+        positive(self.rate, "--rate")
         # What a run of the same settings refuses.
         names = ("data", "root", "out", "steps", "batch", "blocks", "imbalance", "size", "widths")
         Train(**{name: getattr(self, name) for name in names}).check()

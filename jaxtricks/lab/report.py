@@ -76,10 +76,7 @@ def table(rows: list[dict[str, Any]]) -> _table.Table:
             row["key"],
             f"{100 * row['metric']:.1f}",
             spread.spell(100 * row["std"], row["n"]),
-            f"{row['step_ms']:.1f}" if "step_ms" in row else "-",
-            f"{row['temp_bytes'] / 1024:.0f}",
-            f"{row['state_bytes'] / 1024:.1f}",
-            f"{row['reads']:.0f}",
+            *(_shown(row, name) for name in _COSTS),
             row["note"],
         )
         for row in rows
@@ -189,10 +186,18 @@ def machine_line(machine: dict[str, Any], have: dict[str, str]) -> str:
     )
 
 
+def _shown(row: dict[str, Any], name: str) -> str:
+    """A cost as the table has it."""
+    unit = 1024 if name.endswith("_bytes") else 1
+    digits = 0 if name in ("temp_bytes", "reads") else 1
+    return f"{row[name] / unit:.{digits}f}" if name in row else "-"
+
+
 def _changes(row: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     clauses = []
     for name, label in _COSTS.items():
         change = row[name] / reference[name] - 1 if name in row and reference.get(name) else 0.0
-        if abs(change) >= _NOTABLE[name]:
+        # No change of figures that look the same in the table.
+        if abs(change) >= _NOTABLE[name] and _shown(row, name) != _shown(reference, name):
             clauses.append(f"{label} {100 * change:+.0f} %")
     return clauses

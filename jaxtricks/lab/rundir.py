@@ -74,6 +74,8 @@ class RunDir:
                 self.note = _other_versions(path, before, about)
             else:
                 self.write(CONFIG, about)
+                if resume:
+                    self.note = f"--resume: nothing was begun in {path} yet, so this begins there"
         except BaseException:
             self.close()
             raise
@@ -211,8 +213,13 @@ def only_writer(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path, *, in_mid_run: bool = False) -> Iterator[pathlib.Path]:
-    """Say in one sentence what could not be written and why.
+def writing(
+    path: pathlib.Path,
+    *,
+    in_mid_run: bool = False,
+    cure: str = "",
+) -> Iterator[pathlib.Path]:
+    """Say in one sentence what could not be written, why, and what to do.
 
     Raises:
       UserError: for any OSError inside, and for a path that no file can have.
@@ -222,9 +229,8 @@ def writing(path: pathlib.Path, *, in_mid_run: bool = False) -> Iterator[pathlib
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         saved = "; checkpoints that were saved before are whole" if in_mid_run else ""
-        raise UserError(
-            f"can't write {path} ({reason}): free space or give a writable --out{saved}"
-        ) from error
+        cure = cure or "free space or give a writable --out"
+        raise UserError(f"can't write {path} ({reason}): {cure}{saved}") from error
 
 
 def finite(value: Any) -> Any:

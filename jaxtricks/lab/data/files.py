@@ -35,6 +35,11 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     others = [parts[depth:] for parts in tree.others]
     split = any(len(parts) > 2 and parts[0].lower() in SPLITS for parts in found)
     images = {parts: name for parts, name in found.items() if len(parts) > 1}
+    if not images and found:
+        raise UserError(
+            f"{path} holds images ({len(found)}) but no class folders: give the folder that they are in, "
+            "with [train|val|test/]CLASS/NAME.jpg"
+        )
     if not images:
         has = f" (it has {extensions(others)})" if others else ""
         raise UserError(f"{path} holds no images{has}: it needs [train|val|test/]CLASS/NAME.jpg")
