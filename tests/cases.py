@@ -27,6 +27,10 @@ FEW = {
     "test_echo.py::test_resume_is_exact_at_every_position": 5,
     "test_echo_auto.py::test_a_stream_that_tuned_itself_is_resumed_and_replayed": 1,
     "test_faults.py::test_sigterm_in_steps_saves": 1,
+    "test_fuse_layers.py::test_every_argument_of_a_normalization": 8,
+    "test_fuse_layers.py::test_every_argument_of_every_layer": 24,
+    "test_fuse_layers.py::test_extended_normalizations_and_sixteen_bits": 4,
+    "test_fuse_layers.py::test_subclasses_are_kept_by_name_and_the_rest_is_fused": 3,
     "test_lab_data.py::test_a_state_goes_on_with_identical_batches": 6,
     "test_lab_pipeline.py::test_every_position_is_one_to_go_on_from": 8,
     "test_laws.py::test_a_state_keeps_its_types_and_is_mapped_by_optax": 24,
@@ -37,6 +41,8 @@ FEW = {
     "test_linen_fuse.py::test_layers": 3,
     "test_longtail_experts.py::test_golden_dive": 2,
     "test_longtail_experts.py::test_gradients": 2,
+    "test_longtail_extremes.py::test_losses_take_every_narrow_integer": 2,
+    "test_longtail_extremes.py::test_whatever_takes_labels_takes_every_narrow_integer": 2,
     "test_longtail_more.py::test_a_class_that_is_not_offered_and_a_label_outside": 2,
     "test_longtail_more.py::test_golden_float32": 6,
     "test_longtail_more.py::test_masked_examples_cost_nothing_whatever_they_hold": 3,
@@ -47,6 +53,8 @@ FEW = {
     "test_models.py::test_recomputing_changes_nothing": 1,
     "test_models.py::test_starts_near_chance_and_learns": 1,
     "test_nnx.py::test_fused_within_sixteen_units": 1,
+    "test_nnx_carried.py::test_a_training_step_under_jit": 2,
+    "test_nnx_carried.py::test_the_model_may_stand_anywhere_and_come_by_name": 2,
     "test_reparam.py::test_fused_convolution_is_a_plain_convolution": 2,
     "test_reparam.py::test_fused_equals_branches": 8,
     "test_reparam.py::test_unfuse_is_the_inverse_of_fuse": 2,
@@ -58,6 +66,8 @@ FEW = {
     "test_spmd.py::test_modules_are_those_of_one_device": 5,
     "test_spmd.py::test_updates_and_state_are_those_of_one_device": 18,
     "test_spmd_lab.py::test_fsdp_splits_state_and_gathers_parameters_once": 1,
+    "test_switches.py::test_flags_of_the_call": 16,
+    "test_switches.py::test_fuse_finds_the_evaluation_form": 3,
 }
 
 
