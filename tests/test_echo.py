@@ -489,3 +489,18 @@ def test_mistakes_raise_and_name_the_argument():
 def test_the_card_runs():
     code = echo.__doc__.split("Use.\n")[1].split("\n\nSettings")[0]
     exec(compile("\n".join(line[4:] for line in code.splitlines()), "card", "exec"), {})
+
+
+@pytest.mark.parametrize("schedule", ["spread", "adjacent"])
+def test_a_position_before_the_first_output_of_its_tick(schedule):
+    """get_state never gives it: the element would come again."""
+    distance = {"distance": 4} if schedule == "spread" else {}
+    stream = iter(echo.echo(list(range(20)), 2, schedule=schedule, **distance))
+    assert stream.get_state()["position"] == 0
+    for _ in range(40):
+        next(stream)
+        state = stream.get_state()
+        with pytest.raises(ValueError, match="damaged, its `position` is 0"):
+            iter(echo.echo(list(range(20)), 2, schedule=schedule, **distance)).set_state(
+                state | {"position": 0}
+            )

@@ -85,8 +85,9 @@ class CalendarStream(Stream):
         calendar = self._calendar_of(state["distance"] or self._choose(0))
         # From the oldest element to the newest, to its last copy; one output a tick if copies vary.
         ticks = 2 * calendar.age + (calendar.age + 1) * self._copies.most
-        checks.field(state, "tick", least=first - 1, most=first + ticks)
-        checks.field(state, "position")
+        tick = checks.field(state, "tick", least=first - 1, most=first + ticks)
+        # Every tick but the one before the first is known by its first output, which went out.
+        checks.field(state, "position", least=int(tick >= 0))
 
     def _position(self) -> dict[str, Any]:
         gone = self._planned - len(self._ready)
