@@ -23,6 +23,20 @@ def listed(value: int | Sequence[int]) -> tuple[int, ...]:
     return (numbers,) if isinstance(numbers, int) else numbers
 
 
+def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Positions of the differentiated arguments among `count`; negative ones count from the end.
+
+    Raises:
+      ValueError: a position of no argument.
+    """
+    given = listed(argnums)
+    if any(not -count <= i < count for i in given):
+        raise ValueError(
+            f"argnums={argnums} is of no argument: give positions among the {count} that fn takes here"
+        )
+    return tuple(i % count for i in given)
+
+
 def is_integer(value: object) -> "TypeIs[int]":
     """Whether it can serve as an index; arrays with axes can't."""
     try:

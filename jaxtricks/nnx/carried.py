@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtricks import amp, remat
+from jaxtricks import _integers, amp, remat
 from jaxtricks._arguments import checked
 from jaxtricks._call import positional
 from jaxtricks.nnx._compat import is_node
@@ -135,7 +135,7 @@ def plan(
       >>> nnx.grad(found.fn)(model, x).scale[...].shape
       (3,)
     """
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    wanted = _integers.positions(argnums, len(args))
     return _planned(fn, _Parts.of(args, wanted), wanted, has_aux, budget_bytes, settings)
 
 
@@ -193,11 +193,11 @@ def auto_remat(fn: Fn, budget_bytes: int | float | str, **settings: Any) -> Fn:
     """
     found: dict[Any, remat.Plan] = {}
     argnums, has_aux = settings.pop("argnums", 0), settings.pop("has_aux", False)
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(fn)
     def planned(*args: Any, **kwargs: Any) -> Any:
         args = positional(fn, args, kwargs, "nnx.auto_remat")
+        wanted = _integers.positions(argnums, len(args))
         parts = _Parts.of(args, wanted)
         moving, fixed = jax.tree.map(shape, (parts.moving, parts.fixed))
         leaves, structure = jax.tree.flatten((moving, fixed))

@@ -73,7 +73,7 @@ def plan(
         raise ValueError(f'wrt must be "peak" or "temp", not {wrt!r}')
     budget.parse(budget_bytes, 1)  # a mistake in it is known before anything is compiled
     argnums = _integers.plain(argnums)
-    wanted = _wanted(argnums, len(args))
+    wanted = _integers.positions(argnums, len(args))
     program = _checked(fn, args, wanted, argnums, has_aux)
     problem = Problem.of(program.jaxpr, _varied(args, wanted), target.platform(topology))
     measured = functools.partial(
@@ -216,16 +216,6 @@ def _checked(
             "out of the loss, into its aux output say"
         )
     return flat.straight(closed)
-
-
-def _wanted(argnums: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Positions of the differentiated arguments; negative ones count from the end."""
-    given = _integers.listed(argnums)
-    if any(not -count <= i < count for i in given):
-        raise ValueError(
-            f"argnums={argnums} is of no argument: give positions among the {count} that fn takes here"
-        )
-    return tuple(i % count for i in given)
 
 
 def _varied(args: Any, wanted: Sequence[int]) -> list[bool]:
