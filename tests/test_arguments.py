@@ -27,7 +27,7 @@ Y = np.array([0, 1, 2, 3, 0, 1], np.int32)
 PARAMS = {"head": {"kernel": np.ones((3, 4), np.float32)}}
 
 
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_wrong_types_are_named(every):
     """In a process of its own, where nothing but the library checks types; what is left are shapes."""
     script = pathlib.Path(__file__).with_name("arguments.py")

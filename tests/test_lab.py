@@ -322,6 +322,7 @@ def test_ablation_writes_table_report_and_picture(tmp_path, capsys):
 SMALL = ["--seeds", "2", "--steps", "2", "--widths", "4", "--batch", "16", "--no-search"]
 
 
+@pytest.mark.slow
 def test_an_ablation_that_is_stopped_reports_its_rows_and_goes_on(tmp_path, monkeypatch, capsys):
     out, whole = tmp_path / "run", tmp_path / "whole"
     args = ["ablate", "--tricks", "agc", "memopt", *SMALL, "--out"]

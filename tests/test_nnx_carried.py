@@ -136,6 +136,7 @@ def test_a_wrapped_block_takes_its_place_in_the_model():
         assert model.blocks[0](X, scale=2.0).shape == X.shape
 
 
+@pytest.mark.slow
 def test_another_model_than_the_planned_one_is_refused():
     model = Net()
     plan = jt.nnx.plan(loss, model, X, **BUDGET)
@@ -291,6 +292,7 @@ def test_the_state_of_every_kind_of_node_is_carried(name):
     assert_carried(name, tuple(NODES))
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_nodes_in_any_order_and_twice_are_carried(data):

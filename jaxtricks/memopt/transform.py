@@ -45,7 +45,7 @@ def scale_by_adafactor(
     multiply_by_parameter_scale: bool = True,
     max_parameter_scale: ScalarOrSchedule | None = None,
     factored: bool = True,
-    min_dim_size_to_factor: int | np.integer = _MIN_DIM,
+    min_dim_size_to_factor: int | np.integer | Array = _MIN_DIM,
     axes: Any = None,
     clip_per_slice: bool = True,
 ) -> optax.GradientTransformation:
@@ -108,7 +108,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     max_parameter_scale: ScalarOrSchedule | None = None,
     factored: bool = True,
-    min_dim_size_to_factor: int | np.integer = _MIN_DIM,
+    min_dim_size_to_factor: int | np.integer | Array = _MIN_DIM,
     axes: Any = None,
     clip_per_slice: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
