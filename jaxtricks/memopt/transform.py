@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Params, ScalarOrSchedule
+from jaxtricks._types import Array, Params, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves, rates
 from jaxtricks.memopt.factored import Config, Hyper, is_second_moment, layout, step, zeros
 
