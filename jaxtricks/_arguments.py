@@ -80,7 +80,7 @@ def checked(function: Function) -> Function:
                     known[name].add(type(value))
                 return
         raise ArgumentTypeError(
-            f"{_name(function)}: `{name}` is {_described(value)}: give {_listed(kinds[name])}"
+            f"{_name(function)}: `{name}` is {described(value)}: give {_listed(kinds[name])}"
         )
 
     @functools.wraps(function)
@@ -122,7 +122,7 @@ def _read(function: Callable[..., Any]) -> dict[str, list[_Kind]]:
 
 
 def _kinds(hint: Any) -> list[_Kind] | None:
-    """What an annotation allows; None if it allows anything."""
+    """The kinds of values that an annotation names; None for an annotation of anything."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments)
@@ -307,7 +307,7 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{room}.{function.__qualname__.removesuffix('.__call__').lstrip('_')}"
 
 
-def _described(x: Any) -> str:
+def described(x: Any) -> str:
     """The type of a value, and of an array its dtype and shape; never what is in it."""
     if x is None:
         return "None"

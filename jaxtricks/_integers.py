@@ -12,7 +12,7 @@ def plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
     """An integer as a Python int, a sequence of them as a tuple.
 
     Raises:
-      TypeError: an item that is no integer.
+      TypeError: an item that is not an integer.
     """
     return operator.index(value) if is_integer(value) else tuple(map(operator.index, value))
 
@@ -29,12 +29,12 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
     Raises:
       ValueError: a position of no argument.
     """
-    given = listed(argnums)
-    if any(not -count <= i < count for i in given):
+    numbers = listed(argnums)
+    if any(not -count <= i < count for i in numbers):
         raise ValueError(
             f"argnums={argnums} is of no argument: give positions among the {count} that fn takes here"
         )
-    return tuple(i % count for i in given)
+    return tuple(i % count for i in numbers)
 
 
 def is_integer(value: object) -> "TypeIs[int]":

@@ -41,8 +41,8 @@ def leaves_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, Any]]:
     """[(path, leaf)] in flattening order; None and MaskedNode are no leaves."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return [(path_str(path), leaf) for path, leaf in found]
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(path_str(path), leaf) for path, leaf in leaves]
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -94,7 +94,9 @@ def is_floating(x: Any) -> bool:
 
 
 def is_inexact(x: Any) -> bool:
-    """Whether x is an array (or its shape) of a floating or complex dtype."""
+    """Whether x is an array (or its shape) of a floating or complex dtype, or such a Python number."""
+    if isinstance(x, float | complex):
+        return True
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
 
 

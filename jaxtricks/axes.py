@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _table, _tree
-from jaxtricks._arguments import checked
+from jaxtricks._arguments import checked, described
 from jaxtricks._types import Params, Roles
 
 ROLES = ("batch", "in", "out", "none")
@@ -360,8 +360,8 @@ def _checked(path: str, shape: tuple[int, ...], roles: Any) -> Roles | None:
 
 def _check_words(name: str, roles: Any) -> None:
     if not isinstance(roles, tuple | list) or not all(isinstance(role, str) for role in roles):
-        given = repr(roles) if isinstance(roles, str) else f"a {type(roles).__name__}"
-        raise ValueError(f"axes: roles of {name!r} are {given}; use a tuple of {', '.join(ROLES)}")
+        what = repr(roles) if isinstance(roles, str) else described(roles)
+        raise ValueError(f"axes: roles of {name!r} are {what}; use a tuple of {', '.join(ROLES)}")
     if any(role not in ROLES for role in roles):
         raise ValueError(
             f"axes: roles of {name!r} are {tuple(roles)}; use a tuple of {', '.join(ROLES)}"
@@ -389,7 +389,7 @@ def _words(leaf: Any, roles: Roles | None, assumed: bool) -> str:
 
 def _notes(words: list[str], by_rank: list[Any], exact: bool) -> list[str]:
     """What to do about leaves without roles, and about those whose roles are an assumption."""
-    # The vectors of a model's own parameters are no matter: one unit, whatever their axis means.
+    # A vector is one unit whatever its axis means, so those of a model's own parameters do not count.
     undecided = sum(np.ndim(x) > 1 or not exact for x in by_rank)
     assumed = sum(w.endswith(_ASSUMED) for w in words)
     notes = []

@@ -332,7 +332,7 @@ def _as_before(new: Any, old: Any) -> Any:
 
 
 def _is_complex(x: Any) -> bool:
-    return _tree.is_inexact(x) and jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 def _guarded(

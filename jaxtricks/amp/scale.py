@@ -100,7 +100,8 @@ class DynamicLossScale:
         """
         rules = self.growth_interval, self.growth, self.backoff, self.min_scale
         value, clean = next_scale(self.value, self.clean, grads_finite, *rules)
-        return DynamicLossScale(value, clean, *rules)
+        # Not by the constructor, whose check would wait for the value in every step.
+        return jax.tree.unflatten(jax.tree.structure(self), [value, clean])
 
 
 def check_settings(
@@ -172,11 +173,7 @@ def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
       axis_name: mapped axes (of shard_map or pmap) along which the leaves differ; the answer is for
         all of them together. Under jit, arrays are whole and none is needed.
     """
-    checks = [
-        jnp.isfinite(x).all()
-        for x in jax.tree.leaves(tree)
-        if _tree.is_inexact(x) or isinstance(x, float | complex)
-    ]
+    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_inexact(x)]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
     return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
 
@@ -189,10 +186,9 @@ def select_tree(pred: Array, on_true: T, on_false: T) -> T:
 
 def _multiply(tree: T, factor: Array) -> T:
     def leaf(x: Any) -> Any:
-        if isinstance(x, float | complex):
-            x = jnp.asarray(x)
         if not _tree.is_inexact(x):
             return x
+        x = jnp.asarray(x)
         x = x.astype(_tree.wide_dtype(x))
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # Part by part: as a complex number the factor would make NaN of an infinite part.

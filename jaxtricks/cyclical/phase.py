@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxtricks._arguments import described
 from jaxtricks._types import Array
 
 _MAX_DENOMINATOR = 1000
@@ -23,7 +24,7 @@ def plain(name: str, x: Any) -> float:
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array) and not np.iscomplexobj(x)
     if not is_number or np.ndim(x) != 0:
-        raise ValueError(f"cyclical.{name} is {_what(x)}: give a plain number")
+        raise ValueError(f"cyclical.{name} is {described(x)}: give a plain number")
     return float(x)
 
 
@@ -34,14 +35,9 @@ def check_number(name: str, x: Any, low: float = -math.inf) -> None:
     values = np.asarray(x)
     wanted = "finite number" if low == -math.inf else f"number > {low:g}"
     if values.ndim or values.dtype.kind not in "iuf":
-        raise ValueError(f"cyclical.{name} is {_what(x)}: give a {wanted}")
+        raise ValueError(f"cyclical.{name} is {described(x)}: give a {wanted}")
     if not low < values < math.inf:
         raise ValueError(f"cyclical.{name} is {x}: give a {wanted}")
-
-
-def _what(x: Any) -> str:
-    shape = f" of shape {x.shape}" if isinstance(x, np.ndarray) else ""
-    return f"a {type(x).__name__}{shape}"
 
 
 def exact(name: str, x: Any) -> Fraction:
