@@ -66,7 +66,7 @@ import optax
 from jaxtyping import Float
 
 from jaxtricks import _sharding, _tree
-from jaxtricks import axes as axes_
+from jaxtricks import axes as roles_lib
 from jaxtricks._arguments import checked, known_number
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 
@@ -228,7 +228,7 @@ def adaptive_grad_clip(
         # A tree without leaves is optax's, which asks where in a state the parameters' trees stand.
         if isinstance(where, Exclude) and leaves and not _tree.has_masked(params):
             where.check(leaves)
-        for (path, leaf), roles in zip(leaves.items(), axes_.leaf_roles(axes, params), strict=True):
+        for (path, leaf), roles in zip(leaves.items(), roles_lib.leaf_roles(axes, params), strict=True):
             _unit_axes(path, tuple(jnp.shape(leaf)), roles)
             _check_dtype(path, leaf, where)
         # Two arrays, not one twice: a donated state may not hold a buffer twice.
@@ -241,7 +241,7 @@ def adaptive_grad_clip(
                 "agc.adaptive_grad_clip needs `params`: call tx.update(grads, state, params)"
             )
         weights = _tree.by_path(params)
-        roles = dict(zip(weights, axes_.leaf_roles(axes, params), strict=True))
+        roles = dict(zip(weights, roles_lib.leaf_roles(axes, params), strict=True))
         clip, floor = (x(state.count) if callable(x) else x for x in (clipping, eps))
         grads, reports = _tree.by_path(updates), []
         for path, g in grads.items():
@@ -282,7 +282,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 def _unit_axes(name: str, shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...]:
     if roles is not None:
-        return axes_.positions(roles, "in", "none")
+        return roles_lib.positions(roles, "in", "none")
     rank = len(shape)
     if sum(n != 1 for n in shape) <= 1:
         return tuple(range(rank))

@@ -9,7 +9,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxtricks as jt
-from jaxtricks import agc, axes, memopt
+from jaxtricks import agc, memopt
+from jaxtricks import axes as roles_lib
 
 
 def shape(*n):
@@ -49,11 +50,11 @@ def shape(*n):
     ],
 )
 def test_infer_decides_only_what_a_name_fixes(path, dims, roles):
-    assert axes.infer(path, dims) == roles
+    assert roles_lib.infer(path, dims) == roles
 
 
 def test_by_path_first_match_wins_and_leading_axes_are_batch():
-    rule = axes.by_path({r".*/out/kernel": ("in", "in", "out"), r".*/kernel": ("in", "out")})
+    rule = roles_lib.by_path({r".*/out/kernel": ("in", "in", "out"), r".*/kernel": ("in", "out")})
     assert rule("a/out/kernel", (2, 3, 4)) == ("in", "in", "out")
     assert rule("a/kernel", (7, 5, 2, 3)) == ("batch", "batch", "in", "out")
     assert rule("a/kernel/x", (2, 3)) is None  # the whole path must match
@@ -63,36 +64,36 @@ def test_by_path_first_match_wins_and_leading_axes_are_batch():
 
 def test_strict_rules_name_what_does_not_fit():
     params = {"a": {"kernel": shape(2, 3)}, "b": {"bias": shape(3)}}
-    unused = axes.by_path({"a/kernel": ("in", "out"), "b/bias": ("none",), "c": ("none",)})
+    unused = roles_lib.by_path({"a/kernel": ("in", "out"), "b/bias": ("none",), "c": ("none",)})
     with pytest.raises(ValueError, match="'c' matches no parameter"):
-        axes.leaf_roles(unused, params)
-    missing = axes.by_path({"a/kernel": ("in", "out")})
+        roles_lib.leaf_roles(unused, params)
+    missing = roles_lib.by_path({"a/kernel": ("in", "out")})
     with pytest.raises(ValueError, match="'b/bias'"):
-        axes.leaf_roles(missing, params)
-    loose = axes.by_path({"a/kernel": ("in", "out"), "c": ("none",)}, strict=False)
-    assert axes.leaf_roles(loose, params) == [("in", "out"), None]
+        roles_lib.leaf_roles(missing, params)
+    loose = roles_lib.by_path({"a/kernel": ("in", "out"), "c": ("none",)}, strict=False)
+    assert roles_lib.leaf_roles(loose, params) == [("in", "out"), None]
     late = {".*": ("none",), "a/kernel": ("in", "out")}
     with pytest.raises(ValueError, match=r"'a/kernel' is never used, since '\.\*' comes first"):
-        axes.leaf_roles(axes.by_path(late), params)
+        roles_lib.leaf_roles(roles_lib.by_path(late), params)
     partly = {"a/.*": ("in", "out"), "(a|b)/.*": ("none",)}  # the second is of use for b
-    assert axes.leaf_roles(axes.by_path(partly), params) == [("in", "out"), ("none",)]
-    many = axes.by_path({".*": ("in", "in", "out")})
+    assert roles_lib.leaf_roles(roles_lib.by_path(partly), params) == [("in", "out"), ("none",)]
+    many = roles_lib.by_path({".*": ("in", "in", "out")})
     with pytest.raises(ValueError, match=r"'a/kernel' has shape \(2, 3\).*give one role per axis"):
-        axes.leaf_roles(many, params)
+        roles_lib.leaf_roles(many, params)
     masked = {"a": params["a"], "b": {"bias": optax.MaskedNode()}}
-    assert axes.leaf_roles(unused, masked) == [("in", "out")]
+    assert roles_lib.leaf_roles(unused, masked) == [("in", "out")]
 
 
 def test_a_tree_of_roles_may_speak_of_what_is_not_there():
     roles = {"a": ("in", "out"), "b": ("none",), "c": None}
     params = {"a": shape(2, 3), "b": None, "c": shape(4)}
-    assert axes.leaf_roles(roles, params) == [("in", "out"), None]
+    assert roles_lib.leaf_roles(roles, params) == [("in", "out"), None]
     params = {"a": shape(2, 3), "b": optax.MaskedNode(), "c": shape(4)}
-    assert axes.leaf_roles(roles, params) == [("in", "out"), None]
+    assert roles_lib.leaf_roles(roles, params) == [("in", "out"), None]
 
 
 def test_nothing_given_is_nothing_said():
-    assert axes.leaf_roles(None, {"a": shape(2), "b": None}) == [None]
+    assert roles_lib.leaf_roles(None, {"a": shape(2), "b": None}) == [None]
 
 
 @pytest.mark.parametrize(
@@ -105,33 +106,33 @@ def test_nothing_given_is_nothing_said():
 )
 def test_wrong_roles_are_refused(rule, says):
     with pytest.raises(ValueError, match=says):
-        axes.leaf_roles(rule, {"w": shape(2, 3)})
+        roles_lib.leaf_roles(rule, {"w": shape(2, 3)})
 
 
 def test_by_path_refuses_unknown_roles_and_broken_expressions():
     with pytest.raises(ValueError, match="use a tuple of"):
-        axes.by_path({"w": ("fan_in",)})
+        roles_lib.by_path({"w": ("fan_in",)})
     with pytest.raises(ValueError, match="no regular expression"):
-        axes.by_path({"(": ("in",)})
+        roles_lib.by_path({"(": ("in",)})
 
 
 def test_exact_knows_its_paths_and_no_others():
-    rule = axes.exact({"a/kernel": ("in", "out")})
+    rule = roles_lib.exact({"a/kernel": ("in", "out")})
     assert rule("a/kernel", (4, 2, 3)) == ("batch", "in", "out")
     assert rule("b/kernel", (2, 3)) is None
 
 
 def test_is_kernel():
-    assert axes.is_kernel("a/kernel", (2, 3))
-    assert axes.is_kernel("embedding", (2, 3))
-    assert not axes.is_kernel("a/kernel", (3,))
-    assert not axes.is_kernel("stack/bias", (5, 3))
-    assert not axes.is_kernel("bias/scale", (5, 3))
+    assert roles_lib.is_kernel("a/kernel", (2, 3))
+    assert roles_lib.is_kernel("embedding", (2, 3))
+    assert not roles_lib.is_kernel("a/kernel", (3,))
+    assert not roles_lib.is_kernel("stack/bias", (5, 3))
+    assert not roles_lib.is_kernel("bias/scale", (5, 3))
 
 
 def test_exact_marks_what_is_assumed():
-    rule = axes.exact({"a": ("batch", "in"), "b": ("none",)}, assumed=["a", "gone"])
-    table = axes.describe({"a": shape(2, 2), "b": shape(2)}, rule)
+    rule = roles_lib.exact({"a": ("batch", "in"), "b": ("none",)}, assumed=["a", "gone"])
+    table = roles_lib.describe({"a": shape(2, 2), "b": shape(2)}, rule)
     assert [row[2] for row in table.rows] == ["batch in (assumed)", "none"]
     assert len(table.notes) == 1 and table.notes[0].startswith("1 of 2 leaves (assumed)")
 
@@ -147,7 +148,7 @@ def test_describe_is_a_table():
         "steps": np.zeros((2, 2), np.int32),
         "x": shape(),
     }
-    table = axes.describe(params, axes.infer)
+    table = roles_lib.describe(params, roles_lib.infer)
     assert table.rows == (
         ("Dense_0/kernel", "2x3", "in out"),
         ("complex", "2", "by rank and size"),
@@ -159,21 +160,21 @@ def test_describe_is_a_table():
     (note,) = table.notes
     assert note.startswith("3 of 6 leaves: by rank and size") and "jt.linen.roles" in note
     assert note in str(table)
-    assert not axes.describe({"Dense_0": params["Dense_0"], "x": shape()}, axes.infer).notes
+    assert not roles_lib.describe({"Dense_0": params["Dense_0"], "x": shape()}, roles_lib.infer).notes
 
 
 @pytest.mark.parametrize("rule", [None, lambda path, shape: None, {"a": None, "b": None}])
 def test_describe_counts_every_leaf_that_nothing_decides(rule):
-    table = axes.describe({"a": shape(2, 3), "b": shape(3)}, rule)
+    table = roles_lib.describe({"a": shape(2, 3), "b": shape(3)}, rule)
     assert [row[2] for row in table.rows] == ["by rank and size"] * 2
     assert table.notes[0].startswith("2 of 2")
 
 
 def test_describe_of_a_models_roles_is_silent_about_vectors_and_does_not_name_itself():
-    rule = axes.exact({"a/kernel": ("in", "out")})
+    rule = roles_lib.exact({"a/kernel": ("in", "out")})
     params = {"a": {"kernel": shape(2, 3)}, "scale": shape(3)}
-    assert not axes.describe(params, rule).notes
-    (note,) = axes.describe({**params, "own": shape(2, 3)}, rule).notes
+    assert not roles_lib.describe(params, rule).notes
+    (note,) = roles_lib.describe({**params, "own": shape(2, 3)}, rule).notes
     assert note.startswith("1 of 3") and "by_path" in note and "jt.nnx.roles" not in note
 
 
@@ -227,7 +228,7 @@ def test_what_is_no_rule_is_named_and_never_printed(make):
         with pytest.raises(ValueError, match=r"is a model: pass its roles, jt\.nnx\.roles"):
             make(wrong).init(params)
     with pytest.raises(ValueError, match=r"describe\(params, rule\)"):
-        axes.describe(axes.infer, params)
+        roles_lib.describe(roles_lib.infer, params)
 
 
 def test_describe_reads_states_and_boxes():
@@ -236,11 +237,11 @@ def test_describe_reads_states_and_boxes():
     )
     params = boxed.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
-    rule = axes.by_path({"kernel": ("in", "out"), "bias": ("none",)})
+    rule = roles_lib.by_path({"kernel": ("in", "out"), "bias": ("none",)})
     for tree in (params, state, nnx.to_pure_dict(state)):
-        table = axes.describe(tree, rule)
+        table = roles_lib.describe(tree, rule)
         assert table.rows == (("bias", "4", "none"), ("kernel", "3x4", "in out"))
 
 
 def test_positions():
-    assert axes.positions(("batch", "in", "out", "in"), "in", "batch") == (0, 1, 3)
+    assert roles_lib.positions(("batch", "in", "out", "in"), "in", "batch") == (0, 1, 3)

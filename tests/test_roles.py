@@ -11,7 +11,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxtricks as jt
-from jaxtricks import _tree, axes
+from jaxtricks import _tree
+from jaxtricks import axes as roles_lib
 
 VECTOR = jnp.ones((2, 5, 4))
 IMAGE = jnp.ones((2, 8, 8, 4))
@@ -43,7 +44,7 @@ def projections(bias=True, norms=""):
 def decided(params, rule):
     """{path: roles in one string}, "?" where the rule says nothing."""
     leaves = _tree.leaves_with_paths(params)
-    roles = axes.leaf_roles(rule, params)
+    roles = roles_lib.leaf_roles(rule, params)
     return {
         path: "?" if r is None else " ".join(r) for (path, _), r in zip(leaves, roles, strict=True)
     }
@@ -439,7 +440,7 @@ def test_what_linen_cannot_say_is_marked():
     rule, params = jt.linen.roles(module, VECTOR), initialized(Stack("scan", 1, Reads), VECTOR)
     assert decided(params, rule) == {"stack/dense/kernel": "batch in out"}
     assert rule.assumed == {"stack/dense/kernel"}
-    assert "1 of 1 leaves (assumed)" in str(axes.describe(params, rule))
+    assert "1 of 1 leaves (assumed)" in str(roles_lib.describe(params, rule))
     wide = VECTOR[..., :3]  # sizes show it
     assert jt.linen.roles(Stack("scan", 1, Wide), wide).table == {
         "stack/dense/kernel": ("in", "batch", "out")
@@ -623,7 +624,7 @@ def test_what_nnx_cannot_say_is_marked():
     """Sizes are all that is left of nnx.vmap: four layers of 4 by 4 could be stacked along any axis."""
     model = stacked(lambda r: nnx.Linear(4, 4, rngs=r), 1)
     check(model, {"kernel": "batch in out", "bias": "batch none"}, ("kernel", "bias"))
-    text = str(axes.describe(nnx.state(model, nnx.Param), jt.nnx.roles(model)))
+    text = str(roles_lib.describe(nnx.state(model, nnx.Param), jt.nnx.roles(model)))
     assert "batch in out (assumed)" in text and "2 of 2 leaves (assumed)" in text
 
 
@@ -789,7 +790,7 @@ def test_every_leaf_of_nnx_models_is_decided(kind, copies):
     found = decided(state, rule)
     assert len(found) >= 8 and "?" not in found.values() and not rule.assumed
     assert all(words.startswith("batch") == bool(copies) for words in found.values())
-    assert not axes.describe(state, rule).notes
+    assert not roles_lib.describe(state, rule).notes
 
 
 @pytest.mark.parametrize(("module", "x"), LINEN_MODELS, ids=lambda m: type(m).__name__)
@@ -797,7 +798,7 @@ def test_every_leaf_of_linen_models_is_decided(module, x):
     params, rule = initialized(module, x), jt.linen.roles(module, x)
     found = decided(params, rule)
     assert len(found) >= 8 and "?" not in found.values() and not rule.assumed
-    assert not axes.describe(params, rule).notes
+    assert not roles_lib.describe(params, rule).notes
 
 
 TRANSFORMS = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import axes as axes_
+from jaxtricks import axes as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import averages, leaves
@@ -167,7 +167,7 @@ def _is_accumulators(x: Any) -> bool:
 
 def _axes(shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...] | None:
     """Axes that have an accumulator each; None = the leaf keeps a whole one."""
-    batch = () if roles is None else axes_.positions(roles, "batch")
+    batch = () if roles is None else roles_lib.positions(roles, "batch")
     own = tuple(i for i in range(len(shape)) if i not in batch)
     return None if len(own) <= 1 or 0 in shape else own
 

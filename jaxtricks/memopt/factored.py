@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _sharding
-from jaxtricks import axes as axes_
+from jaxtricks import axes as roles_lib
 from jaxtricks._types import Array, Roles
 from jaxtricks.memopt import averages, leaves
 
@@ -94,8 +94,8 @@ def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
         order = sorted(range(rank), key=lambda i: -shape[i])
         pair = tuple((i,) for i in order[:2]) if rank >= 2 else ((), ())
         return Layout(pair[1], pair[0], (), tuple(range(rank)))
-    rows, columns = axes_.positions(roles, "in"), axes_.positions(roles, "out")
-    batch = axes_.positions(roles, "batch")
+    rows, columns = roles_lib.positions(roles, "in"), roles_lib.positions(roles, "out")
+    batch = roles_lib.positions(roles, "batch")
     return Layout(rows, columns, batch, tuple(i for i in range(rank) if i not in batch))
 
 

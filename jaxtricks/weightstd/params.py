@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxtricks import _tree
-from jaxtricks import axes as axes_
+from jaxtricks import axes as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._types import Array, Params, PathRule, Roles, Scalar
 from jaxtricks.weightstd.kernel import standardize
@@ -46,7 +46,7 @@ def standardize_params(
       >>> out["conv"]["bias"] is tree["conv"]["bias"]
       True
     """
-    roles = dict(zip(_tree.by_path(params), axes_.leaf_roles(axes, params), strict=True))
+    roles = dict(zip(_tree.by_path(params), roles_lib.leaf_roles(axes, params), strict=True))
     if not any(map(where, roles)):
         raise ValueError(
             "weightstd.standardize_params: `where` chooses no parameter: check its paths"
@@ -95,7 +95,7 @@ def bake(
       >>> sorted(baked), bool(jnp.allclose((baked["kernel"] ** 2).sum(0), 4.0))
       (['bias', 'kernel'], True)
     """
-    roles = dict(zip(_tree.by_path(params), axes_.leaf_roles(axes, params), strict=True))
+    roles = dict(zip(_tree.by_path(params), roles_lib.leaf_roles(axes, params), strict=True))
     found = []
 
     def change(node: Any, at: str) -> Any:
@@ -148,7 +148,7 @@ def l2(
     chosen = [
         (path, leaf)
         for path, leaf in leaves
-        if (axes_.is_kernel(path, tuple(leaf.shape)) if where is None else where(path))
+        if (roles_lib.is_kernel(path, tuple(leaf.shape)) if where is None else where(path))
     ]
     for path, leaf in chosen:
         _tree.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
@@ -169,4 +169,4 @@ def _at(path: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _out_axes(roles: Roles | None) -> int | tuple[int, ...]:
     if roles is None:
         return -1
-    return axes_.positions(roles, "batch", "out", "none")
+    return roles_lib.positions(roles, "batch", "out", "none")
