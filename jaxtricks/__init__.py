@@ -1,6 +1,6 @@
 """Ten training techniques as composable JAX, Flax and Optax transforms.
 
-Rooms: echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam, longtail; beside them `axes`
+Rooms: echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam, longtail; beside them `roles`
 (what each axis of a parameter means), and the thin framework shells `nnx` and `linen`.
 Importing this package imports nothing else: every room is loaded when it is first used.
 """
@@ -25,7 +25,7 @@ KEYS = (
     "reparam",
     "longtail",
 )
-_MODULES = (*KEYS, "axes", "nnx", "linen", "plot")
+_MODULES = (*KEYS, "roles", "nnx", "linen", "plot")
 
 __all__ = [*_MODULES, "metrics", "KEYS", "REPO_URL", "__version__"]
 

@@ -8,7 +8,7 @@ Use.
 
     import jaxtricks as jt, optax
     tx = optax.chain(
-        jt.agc.adaptive_grad_clip(0.01, axes=jt.axes.infer, where=jt.agc.exclude("head/kernel")),
+        jt.agc.adaptive_grad_clip(0.01, axes=jt.roles.infer, where=jt.agc.exclude("head/kernel")),
         optax.sgd(0.1, momentum=0.9, nesterov=True),
     )
     updates, state = tx.update(grads, state, params)
@@ -66,9 +66,9 @@ import optax
 from jaxtyping import Float
 
 from jaxtricks import _sharding, _tree
-from jaxtricks import axes as roles_lib
+from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked, known_number
-from jaxtricks._types import Array, Params, Roles, ScalarOrSchedule
+from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 
 __all__ = ["AgcState", "adaptive_grad_clip", "exclude", "unitwise_norm"]
 
@@ -195,7 +195,7 @@ def adaptive_grad_clip(
       clipping: largest allowed ||G|| / ||W||; a number, array [] or schedule.
       eps: floor of the parameter norm; a number, array [] or schedule.
       axes: which axes make up a unit: None = the reference's rule by rank, a function
-        (path, shape) -> roles or None, a rule of `axes.by_path`, or a tree of roles.
+        (path, shape) -> roles or None, a rule of `roles.by_path`, or a tree of roles.
       where: path -> bool, True = clip; `exclude(...)` makes one. None = clip everything.
 
     Returns:
@@ -228,7 +228,9 @@ def adaptive_grad_clip(
         # A tree without leaves is optax's, which asks where in a state the parameters' trees stand.
         if isinstance(where, Exclude) and leaves and not _tree.has_masked(params):
             where.check(leaves)
-        for (path, leaf), roles in zip(leaves.items(), roles_lib.leaf_roles(axes, params), strict=True):
+        for (path, leaf), roles in zip(
+            leaves.items(), roles_lib.leaf_roles(axes, params), strict=True
+        ):
             _unit_axes(path, tuple(jnp.shape(leaf)), roles)
             _check_dtype(path, leaf, where)
         # Two arrays, not one twice: a donated state may not hold a buffer twice.

@@ -60,7 +60,7 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks import _tree
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 __all__ = ["Moments", "extended_moments", "moments", "normalize"]
 

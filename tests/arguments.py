@@ -17,7 +17,6 @@ import optax
 from jaxtricks import (
     agc,
     amp,
-    axes,
     cyclical,
     ebn,
     echo,
@@ -25,6 +24,7 @@ from jaxtricks import (
     memopt,
     remat,
     reparam,
+    roles,
     weightstd,
 )
 from jaxtricks.longtail import decoupling, distill, experts, heads, metrics, mix, posthoc, sampling
@@ -52,11 +52,11 @@ CALLS = {
     "agc.adaptive_grad_clip": (agc.adaptive_grad_clip, {"clipping": 0.1, "eps": 1e-3}),
     "agc.exclude": (agc.exclude, {}),
     "agc.unitwise_norm": (agc.unitwise_norm, {"x": X, "roles": ("in", "out")}),
-    "axes.by_path": (axes.by_path, {"rules": {".*kernel": ("in", "out")}, "strict": False}),
-    "axes.exact": (axes.exact, {"roles": {"a": ("in",)}, "assumed": ()}),
-    "axes.infer": (axes.infer, {"path": "Dense_0/kernel", "shape": (3, 4)}),
-    "axes.is_kernel": (axes.is_kernel, {"path": "a/kernel", "shape": (3, 4)}),
-    "axes.describe": (axes.describe, {"params": PARAMS, "rule": axes.infer}),
+    "roles.by_path": (roles.by_path, {"rules": {".*kernel": ("in", "out")}, "strict": False}),
+    "roles.exact": (roles.exact, {"roles": {"a": ("in",)}, "assumed": ()}),
+    "roles.infer": (roles.infer, {"path": "Dense_0/kernel", "shape": (3, 4)}),
+    "roles.is_kernel": (roles.is_kernel, {"path": "a/kernel", "shape": (3, 4)}),
+    "roles.describe": (roles.describe, {"params": PARAMS, "rule": roles.infer}),
     "memopt.adafactor": (
         lambda **k: memopt.adafactor(**k).init(PARAMS),
         {

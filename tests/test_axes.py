@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks import agc, memopt
-from jaxtricks import axes as roles_lib
+from jaxtricks import roles as roles_lib
 
 
 def shape(*n):
@@ -160,7 +160,9 @@ def test_describe_is_a_table():
     (note,) = table.notes
     assert note.startswith("3 of 6 leaves: by rank and size") and "jt.linen.roles" in note
     assert note in str(table)
-    assert not roles_lib.describe({"Dense_0": params["Dense_0"], "x": shape()}, roles_lib.infer).notes
+    assert not roles_lib.describe(
+        {"Dense_0": params["Dense_0"], "x": shape()}, roles_lib.infer
+    ).notes
 
 
 @pytest.mark.parametrize("rule", [None, lambda path, shape: None, {"a": None, "b": None}])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtricks import echo
-from jaxtricks.echo.copies import Constant, rational
+from jaxtricks.echo._schedules import Constant, rational
 
 FACTORS = (1, Fraction(3, 2), 2, 2.5, Fraction(7, 3), 4, 1.1, 2.9)
 

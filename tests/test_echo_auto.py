@@ -16,10 +16,10 @@ import grain
 import pytest
 
 from jaxtricks import echo
-from jaxtricks.echo.copies import CHANGES, Changing
+from jaxtricks.echo._auto_factor import Tuner
+from jaxtricks.echo._iterables import IterableSource
+from jaxtricks.echo._schedules import CHANGES, Changing
 from jaxtricks.echo.reading import ReadAhead
-from jaxtricks.echo.sources import IterableSource
-from jaxtricks.echo.tuning import Tuner
 
 # --- the rule, on a simulated clock --------------------------------------------------------------
 

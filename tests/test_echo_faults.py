@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtricks import echo
-from jaxtricks.echo.checks import MOST_COPIES
+from jaxtricks.echo._checks import MOST_COPIES
 
 N = 7
 STAGES = {

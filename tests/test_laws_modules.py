@@ -65,7 +65,7 @@ def test_roles_of_every_parameter(name):
     for path, leaf in _tree.leaves_with_paths(params):
         roles = rule(path, leaf.shape)
         assert roles is not None and len(roles) == leaf.ndim
-        assert (roles[-1] == "out") == jt.axes.is_kernel(path, leaf.shape)
+        assert (roles[-1] == "out") == jt.roles.is_kernel(path, leaf.shape)
     for path, leaf in _tree.leaves_with_paths(stacked):
         assert rule(path, leaf.shape)[0] == "batch"
     paths = [path for path, _ in _tree.leaves_with_paths(nnx.state(model, nnx.Param))]

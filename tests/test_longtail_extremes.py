@@ -275,7 +275,7 @@ def test_a_mask_of_another_shape_is_refused_by_name(shape):
 
 def test_a_mask_of_integers_counts_what_is_not_zero():
     """As an attention mask is; the type check of tests does not know it, so by the undecorated call."""
-    keep = longtail.counts.as_mask(np.array([2, 0, 1]), (3,))
+    keep = longtail._counts.as_mask(np.array([2, 0, 1]), (3,))
     assert keep.tolist() == [True, False, True]
     with pytest.raises(ValueError, match=r"`where` has shape \(1,\) where \(3,\)"):
-        longtail.counts.as_mask(np.ones(1, bool), (3,))
+        longtail._counts.as_mask(np.ones(1, bool), (3,))

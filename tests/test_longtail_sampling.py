@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtricks import echo, longtail
+from jaxtricks._random_bits import permuted
 from jaxtricks.lab import compose, config
 from jaxtricks.lab import data as lab_data
 from jaxtricks.lab.data.balanced import drawn
@@ -19,7 +20,6 @@ from jaxtricks.lab.data.source import Source
 from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.placement import Placement
 from jaxtricks.longtail import sampling, weights
-from jaxtricks.longtail.permute import permuted
 from tests.reference import longtail_sampling as reference
 
 COUNTS = np.array([90, 40, 0, 9, 1])

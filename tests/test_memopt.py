@@ -271,7 +271,7 @@ def test_weight_decay_is_times_the_rate_and_only_where_the_mask_says(ours):
     params = {"kernel": jnp.full((2, 2), 100.0), "bias": jnp.full(2, 100.0)}
     zero = jax.tree.map(jnp.zeros_like, params)
     masks = (
-        jt.axes.is_kernel,
+        jt.roles.is_kernel,
         {"kernel": True, "bias": False},
         lambda p: {"kernel": True, "bias": False},
     )
@@ -366,7 +366,7 @@ def test_injected_rate_takes_effect_and_a_traced_size_says_what_to_do():
 
 
 def test_roles_say_what_is_a_slice_for_sm3(ours):
-    tx = memopt.sm3(0.1, axes=jt.axes.by_path({"w": ("in", "out"), "b": ("none",)}))
+    tx = memopt.sm3(0.1, axes=jt.roles.by_path({"w": ("in", "out"), "b": ("none",)}))
     state = tx.init({"w": jnp.ones((3, 4, 5)), "b": jnp.ones((3, 5))})
     assert [a.shape for a in state.v["w"]] == [(3, 4), (3, 5)]
     assert [a.shape for a in state.v["b"]] == [(3, 5)]
@@ -409,7 +409,7 @@ def test_scale_by_is_the_update_without_rate_and_sign(ours):
         (lambda: memopt.adafactor().init({"z": jnp.ones(3, jnp.complex64)}), "'z' is complex64"),
         (lambda: memopt.sm3(0.1).init({"z": jnp.ones(3, jnp.complex64)}), "'z' is complex64"),
         (lambda: memopt.adafactor().init({"n": jnp.arange(3)}), "int32"),
-        (lambda: memopt.adafactor(axes=jt.axes.by_path({"x": ("in",)})).init({"w": jnp.ones(3)}), "'x'"),
+        (lambda: memopt.adafactor(axes=jt.roles.by_path({"x": ("in",)})).init({"w": jnp.ones(3)}), "'x'"),
     ],
 )  # fmt: skip
 def test_mistakes_say_what_to_do(make, says):

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
 from jaxtricks import _tree, memopt
-from jaxtricks.memopt import averages, noise
+from jaxtricks.memopt import _momentum, noise
 
 SHAPES = {
     "w": (256, 512),
@@ -298,7 +298,7 @@ def test_average_and_parameter_are_mapped_together():
     "axes",
     [
         {"w": ("in", "out"), "b": ("none",)},
-        jt.axes.by_path({"w": ("in", "out"), "b": ("none",)}),
+        jt.roles.by_path({"w": ("in", "out"), "b": ("none",)}),
         lambda path, shape: None,
     ],
     ids=["tree", "rule", "function"],
@@ -364,22 +364,22 @@ def test_int8_momentum_costs_1_03_bytes():
 )
 def test_int8_blocks_of_any_shape(shape, scales, ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    empty = averages.zeros(x, jnp.dtype("int8"))
-    m = averages.write(x, empty, noise.of_step(jax.random.key(0), 0))
+    empty = _momentum.zeros(x, jnp.dtype("int8"))
+    m = _momentum.write(x, empty, noise.of_step(jax.random.key(0), 0))
     assert (m.values.shape, m.scale.shape) == (shape, scales)
     chex.assert_trees_all_equal_shapes_and_dtypes(m, empty)
     step = np.max(np.abs(x), initial=0) / 127
-    np.testing.assert_allclose(averages.read(m, jnp.float32), x, rtol=0, atol=step * 1.001)
-    np.testing.assert_array_equal(averages.read(empty, jnp.float32), np.zeros(shape))
+    np.testing.assert_allclose(_momentum.read(m, jnp.float32), x, rtol=0, atol=step * 1.001)
+    np.testing.assert_array_equal(_momentum.read(empty, jnp.float32), np.zeros(shape))
 
 
 def test_int8_rounding_is_unbiased_and_keeps_the_largest(ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=128), jnp.float32)
-    empty = averages.zeros(x, jnp.dtype("int8"))
+    empty = _momentum.zeros(x, jnp.dtype("int8"))
 
     def once(step):
         seed = noise.of_step(jax.random.key(1), step)
-        return averages.read(averages.write(x, empty, seed), jnp.float32)
+        return _momentum.read(_momentum.write(x, empty, seed), jnp.float32)
 
     n = 4000
     samples = jax.jit(jax.vmap(once))(jnp.arange(n))
@@ -427,15 +427,15 @@ def test_int8_momentum_follows_float32_and_repeats_itself(make, ours):
 
 
 def test_int8_seeds_are_of_step_and_path(ours):
-    m = {n: averages.zeros(jnp.ones(8), jnp.dtype("int8")) for n in ("a", "b")}
+    m = {n: _momentum.zeros(jnp.ones(8), jnp.dtype("int8")) for n in ("a", "b")}
     data = lambda count, table: {
-        n: seed.tolist() for n, seed in averages.seeds(table, count).items()
+        n: seed.tolist() for n, seed in _momentum.seeds(table, count).items()
     }
     first = data(3, m)
     assert first["a"] != first["b"]
     assert data(4, m)["a"] != first["a"]
     assert data(3, {"a": m["a"]})["a"] == first["a"]  # what else there is does not matter
-    assert averages.seeds({"a": jnp.ones(3)}, 0) == {}
+    assert _momentum.seeds({"a": jnp.ones(3)}, 0) == {}
 
 
 def test_int8_in_an_nnx_optimizer():

@@ -113,7 +113,7 @@ def test_roles_of_every_kernel(name):
     for path, leaf in _tree.leaves_with_paths(params):
         if path.endswith("skip_gain"):
             assert leaf.shape == ()  # a scalar needs no roles
-        elif jt.axes.is_kernel(path, leaf.shape):
+        elif jt.roles.is_kernel(path, leaf.shape):
             assert rule(path, leaf.shape) == ("in",) * (leaf.ndim - 1) + ("out",)
         else:
             assert rule(path, leaf.shape) == ("none",)

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtricks import _compat, _jaxpr, amp, remat
 from jaxtricks.amp import rules
-from jaxtricks.remat import chain, measure
+from jaxtricks.remat import _memory, chain
 from tests import flags
 
 MODULES = (
@@ -475,7 +475,7 @@ def census():
     return {name: {_compat.primitive(e): e for e in eqns} for name, eqns in traces.items()}
 
 
-@pytest.mark.parametrize("table", [rules, measure], ids=["amp", "remat"])
+@pytest.mark.parametrize("table", [rules, _memory], ids=["amp", "remat"])
 def test_every_primitive_has_a_row(census, table):
     missing = {}
     for function, eqns in census.items():
@@ -484,7 +484,7 @@ def test_every_primitive_has_a_row(census, table):
     assert not missing, "\n".join(f"{name}, of {missing[name]}" for name in sorted(missing))
 
 
-@pytest.mark.parametrize("table", [rules, measure], ids=["amp", "remat"])
+@pytest.mark.parametrize("table", [rules, _memory], ids=["amp", "remat"])
 def test_every_primitive_that_jax_exports_has_a_row(table):
     public = [p for p in vars(primitives).values() if isinstance(p, Primitive)]
     eqns = [types.SimpleNamespace(primitive=p, params={}) for p in public]
@@ -496,7 +496,7 @@ def test_every_primitive_that_jax_exports_has_a_row(table):
 def test_every_equation_can_be_counted(census):
     for eqns in census.values():
         for name, eqn in eqns.items():
-            assert measure.eqn_flops(eqn) >= 0, name
+            assert _memory.eqn_flops(eqn) >= 0, name
 
 
 def test_every_public_function_is_traced(census):
@@ -659,7 +659,7 @@ def loops(x):
     [
         ("scan", _compat.scan_parts),
         ("scan", _compat.bodies),
-        ("scan", measure.eqn_flops),
+        ("scan", _memory.eqn_flops),
         ("while", _compat.while_consts),
         ("while", _compat.bodies),
         ("cond", _compat.bodies),

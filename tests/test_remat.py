@@ -7,7 +7,7 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import remat
-from jaxtricks.remat import measure, tie
+from jaxtricks.remat import _memory, _recompute
 
 pytestmark = pytest.mark.stock
 
@@ -125,7 +125,7 @@ def test_weights_alone_are_tied_only_if_it_pays():
     x, w = jnp.ones((64, 8)), jnp.ones((8, 8))
 
     def tied(fn, *args):
-        return tie.tied_inputs(jt._jaxpr.trace(fn, *args)[0].jaxpr)
+        return _recompute.tied_inputs(jt._jaxpr.trace(fn, *args)[0].jaxpr)
 
     # Either would do; the kernel is the smaller copy.
     assert tied(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w), w, x) == {0}
@@ -140,12 +140,12 @@ def test_the_tie_changes_no_value():
     values = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e30, -3.0], jnp.float32)
     others = [jnp.arange(3), jnp.zeros((0, 2))]
     for x in (values, values.astype(jnp.bfloat16), jnp.arange(-2, 2), jnp.array([True, False])):
-        (late,), cotangents = jax.jit(tie.wait)([x], [values, *others])
+        (late,), cotangents = jax.jit(_recompute.wait)([x], [values, *others])
         for new, old in zip([late, *cotangents], [x, values, *others], strict=True):
             assert new.dtype == old.dtype
             assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
     key = jax.random.key(3)
-    (late,), _ = tie.wait([key], [values])
+    (late,), _ = _recompute.wait([key], [values])
     assert (jax.random.key_data(late) == jax.random.key_data(key)).all()
 
 
@@ -188,7 +188,7 @@ def test_memory_reports_bytes_and_trip_counts():
         x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     jaxpr = jax.make_jaxpr(conv)(jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 4))).jaxpr
-    assert measure.flops(jaxpr) == 2 * (2 * 3 * 3 * 4) * (3 * 3 * 3)
+    assert _memory.flops(jaxpr) == 2 * (2 * 3 * 3 * 4) * (3 * 3 * 3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtricks import _compat, _jaxpr, remat
-from jaxtricks.remat import tie
+from jaxtricks.remat import _recompute
 from tests import flags
 
 from .test_remat import mlp
@@ -155,7 +155,7 @@ def test_names_in_a_loop_go_to_jax(remat3):
         return jax.lax.scan(body, remat.name(x * x, "outer"), None, length=3)[0].sum()
 
     # Where XLA's CPU backend keeps barriers, all of them do.
-    outer_too = tie.barriers_hold()
+    outer_too = _recompute.barriers_hold()
     for save, to_jax in (("inner", True), (("inner", "outer"), True), ("outer", outer_too)):
         f = remat.checkpoint(fn, save=save)
         equal(jax.grad(f)(x), jax.grad(fn)(x))
@@ -257,10 +257,10 @@ def test_jax_checkpoint_saves_what_ours_does_where_barriers_hold():
     params, x = stack()
     ours = remat.check_effective(loss(remat.recompute_grad), params, x)
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if tie.barriers_hold() else "ignore")
+        warnings.simplefilter("error" if _recompute.barriers_hold() else "ignore")
         theirs = remat.check_effective(loss(jax.checkpoint), params, x)
     # Measured 1.00 where they hold, and up to 0.09 where they do not.
-    assert (theirs.saved > 0.9 * ours.saved) == tie.barriers_hold()
+    assert (theirs.saved > 0.9 * ours.saved) == _recompute.barriers_hold()
 
 
 @pytest.mark.stock

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtricks import remat
-from jaxtricks.remat import loops, segments
+from jaxtricks.remat import _sequential, segments
 from tests.flags import remat3
 
 pytestmark = pytest.mark.stock  # bytes, and gradients to the last bits
@@ -303,7 +303,7 @@ def test_loops_divide_where_they_can():
         (9, 3, []),
         ([2, 1, 13], 26, [2]),
     ]:
-        assert loops._outer(levels, n) == expected
+        assert _sequential._outer(levels, n) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks import _tree
-from jaxtricks import axes as roles_lib
+from jaxtricks import roles as roles_lib
 
 VECTOR = jnp.ones((2, 5, 4))
 IMAGE = jnp.ones((2, 8, 8, 4))

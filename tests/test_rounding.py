@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
 from jaxtricks import memopt
+from jaxtricks.memopt import _stochastic_rounding
 from jaxtricks.memopt import noise as bits
-from jaxtricks.memopt import rounding
 
 pytestmark = pytest.mark.stock
 LOW = ["bfloat16", "float16"]
@@ -48,7 +48,15 @@ def test_rounds_to_a_neighbour_with_the_probability_of_the_remainder(dtype, ours
     lower, upper = neighbours(x, dtype)
     noise = jnp.arange(0, 2**16, 7, dtype=jnp.float32)
     every = jax.jit(
-        jax.vmap(lambda n: rounding.to_neighbour(x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)))
+        jax.vmap(
+            lambda n: _stochastic_rounding.to_neighbour(
+                x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)
+            )
+        )
+            lambda n: _stochastic_rounding.to_neighbour(
+                x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)
+            )
+        )
     )
     rounded = wide(every(noise))
     assert np.all((rounded == lower) | (rounded == upper))
@@ -64,7 +72,9 @@ def test_what_has_no_neighbours(dtype, ours):
         [0.0, np.inf, -np.inf, np.nan, float(info.max), float(info.max) * 1.003], jnp.float32
     )
     for n in (0, 30000, 65535):
-        rounded = rounding.to_neighbour(x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16))
+        rounded = _stochastic_rounding.to_neighbour(
+            x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)
+        )
         np.testing.assert_array_equal(rounded, x.astype(dtype).astype(jnp.float32))
 
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxtricks as jt
-from jaxtricks.nnx.flags import FLAGS
+from jaxtricks.nnx._flags import FLAGS
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (4, 5, 5, 3)).astype(np.float32)
 NORM = {"momentum": 0.5}

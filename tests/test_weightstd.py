@@ -203,7 +203,7 @@ def test_hook_finds_the_output_axis(ours):
 def test_standardize_params(ours):
     kernels = jnp.arange(3 * 24.0).reshape(3, 4, 6) ** 1.3  # three stacked dense layers
     params = {"stack": {"kernel": kernels, "bias": jnp.ones((3, 6))}, "skip": [None, jnp.ones(2)]}
-    rule = jt.axes.by_path({"stack/kernel": ("batch", "in", "out")}, strict=False)
+    rule = jt.roles.by_path({"stack/kernel": ("batch", "in", "out")}, strict=False)
     out = jax.jit(
         lambda p: ws.standardize_params(p, where=lambda path: "kernel" in path, axes=rule)
     )(params)

@@ -77,9 +77,9 @@ here a value that only float32 operations read is computed in float32.
 References. Micikevicius et al., Mixed Precision Training, arXiv 1710.03740 (loss scaling: section 3.2).
 """
 
-from jaxtricks.amp.autocast import autocast, full_precision
-from jaxtricks.amp.explain import Explanation, Island, explain
-from jaxtricks.amp.grads import (
+from jaxtricks.amp._autocast import autocast, full_precision
+from jaxtricks.amp._explain import Explanation, Island, explain
+from jaxtricks.amp._loss_scale import (
     DynamicLossScaleState,
     SkipNonfiniteState,
     applied,
@@ -89,7 +89,7 @@ from jaxtricks.amp.grads import (
     skip_nonfinite,
     value_and_grad,
 )
-from jaxtricks.amp.policy import Policy, with_policy
+from jaxtricks.amp._policy import Policy, with_policy
 from jaxtricks.amp.scale import (
     DynamicLossScale,
     NoOpLossScale,

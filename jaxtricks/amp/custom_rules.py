@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _compat, _jaxpr
-from jaxtricks.amp.states import FREE, LOW, Analysis, State
+from jaxtricks.amp._precision_analysis import FREE, LOW, Analysis, State
 
 
 def custom_jvp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) -> list[Any]:

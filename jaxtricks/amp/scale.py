@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtricks import _tree
 from jaxtricks._arguments import checked, known_number
-from jaxtricks._types import Array, Scalar
+from jaxtricks._typing import Array, Scalar
 
 T = TypeVar("T")
 AxisName = str | tuple[str, ...] | None

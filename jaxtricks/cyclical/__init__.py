@@ -62,10 +62,10 @@ with Warm Restarts", arXiv 1608.03983. Reference code: bckenstler/CLR, clr_callb
 torch.optim.lr_scheduler.CyclicLR, OneCycleLR, CosineAnnealingWarmRestarts.
 """
 
+from jaxtricks.cyclical._lr_range import RangeTest, lr_range_test
+from jaxtricks.cyclical._schedules import cyclical, cyclical_momentum
 from jaxtricks.cyclical.onecycle import one_cycle, one_cycle_momentum
-from jaxtricks.cyclical.range_test import RangeTest, lr_range_test
 from jaxtricks.cyclical.restarts import warm_restarts
-from jaxtricks.cyclical.triangle import cyclical, cyclical_momentum
 
 __all__ = [
     "RangeTest",

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxtricks._arguments import described
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 _MAX_DENOMINATOR = 1000
 _LIMIT = 2**31

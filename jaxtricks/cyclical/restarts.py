@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar, Schedule
+from jaxtricks._typing import Array, Scalar, Schedule
 from jaxtricks.cyclical.phase import (
     blend,
     check_number,

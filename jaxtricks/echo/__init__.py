@@ -74,10 +74,10 @@ References. Choi, Passos, Shallue, Dahl, Faster neural network training with dat
 pipelines, arXiv 2010.13639.
 """
 
-from jaxtricks.echo.api import echo
-from jaxtricks.echo.device import echo_step, keys
-from jaxtricks.echo.report import Report, report
+from jaxtricks.echo._device import echo_step, keys
+from jaxtricks.echo._echo import echo
+from jaxtricks.echo._report import Report, report
+from jaxtricks.echo._streams import Echoed
 from jaxtricks.echo.schedule import num_steps
-from jaxtricks.echo.stream import Echoed
 
 __all__ = ["Echoed", "Report", "echo", "echo_step", "keys", "num_steps", "report"]

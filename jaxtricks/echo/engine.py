@@ -4,9 +4,9 @@ import heapq
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtricks.echo import checks
+from jaxtricks.echo import _checks
+from jaxtricks.echo._streams import Output, Stream
 from jaxtricks.echo.schedule import Calendar, VaryingCalendar
-from jaxtricks.echo.stream import Output, Stream
 
 Due = dict[int, list[Output]]  # tick -> what goes out in it, last first
 
@@ -85,9 +85,9 @@ class CalendarStream(Stream):
         calendar = self._calendar_of(state["distance"] or self._choose(0))
         # From the oldest element to the newest, to its last copy; one output a tick if copies vary.
         ticks = 2 * calendar.age + (calendar.age + 1) * self._copies.most
-        tick = checks.field(state, "tick", least=first - 1, most=first + ticks)
+        tick = _checks.field(state, "tick", least=first - 1, most=first + ticks)
         # Every tick but the one before the first is known by its first output, which went out.
-        checks.field(state, "position", least=int(tick >= 0))
+        _checks.field(state, "position", least=int(tick >= 0))
 
     def _position(self) -> dict[str, Any]:
         gone = self._planned - len(self._ready)
@@ -100,10 +100,10 @@ class CalendarStream(Stream):
         while self._tick < position["tick"]:
             ready = self._decide()
         if self._tick != position["tick"]:
-            raise checks.damaged("tick", position["tick"])
+            raise _checks.damaged("tick", position["tick"])
         left = len(ready) - position["position"]
         if left < 0:
-            raise checks.damaged("position", position["position"])
+            raise _checks.damaged("position", position["position"])
         return ready[:left]
 
 

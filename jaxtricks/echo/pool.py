@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtricks.echo import checks
-from jaxtricks.echo.stream import Output, Stream
+from jaxtricks.echo import _checks
+from jaxtricks.echo._streams import Output, Stream
 
 _DRAWS = 1024  # random numbers made at a time
 _AGE = 4  # an element is drawn at the latest when so many times the pool's size have been read after it
@@ -107,16 +107,16 @@ class PoolStream(Stream):
 
     def _check_position(self, state: Mapping[str, Any], first: int) -> None:
         most, room = self._copies.most, self._choose(0) + self._copies.most
-        length = self._elements if self._elements >= 0 else checks.MOST_READ
-        read = checks.field(state, "read", least=first, most=length)
-        checks.field(state, "drawn")
+        length = self._elements if self._elements >= 0 else _checks.MOST_READ
+        read = _checks.field(state, "read", least=first, most=length)
+        _checks.field(state, "drawn")
         if not isinstance(state["filling"], bool):
-            raise checks.damaged("filling", state["filling"])
-        codes = checks.numbers(state, "waiting", lambda code: -1 <= code < read * most)
+            raise _checks.damaged("filling", state["filling"])
+        codes = _checks.numbers(state, "waiting", lambda code: -1 <= code < read * most)
         waiting = [code for code in codes if code >= 0]
         oldest = min([*(code // most for code in waiting), max(read - 1, 0)])
         if len(codes) != room or len(set(waiting)) != len(waiting) or oldest != first:
-            raise checks.damaged("waiting", state["waiting"])
+            raise _checks.damaged("waiting", state["waiting"])
 
     def _replay_to(self, position: Mapping[str, Any]) -> list[Output]:
         most = self._copies.most
@@ -129,7 +129,7 @@ class PoolStream(Stream):
                 raise StopIteration
             i, copies, element = pulled
             if left[i] > copies:
-                raise checks.damaged("waiting", position["waiting"])
+                raise _checks.damaged("waiting", position["waiting"])
             if left[i]:
                 self._live[i], self._left[i] = element, left[i]
         self._drawn = position["drawn"]

@@ -5,7 +5,7 @@ import threading
 import time
 from typing import Any
 
-from jaxtricks.echo.stream import Source
+from jaxtricks.echo._streams import Source
 
 _DEPTH = 2  # elements ahead: enough to overlap, few enough to measure
 _PATIENCE = 0.1  # seconds after which a thread that cannot put looks whether it should stop

@@ -7,13 +7,13 @@ from fractions import Fraction
 from typing import Any
 
 from jaxtricks.echo import schedule as schedules
-from jaxtricks.echo.copies import Change, Changing, Constant, Copies, PerClass
+from jaxtricks.echo._auto_factor import Tuner
+from jaxtricks.echo._schedules import Change, Changing, Constant, Copies, PerClass
+from jaxtricks.echo._streams import Source, Stream
 from jaxtricks.echo.engine import CalendarStream
 from jaxtricks.echo.pool import PoolStream
 from jaxtricks.echo.reading import ReadAhead
 from jaxtricks.echo.schedule import Calendar, VaryingCalendar
-from jaxtricks.echo.stream import Source, Stream
-from jaxtricks.echo.tuning import Tuner
 
 Factor = Fraction | tuple[Fraction, ...] | tuple[Change, ...]
 """Of all elements, of each class, or from one element on until the next."""

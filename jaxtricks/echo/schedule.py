@@ -25,8 +25,8 @@ from fractions import Fraction
 import numpy as np
 
 from jaxtricks._arguments import checked
-from jaxtricks.echo import checks
-from jaxtricks.echo.copies import rational
+from jaxtricks.echo import _checks
+from jaxtricks.echo._schedules import rational
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,5 +172,5 @@ def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
     >>> num_steps(1000, 32, 2.5)
     78
     """
-    batch = checks.whole("echo.num_steps: `batch`", batch)
-    return total(rational(factor), checks.whole("echo.num_steps: `fresh`", fresh, 0)) // batch
+    batch = _checks.whole("echo.num_steps: `batch`", batch)
+    return total(rational(factor), _checks.whole("echo.num_steps: `fresh`", fresh, 0)) // batch

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _tree
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.lab import jsons
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.hosts import Hosts, first

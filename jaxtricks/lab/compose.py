@@ -17,7 +17,7 @@ from flax import nnx
 
 import jaxtricks as jt
 from jaxtricks import _tree
-from jaxtricks._types import Array, Key
+from jaxtricks._typing import Array, Key
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import models
 from jaxtricks.lab.config import Train, Tricks
@@ -226,4 +226,4 @@ def function_key(tricks: Tricks) -> tuple[bool, ...]:
 
 def kernels(params: Any) -> Any:
     """Mask of the parameters that weight decay applies to."""
-    return _tree.map_with_path(lambda path, p: jt.axes.is_kernel(path, p.shape), params)
+    return _tree.map_with_path(lambda path, p: jt.roles.is_kernel(path, p.shape), params)

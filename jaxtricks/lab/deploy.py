@@ -17,7 +17,7 @@ from rich.console import Console
 
 import jaxtricks as jt
 from jaxtricks import _tree
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.lab import about, compose, loop, runs, train
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.checkpoint import Checkpoints

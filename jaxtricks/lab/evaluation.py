@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxtricks as jt
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.loop import Program, TrainState
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtricks._types import Array, Key
+from jaxtricks._typing import Array, Key
 from jaxtricks.lab import data as data_lib
 
 Examples = Callable[[Any, Key | None], tuple[Array, Array]]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import longtail
-from jaxtricks._types import Array, Key
+from jaxtricks._typing import Array, Key
 
 DRW_START = 0.8
 """Share of the run after which LDAM and RIDE weight classes."""

@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding
 
 import jaxtricks as jt
 from jaxtricks import _tree
-from jaxtricks._types import Array, Key
+from jaxtricks._typing import Array, Key
 from jaxtricks.lab import compose
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
 from jaxtricks.lab.examples import examples_of
 from jaxtricks.lab.placement import Placement
-from jaxtricks.remat import measure, target
+from jaxtricks.remat import _memory, target
 
 
 @_tree.node
@@ -238,7 +238,7 @@ def compile_step(program: Program, state: TrainState, batch: Any) -> Compiled:
     """Compile the step for arguments like these."""
     traced = jitted(program, program.step).trace(state, batch)
     step = traced.lower().compile()
-    return Compiled(step, measure.report(step, traced.jaxpr).temp)
+    return Compiled(step, _memory.report(step, traced.jaxpr).temp)
 
 
 class Meter:

@@ -10,7 +10,7 @@ from jaxtricks.lab import loop
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.plan_config import Plan
 from jaxtricks.remat import target
-from jaxtricks.remat.planner import Wrt
+from jaxtricks.remat._planner import Wrt
 
 
 class Prepared(NamedTuple):

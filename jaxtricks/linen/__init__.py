@@ -6,12 +6,12 @@ initializing.) Their arguments are those of the twins, without `rngs`; `in_featu
 None, which stands for those of the input, as usual in linen.
 """
 
-from jaxtricks.linen.blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
-from jaxtricks.linen.fusion import fuse
-from jaxtricks.linen.heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
+from jaxtricks.linen._blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
+from jaxtricks.linen._functional import functional
+from jaxtricks.linen._fuse import fuse
+from jaxtricks.linen._layers import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
+from jaxtricks.linen._roles import roles
 from jaxtricks.linen.layers import ExtendedBatchNorm, WSConv
-from jaxtricks.linen.layout import roles
-from jaxtricks.linen.pure import functional
 
 __all__ = [
     "ACBlock",

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from jaxtricks import _tree
-from jaxtricks._types import Roles
+from jaxtricks._typing import Roles
 
 # A key without a name: WeightNorm names its scales after the whole path of what it scales.
 _KEY = jax.tree_util.DictKey("")

@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from jaxtricks import _tree
-from jaxtricks.nnx import conv
+from jaxtricks.nnx import _conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Fused(nn.Module):
             kernel, bias = (layer.get_variable("params", n) for n in ("kernel", "bias"))
             x, how = _first(inputs, flags), dict(convs[path])
             dtype = _tree.common_dtype(x, kernel, bias, given=how.pop("dtype"))
-            return conv.convolution(x, kernel, bias, dtype=dtype, **how)
+            return _conv.convolution(x, kernel, bias, dtype=dtype, **how)
 
         with nn.intercept_methods(plain):
             return self.module.apply(self.variables, *args, **kwargs)

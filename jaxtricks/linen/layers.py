@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtricks import _tree
-from jaxtricks._types import Array
-from jaxtricks.nnx import conv, norm
+from jaxtricks._typing import Array
+from jaxtricks.nnx import _conv, _norm
 from jaxtricks.reparam import geometry
 
 Sizes = int | Sequence[int]
@@ -62,17 +62,17 @@ class WSConv(nn.Module):
         """[..., *spatial, in_features] -> [..., *spatial', out_features]."""
         features = in_features("WSConv", self.in_features, x)
         out = (self.out_features,)
-        shape = conv.kernel_shape(
+        shape = _conv.kernel_shape(
             features, self.out_features, self.kernel_size, self.feature_group_count
         )
-        kernel_init = self.kernel_init or conv.default_kernel_init()
+        kernel_init = self.kernel_init or _conv.default_kernel_init()
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         gain = self.param("gain", ones, out, self.param_dtype) if self.use_gain else None
         bias = self.param("bias", zeros, out, self.param_dtype) if self.use_bias else None
-        return conv.convolution(
+        return _conv.convolution(
             x,
-            conv.standardize_wide(kernel, gain, preset=self.preset, eps=self.eps),
+            _conv.standardize_wide(kernel, gain, preset=self.preset, eps=self.eps),
             bias,
             dtype=_tree.common_dtype(x, kernel, bias, given=self.dtype),
             strides=self.strides or 1,
@@ -134,7 +134,7 @@ class ExtendedBatchNorm(nn.Module):
           mask: which entries count, see `ebn.extended_moments`.
         """
         shape = (in_features("ExtendedBatchNorm", self.num_features, x),)
-        wide = norm.statistics_dtype(self.param_dtype)
+        wide = _norm.statistics_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
         var = self.variable("batch_stats", "var", jnp.ones, (), wide)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -143,10 +143,10 @@ class ExtendedBatchNorm(nn.Module):
             scale = self.param("scale", self.scale_init or ones, shape, self.param_dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init or zeros, shape, self.param_dtype)
-        stats = norm.Running(mean.value, var.value)
-        if not norm.choose(use_running_average, self.use_running_average):
+        stats = _norm.Running(mean.value, var.value)
+        if not _norm.choose(use_running_average, self.use_running_average):
             initializing = self.is_initializing()
-            stats, updated = norm.batch_statistics(
+            stats, updated = _norm.batch_statistics(
                 x,
                 stats,
                 momentum=self.momentum,
@@ -156,7 +156,7 @@ class ExtendedBatchNorm(nn.Module):
             )
             if not initializing:
                 mean.value, var.value = map(jnp.asarray, updated)
-        return norm.normalize_to(x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+        return _norm.normalize_to(x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
 
 
 def in_features(name: str, given: int | None, x: Array) -> int:

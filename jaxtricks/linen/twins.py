@@ -10,14 +10,14 @@ from flax import nnx
 
 import jaxtricks.nnx as jnnx
 from jaxtricks import _tree
-from jaxtricks.linen import blocks, layers
-from jaxtricks.nnx import overrides
+from jaxtricks.linen import _blocks, layers
+from jaxtricks.nnx import _overrides
 from jaxtricks.nnx.parts import unpacked
 
 BLOCKS: dict[type, Any] = {
-    blocks.ACBlock: jnnx.ACBlock,
-    blocks.RepVGGBlock: jnnx.RepVGGBlock,
-    blocks.DiverseBranchBlock: jnnx.DiverseBranchBlock,
+    _blocks.ACBlock: jnnx.ACBlock,
+    _blocks.RepVGGBlock: jnnx.RepVGGBlock,
+    _blocks.DiverseBranchBlock: jnnx.DiverseBranchBlock,
 }
 CONVS: dict[type, Any] = {nn.Conv: nnx.Conv, layers.WSConv: jnnx.WSConv}
 AFFINE: dict[type, Any] = {
@@ -53,8 +53,8 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
       ValueError: stacked variables (nn.scan, nn.vmap), a subclass that computes something else, or a block
         whose parts have no twin.
     """
-    kind = overrides.kind_of(module, tuple(KINDS))
-    overrides.check(module, kind, ("_branches",) if kind in BLOCKS else ())
+    kind = _overrides.kind_of(module, tuple(KINDS))
+    _overrides.check(module, kind, ("_branches",) if kind in BLOCKS else ())
     fields = {n: value for n in _FIELDS.split() if (value := getattr(module, n, None)) is not None}
     kernel = variables["params"].get("kernel")
     sizes: tuple[Any, ...] = ()

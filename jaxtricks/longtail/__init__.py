@@ -91,7 +91,8 @@ from jaxtricks.longtail import (
     sampling,
     weights,
 )
-from jaxtricks.longtail.algebra import (
+from jaxtricks.longtail._counts import class_counts
+from jaxtricks.longtail._softmax import (
     Affine,
     SoftmaxLoss,
     Transform,
@@ -101,7 +102,8 @@ from jaxtricks.longtail.algebra import (
     softmax_loss,
     temper,
 )
-from jaxtricks.longtail.counts import class_counts
+from jaxtricks.longtail._stateful import equalization_v2, online_seesaw
+from jaxtricks.longtail._survey import methods
 from jaxtricks.longtail.losses import (
     equalization,
     influence_balanced,
@@ -122,8 +124,6 @@ from jaxtricks.longtail.presets import (
 )
 from jaxtricks.longtail.reduction import reduce
 from jaxtricks.longtail.running import class_mean
-from jaxtricks.longtail.stateful import equalization_v2, online_seesaw
-from jaxtricks.longtail.survey import methods
 
 __all__ = [
     "Affine",

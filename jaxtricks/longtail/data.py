@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 Real = float | int | np.number
 Whole = int | np.integer

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Key, Params, Scalar
+from jaxtricks._typing import Array, Key, Params, Scalar
 from jaxtricks.longtail import heads, place
-from jaxtricks.longtail.counts import floating
+from jaxtricks.longtail._counts import floating
 
 Mask = place.Mask
 Compat = Literal["reference"] | None

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import are_classes, as_mask, floating, same_shape
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import are_classes, as_mask, floating, same_shape
 from jaxtricks.longtail.gap import floor
 
 Loss = Callable[..., Array]

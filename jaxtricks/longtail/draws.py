@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt32
 
 from jaxtricks._arguments import checked
+from jaxtricks._random_bits import mixed, permuted
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.counts import as_vector
-from jaxtricks.longtail.permute import mixed, permuted
+from jaxtricks._typing import Array, Key, Scalar
+from jaxtricks.longtail._counts import as_vector
 
 Shard = tuple[Scalar, int]
 """(index, number): one host's or device's part of a draw; the index may be traced."""

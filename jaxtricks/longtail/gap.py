@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxtricks import _sharding
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 _SLACK = 100.0
 """How far apart the bounds of the largest logit may be: e^50 and a sum of many e^50 are finite."""

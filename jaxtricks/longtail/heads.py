@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import as_mask, class_indices, floating
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import as_mask, class_indices, floating
 from jaxtricks.longtail.kernels import check_normed as check_normed
 from jaxtricks.longtail.kernels import max_norm as max_norm
 from jaxtricks.longtail.kernels import max_norm_radius as max_norm_radius

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtricks._types import Array
-from jaxtricks.longtail.counts import (
+from jaxtricks._typing import Array
+from jaxtricks.longtail._counts import (
     Counts,
     are_classes,
     as_mask,

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import as_mask, floating
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import as_mask, floating
 
 
 @checked

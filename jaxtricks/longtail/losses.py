@@ -5,9 +5,9 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest
-from jaxtricks.longtail.per_label import (
+from jaxtricks._typing import Scalar
+from jaxtricks.longtail._counts import Counts, as_vector, at_least_rarest
+from jaxtricks.longtail._losses import (
     Equalization,
     InfluenceBalanced,
     LabelAwareSmoothing,

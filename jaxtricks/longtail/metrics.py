@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Integer
 from jaxtricks import _sharding
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, class_indices, floating
+from jaxtricks._typing import Array, Key, Scalar
+from jaxtricks.longtail._counts import Counts, as_vector, class_indices, floating
 from jaxtricks.longtail.scores import Split, calibration_error, groups, ratio, scores
 
 ECE_BINS = 15

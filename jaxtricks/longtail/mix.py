@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Integer, Real
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Key, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, class_indices, floating
+from jaxtricks._typing import Array, Key, Scalar
+from jaxtricks.longtail._counts import Counts, as_vector, at_least_rarest, class_indices, floating
 
 
 @checked

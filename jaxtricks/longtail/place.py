@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtricks import _tree
-from jaxtricks._types import Array, Params
+from jaxtricks._typing import Array, Params
 
 Keys = tuple[Any, ...]
 

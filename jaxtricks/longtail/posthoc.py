@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import (
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import (
     UNSEEN_LOG_PRIOR,
     Counts,
     as_mask,

@@ -8,9 +8,10 @@ import numpy as np
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Scalar
+from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail import weights as class_weights
-from jaxtricks.longtail.algebra import (
+from jaxtricks.longtail._counts import Counts, as_vector, at_least_rarest
+from jaxtricks.longtail._softmax import (
     SoftmaxLoss,
     add_log_prior,
     margin,
@@ -18,7 +19,6 @@ from jaxtricks.longtail.algebra import (
     softmax_loss,
     temper,
 )
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest
 from jaxtricks.longtail.kernels import check_normed
 
 

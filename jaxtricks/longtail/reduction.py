@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Real
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
-from jaxtricks.longtail.counts import floating, same_shape
+from jaxtricks._typing import Array
+from jaxtricks.longtail._counts import floating, same_shape
 
 
 @checked

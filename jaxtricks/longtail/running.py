@@ -6,11 +6,11 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.algebra import _are_hard
-from jaxtricks.longtail.counts import class_indices, floating
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import class_indices, floating
+from jaxtricks.longtail._softmax import _are_hard
+from jaxtricks.longtail._stateful import Axis, _at_least_one, _counted, _summed
 from jaxtricks.longtail.gap import is_label
-from jaxtricks.longtail.stateful import Axis, _at_least_one, _counted, _summed
 
 
 @node

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar
+from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail import weights
-from jaxtricks.longtail.counts import Counts, as_vector, at_least_rarest, floating, seen
+from jaxtricks.longtail._counts import Counts, as_vector, at_least_rarest, floating, seen
 from jaxtricks.longtail.draws import Table, class_aware_indices, sample_indices, table
 
 __all__ = [

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar
+from jaxtricks._typing import Array, Scalar
 
 Split = Literal["threshold", "rank"]
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Real
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, as_vector, floating, seen
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import Counts, as_vector, floating, seen
 
 
 @checked

@@ -7,7 +7,7 @@ column. For an n x m matrix that is n + m numbers instead of 2 n m.
 Use.
 
     import jaxtricks as jt
-    roles = jt.nnx.roles(model)                             # or jt.linen.roles, axes.by_path, axes.infer
+    roles = jt.nnx.roles(model)                             # or jt.linen.roles, roles.by_path, roles.infer
     tx = jt.memopt.adafactor(axes=roles)                    # the paper's relative step, no rate to choose
     tx = jt.memopt.adafactor(1e-3, multiply_by_parameter_scale=False, axes=roles)      # in Adam's place
     tx = jt.memopt.adafactor(1e-2, **jt.memopt.PRESETS["t5x"])
@@ -122,14 +122,18 @@ References. Shazeer, Stern, "Adafactor: Adaptive Learning Rates with Sublinear M
 Kolesnikov, Houlsby, Beyer, "Scaling Vision Transformers", arXiv 2106.04560 (Big Vision's variant).
 """
 
-from jaxtricks.memopt.accounting import state_bytes, state_table
-from jaxtricks.memopt.averages import Int8
-from jaxtricks.memopt.cover import Sm3State, scale_by_sm3, sm3
+from jaxtricks.memopt._accounting import state_bytes, state_table
+from jaxtricks.memopt._adafactor import AdafactorState, adafactor, scale_by_adafactor
+from jaxtricks.memopt._momentum import Int8
+from jaxtricks.memopt._sm3 import Sm3State, scale_by_sm3, sm3
+from jaxtricks.memopt._stochastic_rounding import (
+    StochasticRoundState,
+    apply_updates,
+    stochastic_round,
+)
 from jaxtricks.memopt.factored import Factored, Full
 from jaxtricks.memopt.presets import PRESETS
-from jaxtricks.memopt.rounding import StochasticRoundState, apply_updates, stochastic_round
 from jaxtricks.memopt.sharding import state_specs
-from jaxtricks.memopt.transform import AdafactorState, adafactor, scale_by_adafactor
 
 __all__ = [
     "PRESETS",

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _sharding
-from jaxtricks import axes as roles_lib
-from jaxtricks._types import Array, Roles
-from jaxtricks.memopt import averages, leaves
+from jaxtricks import roles as roles_lib
+from jaxtricks._typing import Array, Roles
+from jaxtricks.memopt import _leaves, _momentum
 
 _MANY = 4096  # from here on XLA's CPU backend sums in one kernel
 
@@ -104,8 +104,8 @@ def zeros(leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | 
     shape = tuple(leaf.shape)
     sides = [math.prod(shape[i] for i in side) for side in (where.rows, where.columns)]
     if not (factored and where.rows and where.columns and 0 not in shape and min(sides) >= min_dim):
-        return Full(leaves.zeros(leaf))
-    return Factored(*(leaves.zeros(leaf, without=side) for side in (where.columns, where.rows)))
+        return Full(_leaves.zeros(leaf))
+    return Factored(*(_leaves.zeros(leaf, without=side) for side in (where.columns, where.rows)))
 
 
 @functools.partial(jax.jit, static_argnames=("where", "config"))
@@ -113,7 +113,7 @@ def step(
     g: Any, p: Any, v: Any, m: Any, seed: Any, hyper: Hyper, *, where: Layout, config: Config
 ) -> Any:
     """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
-    dtype, result = v[0].dtype, leaves.update_dtype(g, p)
+    dtype, result = v[0].dtype, _leaves.update_dtype(g, p)
     moments = _factored if isinstance(v, Factored) else _full
     v, direction = moments(g, p, v, hyper, where, config)
     # Numbers are multiplied with numbers, the product with the smallest factor, and only that with the leaf.
@@ -123,8 +123,8 @@ def step(
     if hyper.rate is None:
         return u.astype(result), v, m
     if m is not None:
-        u = hyper.beta1 * averages.read(m, dtype) + (1 - hyper.beta1) * u
-        m = averages.write(u, m, seed)
+        u = hyper.beta1 * _momentum.read(m, dtype) + (1 - hyper.beta1) * u
+        m = _momentum.write(u, m, seed)
     if config.momentum_before_rate:
         u = hyper.rate * u
     if hyper.weight_decay is not None:

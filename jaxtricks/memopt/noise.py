@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtricks._types import Array, Key
+from jaxtricks._typing import Array, Key
 
 # The finalizer of MurmurHash3 (Appleby, public domain): every bit of the input changes half the output.
 _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from jaxtricks._types import Roles
+from jaxtricks._typing import Roles
 
 
 def _last_two(path: str, shape: tuple[int, ...]) -> Roles:

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtricks._types import Array, ScalarOrSchedule
-from jaxtricks.memopt import leaves
+from jaxtricks._typing import Array, ScalarOrSchedule
+from jaxtricks.memopt import _leaves
 
 
 def relative_step(count: Any, warmup_init: bool, dtype: Any) -> Array:
@@ -18,8 +18,8 @@ def check_decay(name: str, decay: str, rate: ScalarOrSchedule, cap: ScalarOrSche
     """Raise for an unknown decay or numbers that cannot decay."""
     if decay not in ("pow", "adam"):
         raise ValueError(f"memopt.{name}: `decay` is {decay!r}: give 'pow' or 'adam'")
-    leaves.check_number(name, "decay_rate", rate, 0, 1 if decay == "adam" else float("inf"))
-    leaves.check_number(name, "decay_cap", cap, 0, 1)
+    _leaves.check_number(name, "decay_rate", rate, 0, 1 if decay == "adam" else float("inf"))
+    _leaves.check_number(name, "decay_cap", cap, 0, 1)
 
 
 def one_minus_beta2(
@@ -35,11 +35,11 @@ def one_minus_beta2(
     "pow": t^-rate. "adam": 1 - rate (1 - rate^(t-1)) / (1 - rate^t) = (1 - rate) / (1 - rate^t).
     t = max(count + 1 - offset, 1): before the offset, and on a fresh state, beta2_t is 0.
     """
-    t = count + 1 - leaves.value(offset, count, count.dtype)
+    t = count + 1 - _leaves.value(offset, count, count.dtype)
     t = jnp.maximum(t, 1).astype(dtype)
     floor = _complement(cap, count, dtype)
     if decay == "pow":
-        return jnp.maximum(t ** -leaves.value(rate, count, dtype), floor)
+        return jnp.maximum(t ** -_leaves.value(rate, count, dtype), floor)
     # Not below one rounding error: the limit of the quotient at rate 1 is 1 / t, not 0 / 0.
     complement = jnp.maximum(_complement(rate, count, dtype), jnp.finfo(dtype).eps)
     return jnp.maximum(complement / -jnp.expm1(t * jnp.log1p(-complement)), floor)

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _tree
 from jaxtricks._arguments import checked
-from jaxtricks._types import Params
+from jaxtricks._typing import Params
 
 
 @checked

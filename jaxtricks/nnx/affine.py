@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtricks import _tree, reparam
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
+from jaxtricks.reparam._apply import norm_factor
 from jaxtricks.reparam.bound import FACTOR
-from jaxtricks.reparam.forward import norm_factor
 
 LAYERS: tuple[type, ...] = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.ConvTranspose)
 

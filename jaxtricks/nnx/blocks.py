@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from jaxtricks.nnx.branch import Branched, Factory, Maker, Mode
+from jaxtricks.nnx._branches import Branched, Factory, Maker, Mode
 from jaxtricks.nnx.parts import Branch, Size
 from jaxtricks.reparam import geometry
 

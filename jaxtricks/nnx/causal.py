@@ -8,10 +8,10 @@ from flax import nnx
 from jaxtyping import Float
 
 from jaxtricks import _tree
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.longtail.heads import tde
-from jaxtricks.nnx.heads import Head, Initializer
-from jaxtricks.nnx.norm import choose, statistics_dtype
+from jaxtricks.nnx._heads import Head, Initializer
+from jaxtricks.nnx._norm import choose, statistics_dtype
 
 
 def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array:

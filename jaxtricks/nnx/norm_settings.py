@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxtricks.nnx import fusion
+from jaxtricks.nnx import _fuse
 from jaxtricks.nnx.probe import Probed, Spied, evaluation_kwargs
 
 NAMES = (
@@ -29,7 +29,7 @@ class NormSettings:
     """
 
     def __init__(self, model: nnx.Module, example: Any, example_kwargs: Mapping[str, Any] | None):
-        self._convs, self._norms = fusion.layers(model)
+        self._convs, self._norms = _fuse.layers(model)
         self._fed: Mapping[str, list[list[str | None]]] = {}
         if example is not None:
             kwargs = evaluation_kwargs(model, example, example_kwargs)

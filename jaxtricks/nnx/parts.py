@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtricks import _tree, reparam, weightstd
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
-from jaxtricks.nnx.conv import WSConv
+from jaxtricks.nnx._conv import WSConv
 from jaxtricks.reparam import geometry
-from jaxtricks.reparam.forward import norm_factor
+from jaxtricks.reparam._apply import norm_factor
 
 Size = tuple[int, ...]
 
@@ -61,7 +61,7 @@ class First(nnx.Module):
         y = self.norm(y + x.astype(y.dtype) if self.residual else y, **mode)
         return with_border(y, pads, frozen_norm(self.norm))
 
-    def nodes(self) -> list[reparam.nodes.Node]:
+    def nodes(self) -> list[reparam._nodes.Node]:
         """Convolution and normalization."""
         conv = conv_node(self.conv)
         if self.residual:
@@ -106,7 +106,7 @@ class Branch(nnx.Module):
         x = geometry.zero_pad(x, pads) if self.first is None else self.first(x, pads, mode)
         return self.norm(x if self.conv is None else self.conv(x), **mode)
 
-    def linear(self) -> list[reparam.nodes.Node]:
+    def linear(self) -> list[reparam._nodes.Node]:
         """What comes before the branch's own normalization."""
         nodes: list[Any] = [] if self.first is None else self.first.nodes()
         if isinstance(self.conv, Pool):
@@ -115,13 +115,13 @@ class Branch(nnx.Module):
             nodes.append(conv_node(self.conv, self.dilation))
         return nodes
 
-    def node(self) -> reparam.nodes.Node:
+    def node(self) -> reparam._nodes.Node:
         """The branch with its current statistics."""
         nodes = [*self.linear(), _affine(self)]
         return reparam.Sequential(*nodes) if len(nodes) > 1 else nodes[0]
 
 
-def _affine(part: Any) -> reparam.nodes.Node:
+def _affine(part: Any) -> reparam._nodes.Node:
     return reparam.Scale(part.gain[...]) if part.norm is None else frozen_norm(part.norm)
 
 

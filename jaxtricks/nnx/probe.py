@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 
 from jaxtricks import _jaxpr, _tree, reparam
-from jaxtricks._types import Array
-from jaxtricks.nnx import _compat, flags, pure, surgery, unit
+from jaxtricks._typing import Array
+from jaxtricks.nnx import _compat, _flags, _module_tree, pure, unit
 from jaxtricks.nnx.unit import Unit
-from jaxtricks.remat import measure
-from jaxtricks.reparam import dataflow
+from jaxtricks.remat import _memory
+from jaxtricks.reparam import _dataflow
 
 _DRAWS = 4  # random signs that the layers' bounds are carried to the output with
 
@@ -39,9 +39,9 @@ class Probed:
         """The model's output."""
         return self.run(_unchanged, *example)
 
-    def flow(self) -> dataflow.Flow:
+    def flow(self) -> _dataflow.Flow:
         """What feeds what."""
-        return dataflow.read(traced(functools.partial(self.run, dataflow.mark), self.example))
+        return _dataflow.read(traced(functools.partial(self.run, _dataflow.mark), self.example))
 
     def values(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """({path: what the layer is given first}, {path: dtype of what it gives}).
@@ -94,7 +94,7 @@ class Spied:
         self.modes: dict[str, set[bool | None]] = {}
         self.altered: dict[str, str] = {}
         self._watch: Watch = _unchanged
-        for path, module in surgery.modules(model):
+        for path, module in _module_tree.modules(model):
             if path in paths:
                 self._spy(module, path)
         self._call = pure_call(model, kwargs)
@@ -163,7 +163,7 @@ def evaluation_kwargs(
 ) -> dict[str, Any]:
     """`kwargs`, and what the call of the model needs beside them to evaluate on the example."""
     inputs, kwargs = as_inputs(example), dict(kwargs or {})
-    kwargs |= flags.call_flags(type(model), False, inputs, kwargs)
+    kwargs |= _flags.call_flags(type(model), False, inputs, kwargs)
     return kwargs | pure.call_rngs(type(model), inputs, kwargs, None)
 
 
@@ -209,7 +209,7 @@ def whole_model(
         y, z = probed(*probed.example), fused(*probed.example)
         others = [probed.disturbed(ends, seed) for seed in range(_DRAWS)]
     carried = max(unit.largest_difference(y, other) for other in others)
-    costs = [measure.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
+    costs = [_memory.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
     branches, error = sum(row.branches for row in rows), unit.largest_difference(y, z)
     found = reparam.FusedLayer("", branches, error, carried + _rounding(y), *params, *costs)
     return unit.within_bound(found)

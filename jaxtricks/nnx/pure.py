@@ -9,16 +9,16 @@ from flax import nnx
 
 from jaxtricks import _compat, _jaxpr, _tree
 from jaxtricks._arguments import checked
-from jaxtricks._types import ApplyFn, Key, Params, State
+from jaxtricks._typing import ApplyFn, Key, Params, State
 from jaxtricks.nnx import _compat as nnx_compat
-from jaxtricks.nnx import flags
+from jaxtricks.nnx import _flags
 
 _REST = nnx.Not(nnx.Any(nnx.Param, nnx.RngKey))
 
 
 @checked
 def functional(
-    model: nnx.Module, *, train_kwargs: flags.TrainKwargs = None
+    model: nnx.Module, *, train_kwargs: _flags.TrainKwargs = None
 ) -> tuple[ApplyFn, Params, State]:
     """The model as (apply, params, state).
 
@@ -87,9 +87,9 @@ def filled(model: nnx.Module, params: Params, state: State) -> Any:
 class _Functional:
     """The static part of a model, and how to run it on given variables; changes the model's mode."""
 
-    def __init__(self, model: nnx.Module, train_kwargs: flags.TrainKwargs):
+    def __init__(self, model: nnx.Module, train_kwargs: _flags.TrainKwargs):
         self.kind = type(model)
-        self.kwargs = flags.mode_rule("nnx.functional", self.kind, train_kwargs)
+        self.kwargs = _flags.mode_rule("nnx.functional", self.kind, train_kwargs)
         _set_mode(model, train=True)
         train, *_ = split = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
         _set_mode(model, train=False)
@@ -156,7 +156,7 @@ def call_rngs(
 
     Without a key it is None where the call insists on the argument: then nothing may be drawn.
     """
-    parameter = flags.open_parameters(kind, inputs, kwargs).get("rngs")
+    parameter = _flags.open_parameters(kind, inputs, kwargs).get("rngs")
     if parameter is None or (key is None and parameter.default is not inspect.Parameter.empty):
         return {}
     # Another key than those of the model's own streams, which have the small numbers.
@@ -169,7 +169,7 @@ def _set_mode(model: nnx.Module, *, train: bool) -> None:
     (nnx.Module.train if train else nnx.Module.eval)(model)
     for _, module in nnx_compat.modules(model):
         # Not by hasattr: every module has a method `train`.
-        for name, value in flags.attribute_flags(vars(module), train).items():
+        for name, value in _flags.attribute_flags(vars(module), train).items():
             setattr(module, name, value)
 
 

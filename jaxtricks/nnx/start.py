@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtricks import _tree, reparam, weightstd
-from jaxtricks._types import Array
-from jaxtricks.nnx.conv import WSConv
+from jaxtricks._typing import Array
+from jaxtricks.nnx._conv import WSConv
 from jaxtricks.nnx.parts import frozen_norm
 
 

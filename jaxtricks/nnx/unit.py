@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 
 from jaxtricks import _jaxpr, _tree, reparam
-from jaxtricks._types import Array
-from jaxtricks.nnx import affine, overrides, surgery
-from jaxtricks.nnx.branch import Branched
-from jaxtricks.nnx.conv import WSConv, pad_by_mode
-from jaxtricks.nnx.norm import ExtendedBatchNorm
+from jaxtricks._typing import Array
+from jaxtricks.nnx import _module_tree, _overrides, affine
+from jaxtricks.nnx._branches import Branched
+from jaxtricks.nnx._conv import WSConv, pad_by_mode
+from jaxtricks.nnx._norm import ExtendedBatchNorm
 from jaxtricks.nnx.parts import conv_node, frozen_norm
 from jaxtricks.nnx.plain import layer_dtypes, plain_conv
-from jaxtricks.remat import measure
+from jaxtricks.remat import _memory
 from jaxtricks.reparam import geometry
 
 NORMS = (nnx.BatchNorm, ExtendedBatchNorm)
@@ -56,9 +56,9 @@ class Unit(NamedTuple):
 
     def check_kind(self) -> None:
         """Raise if it is not known what the unit computes, whatever its mode and its statistics are."""
-        for path, module in surgery.modules(self.conv):
+        for path, module in _module_tree.modules(self.conv):
             if isinstance(module, LAYERS + NORMS):
-                _known(surgery.below(self.layer) + path if path else self.layer, module)
+                _known(_module_tree.below(self.layer) + path if path else self.layer, module)
         if self.norm is not None:
             _known(str(self.norm_layer), self.norm)
         if isinstance(self.conv, affine.LAYERS):
@@ -69,8 +69,8 @@ class Unit(NamedTuple):
     def check(self) -> None:
         """Raise if the unit is in training mode, or if its statistics say nothing yet."""
         norms = {
-            surgery.below(self.layer) + path: module
-            for path, module in surgery.modules(self.conv)
+            _module_tree.below(self.layer) + path: module
+            for path, module in _module_tree.modules(self.conv)
             if isinstance(module, NORMS)
         }
         if self.norm is not None:
@@ -163,7 +163,7 @@ class Unit(NamedTuple):
 
     def _coarsest(self, dtype: Any) -> Any:
         """The dtype with the largest unit roundoff of those that the unit computes or is stored in."""
-        modules = [module for _, module in surgery.modules(self.conv)]
+        modules = [module for _, module in _module_tree.modules(self.conv)]
         modules += [] if self.norm is None else [self.norm]
         kernels = [m.kernel[...].dtype for m in modules if hasattr(m, "kernel")]
         computed = [m.dtype for m in modules if getattr(m, "dtype", None) is not None]
@@ -171,10 +171,10 @@ class Unit(NamedTuple):
 
 
 def _known(path: str, module: Any) -> None:
-    kind = overrides.kind_of(module, LAYERS + NORMS)
+    kind = _overrides.kind_of(module, LAYERS + NORMS)
     points = _EXTENSION_POINTS if kind is Branched else ()
     try:
-        overrides.check(module, kind, points)
+        _overrides.check(module, kind, points)
         if isinstance(module, affine.LAYERS):
             affine.channel_axis(module)
         elif hasattr(module, "kernel") and module.kernel[...].ndim != len(module.kernel_size) + 2:
@@ -225,7 +225,7 @@ def count(tree: Any) -> int:
 
 def flops(fn: Any, *inputs: Any) -> int:
     """Floating-point operations of fn(*inputs)."""
-    return measure.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
+    return _memory.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
 
 
 def _untouched(norm: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend.core import Var
 
 from jaxtricks import _compat, _jaxpr
-from jaxtricks.remat import flat, measure, tie
+from jaxtricks.remat import _memory, _recompute, flat
 
 MAX_STAGES = 96
 _GROUP = 1 / 160  # cuts with less than this fraction of the work between them are one cut
@@ -67,7 +67,7 @@ def carries(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> np.ndarray:
     for v in born.keys() - _long_lived(program, born, last):
         first = stage_of[born[v]]
         final = int(np.searchsorted(ends, last.get(v, -1), "right"))
-        made[first, first:final] += tie.var_bytes(v)
+        made[first, first:final] += _recompute.var_bytes(v)
     return np.cumsum(made[::-1], 0)[::-1]
 
 
@@ -99,7 +99,7 @@ def cut(program: _jaxpr.Jaxpr, max_stages: int = MAX_STAGES) -> list[int]:
 
 
 def _work(eqn: Any) -> float:
-    return measure.eqn_flops(eqn) + 4.0 * sum(map(tie.var_bytes, eqn.outvars))
+    return _memory.eqn_flops(eqn) + 4.0 * sum(map(_recompute.var_bytes, eqn.outvars))
 
 
 def _lifetimes(program: _jaxpr.Jaxpr) -> tuple[dict[Any, int], dict[Any, int]]:
@@ -123,7 +123,7 @@ def _alive(program: _jaxpr.Jaxpr) -> np.ndarray:
     alive = np.zeros(len(program.eqns))
     for v, i in born.items():
         if v not in long_lived and v in last:
-            alive[i : last[v]] += tie.var_bytes(v)
+            alive[i : last[v]] += _recompute.var_bytes(v)
     return alive
 
 

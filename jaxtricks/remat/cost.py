@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core import Var
 
 from jaxtricks import _compat, _jaxpr
-from jaxtricks.remat import measure, tie
+from jaxtricks.remat import _memory, _recompute
 
 # Operations that a machine does in the time of one byte of memory traffic; fusion spares accelerators
 # most of the traffic that an unfused count sees.
@@ -50,7 +50,7 @@ _FUSED_AGAIN = 2  # operations that a compiler repeats backward rather than keep
 
 def work(jaxpr: _jaxpr.Jaxpr, flops_per_byte: float) -> float:
     """Time of running the jaxpr once, in floating-point operations."""
-    return measure.flops(jaxpr) + flops_per_byte * _bytes_written(jaxpr)
+    return _memory.flops(jaxpr) + flops_per_byte * _bytes_written(jaxpr)
 
 
 def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
@@ -63,7 +63,7 @@ def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
         elif inner and not name.startswith(("reduce", "scatter", "sort")):
             total += max(map(_bytes_written, inner))
         else:
-            total += sum(map(tie.var_bytes, eqn.outvars))
+            total += sum(map(_recompute.var_bytes, eqn.outvars))
     return total
 
 
@@ -88,8 +88,8 @@ def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
                 reader[v] = name
         inside[i] = max(map(peak_live, _jaxpr.sub_jaxprs(eqn)), default=0)
         for v in () if fused else eqn.outvars:
-            change[i] += tie.var_bytes(v)
-            change[min(last.get(v, i) + 1, n)] -= tie.var_bytes(v)
+            change[i] += _recompute.var_bytes(v)
+            change[min(last.get(v, i) + 1, n)] -= _recompute.var_bytes(v)
     return np.cumsum(change)[:-1] + inside
 
 
@@ -116,6 +116,6 @@ def kept_bytes(jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[An
             steps = max((away[v] for v in operands), default=0) + (name not in _FREE)
             away |= dict.fromkeys(eqn.outvars, steps) if steps <= _FUSED_AGAIN else {}
         for v in wanted.intersection(eqn.outvars) - away.keys():
-            total += tie.var_bytes(v)
+            total += _recompute.var_bytes(v)
             away[v] = 0
     return total

@@ -9,7 +9,7 @@ import jax
 
 from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks._arguments import checked
-from jaxtricks.remat import flat, measure
+from jaxtricks.remat import _memory, flat
 from jaxtricks.remat.recompute import is_recomputed
 
 _BODIES = ("scan", "while", "cond", "jit")
@@ -24,8 +24,8 @@ class Effect:
       without: the same with the checkpoints written out.
     """
 
-    with_: measure.Report
-    without: measure.Report
+    with_: _memory.Report
+    without: _memory.Report
 
     @property
     def saved(self) -> int:
@@ -82,7 +82,7 @@ def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[
     def plain(*args: Any) -> Any:
         return _jaxpr.as_fun(bare.jaxpr)(bare.consts, *jax.tree.leaves(args))[0]
 
-    reports = [measure.memory(jax.value_and_grad(f, argnums), *args) for f in (fn, plain)]
+    reports = [_memory.memory(jax.value_and_grad(f, argnums), *args) for f in (fn, plain)]
     effect = Effect(*reports)
     if not effect:
         after, before = (_table.format_bytes(r.temp) for r in reports)

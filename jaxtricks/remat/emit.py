@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtricks import _jaxpr
-from jaxtricks.remat import flat, options
+from jaxtricks.remat import _stages, flat
+from jaxtricks.remat._solver import Run, Schedule, stages_of
 from jaxtricks.remat.chain import Stage
 from jaxtricks.remat.recompute import recompute_grad
-from jaxtricks.remat.solve import Run, Schedule, stages_of
 
 
 def scheduled(
@@ -26,7 +26,7 @@ def scheduled(
             if isinstance(step, Run):
                 jaxpr = stages[step.stage].jaxpr
                 ins, outs = (*jaxpr.constvars, *jaxpr.invars), jaxpr.outvars
-                fn = options.run(jaxpr, step.choice)
+                fn = _stages.run(jaxpr, step.choice)
             else:
                 ins, outs, fn = _group(step.steps)
             env.update(zip(outs, fn(*[env[v] for v in ins]), strict=True))

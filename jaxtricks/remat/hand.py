@@ -4,8 +4,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from jaxtricks.remat.options import Choice, Priced
-from jaxtricks.remat.solve import Again, Run, Schedule, Solution
+from jaxtricks.remat._solver import Again, Run, Schedule, Solution
+from jaxtricks.remat._stages import Choice, Priced
 
 
 def schedules(solution: Solution) -> Iterator[Schedule]:

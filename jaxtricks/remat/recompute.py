@@ -11,8 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxtricks import _compat, _jaxpr
 from jaxtricks._arguments import checked
-from jaxtricks._call import Call, refuse_module
-from jaxtricks.remat import flat, tie
+from jaxtricks._partition import Call, refuse_module
+from jaxtricks.remat import _recompute, flat
 
 Ad = Literal["reverse", "both"]
 _FORWARD = {
@@ -95,7 +95,7 @@ def recomputed(
     kept = [v for i in sorted(saved) for v in jaxpr.eqns[i].outvars]
     outputs = len(jaxpr.outvars)
     inputs = (*jaxpr.constvars, *jaxpr.invars)
-    tied = sorted(tie.tied_inputs(jaxpr, saved)) if ordered else []
+    tied = sorted(_recompute.tied_inputs(jaxpr, saved)) if ordered else []
     first = _jaxpr.as_fun(_jaxpr.made((), inputs, [*jaxpr.outvars, *kept], jaxpr.eqns))
     again = flat.replaced(jaxpr, saved) if kept else lambda xs, _: first((), *xs)
 
@@ -117,7 +117,7 @@ def recomputed(
         moving, fixed, values = residuals
         xs, cotangents = moving | fixed, list(map(_instantiated, cotangents))
         if ordered:
-            late, cotangents = tie.wait([*(xs[i] for i in tied), *values], cotangents)
+            late, cotangents = _recompute.wait([*(xs[i] for i in tied), *values], cotangents)
             values = late[len(tied) :]
             xs |= dict(zip(tied, late, strict=False))
 

@@ -7,8 +7,8 @@ import jax
 
 from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks._arguments import checked
-from jaxtricks.remat import flat, tie
-from jaxtricks.remat.names import label_of
+from jaxtricks.remat import _recompute, flat
+from jaxtricks.remat._checkpoint import label_of
 
 
 @checked
@@ -50,7 +50,7 @@ def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
             if label_of(eqn) and same[y] not in jaxpr.invars:
                 origin[same[y]] = place
     kept = [same.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)]
-    found = [(tie.var_bytes(v), v) for v in dict.fromkeys(kept) if tie.var_bytes(v)]
+    found = [(_recompute.var_bytes(v), v) for v in dict.fromkeys(kept) if _recompute.var_bytes(v)]
     found.sort(key=lambda pair: -pair[0])
     rows = [
         (_table.format_bytes(n), v.aval.str_short(short_dtypes=True), *origin[v]) for n, v in found

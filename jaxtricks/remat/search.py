@@ -9,9 +9,9 @@ import numpy as np
 from jax.extend.core import Var
 
 from jaxtricks import _jaxpr
-from jaxtricks.remat import chain, cost, flat, hand, measure, options
-from jaxtricks.remat.plans import Recipe
-from jaxtricks.remat.solve import Schedule, Solution
+from jaxtricks.remat import _memory, _stages, chain, cost, flat, hand
+from jaxtricks.remat._plan import Recipe
+from jaxtricks.remat._solver import Schedule, Solution
 
 _AIM = 0.98  # of the budget: the next guess should fall just below
 _FULL = 0.96  # of the budget: used up
@@ -50,12 +50,12 @@ class Problem:
         for eqn in program.eqns:
             if any(isinstance(v, Var) and v in moving for v in eqn.invars):
                 moving.update(eqn.outvars)
-        known: dict[object, options.Priced] = {}
+        known: dict[object, _stages.Priced] = {}
         prices = []
         for stage, name in zip(stages, prints, strict=True):
             moves = tuple(v in moving for v in (*stage.jaxpr.constvars, *stage.jaxpr.invars))
             if (name, moves) not in known:
-                known[name, moves] = options.price(stage, moves, cost.FLOPS_PER_BYTE[platform])
+                known[name, moves] = _stages.price(stage, moves, cost.FLOPS_PER_BYTE[platform])
             prices.append(known[name, moves])
         return cls(tuple(ends), stages, prints, Solution(prices, chain.carries(program, ends)))
 
@@ -68,7 +68,7 @@ class Problem:
 class Figures:
     """A compiled program: its report and its jaxpr; `refused` if the machine has no room for it."""
 
-    report: measure.Report
+    report: _memory.Report
     jaxpr: _jaxpr.ClosedJaxpr
     refused: bool = False
 

@@ -62,11 +62,11 @@ Convolution Blocks", arXiv 1908.03930. Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG"
 Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
 """
 
+from jaxtricks.reparam._apply import apply
+from jaxtricks.reparam._fuse import fuse
+from jaxtricks.reparam._nodes import AvgPool, Conv, Identity, Norm, Scale, Sequential, Sum
+from jaxtricks.reparam._report import FusedLayer, FuseReport
 from jaxtricks.reparam.bound import error_bound
-from jaxtricks.reparam.forward import apply
-from jaxtricks.reparam.fusion import fuse
-from jaxtricks.reparam.nodes import AvgPool, Conv, Identity, Norm, Scale, Sequential, Sum
-from jaxtricks.reparam.report import FusedLayer, FuseReport
 from jaxtricks.reparam.unfusion import unfuse
 
 __all__ = [

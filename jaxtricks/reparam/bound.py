@@ -8,12 +8,12 @@ from jaxtyping import Float
 
 from jaxtricks import _tree
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.reparam import geometry
-from jaxtricks.reparam.forward import apply
-from jaxtricks.reparam.fusion import fuse
-from jaxtricks.reparam.nodes import AvgPool, Conv, Identity, Node, Norm, Scale, Sequential, Sum
-from jaxtricks.reparam.nodes import reference as window_of
+from jaxtricks.reparam._apply import apply
+from jaxtricks.reparam._fuse import fuse
+from jaxtricks.reparam._nodes import AvgPool, Conv, Identity, Node, Norm, Scale, Sequential, Sum
+from jaxtricks.reparam._nodes import reference as window_of
 
 FACTOR = 16
 """Measured errors are 0.4 to 4.8 times u S; the rest is room for other orders of summation."""

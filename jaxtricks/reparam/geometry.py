@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks import _integers
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 Pads = tuple[tuple[int, int], ...]
 Padding = str | int | Sequence[int | Sequence[int]]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxtricks import _tree
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
-from jaxtricks.reparam.forward import norm_factor
-from jaxtricks.reparam.fusion import fuse
-from jaxtricks.reparam.nodes import Conv, Identity, Node, Norm, Scale, Sequential, Sum, extent
+from jaxtricks._typing import Array
+from jaxtricks.reparam._apply import norm_factor
+from jaxtricks.reparam._fuse import fuse
+from jaxtricks.reparam._nodes import Conv, Identity, Node, Norm, Scale, Sequential, Sum, extent
 
 _AFFINE = (Norm, Scale, Identity)
 

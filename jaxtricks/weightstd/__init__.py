@@ -34,7 +34,7 @@ it from the start; ordinary filters have means, which standardizing removes, so 
 Settings to start from. preset "nfnet" with a gain (NFNets, no normalization layers), or preset "qiao" without
 one in front of group normalization. A whole network without normalization: scaled activations, alpha 0.2, a
 learned scalar that starts at 0 on every branch (`jaxtricks.lab.models.NFNet` shows it). Leave gains and
-biases out of weight decay (`axes.is_kernel` does). Weight decay on a standardized kernel changes its
+biases out of weight decay (`roles.is_kernel` does). Weight decay on a standardized kernel changes its
 effective learning rate, not the function.
 
 When it helps and when not. Where batch statistics are unavailable or bad: batches of one to a few images,
@@ -75,16 +75,16 @@ timm/layers/std_conv.py. Brock, De, Smith, Simonyan, "High-performance large-sca
 normalization", arXiv 2102.06171.
 """
 
-from jaxtricks.weightstd.hook import Hook, standardized
-from jaxtricks.weightstd.kernel import PRESETS, standardize
-from jaxtricks.weightstd.params import bake, l2, standardize_params
-from jaxtricks.weightstd.propagation import (
+from jaxtricks.weightstd._signal_propagation import (
     ResidualScale,
     ScaledActivation,
     residual_scales,
     scaled_activation,
     stochastic_depth,
 )
+from jaxtricks.weightstd._standardize import bake, l2, standardize_params
+from jaxtricks.weightstd.hook import Hook, standardized
+from jaxtricks.weightstd.kernel import PRESETS, standardize
 
 __all__ = [
     "PRESETS",

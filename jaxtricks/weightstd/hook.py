@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 from jaxtricks.weightstd.kernel import checked_preset, standardize
 
 

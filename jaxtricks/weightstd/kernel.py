@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from jaxtricks import _integers, _tree
 from jaxtricks._arguments import checked
-from jaxtricks._types import Array, Scalar
+from jaxtricks._typing import Array, Scalar
 
 
 class Preset(NamedTuple):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxtricks import _table, remat
 from jaxtricks.lab.report import hardware
-from jaxtricks.remat import measure
+from jaxtricks.remat import _memory
 from tests.bench import remat_chains as chains
 from tests.bench import remat_models
 
@@ -35,7 +35,7 @@ HEADERS = ("budget", "temp MiB", "planner's", "extra FLOPs", "gradient error", "
 class Built(NamedTuple):
     """A compiled value and gradient: its costs, its gradients, and the seconds it took to compile."""
 
-    report: measure.Report
+    report: _memory.Report
     grads: Any
     seconds: float
 
@@ -46,7 +46,7 @@ def build(loss: Callable[..., Any], args: tuple[Any, Any]) -> Built:
     traced = jax.jit(jax.value_and_grad(loss)).trace(*args)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
-    return Built(measure.report(compiled, traced.jaxpr), compiled(*args)[1], seconds)
+    return Built(_memory.report(compiled, traced.jaxpr), compiled(*args)[1], seconds)
 
 
 def by_hand(model: chains.Model) -> dict[str, chains.Chain]:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 import jaxtricks as jt
 from jaxtricks import _table
-from jaxtricks.remat import measure
+from jaxtricks.remat import _memory
 from tests.bench import common
 from tests.bench import scale_model as model
 
@@ -182,9 +182,9 @@ def compiled(
         ).report
     traced = step(fn).trace(*args)
     try:
-        return measure.report(traced.lower().compile(), traced.jaxpr)
+        return _memory.report(traced.lower().compile(), traced.jaxpr)
     except jax.errors.JaxRuntimeError as error:
-        refused = measure.refusal(error, traced.jaxpr)
+        refused = _memory.refusal(error, traced.jaxpr)
         if refused is None:
             raise
         return refused

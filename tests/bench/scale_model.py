@@ -18,7 +18,7 @@ import jaxtricks as jt
 
 AXIS = "data"
 MATRICES = "q", "k", "v", "o", "gate", "up", "down"
-ROLES = jt.axes.by_path(
+ROLES = jt.roles.by_path(
     {
         rf"layers/({'|'.join(MATRICES)})": ("in", "out"),  # the leading axis of layers is "batch"
         "embedding|head": ("in", "out"),

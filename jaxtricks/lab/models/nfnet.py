@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxtricks.nnx as jnnx
 from jaxtricks import weightstd
-from jaxtricks._types import Array, Key
+from jaxtricks._typing import Array, Key
 
 Activation = Callable[[Array], Array]
 

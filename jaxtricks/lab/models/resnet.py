@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxtricks.nnx as jnnx
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 
 class ConvNorm(nnx.Module):

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxtricks.nnx as jnnx
 from jaxtricks import _tree
-from jaxtricks._types import Array
+from jaxtricks._typing import Array
 
 # Of embeddings and the head: logits are near 0 at first.
 _SMALL = nnx.initializers.normal(0.02)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Scalar
+from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail import weights
 from jaxtricks.longtail.distill import Loss
 from jaxtricks.longtail.presets import cross_entropy

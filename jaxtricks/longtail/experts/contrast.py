@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import (
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import (
     Counts,
     are_classes,
     as_mask,
@@ -19,8 +19,8 @@ from jaxtricks.longtail.counts import (
     floating,
     log_prior,
 )
+from jaxtricks.longtail._stateful import Axis
 from jaxtricks.longtail.gap import floor, rows
-from jaxtricks.longtail.stateful import Axis
 
 NOBODY = -1
 """Label of an entry that is compared with nothing: an empty place, or a masked example."""

@@ -6,8 +6,8 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import Counts, are_classes, as_mask, as_vector, floating
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import Counts, are_classes, as_mask, as_vector, floating
 from jaxtricks.longtail.distill import Loss, kl_divergence
 from jaxtricks.longtail.presets import cross_entropy
 

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
-from jaxtricks._types import Array, Scalar
-from jaxtricks.longtail.counts import (
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import (
     Counts,
     as_mask,
     as_vector,

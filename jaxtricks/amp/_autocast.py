@@ -1,0 +1,187 @@
+"""Mixed precision as a rewrite of the traced function: which operation runs in which dtype."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxtricks import _compat, _jaxpr
+from jaxtricks._arguments import checked
+from jaxtricks._partition import Call
+from jaxtricks.amp._policy import Policy, as_policy
+from jaxtricks.amp._precision_analysis import (
+    FREE,
+    FULL,
+    FULL_PRECISION,
+    LOW,
+    Analysis,
+    Analyzer,
+    held,
+    is_full,
+)
+from jaxtricks.amp._rewrite import Emitter
+from jaxtricks.amp.rules import check_rules
+
+DEFAULT = "p=f32,c=bf16,o=f32"
+
+
+@checked
+def autocast(
+    fn: Callable[..., Any],
+    policy: Policy | str = DEFAULT,
+    *,
+    rules: Mapping[str, str] | None = None,
+    scan_carry: Literal["keep", "auto"] = "keep",
+) -> Callable[..., Any]:
+    """fn with its matrix products and convolutions in the compute dtype, sensitive operations in float32.
+
+    fn is traced at every call, and its float32 operations are rewritten by the table in `amp.rules`:
+    products in the compute dtype; sums, exponentials, logarithms, powers and linear algebra in float32;
+    the rest where their operands are. Parameters stay float32 and so do their gradients. Other dtypes
+    (float64, integers, what is already 16-bit), products with a `precision=` above DEFAULT, inner products
+    and kernels that cannot be looked into are left as they are: `amp.explain` lists them. It goes
+    inside or outside of grad, jit, vmap, shard_map and jax.checkpoint.
+
+    Args:
+      fn: any function of pytrees, traced as jax.jit would; leaves that are no arrays are static.
+      policy: a Policy or its text. `compute` is bfloat16 or float16 (float32 rewrites nothing);
+        `output` is the dtype of what was float32 in fn's results.
+      rules: {primitive: class} in place of the table's rows, e.g. {"tanh": "deny"}.
+      scan_carry: "keep" holds float32 carries of lax.scan in float32. "auto" lowers those that a product
+        sees and that come out low (the activations of layers under a scan, not an accumulator).
+
+    Returns:
+      A function with the signature of fn. float16 needs loss scaling: `amp.dynamic_loss_scale`.
+
+    Raises:
+      ValueError: a policy or a rule that does not parse; (at the call) Refs, or an argument that fn
+        changes in place.
+
+    Example:
+      >>> w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+      >>> print(jax.make_jaxpr(autocast(lambda w, x: x @ w))(w, x).out_avals[0])
+      float32[4,2]
+
+    References:
+      The idea of the rewrite: TensorFlow's auto_mixed_precision graph pass.
+    """
+    settings = Settings.of(policy, rules, scan_carry)
+
+    @functools.wraps(fn)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        traced = settings.trace(fn, args, kwargs)
+        outs = Emitter(traced.analyzer).run(
+            traced.analysis, traced.jaxpr.consts, traced.call.arrays
+        )
+        return traced.call.assemble(settings.leave(outs, traced.jaxpr.jaxpr.outvars))
+
+    return cast
+
+
+@checked
+def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """fn, left in float32 by a surrounding `autocast`, its derivatives included.
+
+    Outside of autocast it is jax.jit(fn); leaves that are no arrays are static.
+
+    Example:
+      >>> logits = jnp.ones((2, 2))
+      >>> full_precision(lambda x: x @ x)(logits).dtype
+      dtype('float32')
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        call = Call(fn, args, kwargs)
+        region = lambda *arrays: call.run(*arrays)  # noqa: E731
+        region.__name__ = FULL_PRECISION
+        return call.assemble(jax.jit(region)(*call.arrays))
+
+    return wrapped
+
+
+class Traced(NamedTuple):
+    """A traced and analysed call.
+
+    Attributes:
+      call: the call.
+      jaxpr: its trace, closed.
+      analyzer: the settings.
+      analysis: what becomes of every equation.
+    """
+
+    call: Call
+    jaxpr: Any
+    analyzer: Analyzer
+    analysis: Analysis
+
+
+class Settings(NamedTuple):
+    """What `autocast` and `explain` are told, checked."""
+
+    policy: Policy
+    rules: dict[str, str]
+    scan_carry: str
+
+    @classmethod
+    def of(cls, policy: Policy | str, rules: Any, scan_carry: str) -> "Settings":
+        """Raises ValueError: see `autocast`."""
+        policy = as_policy(policy)
+        if policy.compute not in (np.float32, np.float16, jnp.bfloat16):
+            raise ValueError(
+                f"amp.autocast: the policy computes in {policy.compute}; use bfloat16, float16 or float32"
+            )
+        if scan_carry not in ("keep", "auto"):
+            raise ValueError(f"amp.autocast: `scan_carry` is {scan_carry!r}; use 'keep' or 'auto'")
+        return cls(policy, check_rules(rules), scan_carry)
+
+    def trace(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Traced:
+        """Trace and analyse fn(*args, **kwargs)."""
+        call = Call(fn, args, kwargs)
+        closed, _ = _jaxpr.trace(call.run, *call.arrays)
+        _refuse_refs(closed.jaxpr)
+        analyzer = Analyzer(self.policy.compute, self.rules, self.scan_carry)
+        leaving = LOW if self.policy.output == self.policy.compute else FULL
+        outs = [held(v, leaving) for v in closed.jaxpr.outvars]
+        ins = [held(v, FREE) for v in closed.jaxpr.invars]
+        analysis = analyzer.analyse(closed.jaxpr, ins, [s == FULL for s in outs]).leaving(outs)
+        return Traced(call, closed, analyzer, analysis)
+
+    def leave(self, outs: list[Any], like: list[Any]) -> list[Any]:
+        """Results in the dtype (and as weak) as the function's own, float32 ones in the policy's."""
+        return [
+            self._leave(x, v.aval) if is_full(v) else x for x, v in zip(outs, like, strict=True)
+        ]
+
+    def _leave(self, x: Any, aval: Any) -> Any:
+        if self.policy.output != np.float32:
+            return x.astype(self.policy.output)
+        if aval.weak_type and not jax.typeof(x).weak_type:
+            return lax.convert_element_type_p.bind(
+                x, new_dtype=aval.dtype, weak_type=True, sharding=None
+            )
+        return x
+
+
+def _refuse_refs(jaxpr: Any) -> None:
+    for eqn in jaxpr.eqns:
+        if eqn.params.get("name") == FULL_PRECISION:
+            continue
+        if any(map(_is_ref, eqn.invars)):
+            raise ValueError(
+                f"amp.autocast: the function uses a Ref at {_jaxpr.source_line(eqn)}, which has a fixed "
+                "dtype; pass and return arrays instead, or wrap that part in amp.full_precision"
+            )
+        if _compat.has_bodies(eqn):  # the Refs of a Pallas kernel are its own
+            for inner in _jaxpr.sub_jaxprs(eqn):
+                _refuse_refs(inner)
+
+
+def _is_ref(v: Any) -> bool:
+    # The future of a collective operation (since jax 0.12) holds an array as well.
+    holds = not _jaxpr.is_literal(v) and hasattr(v.aval, "inner_aval")
+    return holds and not hasattr(v.aval, "done_fun")

@@ -1,0 +1,391 @@
+"""Scaled differentiation, and the optax links that unscale, skip and count."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType
+
+from jaxtricks import _jaxpr, _tree
+from jaxtricks._arguments import checked
+from jaxtricks._partition import without_changes
+from jaxtricks._typing import Array, Params, Scalar
+from jaxtricks.amp._autocast import autocast
+from jaxtricks.amp._policy import Policy, as_policy
+from jaxtricks.amp.scale import (
+    AxisName,
+    DynamicLossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    all_finite,
+    check_most,
+    check_settings,
+    next_scale,
+    select_tree,
+)
+
+LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
+
+
+class DynamicLossScaleState(NamedTuple):
+    """State of `dynamic_loss_scale`.
+
+    Attributes:
+      scale: the scale that the next gradients are expected to carry, float32 [].
+      clean: finite steps since the scale last changed, int32 [].
+      skipped: steps skipped so far, int32 [].
+      consecutive: skipped steps since the last finite one, int32 [].
+      max_consecutive: what `check` allows, int32 [].
+      inner_state: state of the wrapped transformation.
+    """
+
+    scale: Any
+    clean: Any
+    skipped: Any
+    consecutive: Any
+    max_consecutive: Any
+    inner_state: Any
+
+    def metrics(self) -> dict[str, Any]:
+        """What `jt.metrics` reports."""
+        return {"amp/loss_scale": self.scale, "amp/skipped_steps": self.skipped}
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+      consecutive: skipped steps since the last finite one, int32 [].
+      skipped: steps skipped so far, int32 [].
+      max_consecutive: what `check` allows, int32 [].
+      inner_state: state of the wrapped transformation.
+    """
+
+    consecutive: Any
+    skipped: Any
+    max_consecutive: Any
+    inner_state: Any
+
+    def metrics(self) -> dict[str, Any]:
+        """What `jt.metrics` reports."""
+        return {"amp/skipped_steps": self.skipped}
+
+
+@checked
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    policy: Policy | str | None = None,
+    *,
+    scale: Scalar | LossScale | None = None,
+    has_aux: bool = False,
+    argnums: int | tuple[int, ...] = 0,
+) -> Callable[..., Any]:
+    """Unscaled loss, and gradients of scale * loss.
+
+    Args:
+      loss_fn: (params, *args) -> loss [] (or (loss, aux)).
+      policy: `autocast` loss_fn with it; gradients come in the dtype of the arguments. None leaves
+        loss_fn as it is. float16 without a scale warns.
+      scale: float32 [] (`amp.loss_scale(opt_state)`), or any of the loss scales; None is 1.
+      has_aux: loss_fn returns (loss, aux).
+      argnums: as in jax.value_and_grad.
+
+    Returns:
+      A function with the arguments of loss_fn that returns (loss, grads) or ((loss, aux), grads).
+      The loss is float32 or better; the gradients still carry the scale, which
+      `dynamic_loss_scale` (or `scale.unscale`) divides out.
+
+    Raises:
+      ValueError: when called, if loss_fn changes an argument in place: the change would be lost.
+
+    Example:
+      >>> value_and_grad(lambda w: w**2, scale=8.0)(jnp.float32(3.0))
+      (Array(9., dtype=float32), Array(48., dtype=float32))
+    """
+    fn = without_changes(loss_fn, "autocast inside flax.nnx.value_and_grad")
+    if policy is not None:
+        policy = as_policy(policy)
+        if policy.compute == jnp.float16 and scale is None:
+            warnings.warn(
+                "amp.value_and_grad: float16 gradients below 6e-8 become zero without loss scaling; pass "
+                "scale=amp.loss_scale(opt_state) and wrap the optimizer in amp.dynamic_loss_scale",
+                stacklevel=2,
+            )
+        fn = autocast(loss_fn, policy)
+    factor = jnp.float32(1 if scale is None else getattr(scale, "value", scale))
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = fn(*args, **kwargs)
+        loss, aux = out if has_aux else (out, None)
+        # A float16 loss times 2**15 would overflow: scale in float32 at least.
+        loss = loss.astype(_tree.wide_dtype(loss))
+        return loss * factor.astype(loss.dtype), (loss, aux)
+
+    differentiated = jax.value_and_grad(scaled, argnums, has_aux=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        (_, (loss, aux)), grads = differentiated(*args, **kwargs)
+        return ((loss, aux) if has_aux else loss), grads
+
+    return run
+
+
+@checked
+def dynamic_loss_scale(
+    inner: optax.GradientTransformation,
+    *,
+    init: Scalar = 2.0**15,
+    growth_interval: Scalar = 2000,
+    growth: Scalar = 2.0,
+    backoff: Scalar = 0.5,
+    min_scale: Scalar = 1.0,
+    max_consecutive: Scalar = 50,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide gradients by the loss scale, skip the step if they are not finite, adapt the scale.
+
+    Outermost in a chain (around `optax.MultiSteps` too), so that clipping and moments see unscaled
+    gradients. A skipped step returns zero updates and leaves the inner state as it was.
+
+    Args:
+      inner: the transformation to protect.
+      init: first scale.
+      growth_interval: finite steps before the scale is multiplied by `growth`.
+      growth, backoff: factors after growth_interval finite steps and after a non-finite one.
+      min_scale: the scale never falls below it.
+      max_consecutive: more skipped steps in a row than this make `check` raise. A scale that is too
+        large is halved once a step, from 2**15 to 1 in 15: more are not the scale's fault.
+      axis_name: see `all_finite`: devices that hold different gradients skip together.
+
+    Returns:
+      A GradientTransformation; read the scale with `loss_scale(opt_state)`.
+
+    Raises:
+      ValueError: a number with which the scale runs away or stands still: `init` that is not finite
+        and positive, growth or growth_interval below 1, backoff outside (0, 1), min_scale not in
+        (0, init], max_consecutive below 1; (from init) another loss scale inside.
+
+    References:
+      Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
+    """
+    name = "dynamic_loss_scale"
+    check_settings(name, ("init", init), growth_interval, growth, backoff, min_scale)
+    check_most(name, max_consecutive)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Params) -> DynamicLossScaleState:
+        inner_state = inner.init(params)
+        if _states(inner_state, DynamicLossScaleState):
+            raise ValueError(
+                "amp.dynamic_loss_scale: `inner` has a loss scale of its own, which would divide again; "
+                "keep the outermost one"
+            )
+        counters = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(max_consecutive)
+        return DynamicLossScaleState(jnp.float32(init), *counters, inner_state)
+
+    def update_fn(
+        updates: Any, state: DynamicLossScaleState, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, DynamicLossScaleState]:
+        unscale = StaticLossScale(state.scale).unscale
+        finite = all_finite(unscale(updates), axis_name)
+
+        def step(grads: Any, inner_state: Any) -> Any:
+            updates, new_state = inner.update(unscale(grads), inner_state, params, **extra)
+            # Moments of 16 bits stay so: the gradients that they take in are wider now.
+            return updates, jax.tree.map(_as_before, new_state, inner_state)
+
+        updates, inner_state = _guarded(step, finite, updates, state.inner_state)
+        scale, clean = next_scale(
+            state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
+        )
+        skipped, consecutive = _counted(finite, state)
+        counters = clean, skipped, consecutive, state.max_consecutive
+        return updates, DynamicLossScaleState(scale, *counters, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
+
+
+@checked
+def skip_nonfinite(
+    inner: optax.GradientTransformation,
+    max_consecutive: Scalar = 5,
+    *,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Skip steps whose gradients are not finite; never apply them.
+
+    Args:
+      inner: the transformation to protect.
+      max_consecutive: more skipped steps in a row than this make `check` raise.
+      axis_name: see `all_finite`.
+
+    Returns:
+      A GradientTransformation: `dynamic_loss_scale` without the scale.
+
+    Raises:
+      ValueError: max_consecutive below 1.
+    """
+    check_most("skip_nonfinite", max_consecutive)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Params) -> SkipNonfiniteState:
+        # Three arrays, not one thrice: a donated state may not hold a buffer twice.
+        counters = jnp.int32(0), jnp.int32(0), jnp.int32(max_consecutive)
+        return SkipNonfiniteState(*counters, inner.init(params))
+
+    def update_fn(
+        updates: Any, state: SkipNonfiniteState, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, SkipNonfiniteState]:
+        finite = all_finite(updates, axis_name)
+
+        def step(grads: Any, inner_state: Any) -> Any:
+            return inner.update(grads, inner_state, params, **extra)
+
+        updates, inner_state = _guarded(step, finite, updates, state.inner_state)
+        skipped, consecutive = _counted(finite, state)
+        return updates, SkipNonfiniteState(consecutive, skipped, state.max_consecutive, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
+
+
+@checked
+def loss_scale(opt_state: Any) -> Array:
+    """The scale of the one `dynamic_loss_scale` in an optimizer state, float32 [].
+
+    Raises:
+      ValueError: no or several loss scales.
+    """
+    found = _states(opt_state, DynamicLossScaleState)
+    if len(found) != 1:
+        raise ValueError(
+            f"amp.loss_scale found {len(found)} loss scales in `opt_state`; "
+            "wrap the whole chain in amp.dynamic_loss_scale once"
+        )
+    return jnp.asarray(found[0].scale)  # an nnx.Optimizer holds Variables
+
+
+@checked
+def check(opt_state: Any) -> None:
+    """Raise if more steps in a row were skipped than max_consecutive allows (reads from the device).
+
+    Args:
+      opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without, nothing is checked.
+
+    Raises:
+      FloatingPointError: with the number of skipped steps.
+    """
+    for state in _states(opt_state, _SKIPPING):
+        if state.consecutive > state.max_consecutive:
+            raise FloatingPointError(
+                f"amp.check: gradients were not finite for {int(state.consecutive)} steps in a row; "
+                "lower the learning rate or look for the first NaN with jax_debug_nans"
+            )
+
+
+@checked
+def applied(before: Any, after: Any) -> Array:
+    """Whether the step between two optimizer states was applied, not skipped: bool [].
+
+    What a step changes besides parameters, such as the statistics of a batch normalization, is to be kept
+    as it was when the step is skipped:
+
+        model_state = amp.select_tree(amp.applied(opt_state, new_opt_state), new_model_state, model_state)
+
+    Args:
+      before, after: optimizer states around one `update`.
+
+    Raises:
+      ValueError: nothing in them skips steps.
+
+    Example:
+      >>> tx = dynamic_loss_scale(optax.sgd(1.0))
+      >>> state = tx.init(jnp.ones(2))
+      >>> bool(applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
+      False
+    """
+    pairs = list(zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=False))
+    if not pairs:
+        raise ValueError(
+            "amp.applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "
+            "optimizer in one of them"
+        )
+    return jnp.stack(
+        [jnp.asarray(new.skipped) == jnp.asarray(old.skipped) for old, new in pairs]
+    ).all()
+
+
+_SKIPPING = (DynamicLossScaleState, SkipNonfiniteState)
+
+
+def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
+    """(skipped, consecutive) after a step."""
+    return state.skipped + (~finite).astype(jnp.int32), jnp.where(finite, 0, state.consecutive + 1)
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """A leaf of a new state, in the dtype of the old one."""
+    same_kind = any(kind(new) and kind(old) for kind in (_tree.is_floating, _is_complex))
+    return new.astype(old.dtype) if same_kind else new
+
+
+def _is_complex(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def _guarded(
+    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any
+) -> tuple[Any, Any]:
+    """step(grads, state) -> (updates, state); zeros and the state as it was where not finite."""
+    if _may_branch(finite):
+        return _branched(step, finite, grads, state)
+    # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans included).
+    safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
+    updates, new_state = step(safe, state)
+    updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+    return updates, select_tree(finite, new_state, state)
+
+
+def _may_branch(finite: Array) -> bool:
+    """Whether the step may be a branch.
+
+    It is not where nothing is compiled, where one device could skip what others wait for (in shard_map),
+    and where both branches would have to say how their results are sharded (Explicit axes).
+    """
+    kinds = set(jax.typeof(finite).sharding.mesh.axis_types)
+    return isinstance(finite, jax.core.Tracer) and kinds <= {AxisType.Auto}
+
+
+def _branched(
+    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any
+) -> tuple[Any, Any]:
+    """As `_guarded`: in a branch the step is the compiler's as it is without a guard.
+
+    With `where` around it XLA computes new moments twice, for the updates and for the state.
+    """
+    closed, (updates, new_state) = jax.make_jaxpr(step, return_shape=True)(grads, state)
+    structure = jax.tree.structure((updates, new_state))
+
+    def apply(grads: Any, state: Any) -> list[Any]:
+        return _jaxpr.as_fun(closed.jaxpr)(closed.consts, *jax.tree.leaves((grads, state)))
+
+    def skip(grads: Any, state: Any) -> list[Any]:
+        zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
+        return jax.tree.leaves((zeros, jax.tree.map(_copied, state, new_state)))
+
+    def _copied(old: Any, new: Any) -> Any:
+        # What a branch hands on as it is, XLA copies before it branches: every step would pay for it.
+        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+            return old
+        if not _tree.is_inexact(old):
+            return jnp.asarray(old).astype(new.dtype)
+        return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
+
+    return jax.tree.unflatten(structure, jax.lax.cond(finite, apply, skip, grads, state))
+
+
+def _states(opt_state: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in nodes if isinstance(x, kind)]

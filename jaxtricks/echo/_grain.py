@@ -1,0 +1,103 @@
+"""The same as a Grain dataset. Nothing imports this module unless Grain has been imported before."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+
+from jaxtricks.echo import _checks
+from jaxtricks.echo._streams import StreamIterator
+from jaxtricks.echo.recipe import Recipe
+
+
+class _GrainSource:
+    """A Grain iterator as a stream wants it."""
+
+    def __init__(self, iterator: Any):
+        self._iterator = iterator
+        self._workers = sorted(_workers(iterator.get_state()))
+
+    def read(self) -> tuple[Any, Any]:
+        snapshot = self._iterator.get_state()
+        return snapshot, next(self._iterator)
+
+    def snapshot(self) -> Any:
+        return self._iterator.get_state()
+
+    def check(self, snapshot: Any, first: int) -> None:
+        # Grain takes a state of fewer workers as it is, and loses what the others were to read.
+        made, here = sorted(_workers(snapshot)), self._workers
+        if made != here:
+            raise ValueError(
+                f"echo: the state was made with {_spell(made)}, this pipeline has {_spell(here)}: use the "
+                "same number of workers (mp_prefetch) and the same steps"
+            )
+
+    def rewind(self, snapshot: Any) -> None:
+        with _checks.states_of_others():
+            self._iterator.set_state(snapshot)
+
+
+def _workers(state: Any) -> Iterator[int]:
+    """How many iterators run side by side, wherever they do."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if key == "iterators_in_use_indices":
+                yield len(value)
+            else:
+                yield from _workers(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _workers(value)
+
+
+def _spell(workers: list[int]) -> str:
+    return f"{workers[0]} workers" if len(workers) == 1 else f"workers {workers or 'none'}"
+
+
+def as_iter_dataset(source: Any) -> Any | None:
+    """The source as a grain.IterDataset if it is a Grain dataset, else None."""
+    if isinstance(source, grain.MapDataset):
+        return source.to_iter_dataset()
+    return source if isinstance(source, grain.IterDataset) else None
+
+
+class EchoDatasetIterator(StreamIterator, grain.DatasetIterator):
+    """Iterator of `EchoIterDataset`."""
+
+    def __init__(self, parent: Any, recipe: Recipe, elements: int):
+        super().__init__(parent)
+        self._stream = recipe.stream(_GrainSource(parent), elements)
+
+    def close(self) -> None:
+        """End the threads and workers of the pipeline."""
+        if hasattr(self, "_stream"):  # Grain closes what could not be built, too
+            self._stream.close()
+        super().close()
+
+
+class EchoIterDataset(grain.IterDataset):
+    """A Grain dataset whose elements are echoed."""
+
+    def __init__(self, parent: Any, recipe: Recipe):
+        super().__init__(parent)
+        self._recipe = recipe
+        self.distance, self.held = recipe.distance, recipe.held
+        self.min_distance = recipe.min_distance(None)  # not every dataset has a length
+
+    def __iter__(self) -> EchoDatasetIterator:
+        parent = self.parents[0]
+        # Inside a worker of mp_prefetch this is the length of the worker's share.
+        return EchoDatasetIterator(iter(parent), self._recipe, _length(parent))
+
+    def __str__(self) -> str:
+        return f"EchoIterDataset({self._recipe})"
+
+
+def _length(dataset: Any) -> int:
+    """Elements of the first MapDataset below, -1 if there is none."""
+    while not isinstance(dataset, grain.MapDataset):
+        if not dataset.parents:
+            return -1
+        dataset = dataset.parents[0]
+    return len(dataset)

@@ -1,0 +1,218 @@
+"""Sources that are not Grain's: any iterable, resumed by its own state or by counting."""
+
+import base64
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jaxtricks.echo import _checks
+from jaxtricks.echo._streams import StreamIterator
+from jaxtricks.echo.recipe import Recipe
+
+_PAIRS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
+
+
+class IterableSource:
+    """An iterator with a state: its own, its loader's, or the number of elements read so far.
+
+    Attributes:
+      fast_forwards: whether a resume reads and drops everything before the position.
+    """
+
+    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]]):
+        self._source = source
+        self._iterator = start(source)
+        self._read = 0
+        self._broken: tuple[Any] | None = None  # where a generator ended in an error
+        self._of_iterator = _methods(self._iterator)
+        self._of_source = None if self._of_iterator else _methods(source)
+        self.fast_forwards = not (self._of_iterator or self._of_source)
+
+    def read(self) -> tuple[Any, Any]:
+        """(the state from which this can be repeated, the next element), or StopIteration."""
+        if self._broken is not None:
+            self._mend(self._broken)
+        snapshot = self._read if self.fast_forwards else self.snapshot()
+        try:
+            element = next(self._iterator)
+        except StopIteration:
+            raise
+        except BaseException:
+            if inspect.isgenerator(_bare(self._iterator)):
+                self._broken = (snapshot,)
+            raise
+        self._read += 1
+        return snapshot, element
+
+    def _mend(self, broken: tuple[Any]) -> None:
+        """Start again: a generator that raised would say that there is nothing left."""
+        try:
+            self.rewind(*broken)
+        except BaseException:
+            self._broken = broken
+            raise
+
+    def snapshot(self) -> Any:
+        """The state from which the next read can be repeated."""
+        if self._of_iterator:
+            return _encode(getattr(self._iterator, self._of_iterator[0])())
+        if self._of_source:
+            return _encode(getattr(self._source, self._of_source[0])())
+        return self._read
+
+    def check(self, snapshot: Any, first: int) -> None:
+        """Raise ValueError if the source can't go to a snapshot of element `first`."""
+        if not self.fast_forwards:
+            try:
+                _decode(snapshot)
+            except (TypeError, ValueError):
+                raise _checks.damaged("source", snapshot) from None
+            return
+        if _checks.index(snapshot) != first:
+            raise _checks.damaged("source", snapshot)
+        if isinstance(self._iterator, OneShot) and (
+            first < self._read or self._iterator.read_by_others(self._read)
+        ):
+            raise _read_already()
+
+    def rewind(self, snapshot: Any) -> None:
+        """Go to a snapshot."""
+        broken, self._broken = self._broken, None
+        if self._of_iterator:
+            with _checks.states_of_others():
+                getattr(self._iterator, self._of_iterator[1])(_decode(snapshot))
+        elif self._of_source:
+            with _checks.states_of_others():
+                getattr(self._source, self._of_source[1])(_decode(snapshot))
+            self._iterator = start(self._source)
+        else:
+            if self._read or broken:
+                again = start(self._source)
+                if again is not self._iterator:
+                    self._iterator, self._read = again, 0
+                elif broken or snapshot < self._read:
+                    raise _read_already()
+            self._fast_forward(snapshot)
+
+    def _fast_forward(self, count: int) -> None:
+        while self._read < count:
+            try:
+                self.read()
+            except StopIteration:
+                raise ValueError(
+                    f"echo: `source` ended before element {count} of the state: it must give the "
+                    "same elements again"
+                ) from None
+
+
+class OneShot(Iterator[Any]):
+    """An iterator that cannot start again, shared by all who read it."""
+
+    def __init__(self, iterator: Iterator[Any]):
+        self.iterator = iterator
+        self._begun = (
+            inspect.isgenerator(iterator)
+            and inspect.getgeneratorstate(iterator) != inspect.GEN_CREATED
+        )
+        self._read = 0
+
+    def __next__(self) -> Any:
+        element = next(self.iterator)
+        self._read += 1
+        return element
+
+    def read_by_others(self, mine: int) -> bool:
+        """Whether more was read than the reader who asks has, as far as can be known."""
+        return self._begun or self._read > mine
+
+
+class EchoIterator(StreamIterator, Iterator[Any]):
+    """Iterator of an echoed source: next, get_state, set_state.
+
+    Attributes:
+      fast_forwards: whether set_state has to read and drop all elements before the position,
+        because neither the source nor its iterator has a state of its own.
+    """
+
+    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe):
+        adapter = IterableSource(source)
+        self._stream = recipe.stream(adapter, _length(source))
+        self.fast_forwards = adapter.fast_forwards
+
+
+class EchoIterable(Iterable[Any]):
+    """An echoed source: each iter() starts it again.
+
+    Attributes:
+      distance: the promised least distance between consecutive copies, in outputs.
+      held: the most elements that are held for later copies.
+    """
+
+    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe):
+        once = isinstance(source, Iterator) and not _methods(source)
+        self._source, self._recipe = OneShot(source) if once else source, recipe
+        self.distance, self.held = recipe.distance, recipe.held
+
+    def __iter__(self) -> EchoIterator:
+        return EchoIterator(self._source, self._recipe)
+
+    def __len__(self) -> int:
+        total = self._recipe.total(len(self._source))  # pyrefly: ignore
+        if total is None:
+            raise TypeError("an echoed source has no length where its factor is not constant")
+        return total
+
+    @property
+    def min_distance(self) -> int:
+        """Least distance over the whole stream, drain included, if the source has a length."""
+        length = _length(self._source)
+        return self._recipe.min_distance(None if length < 0 else length)
+
+
+def start(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """A new iterator over the source, which may be a function that makes one."""
+    if hasattr(source, "as_numpy_iterator"):  # a tf.data.Dataset
+        return iter(source.as_numpy_iterator())
+    if isinstance(source, Iterable):
+        return iter(source)
+    return iter(source())
+
+
+def _length(source: Any) -> int:
+    """How many elements it has, -1 if it does not say."""
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError, AttributeError):  # loaders raise each of them
+        return -1
+
+
+def _read_already() -> ValueError:
+    return ValueError(
+        "echo: `source` is an iterator that has been read already and cannot start again: pass the "
+        "function that makes it, or a list"
+    )
+
+
+def _bare(iterator: Iterator[Any]) -> Iterator[Any]:
+    return iterator.iterator if isinstance(iterator, OneShot) else iterator
+
+
+def _methods(x: Any) -> tuple[str, str] | None:
+    for pair in _PAIRS:
+        if all(callable(getattr(x, name, None)) for name in pair):
+            return pair
+    return None
+
+
+def _encode(state: Any) -> Any:
+    # grain.DataLoader's iterators give bytes, which JSON does not know; others keep changing theirs.
+    if isinstance(state, bytes):
+        return {"base64": base64.b64encode(state).decode("ascii")}
+    return copy.deepcopy(state)
+
+
+def _decode(state: Any) -> Any:
+    if isinstance(state, dict) and set(state) == {"base64"}:
+        return base64.b64decode(state["base64"])
+    return copy.deepcopy(state)

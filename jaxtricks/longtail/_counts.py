@@ -1,0 +1,234 @@
+"""How many examples each class has, and what follows from it alone."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Integer, Real
+
+from jaxtricks import _sharding, _tree
+from jaxtricks._arguments import checked
+from jaxtricks._typing import Array
+
+Counts = Real[Array, "C"] | Sequence[Any]
+"""Training examples per class, [C]; may be traced, so a change of counts needs no new trace."""
+
+UNSEEN_LOG_PRIOR = math.log(1e-12)
+"""What stands for log 0: out of the softmax for every purpose, yet finite, as are its gradients."""
+
+
+@checked
+def class_counts(
+    labels: Integer[Array, "..."] | Sequence[int] | Sequence[str],
+    num_classes: int | np.integer,
+    *,
+    names: Sequence[str] | None = None,
+) -> Integer[Array, "C"]:
+    """Number of examples of each class: n_c = #{i : labels_i = c}.
+
+    Counting by label value is what keeps the prior in the order of the logits; a directory listing
+    sorts class "10" before class "2". Pass the class names to have their order checked.
+
+    Args:
+      labels: integer class indices of any shape; values outside [0, num_classes) are not counted. With
+        names, they may be names.
+      num_classes: C, the length of the result.
+      names: [C] name of each logit. Integer labels and names like "0", "1", "10", "2" raise: label 2
+        is then class "10" in one place and class "2" in another.
+
+    Returns:
+      [C] counts: NumPy int64 for host labels, int32 on device for JAX arrays (works under jit).
+
+    Raises:
+      ValueError: if num_classes < 1, the labels are not integers, or the names are not C different
+        ones, lack one that is a label, or are numbered out of order.
+
+    >>> class_counts([0, 2, 2, 1, 2], 4).tolist()
+    [1, 1, 3, 0]
+    >>> class_counts(["cat", "dog", "dog"], 2, names=["dog", "cat"]).tolist()
+    [2, 1]
+    """
+    if num_classes < 1:
+        raise ValueError(
+            "longtail.class_counts needs `num_classes` >= 1: pass the number of logits"
+        )
+    if names is not None:
+        labels = _by_name(labels, names, int(num_classes))
+    xp = np if isinstance(labels, Sequence | np.ndarray) else jnp
+    labels, num_classes = xp.asarray(labels), int(num_classes)
+    if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"longtail.class_counts needs integer `labels`, got {labels.dtype}: cast them"
+        )
+    if xp is np:
+        if labels.dtype.kind not in "iu":  # NumPy does not compare the 4 bits of ml_dtypes
+            labels = labels.astype(np.int64)
+        inside = labels[(labels >= 0) & (labels < num_classes)].astype(np.int64)
+        return np.bincount(inside, minlength=num_classes)
+    return _sharding.replicated(functools.partial(_counted, num_classes=num_classes), labels)
+
+
+def _counted(labels: Array, *, num_classes: int) -> Array:
+    labels = class_indices(labels)
+    target = jnp.where(labels < 0, num_classes, labels)  # a negative index would wrap around
+    return jnp.zeros(num_classes, jnp.int32).at[target.reshape(-1)].add(1, mode="drop")
+
+
+def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
+    """Labels as indices into the names, which are checked."""
+    names = [str(name) for name in names]
+    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise ValueError(
+            f"longtail.class_counts: `names` are {len(names)}, {len(set(names))} of them different, for "
+            f"{num_classes} classes: give each class its own"
+        )
+    if not isinstance(labels, jnp.ndarray) and np.asarray(labels).dtype.kind in "USO":
+        index = {name: c for c, name in enumerate(names)}
+        flat = [str(label) for label in np.asarray(labels).reshape(-1)]
+        if unknown := sorted(set(flat) - set(names)):
+            raise ValueError(
+                f"longtail.class_counts: {unknown[0]!r} is among the `labels` and not among the `names`: "
+                "add it"
+            )
+        return np.array([index[label] for label in flat], np.int64)
+    if names != _in_order(names):
+        c = next(c for c, name in enumerate(_in_order(names)) if name != names[c])
+        raise ValueError(
+            f"longtail.class_counts: `names` has {names[c]!r} in place {c}, which is the order of strings, "
+            "not of numbers: sort them by number, or count labels that are names"
+        )
+    return labels
+
+
+def _in_order(names: list[str]) -> list[str]:
+    """Numbered names by number; all others as they are, for their order is the user's choice."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    # "class_7": what stands around the number is the same in all of them.
+    numbered = all(len(p) == 3 and p[::2] == parts[0][::2] for p in parts)
+    return sorted(names, key=lambda n: int(re.split(r"(\d+)", n)[1])) if numbered else names
+
+
+def as_vector(name: str, values: object) -> Array:
+    """Any [C] sequence or array: one-dimensional, and nothing negative or NaN where that can be seen."""
+    vector = jnp.asarray(values)
+    if vector.ndim != 1:
+        raise ValueError(f"longtail.{name} must be one number per class, got shape {vector.shape}")
+    seen_values = known(values if isinstance(values, np.ndarray) else vector)
+    if seen_values is not None and np.any(bad := ~(seen_values >= 0)):
+        c = int(np.argmax(bad))
+        raise ValueError(
+            f"longtail.{name} is {seen_values[c]} for class {c}: pass numbers that are not negative, 0 for "
+            "a class without examples"
+        )
+    return vector
+
+
+def known(values: Any) -> np.ndarray | None:
+    """The values on the host, or None inside jit and where other hosts hold a part of them."""
+    if isinstance(values, jax.core.Tracer):
+        return None
+    if isinstance(values, jax.Array) and not values.is_fully_addressable:
+        return None
+    return np.asarray(values)
+
+
+def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
+    """Raise for a label that is no class and not masked, where that can be seen: not inside jit.
+
+    Raises:
+      ValueError: there is one.
+    """
+    values, mask = known(labels), True if where is None else known(where)
+    if values is None or mask is None:
+        return
+    outside = ((values < 0) | (values >= num_classes)) & mask
+    if np.any(outside):
+        raise ValueError(
+            f"longtail: `labels` has {values[outside][0]} where the logits have {num_classes} classes: mask "
+            "it with `where`, or correct it"
+        )
+
+
+def class_indices(labels: Any) -> Array:
+    """Integer labels as int32, which holds every class number; -1 where int32 cannot hold the label.
+
+    Of a narrower dtype the number of classes may be out of range: uint8 labels of 256 classes.
+    """
+    labels = jnp.asarray(labels)
+    if jnp.iinfo(labels.dtype).max > jnp.iinfo(jnp.int32).max:
+        fits = (labels >= 0) & (labels <= jnp.iinfo(jnp.int32).max)
+        labels = jnp.where(fits, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32)
+        return jnp.where(fits, labels, -1)
+    return labels.astype(jnp.int32)
+
+
+def as_mask(where: Any, batch: tuple[int, ...]) -> Array:
+    """Which examples count, as booleans; of integers those that are not 0.
+
+    Raises:
+      ValueError: there is not one per example: broadcast, it would change the loss.
+    """
+    return same_shape("where", where, batch).astype(bool)
+
+
+def same_shape(name: str, values: Any, shape: tuple[int, ...]) -> Array:
+    """The values as an array, which must have this shape.
+
+    Raises:
+      ValueError: it has another one.
+    """
+    array = jnp.asarray(values)
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"longtail: `{name}` has shape {array.shape} where {tuple(shape)} fits the logits: pass one "
+            "entry per example"
+        )
+    return array
+
+
+def are_classes(labels: Any, num_classes: int) -> Array:
+    """[...] bool, integer labels in [0, C); [] True for probabilities."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return jnp.ones((), bool)
+    index = class_indices(labels)
+    return (index >= 0) & (index < num_classes)
+
+
+def floating(values: Array) -> Array:
+    """float32, or float64 where the values have it already.
+
+    Raises:
+      ValueError: the values are not real numbers.
+    """
+    if not (jnp.issubdtype(values.dtype, jnp.integer) or _tree.is_floating(values)):
+        raise ValueError(f"longtail: an argument is an array of {values.dtype}: give real numbers")
+    return values.astype(values.dtype if values.dtype == jnp.float64 else jnp.float32)
+
+
+def seen(counts: Real[Array, "C"]) -> Bool[Array, "C"]:
+    """Classes that have examples."""
+    return counts > 0
+
+
+def log_prior(counts: Real[Array, "C"]) -> Float[Array, "C"]:
+    """log(n_c / sum n), and UNSEEN_LOG_PRIOR for a class without examples."""
+    counts = floating(counts)
+    positive = jnp.where(seen(counts), counts, 1)
+    log_share = jnp.log(positive) - jnp.log(
+        jnp.maximum(jnp.sum(jnp.where(seen(counts), counts, 0)), 1)
+    )
+    return jnp.where(seen(counts), log_share, UNSEEN_LOG_PRIOR)
+
+
+def at_least_rarest(counts: Real[Array, "C"]) -> Float[Array, "C"]:
+    """The counts, where a class without examples is treated like the rarest class that has some."""
+    counts = floating(counts)
+    rarest = jnp.min(jnp.where(seen(counts), counts, jnp.inf))
+    rarest = jnp.where(jnp.isfinite(rarest), rarest, 1)
+    return jnp.where(seen(counts), counts, rarest)

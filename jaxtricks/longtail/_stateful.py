@@ -1,0 +1,274 @@
+"""Losses and statistics that remember earlier batches, as init/update pairs.
+
+All of them have one shape. A factory makes a pair, whose hyper-parameters may be traced; `init()` makes
+the state, a pytree of arrays to keep in the training state and in checkpoints; and
+
+    result, state = pair.update(state, logits, labels, where=None)
+
+gives what the batch yields, per-example losses as a rule, and the next state. The state carries no
+gradient. Inside `shard_map` or a named `vmap` give `axis_name=`: what the devices collect is summed, so
+that each holds the same state. Under plain jit with sharded arrays there is nothing to do.
+`experts.paco` has this shape too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Integer
+
+from jaxtricks._arguments import checked
+from jaxtricks._tree import node, static
+from jaxtricks._typing import Array, Scalar
+from jaxtricks.longtail._counts import as_mask
+from jaxtricks.longtail._losses import Seesaw, _finished, _inputs
+
+Axis = str | tuple[str, ...] | None
+"""Name or names of mapped axes to sum over; None where there is nothing to sum."""
+
+RATIO_EPS = 1e-10  # the reference's, in positive / (negative + eps)
+
+
+@node
+class EqualizationV2State:
+    """What `equalization_v2` remembers.
+
+    Attributes:
+      positive: [C] gradient that pulled each class up so far, in weighted |p - y|.
+      negative: [C] gradient that pushed it down.
+    """
+
+    positive: Array
+    negative: Array
+
+
+@node
+class EqualizationV2:
+    """The pair of `equalization_v2`: a pytree.
+
+    Attributes:
+      gamma: steepness of the negative weight as a function of the ratio.
+      mu: ratio at which the negative weight is one half.
+      alpha: how much the positive weight rises where the negative one falls.
+      num_classes: C.
+      background: whether the logits have one more column.
+      axis_name: mapped axes to sum over, or None.
+    """
+
+    gamma: Scalar
+    mu: Scalar
+    alpha: Scalar
+    num_classes: int = static()
+    background: bool = static()
+    axis_name: Axis = static()
+
+    def init(self) -> EqualizationV2State:
+        """The state before the first batch, in which every weight is 1."""
+        zeros = jnp.zeros(self.num_classes, float)
+        return EqualizationV2State(zeros, zeros)
+
+    @checked
+    def update(
+        self,
+        state: EqualizationV2State,
+        logits: Float[Array, "*batch K"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch K"],
+        *,
+        where: Bool[Array, "*batch"] | None = None,
+    ) -> tuple[Float[Array, "*batch"], EqualizationV2State]:
+        """Losses weighted by the state as it was, and the state with this batch's gradients.
+
+        Args:
+          state: of `init` or the last update.
+          logits: [..., K], K = C, or C + 1 with background.
+          labels: [...] integers in [0, K), or [..., K] targets, which need not sum to 1 (several
+            classes at once).
+          where: [...] booleans; a masked example costs 0 and leaves no trace in the state.
+
+        Returns:
+          [...] losses, summed over the classes, and the new state. 0 for an integer label outside
+          [0, K); neither it nor an example with a NaN among its logits enters the state.
+
+        Raises:
+          ValueError: where the shapes do not fit.
+        """
+        z, q, inside = _inputs(logits, labels, where)
+        if z.shape[-1] != self.num_classes + self.background:
+            raise ValueError(
+                f"longtail.equalization_v2: `logits` have {z.shape[-1]} classes where the pair has "
+                f"{self.num_classes + self.background}: pass another `num_classes`"
+            )
+        down = self._negative_weight(state, z)
+        up = 1 + jnp.asarray(self.alpha).astype(z.dtype) * (1 - down)
+        # Of a class that is not offered softplus(-z) is inf, which counts for its own examples only.
+        pull = jnp.where(q == 0, 0, q * up * jax.nn.softplus(-z))
+        each = pull + (1 - q) * down * jax.nn.softplus(z)
+        loss = _finished(jnp.sum(each, axis=-1), inside, where)
+        keep = _counted(z, inside, where)
+        return loss, EqualizationV2State(
+            self._add(state.positive, q * up * jax.nn.sigmoid(-z), keep),
+            self._add(state.negative, (1 - q) * down * jax.nn.sigmoid(z), keep),
+        )
+
+    def _negative_weight(self, state: EqualizationV2State, z: Array) -> Array:
+        positive, negative = (x.astype(z.dtype) for x in (state.positive, state.negative))
+        gamma, mu = (jnp.asarray(x).astype(z.dtype) for x in (self.gamma, self.mu))
+        weight = jax.nn.sigmoid(gamma * (positive / (negative + RATIO_EPS) - mu))
+        weight = jnp.where(positive + negative > 0, weight, 1)  # nothing is known yet
+        if self.background:
+            weight = jnp.append(weight, jnp.ones((), z.dtype))
+        return jax.lax.stop_gradient(weight.reshape((1,) * (z.ndim - 1) + (-1,)))
+
+    def _add(self, total: Array, gradient: Array, keep: Array) -> Array:
+        gradient = jnp.where(keep[..., None], jax.lax.stop_gradient(gradient), 0)
+        batch = jnp.sum(gradient.reshape(-1, gradient.shape[-1]), axis=0)[: self.num_classes]
+        return total + _summed(batch, self.axis_name).astype(total.dtype)
+
+
+@checked
+def equalization_v2(
+    num_classes: int,
+    *,
+    gamma: Scalar = 12.0,
+    mu: Scalar = 0.8,
+    alpha: Scalar = 4.0,
+    background: bool = False,
+    axis_name: Axis = None,
+) -> EqualizationV2:
+    """Equalization v2: binary cross entropies, weighted so that both signs of gradient balance.
+
+    loss = sum_c y_c u_c log(1 + e^-z_c) + (1 - y_c) d_c log(1 + e^z_c), d_c = sigmoid(gamma (g_c -
+    mu)), u_c = 1 + alpha (1 - d_c), g_c the ratio of the weighted gradients |sigmoid(z_c) - y_c| that
+    class c has had as a positive and as a negative. A rare class is mostly a negative: it is pushed
+    down less and pulled up more. No counts are needed. Predict by sigmoid(z_c).
+
+    Args:
+      num_classes: C.
+      gamma: steepness of the negative weight. May be traced, as mu and alpha may.
+      mu: ratio at which the negative weight is one half.
+      alpha: largest rise of the positive weight.
+      background: whether the logits have one more column for "none of these", with label C, whose
+        weight stays 1 (detection).
+      axis_name: mapped axes to sum the gradients over, inside shard_map or a named vmap.
+
+    Returns:
+      A pair: init(), update(state, logits [..., K], labels, where=None) -> (per-example, state).
+
+    Raises:
+      ValueError: if num_classes < 1.
+
+    >>> loss = equalization_v2(2)
+    >>> state = loss.init()
+    >>> z, y = jnp.zeros((4, 2)), jnp.array([0, 0, 0, 1])
+    >>> first, state = loss.update(state, z, y)
+    >>> again, _ = loss.update(state, z, y)
+    >>> print(*(f"{x:.2f}" for x in jnp.stack([first[0], again[0], again[3]])))
+    1.39 0.70 4.15
+
+    References:
+      Tan et al., Equalization loss v2, arXiv 2012.08548.
+    """
+    _at_least_one("equalization_v2", num_classes)
+    return EqualizationV2(gamma, mu, alpha, int(num_classes), background, axis_name)
+
+
+@node
+class OnlineSeesawState:
+    """What `online_seesaw` remembers.
+
+    Attributes:
+      counts: [C] examples of each class so far; the sum of their probabilities for soft labels.
+    """
+
+    counts: Array
+
+
+@node
+class OnlineSeesaw:
+    """The pair of `online_seesaw`: a pytree.
+
+    Attributes:
+      p: exponent of the mitigation factor.
+      q: exponent of the compensation factor.
+      num_classes: C.
+      axis_name: mapped axes to sum over, or None.
+    """
+
+    p: Scalar
+    q: Scalar
+    num_classes: int = static()
+    axis_name: Axis = static()
+
+    def init(self) -> OnlineSeesawState:
+        """The state before the first batch."""
+        return OnlineSeesawState(jnp.zeros(self.num_classes, float))
+
+    @checked
+    def update(
+        self,
+        state: OnlineSeesawState,
+        logits: Float[Array, "*batch C"],
+        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
+        *,
+        where: Bool[Array, "*batch"] | None = None,
+    ) -> tuple[Float[Array, "*batch"], OnlineSeesawState]:
+        """Count the batch, then `seesaw` with the counts; the arguments are those of a loss."""
+        _, target, _ = _inputs(logits, labels, where)
+        batch = jnp.sum(target.reshape(-1, target.shape[-1]), axis=0)
+        batch = _summed(batch, self.axis_name).astype(state.counts.dtype)
+        if batch.shape != state.counts.shape:
+            raise ValueError(
+                f"longtail.online_seesaw: `logits` have {batch.shape[0]} classes where the state "
+                f"has {state.counts.shape[0]}: pass another `num_classes`"
+            )
+        counts = state.counts + jax.lax.stop_gradient(batch)
+        loss = Seesaw(counts, self.p, self.q)(logits, labels, where=where)
+        return loss, OnlineSeesawState(counts)
+
+
+@checked
+def online_seesaw(
+    num_classes: int, *, p: Scalar = 0.8, q: Scalar = 2.0, axis_name: Axis = None
+) -> OnlineSeesaw:
+    """`seesaw` with the counts of the examples seen so far, those of the batch included.
+
+    Args:
+      num_classes: C.
+      p: exponent of the mitigation factor; 0 is none. May be traced.
+      q: exponent of the compensation factor; 0 is none. May be traced.
+      axis_name: mapped axes to sum the counts over, inside shard_map or a named vmap.
+
+    Returns:
+      A pair: init(), update(state, logits [..., C], labels, where=None) -> (per-example, state). The
+      counts are floats: single increments are lost above 2^24 = 16.8 million, whole batches are not.
+
+    Raises:
+      ValueError: if num_classes < 1; in update if the logits have another number of classes.
+
+    >>> loss = online_seesaw(2)
+    >>> each, state = loss.update(loss.init(), jnp.zeros((3, 2)), jnp.array([0, 0, 1]))
+    >>> print(each.round(4), state.counts)
+    [0.4538 0.4538 0.6931] [2. 1.]
+
+    References:
+      Wang et al., Seesaw loss for long-tailed instance segmentation, arXiv 2008.10032.
+    """
+    _at_least_one("online_seesaw", num_classes)
+    return OnlineSeesaw(p, q, int(num_classes), axis_name)
+
+
+def _at_least_one(name: str, num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(
+            f"longtail.{name} needs `num_classes` >= 1, got {num_classes}: pass the number of classes"
+        )
+
+
+def _counted(z: Array, inside: Array | None, where: Array | None) -> Array:
+    """Which examples may enter a state: one NaN would stay in it for good."""
+    keep = ~jnp.any(jnp.isnan(z), axis=-1)
+    if inside is not None:
+        keep &= inside
+    return keep if where is None else keep & as_mask(where, keep.shape)
+
+
+def _summed(x: Array, axis_name: Axis) -> Array:
+    return x if axis_name is None else jax.lax.psum(x, axis_name)

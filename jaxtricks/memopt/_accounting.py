@@ -1,0 +1,241 @@
+"""What an optimizer's state costs, from shapes alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtricks import _table, _tree
+from jaxtricks._arguments import checked
+from jaxtricks._typing import Params
+from jaxtricks.memopt import _leaves
+from jaxtricks.memopt._adafactor import AdafactorState
+from jaxtricks.memopt.factored import Full, is_second_moment
+from jaxtricks.memopt.sharding import shardings_of, state_specs
+
+
+@checked
+def state_bytes(tx: optax.GradientTransformation | optax.MultiSteps, params: Params) -> int:
+    """Bytes of the state that `tx.init(params)` would make; allocates nothing.
+
+    Args:
+      tx: any optax transformation, chain or MultiSteps.
+      params: pytree of arrays or ShapeDtypeStructs.
+
+    Returns:
+      The bytes of all arrays in the state, on one device.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+      >>> state_bytes(optax.adam(1e-3), params)
+      8388612
+    """
+    return _tree.nbytes(jax.eval_shape(tx.init, _shapes(params)))
+
+
+@checked
+def state_table(
+    tx: optax.GradientTransformation | optax.MultiSteps, params: Params
+) -> _table.Table:
+    """What the state of every parameter costs; allocates nothing.
+
+    Args:
+      tx: any optax transformation, chain or MultiSteps.
+      params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
+        several devices, there is a column of what one device holds.
+
+    Returns:
+      A table (its `str()` is text), largest first: parameter, shape, state in bytes, state per
+      parameter byte, and per device. Notes name the matrices whose second moment Adafactor keeps whole,
+      and what that costs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtricks.memopt import adafactor
+      >>> params = {"q": jax.ShapeDtypeStruct((1024, 16, 64), jnp.float32)}
+      >>> print(state_table(adafactor(), params))
+      parameter  shape       state    state/param
+      ---------  ----------  -------  -----------
+      q          1024x16x64  4.0 MiB            1
+      others     -           4 B                -
+      total      -           4.0 MiB            1
+      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass axes=, or lower min_dim_size_to_factor
+    """
+    table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
+    state = jax.eval_shape(tx.init, _shapes(params))
+    owners = _owners(tx, state, table)
+    owned = _by_owner(jax.tree.map(_tree.nbytes, state), owners, table)
+    local = None
+    if shardings is not None:
+        local = _by_owner(_local_bytes(tx, params, state, shardings), owners, table)
+    order = sorted(table, key=lambda path: -owned[path])
+    rows = [_row(path, table[path], path, owned, local) for path in order]
+    rows.append(_row("others", None, None, owned, local))
+    rows.append(_row("total", table, "total", _with_total(owned), _with_total(local)))
+    headers = ("parameter", "shape", "state", "state/param")
+    notes = _unfactored(tx, params, state, order)
+    return _table.make(headers if local is None else (*headers, "per device"), rows, notes)
+
+
+def _shapes(params: Params) -> Params:
+    """The parameters as shapes on one device."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), params)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+
+
+def _by_owner(sizes: Any, owners: list[str | None], table: dict[str, Any]) -> dict[str | None, int]:
+    """{path: bytes of the state of that parameter}, None = what belongs to no parameter."""
+    owned: dict[str | None, int] = dict.fromkeys([*table, None], 0)
+    for owner, size in zip(owners, jax.tree.leaves(sizes), strict=True):
+        owned[owner] += size
+    return owned
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owner:
+    """A path as a leaf of a tree; None would be none."""
+
+    path: str | None
+
+
+def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
+    """Of every array of the state the path of the parameter that it belongs to."""
+
+    def mark(tree: Any) -> Any:  # stands where the parameters' tree does
+        return _tree.map_with_path(lambda path, _: _Owner(_prefix(path, table)), tree)
+
+    def leave(tree: Any) -> Any:
+        return jax.tree.map(lambda _: _Owner(None), tree)
+
+    try:
+        marked = optax.tree_utils.tree_map_params(
+            tx, mark, state, transform_non_params=leave, is_leaf=lambda _: True
+        )
+    except Exception:  # a transformation whose state is no tree of that kind fails in its own way
+        return [_owner(path, table) for path, _ in _tree.leaves_with_paths(state)]
+    return [owner.path for owner in jax.tree.leaves(marked)]
+
+
+def _prefix(path: str, table: dict[str, Any]) -> str | None:
+    """The longest parameter path that the path begins with."""
+    keys = path.split("/")
+    starts = ("/".join(keys[:width]) for width in range(len(keys), -1, -1))
+    return next((start for start in starts if start in table), None)
+
+
+def _owner(path: str, table: dict[str, Any]) -> str | None:
+    """The longest parameter path that stands in a path of the state."""
+    keys = path.split("/")
+    for width in range(len(keys), 0, -1):
+        for start in range(len(keys) - width + 1):
+            found = "/".join(keys[start : start + width])
+            if found in table:
+                return found
+    return None
+
+
+def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
+    specs = state_specs(tx, params, shardings)
+    mesh = next(s.mesh for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding))
+
+    def local(x: Any, spec: PartitionSpec) -> int:
+        shape = NamedSharding(mesh, spec).shard_shape(x.shape)
+        return _tree.nbytes(jax.ShapeDtypeStruct(shape, x.dtype))
+
+    return jax.tree.map(local, state, specs)
+
+
+def _row(name: str, params: Any, key: str | None, owned: Any, local: Any) -> tuple[Any, ...]:
+    """One line: the state under `key`, beside the parameters (one, all, or None) that it serves."""
+    shape = None
+    if hasattr(params, "shape"):
+        shape = "x".join(map(str, params.shape)) or "scalar"
+    size = _tree.nbytes(params)
+    row = (name, shape, _table.format_bytes(owned[key]), owned[key] / size if size else None)
+    return row if local is None else (*row, _table.format_bytes(local[key]))
+
+
+def _with_total(sizes: dict[str | None, int] | None) -> dict[str | None, int] | None:
+    return None if sizes is None else {"total": sum(sizes.values())}
+
+
+def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[str]:
+    """A sentence for every leaf that Adafactor keeps whole because of its size, and the cure.
+
+    What the arguments of a transformation were cannot be asked in a chain, so its init is: of leaves whose
+    axes are as long as one likes, rising and falling. What stays whole there is whole by its roles, and
+    where the sides change places with the lengths, it is the lengths that decide them.
+    """
+    table = _tree.by_path(_shapes(params))
+    whole = [
+        path
+        for path in paths
+        if len(table[path].shape) > 1
+        and 0 not in table[path].shape
+        and any(isinstance(v, Full) for v in _second_moments(state, path))
+    ]
+    if not whole:
+        return []
+    rising, falling = (_long(tx, params, order) for order in (1, -1))
+    notes = []
+    for path in whole:
+        up, down = (_sides(*long, path) for long in (rising, falling))
+        if not up or not down:
+            continue
+        leaf, by_length = table[path], len(table[path].shape) > 2 and up != down
+        itemsize = next(v.v.dtype.itemsize for v in _second_moments(state, path))
+        cuts = [(range(c), range(c, len(leaf.shape))) for c in range(1, len(leaf.shape))]
+        sides = cuts if by_length else [up]
+        least = min(sum(math.prod(leaf.shape[i] for i in side) for side in pair) for pair in sides)
+        if least < math.prod(leaf.shape):
+            size, least = (
+                _table.format_bytes(itemsize * n) for n in (math.prod(leaf.shape), least)
+            )
+            cure = "pass axes=, or lower min_dim_size_to_factor"
+            notes.append(
+                f"{path} is not factored: {size}, where {least} would do: "
+                + (cure if by_length else cure.removeprefix("pass axes=, or "))
+            )
+    return notes
+
+
+_LENGTH = 2**14
+"""Longer than any `min_dim_size_to_factor` that is of use."""
+
+
+def _long(tx: Any, params: Params, order: int) -> tuple[Any, dict[str, Any]]:
+    """(state, {path: shape}) of leaves with the same axes, whose lengths rise (1) or fall (-1)."""
+
+    def longer(x: Any) -> Any:
+        lengths = [_LENGTH * (i + 1) for i in range(len(x.shape))][::order]
+        return jax.ShapeDtypeStruct(tuple(lengths), x.dtype)
+
+    shapes = jax.tree.map(longer, _shapes(params))
+    return jax.eval_shape(tx.init, shapes), _tree.by_path(shapes)
+
+
+def _sides(state: Any, shapes: dict[str, Any], path: str) -> tuple[list[int], ...] | None:
+    """Axes that each factor of the second moment has; None where it is not factored."""
+    moments = _second_moments(state, path)
+    if not moments or any(isinstance(v, Full) for v in moments):
+        return None
+    lengths = shapes[path].shape  # all different
+    return tuple([lengths.index(n) for n in factor.shape] for factor in moments[0])
+
+
+def _second_moments(state: Any, path: str) -> list[Any]:
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AdafactorState))
+    tables = [
+        _leaves.nodes_by_path(x.v, is_second_moment)
+        for x in states
+        if isinstance(x, AdafactorState)
+    ]
+    return [table[path] for table in tables if path in table]

@@ -1,0 +1,213 @@
+"""SM3: second moments as one accumulator per axis."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxtricks import roles as roles_lib
+from jaxtricks._arguments import checked
+from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
+from jaxtricks.memopt import _leaves, _momentum
+
+# A NumPy number, because optax.inject_hyperparams makes arrays of Python floats, and an array may
+# become nonzero later: its buffer could not be left out.
+_NO_MOMENTUM = np.float32(0)
+
+
+class Sm3State(NamedTuple):
+    """State of `sm3` and `scale_by_sm3`.
+
+    Attributes:
+      count: updates so far, int32 [].
+      v: the parameters' tree with a tuple of accumulators in place of every leaf, float32 or better: one
+        per axis that is not "batch", shaped as the "batch" axes and that axis; for slices of rank <= 1 a
+        single one shaped as the leaf.
+      m: the parameters' tree of moving averages of the update, each an array or an Int8; None without
+        momentum.
+    """
+
+    count: Any
+    v: Any
+    m: Any
+
+
+@checked
+def scale_by_sm3(
+    *,
+    momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
+    momentum_dtype: Any = None,
+    axes: Any = None,
+    eps: ScalarOrSchedule = 1e-30,
+) -> optax.GradientTransformation:
+    """The update of SM3-II; not negated, no learning rate.
+
+    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu + eps)
+    m = momentum m + (1 - momentum) s
+
+    Args: as in `sm3`.
+
+    Returns:
+      A GradientTransformation; its update does not need `params`.
+
+    Raises:
+      ValueError: see `sm3`.
+
+    Example:
+      >>> tx = scale_by_sm3()
+      >>> grads = {"w": jnp.array([[3.0, 4.0]] * 2)}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["w"][0].tolist(), [a.tolist() for a in state.v["w"]]
+      ([1.0, 1.0], [[16.0, 16.0], [9.0, 16.0]])
+
+    References:
+      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv 1901.11150,
+      algorithm SM3-II.
+    """
+    return _transform("scale_by_sm3", None, momentum, momentum_dtype, axes, eps)
+
+
+@checked
+def sm3(
+    learning_rate: ScalarOrSchedule,
+    *,
+    momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
+    momentum_dtype: Any = None,
+    axes: Any = None,
+    eps: ScalarOrSchedule = 1e-30,
+) -> optax.GradientTransformation:
+    """SM3-II: Adagrad whose accumulators cover the rows and columns of a leaf.
+
+    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu + eps)
+    m = momentum m + (1 - momentum) s;  p <- p - learning_rate m;  0 / sqrt(0) is 0
+
+    Numbers may be arrays or schedules (step -> value); `momentum_dtype` and `axes` are static.
+
+    Args:
+      learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
+      momentum: None or the number 0 = none and no buffer; an array or schedule always has its buffer.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
+        random (unbiased, the same at the same step and path); None = float32, float64 for float64
+        parameters.
+      axes: which axes are "batch" (independent slices; every other role is alike): None = none of
+        them; a function (path, shape) -> roles or None; a rule of `roles.by_path`; a tree of roles.
+      eps: added under the root, never accumulated.
+
+    Returns:
+      A GradientTransformation; its update does not need `params`.
+
+    Raises:
+      ValueError: an argument out of range; in `init`, a rule that does not fit or a parameter that is
+        not floating.
+
+    Example:
+      >>> tx = sm3(0.1)
+      >>> params = {"w": jnp.ones((300, 200))}
+      >>> [a.shape for a in tx.init(params).v["w"]]
+      [(300,), (200,)]
+
+    References:
+      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv 1901.11150,
+      algorithm SM3-II.
+    """
+    return _transform("sm3", learning_rate, momentum, momentum_dtype, axes, eps)
+
+
+def _transform(
+    name: str, rate: Any, momentum: Any, momentum_dtype: Any, axes: Any, eps: Any
+) -> optax.GradientTransformation:
+    momentum_dtype = _momentum.checked_dtype(name, momentum_dtype)
+    _leaves.check_number(name, "learning_rate", rate, 0)
+    _leaves.check_number(name, "momentum", momentum, 0, 1)
+    _leaves.check_number(name, "eps", eps, 0)
+
+    def init_fn(params: Params) -> Any:
+        table, roles = _leaves.checked(name, params), _leaves.roles_by_path(axes, params)
+        v = [_zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()]
+        m = None
+        if not _leaves.is_zero(momentum):
+            m = _leaves.arranged(
+                [_momentum.zeros(x, momentum_dtype) for x in table.values()], params
+            )
+        return Sm3State(jnp.zeros([], jnp.int32), _leaves.arranged(v, params), m)
+
+    def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
+        tree = updates if params is None else params
+        weights, roles = _leaves.checked(name, tree), _leaves.roles_by_path(axes, tree)
+        new_v = _leaves.nodes_by_path(state.v, _is_accumulators)
+        new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
+        seeds, out = _momentum.seeds(new_m, state.count), []
+        for path, g in _leaves.checked(name, updates).items():
+            v = _leaves.lookup(name, new_v, path, "the state")
+            p = _leaves.lookup(name, weights, path, "`params`")
+            m = new_m.get(path)
+            hyper = [_leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
+            u, new_v[path], m = _step(
+                g, v, m, seeds.get(path), *hyper, where=_axes(g.shape, roles[path])
+            )
+            if m is not None:
+                new_m[path] = _momentum.kept(m, new_m[path])
+            out.append(u.astype(_leaves.update_dtype(g, p)))
+        new_state = Sm3State(
+            optax.safe_increment(state.count),
+            _leaves.replaced(state.v, _is_accumulators, new_v),
+            _leaves.replaced(state.m, _momentum.is_int8, new_m),
+        )
+        return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _is_accumulators(x: Any) -> bool:
+    """Whether x is the tuple of one leaf: a tuple that parameters are in holds such tuples."""
+    return isinstance(x, tuple) and bool(x) and jax.tree_util.all_leaves(x)
+
+
+def _axes(shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...] | None:
+    """Axes that have an accumulator each; None = the leaf keeps a whole one."""
+    batch = () if roles is None else roles_lib.positions(roles, "batch")
+    own = tuple(i for i in range(len(shape)) if i not in batch)
+    return None if len(own) <= 1 or 0 in shape else own
+
+
+def _others(axis: int, own: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i for i in own if i != axis)
+
+
+def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
+    if own is None:
+        return (_leaves.zeros(leaf),)
+    return tuple(_leaves.zeros(leaf, without=_others(axis, own)) for axis in own)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _step(
+    g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
+) -> Any:
+    """(update, v, m) of one leaf in the dtype of its state."""
+    maxima = []
+    for axis in where or ():  # each maximum and the update read g; none of them writes nu
+        maxima.append(jnp.max(_bound(g, v, where), axis=_others(axis, where)))
+        g, *v = _leaves.reread(g, *v)
+    nu, g = _bound(g, v, where), g.astype(v[0].dtype)
+    v = tuple(maxima) or (nu,)
+    # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
+    total = nu + eps
+    u = g * jnp.where(total == 0, 0, jax.lax.rsqrt(total))
+    if m is not None:
+        u = momentum * _momentum.read(m, u.dtype) + (1 - momentum) * u
+        m = _momentum.write(u, m, seed)
+    return (u if rate is None else -rate * u), v, m
+
+
+def _bound(g: Array, v: Sequence[Array], where: tuple[int, ...] | None) -> Array:
+    """nu: the smallest of the accumulators that cover an entry, plus g^2."""
+    square = jnp.square(g.astype(v[0].dtype))
+    if where is None:
+        return v[0] + square
+    covers = [jnp.expand_dims(a, _others(axis, where)) for axis, a in zip(where, v, strict=True)]
+    return functools.reduce(jnp.minimum, covers) + square

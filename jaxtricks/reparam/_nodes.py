@@ -1,0 +1,236 @@
+"""The branch algebra: what a branch may be made of, and what each node says about its shape."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtricks import _integers, _tree
+from jaxtricks._typing import Array
+from jaxtricks.reparam.geometry import per_axis
+
+Node = Any
+"""Conv, Norm, AvgPool, Identity, Scale, Sequential or Sum."""
+
+
+@_tree.node
+class Conv:
+    """Convolution with zero-padded input: y = K * x + bias.
+
+    Attributes:
+      kernel: [*size, in / groups, out].
+      bias: [out] or None.
+      groups: feature groups, output channels contiguous by group as in JAX.
+      dilation: of this branch alone (an int or one per axis); multiplies the dilation of `apply`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Conv(jnp.ones((3, 3, 4, 8)), dilation=2).dilation
+      2
+    """
+
+    kernel: Array
+    bias: Array | None = None
+    groups: int = _tree.static(default=1)
+    dilation: int | tuple[int, ...] = _tree.static(default=1)
+
+    def __post_init__(self) -> None:
+        _set(self, "dilation", _integers.plain(self.dilation))
+        shape = getattr(self.kernel, "shape", None)
+        if shape is None:
+            return
+        _tree.check_floating("reparam.Conv: `kernel`", self.kernel)
+        if len(shape) < 3 or shape[-1] % self.groups:
+            raise ValueError(
+                f"reparam.Conv: `kernel` of shape {tuple(shape)} with {self.groups} groups; give "
+                "[*size, in / groups, out] with out divisible by groups"
+            )
+        per_axis("dilation", self.dilation, len(shape) - 2)
+        if getattr(self.bias, "shape", shape[-1:]) != shape[-1:]:
+            raise ValueError(f"reparam.Conv: `bias` needs the shape {tuple(shape[-1:])}")
+
+
+@_tree.node
+class Norm:
+    """Normalization with frozen statistics: (x - mean) / sqrt(var + epsilon) * scale + bias.
+
+    Attributes:
+      mean: [C].
+      var: [C], or [] (extended batch normalization).
+      scale: [C] or None for ones.
+      bias: [C] or None for zeros.
+      epsilon: inside the root.
+    """
+
+    mean: Array
+    var: Array
+    scale: Array | None = None
+    bias: Array | None = None
+    epsilon: float = _tree.static(default=1e-5)
+
+
+@_tree.node
+class AvgPool:
+    """Mean over a window that counts padded zeros.
+
+    Attributes:
+      size: of the window, an int or one per spatial axis.
+    """
+
+    size: int | tuple[int, ...] = _tree.static()
+
+    def __post_init__(self) -> None:
+        _set(self, "size", _integers.plain(self.size))
+
+
+@_tree.node
+class Identity:
+    """The input itself.
+
+    Attributes:
+      features: number of channels.
+    """
+
+    features: int = _tree.static()
+
+
+@_tree.node
+class Scale:
+    """x * gain.
+
+    Attributes:
+      gain: [C].
+    """
+
+    gain: Array
+
+
+@_tree.node
+class Sequential:
+    """Nodes one after the other; at most one may have a kernel larger than 1.
+
+    Attributes:
+      nodes: from the input to the output.
+    """
+
+    nodes: tuple[Node, ...]
+
+    def __init__(self, *nodes: Node):
+        _set(self, "nodes", _some("Sequential", nodes))
+
+
+@_tree.node
+class Sum:
+    """The sum of branches that all see the same input.
+
+    Attributes:
+      nodes: the branches.
+    """
+
+    nodes: tuple[Node, ...]
+
+    def __init__(self, *nodes: Node):
+        _set(self, "nodes", _some("Sum", nodes))
+
+
+def rank(node: Node) -> int | None:
+    """Number of spatial axes; None where no node says."""
+    match node:
+        case Conv():
+            return node.kernel.ndim - 2
+        case AvgPool() if not isinstance(node.size, int):
+            return len(node.size)
+        case Sequential() | Sum():
+            found = {r for r in map(rank, node.nodes) if r is not None}
+            if len(found) > 1:
+                raise ValueError(
+                    f"reparam: nodes with {sorted(found)} spatial axes in one {_name(node)}"
+                )
+            return found.pop() if found else None
+    return None
+
+
+def extent(node: Node, axes: int) -> tuple[int, ...]:
+    """Effective kernel size, inner dilation included, per spatial axis."""
+    match node:
+        case Conv():
+            inner = per_axis("dilation", node.dilation, axes)
+            sizes = zip(node.kernel.shape[:-2], inner, strict=True)
+            return tuple(d * (k - 1) + 1 for k, d in sizes)
+        case AvgPool():
+            return per_axis("size", node.size, axes)
+        case Sum():
+            return largest([extent(n, axes) for n in node.nodes])
+        case Sequential():
+            spatial_index(node, axes)
+            return largest([extent(n, axes) for n in node.nodes])
+        case Norm() | Identity() | Scale():
+            return (1,) * axes
+    raise ValueError(f"reparam: {_name(node)} is no node; use Conv, Norm, AvgPool, Identity, ...")
+
+
+def spatial_index(node: Sequential, axes: int) -> int | None:
+    """Position of the one node with a kernel larger than 1; None if there is none."""
+    found = [i for i, n in enumerate(node.nodes) if math.prod(extent(n, axes)) > 1]
+    if len(found) > 1:
+        names = " and ".join(_name(node.nodes[i]) for i in found)
+        raise ValueError(
+            f"reparam.Sequential: {names} both have a kernel larger than 1; such a pair is no "
+            "convolution of either size under padding: keep them apart"
+        )
+    return found[0] if found else None
+
+
+def features_in(node: Node) -> int | None:
+    """Channels that the node takes; None where it takes any number."""
+    match node:
+        case Conv():
+            return node.kernel.shape[-2] * node.groups
+        case Norm():
+            return node.mean.shape[-1]
+        case Identity():
+            return node.features
+        case Scale():
+            return node.gain.shape[-1]
+        case Sum():
+            return _first(map(features_in, node.nodes))
+        case Sequential():
+            # Nodes that keep the number of channels pass the question on to the next.
+            for n in node.nodes:
+                if (known := features_in(n)) is not None:
+                    return known
+    return None
+
+
+def largest(sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Largest size per axis."""
+    return functools.reduce(lambda a, b: tuple(map(max, a, b)), sizes)
+
+
+def reference(node: Node, axes: int, kernel_size: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The kernel size that padding refers to: the one given, or the node's own extent."""
+    own = extent(node, axes)
+    if kernel_size is None:
+        return own
+    size = per_axis("kernel_size", kernel_size, axes)
+    if largest([own, size]) != size:
+        raise ValueError(f"reparam: `kernel_size` {size} is smaller than a branch's kernel, {own}")
+    return size
+
+
+def _first(values: Any) -> int | None:
+    return next((v for v in values if v is not None), None)
+
+
+def _some(name: str, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    if not nodes:
+        raise ValueError(f"reparam.{name} needs at least one node")
+    return nodes
+
+
+def _name(node: Node) -> str:
+    return type(node).__name__
+
+
+def _set(node: Node, name: str, value: Any) -> None:
+    object.__setattr__(node, name, value)
