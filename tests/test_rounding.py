@@ -53,10 +53,6 @@ def test_rounds_to_a_neighbour_with_the_probability_of_the_remainder(dtype, ours
                 x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)
             )
         )
-            lambda n: _stochastic_rounding.to_neighbour(
-                x, jnp.dtype(dtype), jnp.full(x.shape, n / 2**16)
-            )
-        )
     )
     rounded = wide(every(noise))
     assert np.all((rounded == lower) | (rounded == upper))

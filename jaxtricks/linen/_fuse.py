@@ -91,7 +91,7 @@ def fuse(
     flags |= call_flags(type(original(module)), False, inputs, flags)
     run = _Run(module, variables, inputs, flags)
     probed = Probed(run, inputs)
-    convs, norms, unknown = _layers(run, variables)
+    convs, norms, unknown = _convs_and_norms(run, variables)
     flow, (values, dtypes) = probed.flow(), probed.values()
     units, kept = _fuse.paired(convs, norms, flow, run.altered | unknown)
     units, plain, rows, kept = _fuse.merged("linen.fuse", units, kept, where, values)
@@ -149,7 +149,9 @@ def _outermost(
         running.remove(path)
 
 
-def _layers(run: _Run, variables: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+def _convs_and_norms(
+    run: _Run, variables: Any
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Twins by path: (layers and blocks, normalizations), and {path: why a layer has none}.
 
     A layer without a twin stands for itself; those inside blocks are left out.

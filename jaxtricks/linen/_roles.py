@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from jaxtricks import _tree, roles
+from jaxtricks import _tree
+from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Roles
 from jaxtricks.linen import _tags
@@ -28,7 +29,7 @@ NORMS = (
 
 
 @checked
-def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles.Exact:
+def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.Exact:
     """A rule for `axes=` (memopt, agc) that is exact for the layers of flax.linen and of this library.
 
     The module is initialized abstractly (nothing is computed or allocated) and its layers are watched.
@@ -79,7 +80,9 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles.Exact
     tagged = _tags.read(init, layer_roles) if unclear else {}
     known = {path: fits[0] for path, fits in possible.items()}
     known |= {path: tagged[path] for path in unclear if tagged.get(path) in possible[path]}
-    return roles.exact(known, [path for path in unclear if tagged.get(path) not in possible[path]])
+    return roles_lib.exact(
+        known, [path for path in unclear if tagged.get(path) not in possible[path]]
+    )
 
 
 def _watcher(found: dict[str, tuple[_roles.Axis, ...]]) -> Callable[..., Any]:

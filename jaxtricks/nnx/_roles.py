@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from jaxtricks import _integers, roles
+from jaxtricks import _integers
+from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Roles
 from jaxtricks.nnx import _compat
@@ -24,7 +25,7 @@ Axis = tuple[str, int | None]
 
 
 @checked
-def roles(model: nnx.Module) -> roles.Exact:
+def roles(model: nnx.Module) -> roles_lib.Exact:
     """A rule for `axes=` (memopt, agc) that is exact for the layers of flax.nnx and of this library.
 
     Layers that nnx.vmap has stacked have more axes than their own sizes explain: those are "batch",
@@ -51,7 +52,7 @@ def roles(model: nnx.Module) -> roles.Exact:
     stacked = _stack_names(possible.values())
     known = {path: _named(found, names, stacked) for path, (found, names) in possible.items()}
     assumed = [path for path, found in known.items() if len(found) > 1]
-    return roles.exact({path: found[0] for path, found in known.items()}, assumed)
+    return roles_lib.exact({path: found[0] for path, found in known.items()}, assumed)
 
 
 def _possible(model: nnx.Module) -> Iterator[tuple[str, list[Roles], tuple[Any, ...] | None]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Var
 
 from jaxtricks import _compat, _jaxpr
 
@@ -39,7 +38,7 @@ def inlined(
                 consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
                 outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
             else:
-                outs = [Var(v.aval) for v in eqn.outvars]
+                outs = [_jaxpr.Var(v.aval) for v in eqn.outvars]
                 eqns.append(eqn.replace(invars=operands, outvars=outs))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [_read(env, v) for v in jaxpr.outvars]
@@ -83,13 +82,13 @@ def _sunk(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
 
     def fetch(operands: Sequence[Any]) -> None:
         for v in operands:
-            if isinstance(v, Var) and v in waiting:
+            if isinstance(v, _jaxpr.Var) and v in waiting:
                 eqn = waiting.pop(v)
                 fetch(eqn.invars)
                 eqns.append(eqn)
 
     for eqn in program.eqns:
-        reads = [v for v in eqn.invars if isinstance(v, Var)]
+        reads = [v for v in eqn.invars if isinstance(v, _jaxpr.Var)]
         if _compat.primitive(eqn) in _PARTS and all(v in inputs or v in waiting for v in reads):
             waiting[eqn.outvars[0]] = eqn
         else:
@@ -118,7 +117,7 @@ def read(variables: Sequence[Any], env: Mapping[Any, Any]) -> list[Any]:
 def read_by(eqns: Sequence[Any]) -> list[Any]:
     """Variables that the equations read and do not make, in order of use."""
     made = {v for eqn in eqns for v in eqn.outvars}
-    read = [v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made]
+    read = [v for eqn in eqns for v in eqn.invars if isinstance(v, _jaxpr.Var) and v not in made]
     return list(dict.fromkeys(read))
 
 
@@ -158,7 +157,7 @@ def replaced(
 
 def needed_after(parts: Sequence[Sequence[Any]], outvars: Sequence[Any]) -> list[set[Any]]:
     """For each run of equations, the variables that later runs or the results read."""
-    needed = {v for v in outvars if isinstance(v, Var)}
+    needed = {v for v in outvars if isinstance(v, _jaxpr.Var)}
     after = []
     for eqns in reversed(parts):
         after.append(set(needed))
@@ -191,12 +190,12 @@ def pruned(jaxpr: _jaxpr.Jaxpr, used: Sequence[bool] | None = None) -> _jaxpr.Ja
       used: which outputs are read; None is all.
     """
     outs = [v for i, v in enumerate(jaxpr.outvars) if used is None or used[i]]
-    needed = {v for v in outs if isinstance(v, Var)}
+    needed = {v for v in outs if isinstance(v, _jaxpr.Var)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             kept.append(_pruned_body(eqn, needed))
-            needed.update(v for v in eqn.invars if isinstance(v, Var))
+            needed.update(v for v in eqn.invars if isinstance(v, _jaxpr.Var))
     return _jaxpr.made(jaxpr.constvars, jaxpr.invars, outs, kept[::-1])
 
 
