@@ -16,7 +16,7 @@ from jaxtricks.cyclical import (
     one_cycle_momentum,
     warm_restarts,
 )
-from jaxtricks.cyclical.phase import plain
+from jaxtricks.cyclical._schedules import plain
 
 
 def sine(cycle):

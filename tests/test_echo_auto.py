@@ -19,7 +19,7 @@ from jaxtricks import echo
 from jaxtricks.echo._auto_factor import Tuner
 from jaxtricks.echo._iterables import IterableSource
 from jaxtricks.echo._schedules import CHANGES, Changing
-from jaxtricks.echo.reading import ReadAhead
+from jaxtricks.echo._streams import ReadAhead
 
 # --- the rule, on a simulated clock --------------------------------------------------------------
 

@@ -315,13 +315,13 @@ def test_training_mode_and_untouched_statistics_are_refused():
 def test_a_difference_that_rounding_does_not_explain_is_an_error(monkeypatch):
     x = image(2, 6, 6, 4)
     model = trained(Chain(conv(), norm()), x)
-    true = jt.nnx.unit.frozen_norm
+    true = jt.nnx._fuse.frozen_norm
 
     def wrong(layer):
         node = true(layer)
         return jt.reparam.Norm(node.mean + 0.01, node.var, node.scale, node.bias, node.epsilon)
 
-    monkeypatch.setattr(jt.nnx.unit, "frozen_norm", wrong)
+    monkeypatch.setattr(jt.nnx._fuse, "frozen_norm", wrong)
     with pytest.raises(ValueError, match="'layers/0' differ by"):
         jt.nnx.fuse(model, example=x)
 

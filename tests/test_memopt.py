@@ -8,7 +8,7 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import memopt
-from jaxtricks.memopt.factored import layout
+from jaxtricks.memopt._adafactor import layout
 from tests.reference import memopt as reference
 
 STACKED = {"matrix_5x7": ("batch", "none"), "heads_36x6x8": ("batch", "in", "out")}
@@ -222,16 +222,16 @@ def test_decay_offset_on_a_fresh_state_is_no_nan(ours):
 
 
 def test_decay_rates(x64):
-    from jaxtricks.memopt import rates
+    from jaxtricks.memopt import _adafactor
 
     count = jnp.arange(5, dtype=jnp.int32)
     t = np.arange(5) + 1.0
-    adam = rates.one_minus_beta2(count, jnp.float64, "adam", 0.9, 0, 1.0)
+    adam = _adafactor.one_minus_beta2(count, jnp.float64, "adam", 0.9, 0, 1.0)
     np.testing.assert_allclose(1 - adam, 0.9 * (1 - 0.9 ** (t - 1)) / (1 - 0.9**t), rtol=1e-12)
     # A rate of 1 (a schedule may reach it) averages all steps alike.
-    one = rates.one_minus_beta2(count, jnp.float64, "adam", jnp.float64(1), 0, 1.0)
+    one = _adafactor.one_minus_beta2(count, jnp.float64, "adam", jnp.float64(1), 0, 1.0)
     np.testing.assert_allclose(one, 1 / t, rtol=1e-12)
-    capped = rates.one_minus_beta2(count, jnp.float64, "pow", 0.8, 0, 0.5)
+    capped = _adafactor.one_minus_beta2(count, jnp.float64, "pow", 0.8, 0, 0.5)
     np.testing.assert_allclose(1 - capped, np.minimum(1 - t**-0.8, 0.5), rtol=1e-12)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtricks import memopt
-from jaxtricks.memopt import _leaves, factored
+from jaxtricks.memopt import _adafactor, _leaves
 from tests.reference import memopt as reference
 
 # Rows first, columns first, interleaved, stacked in front and in the middle, with "none" axes.
@@ -97,7 +97,7 @@ def test_both_ways_to_take_two_means_agree(axes, x64, ours):
             1, 2, [1 if i in axes else n for i, n in enumerate(g.shape)]
         )
     )
-    one, other = factored.two_means_separate(g, v, axes), factored.two_means_stacked(g, v, axes)
+    one, other = _adafactor.two_means_separate(g, v, axes), _adafactor.two_means_stacked(g, v, axes)
     expected = [np.mean(np.square(g) * w, axis=axes, keepdims=True) for w in (1, 1 / np.asarray(v))]
     for a, b, c in zip(one, other, expected, strict=True):
         np.testing.assert_allclose(a, c, rtol=1e-13)

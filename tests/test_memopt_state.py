@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
-from jaxtricks import _tree, memopt
-from jaxtricks.memopt import _momentum, noise
+from jaxtricks import _random_bits, _tree, memopt
+from jaxtricks.memopt import _momentum
 
 SHAPES = {
     "w": (256, 512),
@@ -365,7 +365,7 @@ def test_int8_momentum_costs_1_03_bytes():
 def test_int8_blocks_of_any_shape(shape, scales, ours):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     empty = _momentum.zeros(x, jnp.dtype("int8"))
-    m = _momentum.write(x, empty, noise.of_step(jax.random.key(0), 0))
+    m = _momentum.write(x, empty, _random_bits.of_step(jax.random.key(0), 0))
     assert (m.values.shape, m.scale.shape) == (shape, scales)
     chex.assert_trees_all_equal_shapes_and_dtypes(m, empty)
     step = np.max(np.abs(x), initial=0) / 127
@@ -378,7 +378,7 @@ def test_int8_rounding_is_unbiased_and_keeps_the_largest(ours):
     empty = _momentum.zeros(x, jnp.dtype("int8"))
 
     def once(step):
-        seed = noise.of_step(jax.random.key(1), step)
+        seed = _random_bits.of_step(jax.random.key(1), step)
         return _momentum.read(_momentum.write(x, empty, seed), jnp.float32)
 
     n = 4000

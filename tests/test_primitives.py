@@ -28,8 +28,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtricks import _compat, _jaxpr, amp, remat
-from jaxtricks.amp import rules
-from jaxtricks.remat import _memory, chain
+from jaxtricks.amp import _precision_analysis
+from jaxtricks.remat import _memory, _stages
 from tests import flags
 
 MODULES = (
@@ -475,7 +475,7 @@ def census():
     return {name: {_compat.primitive(e): e for e in eqns} for name, eqns in traces.items()}
 
 
-@pytest.mark.parametrize("table", [rules, _memory], ids=["amp", "remat"])
+@pytest.mark.parametrize("table", [_precision_analysis, _memory], ids=["amp", "remat"])
 def test_every_primitive_has_a_row(census, table):
     missing = {}
     for function, eqns in census.items():
@@ -484,7 +484,7 @@ def test_every_primitive_has_a_row(census, table):
     assert not missing, "\n".join(f"{name}, of {missing[name]}" for name in sorted(missing))
 
 
-@pytest.mark.parametrize("table", [rules, _memory], ids=["amp", "remat"])
+@pytest.mark.parametrize("table", [_precision_analysis, _memory], ids=["amp", "remat"])
 def test_every_primitive_that_jax_exports_has_a_row(table):
     public = [p for p in vars(primitives).values() if isinstance(p, Primitive)]
     eqns = [types.SimpleNamespace(primitive=p, params={}) for p in public]
@@ -505,7 +505,7 @@ def test_every_public_function_is_traced(census):
 
 def test_collectives_are_those_that_remat_runs_once(census):
     for name in SHARDED.keys() & census.keys() - {"jax.lax.axis_index"}:
-        assert chain.COLLECTIVES & census[name].keys(), name
+        assert _stages.COLLECTIVES & census[name].keys(), name
 
 
 def stranger():

@@ -13,8 +13,8 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import _compat, _jaxpr, remat
-from jaxtricks.remat import budget as budgets
-from jaxtricks.remat import chain, flat
+from jaxtricks.remat import _planner as budgets
+from jaxtricks.remat import _stages
 from tests.flags import remat3
 
 pytestmark = pytest.mark.stock
@@ -241,9 +241,9 @@ def test_collectives_are_never_run_twice():
     plan = remat.plan(loss, ws, x, budget_bytes=0.98, wrt="temp")
 
     def collectives(fn):
-        program = flat.inlined(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
-        names = map(_compat.primitive, _jaxpr.walk(flat.pruned(program)))
-        return sum(name in chain.COLLECTIVES for name in names)
+        program = _jaxpr.inlined(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
+        names = map(_compat.primitive, _jaxpr.walk(_jaxpr.pruned(program)))
+        return sum(name in _stages.COLLECTIVES for name in names)
 
     assert 0 < collectives(plan.fn) <= collectives(loss)
     close(jax.jit(jax.grad(plan.fn))(ws, x), jax.jit(jax.grad(loss))(ws, x))

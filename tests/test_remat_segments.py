@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtricks import remat
-from jaxtricks.remat import _sequential, segments
+from jaxtricks.remat import _sequential
 from tests.flags import remat3
 
 pytestmark = pytest.mark.stock  # bytes, and gradients to the last bits
@@ -147,8 +147,8 @@ def test_the_last_segment_is_not_kept_through_a_head():
 
 
 def test_equal_sizes():
-    assert segments._sizes(3, 7) == [3, 2, 2]
-    assert segments._sizes("sqrt", 13) == [4, 3, 3, 3]
+    assert _sequential._sizes(3, 7) == [3, 2, 2]
+    assert _sequential._sizes("sqrt", 13) == [4, 3, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtricks as jt
+from jaxtricks import _random_bits as bits
 from jaxtricks import memopt
 from jaxtricks.memopt import _stochastic_rounding
-from jaxtricks.memopt import noise as bits
 
 pytestmark = pytest.mark.stock
 LOW = ["bfloat16", "float16"]

@@ -80,23 +80,21 @@ References. Micikevicius et al., Mixed Precision Training, arXiv 1710.03740 (los
 from jaxtricks.amp._autocast import autocast, full_precision
 from jaxtricks.amp._explain import Explanation, Island, explain
 from jaxtricks.amp._loss_scale import (
+    DynamicLossScale,
     DynamicLossScaleState,
+    NoOpLossScale,
     SkipNonfiniteState,
+    StaticLossScale,
+    all_finite,
     applied,
     check,
     dynamic_loss_scale,
     loss_scale,
+    select_tree,
     skip_nonfinite,
     value_and_grad,
 )
 from jaxtricks.amp._policy import Policy, with_policy
-from jaxtricks.amp.scale import (
-    DynamicLossScale,
-    NoOpLossScale,
-    StaticLossScale,
-    all_finite,
-    select_tree,
-)
 
 __all__ = [
     "DynamicLossScale",

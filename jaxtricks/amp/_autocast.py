@@ -20,11 +20,11 @@ from jaxtricks.amp._precision_analysis import (
     LOW,
     Analysis,
     Analyzer,
+    check_rules,
     held,
     is_full,
 )
 from jaxtricks.amp._rewrite import Emitter
-from jaxtricks.amp.rules import check_rules
 
 DEFAULT = "p=f32,c=bf16,o=f32"
 

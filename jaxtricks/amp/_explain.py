@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks._arguments import checked
-from jaxtricks.amp import rules as table
+from jaxtricks.amp import _precision_analysis as table
 from jaxtricks.amp._autocast import DEFAULT, Settings
 from jaxtricks.amp._policy import Policy
 from jaxtricks.amp._precision_analysis import (

@@ -63,9 +63,13 @@ torch.optim.lr_scheduler.CyclicLR, OneCycleLR, CosineAnnealingWarmRestarts.
 """
 
 from jaxtricks.cyclical._lr_range import RangeTest, lr_range_test
-from jaxtricks.cyclical._schedules import cyclical, cyclical_momentum
-from jaxtricks.cyclical.onecycle import one_cycle, one_cycle_momentum
-from jaxtricks.cyclical.restarts import warm_restarts
+from jaxtricks.cyclical._schedules import (
+    cyclical,
+    cyclical_momentum,
+    one_cycle,
+    one_cycle_momentum,
+    warm_restarts,
+)
 
 __all__ = [
     "RangeTest",

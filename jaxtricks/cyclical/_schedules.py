@@ -1,15 +1,131 @@
-"""Triangles between two bounds."""
+"""The position in a cycle, in integers: float32 never sees the step itself."""
 
+import itertools
+import math
+import numbers
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxtricks._arguments import checked
+from jaxtricks._arguments import checked, described
 from jaxtricks._typing import Array, Scalar, Schedule
-from jaxtricks.cyclical.phase import cast, check_number, exact, iteration, phase, representable
+
+_MAX_DENOMINATOR = 1000
+_LIMIT = 2**31
+_LAST_STEP = 2**32 - 1
+
+
+def plain(name: str, x: Any) -> float:
+    """A static number; `name` is "function: `argument`" for the message."""
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(f"cyclical.{name} is traced: give a plain number")
+    is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array) and not np.iscomplexobj(x)
+    if not is_number or np.ndim(x) != 0:
+        raise ValueError(f"cyclical.{name} is {described(x)}: give a plain number")
+    return float(x)
+
+
+def check_number(name: str, x: Any, low: float = -math.inf) -> None:
+    """Raise unless a number is finite and above `low`; device arrays pass, they may be traced."""
+    if isinstance(x, jax.Array):
+        return
+    values = np.asarray(x)
+    wanted = "finite number" if low == -math.inf else f"number > {low:g}"
+    if values.ndim or values.dtype.kind not in "iuf":
+        raise ValueError(f"cyclical.{name} is {described(x)}: give a {wanted}")
+    if not low < values < math.inf:
+        raise ValueError(f"cyclical.{name} is {x}: give a {wanted}")
+
+
+def exact(name: str, x: Any) -> Fraction:
+    """The nearest rational of small denominator."""
+    if not 0 < plain(name, x) < _LIMIT / 2:
+        raise ValueError(f"cyclical.{name} is {x}: give a number in (0, 2^30)")
+    # Through float, because a NumPy float32 or an integer array is no Rational.
+    nearest = Fraction(float(x)).limit_denominator(_MAX_DENOMINATOR)
+    return nearest or Fraction(1, _MAX_DENOMINATOR)
+
+
+def representable(name: str, period: Fraction) -> Fraction:
+    """The period as a fraction whose numerator fits int32; `name` is the argument to lengthen."""
+    if period < 1:
+        raise ValueError(
+            f"cyclical.{name} makes cycles of {float(period):g} iterations: lengthen it, to 1 or more"
+        )
+    # Only legs with two different, large denominators are affected.
+    return period.limit_denominator(max(1, (_LIMIT - 1) // math.ceil(period)))
+
+
+def iteration(step: Any) -> Array:
+    """The step as uint32; below 0 counts as 0, above 2^32 - 1 as that."""
+    if isinstance(step, int | np.generic | np.ndarray) and np.asarray(step).dtype.kind in "iu":
+        # On the host: without x64 JAX takes 2^31 for a negative number.
+        step = np.clip(np.asarray(step), 0, _LAST_STEP).astype(np.uint32)
+    step = jnp.asarray(step)
+    if not jnp.issubdtype(step.dtype, jnp.integer):
+        raise ValueError(f"cyclical: the step is {step.dtype}: give an integer")
+    if jnp.iinfo(step.dtype).max > _LAST_STEP:
+        step = jnp.minimum(step, jnp.asarray(_LAST_STEP, step.dtype))
+    return jnp.maximum(step, 0).astype(jnp.uint32)
+
+
+def phase(n: Array, period: Fraction) -> tuple[Array, Array]:
+    """(cycles completed, position in the cycle in units of 1 / period.denominator), exact.
+
+    With period = a/b: n = q a + r, so q b cycles are over, and floor(r b / a) more. r b may leave 32
+    bits; it is divided by a digit after digit of b, as by hand.
+    """
+    a, b = period.numerator, period.denominator
+    q, r = _divmod(n, a)
+    shift = 32 - a.bit_length()
+    digits = [b >> i & (1 << shift) - 1 for i in range(0, b.bit_length(), shift)][::-1]
+    cycle, position = jnp.zeros_like(n), jnp.zeros_like(n)
+    for digit in digits:
+        whole, position = _divmod_sum(position, shift, r, digit, a)
+        cycle = (cycle << np.uint32(shift)) + whole
+    return q * np.uint32(b) + cycle, position
+
+
+def _divmod(n: Array, a: int) -> tuple[Array, Array]:
+    divisor = jnp.full_like(n, a)
+    return lax.div(n, divisor), lax.rem(n, divisor)
+
+
+def _divmod_sum(position: Array, shift: int, r: Array, digit: int, a: int) -> tuple[Array, Array]:
+    # Both terms are below a 2^shift <= 2^32; their sum need not be.
+    q1, r1 = _divmod(position << np.uint32(shift), a)
+    q2, r2 = _divmod(r * np.uint32(digit), a)
+    q3, r3 = _divmod(r1 + r2, a)
+    return q1 + q2 + q3, r3
+
+
+def blend(start: Any, end: Any, done: Array, left: Array, *, cos: bool) -> Array:
+    """From start (done 0, left 1) to end (done 1, left 0), along half a cosine or a line.
+
+    Both fractions are given, so that nothing cancels: each end is met exactly, however small, and what
+    is added to the nearer end is at most half the way, however narrow.
+    """
+    if cos:
+        done, left = (jnp.square(jnp.sin(x * (np.pi / 2))) for x in (done, left))
+    start, end = cast(start, done.dtype), cast(end, done.dtype)
+    span = end - start
+    return jnp.where(done < left, start + span * done, end - span * left)
+
+
+def cast(x: Any, dtype: Any) -> Array:
+    """A number or array of any dtype as a floating array."""
+    return jnp.asarray(x).astype(dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Triangles between two bounds.
+# --------------------------------------------------------------------------------------------------
+
 
 _MODES = ("triangular", "triangular2", "exp_range")
 
@@ -182,3 +298,268 @@ def _scale(mode: str, gamma: Scalar, n: Array, cycle: Array, dtype: Any) -> Arra
         # Not inf: at the ends of a cycle it is multiplied by 0.
         return jnp.minimum(growth, jnp.finfo(dtype).max)
     return jnp.ones(n.shape, dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# One cycle over the whole training: up, down, and out.
+# --------------------------------------------------------------------------------------------------
+
+
+_MAX_STEPS = 2**30
+
+
+@checked
+def one_cycle(
+    peak: Scalar,
+    total_steps: Scalar,
+    *,
+    pct_start: Scalar = 0.3,
+    anneal: str = "cos",
+    div_factor: Scalar = 25.0,
+    final_div_factor: Scalar = 1e4,
+    three_phase: bool = False,
+) -> Schedule:
+    """One rise to peak and one fall to nearly nothing, as PyTorch's OneCycleLR.
+
+    initial = peak / div_factor;  final = initial / final_div_factor;  summit = pct_start total_steps - 1
+    two phases: initial -> peak at summit -> final at total_steps - 1
+    three phases: initial -> peak at summit -> initial at 2 summit -> final at total_steps - 1
+
+    Args:
+      peak: highest rate; a number or array [].
+      total_steps: iterations in all, a positive integer below 2^30; the last one is total_steps - 1.
+      pct_start: fraction of the iterations that rise, in [0, 1]; summit need not be whole.
+      anneal: shape of the legs: "cos" (half a cosine each) or "linear".
+      div_factor: peak / initial, > 0; a number or array [].
+      final_div_factor: initial / final, > 0; a number or array [].
+      three_phase: the paper's form: come back to initial first, then annihilate.
+
+    Returns:
+      schedule(step) -> rate; step is an integer or an array of integers of any shape (below 0 counts
+      as 0, from total_steps on as the last), the rate is float32 (float64 under jax_enable_x64).
+
+    Raises:
+      ValueError: an unknown anneal, total_steps no positive integer, pct_start outside [0, 1] or, with
+        three phases, outside (1 / total_steps, 1/2], a factor that is not positive; when called, a
+        step that is not an integer.
+
+    Example:
+      >>> rate = one_cycle(1.0, 9, pct_start=5 / 9, anneal="linear", div_factor=4.0)
+      >>> [round(float(rate(step)), 3) for step in (0, 2, 4, 6, 8)]
+      [0.25, 0.625, 1.0, 0.5, 0.0]
+
+    References:
+      Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
+      Rates", arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR.
+    """
+    check_number("one_cycle: `peak`", peak)
+    check_number("one_cycle: `div_factor`", div_factor, 0)
+    check_number("one_cycle: `final_div_factor`", final_div_factor, 0)
+    ends = _ends("one_cycle", total_steps, pct_start, anneal, three_phase)
+
+    def values(dtype: Any) -> list[Array]:
+        high = cast(peak, dtype)
+        initial = high / cast(div_factor, dtype)
+        final = initial / cast(final_div_factor, dtype)
+        return [initial, high, initial, final] if three_phase else [initial, high, final]
+
+    return _path(ends, values, anneal)
+
+
+@checked
+def one_cycle_momentum(
+    base: Scalar,
+    peak: Scalar,
+    total_steps: Scalar,
+    *,
+    pct_start: Scalar = 0.3,
+    anneal: str = "cos",
+    three_phase: bool = False,
+) -> Schedule:
+    """The momentum that goes with `one_cycle`: it falls to base as the rate rises, and comes back.
+
+    two phases: peak -> base at summit -> peak; three phases: it stays at peak in the last
+
+    Args:
+      base: lowest momentum, where the rate is highest; a number or array [].
+      peak: momentum at both ends; a number or array [].
+      total_steps: as for `one_cycle`, and so are the others.
+      pct_start: fraction of the iterations in which the momentum falls.
+      anneal: "cos" or "linear".
+      three_phase: whether the rate has three phases.
+
+    Returns:
+      schedule(step) -> momentum, as for `one_cycle`.
+
+    Raises:
+      ValueError: as `one_cycle`.
+
+    Example:
+      >>> momentum = one_cycle_momentum(0.85, 0.95, 10)
+      >>> [round(float(momentum(step)), 3) for step in (0, 1, 2, 9)]
+      [0.95, 0.9, 0.85, 0.95]
+
+    References:
+      Smith and Topin, arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR (cycle_momentum).
+    """
+    check_number("one_cycle_momentum: `base`", base)
+    check_number("one_cycle_momentum: `peak`", peak)
+    ends = _ends("one_cycle_momentum", total_steps, pct_start, anneal, three_phase)
+
+    def values(dtype: Any) -> list[Array]:
+        low, high = cast(base, dtype), cast(peak, dtype)
+        return [high, low, high, high] if three_phase else [high, low, high]
+
+    return _path(ends, values, anneal)
+
+
+def _ends(
+    function: str, total_steps: Any, pct_start: Any, anneal: str, three_phase: bool
+) -> list[float]:
+    """Where the phases end, in iterations; not whole, and before 0 if nothing rises."""
+    total = plain(f"{function}: `total_steps`", total_steps)
+    if not (0 < total < _MAX_STEPS and total.is_integer()):
+        raise ValueError(
+            f"cyclical.{function}: `total_steps` is {total_steps}: give an integer in (0, 2^30)"
+        )
+    if anneal not in ("cos", "linear"):
+        raise ValueError(f"cyclical.{function}: `anneal` is {anneal!r}: give 'cos' or 'linear'")
+    rise = plain(f"{function}: `pct_start`", pct_start)
+    summit = rise * total - 1
+    if three_phase and not (summit > 0 and rise <= 0.5):
+        raise ValueError(
+            f"cyclical.{function}: `pct_start` is {rise}: with three phases give a number in"
+            " (1 / total_steps, 0.5]"
+        )
+    if not 0 <= rise <= 1:
+        raise ValueError(f"cyclical.{function}: `pct_start` is {rise}: give a number in [0, 1]")
+    return [summit, *([2 * summit] if three_phase else []), total - 1]
+
+
+def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
+    """Through values[i] at ends[i - 1], from step 0 on; legs that no step falls on are left out."""
+    last = int(ends[-1])
+    spans = list(zip([0.0, *ends], ends, strict=False))
+    legs = [i for i, (start, end) in enumerate(spans) if end > start and end >= 0]
+    if not legs:  # One step, and all of it should rise: it is the last one.
+        legs, spans[-1] = [len(spans) - 1], (-1.0, 0.0)
+
+    def schedule(step: Any) -> Array:
+        n = jnp.minimum(iteration(step), np.uint32(last)).astype(jnp.int32)
+        dtype = jnp.result_type(float)
+        points = values(dtype)
+        rate = _leg(n, *spans[legs[-1]], points[legs[-1] :], anneal, dtype)
+        for i in legs[-2::-1]:
+            here = _leg(n, *spans[i], points[i:], anneal, dtype)
+            rate = jnp.where(n <= math.floor(spans[i][1]), here, rate)
+        return rate
+
+    return schedule
+
+
+def _leg(n: Array, start: float, end: float, points: Any, anneal: str, dtype: Any) -> Array:
+    # From the first whole iteration on and up to the last: integers and a positive rest, which add up
+    # without cancelling. Outside the leg both are meaningless, and not used.
+    first, final = math.ceil(start), math.floor(end)
+    done = (n - first).astype(dtype) + (first - start)
+    left = (final - n).astype(dtype) + (end - final)
+    length = end - start
+    return blend(points[0], points[1], done / length, left / length, cos=anneal == "cos")
+
+
+# --------------------------------------------------------------------------------------------------
+# Cosine annealing with warm restarts, however many of them, in a graph of one size.
+# --------------------------------------------------------------------------------------------------
+
+
+_STEPS = 2**32 - 1
+_MAX_CYCLES = 1000
+_GRAIN = 2**128
+
+
+@checked
+def warm_restarts(
+    peak: Scalar, first_period: Scalar, *, period_mult: Scalar = 1, floor: Scalar = 0.0
+) -> Schedule:
+    """Half a cosine from peak to floor, then from peak again, in ever longer cycles.
+
+    rate = floor + (peak - floor) (1 + cos(pi t / T)) / 2, t iterations into a cycle of T iterations;
+    T = first_period period_mult^k in cycle k = 0, 1, ...
+
+    Args:
+      peak: rate at the start of every cycle; a number or array [].
+      first_period: iterations of the first cycle, >= 1. Fractions whose denominator is at most 1000
+        are exact; others are rounded to the nearest of those.
+      period_mult: length of a cycle over that of the one before, 1 or more (not so near 1 that there
+        would be more than 1000 different cycles in 2^32 iterations); exact as first_period is.
+      floor: rate that a cycle falls to (the restart comes when it would be reached); a number or
+        array [].
+
+    Returns:
+      schedule(step) -> rate; step is an integer or an array of integers of any shape (below 0 counts
+      as 0), the rate is float32 (float64 under jax_enable_x64) of the same shape.
+
+    Raises:
+      ValueError: first_period below 1, traced or too large, period_mult below 1, traced or too near 1;
+        when called, a step that is not an integer.
+
+    Example:
+      >>> rate = warm_restarts(1.0, 2, period_mult=2)
+      >>> [round(float(rate(step)), 3) for step in range(7)]
+      [1.0, 0.5, 1.0, 0.854, 0.5, 0.146, 1.0]
+
+    References:
+      Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983,
+      equation 5; torch.optim.lr_scheduler.CosineAnnealingWarmRestarts.
+    """
+    check_number("warm_restarts: `peak`", peak)
+    check_number("warm_restarts: `floor`", floor)
+    name = "warm_restarts: `first_period`"
+    period = representable(name, exact(name, first_period))
+    mult = plain("warm_restarts: `period_mult`", period_mult)
+    if not 1 <= mult < math.inf:
+        raise ValueError(f"cyclical.warm_restarts: `period_mult` is {mult}: give a number >= 1")
+    starts = _starts(period, mult) if mult > 1 else []
+
+    def schedule(step: Any) -> Array:
+        n, dtype = iteration(step), jnp.result_type(float)
+        if starts:
+            t, length = _growing(n, starts, dtype)
+        else:
+            t, length = phase(n, period)[1].astype(dtype), float(period.numerator)
+        return blend(peak, floor, t / length, (length - t) / length, cos=True)
+
+    return schedule
+
+
+def _starts(period: Fraction, mult: float) -> list[Fraction]:
+    """Where the cycles start, up to the first start that no step reaches."""
+    # A float that is the nearest one to 4/3 or 1.1 means that, so that cycles end on whole iterations.
+    rational = Fraction(mult).limit_denominator(1000)
+    ratio = rational if float(rational) == mult else Fraction(mult)
+    starts, length = [Fraction(0)], period
+    while starts[-1] < _STEPS:
+        starts.append(starts[-1] + length)
+        length *= ratio
+        if length.denominator > _GRAIN:
+            # Exact powers of a fraction grow without end; by now no cycle can end on a whole iteration.
+            length = Fraction(round(length * _GRAIN), _GRAIN)
+        if len(starts) > _MAX_CYCLES:
+            raise ValueError(
+                f"cyclical.warm_restarts: `period_mult` is {float(mult)}: give 1, or a number so large"
+                f" that there are at most {_MAX_CYCLES} different cycles"
+            )
+    return starts
+
+
+def _growing(n: Array, starts: list[Fraction], dtype: Any) -> tuple[Array, Array]:
+    """(iterations into the cycle, its length) from the table of starts."""
+    # Step n is in the last cycle whose start, rounded up, is not after it.
+    bounds = np.asarray([math.ceil(s) for s in starts[1:-1]], np.uint32)
+    bounds = bounds.reshape((1,) * n.ndim + (-1,))
+    cycle = jnp.sum(n[..., None] >= bounds, axis=-1, dtype=jnp.int32)
+    whole = np.asarray([math.floor(s) for s in starts[:-1]], np.uint32)
+    rest = np.asarray([float(s - math.floor(s)) for s in starts[:-1]])
+    lengths = np.asarray([float(b - a) for a, b in itertools.pairwise(starts)])
+    t = (n - jnp.asarray(whole)[cycle]).astype(dtype) - jnp.asarray(rest, dtype)[cycle]
+    return t, jnp.asarray(lengths, dtype)[cycle]

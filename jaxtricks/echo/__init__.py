@@ -77,7 +77,7 @@ pipelines, arXiv 2010.13639.
 from jaxtricks.echo._device import echo_step, keys
 from jaxtricks.echo._echo import echo
 from jaxtricks.echo._report import Report, report
+from jaxtricks.echo._schedules import num_steps
 from jaxtricks.echo._streams import Echoed
-from jaxtricks.echo.schedule import num_steps
 
 __all__ = ["Echoed", "Report", "echo", "echo_step", "keys", "num_steps", "report"]

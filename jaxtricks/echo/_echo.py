@@ -10,9 +10,8 @@ import numpy as np
 
 from jaxtricks._arguments import checked
 from jaxtricks.echo import _checks
-from jaxtricks.echo._iterables import EchoIterable
+from jaxtricks.echo._iterables import EchoIterable, Factor, Recipe, most_copies
 from jaxtricks.echo._schedules import rational
-from jaxtricks.echo.recipe import Factor, Recipe, most_copies
 
 DEFAULT_DISTANCE = 512
 MOST_APART = 10**9

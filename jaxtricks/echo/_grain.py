@@ -6,8 +6,8 @@ from typing import Any
 import grain
 
 from jaxtricks.echo import _checks
+from jaxtricks.echo._iterables import Recipe
 from jaxtricks.echo._streams import StreamIterator
-from jaxtricks.echo.recipe import Recipe
 
 
 class _GrainSource:

@@ -14,7 +14,7 @@ from jaxtricks import _table
 from jaxtricks._arguments import checked
 from jaxtricks.echo import _checks, _echo
 from jaxtricks.echo._iterables import start
-from jaxtricks.echo.reading import ReadAhead
+from jaxtricks.echo._streams import ReadAhead
 
 _KEPT = 4  # batches that the step is timed on
 _WARM = 2  # steps before the clock: compilation

@@ -1,6 +1,7 @@
 """How many copies each element makes: a mean factor, one for every class, or one that changes."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -8,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxtricks._arguments import checked
 from jaxtricks.echo import _checks
 
 CHANGES = 64
@@ -203,3 +205,172 @@ def rational(factor: object) -> Fraction:
             "repeat less, or clip the factors of the rarest classes"
         )
     return factor
+
+
+# --------------------------------------------------------------------------------------------------
+# When each copy goes out: pure integer arithmetic, the same for every kind of source.
+#
+# Time is counted in ticks; tick t reads element t. An element goes out once in each of its rounds:
+# round r of element i is in tick i + lag_r, and within a tick the freshest element comes first. With
+# e = whole + f an element has whole + 1 copies or, where f says so, whole: then it sits out one round.
+#
+# `adjacent` has lag 0 throughout. `spread` with distance D has lag_r = r (D - 1). The round that some
+# elements sit out is the last but one, so that the first round is full, which carries the start of
+# the stream, and the last one is, which carries the drain. Below e = 2 there is no round between: the
+# second one is thin, and comes (D - 1) / f ticks after the first instead, rounded up.
+#
+# Why that keeps the distance: between two rounds of element i there are at least the elements that
+# follow it in the full round before, or where the source has ended, the elements that precede it in
+# the full round after; D - 1 of either. In a thin last round (D - 1) / f consecutive elements hold
+# D - 1 that take part. The tests prove it by brute force.
+#
+# A source that is too short for D gets less: an engine that reads at most once per output cannot do
+# better than spread the floor(n e) - 1 - i outputs that are left after reading element i.
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Calendar:
+    """The ticks of all copies.
+
+    Attributes:
+      factor: mean number of copies e >= 1, exact.
+      distance: least difference of output indices between consecutive copies of one element.
+      lags: ticks from the reading of an element to each of its rounds; lags[0] is 0.
+      thin: the round that elements with fewer copies sit out (none does if e is whole).
+    """
+
+    factor: Fraction
+    distance: int
+    lags: tuple[int, ...]
+    thin: int
+
+    def lags_of(self, copies: int) -> tuple[int, ...]:
+        """Ticks from the reading of an element that makes so many copies to each of them."""
+        if copies == len(self.lags):
+            return self.lags
+        return self.lags[: self.thin] + self.lags[self.thin + 1 :]
+
+    @property
+    def age(self) -> int:
+        """Ticks from reading an element to its last round; a resume reads so many again, and one."""
+        return self.lags[-1]
+
+    @property
+    def held(self) -> int:
+        """The most elements that wait for a later copy at one time."""
+        thin_last = self.factor < 2
+        return math.ceil(self.lags[-1] * (self.factor - 1)) if thin_last else self.lags[-1]
+
+    def least_distance(self, n: int) -> int:
+        """The least distance over the whole stream of a source of n elements, its drain included.
+
+        Equal to `distance`, or smaller where the source is too short for it; `distance` itself
+        where no element has a second copy.
+        """
+        # Away from the ends every distance is the same or more: look at those that touch the drain.
+        i = np.arange(max(0, n - 2 * self.age - 2), n)
+        full = self._takers(i + 1, self.thin) > self._takers(i, self.thin)
+        rounds = range(len(self.lags))
+        least = min((self._gap(i[full], r - 1, r, n) for r in rounds[1:]), default=self.distance)
+        if 0 < self.thin < len(self.lags) - 1:
+            least = min(least, self._gap(i[~full], self.thin - 1, self.thin + 1, n))
+            others = [r for r in rounds[1:] if r not in (self.thin, self.thin + 1)]
+            least = min([least, *(self._gap(i[~full], r - 1, r, n) for r in others)])
+        return least
+
+    def _gap(self, i: np.ndarray, before: int, after: int, n: int) -> int:
+        gaps = self._position(i, after, n) - self._position(i, before, n)
+        return int(min(gaps.min(initial=self.distance), self.distance))
+
+    def _position(self, i: np.ndarray, r: int, n: int) -> np.ndarray:
+        """Output index of the elements i in round r, in which they must take part."""
+        tick = i + self.lags[r]
+        out = np.zeros_like(i)
+        for other, lag in enumerate(self.lags):
+            # In the same tick, lower rounds come first.
+            until = tick - lag + (other < r)
+            out += self._takers(np.clip(until, 0, n), other)
+        return out
+
+    def _takers(self, n: np.ndarray, r: int) -> np.ndarray:
+        """How many of the first n elements take part in round r."""
+        if r != self.thin:
+            return n
+        short = len(self.lags) - 1
+        return n * self.factor.numerator // self.factor.denominator - short * n
+
+
+@dataclasses.dataclass(frozen=True)
+class VaryingCalendar:
+    """The ticks of copies whose number is not known before an element is read.
+
+    Copy k comes k (D - 1) ticks after the first one. While the source lasts every tick has a first
+    copy, so that the distance holds; the drain is planned when it begins, see `engine`.
+
+    Attributes:
+      most: the most copies of an element.
+      distance: least difference of output indices between consecutive copies of one element.
+    """
+
+    most: int
+    distance: int
+
+    def lags_of(self, copies: int) -> tuple[int, ...]:
+        """Ticks from the reading of an element that makes so many copies to each of them."""
+        return tuple(k * (self.distance - 1) for k in range(copies))
+
+    @property
+    def age(self) -> int:
+        """Ticks from reading an element to the last copy that it can have."""
+        return (self.most - 1) * (self.distance - 1)
+
+    @property
+    def held(self) -> int:
+        """The most elements that wait for a later copy at one time."""
+        return self.age
+
+
+def adjacent(factor: Fraction) -> Calendar:
+    """All copies of an element in a row: what flat_map(repeat) does."""
+    rounds = math.ceil(factor)
+    return Calendar(factor, 1, (0,) * rounds, thin=rounds - 1)
+
+
+def spread(factor: Fraction, distance: int) -> Calendar:
+    """Consecutive copies of an element at least `distance` outputs apart."""
+    rounds = math.ceil(factor)
+    if 1 < factor < 2:
+        lags = (0, math.ceil((distance - 1) / (factor - 1)))
+    else:
+        lags = tuple(r * (distance - 1) for r in range(rounds))
+    return Calendar(factor, distance, lags, thin=max(rounds - 2, 1) if rounds > 1 else 0)
+
+
+def total(factor: Fraction, n: int) -> int:
+    """Outputs that n elements make: floor(n e)."""
+    return n * factor.numerator // factor.denominator
+
+
+@checked
+def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
+    """Full batches that an echoed epoch makes: floor(fresh e) // batch.
+
+    Build learning-rate schedules from this, not from the size of the data set.
+
+    Args:
+      fresh: elements of the source before echoing.
+      batch: elements per batch after echoing (1 for an echo of whole batches).
+      factor: the echo factor e.
+
+    Returns:
+      The number of steps.
+
+    Raises:
+      ValueError: if batch < 1, fresh < 0 or factor < 1, or if one of the first two is not whole.
+
+    >>> num_steps(1000, 32, 2.5)
+    78
+    """
+    batch = _checks.whole("echo.num_steps: `batch`", batch)
+    return total(rational(factor), _checks.whole("echo.num_steps: `fresh`", fresh, 0)) // batch

@@ -19,7 +19,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
 from jaxtricks.lab.examples import examples_of
 from jaxtricks.lab.placement import Placement
-from jaxtricks.remat import _memory, target
+from jaxtricks.remat import _memory
 
 
 @_tree.node
@@ -198,7 +198,7 @@ def placed(
     model_state, last = jax.tree.map(lambda _: place.everywhere, rest)
     shardings = jax.tree.leaves((stored, model_state, opt_state, last))
     leaves, structure = jax.tree.flatten(state)
-    return jax.tree.unflatten(structure, map(target.shape, leaves, shardings))
+    return jax.tree.unflatten(structure, map(_memory.shape, leaves, shardings))
 
 
 def batch_shapes(cfg: Train, data: data_lib.Data, place: Placement) -> dict[str, Any]:

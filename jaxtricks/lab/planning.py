@@ -9,7 +9,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import loop
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.plan_config import Plan
-from jaxtricks.remat import target
+from jaxtricks.remat import _memory
 from jaxtricks.remat._planner import Wrt
 
 
@@ -60,7 +60,7 @@ def plan(
     """
     state, batch = program.shapes, loop.batch_shapes(cfg, data, program.place)
     if topology is not None:  # its chip is not one of those at hand
-        state, batch = jax.tree.map(target.shape, (state, batch))
+        state, batch = jax.tree.map(_memory.shape, (state, batch))
 
     def within(loss: Any) -> tuple[Any, Any]:
         step = program.step_of(loss)

@@ -9,9 +9,16 @@ None, which stands for those of the input, as usual in linen.
 from jaxtricks.linen._blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
 from jaxtricks.linen._functional import functional
 from jaxtricks.linen._fuse import fuse
-from jaxtricks.linen._layers import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
+from jaxtricks.linen._layers import (
+    CausalHead,
+    CosineHead,
+    DisAlignHead,
+    ExtendedBatchNorm,
+    LWSHead,
+    NormedHead,
+    WSConv,
+)
 from jaxtricks.linen._roles import roles
-from jaxtricks.linen.layers import ExtendedBatchNorm, WSConv
 
 __all__ = [
     "ACBlock",

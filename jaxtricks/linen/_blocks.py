@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from jaxtricks import reparam
 from jaxtricks._typing import Array
-from jaxtricks.linen.layers import Sizes, WSConv, in_features
-from jaxtricks.nnx import _blocks, _branches, blocks, parts
-from jaxtricks.reparam import geometry
+from jaxtricks.linen._layers import Sizes, WSConv, in_features
+from jaxtricks.nnx import _blocks, _branches
+from jaxtricks.reparam import _nodes
 
 Factory = Callable[..., Any]
 Size = tuple[int, ...]
@@ -26,10 +26,10 @@ class _First(nn.Module):
     residual: bool
 
     @nn.compact
-    def __call__(self, x: Array, pads: geometry.Pads, mode: dict[str, bool]) -> Array:
+    def __call__(self, x: Array, pads: _nodes.Pads, mode: dict[str, bool]) -> Array:
         y, norm = self.conv(name="conv")(x), self.norm(name="norm")
         y = norm(y + x.astype(y.dtype) if self.residual else y, **mode)
-        return parts.with_border(y, pads, _frozen(norm))
+        return _branches.with_border(y, pads, _frozen(norm))
 
 
 class _Branch(nn.Module):
@@ -41,9 +41,9 @@ class _Branch(nn.Module):
     first: Factory | None = None
 
     @nn.compact
-    def __call__(self, x: Array, pads: geometry.Pads, mode: dict[str, bool]) -> Array:
+    def __call__(self, x: Array, pads: _nodes.Pads, mode: dict[str, bool]) -> Array:
         if self.first is None:
-            x = geometry.zero_pad(x, pads)
+            x = _nodes.zero_pad(x, pads)
         else:
             x = self.first(name="first")(x, pads, mode)
         if self.conv is not None:
@@ -60,7 +60,7 @@ class _Block(nn.Module):
     out_features: int
     kernel_size: Sizes = (3, 3)
     strides: Sizes | None = 1
-    padding: geometry.Padding = "SAME"
+    padding: _nodes.Padding = "SAME"
     kernel_dilation: Sizes | None = 1
     feature_group_count: int = 1
     conv: Factory = nn.Conv
@@ -82,11 +82,11 @@ class _Block(nn.Module):
         _branches.check_features(name, ins, self.out_features, self.feature_group_count)
         size, strides, dilation = self._window()
         spatial = x.shape[x.ndim - len(size) - 1 : -1]
-        pads = geometry.resolve(self.padding, spatial, size, strides, dilation)
+        pads = _nodes.resolve(self.padding, spatial, size, strides, dilation)
         mode = self.use_running_average if use_running_average is None else use_running_average
         flags = {} if mode is None else {"use_running_average": mode}
         outputs = [
-            made(x, geometry.place(pads, size, own, dilation), flags)
+            made(x, _nodes.place(pads, size, own, dilation), flags)
             for own, made in self._branches(ins)
         ]
         return functools.reduce(operator.add, outputs)
@@ -94,8 +94,8 @@ class _Block(nn.Module):
     def _window(self) -> tuple[Size, Size, Size]:
         """(size, strides, dilation), one number per spatial axis."""
         size = _branches.window(self.kernel_size, type(self).__name__, self.least_axes)
-        strides = geometry.per_axis("strides", self.strides or 1, len(size))
-        dilation = geometry.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size))
+        strides = _nodes.per_axis("strides", self.strides or 1, len(size))
+        dilation = _nodes.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size))
         return size, strides, dilation
 
     def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
@@ -151,7 +151,7 @@ class ACBlock(_Block):
 
     def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
         norm = functools.partial(self.norm, scale_init=nn.initializers.constant(self.gamma_init))
-        sizes = blocks.lines(self._window()[0])
+        sizes = _blocks.lines(self._window()[0])
         return [(k, _Branch(norm, self._convolution(k), name=name)) for name, k in sizes.items()]
 
 
@@ -221,7 +221,9 @@ class DiverseBranchBlock(_Block):
         inside = _blocks.internal(
             ins, self.out_features, self.feature_group_count, self.internal_features
         )
-        pool = functools.partial(parts.average_pool, size=size, strides=strides, dilation=dilation)
+        pool = functools.partial(
+            _branches.average_pool, size=size, strides=strides, dilation=dilation
+        )
         before = None if depthwise else self._first(self.out_features, residual=False)
         first = self._first(inside, residual=inside == ins)
         made = [
@@ -248,5 +250,5 @@ def _frozen(norm: Any) -> reparam.Norm:
 
 def _with_features(factory: Factory, features: int) -> Factory:
     """The factory with its number of output channels; flax's and ours name it differently."""
-    base, _ = parts.unpacked(factory)
+    base, _ = _branches.unpacked(factory)
     return functools.partial(factory, *((None,) if base is WSConv else ()), features)

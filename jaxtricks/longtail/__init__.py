@@ -91,7 +91,23 @@ from jaxtricks.longtail import (
     sampling,
     weights,
 )
-from jaxtricks.longtail._counts import class_counts
+from jaxtricks.longtail._counts import class_counts, reduce
+from jaxtricks.longtail._losses import (
+    balanced_softmax,
+    cdt,
+    class_balanced,
+    cross_entropy,
+    equalization,
+    focal,
+    influence_balanced,
+    label_aware_smoothing,
+    lade,
+    ldam,
+    logit_adjusted,
+    seesaw,
+    vs,
+    weighted,
+)
 from jaxtricks.longtail._softmax import (
     Affine,
     SoftmaxLoss,
@@ -102,28 +118,8 @@ from jaxtricks.longtail._softmax import (
     softmax_loss,
     temper,
 )
-from jaxtricks.longtail._stateful import equalization_v2, online_seesaw
+from jaxtricks.longtail._stateful import class_mean, equalization_v2, online_seesaw
 from jaxtricks.longtail._survey import methods
-from jaxtricks.longtail.losses import (
-    equalization,
-    influence_balanced,
-    label_aware_smoothing,
-    lade,
-    seesaw,
-)
-from jaxtricks.longtail.presets import (
-    balanced_softmax,
-    cdt,
-    class_balanced,
-    cross_entropy,
-    focal,
-    ldam,
-    logit_adjusted,
-    vs,
-    weighted,
-)
-from jaxtricks.longtail.reduction import reduce
-from jaxtricks.longtail.running import class_mean
 
 __all__ = [
     "Affine",

@@ -1,15 +1,246 @@
-"""The losses of `losses` as pytrees: each has a loss per label, and a soft label averages it."""
+"""The losses of the literature, each one line of the algebra."""
+
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._typing import Array, Key, Scalar
-from jaxtricks.longtail._counts import as_mask, check_labels, class_indices, floating, same_shape
-from jaxtricks.longtail._softmax import _are_hard
-from jaxtricks.longtail.gap import expected, gaps, is_label, lowest, rows
+from jaxtricks.longtail import weights as class_weights
+from jaxtricks.longtail._counts import (
+    Counts,
+    as_mask,
+    as_vector,
+    at_least_rarest,
+    check_labels,
+    class_indices,
+    floating,
+    same_shape,
+)
+from jaxtricks.longtail._softmax import (
+    SoftmaxLoss,
+    _are_hard,
+    add_log_prior,
+    expected,
+    gaps,
+    is_label,
+    lowest,
+    margin,
+    rows,
+    scale,
+    softmax_loss,
+    temper,
+)
+from jaxtricks.longtail.heads import check_normed
+
+
+@checked
+def cross_entropy() -> SoftmaxLoss:
+    """Plain softmax cross entropy: -log softmax(z)_y.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
+
+    >>> cross_entropy()(jnp.zeros((1, 2)), jnp.array([0])).round(4)
+    Array([0.6931], dtype=float32)
+    """
+    return softmax_loss()
+
+
+@checked
+def weighted(weights: Counts) -> SoftmaxLoss:
+    """Cross entropy times the weight of the label's class: -w_y log softmax(z)_y.
+
+    Args:
+      weights: [C] class weights, for example `weights.inverse_frequency(counts)`.
+
+    Returns:
+      A per-example loss; divide by N or by sum w_y with `reduce`: the peers disagree.
+
+    The weights may be learned, as in Meta-Weight-Net: differentiate the loss on a small balanced
+    set through one step of the optimizer. Here it wants less of the head and more of the tail.
+
+    >>> import jax, optax
+    >>> tx, y, balanced = optax.sgd(1.0), jnp.array([0, 0, 0, 1]), jnp.array([0, 1])
+    >>> def loss(params, weights, y):
+    ...     return weighted(weights)(jnp.stack([params] * len(y)), y).mean()
+    >>> def meta_loss(weights, params):
+    ...     gradients = jax.grad(loss)(params, weights, y)
+    ...     updates, _ = tx.update(gradients, tx.init(params), params)
+    ...     return loss(optax.apply_updates(params, updates), jnp.ones(2), balanced)
+    >>> print(jax.grad(meta_loss)(jnp.ones(2), jnp.zeros(2)).round(2))
+    [ 0.09 -0.03]
+
+    References:
+      Shu et al., Meta-Weight-Net, arXiv 1902.07379.
+    """
+    return softmax_loss(weights=weights)
+
+
+@checked
+def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
+    """Softmax focal loss: -w_y (1 - p_y)^gamma log p_y.
+
+    Args:
+      gamma: exponent, >= 0; 1 and 2 are common. Its gradient is finite for gamma < 1 too.
+      weights: [C] class weights, or None. They scale the loss only, and do not bend p_y.
+
+    Returns:
+      A per-example loss.
+
+    References:
+      Lin et al., Focal loss for dense object detection, arXiv 1708.02002, equation 5.
+    """
+    return softmax_loss(weights=weights, focal_gamma=gamma)
+
+
+@checked
+def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
+    """Cross entropy weighted by the inverse effective number of examples, (1-beta)/(1-beta^n).
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      beta: in [0, 1); 0 is plain cross entropy, -> 1 is inverse frequency.
+
+    Returns:
+      A per-example loss; its weights sum to C.
+
+    References:
+      Cui et al., Class-balanced loss based on effective number of samples, arXiv 1901.05555.
+    """
+    return softmax_loss(weights=class_weights.effective_number(counts, beta))
+
+
+@checked
+def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxLoss:
+    """Label-distribution-aware margin: CE(s (z - m_y e_y)), m_c = max_margin (n_min/n_c)^(1/4).
+
+    The logits must be cosines in [-1, 1] (a head with normalised rows and no bias): on plain logits
+    s = 30 is far too large, and eager calls with s > 1 warn. Inside jit they do not, since a callback
+    would keep the step from `remat.plan` and from JAX's cache of compiled programs: call
+    `heads.check_normed` on the logits there, for as long as you want to be warned.
+
+    For its deferred re-weighting compose it: `softmax_loss(margin(m), scale(30.), weights=w)`.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      max_margin: margin of the rarest class, in units of a cosine.
+      s: inverse temperature.
+
+    Returns:
+      A per-example loss.
+
+    References:
+      Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss,
+      arXiv 1906.07413, equations 11-13.
+    """
+    n = at_least_rarest(as_vector("ldam: `counts`", counts))
+    top = jnp.asarray(max_margin).astype(n.dtype)
+    margins = top * jnp.exp((jnp.log(jnp.min(n)) - jnp.log(n)) / 4)
+    loss = softmax_loss(margin(margins), scale(s))
+    if isinstance(s, jax.core.Tracer) or np.asarray(s) <= 1:
+        return loss
+    return _OfCosines(loss.transforms, loss.weights, loss.focal_gamma)
+
+
+@checked
+def balanced_softmax(counts: Counts) -> SoftmaxLoss:
+    """Balanced softmax: CE(z + log n), which is `logit_adjusted` at tau = 1.
+
+    Train with it and predict with the raw logits: adjusting them again with `posthoc.adjust` would
+    count the prior twice.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
+
+    >>> loss = balanced_softmax([90, 10])
+    >>> loss(jnp.zeros((2, 2)), jnp.array([0, 1])).round(4)
+    Array([0.1054, 2.3026], dtype=float32)
+
+    References:
+      Ren et al., Balanced meta-softmax for long-tailed visual recognition, arXiv 2007.10740.
+    """
+    return softmax_loss(add_log_prior(counts, 1.0))
+
+
+@checked
+def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
+    """Logit-adjusted cross entropy: CE(z + tau log pi), pi = n / sum n.
+
+    Train with it and predict with the raw logits; the test-time twin is `posthoc.adjust`, never
+    together with this one.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      tau: strength; 0 is plain cross entropy. May be traced, differentiated and vmapped.
+
+    Returns:
+      A per-example loss.
+
+    References:
+      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation 10.
+    """
+    return softmax_loss(add_log_prior(counts, tau))
+
+
+@checked
+def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
+    """Vector scaling: CE(z / Delta + tau log pi), Delta_c = (n_max / n_c)^gamma.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      gamma: strength of the multiplicative part; 0 leaves `logit_adjusted`.
+      tau: strength of the additive part; 0 leaves `cdt`.
+
+    Returns:
+      A per-example loss.
+
+    References:
+      Kini et al., Label-imbalanced and group-sensitive classification under overparameterization,
+      arXiv 2103.01550.
+    """
+    return softmax_loss(temper(counts, gamma), add_log_prior(counts, tau))
+
+
+@checked
+def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
+    """Class-dependent temperatures: CE(z / Delta), Delta_c = (n_max / n_c)^gamma.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      gamma: strength; 0 is plain cross entropy.
+
+    Returns:
+      A per-example loss.
+
+    References:
+      Ye et al., Identifying and compensating for feature deviation, arXiv 2001.01385.
+    """
+    return softmax_loss(temper(counts, gamma))
+
+
+@node
+class _OfCosines(SoftmaxLoss):
+    """A loss that warns where what it is given cannot be cosines."""
+
+    def __call__(self, logits: Array, labels: Array, *, where: Any = None) -> Array:
+        loss = super().__call__(logits, labels, where=where)
+        if not any(isinstance(a, jax.core.Tracer) for a in (logits, where)):
+            check_normed(logits, where)
+        return loss
+
+
+# --------------------------------------------------------------------------------------------------
+# The losses of `losses` as pytrees: each has a loss per label, and a soft label averages it.
+# --------------------------------------------------------------------------------------------------
+
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
 
@@ -247,3 +478,184 @@ def _vector(name: str, values: Array, z: Array) -> Array:
             "classes: pass one number per class"
         )
     return rows(values.astype(z.dtype), z)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses that are no logit transform: smoothing, seesaw, LADE, equalization, influence balance.
+# --------------------------------------------------------------------------------------------------
+
+
+Shape = Literal["concave", "linear", "convex", "exp"]
+
+
+@checked
+def label_aware_smoothing(
+    counts: Counts,
+    head: Scalar = 0.4,
+    tail: Scalar = 0.1,
+    shape: Shape = "concave",
+    power: Scalar = 1.0,
+) -> LabelAwareSmoothing:
+    """Label smoothing by class of the label: (1 - e_y)(-log p_y) + e_y mean_c(-log p_c).
+
+    e rises from tail to head with r = (n - n_min) / (n_max - n_min): concave tail + (head - tail)
+    sin(pi r / 2), linear r, convex 1 - cos(pi r / 2), exp r^power. For the second stage of a
+    decoupled training. A class without examples is smoothed like the rarest one; with balanced
+    counts every class is, by `tail` (the reference divides 0 by 0 there).
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      head: smoothing of the most frequent class, in [0, 1].
+      tail: smoothing of the rarest class, in [0, 1].
+      shape: "concave", "linear", "convex" or "exp".
+      power: exponent of "exp", > 0.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...]. A class of
+      logit -inf has no part in the mean.
+
+    Raises:
+      ValueError: for another shape.
+
+    >>> loss = label_aware_smoothing([90, 10], head=0.3, tail=0.0)
+    >>> loss(jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1])).round(4)
+    Array([0.4269, 2.1269], dtype=float32)
+
+    References:
+      Zhong et al., Improving calibration for long-tailed recognition, arXiv 2104.00466.
+    """
+    n = at_least_rarest(as_vector("label_aware_smoothing: `counts`", counts))
+    span = jnp.max(n) - jnp.min(n)
+    r = (n - jnp.min(n)) / jnp.where(span > 0, span, 1)
+    if shape == "concave":
+        rise = jnp.sin(jnp.pi / 2 * r)
+    elif shape == "linear":
+        rise = r
+    elif shape == "convex":
+        rise = 1 - jnp.cos(jnp.pi / 2 * r)
+    elif shape == "exp":
+        exponent = jnp.asarray(power).astype(n.dtype)
+        rise = jnp.where(r > 0, jnp.exp(exponent * jnp.log(jnp.where(r > 0, r, 1))), 0)
+    else:
+        raise ValueError(
+            f'longtail.label_aware_smoothing: `shape` is {shape!r}: pass "concave", "linear", '
+            '"convex" or "exp"'
+        )
+    low, high = (jnp.asarray(x).astype(n.dtype) for x in (tail, head))
+    return LabelAwareSmoothing(low + (high - low) * rise)
+
+
+@checked
+def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
+    """Seesaw loss: -log(e^z_y / (e^z_y + sum_{j != y} S_yj e^z_j)).
+
+    S_yj = min(1, n_j / n_y)^p max(1, s_j / max(s_y, 0.01))^q with s = softmax(z), held constant.
+    The first factor spares rare classes, the second one takes that back where they win wrongly.
+    Counts below 1 are taken as 1. With balanced counts only the second factor is left.
+
+    Args:
+      counts: [C] training examples per class, or those seen so far; may be traced.
+      p: exponent of the mitigation factor; 0 is none. May be traced.
+      q: exponent of the compensation factor; 0 is none. May be traced.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...]. Soft labels
+      need O(C^2) memory per example, hard ones O(C).
+
+    >>> seesaw([90, 10])(jnp.zeros((2, 2)), jnp.array([0, 1])).round(4)
+    Array([0.1591, 0.6931], dtype=float32)
+
+    References:
+      Wang et al., Seesaw loss for long-tailed instance segmentation, arXiv 2008.10032.
+    """
+    return Seesaw(as_vector("seesaw: `counts`", counts), p, q)
+
+
+@checked
+def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
+    """LADE: CE(z + log(pi + 1e-9)) + alpha R, R a regulariser of the whole batch.
+
+    R = -sum_c pi_c (E_c - S_c - lam S_c^2), E_c the mean of z_c over the examples of class c,
+    S_c = log mean_i exp z_ic - log(pi_c + 1e-9) + log(1/C + 1e-9). It drives the logits to a
+    log-likelihood ratio, so that any test prior can be added: `posthoc.shift_prior`.
+
+    Args:
+      counts: [C] training examples per class; may be traced. A class without any has no part in R.
+      lam: weight of the squared term; 0.01 on CIFAR, 0.5 on ImageNet-LT. May be traced.
+      alpha: weight of R; 0.1 on CIFAR, 0.05 on ImageNet-LT. May be traced.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...]. Every
+      example holds all of R, so their mean is the loss of the paper; R is over all leading axes
+      and the examples that are not masked. Under vmap each slice has its own.
+
+    >>> lade([1, 1], alpha=0.0)(jnp.zeros((1, 2)), jnp.array([0])).round(4)
+    Array([0.6931], dtype=float32)
+
+    References:
+      Hong et al., Disentangling label distribution for long-tailed visual recognition,
+      arXiv 2012.00321.
+    """
+    return Lade(as_vector("lade: `counts`", counts), lam, alpha)
+
+
+@checked
+def equalization(counts: Counts, gamma: Scalar = 0.9, threshold: Scalar = 4.3e-4) -> Equalization:
+    """Softmax equalization: -log(e^z_y / sum_j w_j e^z_j), w_j = 1 - b_j [pi_j < threshold][j != y].
+
+    b ~ Bernoulli(gamma) for every example and class: rare classes are mostly spared from being
+    pushed down by the others. An example whose other classes are all left out costs 0.
+
+    Args:
+      counts: [C] training examples per class; may be traced.
+      gamma: probability to leave a rare class out; 0 is plain cross entropy. May be traced.
+      threshold: share of the examples below which a class is rare; 4.3e-4 on ImageNet-LT, 0.005 on
+        CIFAR-LT.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], key=, where=None) -> per-example [...].
+
+    >>> import jax
+    >>> loss = equalization([90, 10], gamma=1.0, threshold=0.2)
+    >>> loss(jnp.zeros((2, 2)), jnp.array([0, 1]), key=jax.random.key(0)).round(4)
+    Array([0.    , 0.6931], dtype=float32)
+
+    References:
+      Tan et al., Equalization loss for long-tailed object recognition, arXiv 2003.05176.
+    """
+    return Equalization(as_vector("equalization: `counts`", counts), gamma, threshold)
+
+
+@checked
+def influence_balanced(
+    weights: Counts | None = None,
+    *,
+    alpha: Scalar = 1000.0,
+    focal_gamma: Scalar = 0.0,
+    eps: float = 1e-3,
+) -> InfluenceBalanced:
+    """Influence-balanced loss: w_y (1 - p_y)^focal_gamma (-log p_y) alpha / (||p - y||_1 ||h||_1 + eps).
+
+    h is the input of the last layer. The divisor is differentiated like the rest. Train with plain
+    cross entropy first (half of the run in the paper): it is a loss for the second phase.
+
+    Args:
+      weights: [C] class weights, for example `weights.inverse_frequency(counts)`, or None.
+      alpha: scale of the loss. May be traced.
+      focal_gamma: exponent of the focal factor; 0 is none. Class weights do not bend p_y.
+      eps: bounds the factor of an example that is learned already, at alpha / eps.
+
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], features= [..., D], where=None) ->
+      per-example [...]. It can be differentiated by the features too.
+
+    >>> loss = influence_balanced(alpha=1.0)
+    >>> each = loss(jnp.zeros((1, 2)), jnp.array([0]), features=jnp.ones((1, 3)))
+    >>> print(f"{each[0]:.3f}")
+    0.231
+
+    References:
+      Park et al., Influence-balanced loss for imbalanced visual classification, arXiv 2110.02444.
+    """
+    w = None if weights is None else as_vector("influence_balanced: `weights`", weights)
+    return InfluenceBalanced(w, alpha, focal_gamma, eps)

@@ -1,34 +1,157 @@
-"""The second stage of decoupled training: a new classifier on a trained model's features.
+"""Where the head of a model is among its parameters, and copies of them with other leaves there."""
 
-Each function takes the parameters of the model you have, nested dicts (`variables["params"]` of
-linen, `params` of `jt.nnx.functional`), and the path of its head. Those that start a second stage
-also return a mask, True for what it trains. optax does the rest:
-
-    params, mask = decoupling.crt(params, head="head", key=key)
-    tx = optax.partition({True: optax.sgd(0.1), False: optax.set_to_zero()}, mask)
-
-(`optax.masked(tx, mask)` alone would add the raw gradients to everything else.) Draw the batches of
-this stage balanced: `sampling.class_probabilities(counts, 0)`.
-
-`head` is a regular expression for the path of the head's layer ("head", "Dense_0", ".*/classifier")
-or of its kernel ("head/kernel"), matched in full as in `agc.exclude`.
-
-References.
-  Kang et al., Decoupling representation and classifier for long-tailed recognition, arXiv 1910.09217.
-"""
-
-from collections.abc import Callable
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxtricks import _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Key, Params, Scalar
-from jaxtricks.longtail import heads, place
+from jaxtricks.longtail import heads
 from jaxtricks.longtail._counts import floating
 
-Mask = place.Mask
+Keys = tuple[Any, ...]
+
+KernelMask = Any
+"""A tree like the parameters, of Python bools: what optax.partition and optax.masked take."""
+
+
+class Head(NamedTuple):
+    """Where a head is: the key paths of its layer, kernel, bias and everything that trains with it."""
+
+    layer: Keys
+    kernel: Keys
+    bias: Keys | None
+    all: frozenset[Keys]
+    value: Any
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return self.value.shape[1]
+
+
+def find(name: str, params: Params, head: str) -> Head:
+    """The one kernel that `head` names, [D, C], or an error with the paths there are."""
+    leaves = _named_leaves(name, params)
+    inside = [keys for keys in leaves if _matches(head, keys)]
+    kernels = [keys for keys in inside if keys[-1] == "kernel" or re.fullmatch(head, path_of(keys))]
+    if len(kernels) > 1:  # "head/.*" matches the bias in full, too
+        kernels = [keys for keys in kernels if keys[-1] == "kernel"] or kernels
+    if len(kernels) != 1:
+        some = kernels or [keys for keys in leaves if keys[-1] == "kernel"] or list(leaves)
+        raise ValueError(
+            f"longtail.decoupling.{name}: `head` {head!r} matches {len(kernels) or 'no'} "
+            f"kernel{'s' * (len(kernels) != 1)}, and must match one of {_listed(some)}"
+        )
+    kernel = kernels[0]
+    if len(leaves[kernel].shape) != 2:
+        raise ValueError(
+            f"longtail.decoupling.{name}: the kernel {path_of(kernel)!r} has shape "
+            f"{leaves[kernel].shape}, not [D, C]: pass the path of the classifier as `head`"
+        )
+    bias = (*kernel[:-1], "bias")
+    bias = bias if bias in leaves else None
+    everything = frozenset(inside) | {kernel} | ({bias} if bias else set())
+    return Head(kernel[:-1], kernel, bias, everything, leaves[kernel])
+
+
+def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not all(isinstance(key, jax.tree_util.DictKey) for key in path):
+            raise ValueError(
+                f"longtail.decoupling.{name}: `params` is no nested dict at {_tree.path_str(path)!r}: "
+                'pass variables["params"] of linen or the params of jt.nnx.functional'
+            )
+        if not path or not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"longtail.decoupling.{name}: `params` is a {type(params).__name__} with a leaf that is not "
+                "an array: give a nested dict of arrays"
+            )
+        leaves[tuple(key.key for key in path)] = leaf
+    return leaves
+
+
+def _matches(pattern: str, keys: Keys) -> bool:
+    return any(re.fullmatch(pattern, path_of(keys[:n])) for n in range(1, len(keys) + 1))
+
+
+def path_of(keys: Keys) -> str:
+    """Keys joined by "/"."""
+    return "/".join(map(str, keys))
+
+
+def _listed(paths: list[Keys], most: int = 12) -> str:
+    names = [repr(path_of(keys)) for keys in paths]
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def get(tree: Any, keys: Keys) -> Any:
+    """The subtree at a key path."""
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def replaced(tree: Any, new: Mapping[Keys, Any]) -> Any:
+    """The tree with other subtrees at some key paths; nothing is changed in place."""
+    if () in new:
+        return new[()]
+    out = dict(tree)
+    for first in dict.fromkeys(keys[0] for keys in new):
+        below = {keys[1:]: value for keys, value in new.items() if keys[0] == first}
+        out[first] = below[()] if () in below else replaced(tree[first], below)
+    return out
+
+
+def beside(
+    name: str, params: Params, found: Head, new: dict[str, Array]
+) -> tuple[Params, KernelMask]:
+    """(params with new leaves in the head's layer, mask of those); none may be there already."""
+    for key in new:
+        if key in get(params, found.layer):
+            raise ValueError(
+                f"longtail.decoupling.{name}: there is a {key!r} beside {path_of(found.kernel)!r} "
+                "already: pass the params of the first stage"
+            )
+    paths = {(*found.layer, key): value for key, value in new.items()}
+    out = replaced(params, paths)
+    return out, mask(out, frozenset(paths))
+
+
+def mask(params: Params, train: frozenset[Keys]) -> KernelMask:
+    """True at some key paths, False elsewhere."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: tuple(key.key for key in path) in train, params
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The second stage of decoupled training: a new classifier on a trained model's features.
+#
+# Each function takes the parameters of the model you have, nested dicts (`variables["params"]` of
+# linen, `params` of `jt.nnx.functional`), and the path of its head. Those that start a second stage
+# also return a mask, True for what it trains. optax does the rest:
+#
+#     params, mask = decoupling.crt(params, head="head", key=key)
+#     tx = optax.partition({True: optax.sgd(0.1), False: optax.set_to_zero()}, mask)
+#
+# (`optax.masked(tx, mask)` alone would add the raw gradients to everything else.) Draw the batches of
+# this stage balanced: `sampling.class_probabilities(counts, 0)`.
+#
+# `head` is a regular expression for the path of the head's layer ("head", "Dense_0", ".*/classifier")
+# or of its kernel ("head/kernel"), matched in full as in `agc.exclude`.
+#
+# References.
+#   Kang et al., Decoupling representation and classifier for long-tailed recognition, arXiv 1910.09217.
+# --------------------------------------------------------------------------------------------------
+
+
+Mask = KernelMask
 Compat = Literal["reference"] | None
 
 
@@ -59,12 +182,12 @@ def crt(
     References:
       Kang et al., arXiv 1910.09217, section 4.2.
     """
-    found = place.find("crt", params, head)
+    found = find("crt", params, head)
     draw = init or jax.nn.initializers.lecun_normal()
     new = {found.kernel: draw(key, found.value.shape, found.value.dtype)}
     if found.bias is not None:
-        new[found.bias] = jnp.zeros_like(place.get(params, found.bias))
-    return place.replaced(params, new), place.mask(params, found.all)
+        new[found.bias] = jnp.zeros_like(get(params, found.bias))
+    return replaced(params, new), mask(params, found.all)
 
 
 @checked
@@ -91,8 +214,8 @@ def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
     References:
       Kang et al., arXiv 1910.09217, section 4.2.
     """
-    found = place.find("lws", params, head)
-    return place.beside("lws", params, found, {"scale": jnp.ones(found.classes, found.value.dtype)})
+    found = find("lws", params, head)
+    return beside("lws", params, found, {"scale": jnp.ones(found.classes, found.value.dtype)})
 
 
 @checked
@@ -114,22 +237,22 @@ def fold_lws(params: Params, *, head: str) -> Params:
     References:
       Kang et al., arXiv 1910.09217, equation 6.
     """
-    found = place.find("fold_lws", params, head)
-    own = place.get(params, found.layer)
+    found = find("fold_lws", params, head)
+    own = get(params, found.layer)
     if not isinstance(own.get("scale"), Array):
         raise ValueError(
-            f"longtail.decoupling.fold_lws: there is no scale beside {place.path_of(found.kernel)!r}: pass "
+            f"longtail.decoupling.fold_lws: there is no scale beside {path_of(found.kernel)!r}: pass "
             "the params that decoupling.lws returned"
         )
     paths = [found.kernel] if found.bias is None else [found.kernel, found.bias]
-    folded: dict[place.Keys, Any] = {}
+    folded: dict[Keys, Any] = {}
     for path in paths:
-        leaf = jnp.asarray(place.get(params, path))
+        leaf = jnp.asarray(get(params, path))
         wide = heads.lws(jnp.atleast_2d(leaf), own["scale"]).reshape(leaf.shape)
         folded[path] = wide.astype(leaf.dtype)
-    whole = place.replaced(params, folded)
-    rest = {k: v for k, v in place.get(whole, found.layer).items() if k != "scale"}
-    return place.replaced(whole, {found.layer: rest})
+    whole = replaced(params, folded)
+    rest = {k: v for k, v in get(whole, found.layer).items() if k != "scale"}
+    return replaced(whole, {found.layer: rest})
 
 
 @checked
@@ -155,9 +278,9 @@ def disalign(params: Params, *, head: str, compat: Compat = None) -> tuple[Param
     References:
       Zhang et al., Distribution alignment, arXiv 2103.16370, section 3.3.
     """
-    found = place.find("disalign", params, head)
+    found = find("disalign", params, head)
     start = disalign_start(found.value.shape, found.value.dtype, compat)
-    return place.beside("disalign", params, found, start)
+    return beside("disalign", params, found, start)
 
 
 @checked
@@ -186,11 +309,11 @@ def tau_norm(params: Params, tau: Scalar, *, head: str, compat: Compat = None) -
       Kang et al., arXiv 1910.09217, equation 4.
     """
     check_compat("tau_norm", compat)
-    found = place.find("tau_norm", params, head)
+    found = find("tau_norm", params, head)
     new = {found.kernel: heads.tau_normalize(found.value, tau).astype(found.value.dtype)}
     if compat == "reference" and found.bias is not None:
-        new[found.bias] = jnp.zeros_like(place.get(params, found.bias))
-    return place.replaced(params, new)
+        new[found.bias] = jnp.zeros_like(get(params, found.bias))
+    return replaced(params, new)
 
 
 @checked
@@ -214,10 +337,10 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     References:
       Kang et al., arXiv 1910.09217, section 4.1.
     """
-    found = place.find("ncm", params, head)
+    found = find("ncm", params, head)
     if found.bias is None:
         raise ValueError(
-            f"longtail.decoupling.ncm: there is no bias beside {place.path_of(found.kernel)!r}: give the "
+            f"longtail.decoupling.ncm: there is no bias beside {path_of(found.kernel)!r}: give the "
             "head one, or use heads.ncm on the features"
         )
     if centroids.kind != "un" or centroids.means.shape != found.value.shape[::-1]:
@@ -229,9 +352,7 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     means = floating(jnp.asarray(centroids.means))
     bias = jnp.where(centroids.seen, -jnp.sum(means**2, axis=-1), -jnp.inf)
     new = {found.kernel: 2 * means.T, found.bias: bias}
-    return place.replaced(
-        params, {path: x.astype(place.get(params, path).dtype) for path, x in new.items()}
-    )
+    return replaced(params, {path: x.astype(get(params, path).dtype) for path, x in new.items()})
 
 
 @checked
@@ -248,7 +369,7 @@ def head_mask(params: Params, *, head: str) -> Mask:
     Raises:
       ValueError: as `crt`.
     """
-    return place.mask(params, place.find("head_mask", params, head).all)
+    return mask(params, find("head_mask", params, head).all)
 
 
 @checked

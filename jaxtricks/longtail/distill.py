@@ -10,7 +10,7 @@ from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail._counts import are_classes, as_mask, floating, same_shape
-from jaxtricks.longtail.gap import floor
+from jaxtricks.longtail._softmax import floor
 
 Loss = Callable[..., Array]
 """loss(logits [..., C], labels, where=None) -> per-example [...]: any loss of the room."""
@@ -114,7 +114,7 @@ def dive(
       loss(logits [..., C], labels [...] or [..., C], teacher= [..., C], where=None) -> per-example
       [...].
 
-    >>> from jaxtricks.longtail.presets import balanced_softmax
+    >>> from jaxtricks.longtail._losses import balanced_softmax
     >>> loss = dive(balanced_softmax([90, 10]))
     >>> loss(jnp.zeros((1, 2)), jnp.array([0]), teacher=jnp.zeros((1, 2))).round(4)
     Array([0.0527], dtype=float32)

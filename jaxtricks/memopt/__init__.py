@@ -122,8 +122,15 @@ References. Shazeer, Stern, "Adafactor: Adaptive Learning Rates with Sublinear M
 Kolesnikov, Houlsby, Beyer, "Scaling Vision Transformers", arXiv 2106.04560 (Big Vision's variant).
 """
 
-from jaxtricks.memopt._accounting import state_bytes, state_table
-from jaxtricks.memopt._adafactor import AdafactorState, adafactor, scale_by_adafactor
+from jaxtricks.memopt._accounting import state_bytes, state_specs, state_table
+from jaxtricks.memopt._adafactor import (
+    PRESETS,
+    AdafactorState,
+    Factored,
+    Full,
+    adafactor,
+    scale_by_adafactor,
+)
 from jaxtricks.memopt._momentum import Int8
 from jaxtricks.memopt._sm3 import Sm3State, scale_by_sm3, sm3
 from jaxtricks.memopt._stochastic_rounding import (
@@ -131,9 +138,6 @@ from jaxtricks.memopt._stochastic_rounding import (
     apply_updates,
     stochastic_round,
 )
-from jaxtricks.memopt.factored import Factored, Full
-from jaxtricks.memopt.presets import PRESETS
-from jaxtricks.memopt.sharding import state_specs
 
 __all__ = [
     "PRESETS",

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtricks import _sharding
+from jaxtricks import _random_bits, _sharding
 from jaxtricks._typing import Array
-from jaxtricks.memopt import _leaves, noise
+from jaxtricks.memopt import _leaves
 
 BLOCK = 128
 _LARGEST = 127
@@ -68,8 +68,8 @@ def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
     paths = [path for path, x in table.items() if is_int8(x)]
     if not paths:
         return {}
-    at_step = noise.of_step(jax.random.key(0), count)
-    return {path: noise.of_leaf(at_step, path) for path in paths}
+    at_step = _random_bits.of_step(jax.random.key(0), count)
+    return {path: _random_bits.of_leaf(at_step, path) for path in paths}
 
 
 def read(m: Any, dtype: Any) -> Array:
@@ -109,7 +109,7 @@ def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
     scale = jnp.max(jnp.abs(blocks), axis=-1) / _LARGEST
     steps = blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
     lower = jnp.floor(steps)
-    up = _split(noise.uniform(seed, x.shape)).astype(x.dtype) < steps - lower
+    up = _split(_random_bits.uniform(seed, x.shape)).astype(x.dtype) < steps - lower
     rounded = jnp.clip(lower + up.astype(x.dtype), -_LARGEST, _LARGEST)
     return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
 

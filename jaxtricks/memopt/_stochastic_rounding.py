@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtricks import _tree
+from jaxtricks import _random_bits, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Key, Params
-from jaxtricks.memopt import _leaves, noise
+from jaxtricks.memopt import _leaves
 
 
 class StochasticRoundState(NamedTuple):
@@ -72,7 +72,7 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
             raise ValueError(
                 "memopt.stochastic_round needs `params`: call tx.update(grads, state, params)"
             )
-        at_step = noise.of_step(_key(seed), state.count)
+        at_step = _random_bits.of_step(_key(seed), state.count)
         count = optax.safe_increment(state.count)
         return _rounded(updates, params, at_step), StochasticRoundState(count)
 
@@ -98,7 +98,7 @@ def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Pa
       [1.5, 1.5, 1.5]
     """
     if key is not None:
-        updates = _rounded(updates, params, noise.of_step(key, 0))
+        updates = _rounded(updates, params, _random_bits.of_step(key, 0))
     return optax.apply_updates(params, updates)
 
 
@@ -116,7 +116,7 @@ def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
         if not _tree.is_floating(p) or p.dtype.itemsize > 2:
             return u
         wide = p.astype(jnp.float32)
-        chance = noise.uniform(noise.of_leaf(at_step, path), p.shape)
+        chance = _random_bits.uniform(_random_bits.of_leaf(at_step, path), p.shape)
         return to_neighbour(wide + u.astype(jnp.float32), p.dtype, chance) - wide
 
     return _tree.map_with_path(one, updates)

@@ -1,22 +1,325 @@
-"""Blocks of branches, each a convolution and a normalization: what they share."""
+"""What blocks are made of: a branch, what may stand in front of its kernel, and how both become nodes."""
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _integers, _tree, reparam
+from jaxtricks import _integers, _tree, reparam, weightstd
 from jaxtricks._typing import Array
-from jaxtricks.nnx import start
-from jaxtricks.nnx._conv import convolution, hashable_padding
-from jaxtricks.nnx.parts import Branch, First, Pool, Size, frozen_norm
-from jaxtricks.nnx.plain import plain_conv
-from jaxtricks.reparam import geometry
+from jaxtricks.nnx import _compat
+from jaxtricks.nnx._conv import WSConv, convolution, hashable_padding
+from jaxtricks.reparam import _nodes
+from jaxtricks.reparam._apply import norm_factor
+
+Size = tuple[int, ...]
+
+
+class Pool(nnx.Module):
+    """Mean over windows of an input that is padded already.
+
+    Attributes:
+      size: of the window, and so on, one per spatial axis.
+    """
+
+    def __init__(self, size: Size, strides: Size, dilation: Size):
+        self.size = size
+        self.strides = strides
+        self.dilation = dilation
+
+    def __call__(self, x: Array) -> Array:
+        """[..., *spatial, C] -> [..., *spatial', C]."""
+        return average_pool(x, self.size, self.strides, self.dilation)
+
+
+class First(nnx.Module):
+    """1x1 convolution and normalization in front of a branch's kernel.
+
+    Its output is padded with its own value on zero input, from the running statistics as they are after
+    this step and without gradient: then branch and fused convolution agree at the border too.
+
+    Attributes:
+      conv: nnx.Conv or WSConv of kernel size 1.
+      norm: what normalizes its output; None in online mode.
+      gain: [C] in its place; None in mode "branches".
+      residual: whether the input is added to the convolution's output (kernel + identity).
+    """
+
+    def __init__(self, conv: Any, norm: Any, gain: Any, residual: bool):
+        self.conv = conv
+        self.norm = norm
+        self.gain = gain
+        self.residual = residual
+        self.features = conv.out_features
+
+    def __call__(self, x: Array, pads: _nodes.Pads, mode: dict[str, bool]) -> Array:
+        """Normalized conv(x), padded."""
+        y = self.conv(x)
+        y = self.norm(y + x.astype(y.dtype) if self.residual else y, **mode)
+        return with_border(y, pads, frozen_norm(self.norm))
+
+    def nodes(self) -> list[reparam._nodes.Node]:
+        """Convolution and normalization."""
+        conv = conv_node(self.conv)
+        if self.residual:
+            conv = reparam.Sum(conv, reparam.Identity(self.features))
+        return [conv, _affine(self)]
+
+
+class Branch(nnx.Module):
+    """A convolution without bias (or a pooling, or nothing), then a normalization.
+
+    Attributes:
+      conv: nnx.Conv, WSConv or Pool, without padding; None for the identity.
+      norm: what normalizes its output; None in online mode.
+      gain: [C] in its place; None in mode "branches".
+      first: what stands in front of the convolution, or None.
+      dilation: of the convolution beyond that of the window.
+      features: channels of the output; `jt.nnx.roles` reads it.
+    """
+
+    def __init__(
+        self,
+        conv: Any,
+        norm: Any,
+        gain: Any = None,
+        *,
+        first: First | None = None,
+        dilation: int = 1,
+        features: int,
+    ):
+        self.conv = conv
+        self.norm = norm
+        self.gain = gain
+        self.first = first
+        self.dilation = dilation
+        self.features = features
+
+    def __call__(
+        self, x: Array, pads: _nodes.Pads, use_running_average: bool | None = None
+    ) -> Array:
+        """norm(conv(x)), x padded by `pads`."""
+        mode = {} if use_running_average is None else {"use_running_average": use_running_average}
+        x = _nodes.zero_pad(x, pads) if self.first is None else self.first(x, pads, mode)
+        return self.norm(x if self.conv is None else self.conv(x), **mode)
+
+    def linear(self) -> list[reparam._nodes.Node]:
+        """What comes before the branch's own normalization."""
+        nodes: list[Any] = [] if self.first is None else self.first.nodes()
+        if isinstance(self.conv, Pool):
+            nodes.append(reparam.AvgPool(self.conv.size))
+        elif self.conv is not None:
+            nodes.append(conv_node(self.conv, self.dilation))
+        return nodes
+
+    def node(self) -> reparam._nodes.Node:
+        """The branch with its current statistics."""
+        nodes = [*self.linear(), _affine(self)]
+        return reparam.Sequential(*nodes) if len(nodes) > 1 else nodes[0]
+
+
+def _affine(part: Any) -> reparam._nodes.Node:
+    return reparam.Scale(part.gain[...]) if part.norm is None else frozen_norm(part.norm)
+
+
+def conv_node(conv: Any, dilation: int = 1) -> reparam.Conv:
+    """The convolution that a layer computes."""
+    kernel, bias = effective_kernel(conv)
+    return reparam.Conv(kernel, bias, conv.feature_group_count, dilation)
+
+
+def average_pool(x: Array, size: Size, strides: Size, dilation: Size) -> Array:
+    """Mean over windows, without padding; any number of leading axes."""
+    lead = (1,) * (x.ndim - len(size) - 1)
+    window, steps, gaps = ((*lead, *v, 1) for v in (size, strides, dilation))
+    zero = x.dtype.type(0)  # a constant, or the sum has no gradient under jit
+    total = jax.lax.reduce_window(x, zero, jax.lax.add, window, steps, "VALID", None, gaps)
+    return total / jnp.asarray(math.prod(size), x.dtype)
+
+
+def with_border(y: Array, pads: _nodes.Pads, norm: reparam.Norm) -> Array:
+    """y with what `norm` makes of zeros around its spatial axes; negative pads crop."""
+    norm = jax.tree.map(lambda v: v.astype(_tree.wide_dtype(v)), norm)
+    factor, bias = norm_factor(norm)
+    value = -norm.mean * factor
+    value = jax.lax.stop_gradient(value if bias is None else value + bias).astype(y.dtype)
+    inside = jnp.ones((1,) * (y.ndim - len(pads) - 1) + y.shape[y.ndim - len(pads) - 1 : -1] + (1,))
+    inside = _nodes.zero_pad(inside, pads) > 0
+    value = value.reshape((1,) * (y.ndim - 1) + (-1,))
+    return jnp.where(inside, _nodes.zero_pad(y, pads), value)
+
+
+def unpacked(factory: Any) -> tuple[Any, dict[str, Any]]:
+    """(what a factory is a partial of, the keyword arguments bound to it)."""
+    keywords: dict[str, Any] = {}
+    while isinstance(factory, functools.partial):
+        factory, keywords = factory.func, {**factory.keywords, **keywords}
+    return factory, keywords
+
+
+def effective_kernel(conv: Any) -> tuple[Array, Array | None]:
+    """(kernel, bias) of the plain convolution that a layer computes."""
+    bias = _compat.read(conv.bias)
+    if isinstance(conv, WSConv):
+        return conv.standardized_kernel(), bias
+    kernel = conv.kernel[...]
+    if getattr(conv, "mask", None) is not None:
+        kernel = kernel * conv.mask
+    hook = getattr(conv, "conv_general_dilated", jax.lax.conv_general_dilated)
+    if isinstance(hook, weightstd.Hook):
+        kernel = hook.kernel(kernel)
+    elif hook is not jax.lax.conv_general_dilated:
+        raise ValueError(
+            f"nnx: a {type(conv).__name__} with its own `conv_general_dilated` does not fuse: what it "
+            "computes is not known"
+        )
+    return kernel, bias
+
+
+def frozen_norm(norm: Any) -> reparam.Norm:
+    """The normalization with its running statistics."""
+    if not (hasattr(norm, "mean") and hasattr(norm, "var")):
+        raise ValueError(
+            f"nnx: {type(norm).__name__} has no running statistics and does not fuse; use nnx.BatchNorm "
+            "or ExtendedBatchNorm"
+        )
+    scale, bias = _compat.read(norm.scale), _compat.read(norm.bias)
+    return reparam.Norm(norm.mean[...], norm.var[...], scale, bias, norm.epsilon)
+
+
+# --------------------------------------------------------------------------------------------------
+# The plain convolution that a layer or a block becomes.
+# --------------------------------------------------------------------------------------------------
+
+
+def plain_conv(layer: Any, merged: reparam.Conv) -> nnx.Conv:
+    """An nnx.Conv of this kernel and bias with the geometry of `layer`, in its dtypes."""
+    dtype = layer_dtypes(layer)
+    conv: Any = nnx.Conv(
+        layer.in_features,
+        layer.out_features,
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        kernel_dilation=layer.kernel_dilation,
+        feature_group_count=merged.groups,
+        dtype=dtype.compute,
+        param_dtype=dtype.param,
+        precision=largest_conv(layer).precision,
+        kernel_init=nnx.initializers.zeros,  # the default takes seconds to compile, for each shape
+        rngs=nnx.Rngs(0),
+    )
+    if (element := getattr(largest_conv(layer), "preferred_element_type", None)) is not None:
+        conv.preferred_element_type = element  # no argument in older releases of flax
+    conv.kernel[...] = merged.kernel.astype(dtype.param)
+    bias = jnp.zeros(layer.out_features) if merged.bias is None else merged.bias
+    conv.bias[...] = bias.astype(dtype.param)
+    return conv
+
+
+class _Dtypes(NamedTuple):
+    compute: Any
+    param: Any
+
+
+def largest_conv(layer: Any) -> Any:
+    """The layer itself, or a block's convolution with the largest kernel."""
+    return layer.parts()[0][1].conv if hasattr(layer, "parts") else layer
+
+
+def layer_dtypes(layer: Any) -> _Dtypes:
+    """(dtype of the computation or None, dtype of the kernel) of a convolution or a block."""
+    conv = largest_conv(layer)
+    return _Dtypes(conv.dtype, conv.kernel[...].dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Blocks that start as a given convolution.
+# --------------------------------------------------------------------------------------------------
+
+
+def start_from(block: Any, kernel: Array, bias: Array | None) -> None:
+    """See `Branched.start_from`."""
+    (_, free), *others = block.parts()
+    _check(block, free)
+    wide = _tree.wide_dtype(kernel)
+    target = reparam.Conv(jnp.asarray(kernel, wide), None, block.feature_group_count)
+    spread = jnp.sqrt(_power(target.kernel))
+    if block.norm is not None:
+        _adjust(block.norm, spread**2, None)
+        _write(
+            free.conv.kernel,
+            reparam.unfuse(target, block.branches().nodes[0]).nodes[0].nodes[0].kernel,
+        )
+        _write(block.norm.bias, 0.0 if bias is None else bias)
+        return
+    for _, branch in others:
+        if branch.first is not None:
+            _adjust(branch.first.norm, _variance(branch.first.nodes()[:1], block), 1.0)
+        _adjust(branch.norm, _variance(branch.linear(), block), spread / (1 + len(others)))
+    # A factor of 1 behind the free kernel: then it is what is missing, whose variance is known after.
+    _adjust(free.norm, jnp.ones_like(spread), None)
+    rest = jnp.zeros_like(spread) if bias is None else jnp.asarray(bias, wide)
+    made = reparam.unfuse(reparam.Conv(target.kernel, rest, target.groups), block.branches())
+    conv, norm = made.nodes[0].nodes
+    _write(free.conv.kernel, conv.kernel)
+    _write(free.norm.bias, norm.bias)
+    _adjust(free.norm, _power(conv.kernel), None, keep_bias=True)
+
+
+def _variance(nodes: list[Any], block: Any) -> Array:
+    """Of each output channel for white input of unit variance."""
+    features = reparam.Identity(block.in_features)
+    return _power(reparam.fuse(reparam.Sequential(features, *nodes), block.kernel_size).kernel)
+
+
+def _power(kernel: Array) -> Array:
+    return jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)))
+
+
+def _adjust(norm: Any, var: Array, scale: Array | float | None, keep_bias: bool = False) -> None:
+    """Mean 0, this variance (its mean where the normalization has one) and scale; None = a factor of 1."""
+    _write(norm.mean, 0.0)
+    _write(norm.var, var if norm.var[...].ndim else jnp.mean(var))
+    if scale is None:
+        scale = jnp.sqrt(frozen_norm(norm).var + norm.epsilon)
+    _write(norm.scale, scale)
+    if not keep_bias:
+        _write(norm.bias, 0.0)
+
+
+def _write(variable: nnx.Variable, value: Any) -> None:
+    old = variable[...]
+    variable[...] = jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
+
+
+def _check(block: Any, free: Any) -> None:
+    hook = getattr(free.conv, "conv_general_dilated", None)
+    if isinstance(free.conv, WSConv) or isinstance(hook, weightstd.Hook):
+        raise ValueError(
+            f"{type(block).__name__}.start_from: the branches have standardized kernels, whose filters have "
+            "mean 0, so not every convolution can be written with them; use conv=nnx.Conv"
+        )
+    norms = [block.norm] if block.norm is not None else [b.norm for _, b in block.parts()]
+    for norm in norms:
+        if frozen_norm(norm).scale is None or frozen_norm(norm).bias is None:
+            raise ValueError(
+                f"{type(block).__name__}.start_from: a {type(norm).__name__} has no scale or no bias to "
+                "set; make it with both"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Blocks of branches, each a convolution and a normalization: what they share.
+# --------------------------------------------------------------------------------------------------
+
 
 Factory = Callable[..., Any]
 Mode = str
@@ -54,7 +357,7 @@ class Branched(nnx.Module):
         kernel_size: int | Sequence[int] = (3, 3),
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: geometry.Padding = "SAME",
+        padding: _nodes.Padding = "SAME",
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int = 1,
         conv: Factory = nnx.Conv,
@@ -69,14 +372,14 @@ class Branched(nnx.Module):
         self.out_features = out_features
         self.kernel_size = window(kernel_size, name, self.least_axes)
         axes = len(self.kernel_size)
-        self.strides = geometry.per_axis("strides", strides or 1, axes)
+        self.strides = _nodes.per_axis("strides", strides or 1, axes)
         self.padding = hashable_padding(padding)
-        self.kernel_dilation = geometry.per_axis("kernel_dilation", kernel_dilation or 1, axes)
+        self.kernel_dilation = _nodes.per_axis("kernel_dilation", kernel_dilation or 1, axes)
         self.feature_group_count = feature_group_count
         self.mode = mode
         # Padding that no branch can derive its own from fails here, not in the first step.
         size = self.kernel_size
-        geometry.resolve(self.padding, size, size, self.strides, self.kernel_dilation)
+        _nodes.resolve(self.padding, size, size, self.strides, self.kernel_dilation)
         self._make(Maker(self, conv, norm, rngs))
         self.norm = norm(out_features, rngs=rngs) if mode == "online" else None
 
@@ -104,9 +407,9 @@ class Branched(nnx.Module):
             return self.norm(self._one_convolution(x), **mode)
         size, dilation = self.kernel_size, self.kernel_dilation
         spatial = x.shape[x.ndim - len(size) - 1 : -1]
-        pads = geometry.resolve(self.padding, spatial, size, self.strides, dilation)
+        pads = _nodes.resolve(self.padding, spatial, size, self.strides, dilation)
         outputs = [
-            branch(x, geometry.place(pads, size, own, dilation), use_running_average)
+            branch(x, _nodes.place(pads, size, own, dilation), use_running_average)
             for own, branch in self.parts()
         ]
         return functools.reduce(operator.add, outputs)
@@ -173,7 +476,7 @@ class Branched(nnx.Module):
           ValueError: another shape, standardized kernels (whose mean is always 0), or normalizations
             without scale, bias or running statistics.
         """
-        start.start_from(self, kernel, bias)
+        start_from(self, kernel, bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +561,7 @@ def window(kernel_size: int | Sequence[int], name: str, least: int = 1) -> Size:
         raise ValueError(
             f"{name}: `kernel_size` is {kernel_size}; give {least} to 3 sizes, such as (height, width)"
         )
-    return geometry.per_axis("kernel_size", size, len(size))
+    return _nodes.per_axis("kernel_size", size, len(size))
 
 
 def check_mode(name: str, mode: str) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from jaxtricks import _integers, _tree, weightstd
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
-from jaxtricks.reparam import geometry
+from jaxtricks.reparam import _nodes
 
 Initializer = Callable[..., Any]
 
@@ -68,7 +68,7 @@ class WSConv(nnx.Module):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: geometry.Padding = "SAME",
+        padding: _nodes.Padding = "SAME",
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int = 1,
         preset: str = "nfnet",
@@ -153,7 +153,7 @@ def convolution(
     *,
     dtype: Any,
     strides: int | Sequence[int],
-    padding: geometry.Padding,
+    padding: _nodes.Padding,
     dilation: int | Sequence[int],
     groups: int,
     precision: Any = None,
@@ -165,11 +165,11 @@ def convolution(
         raise ValueError(f"WSConv: x of shape {x.shape} has fewer than {rank} spatial axes")
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     size = kernel.shape[:-2]
-    strides = geometry.per_axis("strides", strides, rank)
-    dilation = geometry.per_axis("dilation", dilation, rank)
+    strides = _nodes.per_axis("strides", strides, rank)
+    dilation = _nodes.per_axis("dilation", dilation, rank)
     x, padding = pad_by_mode(x, padding, size, dilation)
-    pads = geometry.resolve(padding, x.shape[x.ndim - rank - 1 : -1], size, strides, dilation)
-    y = geometry.convolve(
+    pads = _nodes.resolve(padding, x.shape[x.ndim - rank - 1 : -1], size, strides, dilation)
+    y = _nodes.convolve(
         x,
         kernel,
         strides=strides,
@@ -185,8 +185,8 @@ def convolution(
 
 
 def pad_by_mode(
-    x: Array, padding: geometry.Padding, size: Sequence[int], dilation: Sequence[int]
-) -> tuple[Array, geometry.Padding]:
+    x: Array, padding: _nodes.Padding, size: Sequence[int], dilation: Sequence[int]
+) -> tuple[Array, _nodes.Padding]:
     """(x, padding) for a convolution that pads with zeros: "CIRCULAR" and "REFLECT" are done here."""
     if not isinstance(padding, str) or padding.upper() not in _PAD_MODES:
         return x, padding
@@ -196,7 +196,7 @@ def pad_by_mode(
     return jnp.pad(x, [*lead, *pads, (0, 0)], mode=_PAD_MODES[padding.upper()]), "VALID"
 
 
-def hashable_padding(padding: geometry.Padding) -> Any:
+def hashable_padding(padding: _nodes.Padding) -> Any:
     """Padding as a module's static attribute."""
     if isinstance(padding, str):
         return padding

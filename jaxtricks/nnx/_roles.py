@@ -12,11 +12,10 @@ from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Roles
 from jaxtricks.nnx import _compat
+from jaxtricks.nnx._branches import Branch, First
 from jaxtricks.nnx._conv import WSConv
-from jaxtricks.nnx._heads import CosineHead, DisAlignHead, LWSHead, NormedHead
+from jaxtricks.nnx._heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
 from jaxtricks.nnx._norm import ExtendedBatchNorm
-from jaxtricks.nnx.causal import CausalHead
-from jaxtricks.nnx.parts import Branch, First
 
 NONE: Roles = ("none",)
 

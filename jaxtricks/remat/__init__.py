@@ -56,16 +56,12 @@ References. Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 16
 Optimal checkpointing for heterogeneous chains, arXiv 1911.13214.
 """
 
-from jaxtricks.remat._checkpoint import checkpoint, name
-from jaxtricks.remat._memory import Report, memory
+from jaxtricks.remat._checkpoint import checkpoint, name, residuals
+from jaxtricks.remat._memory import Effect, Report, check_effective, memory
 from jaxtricks.remat._plan import Plan, plan_from_json
-from jaxtricks.remat._planner import auto_remat, plan
-from jaxtricks.remat._sequential import scan
-from jaxtricks.remat.budget import BudgetInfeasible
-from jaxtricks.remat.effect import Effect, check_effective
-from jaxtricks.remat.recompute import recompute_grad
-from jaxtricks.remat.residuals import residuals
-from jaxtricks.remat.segments import sequential
+from jaxtricks.remat._planner import BudgetInfeasible, auto_remat, plan
+from jaxtricks.remat._recompute import recompute_grad
+from jaxtricks.remat._sequential import scan, sequential
 
 __all__ = [
     "BudgetInfeasible",

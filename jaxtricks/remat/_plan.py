@@ -1,4 +1,4 @@
-"""What the planner returns: a function, its figures, and a text that brings it back."""
+"""A schedule as a program."""
 
 import dataclasses
 import functools
@@ -13,10 +13,54 @@ import numpy as np
 from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
 from jaxtricks._partition import positional, without_changes
-from jaxtricks.remat import _stages, chain, emit, flat
+from jaxtricks.remat import _stages
 from jaxtricks.remat._memory import Report
+from jaxtricks.remat._recompute import recompute_grad
 from jaxtricks.remat._solver import Again, Run, Schedule, runs_of, stages_of
-from jaxtricks.remat._stages import Choice
+from jaxtricks.remat._stages import Choice, Stage
+
+
+def scheduled(
+    program: _jaxpr.Jaxpr, stages: Sequence[Stage], schedule: Schedule
+) -> Callable[..., list[Any]]:
+    """The program as a function of (*constvars, *invars), its stages run by the schedule."""
+    needed = _jaxpr.needed_after([stage.jaxpr.eqns for stage in stages], program.outvars)
+
+    def go(*xs: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), xs, strict=True))
+        _run(schedule, env)
+        return _jaxpr.read(program.outvars, env)
+
+    def _run(steps: Schedule, env: dict[Any, Any]) -> None:
+        for step in steps:
+            if isinstance(step, Run):
+                jaxpr = stages[step.stage].jaxpr
+                ins, outs = (*jaxpr.constvars, *jaxpr.invars), jaxpr.outvars
+                fn = _stages.run(jaxpr, step.choice)
+            else:
+                ins, outs, fn = _group(step.steps)
+            env.update(zip(outs, fn(*[env[v] for v in ins]), strict=True))
+
+    def _group(steps: Schedule) -> tuple[Sequence[Any], Sequence[Any], Callable[..., list[Any]]]:
+        held = list(stages_of(steps))
+        ins = _jaxpr.read_by([eqn for i in held for eqn in stages[i].jaxpr.eqns])
+        made = [v for i in held for v in stages[i].jaxpr.outvars]
+        outs = [v for v in made if v in needed[held[-1]]]
+
+        def inner(*xs: Any) -> list[Any]:
+            env = dict(zip(ins, xs, strict=True))
+            _run(steps, env)
+            return [env[v] for v in outs]
+
+        return ins, outs, recompute_grad(inner)
+
+    return go
+
+
+# --------------------------------------------------------------------------------------------------
+# What the planner returns: a function, its figures, and a text that brings it back.
+# --------------------------------------------------------------------------------------------------
+
 
 _FORMAT = 1
 _KINDS: dict[str, Any] = {
@@ -54,20 +98,20 @@ class Recipe:
         def planned(*args: Any, **kwargs: Any) -> Any:
             args = positional(fn, args, kwargs, "remat.plan")
             closed, structure = _jaxpr.trace(checked, *args)
-            program = flat.straight(closed)
+            program = _jaxpr.straight(closed)
             stages = self._matched(program.jaxpr)
             for step in runs_of(schedule):
                 _stages.check(stages[step.stage].jaxpr, step.choice)
-            run = emit.scheduled(program.jaxpr, stages, schedule)
+            run = scheduled(program.jaxpr, stages, schedule)
             outs = run(*program.consts, *jax.tree.leaves(args))
             return jax.tree.unflatten(structure, outs)
 
         return planned
 
-    def _matched(self, program: _jaxpr.Jaxpr) -> list[chain.Stage]:
+    def _matched(self, program: _jaxpr.Jaxpr) -> list[_stages.Stage]:
         if len(program.eqns) == self.ends[-1]:
-            stages = chain.stages(program, self.ends)
-            prints = [flat.fingerprint(stage.jaxpr) for stage in stages]
+            stages = _stages.stages(program, self.ends)
+            prints = [_jaxpr.fingerprint(stage.jaxpr) for stage in stages]
             wrong = [i for i, p in enumerate(prints) if p != self.prints[i]]
             if not wrong:
                 return stages
@@ -238,7 +282,7 @@ def _choice(saved: Sequence[int] | None, outer: int) -> Choice:
     return Choice(None if saved is None else tuple(saved), outer)
 
 
-def rows(stages: Sequence[chain.Stage], schedule: Schedule | None) -> tuple[tuple[Any, ...], ...]:
+def rows(stages: Sequence[_stages.Stage], schedule: Schedule | None) -> tuple[tuple[Any, ...], ...]:
     """Rows of `Plan.describe`; neighbours that fare alike share one."""
     fates: dict[int, tuple[str, int]] = dict.fromkeys(range(len(stages)), ("keep", 0))
 
@@ -271,7 +315,7 @@ def _groups(schedule: Schedule | None, n: int) -> list[int]:
 
 
 def _row(
-    stages: Sequence[chain.Stage], run: Sequence[int], what: str, depth: int
+    stages: Sequence[_stages.Stage], run: Sequence[int], what: str, depth: int
 ) -> tuple[Any, ...]:
     eqns = [eqn for i in run for eqn in stages[i].jaxpr.eqns]
     label = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"

@@ -63,11 +63,9 @@ Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
 """
 
 from jaxtricks.reparam._apply import apply
-from jaxtricks.reparam._fuse import fuse
+from jaxtricks.reparam._fuse import error_bound, fuse, unfuse
 from jaxtricks.reparam._nodes import AvgPool, Conv, Identity, Norm, Scale, Sequential, Sum
 from jaxtricks.reparam._report import FusedLayer, FuseReport
-from jaxtricks.reparam.bound import error_bound
-from jaxtricks.reparam.unfusion import unfuse
 
 __all__ = [
     "AvgPool",

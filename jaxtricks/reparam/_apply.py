@@ -12,13 +12,15 @@ from jaxtyping import Float
 from jaxtricks import _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
-from jaxtricks.reparam import geometry
+from jaxtricks.reparam import _nodes
 from jaxtricks.reparam._nodes import (
     AvgPool,
     Conv,
     Identity,
     Node,
     Norm,
+    Padding,
+    Pads,
     Scale,
     Sequential,
     Sum,
@@ -28,7 +30,6 @@ from jaxtricks.reparam._nodes import (
     reference,
     spatial_index,
 )
-from jaxtricks.reparam.geometry import Padding, Pads
 
 
 class _Place(NamedTuple):
@@ -41,7 +42,7 @@ class _Place(NamedTuple):
     precision: Any
 
     def of(self, size: tuple[int, ...]) -> Pads:
-        return geometry.place(self.pads, self.kernel, size, self.dilation)
+        return _nodes.place(self.pads, self.kernel, size, self.dilation)
 
     def pointwise(self) -> "_Place":
         ones = (1,) * len(self.kernel)
@@ -100,9 +101,9 @@ def apply(
     dtype = _tree.wide_dtype(x, *jax.tree.leaves(node))
     node = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), node)
     window = reference(node, axes, kernel_size)
-    strides = geometry.per_axis("strides", strides, axes)
-    dilation = geometry.per_axis("dilation", dilation, axes)
-    pads = geometry.resolve(padding, x.shape[1:-1], window, strides, dilation)
+    strides = _nodes.per_axis("strides", strides, axes)
+    dilation = _nodes.per_axis("dilation", dilation, axes)
+    pads = _nodes.resolve(padding, x.shape[1:-1], window, strides, dilation)
     place = _Place(pads, window, strides, dilation, precision)
     return _run(node, jnp.asarray(x, dtype), place).astype(x.dtype)
 
@@ -128,7 +129,7 @@ def _sequence(node: Sequential, x: Array, place: _Place) -> Array:
     if at:
         # Padding the input, not the intermediate, gives the latter its value on zero input.
         size = extent(node.nodes[at], axes)
-        x = geometry.zero_pad(x, place.of(size))
+        x = _nodes.zero_pad(x, place.of(size))
         place = place._replace(pads=((0, 0),) * axes, kernel=size)
     for i, n in enumerate(node.nodes):
         x = _run(n, x, place if i == at else place.pointwise())
@@ -138,8 +139,8 @@ def _sequence(node: Sequential, x: Array, place: _Place) -> Array:
 def _conv(node: Conv, x: Array, place: _Place) -> Array:
     axes = len(place.kernel)
     check_features(node, x.shape[-1])
-    inner = geometry.per_axis("dilation", node.dilation, axes)
-    y = geometry.convolve(
+    inner = _nodes.per_axis("dilation", node.dilation, axes)
+    y = _nodes.convolve(
         x,
         node.kernel,
         strides=place.strides,
@@ -153,7 +154,7 @@ def _conv(node: Conv, x: Array, place: _Place) -> Array:
 
 def _pick(x: Array, place: _Place) -> Array:
     """What a 1x1 kernel of this placement reads."""
-    x = geometry.zero_pad(x, place.of((1,) * len(place.kernel)))
+    x = _nodes.zero_pad(x, place.of((1,) * len(place.kernel)))
     return x[(slice(None), *(slice(None, None, s) for s in place.strides))]
 
 
@@ -180,7 +181,7 @@ def norm_factor(node: Norm) -> tuple[Array, Array | None]:
 
 def pool_kernel(node: AvgPool, features: int, axes: int, dtype: Any) -> Conv:
     """The depthwise convolution that an average pooling is."""
-    size = geometry.per_axis("size", node.size, axes)
+    size = _nodes.per_axis("size", node.size, axes)
     count = functools.reduce(operator.mul, size)
     return Conv(jnp.full((*size, 1, features), 1 / count, dtype), groups=features)
 

@@ -1,5 +1,6 @@
 """Branches into one convolution."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -7,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxtricks import _integers, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
-from jaxtricks.reparam import geometry
-from jaxtricks.reparam._apply import check_features, norm_factor, pool_kernel
+from jaxtricks.reparam import _nodes
+from jaxtricks.reparam._apply import apply, check_features, norm_factor, pool_kernel
 from jaxtricks.reparam._nodes import (
     AvgPool,
     Conv,
@@ -22,12 +24,14 @@ from jaxtricks.reparam._nodes import (
     Scale,
     Sequential,
     Sum,
+    extent,
     features_in,
     largest,
     rank,
     reference,
     spatial_index,
 )
+from jaxtricks.reparam._nodes import reference as window_of
 
 
 @checked
@@ -181,7 +185,7 @@ def _embed(conv: Conv, size: tuple[int, ...]) -> Conv:
     if small == size:
         return conv
     ones = (1,) * len(size)
-    pads = geometry.place(((0, 0),) * len(size), small, size, ones)
+    pads = _nodes.place(((0, 0),) * len(size), small, size, ones)
     config = [(low, high, 0) for low, high in pads] + [(0, 0, 0)] * 2
     zero = jnp.zeros((), conv.kernel.dtype)
     return Conv(jax.lax.pad(conv.kernel, zero, config), conv.bias, conv.groups)
@@ -189,7 +193,7 @@ def _embed(conv: Conv, size: tuple[int, ...]) -> Conv:
 
 def _spread(conv: Conv, axes: int) -> Array:
     """The kernel with its own dilation written out as zeros."""
-    inner = geometry.per_axis("dilation", conv.dilation, axes)
+    inner = _nodes.per_axis("dilation", conv.dilation, axes)
     config = [(0, 0, d - 1) for d in inner] + [(0, 0, 0)] * 2
     return jax.lax.pad(conv.kernel, jnp.zeros((), conv.kernel.dtype), config)
 
@@ -235,3 +239,225 @@ def _plus(a: Array | None, b: Array | None) -> Array | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+# --------------------------------------------------------------------------------------------------
+# One convolution into branches that compute it.
+# --------------------------------------------------------------------------------------------------
+
+
+_AFFINE = (Norm, Scale, Identity)
+
+
+@checked
+def unfuse(conv: Conv, like: Node) -> Node:
+    """Branches of the structure of `like` that compute a given convolution: where re-training starts.
+
+    Every branch of `like` stays as it is except the one with the largest kernel: its convolution becomes
+
+        kernel = (K - fuse(others).kernel) / t,   t the factor of the normalization behind it,
+
+    and its last bias takes what is missing. fuse(unfuse(conv, like)) == conv, up to rounding, whatever the
+    other branches and statistics are. The factor t must not be 0.
+
+    Args:
+      conv: Conv(kernel [*size, in / groups, out], bias or None), of the size of the branches' window.
+      like: a Sum of branches, or one branch; the largest is a Conv, with Norm and Scale behind it or not.
+
+    Returns:
+      A node with the structure of `like`, float32 or better.
+
+    Raises:
+      ValueError: another kernel size or number of channels, a largest branch that is grouped more finely
+        than the convolution or another branch, dilated, or has something in front of its Conv, or a bias
+        that no branch can take.
+
+    Example:
+      >>> norm = Norm(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.zeros(2))
+      >>> like = Sum(Sequential(Conv(jnp.ones((3, 3, 2, 2))), norm), Identity(2))
+      >>> conv = Conv(jnp.full((3, 3, 2, 2), 0.5), jnp.ones(2))
+      >>> bool(jnp.allclose(fuse(unfuse(conv, like)).kernel, 0.5))
+      True
+
+    References:
+      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3.3, read backwards.
+    """
+    dtype = _tree.wide_dtype(*jax.tree.leaves((conv, like)))
+    conv, like = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (conv, like))
+    branches = list(like.nodes) if isinstance(like, Sum) else [like]
+    at = _free(branches)
+    whole = branches[at] if isinstance(branches[at], Sequential) else Sequential(branches[at])
+    first, *behind = whole.nodes
+    empty = Conv(jnp.zeros_like(first.kernel), first.bias, first.groups)
+    rest = fuse(Sum(*branches[:at], Sequential(empty, *behind), *branches[at + 1 :]))
+    _check(conv, first, rest)
+    minus = Scale(-jnp.ones(rest.kernel.shape[-1], dtype))
+    missing = fuse(Sum(conv, Sequential(rest, minus)))
+    made = _solve(missing, first, behind)
+    branches[at] = Sequential(*made) if isinstance(branches[at], Sequential) else made[0]
+    return Sum(*branches) if isinstance(like, Sum) else branches[0]
+
+
+def _free(branches: Sequence[Node]) -> int:
+    """Position of the branch to solve for: most taps, then least groups, then the first."""
+
+    def reach(i: int) -> tuple[int, int]:
+        node = branches[i]
+        conv = node.nodes[0] if isinstance(node, Sequential) else node
+        behind = node.nodes[1:] if isinstance(node, Sequential) else ()
+        simple = isinstance(conv, Conv) and all(isinstance(n, _AFFINE) for n in behind)
+        return (math.prod(conv.kernel.shape[:-2]), -conv.groups) if simple else (0, 0)
+
+    at = max(range(len(branches)), key=reach)
+    if reach(at) == (0, 0):
+        raise ValueError(
+            "reparam.unfuse: no branch of `like` is a Conv with nothing but Norm, Scale or Identity behind "
+            "it, and no other can be solved for; add one"
+        )
+    return at
+
+
+def _check(conv: Conv, first: Conv, rest: Conv) -> None:
+    axes = first.kernel.ndim - 2
+    window, size = rest.kernel.shape[:-2], first.kernel.shape[:-2]
+    if conv.kernel.ndim - 2 != axes or extent(conv, axes) != window:
+        raise ValueError(
+            f"reparam.unfuse: `conv` has the kernel {tuple(conv.kernel.shape[:-2])} (dilation "
+            f"{conv.dilation}) and the branches {tuple(window)}; give one of that size, as "
+            "fuse(conv, size) makes of a smaller one"
+        )
+    if size != window:
+        raise ValueError(
+            f"reparam.unfuse: the largest undilated branch has the kernel {tuple(size)} and the branches "
+            f"together {tuple(window)}; no branch reaches every tap"
+        )
+    channels = [(c.kernel.shape[-2] * c.groups, c.kernel.shape[-1]) for c in (conv, first)]
+    if channels[0] != channels[1]:
+        raise ValueError(
+            f"reparam.unfuse: `conv` maps {channels[0][0]} channels to {channels[0][1]}, the branches "
+            f"{channels[1][0]} to {channels[1][1]}; they must agree"
+        )
+    if conv.groups % first.groups or rest.groups != first.groups:
+        raise ValueError(
+            f"reparam.unfuse: the largest branch has {first.groups} groups, `conv` {conv.groups} and all "
+            f"branches together {rest.groups}; it can only make up for what has its own groups"
+        )
+
+
+def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
+    """The branch whose kernel and last bias give what is missing."""
+    nodes, after = [], jnp.ones(first.kernel.shape[-1], first.kernel.dtype)
+    lack = missing.bias
+    for node in reversed(behind):
+        if isinstance(node, Norm) and node.bias is not None and lack is not None:
+            node = dataclasses.replace(node, bias=node.bias + lack / after)
+            lack = None
+        after = after * _factor(node)
+        nodes.append(node)
+    bias = first.bias
+    if lack is not None and bias is not None:
+        bias, lack = bias + lack / after, None
+    if lack is not None:
+        raise ValueError(
+            "reparam.unfuse: neither the Conv nor a Norm of the largest branch has a bias, which the "
+            "convolution or another branch needs; give its Norm one"
+        )
+    kernel = missing.kernel / after.reshape((1,) * (missing.kernel.ndim - 1) + (-1,))
+    return [Conv(kernel, bias, first.groups), *reversed(nodes)]
+
+
+def _factor(node: Node) -> Array | float:
+    match node:
+        case Norm():
+            return norm_factor(node)[0]
+        case Scale():
+            return node.gain
+    return 1.0
+
+
+# --------------------------------------------------------------------------------------------------
+# How far a fused convolution may lie from its branches by rounding alone.
+# --------------------------------------------------------------------------------------------------
+
+
+FACTOR = 16
+"""Measured errors are 0.4 to 4.8 times u S; the rest is room for other orders of summation."""
+
+
+@checked
+def error_bound(
+    node: Node,
+    x: Float[Array, "..."],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: _nodes.Padding = "SAME",
+    dilation: int | Sequence[int] = 1,
+    kernel_size: int | Sequence[int] | None = None,
+    fused: Conv | None = None,
+) -> Float[Array, ""]:
+    """How far apart branches and fused convolution may be on this input: more is a mistake, not rounding.
+
+    16 u (S_fused + sum_b S_b), u the unit roundoff of x's dtype (float32 2^-24, bfloat16 2^-8). S of a
+    convolution is the largest entry of conv(|x|, |K|) + |b|; S of a branch the same with the absolute
+    values of everything in it, |x| + |mean| where it subtracts a mean. The bound is relative to the terms
+    that are summed: where branches cancel it exceeds the output, and so does the rounding.
+
+    Args:
+      node: a tree of nodes.
+      x: [N, *spatial, C], the input on which the two are compared.
+      strides: as in `apply`, and so are the next three.
+      padding: of the window.
+      dilation: of the window.
+      kernel_size: of the window; None = the largest effective kernel in the node.
+      fused: the fused convolution; None = fuse(node, kernel_size).
+
+    Returns:
+      A scalar, float32 or better.
+
+    Raises:
+      ValueError: what `apply` and `fuse` raise.
+
+    Example:
+      >>> x = jnp.ones((1, 4, 4, 2))
+      >>> branches = Sum(Conv(jnp.ones((3, 3, 2, 2))), Identity(2))
+      >>> bool(error_bound(branches, x) == 16 * 2**-24 * (19 + 18 + 1))
+      True
+
+    References:
+      Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1.
+    """
+    x = jnp.asarray(x)
+    size = window_of(node, x.ndim - 2, kernel_size)
+    fused = fuse(node, size) if fused is None else fused
+    # Wider than x: sums of absolute values overflow sixteen bits before the output does.
+    wide = jnp.abs(jnp.asarray(x, _tree.wide_dtype(x)))
+    how: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation)
+
+    def largest(part: Node) -> Array:
+        return jnp.max(apply(magnitude(part), wide, kernel_size=size, **how))
+
+    total = sum(map(largest, node.nodes if isinstance(node, Sum) else (node,)), largest(fused))
+    return FACTOR * float(jnp.finfo(x.dtype).eps) / 2 * total
+
+
+def magnitude(node: Node) -> Node:
+    """The node whose output on |x| is the sum of the absolute values of all terms."""
+
+    def size(values: Array | None) -> Array | None:
+        return None if values is None else jnp.abs(values)
+
+    match node:
+        case Sum():
+            return Sum(*map(magnitude, node.nodes))
+        case Sequential():
+            return Sequential(*map(magnitude, node.nodes))
+        case Conv():
+            return Conv(jnp.abs(node.kernel), size(node.bias), node.groups, node.dilation)
+        case Scale():
+            return Scale(jnp.abs(node.gain))
+        case Norm():
+            mean = -jnp.abs(node.mean)  # it is subtracted
+            return Norm(mean, node.var, size(node.scale), size(node.bias), node.epsilon)
+        case AvgPool() | Identity():
+            return node
+    raise ValueError(f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ...")

@@ -82,9 +82,15 @@ from jaxtricks.weightstd._signal_propagation import (
     scaled_activation,
     stochastic_depth,
 )
-from jaxtricks.weightstd._standardize import bake, l2, standardize_params
-from jaxtricks.weightstd.hook import Hook, standardized
-from jaxtricks.weightstd.kernel import PRESETS, standardize
+from jaxtricks.weightstd._standardize import (
+    PRESETS,
+    Hook,
+    bake,
+    l2,
+    standardize,
+    standardize_params,
+    standardized,
+)
 
 __all__ = [
     "PRESETS",
