@@ -1,8 +1,9 @@
 """Ten training techniques as composable JAX, Flax and Optax transforms.
 
-Rooms: echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam, longtail; beside them `roles`
-(what each axis of a parameter means), and the thin framework shells `nnx` and `linen`.
-Importing this package imports nothing else: every room is loaded when it is first used.
+Rooms: echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam, longtail;
+beside them `roles` (what each axis of a parameter means), and the thin framework shells
+`nnx` and `linen`. Importing this package imports nothing else: every room is loaded
+when it is first used.
 """
 
 import importlib
@@ -10,7 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0.dev0"
 
-# The one place that says where the project lives; README badges, cards and notebooks read it from here.
+# The one place that says where the project lives; README badges, cards and notebooks
+# read it from here.
 REPO_URL = "https://github.com/jaxtricks/jaxtricks"
 
 KEYS = (

@@ -1,7 +1,8 @@
 """Types of arguments, checked where a call enters the library, by what the annotations say.
 
-Without a check a wrong type ends where it first does harm: "'str' object is not callable" names neither
-the function nor the argument. Values are checked by the functions themselves.
+Without a check a wrong type ends where it first does harm: "'str' object is not
+callable" names neither the function nor the argument. Values are checked by the
+functions themselves.
 """
 
 import collections.abc
@@ -42,10 +43,9 @@ _LOOKED_AT = 64
 class _Kind(NamedTuple):
     """One of the types that an argument may have.
 
-    Attributes:
-      words: what it is called in an error.
-      holds: whether a value is one.
-      by_type: whether the type alone decides, so that the next value of it need not be looked at.
+    Attributes: words: what it is called in an error. holds: whether a value is one.
+      by_type: whether the type alone decides, so that the next value of it need not be
+      looked at.
     """
 
     words: str
@@ -56,20 +56,23 @@ class _Kind(NamedTuple):
 def checked(function: Function) -> Function:
     """Decorate a public function: an argument of a wrong type raises one sentence that names it.
 
-    Annotations are read at the first call. What they leave open (Any, type variables, pytrees) is not
-    checked, and a wrong number of arguments stays Python's own error.
+    Annotations are read at the first call. What they leave open (Any, type variables,
+    pytrees) is not checked, and a wrong number of arguments stays Python's own error.
 
-    Raises:
-      ArgumentTypeError: (from the decorated function) with the function's name, the argument's, the type
+    Raises: ArgumentTypeError: (from the decorated function) with the function's name,
+      the argument's, the type
         that it has, never its contents, and the types that it may have.
     """
     parameters = list(inspect.signature(function).parameters.values())
     positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     kinds: dict[str, list[_Kind]] = {}
-    # Types that were right for an argument before: the usual call is a look into a set per argument.
+    # Types that were right for an argument before: the usual call is a look into a set
+    # per argument.
     known: dict[str, Any] = {p.name: set() for p in parameters}
     read = False
 
@@ -142,7 +145,11 @@ def _kinds(hint: Any) -> list[_Kind] | None:
     if issubclass(hint, tuple) and hasattr(hint, "_fields"):
         # A NamedTuple such as optax.GradientTransformation is known by what it has.
         return [
-            _Kind(f"a {hint.__name__}", lambda x: all(hasattr(x, f) for f in hint._fields), False)
+            _Kind(
+                f"a {hint.__name__}",
+                lambda x: all(hasattr(x, f) for f in hint._fields),
+                False,
+            )
         ]
     return [_Kind(f"a {hint.__name__}", _instance(hint))]
 
@@ -151,15 +158,22 @@ def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
     if {jax.Array, np.ndarray} <= set(hints):
         # Beside numbers it is a scalar: a number, or an array that JAX has made of one.
         array = [] if float in hints else [np.ndarray]
-        hints = (*(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray)), *array)
+        hints = (
+            *(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray)),
+            *array,
+        )
     if any(isinstance(h, type) and issubclass(h, AbstractArray) for h in hints):
-        hints = tuple(h for h in hints if h != collections.abc.Sequence[Any])  # lists are arrays
+        hints = tuple(
+            h for h in hints if h != collections.abc.Sequence[Any]
+        )  # lists are arrays
     found: list[_Kind] = []
     for hint in hints:
         kinds = _kinds(hint)
         if kinds is None:
             return None
-        found += [kind for kind in kinds if kind.words not in [other.words for other in found]]
+        found += [
+            kind for kind in kinds if kind.words not in [other.words for other in found]
+        ]
     return found
 
 
@@ -187,13 +201,19 @@ def _is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and (_dtype_kind(x.dtype) == "k" or x.dtype == np.uint32)
 
 
-def _is_array(x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] = range(99)) -> bool:
+def _is_array(
+    x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] = range(99)
+) -> bool:
     """Whether it is an array of these kinds and ranks, the shape of one, or what makes one."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return _dtype_kind(x.dtype) in letters and len(x.shape) in ranks
     if _is_sequence(x):
         parts = itertools.islice(x, _LOOKED_AT)
-        return _rank(x) in ranks and len(x) > 0 and all(_is_array(p, letters) for p in parts)
+        return (
+            _rank(x) in ranks
+            and len(x) > 0
+            and all(_is_array(p, letters) for p in parts)
+        )
     if hasattr(x, "__jax_array__"):
         return True
     if 0 not in ranks:
@@ -238,12 +258,15 @@ def _sequence_of(hint: Any) -> _Kind:
     items = _kinds(hint)
 
     def holds(x: Any) -> bool:
-        if not _is_sequence(x) and not (isinstance(x, np.ndarray | jax.Array) and x.ndim):
+        if not _is_sequence(x) and not (
+            isinstance(x, np.ndarray | jax.Array) and x.ndim
+        ):
             return False
         if items is None:
             return True
         return all(
-            any(kind.holds(item) for kind in items) for item in itertools.islice(x, _LOOKED_AT)
+            any(kind.holds(item) for kind in items)
+            for item in itertools.islice(x, _LOOKED_AT)
         )
 
     of = "" if items is None else f" of {_plural(items[0].words)}"
@@ -255,7 +278,12 @@ def _plural(words: str) -> str:
 
 
 def _letter(dtype: str) -> str:
-    for prefix, letter in (("bool", "b"), ("complex", "c"), ("float", "f"), ("bfloat", "f")):
+    for prefix, letter in (
+        ("bool", "b"),
+        ("complex", "c"),
+        ("float", "f"),
+        ("bfloat", "f"),
+    ):
         if dtype.startswith(prefix):
             return letter
     if dtype.startswith(("int", "uint")):
@@ -290,7 +318,8 @@ _GENERIC = {
     collections.abc.Iterable: _Kind(
         "an iterable",
         lambda x: (
-            hasattr(x, "__iter__") and not isinstance(x, str | bytes | np.ndarray | jax.Array)
+            hasattr(x, "__iter__")
+            and not isinstance(x, str | bytes | np.ndarray | jax.Array)
         ),
     ),
     collections.abc.Mapping: _MAPPING,

@@ -1,7 +1,7 @@
 """Every difference between the jax versions we support, in one place (tests/test_compat.py).
 
-Names that moved, primitives that were renamed, and where an equation holds its bodies and counts. Versions
-are never compared: what differs is looked for.
+Names that moved, primitives that were renamed, and where an equation holds its bodies
+and counts. Versions are never compared: what differs is looked for.
 """
 
 import contextlib
@@ -19,7 +19,11 @@ NEWEST_TESTED = "0.12.0.1"
 
 def enable_x64() -> contextlib.AbstractContextManager[Any]:
     """A context in which float64 exists: a public name of jax since 0.8, an experimental one before."""
-    home: Any = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")
+    home: Any = (
+        jax
+        if hasattr(jax, "enable_x64")
+        else importlib.import_module("jax.experimental")
+    )
     return home.enable_x64(True)
 
 
@@ -29,8 +33,9 @@ def varying(x: Any) -> frozenset[str]:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
-# One spelling for primitives that have or had several. Names in capitals are classes of the primitive
-# `call_hi_primitive`, which jax_remat3, jax_custom_jvp3, jax_custom_vjp3 and jax_scan3 write.
+# One spelling for primitives that have or had several. Names in capitals are classes of
+# the primitive `call_hi_primitive`, which jax_remat3, jax_custom_jvp3, jax_custom_vjp3
+# and jax_scan3 write.
 _SPELLING = MappingProxyType(
     {
         "pjit": "jit",
@@ -101,7 +106,9 @@ def bodies(eqn: Any) -> list[core.ClosedJaxpr]:
     """The jaxprs that run when the equation does: branches of cond, (condition, body) of while, else one."""
     there = params(eqn)
     values = [there[key] for key in body_keys(eqn)]
-    return [closed(body) for body in (values[0] if primitive(eqn) == "cond" else values)]
+    return [
+        closed(body) for body in (values[0] if primitive(eqn) == "cond" else values)
+    ]
 
 
 def with_bodies(eqn: Any, new: Sequence[core.ClosedJaxpr]) -> dict[str, Any]:
@@ -109,7 +116,9 @@ def with_bodies(eqn: Any, new: Sequence[core.ClosedJaxpr]) -> dict[str, Any]:
     there, keys = dict(params(eqn)), body_keys(eqn)
     if primitive(eqn) == "cond":
         return {**there, keys[0]: tuple(new)}
-    return there | {key: _like(there[key], body) for key, body in zip(keys, new, strict=True)}
+    return there | {
+        key: _like(there[key], body) for key, body in zip(keys, new, strict=True)
+    }
 
 
 def closed(jaxpr: Any) -> core.ClosedJaxpr:
@@ -204,17 +213,23 @@ def _unknown_layout(eqn: Any) -> NotImplementedError:
 class Meeting:
     """Short texts that all processes of `jax.distributed` exchange on the host, in an order they share.
 
-    No collective of the devices: a thread that loads data may meet while a step runs. The store that
-    jax.distributed keeps for itself has no public name.
+    No collective of the devices: a thread that loads data may meet while a step runs.
+    The store that jax.distributed keeps for itself has no public name.
     """
 
     def __init__(self, purpose: str):
         state = importlib.import_module("jax._src.distributed").global_state
-        self._client, self._id, self._size = state.client, state.process_id, state.num_processes
+        self._client, self._id, self._size = (
+            state.client,
+            state.process_id,
+            state.num_processes,
+        )
         self._count = 0
         if self._client is not None:
             # All processes make their meetings in the same order.
-            number = self._client.key_value_increment(f"jaxtricks/{purpose}/{self._id}", 1)
+            number = self._client.key_value_increment(
+                f"jaxtricks/{purpose}/{self._id}", 1
+            )
             self._name = f"jaxtricks/{purpose}/{number}"
 
     def exchange(self, text: str, timeout: float) -> list[str]:

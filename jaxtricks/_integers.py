@@ -14,7 +14,11 @@ def plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
     Raises:
       TypeError: an item that is not an integer.
     """
-    return operator.index(value) if is_integer(value) else tuple(map(operator.index, value))
+    return (
+        operator.index(value)
+        if is_integer(value)
+        else tuple(map(operator.index, value))
+    )
 
 
 def listed(value: int | Sequence[int]) -> tuple[int, ...]:

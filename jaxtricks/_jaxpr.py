@@ -70,20 +70,24 @@ def is_literal(v: Any) -> bool:
 def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
     """The results of an equation on other operands (of other dtypes, say), in the caller's trace.
 
-    Args:
-      eqn: the equation; its context (mesh, compute type) and its place in the source are kept.
-      operands: one an operand; a literal's may be a NumPy scalar.
+    Args: eqn: the equation; its context (mesh, compute type) and its place in the
+      source are kept. operands: one an operand; a literal's may be a NumPy scalar.
       params: parameters to replace.
     """
     if type(eqn.primitive).get_bind_params is core.Primitive.get_bind_params:
-        # No bodies and no rules among its parameters: nothing has to be evaluated around it.
+        # No bodies and no rules among its parameters: nothing has to be evaluated
+        # around it.
         with place_of(eqn), eqn.ctx.manager:
             results = eqn.primitive.bind(*operands, **{**eqn.params, **params})
         return list(results) if eqn.primitive.multiple_results else [results]
     literal = [
-        is_literal(v) and not hasattr(x, "dtype") for v, x in zip(eqn.invars, operands, strict=True)
+        is_literal(v) and not hasattr(x, "dtype")
+        for v, x in zip(eqn.invars, operands, strict=True)
     ]
-    invars = [v if kept else core.Var(v.aval) for v, kept in zip(eqn.invars, literal, strict=True)]
+    invars = [
+        v if kept else core.Var(v.aval)
+        for v, kept in zip(eqn.invars, literal, strict=True)
+    ]
     eqn = eqn.replace(invars=invars, params={**eqn.params, **params})
     given = [v for v, kept in zip(invars, literal, strict=True) if not kept]
     one = made((), given, eqn.outvars, [eqn])
@@ -91,12 +95,16 @@ def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
     return core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*values)
 
 
-def made(consts: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], eqns: Any) -> Jaxpr:
+def made(
+    consts: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], eqns: Any
+) -> Jaxpr:
     """A jaxpr of these variables and equations."""
     eqns = list(eqns)
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     names = _anonymous(len(consts) + len(ins), len(outs))
-    is_high = any(_compat.is_high(eqn) or any(j.is_high for j in sub_jaxprs(eqn)) for eqn in eqns)
+    is_high = any(
+        _compat.is_high(eqn) or any(j.is_high for j in sub_jaxprs(eqn)) for eqn in eqns
+    )
     return Jaxpr(tuple(consts), list(ins), list(outs), eqns, effects, names, is_high)
 
 
@@ -122,9 +130,7 @@ def source_line(eqn: Any) -> str:
     return source_info_util.summarize(eqn.source_info).rpartition("/")[2]
 
 
-# --------------------------------------------------------------------------------------------------
 # Jaxprs as flat lists of equations: inline, cut, prune, fingerprint.
-# --------------------------------------------------------------------------------------------------
 
 
 CALLS = ("jit", "call")
@@ -138,10 +144,9 @@ def inlined(
 ) -> ClosedJaxpr:
     """The same program with its calls written out; every variable is its own.
 
-    Args:
-      closed: any jaxpr.
-      calls: names of primitives; with `RULES` among them the values are right and derivatives are lost.
-      also: whether to write out an equation of another primitive.
+    Args: closed: any jaxpr. calls: names of primitives; with `RULES` among them the
+      values are right and derivatives are lost. also: whether to write out an equation
+      of another primitive.
     """
     eqns: list[Any] = []
     consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
@@ -151,10 +156,14 @@ def inlined(
             operands = [_read(env, v) for v in eqn.invars]
             if _stays(eqn):
                 outs = operands
-            elif (_compat.primitive(eqn) in calls and not _means_shardings(eqn)) or also(eqn):
+            elif (
+                _compat.primitive(eqn) in calls and not _means_shardings(eqn)
+            ) or also(eqn):
                 (inner,) = _compat.bodies(eqn)
                 consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
-                outs = write(inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True)))
+                outs = write(
+                    inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True))
+                )
             else:
                 outs = [Var(v.aval) for v in eqn.outvars]
                 eqns.append(eqn.replace(invars=operands, outvars=outs))
@@ -190,8 +199,8 @@ def straight(closed: ClosedJaxpr) -> ClosedJaxpr:
 def _sunk(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program with parts of its inputs taken where they are first read.
 
-    Code that walks over a sequence or stacked weights slices all of it first; those slices would be alive
-    across the whole program.
+    Code that walks over a sequence or stacked weights slices all of it first; those
+    slices would be alive across the whole program.
     """
     program = closed.jaxpr
     inputs = {*program.constvars, *program.invars}
@@ -207,7 +216,9 @@ def _sunk(closed: ClosedJaxpr) -> ClosedJaxpr:
 
     for eqn in program.eqns:
         reads = [v for v in eqn.invars if isinstance(v, Var)]
-        if _compat.primitive(eqn) in _PARTS and all(v in inputs or v in waiting for v in reads):
+        if _compat.primitive(eqn) in _PARTS and all(
+            v in inputs or v in waiting for v in reads
+        ):
             waiting[eqn.outvars[0]] = eqn
         else:
             fetch(reads)
@@ -235,7 +246,9 @@ def read(variables: Sequence[Any], env: Mapping[Any, Any]) -> list[Any]:
 def read_by(eqns: Sequence[Any]) -> list[Any]:
     """Variables that the equations read and do not make, in order of use."""
     made = {v for eqn in eqns for v in eqn.outvars}
-    read = [v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made]
+    read = [
+        v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made
+    ]
     return list(dict.fromkeys(read))
 
 
@@ -258,10 +271,14 @@ def replaced(
     swaps = [list(eqns[-1].outvars) for eqns in parts[:-1]] + [[]]
     runs = []
     for eqns, needed in zip(parts, needed_after(parts, jaxpr.outvars), strict=True):
-        runs.append(piece(eqns, [v for eqn in eqns for v in eqn.outvars if v in needed]))
+        runs.append(
+            piece(eqns, [v for eqn in eqns for v in eqn.outvars if v in needed])
+        )
 
     def run(inputs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+        env: dict[Any, Any] = dict(
+            zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True)
+        )
         given = iter(values)
         for part, swapped in zip(runs, swaps, strict=True):
             results = as_fun(part)((), *[env[v] for v in part.invars])
@@ -273,7 +290,9 @@ def replaced(
     return run
 
 
-def needed_after(parts: Sequence[Sequence[Any]], outvars: Sequence[Any]) -> list[set[Any]]:
+def needed_after(
+    parts: Sequence[Sequence[Any]], outvars: Sequence[Any]
+) -> list[set[Any]]:
     """For each run of equations, the variables that later runs or the results read."""
     needed = {v for v in outvars if isinstance(v, Var)}
     after = []
@@ -291,7 +310,8 @@ def _swap(computed: Any, value: Any) -> Any:
 
 @_swap.defjvp
 def _swap_jvp(primals: Any, tangents: Any) -> Any:
-    # The value of one, the derivative of the other: what computes the first is dead code.
+    # The value of one, the derivative of the other: what computes the first is dead
+    # code.
     return primals[1], tangents[0]
 
 
@@ -349,7 +369,11 @@ def _written(jaxpr: Jaxpr) -> Any:
         params = sorted((k, v) for k, v in _compat.params(eqn).items() if _is_plain(v))
         inner = [_written(j) for j in sub_jaxprs(eqn)]
         lines.append((_compat.primitive(eqn), reads, outs, params, inner))
-    return shapes, lines, [str(v) if is_literal(v) else number[v] for v in jaxpr.outvars]
+    return (
+        shapes,
+        lines,
+        [str(v) if is_literal(v) else number[v] for v in jaxpr.outvars],
+    )
 
 
 def _is_plain(value: Any) -> bool:

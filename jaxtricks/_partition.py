@@ -14,18 +14,20 @@ import numpy as np
 class Call:
     """A call as a function of its arrays alone.
 
-    Args:
-      fn: the function.
-      args, kwargs: what it is called with; leaves that are no arrays stay what they are.
-      nnx: the function of jaxtricks.nnx that carries the state of modules where this one can't.
+    Args: fn: the function. args, kwargs: what it is called with; leaves that are no
+      arrays stay what they are. nnx: the function of jaxtricks.nnx that carries the
+      state of modules where this one can't.
     """
 
-    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any, *, nnx: str = "autocast"):
+    def __init__(
+        self, fn: Callable[..., Any], args: Any, kwargs: Any, *, nnx: str = "autocast"
+    ):
         self._fn, self._nnx = fn, nnx
         self._leaves, self._structure = jax.tree.flatten((args, kwargs))
         arrays = [x for x in self._leaves if _is_array(x)]
         self.arrays = [
-            jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x for x in arrays
+            jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+            for x in arrays
         ]
         self._outputs: Any = None
 
@@ -44,7 +46,9 @@ class Call:
         """fn's results, with these arrays in the places of its own."""
         leaves, structure = self._outputs
         given = iter(arrays)
-        return jax.tree.unflatten(structure, [next(given) if _is_array(x) else x for x in leaves])
+        return jax.tree.unflatten(
+            structure, [next(given) if _is_array(x) else x for x in leaves]
+        )
 
 
 def without_changes(fn: Callable[..., Any], nnx: str) -> Callable[..., Any]:
@@ -74,7 +78,9 @@ def refuse_module(fn: Callable[..., Any], name: str) -> None:
       name: the function's, the same in remat and in jaxtricks.nnx.
     """
     bases = type(fn).__mro__
-    if any(c.__name__ == "Module" and c.__module__.startswith("flax.nnx.") for c in bases):
+    if any(
+        c.__name__ == "Module" and c.__module__.startswith("flax.nnx.") for c in bases
+    ):
         raise ValueError(
             f"remat.{name}: `fn` is a flax.nnx module ({type(fn).__name__}): use jaxtricks.nnx.{name}, which "
             "returns a module and updates its variables"
@@ -94,7 +100,9 @@ def positional(
     try:
         bound = inspect.signature(fn).bind(*args, **kwargs)
     except TypeError as error:
-        raise ValueError(f"{where}: the arguments do not fit the function: {error}") from None
+        raise ValueError(
+            f"{where}: the arguments do not fit the function: {error}"
+        ) from None
     if bound.kwargs:
         names = ", ".join(bound.kwargs)
         raise ValueError(
@@ -130,7 +138,9 @@ def _is_shape(x: Any) -> bool:
 def _refuse_changes(before: Sequence[Any], arguments: Any, nnx: str) -> None:
     """fn got copies of its containers: what it wrote into them (batch statistics) would be lost."""
     after, _ = jax.tree_util.tree_flatten_with_path(arguments)
-    changed = [path for (path, x), old in zip(after, before, strict=False) if x is not old]
+    changed = [
+        path for (path, x), old in zip(after, before, strict=False) if x is not old
+    ]
     if changed or len(after) != len(before):
         where = f" ({jax.tree_util.keystr(changed[0])})" if changed else ""
         raise ValueError(

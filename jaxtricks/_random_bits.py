@@ -1,7 +1,8 @@
 """Random bits for rounding: a hash of seed, step, path and place, made where it is used.
 
-`jax.random.bits` writes its counters and results to memory: several times the leaf, for bits that are
-read once. A hash of the entry's index is fused into the rounding, and every shard makes its own.
+`jax.random.bits` writes its counters and results to memory: several times the leaf, for
+bits that are read once. A hash of the entry's index is fused into the rounding, and
+every shard makes its own.
 """
 
 import math
@@ -15,7 +16,8 @@ from jaxtyping import UInt32
 
 from jaxtricks._typing import Array, Key
 
-# The finalizer of MurmurHash3 (Appleby, public domain): every bit of the input changes half the output.
+# The finalizer of MurmurHash3 (Appleby, public domain): every bit of the input changes
+# half the output.
 _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 
 
@@ -45,9 +47,8 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> jnp.uint32(16))
 
 
-# --------------------------------------------------------------------------------------------------
-# A random permutation of any length, one place at a time: nothing is sorted and nothing stored.
-# --------------------------------------------------------------------------------------------------
+# A random permutation of any length, one place at a time: nothing is sorted and nothing
+# stored.
 
 
 _ROUNDS = 32
@@ -59,8 +60,8 @@ def permuted(
 ) -> UInt32[Array, "*n"]:
     """Where a place goes under the permutation of `size` places that the seed names (swap-or-not).
 
-    Each round pairs every place x with k - x and swaps the pair by a bit that both agree on, so every
-    round is a permutation, whatever the size.
+    Each round pairs every place x with k - x and swaps the pair by a bit that both
+    agree on, so every round is a permutation, whatever the size.
 
     Args:
       place: [n] below size.
@@ -70,8 +71,8 @@ def permuted(
     Returns:
       [n] places below size.
 
-    References:
-      Hoang, Morris, Rogaway, An enciphering scheme based on a card shuffle, arXiv 1208.1176.
+    References: Hoang, Morris, Rogaway, An enciphering scheme based on a card shuffle,
+      arXiv 1208.1176.
     """
 
     def swap_or_not(i: Array, x: Array) -> Array:

@@ -10,12 +10,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
     """Zeros shaped and sharded as x, which may hold NaN; call it inside of jax.jit.
 
-    Zeros of jnp.zeros_like depend on nothing, so the compiler puts all of them on every device, and
-    arithmetic that it can fold (x & 0) ends the same way. No array has more bits set in a word than the word
-    has, but no pass of XLA knows: shifted right, that count is a zero that depends on x.
+    Zeros of jnp.zeros_like depend on nothing, so the compiler puts all of them on every
+    device, and arithmetic that it can fold (x & 0) ends the same way. No array has more
+    bits set in a word than the word has, but no pass of XLA knows: shifted right, that
+    count is a zero that depends on x.
     """
     info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
-    words = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), f"uint{info(x.dtype).bits}")
+    words = jax.lax.bitcast_convert_type(
+        jax.lax.stop_gradient(x), f"uint{info(x.dtype).bits}"
+    )
     return (jax.lax.population_count(words) >> words.dtype.type(7)).astype(dtype)
 
 
@@ -30,7 +33,9 @@ def on_mesh(*xs: Any) -> bool:
     Inside shard_map it has not: an array there is one device's part.
     """
     meshes = [jax.typeof(x).sharding.mesh for x in xs]
-    axes = [axis for m in meshes for axis in zip(m.axis_sizes, m.axis_types, strict=True)]
+    axes = [
+        axis for m in meshes for axis in zip(m.axis_sizes, m.axis_types, strict=True)
+    ]
     return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 
 
@@ -45,4 +50,6 @@ def replicated(fn: Any, *args: Any) -> Any:
     mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
     if mesh is None:
         return fn(*args)
-    return jax.sharding.auto_axes(fn, out_sharding=NamedSharding(mesh, PartitionSpec()))(*args)
+    return jax.sharding.auto_axes(
+        fn, out_sharding=NamedSharding(mesh, PartitionSpec())
+    )(*args)

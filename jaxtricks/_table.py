@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 class Table(NamedTuple):
     """A table that prints aligned and converts to Markdown.
 
-    Attributes:
-      headers: the column names.
-      rows: one tuple a row; floats are printed with four significant digits, None as "-".
-      notes: sentences printed below the table.
+    Attributes: headers: the column names. rows: one tuple a row; floats are printed
+      with four significant digits, None as "-". notes: sentences printed below the
+      table.
     """
 
     headers: tuple[str, ...]
@@ -20,19 +19,27 @@ class Table(NamedTuple):
     def __str__(self) -> str:
         cells = [self.headers, *(tuple(map(cell, row)) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        right = [all(_numeric(r[i]) for r in self.rows) for i in range(len(self.headers))]
+        right = [
+            all(_numeric(r[i]) for r in self.rows) for i in range(len(self.headers))
+        ]
         lines = [_line(row, widths, right) for row in cells]
         lines.insert(1, "  ".join("-" * w for w in widths))
         return "\n".join([*lines, *self.notes])
 
     def markdown(self) -> str:
         """The same rows as a Markdown table."""
-        lines = [self.headers, ("---",) * len(self.headers), *(map(cell, r) for r in self.rows)]
+        lines = [
+            self.headers,
+            ("---",) * len(self.headers),
+            *(map(cell, r) for r in self.rows),
+        ]
         body = ["| " + " | ".join(line) + " |" for line in lines]
         return "\n".join([*body, *(f"\n{note}" for note in self.notes)])
 
 
-def make(headers: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()) -> Table:
+def make(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()
+) -> Table:
     """Table from any sequences."""
     return Table(tuple(headers), tuple(map(tuple, rows)), tuple(notes))
 
@@ -50,7 +57,9 @@ def printable(text: str) -> str:
     """The text on one line, with what a terminal would obey or can't show as an escape sequence."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def format_bytes(n: float) -> str:

@@ -56,13 +56,17 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     if len(table) < len(leaves):
         paths = [path for path, _ in leaves]
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"two leaves have the path {twice!r}: rename a key that contains '/'")
+        raise ValueError(
+            f"two leaves have the path {twice!r}: rename a key that contains '/'"
+        )
     return table
 
 
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """tree.map of fn(path, leaf, *others), with the paths of `leaves_with_paths`."""
-    return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_str(p), *xs), tree, *rest)
+    return jax.tree_util.tree_map_with_path(
+        lambda p, *xs: fn(path_str(p), *xs), tree, *rest
+    )
 
 
 def has_masked(tree: Any) -> bool:
@@ -119,8 +123,8 @@ def wide_dtype(*xs: Any) -> np.dtype:
 def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
     """The dtype that holds all the arrays (None has none), unless one is given.
 
-    `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an explicit choice:
-    this is ours.
+    `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an
+    explicit choice: this is ours.
     """
     if given is not None:
         return np.dtype(given)
@@ -128,7 +132,9 @@ def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
     if len(dtypes) > 1:
         dtypes = {_promotable(dtype) for dtype in dtypes}
     with jax.numpy_dtype_promotion("standard"):
-        return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
+        return jax.dtypes.canonicalize_dtype(
+            functools.reduce(jnp.promote_types, dtypes)
+        )
 
 
 def _promotable(dtype: Any) -> Any:
@@ -146,8 +152,9 @@ def static(**kwargs: Any) -> Any:
 def node(cls: type[T]) -> type[T]:
     """Make cls a frozen dataclass and a pytree; fields made with `static()` are structure.
 
-    Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and would break
-    tree.map and vmap, which put shapes, None and objects where arrays were. Nodes compare and hash by
+    Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and
+    would break tree.map and vmap, which put shapes, None and objects where arrays were.
+    Nodes compare and hash by
     identity, since the arrays inside do neither: a node that is callable can be jitted.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
@@ -176,15 +183,15 @@ def node(cls: type[T]) -> type[T]:
 def metrics(opt_state: Any) -> dict[str, Any]:
     """What the transforms in an optimizer state report, through any chain or wrapper.
 
-    Every state of ours that has something to log says so by a `metrics()` method (clip fraction,
-    loss scale, skipped steps); `optax.inject_hyperparams` contributes its hyper-parameters.
+    Every state of ours that has something to log says so by a `metrics()` method (clip
+    fraction, loss scale, skipped steps); `optax.inject_hyperparams` contributes its
+    hyper-parameters.
 
     Args:
       opt_state: the state of any optax chain; may be traced.
 
-    Returns:
-      {name: scalar array}; a name that occurs twice is numbered: "agc/clipped_fraction",
-      "agc/clipped_fraction_1".
+    Returns: {name: scalar array}; a name that occurs twice is numbered:
+      "agc/clipped_fraction", "agc/clipped_fraction_1".
     """
     found: dict[str, Any] = {}
     for x in _reporting_nodes(opt_state):

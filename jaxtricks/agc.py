@@ -1,57 +1,67 @@
 """Adaptive gradient clipping: gradients bounded relative to the weights they move.
 
-What. For every unit i (the weights into one output), if ||G_i|| > clipping * max(||W_i||, eps) the
-gradient is scaled down to that bound: G_i * clipping * max(||W_i||, eps) / max(||G_i||, 1e-6). It is what
-lets normalizer-free networks train with large batches and learning rates.
+What. For every unit i (the weights into one output), if ||G_i|| > clipping *
+max(||W_i||, eps) the gradient is scaled down to that bound: G_i * clipping *
+max(||W_i||, eps) / max(||G_i||, 1e-6). It is what lets normalizer-free networks train
+with large batches and learning rates.
 
 Use.
 
     import jaxtricks as jt, optax
     tx = optax.chain(
-        jt.agc.adaptive_grad_clip(0.01, axes=jt.roles.infer, where=jt.agc.exclude("head/kernel")),
-        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        jt.agc.adaptive_grad_clip(0.01, roles=jt.roles.infer,
+        path_filter=jt.agc.exclude("head/kernel")), optax.sgd(0.1, momentum=0.9,
+        nesterov=True),
     )
     updates, state = tx.update(grads, state, params)
     jt.metrics(state)  # {"agc/clipped_fraction": ..., "agc/max_ratio": ...}
 
-Settings to start from. clipping 0.01 for batches of thousands, 0.02-0.16 for smaller ones; eps 1e-3 (it
-is what lets zero-initialised gains move at all). Leave the classifier's kernel out, as the paper's
-experiments do (its bias, and all gains and biases, are clipped). If `agc/clipped_fraction` stays near 0
-or near 1, clipping is too large or too small.
+Settings to start from. clipping 0.01 for batches of thousands, 0.02-0.16 for smaller
+ones; eps 1e-3 (it is what lets zero-initialised gains move at all). Leave the
+classifier's kernel out, as the paper's experiments do (its bias, and all gains and
+biases, are clipped). If `agc/clipped_fraction` stays near 0 or near 1, clipping is too
+large or too small.
 
-When it helps and when not. Networks without normalization, large batches, high learning rates. With
-batch normalization and moderate rates it rarely does anything: the clipped fraction will say so.
-CIFAR-10 at 16 x 16, NFNet of 8 layers, batch 512, 24 steps, n = 3 seeds: at rates 0.03 to 0.3 clipping 0.08
-costs 0.3 to 1.2 points of test accuracy; at 1 it gives 28.0 +- 0.4 % against 23.2 +- 5.6 %; at 3 no run
-diverges (16.6 +- 3.4 %), without it 3 of 3 do; at 10 all do. The best with it (28.0, rate 1) and without
-(26.8 +- 0.1, rate 0.3) are close: it widens the range of rates. A ResNet of that size with batch
-normalization is far better in so few steps (two rates tried for each): 45.1 +- 0.6 against 36.5 +- 0.7 %
-(batch 256, 96 steps), 38.3 +- 0.8 against 28.5 +- 1.5 (batch 1024, 24 steps). Long schedules are not shown.
-`python -m tests.bench.networks --data cifar10.zip`.
+When it helps and when not. Networks without normalization, large batches, high learning
+rates. With batch normalization and moderate rates it rarely does anything: the clipped
+fraction will say so. CIFAR-10 at 16 x 16, NFNet of 8 layers, batch 512, 24 steps, n = 3
+seeds: at rates 0.03 to 0.3 clipping 0.08 costs 0.3 to 1.2 points of test accuracy; at 1
+it gives 28.0 +- 0.4 % against 23.2 +- 5.6 %; at 3 no run diverges (16.6 +- 3.4 %),
+without it 3 of 3 do; at 10 all do. The best with it (28.0, rate 1) and without (26.8 +-
+0.1, rate 0.3) are close: it widens the range of rates. A ResNet of that size with batch
+normalization is far better in so few steps (two rates tried for each): 45.1 +- 0.6
+against 36.5 +- 0.7 % (batch 256, 96 steps), 38.3 +- 0.8 against 28.5 +- 1.5 (batch
+1024, 24 steps). Long schedules are not shown. `python -m tests.bench.networks --data
+cifar10.zip`.
 
-Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum 0.76 of AdamW's
-step on two CPU cores (optax's 0.75), 32 bytes a parameter against 40, trace and compile 1.23 of AdamW's
-(optax's 1.30); tests/bench/results/optimizers.md has the versions.
+Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum
+0.76 of AdamW's step on two CPU cores (optax's 0.75), 32 bytes a parameter against 40,
+trace and compile 1.23 of AdamW's (optax's 1.30); tests/bench/results/optimizers.md has
+the versions.
 
-Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum. Under
-`amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. As in the reference, a unit
-whose norm overflows (float32 gradients above 1e19) gets no update, an infinite gradient becomes NaN, and
-NaN is passed on, so that a guard further out sees it; other units are clipped as usual, and `max_ratio`
-is inf.
+Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum.
+Under `amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. As in
+the reference, a unit whose norm overflows (float32 gradients above 1e19) gets no
+update, an infinite gradient becomes NaN, and NaN is passed on, so that a guard further
+out sees it; other units are clipped as usual, and `max_ratio` is inf.
 
-Differences from the paper and from optax/flax. With `axes=None` the units are the reference code's, by rank
-alone (rank 5 as in optax); that is wrong for scanned layers, attention outputs (H, K, D), 1-D convolutions
-and stacked biases: pass `axes=`. Norms are float32 or better. The state reports what was clipped.
+Differences from the paper and from optax/flax. With `roles=None` the units are the
+reference code's, by rank alone (rank 5 as in optax); that is wrong for scanned layers,
+attention outputs (H, K, D), 1-D convolutions and stacked biases: pass `roles=`. Norms
+are float32 or better. The state reports what was clipped.
 
-What optax 0.2.8 does otherwise. Each is a test in tests/test_differences.py that fails when optax mends it.
+What optax 0.2.8 does otherwise. Each is a test in tests/test_differences.py that fails
+when optax mends it.
 
     units    by rank (optax#906, #1340, #1576): wrong for scanned Dense and Conv, attention output
-             (H, K, D), 1-D convolutions and stacked biases; its axis= is one for the whole tree
+             (H, K, D), 1-D convolutions and stacked biases; its axis= is one for the
+             whole tree
     float16  a norm that overflows makes the update 0, silently
     report   no clipped fraction
 
-References. Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
-Normalization", arXiv 2102.06171, eq. 3. Reference code: deepmind-research/nfnets/agc_optax.py.
+References. Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition
+Without Normalization", arXiv 2102.06171, eq. 3. Reference code:
+deepmind-research/nfnets/agc_optax.py.
 """
 
 import dataclasses
@@ -78,9 +88,9 @@ _GRADIENT_FLOOR = 1e-6
 class AgcState(NamedTuple):
     """State of `adaptive_grad_clip`: what the last update did.
 
-    Attributes:
-      clipped_fraction: clipped units / eligible units, float32 []; 0 if no unit is eligible.
-      max_ratio: max ||G|| / max(||W||, eps) over the eligible units, float32 []; inf if a gradient
+    Attributes: clipped_fraction: clipped units / eligible units, float32 []; 0 if no
+      unit is eligible. max_ratio: max ||G|| / max(||W||, eps) over the eligible units,
+      float32 []; inf if a gradient
         norm is not finite.
       count: updates so far, int32 []; None unless `clipping` or `eps` is a schedule.
     """
@@ -91,7 +101,10 @@ class AgcState(NamedTuple):
 
     def metrics(self) -> dict[str, Any]:
         """What `jaxtricks.metrics` collects."""
-        return {"agc/clipped_fraction": self.clipped_fraction, "agc/max_ratio": self.max_ratio}
+        return {
+            "agc/clipped_fraction": self.clipped_fraction,
+            "agc/max_ratio": self.max_ratio,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +134,11 @@ class Exclude:
 
 @checked
 def exclude(*regex: str) -> Exclude:
-    r"""A `where=` predicate: clip everything but these parameters.
+    r"""A `path_filter=` predicate: clip everything but these parameters.
 
-    A regex must match the whole path of a parameter, or the whole path of a module above it
-    ("head" leaves out all below head). One that matches nothing raises in `init`, unless
-    optax.masked hides part of the parameters.
+    A regex must match the whole path of a parameter, or the whole path of a module
+    above it ("head" leaves out all below head). One that matches nothing raises in
+    `init`, unless optax.masked hides part of the parameters.
 
     Args:
       *regex: regular expressions over paths such as "block/0/conv/kernel".
@@ -137,8 +150,8 @@ def exclude(*regex: str) -> Exclude:
       ValueError: a regex that does not compile.
 
     Example:
-      >>> where = exclude("head/kernel", r".*/scale")
-      >>> where("head/kernel"), where("head/bias"), where("norm/scale")
+      >>> path_filter = exclude("head/kernel", r".*/scale")
+      >>> [path_filter(path) for path in ("head/kernel", "head/bias", "norm/scale")]
       (False, True, False)
     """
     for pattern in regex:
@@ -151,16 +164,17 @@ def exclude(*regex: str) -> Exclude:
 
 
 @checked
-def unitwise_norm(x: Float[Array, "*shape"], roles: Roles | None = None) -> Float[Array, "*units"]:
+def unitwise_norm(
+    x: Float[Array, "*shape"], roles: Roles | None = None
+) -> Float[Array, "*units"]:
     """Euclidean norm of every unit, in float32 or better.
 
     ||x_i|| = sqrt(sum x^2) over the unit; float16 entries cannot overflow it, float32 ones above 1e19 do.
 
-    Args:
-      x: [*shape], any floating dtype.
-      roles: one word per axis; a unit is one ("batch", "out") index, all other axes are reduced.
-        None = the reference's rule: an array that squeezes to rank <= 1 is one unit; rank 2 and 3
-        reduce axis 0, rank 4 (0, 1, 2), rank 5 (0, 1, 2, 3).
+    Args: x: [*shape], any floating dtype. roles: one word per axis; a unit is one
+      ("batch", "out") index, all other axes are reduced.
+        None = the reference's rule: an array that squeezes to rank <= 1 is one unit;
+        rank 2 and 3 reduce axis 0, rank 4 (0, 1, 2), rank 5 (0, 1, 2, 3).
 
     Returns:
       The norms, float32 (float64 for float64), with 1 for every reduced axis.
@@ -181,28 +195,30 @@ def adaptive_grad_clip(
     clipping: ScalarOrSchedule = 0.01,
     *,
     eps: ScalarOrSchedule = 1e-3,
-    axes: Any = None,
-    where: Callable[[str], bool] | None = None,
+    roles: Any = None,
+    path_filter: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformation:
     """Clip every unit's gradient to a fraction of its weights' norm.
 
     G_i <- G_i * clipping * max(||W_i||, eps) / max(||G_i||, 1e-6)
     if ||G_i|| > clipping * max(||W_i||, eps).
 
-    Under optax.inject_hyperparams pass static_args=("axes", "where") if you give them.
+    Under optax.inject_hyperparams pass static_args=("roles", "path_filter") if you give
+    them.
 
     Args:
       clipping: largest allowed ||G|| / ||W||; a number, array [] or schedule.
       eps: floor of the parameter norm; a number, array [] or schedule.
-      axes: which axes make up a unit: None = the reference's rule by rank, a function
+      roles: which axes make up a unit: None = the reference's rule by rank, a function
         (path, shape) -> roles or None, a rule of `roles.by_path`, or a tree of roles.
-      where: path -> bool, True = clip; `exclude(...)` makes one. None = clip everything.
+      path_filter: path -> bool, True = clip; `exclude(...)` makes one. None = clip
+        everything.
 
     Returns:
       A GradientTransformation whose update needs `params`.
 
-    Raises:
-      ValueError: a negative number; in `init`, a rule that does not fit the parameters, or a parameter
+    Raises: ValueError: a negative number; in `init`, a rule that does not fit the
+      parameters, or a parameter
         that is clipped and not floating.
 
     Example:
@@ -213,45 +229,54 @@ def adaptive_grad_clip(
       >>> float(state.clipped_fraction), round(float(updates["w"][0, 0]), 6)
       (0.5, 0.1)
 
-    References:
-      Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization",
-      arXiv 2102.06171, eq. 3.
+    References: Brock et al., "High-Performance Large-Scale Image Recognition Without
+      Normalization", arXiv 2102.06171, eq. 3.
     """
     for name, x in (("clipping", clipping), ("eps", eps)):
         number = known_number(x)
         if number is not None and not number >= 0:
-            raise ValueError(f"agc.adaptive_grad_clip: `{name}` is {x}: give a number >= 0")
+            raise ValueError(
+                f"agc.adaptive_grad_clip: `{name}` is {x}: give a number >= 0"
+            )
     scheduled = callable(clipping) or callable(eps)
 
     def init_fn(params: Params) -> AgcState:
         leaves = _tree.by_path(params)
-        # A tree without leaves is optax's, which asks where in a state the parameters' trees stand.
-        if isinstance(where, Exclude) and leaves and not _tree.has_masked(params):
-            where.check(leaves)
-        for (path, leaf), roles in zip(
-            leaves.items(), roles_lib.leaf_roles(axes, params), strict=True
-        ):
-            _unit_axes(path, tuple(jnp.shape(leaf)), roles)
-            _check_dtype(path, leaf, where)
+        # A tree without leaves is optax's, which asks where in a state the parameters'
+        # trees stand.
+        if isinstance(path_filter, Exclude) and leaves and not _tree.has_masked(params):
+            path_filter.check(leaves)
+        leaf_roles = roles_lib.leaf_roles(roles, params)
+        for (path, leaf), axis_roles in zip(leaves.items(), leaf_roles, strict=True):
+            _unit_axes(path, tuple(jnp.shape(leaf)), axis_roles)
+            _check_dtype(path, leaf, path_filter)
         # Two arrays, not one twice: a donated state may not hold a buffer twice.
         fraction, ratio = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
-        return AgcState(fraction, ratio, jnp.zeros([], jnp.int32) if scheduled else None)
+        return AgcState(
+            fraction, ratio, jnp.zeros([], jnp.int32) if scheduled else None
+        )
 
-    def update_fn(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None
+    ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 "agc.adaptive_grad_clip needs `params`: call tx.update(grads, state, params)"
             )
         weights = _tree.by_path(params)
-        roles = dict(zip(weights, roles_lib.leaf_roles(axes, params), strict=True))
+        leaf_roles = dict(
+            zip(weights, roles_lib.leaf_roles(roles, params), strict=True)
+        )
         clip, floor = (x(state.count) if callable(x) else x for x in (clipping, eps))
         grads, reports = _tree.by_path(updates), []
         for path, g in grads.items():
-            if jnp.size(g) == 0 or (where is not None and not where(path)):
+            if jnp.size(g) == 0 or (path_filter is not None and not path_filter(path)):
                 continue
             if path not in weights:
-                raise ValueError(f"agc: {path!r} has a gradient but is not among `params`")
-            unit = _unit_axes(path, tuple(jnp.shape(g)), roles[path])
+                raise ValueError(
+                    f"agc: {path!r} has a gradient but is not among `params`"
+                )
+            unit = _unit_axes(path, tuple(jnp.shape(g)), leaf_roles[path])
             grads[path], units = _clip_leaf(g, weights[path], clip, floor, axes=unit)
             reports.append(units)
         clipped = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
@@ -268,21 +293,29 @@ class _Units(NamedTuple):
     w: Any
 
 
-def _check_dtype(path: str, leaf: Any, where: Callable[[str], bool] | None) -> None:
-    if _tree.is_floating(jnp.asarray(leaf)) or not (where is None or where(path)):
+def _check_dtype(
+    path: str, leaf: Any, path_filter: Callable[[str], bool] | None
+) -> None:
+    if _tree.is_floating(jnp.asarray(leaf)) or not (
+        path_filter is None or path_filter(path)
+    ):
         return
     raise ValueError(
-        f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it out by `where`, or hide "
+        f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it out by `path_filter`, or hide "
         "it with optax.masked"
     )
 
 
 def _matches(pattern: str, path: str) -> bool:
     keys = path.split("/")
-    return any(re.fullmatch(pattern, "/".join(keys[:n])) for n in range(1, len(keys) + 1))
+    return any(
+        re.fullmatch(pattern, "/".join(keys[:n])) for n in range(1, len(keys) + 1)
+    )
 
 
-def _unit_axes(name: str, shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...]:
+def _unit_axes(
+    name: str, shape: tuple[int, ...], roles: Roles | None
+) -> tuple[int, ...]:
     if roles is not None:
         return roles_lib.positions(roles, "in", "none")
     rank = len(shape)
@@ -290,7 +323,7 @@ def _unit_axes(name: str, shape: tuple[int, ...], roles: Roles | None) -> tuple[
         return tuple(range(rank))
     if rank > 5:
         raise ValueError(
-            f"agc: {name!r} has rank {rank} and the reference has no rule above 5: pass `axes=`"
+            f"agc: {name!r} has rank {rank} and the reference has no rule above 5: pass `roles=`"
         )
     return tuple(range(rank - 1)) if rank > 3 else (0,)
 
@@ -309,7 +342,9 @@ def _floored(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnames="axes")
-def _clip_leaf(g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]) -> Any:
+def _clip_leaf(
+    g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]
+) -> Any:
     g = jnp.asarray(g)
     g_norm, w_norm = _norm(g, axes), _norm(w, axes)
     dtype = _tree.wide_dtype(g_norm, w_norm)
@@ -325,11 +360,14 @@ def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Arra
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
     total = sum(units.g.size for units in leaves)
-    # Once over the units of all leaves: for every leaf it would dominate the compile time of large trees.
-    # Not of shards: joined, they would be gathered, and drag the leaves to where the others' units are.
+    # Once over the units of all leaves: for every leaf it would dominate the compile
+    # time of large trees. Not of shards: joined, they would be gathered, and drag the
+    # leaves to where the others' units are.
     if not _sharding.on_mesh(*(x for units in leaves for x in units)):
         leaves = [_joined(leaves)]
-    counts, ratios = zip(*(_of_leaf(units, clipping, eps) for units in leaves), strict=True)
+    counts, ratios = zip(
+        *(_of_leaf(units, clipping, eps) for units in leaves), strict=True
+    )
     return jnp.sum(jnp.stack(counts)) / total, jnp.max(jnp.stack(ratios))
 
 

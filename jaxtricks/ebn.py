@@ -1,7 +1,8 @@
 """Extended batch normalization: a mean per channel, one variance for the whole layer.
 
-What. mean_c over batch and space, as in batch normalization; the variance is one scalar, over batch, space
-and channels. With few examples a single variance is estimated from C times as many numbers.
+What. mean_c over batch and space, as in batch normalization; the variance is one
+scalar, over batch, space and channels. With few examples a single variance is estimated
+from C times as many numbers.
 
 Use.
 
@@ -17,36 +18,42 @@ Use.
 Settings to start from. momentum 0.99, epsilon 1e-3, variance "channel". Momentum 0.99
 remembers about a hundred steps; take 0.9 for short runs.
 
-When it helps and when not. Batches of a few images per device. With large batches the statistics of every
-channel are good already. One channel of high variance shrinks all the others, since they share the divisor:
-look at the ratio of the channels' variances to the scalar if training stalls. With a single value per channel
-(batch 1, no space) mean_c is the value itself and the output is the bias, as in batch normalization.
-On CIFAR-10 at 16 x 16 (ResNet of 8 layers, 8192 images seen, n = 3 seeds, rates tuned at batch 32 and
-scaled with the batch) we saw no gain over nnx.BatchNorm: 39.1 +- 2.0 against 39.4 +- 1.4 % at batch 32,
-40.1 +- 0.5 against 40.4 +- 1.1 at 8, 37.9 +- 0.9 against 38.6 +- 1.1 at 4, 36.0 +- 1.0 against 37.5 +- 1.2
-at 2. Even at batch 2 a channel has 32 values or more here; long training and rates tuned for every batch are
+When it helps and when not. Batches of a few images per device. With large batches the
+statistics of every channel are good already. One channel of high variance shrinks all
+the others, since they share the divisor: look at the ratio of the channels' variances
+to the scalar if training stalls. With a single value per channel (batch 1, no space)
+mean_c is the value itself and the output is the bias, as in batch normalization. On
+CIFAR-10 at 16 x 16 (ResNet of 8 layers, 8192 images seen, n = 3 seeds, rates tuned at
+batch 32 and scaled with the batch) we saw no gain over nnx.BatchNorm: 39.1 +- 2.0
+against 39.4 +- 1.4 % at batch 32, 40.1 +- 0.5 against 40.4 +- 1.1 at 8, 37.9 +- 0.9
+against 38.6 +- 1.1 at 4, 36.0 +- 1.0 against 37.5 +- 1.2 at 2. Even at batch 2 a
+channel has 32 values or more here; long training and rates tuned for every batch are
 not shown. `python -m tests.bench.networks --data cifar10.zip --only small_batches`.
-Where a channel has one value an example, a dense net on digits (6400 images seen, n = 3, the best of 6 rates
-for each), there is a gain: 94.9 +- 1.2 against 73.0 +- 1.2 % at batch 2, 97.4 +- 0.5 against 96.6 +- 0.3
-at 4, none from 8 on (notebooks/07_ebn.ipynb).
+Where a channel has one value an example, a dense net on digits (6400 images seen, n =
+3, the best of 6 rates for each), there is a gain: 94.9 +- 1.2 against 73.0 +- 1.2 % at
+batch 2, 97.4 +- 0.5 against 96.6 +- 0.3 at 4, none from 8 on (notebooks/07_ebn.ipynb).
 
-Cost. Less than batch normalization: one pass over x for both sums, about a mean taken from 1/16 of it, where
-Flax makes two or three. Bytes accessed by the train step (value and gradients) of a norm on [64, 32, 32, 64],
-in sizes of x: 9.3 (13.3 on jax 0.10.2), nnx.BatchNorm 17, with use_fast_variance=False 20
-(tests/test_cost.py). With a mask a whole pass takes the sample's place. The running variance is a scalar.
+Cost. Less than batch normalization: one pass over x for both sums, about a mean taken
+from 1/16 of it, where Flax makes two or three. Bytes accessed by the train step (value
+and gradients) of a norm on [64, 32, 32, 64], in sizes of x: 9.3 (13.3 on jax 0.10.2),
+nnx.BatchNorm 17, with use_fast_variance=False 20 (tests/test_cost.py). With a mask a
+whole pass takes the sample's place. The running variance is a scalar.
 
-Composes with. jit under SPMD needs nothing; inside shard_map or pmap give `axis_name`. Masks may leave
-different counts on every device, or none. It folds into a convolution in front of it (`reparam.Norm` takes a
-scalar variance). vmap, scan and remat: the functions are pure, the module's statistics are state.
+Composes with. jit under SPMD needs nothing; inside shard_map or pmap give `axis_name`.
+Masks may leave different counts on every device, or none. It folds into a convolution
+in front of it (`reparam.Norm` takes a scalar variance). vmap, scan and remat: the
+functions are pure, the module's statistics are state.
 
-Differences from the paper and from optax/flax. "Variance over (N, C, H, W)" can be taken about the channel
-means (variance="channel": the variance that is left after centering, the default) or about the grand mean
-(variance="grand"); they differ by the variance of the channel means. Moments are taken about a
-mean of a sample: E[x^2] - E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax
-averages the devices' means, which is wrong once masks leave unequal counts and NaN for an empty shard; here
-sums and counts are summed. nnx.BatchNorm casts running statistics to the output's dtype, which in bfloat16
-loses the mean; here they stay float32 (tests/test_ebn_modules.py). Renormalization and constraints on scale
-and bias are not offered.
+Differences from the paper and from optax/flax. "Variance over (N, C, H, W)" can be
+taken about the channel means (variance="channel": the variance that is left after
+centering, the default) or about the grand mean (variance="grand"); they differ by the
+variance of the channel means. Moments are taken about a mean of a sample: E[x^2] -
+E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax averages
+the devices' means, which is wrong once masks leave unequal counts and NaN for an empty
+shard; here sums and counts are summed. nnx.BatchNorm casts running statistics to the
+output's dtype, which in bfloat16 loses the mean; here they stay float32
+(tests/test_ebn_modules.py). Renormalization and constraints on scale and bias are not
+offered.
 
 References. Luo, Peng, "Extended Batch Normalization", arXiv 2003.05569.
 """
@@ -85,7 +92,10 @@ class Moments(NamedTuple):
 def extended_moments(
     x: Float[Array, "*batch C"],
     *,
-    mask: Bool[Array, "..."] | Integer[Array, "..."] | Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."]
+    | Integer[Array, "..."]
+    | Float[Array, "..."]
+    | None = None,
     axis_name: AxisName | None = None,
     variance: Literal["channel", "grand"] = "channel",
 ) -> tuple[Float[Array, " C"], Float[Array, ""]]:
@@ -95,18 +105,18 @@ def extended_moments(
     var = sum_ic m_ic (x_ic - mean_c)^2 / n              "channel"
     var = sum_ic m_ic (x_ic - sum_c n_c mean_c / n)^2 / n    "grand"
 
-    Args:
-      x: [..., C], channels last.
-      mask: which entries count (nonzero = counts). Either the leading axes of x in order, each of full
-        size or 1: [N], [N, H], [N, 1, W], [N, H, W] for x [N, H, W, C]; or as many axes as x, each of
+    Args: x: [..., C], channels last. mask: which entries count (nonzero = counts).
+      Either the leading axes of x in order, each of full
+        size or 1: [N], [N, H], [N, 1, W], [N, H, W] for x [N, H, W, C]; or as many axes
+          as x, each of
         full size or 1, the last one being the channels: [N, H, W, 1], [1, 1, 1, C].
-      axis_name: mapped axes (shard_map, pmap, vmap) to sum over; sums and counts are added, so
-        devices may see different counts.
+      axis_name: mapped axes (shard_map, pmap, vmap) to sum over; sums and counts are
+        added, so devices may see different counts.
       variance: about the channels' means or about the grand mean.
 
-    Returns:
-      mean [C] and var [], float32 (float64 for float64 x). Masked entries may be NaN. A channel without
-      entries has mean 0; no entries at all give mean 0 and variance 0.
+    Returns: mean [C] and var [], float32 (float64 for float64 x). Masked entries may be
+      NaN. A channel without entries has mean 0; no entries at all give mean 0 and
+      variance 0.
 
     Raises:
       ValueError: unknown `variance`, or a mask whose shape does not fit.
@@ -127,7 +137,10 @@ def extended_moments(
 def moments(
     x: Float[Array, "*batch C"],
     *,
-    mask: Bool[Array, "..."] | Integer[Array, "..."] | Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."]
+    | Integer[Array, "..."]
+    | Float[Array, "..."]
+    | None = None,
     axis_name: AxisName | None = None,
     variance: Literal["channel", "grand"] = "channel",
 ) -> Moments:
@@ -164,12 +177,15 @@ def moments(
     def only(values: Array) -> Array:
         return values if keep is None else jnp.where(keep, values, 0)
 
-    # The sums are taken about a first estimate of the mean and corrected by what it missed. The result
-    # does not depend on that estimate, so no gradient needs to flow through it.
+    # The sums are taken about a first estimate of the mean and corrected by what it
+    # missed. The result does not depend on that estimate, so no gradient needs to flow
+    # through it.
     guess = jax.lax.stop_gradient(x)
     guess = _sample(guess) if keep is None else only(guess)
     seen = count * (guess.size / x.size) if x.size else count
-    count, seen, first = _psum(jnp.stack([count, seen, jnp.sum(guess, axis=over)]), axis_name)
+    count, seen, first = _psum(
+        jnp.stack([count, seen, jnp.sum(guess, axis=over)]), axis_name
+    )
     safe = jnp.maximum(count, 1)
     shift = first / jnp.maximum(seen, 1)
     rest, squares = _psum(jnp.stack(_sums(only(x - _row(shift, x)))), axis_name)
@@ -218,8 +234,9 @@ def normalize(
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
     mean = jnp.asarray(mean, dtype)
-    # The same function of mean, but its gradient is sent through the offset: with that of bias it is one
-    # sum over the cotangents, where (x - mean) * factor would need a second.
+    # The same function of mean, but its gradient is sent through the offset: with that
+    # of bias it is one sum over the cotangents, where (x - mean) * factor would need a
+    # second.
     fixed = jax.lax.stop_gradient(mean)
     offset = (fixed - mean) * factor
     if bias is not None:
@@ -231,30 +248,37 @@ def normalize(
 def _affine(x: Array, shift: Array, factor: Array, offset: Array) -> Array:
     """(x - shift) * factor + offset, of which the backward pass shares nothing with the forward pass.
 
-    What both read (x - shift, and factor spread over x) XLA's CPU backend would compute once, write at the
-    size of x and read back twice. Behind barriers around the small vectors the two passes are not the same
-    to it, and each is fused into its reader.
+    What both read (x - shift, and factor spread over x) XLA's CPU backend would compute
+    once, write at the size of x and read back twice. Behind barriers around the small
+    vectors the two passes are not the same to it, and each is fused into its reader.
     """
     shift, factor, offset = map(jax.lax.optimization_barrier, (shift, factor, offset))
     return (x - _row(shift, x)) * _row(factor, x) + _row(offset, x)
 
 
 @_affine.defjvp
-def _affine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+def _affine_jvp(
+    primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
     x, shift, factor, _ = primals
     dx, dshift, dfactor, doffset = tangents
     centred = x - _row(shift, x)
-    dy = (dx - _row(dshift, x)) * _row(factor, x) + centred * _row(dfactor, x) + _row(doffset, x)
+    dy = (
+        (dx - _row(dshift, x)) * _row(factor, x)
+        + centred * _row(dfactor, x)
+        + _row(doffset, x)
+    )
     return _affine(*primals), dy
 
 
 def _sample(x: Array) -> Array:
     """A lattice of at least 1/16 of the positions, by strides along space (the batch may be sharded).
 
-    Its mean m is as good as the true one to take squares about. With a share p of every channel's entries
-    in the sample, n var >= sum over the sample of (x - mean)^2 >= p n (m - mean)^2 for any data, so that
-    E[(x - m)^2] = var + (m - mean)^2 <= (1 + 1/p) var: what is subtracted to get var from it costs at most
-    a factor 1 + 1/p in relative error. Without a spatial axis the sample is everything.
+    Its mean m is as good as the true one to take squares about. With a share p of every
+    channel's entries in the sample, n var >= sum over the sample of (x - mean)^2 >= p n
+    (m - mean)^2 for any data, so that E[(x - m)^2] = var + (m - mean)^2 <= (1 + 1/p)
+    var: what is subtracted to get var from it costs at most a factor 1 + 1/p in
+    relative error. Without a spatial axis the sample is everything.
     """
     space = x.ndim - 2
     if space < 1:
@@ -266,8 +290,8 @@ def _sample(x: Array) -> Array:
 def _sums(x: Array) -> tuple[Array, Array]:
     """(sum of x, sum of x^2) over all axes but the last, in one reading of x.
 
-    A reduction of a pair, which has no derivative of its own in JAX. Over one axis first: over all of
-    them at once the CPU backend does not vectorize it.
+    A reduction of a pair, which has no derivative of its own in JAX. Over one axis
+    first: over all of them at once the CPU backend does not vectorize it.
     """
     pair = (x, x * x)
     if x.ndim > 1:

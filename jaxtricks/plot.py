@@ -15,9 +15,7 @@ import numpy as np
 __all__ = ["ablation", "compare", "curves", "groups", "lr_range", "plan", "shots"]
 
 
-# --------------------------------------------------------------------------------------------------
 # Names beside points, moved until none covers another.
-# --------------------------------------------------------------------------------------------------
 
 
 _GAP = 0.026  # between a point and its name, as a share of the panel
@@ -44,9 +42,13 @@ def name_points(
     """
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     # A point is taken too: a name over another's marker can't be told from that one's.
-    shares = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in points]
+    shares = [
+        ((x - left) / (right - left), (y - low) / (high - low)) for x, y in points
+    ]
     taken = [(u - _GAP / 2, u + _GAP / 2, v) for u, v in shares]
-    order = sorted(zip(texts, points, shares, strict=True), key=lambda item: item[2][::-1])
+    order = sorted(
+        zip(texts, points, shares, strict=True), key=lambda item: item[2][::-1]
+    )
     for text, point, (u, v) in order:
         length = width * len(text)
         to_left = u + _GAP + length > 1
@@ -66,28 +68,41 @@ def name_points(
 
 
 def _free(
-    start: float, end: float, v: float, height: float, taken: Sequence[tuple[float, float, float]]
+    start: float,
+    end: float,
+    v: float,
+    height: float,
+    taken: Sequence[tuple[float, float, float]],
 ) -> float:
     """The height nearest to v, above or below, at which nothing is taken between start and end."""
     beside = [w for a, b, w in taken if start < b and a < end]
     for shift in itertools.count():
         for w in (v + shift * height / 5, v - shift * height / 5):
-            if height / 2 < w < 1 - height / 2 and all(abs(w - b) >= height for b in beside):
+            if height / 2 < w < 1 - height / 2 and all(
+                abs(w - b) >= height for b in beside
+            ):
                 return w
-        if shift * height / 5 > 1:  # no room at all: better over another name than outside
+        if (
+            shift * height / 5 > 1
+        ):  # no room at all: better over another name than outside
             return v
     raise AssertionError("unreachable")
 
 
-# --------------------------------------------------------------------------------------------------
 # Pictures of training runs: one over its steps, its groups of classes, several side by side.
-# --------------------------------------------------------------------------------------------------
 
 
 _THIN = {"color": "gray", "lw": 0.9}
 _THICK = {"color": "black", "lw": 2, "marker": "o", "ms": 6}
 # Balanced data makes both curves one: an open square around the dot shows both.
-_DASHED = {"color": "tab:blue", "lw": 2, "marker": "s", "ms": 10, "ls": "--", "mfc": "none"}
+_DASHED = {
+    "color": "tab:blue",
+    "lw": 2,
+    "marker": "s",
+    "ms": 10,
+    "ls": "--",
+    "mfc": "none",
+}
 _BARS = {
     "train": {"facecolor": "white", "hatch": "..."},
     "validation": {"facecolor": "lightsteelblue", "hatch": "///"},
@@ -128,7 +143,9 @@ def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
     for axis in (left, right):
         _finish_steps(axis)
         if axis.get_lines():
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+            axis.legend(
+                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False
+            )
     return figure
 
 
@@ -189,14 +206,26 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> Any:
     for i, run in enumerate(runs):
         history, origin = _history(run["rows"], measure)
         style, name = _style(i, len(runs)), run["name"]
-        _line(left, history, f"{name}{origin}", **style, lw=1.6, ms=6, markevery=_every(history))
+        _line(
+            left,
+            history,
+            f"{name}{origin}",
+            **style,
+            lw=1.6,
+            ms=6,
+            markevery=_every(history),
+        )
         final = measure.scale * _number(run["test"].get(measure.metric))
         y = final if math.isfinite(final) else _last(history)
         x = _number(run["step_ms"])
         if not math.isfinite(x + y):
             missing.append(name)
             continue
-        fill = {} if math.isfinite(final) else {"mfc": "white", "mew": 1.5, "label": _HOLLOW}
+        fill = (
+            {}
+            if math.isfinite(final)
+            else {"mfc": "white", "mew": 1.5, "label": _HOLLOW}
+        )
         right.plot(x, y, **{**style, "ls": ""}, **fill, ms=9)
         points.append((x, y))
         texts.append(name)
@@ -219,7 +248,10 @@ class _Measure(NamedTuple):
 _NATS = _Measure("loss", ("val_loss", "loss"), 1, "nats per character")
 _ACCURACY = _Measure("accuracy", ("val_accuracy", "accuracy"), 100, "accuracy (%)")
 _BALANCED = _Measure(
-    "balanced_accuracy", ("val_balanced_accuracy", "accuracy"), 100, "balanced accuracy (%)"
+    "balanced_accuracy",
+    ("val_balanced_accuracy", "accuracy"),
+    100,
+    "balanced accuracy (%)",
 )
 
 
@@ -252,7 +284,9 @@ def _last(history: Sequence[tuple[int, float]]) -> float:
     return next((y for _, y in reversed(history) if math.isfinite(y)), math.nan)
 
 
-def _line(axis: Any, points: Sequence[tuple[int, float]], label: str, **style: Any) -> list[float]:
+def _line(
+    axis: Any, points: Sequence[tuple[int, float]], label: str, **style: Any
+) -> list[float]:
     """Draw a series, say in its label how much of it is no number, and return the rest."""
     if not points:
         return []
@@ -262,19 +296,32 @@ def _line(axis: Any, points: Sequence[tuple[int, float]], label: str, **style: A
         style = {"marker": ".", "ms": 7, **style}
     steps, ys = zip(*points, strict=True)
     finite = [y if math.isfinite(y) else math.nan for y in ys]
-    axis.plot(steps, finite, label=f"{label} ({lost} not finite)" if lost else label, **style)
+    axis.plot(
+        steps, finite, label=f"{label} ({lost} not finite)" if lost else label, **style
+    )
     return values
 
 
 def _bars(
-    axis: Any, centres: Sequence[float], shares: Sequence[float], width: float, **style: Any
+    axis: Any,
+    centres: Sequence[float],
+    shares: Sequence[float],
+    width: float,
+    **style: Any,
 ) -> None:
-    known = [(x, 100 * y) for x, y in zip(centres, shares, strict=True) if math.isfinite(y)]
+    known = [
+        (x, 100 * y) for x, y in zip(centres, shares, strict=True) if math.isfinite(y)
+    ]
     xs, ys = zip(*known, strict=True) if known else ((), ())
     axis.bar(xs, ys, width, edgecolor="black", **style)
     for x, y in known:
         axis.annotate(
-            f"{y:.1f}", (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=9
+            f"{y:.1f}",
+            (x, y),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
         )
     for x in set(centres) - set(xs):
         axis.text(x, 2, "none", ha="center", va="bottom", color="dimgray", fontsize=9)
@@ -291,7 +338,9 @@ def _style(i: int, n: int) -> dict[str, Any]:
     from matplotlib import colormaps
 
     return {
-        "color": colormaps["viridis"](0.75 * i / max(n - 1, 1)),  # dark to light, in grayscale too
+        "color": colormaps["viridis"](
+            0.75 * i / max(n - 1, 1)
+        ),  # dark to light, in grayscale too
         "marker": _MARKERS[i % len(_MARKERS)],
         "ls": _STYLES[i % len(_STYLES)],
     }
@@ -318,8 +367,12 @@ def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         ncols = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
-        figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(labels) / ncols))
-        figure.legend(handles, labels, loc="outside upper center", ncols=ncols, frameon=False)
+        figure.set_figheight(
+            figure.get_figheight() + 0.22 * math.ceil(len(labels) / ncols)
+        )
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=ncols, frameon=False
+        )
 
 
 def _finish_steps(axis: Any) -> None:
@@ -347,12 +400,12 @@ def _finish_costs(axis: Any, missing: Sequence[str]) -> None:
 def _say_if_empty(axis: Any) -> None:
     if not axis.get_lines():
         axis.set(xticks=(), yticks=())
-        axis.text(0.5, 0.5, "nothing to show yet", transform=axis.transAxes, ha="center")
+        axis.text(
+            0.5, 0.5, "nothing to show yet", transform=axis.transAxes, ha="center"
+        )
 
 
-# --------------------------------------------------------------------------------------------------
 # Pictures of what tricks do: the ablation, the learning-rate range test.
-# --------------------------------------------------------------------------------------------------
 
 
 def ablation(rows: Sequence[dict[str, Any]]) -> Any:
@@ -387,7 +440,9 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Any:
     figure.axes[0].set_ylabel("balanced accuracy, test")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique))
+    figure.legend(
+        unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique)
+    )
     return figure
 
 
@@ -412,7 +467,10 @@ def lr_range(r: Any) -> Any:
     axis.plot(r.lrs, r.smoothed, color="black", lw=2, label="smoothed")
     if r.suggestion > 0:
         axis.axvline(
-            float(r.suggestion), color="tab:blue", ls="--", label=f"steepest: {r.suggestion:.2g}"
+            float(r.suggestion),
+            color="tab:blue",
+            ls="--",
+            label=f"steepest: {r.suggestion:.2g}",
         )
     _scale_to_fall(axis, list(r.losses), list(r.smoothed))
     axis.set_xscale("log")
@@ -426,7 +484,10 @@ def lr_range(r: Any) -> Any:
 def _scale_to_fall(axis: Any, losses: list[Any], smoothed: list[Any]) -> None:
     if not losses:
         return
-    low, high = float(min(losses)), float(max(smoothed[: smoothed.index(min(smoothed)) + 1]))
+    low, high = (
+        float(min(losses)),
+        float(max(smoothed[: smoothed.index(min(smoothed)) + 1])),
+    )
     top = high + (high - low) / 2
     if low < high and max(losses) > top:
         axis.set_ylim(low - (high - low) / 10, top)
@@ -443,15 +504,21 @@ _KINDS = {
 
 def _mark(axis: Any, row: dict[str, Any], x: float) -> None:
     key = row["key"]
-    kind = "all but one" if key.startswith("all - ") else key if key in _KINDS else "one trick"
+    kind = (
+        "all but one"
+        if key.startswith("all - ")
+        else key
+        if key in _KINDS
+        else "one trick"
+    )
     marker, colour, size = _KINDS[kind]
     axis.errorbar(x, row["metric"], yerr=row["std"], color=colour, alpha=0.35, zorder=1)
-    axis.scatter(x, row["metric"], s=size, color=colour, marker=marker, label=kind, zorder=2)
+    axis.scatter(
+        x, row["metric"], s=size, color=colour, marker=marker, label=kind, zorder=2
+    )
 
 
-# --------------------------------------------------------------------------------------------------
 # Pictures of memory plans: what is alive when, and what was traded for it.
-# --------------------------------------------------------------------------------------------------
 
 
 _MIB, _GIB = 2**20, 2**30
@@ -485,7 +552,11 @@ def plan(p: Any) -> Any:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(
-                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False, columnspacing=1
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1),
+                ncols=5,
+                frameon=False,
+                columnspacing=1,
             )
     return figure
 
@@ -511,14 +582,30 @@ def _trade(axis: Any, p: Any) -> None:
     unit, name = _unit([p.budget, p.baseline, *(nbytes for nbytes, _ in p.tried)])
     if len(p.frontier):
         nbytes, extra = np.asarray(p.frontier).T
-        axis.plot(nbytes / unit, 100 * extra, color="lightgray", lw=1, label="expected", zorder=1)
+        axis.plot(
+            nbytes / unit,
+            100 * extra,
+            color="lightgray",
+            lw=1,
+            label="expected",
+            zorder=1,
+        )
     if p.tried:
         nbytes, extra = np.array(p.tried).T
         axis.scatter(nbytes / unit, 100 * extra, 40, "gray", label="tried", zorder=2)
-    axis.scatter(p.baseline / unit, 0, 60, "black", marker="s", label="unplanned", zorder=2)
+    axis.scatter(
+        p.baseline / unit, 0, 60, "black", marker="s", label="unplanned", zorder=2
+    )
     # Hollow and large: what lies below it stays to be seen.
-    looks = {"facecolors": "none", "edgecolors": "black", "linewidths": 1.6, "zorder": 3}
-    axis.scatter(p.peak / unit, 100 * p.extra_flops, 190, marker="D", label="planned", **looks)
+    looks = {
+        "facecolors": "none",
+        "edgecolors": "black",
+        "linewidths": 1.6,
+        "zorder": 3,
+    }
+    axis.scatter(
+        p.peak / unit, 100 * p.extra_flops, 190, marker="D", label="planned", **looks
+    )
     axis.axvline(p.budget / unit, label="budget", **_BUDGET)
     axis.margins(0.12)
     axis.set_xlim(left=0)
@@ -531,9 +618,7 @@ def _unit(sizes: Sequence[float]) -> tuple[int, str]:
     return (_GIB, "GiB") if max(sizes) >= _GIB else (_MIB, "MiB")
 
 
-# --------------------------------------------------------------------------------------------------
 # Pictures of long-tailed classifiers: which classes are learned, by how many examples they have.
-# --------------------------------------------------------------------------------------------------
 
 
 _GROUPS = ("many", "medium", "few")
@@ -579,14 +664,19 @@ def shots(
     _classes(left, methods, counts)
     _means(right, methods, ends)
     if not single:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure.legend(
+            *left.get_legend_handles_labels(), loc="outside upper center", ncols=4
+        )
     return figure
 
 
 def _classes(axis: Any, methods: Mapping[str, Any], counts: np.ndarray) -> None:
     order = np.argsort(-counts, kind="stable")
     for i, (name, summary) in enumerate(methods.items()):
-        style = _style(i, len(methods)) | {"ms": 5, "lw": 0.8 if len(methods) > 1 else 0}
+        style = _style(i, len(methods)) | {
+            "ms": 5,
+            "lw": 0.8 if len(methods) > 1 else 0,
+        }
         axis.plot(
             np.maximum(counts[order], 0.5),
             100 * np.asarray(summary["per_class"])[order],
@@ -604,9 +694,14 @@ def _classes(axis: Any, methods: Mapping[str, Any], counts: np.ndarray) -> None:
 def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> None:
     width = 0.84 / max(len(methods), 1)
     for i, (name, summary) in enumerate(methods.items()):
-        centres = [x + (i - (len(methods) - 1) / 2) * width for x in range(len(_GROUPS))]
+        centres = [
+            x + (i - (len(methods) - 1) / 2) * width for x in range(len(_GROUPS))
+        ]
         shares = [float(summary[group]) for group in _GROUPS]
-        look = {"facecolor": _style(i, len(methods))["color"], "hatch": _HATCHES[i % len(_HATCHES)]}
+        look = {
+            "facecolor": _style(i, len(methods))["color"],
+            "hatch": _HATCHES[i % len(_HATCHES)],
+        }
         _bars(axis, centres, shares, 0.92 * width, alpha=0.55, **look)
         _intervals(axis, centres, ends.get(name, {}))
     axis.set_xticks(range(len(_GROUPS)), [_group(name, None) for name in _GROUPS])

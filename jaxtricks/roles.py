@@ -1,19 +1,21 @@
 """What each axis of a parameter means: the vocabulary that memopt and agc share.
 
-What. A leaf's roles are one word per axis: "batch" (independent copies: scanned or vmapped layers,
-experts), "in" (fan-in and the spatial axes of a kernel), "out" (fan-out), "none" (everything else).
-A kernel of 3x3 convolution is ("in", "in", "in", "out"); five of them scanned over are
-("batch", "in", "in", "in", "out"); biases and scales are ("none",) after any "batch".
+What. A leaf's roles are one word per axis: "batch" (independent copies: scanned or
+vmapped layers, experts), "in" (fan-in and the spatial axes of a kernel), "out"
+(fan-out), "none" (everything else). A kernel of 3x3 convolution is ("in", "in", "in",
+"out"); five of them scanned over are ("batch", "in", "in", "in", "out"); biases and
+scales are ("none",) after any "batch".
 
-Use. Exact rules come from the model's own layers: `jt.nnx.roles(model)`, `jt.linen.roles(module,
-*init_args)`. For anything else write `by_path({r"attn/.*kernel": ("in", "out", "out")})`, or pass a
-function (path, shape) -> roles, or a tree of roles. Paths are keys joined by "/".
+Use. Exact rules come from the model's own layers: `jt.nnx.roles(model)`,
+`jt.linen.roles(module, *init_args)`. For anything else write
+`by_path({r"attn/.*kernel": ("in", "out", "out")})`, or pass a function (path, shape) ->
+roles, or a tree of roles. Paths are keys joined by "/".
 
-    tx = jt.memopt.adafactor(1e-3, axes=jt.roles.by_path({r"stack/kernel": ("batch", "in", "out")}))
-    print(jt.roles.describe(params, jt.roles.infer))
+    tx = jt.memopt.adafactor(1e-3, roles=jt.roles.by_path({r"stack/kernel": ("batch",
+    "in", "out")})) print(jt.roles.describe(params, jt.roles.infer))
 
-Differences from optax. optax decides by rank and size alone, so scanned layers, attention kernels and
-stacked biases are clipped and factored over the wrong axes.
+Differences from optax. optax decides by rank and size alone, so scanned layers,
+attention kernels and stacked biases are clipped and factored over the wrong axes.
 """
 
 import dataclasses
@@ -33,11 +35,14 @@ from jaxtricks._typing import Params, Roles
 ROLES = ("batch", "in", "out", "none")
 
 _DENSE: Roles = ("in", "out")
-# Names that fix the meaning in Flax: "Dense_3/kernel" is a matrix whatever the rest of the path.
+# Names that fix the meaning in Flax: "Dense_3/kernel" is a matrix whatever the rest of
+# the path.
 _LAYERS = re.compile(r"^(Dense|Conv|WSConv|Embed)(_\d+)?$")
-# The matrices of recurrent cells: "hi" (linen; "if_" in nnx, since "if" is Python's), "dense_h" (nnx).
+# The matrices of recurrent cells: "hi" (linen; "if_" in nnx, since "if" is Python's),
+# "dense_h" (nnx).
 _GATES = re.compile(r"^([ih][ifgornz]_?|dense_[ih])$")
-# What nn.vmap and nn.scan put before the name of a class: the parameters below have further axes.
+# What nn.vmap and nn.scan put before the name of a class: the parameters below have
+# further axes.
 _LIFTED = re.compile(r"^(Vmap|Scan)[A-Z]")
 
 
@@ -45,9 +50,9 @@ _LIFTED = re.compile(r"^(Vmap|Scan)[A-Z]")
 class Rule:
     """A checked rule (path, shape) -> roles; what `by_path` returns.
 
-    Attributes:
-      patterns: (regex, roles) in order of precedence; a regex must match the whole path.
-      strict: every regex must match some leaf, and every leaf some regex, checked in `init`.
+    Attributes: patterns: (regex, roles) in order of precedence; a regex must match the
+      whole path. strict: every regex must match some leaf, and every leaf some regex,
+      checked in `init`.
     """
 
     patterns: tuple[tuple[str, Roles], ...]
@@ -68,17 +73,17 @@ class Rule:
             matched = [path for path in paths if pattern in matching[path]]
             if not matched:
                 raise ValueError(
-                    f"axes: the rule {pattern!r} matches no parameter; paths look like {_some(paths)}"
+                    f"roles: the rule {pattern!r} matches no parameter; paths look like {_some(paths)}"
                 )
             if all(matching[path][0] != pattern for path in matched):
                 earlier = matching[matched[0]][0]
                 raise ValueError(
-                    f"axes: the rule {pattern!r} is never used, since {earlier!r} comes first; swap them"
+                    f"roles: the rule {pattern!r} is never used, since {earlier!r} comes first; swap them"
                 )
         for path in paths:
             if not matching[path]:
                 raise ValueError(
-                    f"axes: no rule matches the parameter {path!r}; add one or pass strict=False"
+                    f"roles: no rule matches the parameter {path!r}; add one or pass strict=False"
                 )
 
     def _matching(self, path: str) -> list[str]:
@@ -100,9 +105,8 @@ class Exact:
     def check(self, paths: Iterable[str], matrices: Iterable[str]) -> None:
         """Raise if it is of another model, and warn if it is likely to be.
 
-        Args:
-          paths: of all parameters.
-          matrices: of those with more than one axis; for the others roles hardly matter.
+        Args: paths: of all parameters. matrices: of those with more than one axis; for
+          the others roles hardly matter.
 
         Raises:
           ValueError: it knows none of the paths, and a matrix is among them.
@@ -114,14 +118,14 @@ class Exact:
         if not any(path in self.table for path in paths):
             nearest = difflib.get_close_matches(unknown[0], self.table, 1, 0.0)[0]
             raise ValueError(
-                f"axes: the roles know none of the parameters: {unknown[0]!r} is not among them, and "
+                f"roles: the roles know none of the parameters: {unknown[0]!r} is not among them, and "
                 f"the nearest is {nearest!r}; take them from the model that is trained (jt.nnx.roles, "
                 "jt.linen.roles)"
             )
         if not self.table.keys() <= set(paths):
             unused = next(path for path in self.table if path not in paths)
             warnings.warn(
-                f"axes: the roles do not know the parameter {unknown[0]!r}, and know {unused!r}, which "
+                f"roles: the roles do not know the parameter {unknown[0]!r}, and know {unused!r}, which "
                 "is not there: are they of the model before a change (converted, fused)?",
                 stacklevel=4,
             )
@@ -135,14 +139,14 @@ class Exact:
 def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     r"""Roles from regular expressions over paths.
 
-    Args:
-      rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"), the first match
+    Args: rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"),
+      the first match
         wins. A leaf may have more axes than roles: the leading ones are "batch".
-      strict: complain (in `init`) about a regex that matches nothing or that an earlier one always
-        precedes, and about a leaf nothing matches.
+      strict: complain (in `init`) about a regex that matches nothing or that an earlier
+        one always precedes, and about a leaf nothing matches.
 
     Returns:
-      A rule for `axes=`.
+      A rule for `roles=`.
 
     Raises:
       ValueError: unknown role, or a regex that does not compile.
@@ -158,18 +162,20 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"axes: the rule {pattern!r} is no regular expression: {error}"
+                f"roles: the rule {pattern!r} is no regular expression: {error}"
             ) from None
-    return Rule(tuple((pattern, tuple(roles)) for pattern, roles in rules.items()), strict)
+    return Rule(
+        tuple((pattern, tuple(roles)) for pattern, roles in rules.items()), strict
+    )
 
 
 @checked
 def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
     """Rule from known paths, as a model's own layers give them; None for every other leaf.
 
-    Args:
-      roles: {path: roles}; a leaf may have more axes, the leading ones are "batch".
-      assumed: paths for which the place of a "batch" axis is an assumption, for `describe` to mark.
+    Args: roles: {path: roles}; a leaf may have more axes, the leading ones are "batch".
+      assumed: paths for which the place of a "batch" axis is an assumption, for
+      `describe` to mark.
 
     Example:
       >>> exact({"a/kernel": ("in", "out")})("a/kernel", (5, 3, 4))
@@ -186,12 +192,12 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
       path: "encoder/Dense_0/kernel".
       shape: shape of the leaf; only its rank is used.
 
-    Returns:
-      Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out` and the gates of recurrent
-      cells (`hi`, `if`, `dense_h`, ...), for `embedding`, `lora_a`, `lora_b`, and for `scale`, `bias`
-      and `gain` of rank 1, else None. A rank that the name does not explain gives None as well, and so
-      does a Conv kernel of rank 5 (3-D, or 2-D and stacked?). Of rank 4 it is taken for a 2-D one; a
-      stacked 1-D one looks the same unless flax has named it ("VmapConv_0"): use the model's `roles`.
+    Returns: Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out` and the
+      gates of recurrent cells (`hi`, `if`, `dense_h`, ...), for `embedding`, `lora_a`,
+      `lora_b`, and for `scale`, `bias` and `gain` of rank 1, else None. A rank that the
+      name does not explain gives None as well, and so does a Conv kernel of rank 5
+      (3-D, or 2-D and stacked?). Of rank 4 it is taken for a 2-D one; a stacked 1-D one
+      looks the same unless flax has named it ("VmapConv_0"): use the model's `roles`.
 
     Example:
       >>> infer("Dense_0/kernel", (3, 4)), infer("mystery/kernel", (3, 4, 5))
@@ -242,17 +248,16 @@ def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
 
 
 @checked
-def describe(params: Params, rule: Any) -> _table.Table:
+def describe(params: Params, roles: Any) -> _table.Table:
     """What a rule decided for each leaf.
 
-    Args:
-      params: pytree of arrays, ShapeDtypeStructs or boxes around them; None leaves are left out.
-      rule: anything `axes=` takes.
+    Args: params: pytree of arrays, ShapeDtypeStructs or boxes around them; None leaves
+      are left out. roles: anything `roles=` takes.
 
-    Returns:
-      A table (its `str()` is text) of path, shape and roles; "by rank and size" where the rule says
-      None and the transform falls back on its reference's own rule. Notes below it count those leaves,
-      and the ones whose stacked axis is an assumption.
+    Returns: A table (its `str()` is text) of path, shape and roles; "by rank and size"
+      where the rule says None and the transform falls back on its reference's own rule.
+      Notes below it count those leaves, and the ones whose stacked axis is an
+      assumption.
 
     Raises:
       ValueError: as `leaf_roles`.
@@ -263,65 +268,78 @@ def describe(params: Params, rule: Any) -> _table.Table:
       --------------  -----  ----------------
       Dense_0/kernel  3x4    in out
       w               2x3x4  by rank and size
-      1 of 2 leaves: by rank and size, as the transform's reference does without `axes`, \
+      1 of 2 leaves: by rank and size, as the transform's reference does without
+        `roles`, \
 which cannot tell stacked layers and heads; take the roles from the model \
 (jt.nnx.roles, jt.linen.roles) or write roles.by_path
     """
     if callable(params) or isinstance(params, Rule | Exact):
         raise ValueError(
-            "roles.describe: `params` is a rule: the parameters come first, describe(params, rule)"
+            "roles.describe: `params` is a rule: the parameters come first, describe(params, roles)"
         )
     leaves = _tree.leaves_with_paths(params)
-    assumed = rule.assumed if isinstance(rule, Exact) else frozenset()
+    assumed = roles.assumed if isinstance(roles, Exact) else frozenset()
     rows = [
-        (path, "x".join(map(str, np.shape(x))) or "scalar", _words(x, r, path in assumed))
-        for (path, x), r in zip(leaves, leaf_roles(rule, params), strict=True)
+        (
+            path,
+            "x".join(map(str, np.shape(x))) or "scalar",
+            _words(x, r, path in assumed),
+        )
+        for (path, x), r in zip(leaves, leaf_roles(roles, params), strict=True)
     ]
-    undecided = [x for (_, x), row in zip(leaves, rows, strict=True) if row[2] == _BY_RANK]
-    notes = _notes([row[2] for row in rows], undecided, isinstance(rule, Exact))
+    undecided = [
+        x for (_, x), row in zip(leaves, rows, strict=True) if row[2] == _BY_RANK
+    ]
+    notes = _notes([row[2] for row in rows], undecided, isinstance(roles, Exact))
     return _table.make(("parameter", "shape", "roles"), rows, notes)
 
 
 @checked
-def leaf_roles(axes: Any, params: Params) -> list[Roles | None]:
+def leaf_roles(roles: Any, params: Params) -> list[Roles | None]:
     """Roles of every leaf of params in flattening order; None = the reference's own rule.
 
-    Args:
-      axes: None, a function (path, shape) -> roles or None, a `Rule`, or a tree of roles with the
+    Args: roles: None, a function (path, shape) -> roles or None, a `Rule`, or a tree of
+      roles with the
         structure of params.
-      params: pytree of arrays (or shapes); None leaves and optax.MaskedNode have no entry.
+      params: pytree of arrays (or shapes); None leaves and optax.MaskedNode have no
+        entry.
 
-    Raises:
-      ValueError: a strict rule that does not fit, an unknown role, or a wrong number of roles.
+    Raises: ValueError: a strict rule that does not fit, an unknown role, or a wrong
+      number of roles.
     """
     leaves = _tree.leaves_with_paths(params)
-    if axes is None:
+    if roles is None:
         return [None] * len(leaves)
-    _check_rule(axes)
+    _check_rule(roles)
     paths, whole = [path for path, _ in leaves], leaves and not _tree.has_masked(params)
-    if isinstance(axes, Rule) and axes.strict and whole:
-        axes.check(paths)
-    if isinstance(axes, Exact) and whole:
-        axes.check(paths, [path for path, leaf in leaves if np.ndim(leaf) > 1])
-    if callable(axes):
-        found = [axes(path, np.shape(leaf)) for path, leaf in leaves]
+    if isinstance(roles, Rule) and roles.strict and whole:
+        roles.check(paths)
+    if isinstance(roles, Exact) and whole:
+        roles.check(paths, [path for path, leaf in leaves if np.ndim(leaf) > 1])
+    if callable(roles):
+        found = [roles(path, np.shape(leaf)) for path, leaf in leaves]
     else:
-        # A tree without leaves is optax's, which asks where in a state the parameters' trees stand.
-        found = _flatten_like(params, axes) if leaves else []
-    return [_checked(p, np.shape(x), r) for (p, x), r in zip(leaves, found, strict=True)]
+        # A tree without leaves is optax's, which asks where in a state the parameters'
+        # trees stand.
+        found = _flatten_like(params, roles) if leaves else []
+    return [
+        _checked(p, np.shape(x), r) for (p, x), r in zip(leaves, found, strict=True)
+    ]
 
 
 @checked
-def _check_rule(axes: Any) -> None:
+def _check_rule(roles: Any) -> None:
     """Raise for what is neither a function, a rule nor a tree of roles."""
-    is_model = any(c.__module__.startswith("flax.") for c in type(axes).__mro__) and callable(axes)
+    is_model = any(
+        c.__module__.startswith("flax.") for c in type(roles).__mro__
+    ) and callable(roles)
     if is_model:
         raise ValueError(
-            "axes: `axes` is a model: pass its roles, jt.nnx.roles(model) or jt.linen.roles(module, x)"
+            "roles: `roles` is a model: pass its roles, jt.nnx.roles(model) or jt.linen.roles(module, x)"
         )
-    if isinstance(axes, str | bytes | bool | int | float | complex | type):
+    if isinstance(roles, str | bytes | bool | int | float | complex | type):
         raise ValueError(
-            f"axes: `axes` is a {type(axes).__name__}: give a function (path, shape) -> roles, a rule "
+            f"roles: `roles` is a {type(roles).__name__}: give a function (path, shape) -> roles, a rule "
             "(roles.by_path, jt.nnx.roles) or a tree of roles"
         )
 
@@ -331,17 +349,18 @@ def positions(roles: Roles, *words: str) -> tuple[int, ...]:
     return tuple(i for i, role in enumerate(roles) if role in words)
 
 
-def _flatten_like(params: Params, axes: Any) -> list[Any]:
+def _flatten_like(params: Params, roles: Any) -> list[Any]:
     def empty(x: Any) -> bool:
         return x is None or _tree.is_masked(x)
 
-    # A tree of roles may say something where params has None or where optax.masked hides a leaf.
+    # A tree of roles may say something where params has None or where optax.masked
+    # hides a leaf.
     leaves, structure = jax.tree.flatten(params, is_leaf=empty)
     try:
-        roles = structure.flatten_up_to(axes)
+        roles = structure.flatten_up_to(roles)
     except ValueError:
         raise ValueError(
-            f"axes: `axes` is a {type(axes).__name__} of another structure than the parameters: give "
+            f"roles: `roles` is a {type(roles).__name__} of another structure than the parameters: give "
             "a tuple of roles in place of every parameter, or a function or a rule"
         ) from None
     return [r for x, r in zip(leaves, roles, strict=True) if not empty(x)]
@@ -353,25 +372,29 @@ def _checked(path: str, shape: tuple[int, ...], roles: Any) -> Roles | None:
     _check_words(path, roles)
     if len(roles) != len(shape):
         raise ValueError(
-            f"axes: {path!r} has shape {tuple(shape)} but the roles {tuple(roles)}; give one per axis"
+            f"roles: {path!r} has shape {tuple(shape)} but the roles {tuple(roles)}; give one per axis"
         )
     return tuple(roles)
 
 
 def _check_words(name: str, roles: Any) -> None:
-    if not isinstance(roles, tuple | list) or not all(isinstance(role, str) for role in roles):
+    if not isinstance(roles, tuple | list) or not all(
+        isinstance(role, str) for role in roles
+    ):
         what = repr(roles) if isinstance(roles, str) else described(roles)
-        raise ValueError(f"axes: roles of {name!r} are {what}; use a tuple of {', '.join(ROLES)}")
+        raise ValueError(
+            f"roles: roles of {name!r} are {what}; use a tuple of {', '.join(ROLES)}"
+        )
     if any(role not in ROLES for role in roles):
         raise ValueError(
-            f"axes: roles of {name!r} are {tuple(roles)}; use a tuple of {', '.join(ROLES)}"
+            f"roles: roles of {name!r} are {tuple(roles)}; use a tuple of {', '.join(ROLES)}"
         )
 
 
 def _stacked(path: str, shape: tuple[int, ...], roles: Roles) -> Roles:
     if len(shape) < len(roles):
         raise ValueError(
-            f"axes: {path!r} has shape {tuple(shape)} but the rule gives {roles}; "
+            f"roles: {path!r} has shape {tuple(shape)} but the rule gives {roles}; "
             'give one role per axis (only leading axes may go without: they are "batch")'
         )
     return ("batch",) * (len(shape) - len(roles)) + roles
@@ -389,7 +412,8 @@ def _words(leaf: Any, roles: Roles | None, assumed: bool) -> str:
 
 def _notes(words: list[str], by_rank: list[Any], exact: bool) -> list[str]:
     """What to do about leaves without roles, and about those whose roles are an assumption."""
-    # A vector is one unit whatever its axis means, so those of a model's own parameters do not count.
+    # A vector is one unit whatever its axis means, so those of a model's own parameters
+    # do not count.
     undecided = sum(np.ndim(x) > 1 or not exact for x in by_rank)
     assumed = sum(w.endswith(_ASSUMED) for w in words)
     notes = []
@@ -401,7 +425,7 @@ def _notes(words: list[str], by_rank: list[Any], exact: bool) -> list[str]:
         )
         notes.append(
             f"{undecided} of {len(words)} leaves: {_BY_RANK}, as the transform's reference does "
-            f"without `axes`, which cannot tell stacked layers and heads; {cure}"
+            f"without `roles`, which cannot tell stacked layers and heads; {cure}"
         )
     if assumed:
         notes.append(

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from jaxtricks import (
     agc,
     amp,
@@ -64,12 +63,12 @@ CALLS = {
             "momentum_before_lr": False, "decay": "pow", "decay_rate": 0.8, "decay_offset": 0,
             "decay_cap": 1.0, "clipping_threshold": 1.0, "eps": (1e-30, 1e-3),
             "multiply_by_parameter_scale": True, "max_parameter_scale": None, "factored": True,
-            "min_dim_size_to_factor": 128, "axes": None, "clip_per_slice": True, "weight_decay": 0.0,
+            "min_dim_size_to_factor": 128, "roles": None, "clip_per_slice": True, "weight_decay": 0.0,
         },
     ),
     "memopt.sm3": (
         lambda **k: memopt.sm3(**k).init(PARAMS),
-        {"learning_rate": 0.1, "momentum": 0.9, "momentum_dtype": None, "axes": None, "eps": 1e-30},
+        {"learning_rate": 0.1, "momentum": 0.9, "momentum_dtype": None, "roles": None, "eps": 1e-30},
     ),
     "memopt.scale_by_sm3": (lambda **k: memopt.scale_by_sm3(**k).init(PARAMS), {"momentum": 0.9}),
     "memopt.stochastic_round": (memopt.stochastic_round, {"seed": 0}),
@@ -144,7 +143,10 @@ CALLS = {
         },
     ),
     "echo.num_steps": (echo.num_steps, {"fresh": 10, "batch": 2, "factor": 2.0}),
-    "echo.keys": (echo.keys, {"key": None, "ordinal": np.arange(3), "copy": np.arange(3)}),
+    "echo.augmentation_keys": (
+        echo.augmentation_keys,
+        {"key": None, "ordinal": np.arange(3), "copy": np.arange(3)},
+    ),
     "echo.echo_step": (echo.echo_step, {"step": step, "factor": 2, "augment": None}),
     "weightstd.standardize": (
         weightstd.standardize,
@@ -152,9 +154,9 @@ CALLS = {
     ),
     "weightstd.standardize_params": (
         weightstd.standardize_params,
-        {"params": PARAMS, "where": lambda path: path.endswith("kernel")},
+        {"params": PARAMS, "path_filter": lambda path: path.endswith("kernel")},
     ),
-    "weightstd.l2": (weightstd.l2, {"params": PARAMS, "scale": 1e-4, "where": None}),
+    "weightstd.l2": (weightstd.l2, {"params": PARAMS, "scale": 1e-4, "path_filter": None}),
     "weightstd.residual_scales": (weightstd.residual_scales, {"depths": [2, 2], "alpha": 0.2}),
     "weightstd.scaled_activation": (weightstd.scaled_activation, {"fn": jnp.tanh}),
     "weightstd.stochastic_depth": (weightstd.stochastic_depth, {"key": None, "x": X, "rate": 0.5}),
@@ -163,8 +165,8 @@ CALLS = {
         lambda **k: remat.checkpoint(**k)(X.T, X),
         {"fn": loss, "save": (), "offload": ()},
     ),
-    "remat.name": (remat.name, {"x": X, "label": "x"}),
-    "remat.memory": (lambda **k: remat.memory(k["fn"], X.T, X), {"fn": loss}),
+    "remat.checkpoint_name": (remat.checkpoint_name, {"x": X, "label": "x"}),
+    "remat.memory_analysis": (lambda **k: remat.memory_analysis(k["fn"], X.T, X), {"fn": loss}),
     "remat.scan": (
         remat.scan,
         {"body": lambda c, x: (c + x.sum(), None), "init": np.float32(0), "xs": X, "levels": "sqrt"},
@@ -206,7 +208,7 @@ CALLS = {
     "longtail.seesaw": (longtail.seesaw, {"counts": N, "p": 0.8, "q": 2.0}),
     "longtail.lade": (longtail.lade, {"counts": N, "lam": 0.01, "alpha": 0.1}),
     "longtail.equalization": (longtail.equalization, {"counts": N, "gamma": 0.9, "threshold": 0.1}),
-    "longtail.reduce": (longtail.reduce, {"per_example": Z[:, 0], "weights": None, "kind": "mean"}),
+    "longtail.reduce_loss": (longtail.reduce_loss, {"per_example": Z[:, 0], "weights": None, "kind": "mean"}),
     "longtail.equalization_v2": (longtail.equalization_v2, {"num_classes": 4, "gamma": 12.0}),
     "longtail.online_seesaw": (longtail.online_seesaw, {"num_classes": 4, "p": 0.8, "q": 2.0}),
     "longtail.class_mean": (longtail.class_mean, {"num_classes": 4, "num_features": 3, "momentum": 0.9}),

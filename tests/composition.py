@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from flax import linen, nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-import jaxtricks as jt
 from jaxtricks import KEYS, _table
 from jaxtricks.lab.models import ConvNorm
+
 from tests.bench import readme
 
 CLASSES, BATCH, STEPS = 4, 16, 12
@@ -141,9 +141,9 @@ MODELS = {"nnx": nnx_model, "linen": linen_model}
 def optimizer(on: frozenset[str], roles: Any) -> optax.GradientTransformation:
     """The chain."""
     rate = jt.cyclical.cyclical(RATE / 4, RATE, 4) if "cyclical" in on else RATE
-    links = [jt.agc.adaptive_grad_clip(0.1, axes=roles)] if "agc" in on else []
+    links = [jt.agc.adaptive_grad_clip(0.1, roles=roles)] if "agc" in on else []
     own = jt.memopt.adafactor(
-        rate, multiply_by_parameter_scale=False, min_dim_size_to_factor=4, axes=roles
+        rate, multiply_by_parameter_scale=False, min_dim_size_to_factor=4, roles=roles
     )
     tx = optax.chain(*links, own if "memopt" in on else optax.adam(rate))
     return jt.amp.dynamic_loss_scale(tx) if "amp" in on else tx

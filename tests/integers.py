@@ -4,10 +4,9 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks.reparam import AvgPool, Conv, Identity, Sequential, Sum
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 2))

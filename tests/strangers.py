@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-
 from jaxtricks import _tree
 
 

@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-
-import jaxtricks as jt
 from jaxtricks import agc
 
 SETTINGS = ("clip0.01_eps1e-3", "clip0.1_eps1e-3", "clip0.02_eps0.1_nesterov_wd")
@@ -88,7 +87,7 @@ def test_units(shape, roles, units, ours):
 
 
 def test_rank_6_has_no_rule():
-    with pytest.raises(ValueError, match=r"rank 6.*axes="):
+    with pytest.raises(ValueError, match=r"rank 6.*roles="):
         agc.adaptive_grad_clip().init({"w": jnp.ones((2,) * 6)})
 
 
@@ -150,14 +149,14 @@ def test_nothing_is_made_up_for_zeros(ours):
 def test_metrics_count_eligible_units(ours):
     params = {"head": jnp.ones((4, 3)), "w": jnp.ones((4, 2))}
     grads = {"head": jnp.full((4, 3), 100.0), "w": jnp.array([[1.0, 0.01]] * 4)}
-    tx = agc.adaptive_grad_clip(0.1, where=agc.exclude("head"))
+    tx = agc.adaptive_grad_clip(0.1, path_filter=agc.exclude("head"))
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     np.testing.assert_array_equal(updates["head"], grads["head"])
     metrics = jt.metrics((state, optax.EmptyState()))
     assert set(metrics) == {"agc/clipped_fraction", "agc/max_ratio"}
     np.testing.assert_allclose(metrics["agc/clipped_fraction"], 0.5)
     np.testing.assert_allclose(metrics["agc/max_ratio"], 1.0, rtol=1e-6)
-    nothing = agc.adaptive_grad_clip(0.1, where=lambda path: False)
+    nothing = agc.adaptive_grad_clip(0.1, path_filter=lambda path: False)
     _, state = nothing.update(grads, nothing.init(params), params)
     assert (state.clipped_fraction, state.max_ratio) == (0, 0)
 
@@ -173,7 +172,7 @@ def test_exclude_matches_whole_paths_and_modules():
 
 def test_exclude_that_matches_nothing_raises_but_not_under_masked():
     params = {"a": {"w": jnp.ones(3)}, "b": {"w": jnp.ones(3)}}
-    tx = agc.adaptive_grad_clip(where=agc.exclude("b/w", "c/w"))
+    tx = agc.adaptive_grad_clip(path_filter=agc.exclude("b/w", "c/w"))
     with pytest.raises(ValueError, match="'c/w'"):
         tx.init(params)
     optax.masked(tx, {"a": True, "b": False}).init(params)
@@ -197,13 +196,13 @@ def test_mistakes_say_what_to_do():
     with pytest.raises(ValueError, match="eps"):
         agc.adaptive_grad_clip(eps=np.float32(-1))
     with pytest.raises(ValueError, match="one per axis"):
-        agc.adaptive_grad_clip(axes={"w": ("in",)}).init({"w": jnp.ones((2, 3))})
+        agc.adaptive_grad_clip(roles={"w": ("in",)}).init({"w": jnp.ones((2, 3))})
     mixed = {"w": jnp.ones(3), "z": jnp.ones(3, jnp.complex64), "n": jnp.arange(3)}
     with pytest.raises(ValueError, match="'n' is int32"):
         agc.adaptive_grad_clip().init(mixed)
     with pytest.raises(ValueError, match="'z' is complex64"):
-        agc.adaptive_grad_clip(where=agc.exclude("n")).init(mixed)
-    agc.adaptive_grad_clip(where=agc.exclude("n", "z")).init(mixed)
+        agc.adaptive_grad_clip(path_filter=agc.exclude("n")).init(mixed)
+    agc.adaptive_grad_clip(path_filter=agc.exclude("n", "z")).init(mixed)
     tx = agc.adaptive_grad_clip()
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="'v'"):

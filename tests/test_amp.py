@@ -5,12 +5,11 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import amp
 
 
@@ -246,10 +245,10 @@ def test_skip_nonfinite_and_check():
         updates, state = tx.update(jnp.array([jnp.nan, 1.0]), state, params)
         assert (updates == 0).all()
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
-        amp.check(state)
+        amp.check_skipped(state)
     updates, state = tx.update(jnp.ones(2), state, params)
     assert (updates == -1).all()
-    amp.check(state)
+    amp.check_skipped(state)
     assert int(state.skipped) == 2
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from jaxtricks import amp
 
 APPLIED = 100  # steps that change parameters, in every run

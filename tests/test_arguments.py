@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from jaxtricks import agc, amp, cyclical, ebn, longtail, memopt, remat, weightstd
 from jaxtricks._arguments import ArgumentTypeError, checked
 

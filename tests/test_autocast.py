@@ -4,15 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax import lax
 from jax.experimental import pallas
-
-import jaxtricks as jt
 from jaxtricks import _compat, _jaxpr, _tree, amp
+
 from tests import zoo
 from tests.bench.amp_peers import PRODUCTS, distance, gradient64
 

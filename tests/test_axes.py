@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import agc, memopt
 from jaxtricks import roles as roles_lib
 
@@ -189,9 +188,9 @@ class Model(nnx.Module):
 
 
 TRANSFORMS = {
-    "agc": lambda axes: agc.adaptive_grad_clip(axes=axes),
-    "adafactor": lambda axes: memopt.adafactor(axes=axes),
-    "sm3": lambda axes: memopt.sm3(0.1, axes=axes),
+    "agc": lambda axes: agc.adaptive_grad_clip(roles=axes),
+    "adafactor": lambda axes: memopt.adafactor(roles=axes),
+    "sm3": lambda axes: memopt.sm3(0.1, roles=axes),
 }
 
 

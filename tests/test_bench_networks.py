@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtricks.lab.models import RepVGG
 from PIL import Image
 
-from jaxtricks.lab.models import RepVGG
 from tests.bench import image_task, network_arms, networks
 
 COUNTS = {"train": 4, "validation": 2, "test": 2}

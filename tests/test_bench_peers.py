@@ -4,8 +4,8 @@ import json
 import pathlib
 
 import pytest
-
 from jaxtricks.lab import report
+
 from tests.bench import peers, readme
 
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-
 from jaxtricks import remat
+
 from tests.bench import remat_chains as chains
 from tests.bench import remat_models, remat_plan
 
@@ -80,7 +80,10 @@ def test_every_network_gives_a_scalar_and_names_its_parts(name):
 def test_recomputation_saves_memory_where_the_table_says_so():
     model = remat_models.mlp(16, width=64, batch=512)
     ways = remat_plan.by_hand(model)
-    temp = {n: remat.memory(jax.grad(model.loss(c)), *model.shapes()).temp for n, c in ways.items()}
+    temp = {
+        n: remat.memory_analysis(jax.grad(model.loss(c)), *model.shapes()).temp
+        for n, c in ways.items()
+    }
     for way in ("sqrt(n) segments", "binary recursion"):
         assert temp[way] < 0.6 * temp["no remat"], way
 

@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import reparam
 
 BLOCKS = {

@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _tree
 
 NORM = functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)

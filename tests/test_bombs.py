@@ -10,10 +10,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import UnreadableError, arrays, image
+from PIL import Image
 
 GIB = 2**30
 BLOCK = 2**26

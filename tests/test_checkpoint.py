@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import _tree
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints
 from jaxtricks.lab.config import UserError

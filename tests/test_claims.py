@@ -5,10 +5,10 @@ import math
 import pathlib
 import re
 
-import pytest
-
 import jaxtricks as jt
+import pytest
 from jaxtricks import cli
+
 from tests.bench import claims, network_arms
 from tests.bench import claims_evidence as evidence
 from tests.bench.claims_evidence import Figures

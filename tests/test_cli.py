@@ -5,13 +5,12 @@ import subprocess
 import sys
 import zipfile
 
+import jaxtricks as jt
 import numpy as np
 import pytest
-from PIL import Image
-
-import jaxtricks as jt
 from jaxtricks import cli
 from jaxtricks.lab import find_lr, loop, plan
+from PIL import Image
 
 HEADS = (
     "What.",

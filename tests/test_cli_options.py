@@ -11,11 +11,11 @@ import zipfile
 
 import numpy as np
 import pytest
-
 from jaxtricks import KEYS, cli
 from jaxtricks.cli import commands, options
 from jaxtricks.lab import loop, plan, planning, train
 from jaxtricks.lab.config import Train
+
 from tests.test_cli import SMALL_TEXT, fails, make_images
 
 # What every command needs beside the option in question.

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-
 from jaxtricks.lab import collectives
 
 # As the compilers for TPU and GPU write them: layouts with tiles, asynchronous pairs, tuples.

@@ -10,8 +10,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
-
 from jaxtricks import _compat, _jaxpr
+
 from tests import flags
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -5,13 +5,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import KEYS
+
 from tests import composition
 from tests.bench import readme
 
@@ -104,9 +104,9 @@ def neutral(key):
     rate, adam = composition.RATE, optax.adam(composition.RATE)
     even = jt.longtail.logit_adjusted(np.full(composition.CLASSES, 7))
     constant = jt.cyclical.cyclical(rate, rate, 4)
-    whole = functools.partial(jt.memopt.adafactor, rate, axes=roles)
+    whole = functools.partial(jt.memopt.adafactor, rate, roles=roles)
     return {
-        "agc": ({"tx": optax.chain(jt.agc.adaptive_grad_clip(1e9, axes=roles), adam)}, {}),
+        "agc": ({"tx": optax.chain(jt.agc.adaptive_grad_clip(1e9, roles=roles), adam)}, {}),
         "cyclical": ({"tx": optax.adam(constant)}, {}),
         "longtail": ({"loss": even}, {}),
         "amp": ({"policy": "full", "tx": jt.amp.skip_nonfinite(adam)}, {}),
@@ -140,7 +140,7 @@ def test_standardizing_twice_is_standardizing_once():
 def test_fused_is_the_branches(more):
     on = frozenset({"reparam", *more})
     run = composition.train(on)
-    net = jt.nnx.filled(composition.Net(on, nnx.Rngs(0)), run.params, run.state)
+    net = jt.nnx.with_variables(composition.Net(on, nnx.Rngs(0)), run.params, run.state)
     net.eval()
     x = jnp.asarray(composition.images(8, seed=1)["image"])
     plain, report = jt.nnx.fuse(net, example=x)

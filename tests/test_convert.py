@@ -6,12 +6,12 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _tree, weightstd
+
 from tests import strangers
 from tests.strangers import trained
 from tests.test_fuse_layers import REFUSED, VALUES, own_promotion
@@ -211,7 +211,7 @@ def test_path_map_of_a_plain_checkpoint():
     model, _ = resnet()
     rules = {r".*conv1": AC, nnx.BatchNorm: jt.nnx.ExtendedBatchNorm}
     new = jt.nnx.convert(model, rules, rngs=nnx.Rngs(0), init="fresh")
-    paths = jt.nnx.plain_paths(new)
+    paths = jt.nnx.checkpoint_paths(new)
     plain = _tree.by_path(nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     there = _tree.by_path(nnx.to_pure_dict(nnx.state(new, (nnx.Param, nnx.BatchStat))))
     assert paths["blocks/0/conv1/kernel"] == "blocks/0/conv1/square/conv/kernel"

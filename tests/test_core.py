@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _jaxpr, _table, _tree
 
 

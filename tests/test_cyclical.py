@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks.cyclical import (
     cyclical,
     cyclical_momentum,

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import plot
 from jaxtricks.cyclical import lr_range_test
 

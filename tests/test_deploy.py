@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-
 from jaxtricks import cli
 from jaxtricks.lab import deploy
 from jaxtricks.lab.config import Fuse, UserError
+from safetensors.numpy import load_file
 
 SMALL = ["--steps", "12", "--batch", "32", "--widths", "8", "16", "--save-every", "12"]
 

@@ -16,7 +16,6 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
 from jaxtricks import _jaxpr, agc, memopt
 from jaxtricks.cyclical import cyclical, lr_range_test, one_cycle, warm_restarts
 
@@ -63,7 +62,7 @@ def state_shapes(tx, shape):
 
 
 def roles(*names):
-    """An `axes=` argument: the same roles for a leaf and, with "batch" in front, for a stack of it."""
+    """An `roles=` argument: the same roles for a leaf and, with "batch" in front, for a stack of it."""
     return lambda path, shape: ("batch",) * (len(shape) - len(names)) + names
 
 
@@ -92,7 +91,7 @@ class TestAdafactor:
         assert np.max(np.abs(error)) > 0.1, MEMOPT
         error = first(ours(min_dim_size_to_factor=2), g, g) - reference
         assert np.max(np.abs(error)) < 1e-5
-        same = ours(min_dim_size_to_factor=2, axes=memopt.PRESETS["big_vision"]["axes"])
+        same = ours(min_dim_size_to_factor=2, roles=memopt.PRESETS["big_vision"]["roles"])
         np.testing.assert_allclose(
             first(same, g, g), first(theirs(min_dim_size_to_factor=2), g, g), rtol=1e-5
         )
@@ -129,7 +128,7 @@ class TestAdafactor:
     )
     def test_factors_by_size_not_by_meaning(self, shape, names, wrong):
         assert wrong in state_shapes(optax.adafactor(1e-2), shape)[0], MEMOPT
-        tx = memopt.adafactor(axes=lambda *_: names, min_dim_size_to_factor=64)
+        tx = memopt.adafactor(roles=lambda *_: names, min_dim_size_to_factor=64)
         stacked = [n for n, name in zip(shape, names, strict=True) if name == "batch"]
         shapes, _ = state_shapes(tx, shape)
         assert wrong not in shapes
@@ -301,16 +300,16 @@ STACKED = {
     # The largest layer is clipped, and all are with it.
     "adafactor, clipping": (
         optax.adafactor(1.0, factored=False, multiply_by_parameter_scale=False),
-        memopt.adafactor(1.0, factored=False, multiply_by_parameter_scale=False, axes=MATRIX),
+        memopt.adafactor(1.0, factored=False, multiply_by_parameter_scale=False, roles=MATRIX),
         MEMOPT,
     ),
     "adafactor, as it stands": (
         optax.adafactor(1.0, min_dim_size_to_factor=4),
-        memopt.adafactor(1.0, min_dim_size_to_factor=4, axes=MATRIX),
+        memopt.adafactor(1.0, min_dim_size_to_factor=4, roles=MATRIX),
         MEMOPT,
     ),
-    "sm3": (optax.sm3(1.0, momentum=0.0), memopt.sm3(1.0, axes=MATRIX), MEMOPT),
-    "agc": (optax.adaptive_grad_clip(0.01), agc.adaptive_grad_clip(0.01, axes=MATRIX), AGC),
+    "sm3": (optax.sm3(1.0, momentum=0.0), memopt.sm3(1.0, roles=MATRIX), MEMOPT),
+    "agc": (optax.adaptive_grad_clip(0.01), agc.adaptive_grad_clip(0.01, roles=MATRIX), AGC),
 }
 
 
@@ -340,7 +339,7 @@ class TestAdaptiveGradClip:
         expected = g * np.minimum(1, bound / norm)
         off = lambda tx: np.max(np.abs(first(tx, g, np.ones_like(g)) / expected - 1))
         assert off(optax.adaptive_grad_clip(0.5)) > 0.1, AGC
-        assert off(agc.adaptive_grad_clip(0.5, axes=lambda *_: names)) < 1e-5
+        assert off(agc.adaptive_grad_clip(0.5, roles=lambda *_: names)) < 1e-5
 
     def test_zeroes_the_update_when_a_float16_norm_overflows(self):
         g, p = np.full((4096, 1), 100, np.float16), np.ones((4096, 1), np.float16)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from jaxtricks import agc, amp, cyclical, ebn, longtail, memopt, remat, reparam, weightstd
 
 INTEGERS = ["int4", "int8", "int16", "int32", "int64"]

@@ -4,12 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-
-import jaxtricks as jt
 from jaxtricks import ebn
 
 KERAS = [f"case{i:02d}" for i in range(9)]

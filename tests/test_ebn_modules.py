@@ -5,13 +5,13 @@ import functools
 import flax
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import jaxtricks as jt
 from tests.test_ebn import KERAS, close, part
 
 FLAX = "flax fixed this: remove the sentence from the ebn card"

@@ -9,7 +9,6 @@ from fractions import Fraction
 import grain
 import numpy as np
 import pytest
-
 from jaxtricks import echo
 from jaxtricks.echo._schedules import Constant, rational
 

@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import grain
 import pytest
-
 from jaxtricks import echo
 from jaxtricks.echo._auto_factor import Tuner
 from jaxtricks.echo._iterables import IterableSource

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from jaxtricks import echo
 from jaxtricks.echo._checks import MOST_COPIES
 
@@ -445,6 +444,6 @@ def test_keys_asks_for_one_typed_key(unchecked):
     many = jax.random.split(jax.random.key(0), 3)
     for key, match in ((legacy, "wrap_key_data"), (many, r"\(3,\)"), (0, "key"), (None, "key")):
         with pytest.raises(ValueError, match=rf"^echo\.keys: `key` .*{match}"):
-            echo.keys(key, jnp.arange(2), jnp.zeros(2, int))
-    typed = echo.keys(jax.random.wrap_key_data(legacy), 3, 1)
-    assert typed == echo.keys(jax.random.key(0), 3, 1)
+            echo.augmentation_keys(key, jnp.arange(2), jnp.zeros(2, int))
+    typed = echo.augmentation_keys(jax.random.wrap_key_data(legacy), 3, 1)
+    assert typed == echo.augmentation_keys(jax.random.key(0), 3, 1)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 from grain import experimental as grain_experimental
-
 from jaxtricks import echo
+
 from tests.bench import echo_arms, echo_quality
 from tests.bench.image_task import Split
 

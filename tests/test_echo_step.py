@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import _jaxpr, echo
 
 
@@ -40,7 +39,7 @@ def test_copies_differ_and_repeat_themselves():
     np.testing.assert_array_equal(four(0, jnp.zeros(8), jnp.uint32(1), key)[1], views[1])
     # the keys of tagged elements are the same
     for copy in range(4):
-        [k] = echo.keys(key, jnp.array([1]), jnp.array([copy]))
+        [k] = echo.augmentation_keys(key, jnp.array([1]), jnp.array([copy]))
         np.testing.assert_array_equal(noisy(k, jnp.zeros(8)), views[1][copy])
 
 
@@ -94,11 +93,11 @@ def test_it_runs_inside_the_users_own_jit_and_on_a_mesh():
 
 def test_keys_have_the_shape_of_their_numbers():
     key = jax.random.key(0)
-    ks = echo.keys(key, np.arange(6).reshape(2, 3), 1)
+    ks = echo.augmentation_keys(key, np.arange(6).reshape(2, 3), 1)
     assert (
         ks.shape == (2, 3) and len(np.unique(jax.random.key_data(ks).reshape(6, -1), axis=0)) == 6
     )
-    assert echo.keys(key, 4, 2) == jax.random.fold_in(jax.random.fold_in(key, 4), 2)
+    assert echo.augmentation_keys(key, 4, 2) == jax.random.fold_in(jax.random.fold_in(key, 4), 2)
 
 
 def test_a_factor_that_is_no_whole_number_is_refused():

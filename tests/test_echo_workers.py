@@ -11,7 +11,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
-
 from jaxtricks import echo
 
 PLACES = ("after the workers", "inside them")

@@ -34,8 +34,6 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from PIL import Image
-
 from jaxtricks import amp, cli
 from jaxtricks.lab import (
     compose,
@@ -52,6 +50,8 @@ from jaxtricks.lab import (
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.data import look
+from PIL import Image
+
 from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
@@ -430,12 +430,12 @@ def test_bursts_of_overflow_under_float16_are_skipped_and_survived():
         step, inputs = (loud, x * 1e6) if i in bursts else (quiet, x)
         new, after, loss = step(params, state, inputs)
         row = row + 1 if i in bursts else 0
-        assert bool(amp.applied(state, after)) == (i not in bursts)
+        assert bool(amp.step_applied(state, after)) == (i not in bursts)
         assert int(after.consecutive) == row and amp.all_finite((new, after.inner_state))
         same = jax.tree.map(lambda a, b: bool((a == b).all()), params, new)
         assert jax.tree.all(same) == (i in bursts)
         params, state = new, after
-        amp.check(state)
+        amp.check_skipped(state)
         scales.append(float(state.scale))
         losses.append(float(loss))
     assert int(state.skipped) == 6
@@ -450,13 +450,13 @@ def test_check_knows_a_loss_scale_too():
     params = jnp.ones(2)
     state = tx.init(params)
     for _ in range(2):
-        amp.check(state)
+        amp.check_skipped(state)
         _, state = tx.update(jnp.full(2, jnp.nan), state, params)
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
-        amp.check(state)
-    assert not amp.applied(tx.init(params), state)
+        amp.check_skipped(state)
+    assert not amp.step_applied(tx.init(params), state)
     with pytest.raises(ValueError, match="found neither dynamic_loss_scale nor"):
-        amp.applied(optax.EmptyState(), optax.EmptyState())
+        amp.step_applied(optax.EmptyState(), optax.EmptyState())
 
 
 # Data.

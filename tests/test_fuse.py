@@ -5,13 +5,13 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import nnx
 from jax import export
-
-import jaxtricks as jt
 from jaxtricks import _tree, weightstd
+
 from tests import strangers
 from tests.strangers import trained
 
@@ -285,13 +285,15 @@ def test_blocks_with_a_normalization_behind_them():
 
 def test_part_of_a_model():
     model, x = stranger("ResNet")
-    plain, report = jt.nnx.fuse(model, example=x, where=lambda path: path.startswith("blocks/0/"))
+    plain, report = jt.nnx.fuse(
+        model, example=x, path_filter=lambda path: path.startswith("blocks/0/")
+    )
     assert {row.layer.split("/")[1] for row in report.layers} == {"0"} and len(report.layers) == 4
     np.testing.assert_allclose(plain(x), model(x), atol=2e-6)
-    by_norm = jt.nnx.fuse(model, example=x, where=lambda path: path == "bn_init")[1]
+    by_norm = jt.nnx.fuse(model, example=x, path_filter=lambda path: path == "bn_init")[1]
     assert [row.layer for row in by_norm.layers] == ["conv_init"]
     with pytest.raises(ValueError, match="`where` chooses nothing"):
-        jt.nnx.fuse(model, example=x, where=lambda path: path == "head")
+        jt.nnx.fuse(model, example=x, path_filter=lambda path: path == "head")
 
 
 def test_training_mode_and_untouched_statistics_are_refused():
@@ -305,7 +307,7 @@ def test_training_mode_and_untouched_statistics_are_refused():
     model = Chain(conv(), norm(), block)
     model.eval()
     with pytest.raises(ValueError, match="'layers/1' were never updated"):
-        jt.nnx.fuse(model, example=x, where=lambda path: path == "layers/1")
+        jt.nnx.fuse(model, example=x, path_filter=lambda path: path == "layers/1")
     trained(model, x)
     model.layers[2].train()
     with pytest.raises(ValueError, match="layers/2/.*norm.*training mode"):

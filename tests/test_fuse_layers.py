@@ -6,12 +6,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import weightstd
 
 UNIFORM = nnx.initializers.uniform(0.4)

@@ -9,11 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from PIL import Image
-
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays, example_proto, files, image
+from PIL import Image
+
 from tests import mangle
 
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-
 from jaxtricks import cli, remat
 from jaxtricks.lab import compare, data, deploy, run_report, rundir, runs
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints, Restored
@@ -22,6 +21,7 @@ from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.hosts import Hosts
 from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.trainer import Trainer
+
 from tests import mangle
 from tests.test_fuzz import TIMES, allowed
 

@@ -7,7 +7,6 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-
 from jaxtricks import remat
 
 

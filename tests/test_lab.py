@@ -8,10 +8,9 @@ import zipfile
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
-
-import jaxtricks as jt
 from jaxtricks import _jaxpr, cli
 from jaxtricks.lab import (
     ablate,
@@ -29,6 +28,7 @@ from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
+
 from tests import mangle
 from tests.test_cli import make_images
 
@@ -193,7 +193,7 @@ def test_a_planned_step_trains_what_the_step_trains(digits):
     before, after = map(jax.tree.leaves, (state.model_state, results[1][1]))
     assert all((a != b).any() for a, b in zip(before, after, strict=True))  # batch statistics
     compiled = jax.jit(planned, donate_argnums=0)
-    peak = jt.remat.memory(compiled, state, batches[0]).peak
+    peak = jt.remat.memory_analysis(compiled, state, batches[0]).peak
     assert peak == found.peak <= found.budget < found.baseline
 
 

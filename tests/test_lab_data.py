@@ -12,15 +12,14 @@ import warnings
 import zipfile
 import zlib
 
+import jaxtricks as jt
 import numpy as np
 import pytest
-from PIL import Image
-
-import jaxtricks as jt
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays, image, look, splits, trees
 from jaxtricks.lab.data.source import Source, UnreadableError
+from PIL import Image
 
 RNG = np.random.default_rng(0)
 

@@ -7,11 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
-
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import files, image, lists, source
+from PIL import Image, ImageOps
+
 from tests import mangle
 from tests.test_lab_data import classes, encode, pack, pixels, refused, write
 

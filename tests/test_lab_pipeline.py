@@ -9,11 +9,9 @@ import zipfile
 
 import grain
 import jax
+import jaxtricks as jt
 import numpy as np
 import pytest
-from PIL import Image
-
-import jaxtricks as jt
 from jaxtricks.lab import config, data
 from jaxtricks.lab.data import batches as batches_lib
 from jaxtricks.lab.data import trees
@@ -23,6 +21,7 @@ from jaxtricks.lab.data.walk import walk
 from jaxtricks.lab.feed import Feed, Reads
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
+from PIL import Image
 
 # The order.
 

@@ -7,11 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import example_proto
+from PIL import Image
 
 writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter
 

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-
 from jaxtricks import _compat, agc, amp, memopt
+
 from tests import registry
 
 TRANSFORMS = sorted(registry.GRADIENT_TRANSFORMS)
@@ -27,7 +27,7 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 # What shapes, strings and functions decide; optax would make arrays or schedules of them.
-STATIC = ("axes", "where", "weight_decay_mask", "min_dim_size_to_factor")
+STATIC = ("roles", "path_filter", "weight_decay_mask", "min_dim_size_to_factor")
 
 
 def make(name, **kwargs):
@@ -162,7 +162,7 @@ def test_state_is_float32_or_better(name, dtype, x64, ours):
 @every_transform
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_update_of_stacked_is_stacked_update(name, dtype, x64, ours):
-    if "axes" not in inspect.signature(registry.GRADIENT_TRANSFORMS[name]).parameters:
+    if "roles" not in inspect.signature(registry.GRADIENT_TRANSFORMS[name]).parameters:
         pytest.skip("has no `axes`")
     roles = {"m": ("in", "out"), "h": ("in", "out", "out"), "v": ("none",), "s": ()}
     shapes = {"m": (12, 9), "h": (8, 2, 5), "v": (7,), "s": ()}
@@ -176,7 +176,7 @@ def test_update_of_stacked_is_stacked_update(name, dtype, x64, ours):
         }
 
     def runner(axes):
-        tx = make(name, axes=axes)
+        tx = make(name, roles=axes)
         init, update = jax.jit(tx.init), jax.jit(tx.update)
 
         def run(params, *grads):

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _tree
+
 from tests import registry
 
 pytestmark = pytest.mark.parametrize("name", sorted(registry.MODULES))

@@ -5,13 +5,12 @@ import functools
 import flax
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-
-import jaxtricks as jt
 from jaxtricks import _tree
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (6, 9, 8, 4)).astype(np.float32)
@@ -131,7 +130,7 @@ class Net(nn.Module):
         x = nn.vmap(
             nn.Dense,
             in_axes=None,
-            variable_axes={"params": self.axis},
+            variable_roles={"params": self.axis},
             split_rngs={"params": True},
             axis_size=3,
         )(5)(x)
@@ -252,7 +251,7 @@ def test_a_diverse_block_of_boxed_and_stacked_parameters():
     close(run(block), run(plain), 0)
     stack = nn.vmap(
         jt.linen.DiverseBranchBlock,
-        variable_axes={"params": 0, "batch_stats": 0},
+        variable_roles={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
         in_axes=None,
         axis_size=4,

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
-
-import jaxtricks as jt
 from jaxtricks import _tree, weightstd
+
 from tests import strangers
 
 STATS = ["batch_stats"]
@@ -33,7 +33,7 @@ def trained(module, x, **flags):
 
 def same(module, variables, example, where=None, **flags):
     """The fused module, compared on another input, jitted."""
-    fused, small, report = jt.linen.fuse(module, variables, example=example, where=where)
+    fused, small, report = jt.linen.fuse(module, variables, example=example, path_filter=where)
     x = example[0] if isinstance(example, tuple) else example
     y = image(*x.shape, seed=3)
     expected = module.apply(variables, y, **flags)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import longtail
+
 from tests import registry
 from tests.reference import longtail as reference
 
@@ -74,7 +74,7 @@ def evaluate(key, logits, labels, counts):
 
         def total(z):
             per_example = make(n)(z, labels)
-            return longtail.reduce(per_example, w, "weighted_mean"), per_example
+            return longtail.reduce_loss(per_example, w, "weighted_mean"), per_example
 
         (loss, per_example), grad = jax.value_and_grad(total, has_aux=True)(z)
         return loss, grad, per_example if w is None else per_example * w
@@ -116,7 +116,7 @@ def test_golden_tensorflow(golden):
     for tau in (0.5, 1.0, 2.0):
 
         def total(z, tau=tau):
-            return longtail.reduce(longtail.logit_adjusted(n, tau)(z, y), kind="mean")
+            return longtail.reduce_loss(longtail.logit_adjusted(n, tau)(z, y), kind="mean")
 
         loss, grad = jax.jit(jax.value_and_grad(total))(z)
         close(loss, arrays[f"{file}la_tau{tau}__loss"], 1e-6)
@@ -127,7 +127,7 @@ def test_golden_tensorflow(golden):
     for beta in (0.99, 0.9999):
 
         def balanced(z, beta=beta):
-            return longtail.reduce(longtail.class_balanced(n, beta)(z, y))
+            return longtail.reduce_loss(longtail.class_balanced(n, beta)(z, y))
 
         loss, grad = jax.jit(jax.value_and_grad(balanced))(z)
         close(loss, arrays[f"{file}cb_softmax_beta{beta}_gamma0.0__loss"], 1e-6)
@@ -455,7 +455,7 @@ def test_static_mistakes_raise_and_name_the_argument():
     with pytest.raises(ValueError, match="counts"):
         longtail.posthoc.adjust(np.zeros((2, 3), np.float32), COUNTS)
     with pytest.raises(Exception, match="kind"):
-        longtail.reduce(np.zeros(3, np.float32), None, "median")
+        longtail.reduce_loss(np.zeros(3, np.float32), None, "median")
     with pytest.raises(ValueError, match="beta"):
         longtail.weights.effective_number(COUNTS, 1.0)
     with pytest.raises(ValueError, match="imbalance"):
@@ -493,15 +493,15 @@ def test_labels_that_do_not_fit_the_logits_raise():
 
 def test_reduce():
     losses, w = jnp.array([1.0, 3.0, 5.0]), jnp.array([1.0, 0.0, 3.0])
-    assert float(longtail.reduce(losses)) == 3
-    assert float(longtail.reduce(losses, w)) == pytest.approx(16 / 3)
-    assert float(longtail.reduce(losses, w, "weighted_mean")) == 4
-    assert float(longtail.reduce(losses, w, "sum")) == 16
-    assert float(longtail.reduce(losses, jnp.array([True, True, False]), "weighted_mean")) == 2
+    assert float(longtail.reduce_loss(losses)) == 3
+    assert float(longtail.reduce_loss(losses, w)) == pytest.approx(16 / 3)
+    assert float(longtail.reduce_loss(losses, w, "weighted_mean")) == 4
+    assert float(longtail.reduce_loss(losses, w, "sum")) == 16
+    assert float(longtail.reduce_loss(losses, jnp.array([True, True, False]), "weighted_mean")) == 2
     for kind in ("mean", "weighted_mean", "sum"):
-        assert float(longtail.reduce(jnp.zeros(0), None, kind)) == 0
-        assert float(longtail.reduce(jnp.array([jnp.nan]), jnp.array([0.0]), kind)) == 0
-    assert longtail.reduce(losses.astype(jnp.bfloat16)).dtype == jnp.float32
+        assert float(longtail.reduce_loss(jnp.zeros(0), None, kind)) == 0
+        assert float(longtail.reduce_loss(jnp.array([jnp.nan]), jnp.array([0.0]), kind)) == 0
+    assert longtail.reduce_loss(losses.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_class_counts_on_host_and_device():

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from jaxtricks import cli
 from jaxtricks.lab import longtail_bench, longtail_report
 from jaxtricks.lab.config import UserError

@@ -4,15 +4,15 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _tree, longtail
 from jaxtricks.longtail import decoupling, heads, posthoc
+
 from tests.reference import posthoc as reference
 
 RNG = np.random.default_rng(3)

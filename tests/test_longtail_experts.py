@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-
 from jaxtricks import longtail
 from jaxtricks.longtail import distill, experts, heads
+
 from tests.reference import longtail_experts as reference
 
 pytestmark = pytest.mark.usefixtures("ours")
@@ -60,7 +60,7 @@ def ride_post(n):
 
     def loss(z, y):
         own = jnp.sum(jax.vmap(lambda z: scaled_ldam(n)(z, y))(z), axis=0)
-        weighted = longtail.reduce(own, weights[y], "weighted_mean")
+        weighted = longtail.reduce_loss(own, weights[y], "weighted_mean")
         return weighted + apart(z, y).mean()
 
     return loss

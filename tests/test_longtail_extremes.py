@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from jaxtricks import longtail
 from jaxtricks.longtail import distill, experts, heads, metrics, mix, posthoc
 

@@ -4,12 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _tree, longtail
 from jaxtricks.longtail import decoupling, heads
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-
 from jaxtricks import longtail, plot
 from jaxtricks.longtail import metrics
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from tests.reference import longtail_sampling as reference
 
 SCORES = (

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
 from jaxtricks import echo, longtail
 from jaxtricks._random_bits import permuted
 from jaxtricks.lab import compose, config
@@ -20,6 +19,7 @@ from jaxtricks.lab.data.source import Source
 from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.placement import Placement
 from jaxtricks.longtail import sampling, weights
+
 from tests.reference import longtail_sampling as reference
 
 COUNTS = np.array([90, 40, 0, 9, 1])

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-
 from jaxtricks import longtail
 from jaxtricks.longtail import heads
+
 from tests.reference import longtail_experts as reference
 
 pytestmark = pytest.mark.usefixtures("ours")

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-
-import jaxtricks as jt
 from jaxtricks import memopt
 from jaxtricks.memopt._adafactor import layout
+
 from tests.reference import memopt as reference
 
 STACKED = {"matrix_5x7": ("batch", "none"), "heads_36x6x8": ("batch", "in", "out")}
@@ -71,7 +71,7 @@ MESH = {
     "stacked_dim0": {
         "learning_rate": 0.01,
         "min_dim_size_to_factor": 4,
-        "axes": lambda path, shape: STACKED.get(path),
+        "roles": lambda path, shape: STACKED.get(path),
     },
 }
 
@@ -115,7 +115,7 @@ def test_adafactor_equals_t5x(setting, golden, ours):
     arrays, meta = golden("adafactor_t5x")
     tx = memopt.adafactor(
         **memopt.PRESETS["t5x"] | T5X[setting],
-        axes=as_roles(meta["factor_rule"]),
+        roles=as_roles(meta["factor_rule"]),
         min_dim_size_to_factor=meta["min_dim_size_to_factor"],
     )
     errors, state = deviation((arrays, meta), setting, tx, np.float32)
@@ -207,7 +207,7 @@ def test_ties_go_to_the_earlier_axes():
 )
 def test_what_is_factored(shape, roles, min_dim, factored):
     tx = memopt.scale_by_adafactor(
-        axes=None if roles is None else lambda path, shape: roles, min_dim_size_to_factor=min_dim
+        roles=None if roles is None else lambda path, shape: roles, min_dim_size_to_factor=min_dim
     )
     state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct(shape, jnp.float32)})
     assert isinstance(state.v["w"], memopt.Factored) == factored
@@ -293,7 +293,7 @@ def test_clip_and_scale_per_slice(ours):
     results = {}
     for per_slice in (True, False):
         tx = memopt.scale_by_adafactor(
-            axes={"w": ("batch", "in", "out")},
+            roles={"w": ("batch", "in", "out")},
             min_dim_size_to_factor=2,
             clipping_threshold=0.1,
             multiply_by_parameter_scale=False,
@@ -366,7 +366,7 @@ def test_injected_rate_takes_effect_and_a_traced_size_says_what_to_do():
 
 
 def test_roles_say_what_is_a_slice_for_sm3(ours):
-    tx = memopt.sm3(0.1, axes=jt.roles.by_path({"w": ("in", "out"), "b": ("none",)}))
+    tx = memopt.sm3(0.1, roles=jt.roles.by_path({"w": ("in", "out"), "b": ("none",)}))
     state = tx.init({"w": jnp.ones((3, 4, 5)), "b": jnp.ones((3, 5))})
     assert [a.shape for a in state.v["w"]] == [(3, 4), (3, 5)]
     assert [a.shape for a in state.v["b"]] == [(3, 5)]
@@ -404,12 +404,12 @@ def test_scale_by_is_the_update_without_rate_and_sign(ours):
         (lambda: memopt.adafactor(decay_rate=-0.8), "decay_rate"),
         (lambda: memopt.adafactor(decay="adam", decay_rate=1.5), "decay_rate"),
         (lambda: memopt.sm3(0.1, eps=-1), "eps"),
-        (lambda: memopt.sm3(0.1, axes={"w": ("in",)}).init({"w": jnp.ones((2, 3))}), "one per axis"),
-        (lambda: memopt.adafactor(axes={"w": ("row", "in")}).init({"w": jnp.ones((2, 3))}), "'row'"),
+        (lambda: memopt.sm3(0.1, roles={"w": ("in",)}).init({"w": jnp.ones((2, 3))}), "one per axis"),
+        (lambda: memopt.adafactor(roles={"w": ("row", "in")}).init({"w": jnp.ones((2, 3))}), "'row'"),
         (lambda: memopt.adafactor().init({"z": jnp.ones(3, jnp.complex64)}), "'z' is complex64"),
         (lambda: memopt.sm3(0.1).init({"z": jnp.ones(3, jnp.complex64)}), "'z' is complex64"),
         (lambda: memopt.adafactor().init({"n": jnp.arange(3)}), "int32"),
-        (lambda: memopt.adafactor(axes=jt.roles.by_path({"x": ("in",)})).init({"w": jnp.ones(3)}), "'x'"),
+        (lambda: memopt.adafactor(roles=jt.roles.by_path({"x": ("in",)})).init({"w": jnp.ones(3)}), "'x'"),
     ],
 )  # fmt: skip
 def test_mistakes_say_what_to_do(make, says):

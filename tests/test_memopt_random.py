@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import memopt
 from jaxtricks.memopt import _adafactor, _leaves
+
 from tests.reference import memopt as reference
 
 # Rows first, columns first, interleaved, stacked in front and in the middle, with "none" axes.
@@ -60,7 +60,7 @@ def test_adafactor(name, seed, x64, ours):
     )
     tx = memopt.adafactor(
         0.1,
-        axes=lambda path, shape: roles,
+        roles=lambda path, shape: roles,
         min_dim_size_to_factor=2,
         clipping_threshold=clip,
         decay_rate=power,
@@ -83,7 +83,7 @@ def test_sm3(name, x64, ours):
     slots, expected = {}, p.copy()
     for g in grads:
         expected = expected - 0.1 * reference.sm3(g, slots, roles)
-    tx = memopt.sm3(0.1, axes=lambda path, shape: roles)
+    tx = memopt.sm3(0.1, roles=lambda path, shape: roles)
     got = run(tx, {"w": jnp.asarray(p)}, grads)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * np.max(np.abs(expected)))
 

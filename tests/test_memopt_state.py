@@ -7,14 +7,13 @@ import chex
 import flax
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import jaxtricks as jt
 from jaxtricks import _random_bits, _tree, memopt
 from jaxtricks.memopt import _momentum
 
@@ -45,19 +44,19 @@ ROLES = {
 # Of every optimizer the state of "w", "stack" and "heads".
 PLACED = {
     "adafactor": (
-        memopt.adafactor(1e-2, axes=ROLES),
+        memopt.adafactor(1e-2, roles=ROLES),
         [(P("data"), P("model")), (P(None, "data"), P(None, "model")), (P(("data", "model")), P())],
     ),
     "sm3": (
-        memopt.sm3(0.1, axes=ROLES),
+        memopt.sm3(0.1, roles=ROLES),
         [
             (P("data"), P("model")),
             (P(None, "data"), P(None, "model")),
             (P(("data", "model")), P(), P()),
         ],
     ),
-    "momentum": (memopt.adafactor(beta1=0.9, axes=ROLES), None),
-    "int8": (memopt.sm3(0.1, momentum=0.9, momentum_dtype="int8", axes=ROLES), None),
+    "momentum": (memopt.adafactor(beta1=0.9, roles=ROLES), None),
+    "int8": (memopt.sm3(0.1, momentum=0.9, momentum_dtype="int8", roles=ROLES), None),
 }
 
 
@@ -188,7 +187,7 @@ def test_table_counts_every_byte(tx):
 
 
 def test_table_names_what_did_not_factor_and_what_that_costs():
-    table = memopt.state_table(memopt.adafactor(axes=ROLES), arrays())
+    table = memopt.state_table(memopt.adafactor(roles=ROLES), arrays())
     assert table.notes == ()
     table = memopt.state_table(optax.chain(memopt.adafactor(min_dim_size_to_factor=200)), arrays())
     assert [note.split(" is not factored: ")[0] for note in table.notes] == ["heads", "odd"]
@@ -295,7 +294,7 @@ def test_average_and_parameter_are_mapped_together():
 
 
 @pytest.mark.parametrize(
-    "axes",
+    "roles",
     [
         {"w": ("in", "out"), "b": ("none",)},
         jt.roles.by_path({"w": ("in", "out"), "b": ("none",)}),
@@ -305,8 +304,8 @@ def test_average_and_parameter_are_mapped_together():
 )
 def test_mapped_with_roles(axes):
     params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
-    clip = jt.agc.adaptive_grad_clip(axes=axes, where=jt.agc.exclude("b"))
-    tx = optax.chain(clip, memopt.adafactor(axes=axes), memopt.sm3(0.1, axes=axes))
+    clip = jt.agc.adaptive_grad_clip(roles=axes, path_filter=jt.agc.exclude("b"))
+    tx = optax.chain(clip, memopt.adafactor(roles=axes), memopt.sm3(0.1, roles=axes))
     state = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, tx.init(params))
     assert all(np.all(x == 1) for x in jax.tree.leaves((state[1].v, state[2].v)))
 
@@ -440,7 +439,7 @@ def test_int8_seeds_are_of_step_and_path(ours):
 
 def test_int8_in_an_nnx_optimizer():
     model = nnx.Linear(128, 6, rngs=nnx.Rngs(0))
-    tx = memopt.sm3(0.1, momentum=0.9, momentum_dtype="int8", axes=jt.nnx.roles(model))
+    tx = memopt.sm3(0.1, momentum=0.9, momentum_dtype="int8", roles=jt.nnx.roles(model))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -472,15 +471,15 @@ def test_the_advice_is_computed_from_the_leaf_and_its_roles():
         return memopt.state_table(memopt.adafactor(**kwargs), params).notes
 
     (by_rank,) = notes((1024, 16, 64))
-    assert by_rank.endswith("where 8.0 KiB would do: pass axes=, or lower min_dim_size_to_factor")
+    assert by_rank.endswith("where 8.0 KiB would do: pass roles=, or lower min_dim_size_to_factor")
     for shape, kwargs in (
         ((8, 32), {}),
-        ((8, 32), {"axes": {"w": ("in", "out")}}),
-        ((64, 4, 16), {"axes": {"w": ("in", "out", "out")}}),
-        ((12, 64, 64), {"axes": {"w": ("batch", "in", "out")}}),
+        ((8, 32), {"roles": {"w": ("in", "out")}}),
+        ((64, 4, 16), {"roles": {"w": ("in", "out", "out")}}),
+        ((12, 64, 64), {"roles": {"w": ("batch", "in", "out")}}),
     ):
         (note,) = notes(shape, **kwargs)
-        assert note.endswith("would do: lower min_dim_size_to_factor") and "axes" not in note
-    assert not notes((12, 256), axes={"w": ("batch", "none")})
-    assert not notes((4, 64), axes={"w": ("none", "none")}, min_dim_size_to_factor=4)
+        assert note.endswith("would do: lower min_dim_size_to_factor") and "roles" not in note
+    assert not notes((12, 256), roles={"w": ("batch", "none")})
+    assert not notes((4, 64), roles={"w": ("none", "none")}, min_dim_size_to_factor=4)
     assert not notes((64, 64), factored=False)

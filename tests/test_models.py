@@ -5,12 +5,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _jaxpr, _tree
 from jaxtricks.lab import models
 

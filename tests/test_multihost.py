@@ -15,8 +15,8 @@ import time
 
 import numpy as np
 import pytest
-
 from jaxtricks.lab import hosts, rundir
+
 from tests.run_dirs import log_of
 
 pytestmark = pytest.mark.slow

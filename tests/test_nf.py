@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import weightstd as ws
 
 # DeepMind's table (nfnets/base.py), made by sampling: 1e-3 is its accuracy.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import weightstd as ws
+
 from tests.test_nf import TABLE
 
 

@@ -4,14 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import jaxtricks as jt
 
 X = np.random.default_rng(0).normal(size=(512, 16)).astype(np.float32)
 BUDGET = {"budget_bytes": 0.75, "wrt": "temp", "max_compiles": 3}
@@ -117,7 +116,7 @@ def test_the_promised_peak_is_the_compiled_one():
         value, grads = nnx.value_and_grad(plan.fn)(model, x)
         return value, grads, nnx.state(model, nnx.Not(nnx.Param))
 
-    compiled = jt.remat.memory(jax.jit(train), state, X)
+    compiled = jt.remat.memory_analysis(jax.jit(train), state, X)
     assert abs(compiled.temp - plan.peak) <= 0.01 * plan.peak
 
 

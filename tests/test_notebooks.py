@@ -6,12 +6,11 @@ import pathlib
 import re
 import types
 
+import jaxtricks as jt
 import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
-
-import jaxtricks as jt
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

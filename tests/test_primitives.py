@@ -26,10 +26,10 @@ from jax.extend.core import Primitive, primitives
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
 from jaxtricks import _compat, _jaxpr, amp, remat
 from jaxtricks.amp import _precision_analysis
 from jaxtricks.remat import _memory, _stages
+
 from tests import flags
 
 MODULES = (

@@ -5,12 +5,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-import jaxtricks as jt
 from tests import strangers
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -8,10 +8,9 @@ import sys
 import venv
 import zipfile
 
+import jaxtricks as jt
 import nbformat
 import pytest
-
-import jaxtricks as jt
 
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = {"chex", "flax", "jax", "jaxtyping", "numpy", "optax"}

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
-
-import jaxtricks as jt
 from jaxtricks import remat
 from jaxtricks.remat import _memory, _recompute
 
@@ -37,7 +36,10 @@ def segments(wrap, closing):
 def test_memory_falls_and_gradients_are_bit_equal(closing):
     weights, x = mlp(16)
     plain, ours = segments(lambda f: f, closing), segments(remat.recompute_grad, closing)
-    before, after = remat.memory(plain, weights, x), remat.memory(ours, weights, x)
+    before, after = (
+        remat.memory_analysis(plain, weights, x),
+        remat.memory_analysis(ours, weights, x),
+    )
     # 16 activations fall to 4 inputs and 4 live ones (measured 0.49 of the bytes).
     assert after.temp < 0.6 * before.temp
     assert 1.25 < after.flops / before.flops < 1.4
@@ -65,7 +67,7 @@ def test_growth_is_the_square_root_of_the_depth():
             return x.mean()
 
         # Gradients of the weights grow with n whatever is saved: differentiate by the input.
-        temps.append(remat.memory(jax.grad(loss, 1), weights, x).temp)
+        temps.append(remat.memory_analysis(jax.grad(loss, 1), weights, x).temp)
     assert 0.4 < np.log(temps[1] / temps[0]) / np.log(4) < 0.65
 
 
@@ -171,7 +173,7 @@ def test_sharded_arguments_keep_their_sharding(kind):
 
 def test_memory_reports_bytes_and_trip_counts():
     x = jax.ShapeDtypeStruct((32, 32), jnp.float32)
-    report = remat.memory(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+    report = remat.memory_analysis(jax.jit(lambda x: x + 1, donate_argnums=0), x)
     assert (report.args, report.outs, report.alias, report.peak) == (
         4096,
         4096,
@@ -183,7 +185,7 @@ def test_memory_reports_bytes_and_trip_counts():
     def loop(x):
         return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=7)[0]
 
-    assert remat.memory(loop, x).flops == 7 * 2 * 32**3
+    assert remat.memory_analysis(loop, x).flops == 7 * 2 * 32**3
     conv = lambda x, w: jax.lax.conv_general_dilated(
         x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

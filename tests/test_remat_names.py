@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
-
 from jaxtricks import _compat, _jaxpr, remat
 from jaxtricks.remat import _recompute
+
 from tests import flags
 
 from .test_remat import mlp
@@ -26,8 +26,8 @@ def remat3(request):
 def block(p, x):
     q, k, v = (x @ p[s] for s in "qkv")
     a = jax.nn.softmax(q @ k.T) @ v
-    x = x + remat.name(a, "attention") @ p["o"]
-    return x + jax.nn.gelu(remat.name(x @ p["up"], "up")) @ p["down"]
+    x = x + remat.checkpoint_name(a, "attention") @ p["o"]
+    return x + jax.nn.gelu(remat.checkpoint_name(x @ p["up"], "up")) @ p["down"]
 
 
 def stack(layers=3, tokens=128, width=32):
@@ -78,7 +78,7 @@ def test_saved_names_cost_bytes_and_spare_operations(remat3):
         "both": saving("attention", "up"),
     }.items():
         fn = jax.value_and_grad(loss(wrap))
-        reports[label] = remat.memory(fn, params, x)
+        reports[label] = remat.memory_analysis(fn, params, x)
     plain, nothing, attention, both = reports.values()
     assert plain.flops < both.flops < attention.flops < nothing.flops
     # Measured 0.36 to 0.40: what is saved is small beside what one block makes while it runs.
@@ -102,7 +102,7 @@ def test_closures_keywords_static_and_integer_arguments(remat3):
         def run(w, x):
             def fn(x, *, flag, table, scale):
                 assert flag == "up"
-                return {"y": remat.name(x @ w, "y") * scale["s"], "n": table + 1}
+                return {"y": remat.checkpoint_name(x @ w, "y") * scale["s"], "n": table + 1}
 
             out = wrap(fn)(x, flag="up", table=jnp.arange(2), scale={"s": 2.0})
             return (jnp.sin(out["y"]) * out["n"][None]).sum()
@@ -115,7 +115,7 @@ def test_closures_keywords_static_and_integer_arguments(remat3):
 
 def test_vmap_scan_and_bfloat16(remat3):
     def fn(w, x):
-        return jnp.sin(remat.name(w * x, "product"))
+        return jnp.sin(remat.checkpoint_name(w * x, "product"))
 
     f, w, xs = remat.checkpoint(fn, save="product"), jnp.float32(0.7), jnp.linspace(0, 1, 5)
     ref = lambda w, x: jnp.sin(w * x)
@@ -134,7 +134,7 @@ def test_same_dropout_mask_in_both_passes(remat3):
     key, x = jax.random.key(0), jnp.ones(64)
 
     def fn(key, x):
-        return remat.name(x * 3, "scaled") * jax.random.bernoulli(key, 0.5, x.shape)
+        return remat.checkpoint_name(x * 3, "scaled") * jax.random.bernoulli(key, 0.5, x.shape)
 
     f = remat.checkpoint(fn, save="scaled")
     np.testing.assert_array_equal(f(key, x), jax.grad(lambda x: f(key, x).sum())(x))
@@ -150,9 +150,9 @@ def test_names_in_a_loop_go_to_jax(remat3):
 
     def fn(x):
         def body(c, _):
-            return jnp.sin(remat.name(c * 2, "inner")), None
+            return jnp.sin(remat.checkpoint_name(c * 2, "inner")), None
 
-        return jax.lax.scan(body, remat.name(x * x, "outer"), None, length=3)[0].sum()
+        return jax.lax.scan(body, remat.checkpoint_name(x * x, "outer"), None, length=3)[0].sum()
 
     # Where XLA's CPU backend keeps barriers, all of them do.
     outer_too = _recompute.barriers_hold()
@@ -161,7 +161,7 @@ def test_names_in_a_loop_go_to_jax(remat3):
         equal(jax.grad(f)(x), jax.grad(fn)(x))
         found = primitives(f, x)
         assert ("checkpoint" in found, "custom_vjp_call" in found) == (to_jax, not to_jax)
-    kept = lambda save: remat.residuals(remat.checkpoint(fn, save=save), x).rows
+    kept = lambda save: remat.saved_residuals(remat.checkpoint(fn, save=save), x).rows
     if not remat3:
         assert any(shape == "f32[3,4]" for _, shape, *_ in kept("inner"))
         assert all(shape == "f32[4]" for _, shape, *_ in kept("outer"))
@@ -169,7 +169,7 @@ def test_names_in_a_loop_go_to_jax(remat3):
 
 def test_arguments_of_jax_checkpoint(remat3):
     def fn(x, power):
-        return jnp.sin(remat.name(x**power, "power"))
+        return jnp.sin(remat.checkpoint_name(x**power, "power"))
 
     x = jnp.float32(0.5)
     want = jax.grad(lambda x: fn(x, 2))(x)
@@ -183,7 +183,9 @@ def test_arguments_of_jax_checkpoint(remat3):
 
 
 def test_offload_asks_for_the_memory_of_the_host():
-    fn = lambda x: jnp.sin(remat.name(x * 2, "a")) * jnp.sin(remat.name(x * 3, "b"))
+    fn = lambda x: (
+        jnp.sin(remat.checkpoint_name(x * 2, "a")) * jnp.sin(remat.checkpoint_name(x * 3, "b"))
+    )
     f = remat.checkpoint(fn, offload="a", save="b")
     text = str(jax.make_jaxpr(jax.grad(lambda x: f(x).sum()))(jnp.ones(4)))
     assert "host" in text
@@ -195,7 +197,10 @@ def test_offload_asks_for_the_memory_of_the_host():
 
 
 def test_mistakes_of_names(remat3):
-    fn = lambda x: remat.name(x, "here") * jax.checkpoint(lambda x: remat.name(x, "there"))(x)
+    fn = lambda x: (
+        remat.checkpoint_name(x, "here")
+        * jax.checkpoint(lambda x: remat.checkpoint_name(x, "there"))(x)
+    )
     with pytest.raises(ValueError, match="'here', 'there'"):
         remat.checkpoint(fn, save="nowhere")(1.0)
     with pytest.raises(ValueError, match="'here', 'there'"):
@@ -208,20 +213,22 @@ def test_mistakes_of_names(remat3):
 
 
 def test_a_named_residual_has_the_line_that_named_it():
-    name = inspect.unwrap(remat.name)  # the type checker of the tests would stand in between
-    table = remat.residuals(lambda x: jnp.sin(name(jnp.exp(x), "e")).sum(), jnp.ones(3))
+    name = inspect.unwrap(
+        remat.checkpoint_name
+    )  # the type checker of the tests would stand in between
+    table = remat.saved_residuals(lambda x: jnp.sin(name(jnp.exp(x), "e")).sum(), jnp.ones(3))
     (where,) = [row[3] for row in table.rows if row[2] == "e"]
     assert "test_remat_names.py" in where
 
 
 def test_table_of_residuals(remat3):
     def fn(params, n, x):
-        y = jnp.tanh(remat.name(x @ params["w"], "hidden"))
-        y = remat.name(jnp.exp(y), "exponential") ** 2
+        y = jnp.tanh(remat.checkpoint_name(x @ params["w"], "hidden"))
+        y = remat.checkpoint_name(jnp.exp(y), "exponential") ** 2
         return (y * y * n[None]).sum(), n
 
     params, n, x = {"w": jnp.ones((8, 64))}, jnp.arange(64), jnp.ones((16, 8))
-    table = remat.residuals(fn, params, n, x)
+    table = remat.saved_residuals(fn, params, n, x)
     made = [row[2] for row in table.rows]
     # Since jax 0.11.2 the derivative of tanh reads 1 - tanh(x)^2.
     slope = "tanh" if "tanh" in made else "one_minus_square"
@@ -235,10 +242,10 @@ def test_table_of_residuals(remat3):
     assert len(table.rows) == len(set(table.rows))
 
     # A wrapper that recomputes keeps its arguments and the names it is told to.
-    table = remat.residuals(remat.recompute_grad(fn), params, n, x)
+    table = remat.saved_residuals(remat.recompute_grad(fn), params, n, x)
     assert {row[2] for row in table.rows} == {"argument"}
     assert table.notes[0].startswith("0 B kept")
-    table = remat.residuals(remat.checkpoint(fn, save="hidden"), params, n, x)
+    table = remat.saved_residuals(remat.checkpoint(fn, save="hidden"), params, n, x)
     assert {row[2] for row in table.rows} == {"argument", "hidden"}
     assert table.notes[0].startswith("4.0 KiB kept")
 
@@ -289,7 +296,7 @@ def test_the_detector_is_silent_for_ours(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         effect = remat.check_effective(loss(wrap), layers, x)
-    plain = remat.memory(jax.value_and_grad(loss(lambda f: f)), layers, x)
+    plain = remat.memory_analysis(jax.value_and_grad(loss(lambda f: f)), layers, x)
     assert effect and effect.saved == plain.temp - effect.with_.temp > 0
     assert effect.without.flops == plain.flops < effect.with_.flops
     assert "without" in str(effect)
@@ -308,7 +315,7 @@ def test_the_detector_looks_into_loops(wrap):
         return run
 
     effect = remat.check_effective(scanned(wrap), params, x)
-    plain = remat.memory(jax.value_and_grad(scanned(lambda f: f)), params, x)
+    plain = remat.memory_analysis(jax.value_and_grad(scanned(lambda f: f)), params, x)
     assert effect
     assert abs(effect.without.temp - plain.temp) < 0.02 * plain.temp
 
@@ -329,8 +336,8 @@ def test_mistakes_of_the_detector():
 
 
 def test_names_go_through_jax_as_its_own(remat3):
-    tree = remat.name({"a": jnp.ones(2), "b": (jnp.arange(3),)}, "tree")
+    tree = remat.checkpoint_name({"a": jnp.ones(2), "b": (jnp.arange(3),)}, "tree")
     assert jax.tree.map(jnp.shape, tree) == {"a": (2,), "b": ((3,),)}
     # What others named counts as well.
     f = remat.checkpoint(lambda x: jnp.sin(checkpoint_name(x * 2, "theirs")), save="theirs")
-    assert {row[2] for row in remat.residuals(f, jnp.ones(4)).rows} >= {"theirs"}
+    assert {row[2] for row in remat.saved_residuals(f, jnp.ones(4)).rows} >= {"theirs"}

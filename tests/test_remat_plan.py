@@ -6,15 +6,15 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import jaxtyping
 import numpy as np
 import optax
 import pytest
-
-import jaxtricks as jt
 from jaxtricks import _compat, _jaxpr, remat
 from jaxtricks.remat import _planner as budgets
 from jaxtricks.remat import _stages
+
 from tests.flags import remat3
 
 pytestmark = pytest.mark.stock
@@ -97,7 +97,7 @@ def close(a, b):
 def test_the_compiled_program_meets_the_budget_with_the_same_gradients(model, budget):
     loss, params, x = model()
     plan = remat.plan(loss, params, x, budget_bytes=budget, wrt="temp")
-    measured = remat.memory(jax.value_and_grad(plan.fn), params, x)
+    measured = remat.memory_analysis(jax.value_and_grad(plan.fn), params, x)
     assert plan.baseline == plan.unplanned.temp
     assert plan.peak == measured.temp <= (budget if budget > 1 else budget * plan.baseline)
     assert 0 < plan.extra_flops == measured.flops / plan.unplanned.flops - 1 < 0.7
@@ -116,7 +116,11 @@ def test_a_budget_that_is_met_anyway_changes_nothing():
     loss, params, x = mlp(3)
     plan = remat.plan(loss, params, x, budget_bytes="1GiB")
     assert plan.fn is loss and plan.compiles == 0 and plan.extra_flops == 0
-    assert plan.peak == plan.baseline == remat.memory(jax.value_and_grad(loss), params, x).peak
+    assert (
+        plan.peak
+        == plan.baseline
+        == remat.memory_analysis(jax.value_and_grad(loss), params, x).peak
+    )
 
 
 def test_less_memory_never_costs_less_and_the_smallest_is_named():
@@ -134,12 +138,12 @@ def test_a_plan_is_read_back_with_the_same_bytes():
     loss, params, x = transformer()
     plan = remat.plan(loss, params, x, budget_bytes=0.5, wrt="temp", max_compiles=3)
     again = remat.plan_from_json(plan.to_json(), loss)
-    assert remat.memory(jax.value_and_grad(again.fn), params, x).temp == plan.peak
+    assert remat.memory_analysis(jax.value_and_grad(again.fn), params, x).temp == plan.peak
     if hasattr(
         jax.config, "jax_remat3"
     ):  # the default to come: its barriers leave the cotangent out
         with remat3():
-            assert remat.memory(jax.value_and_grad(again.fn), params, x).temp == plan.peak
+            assert remat.memory_analysis(jax.value_and_grad(again.fn), params, x).temp == plan.peak
     assert (again.peak, again.extra_flops, str(again)) == (plan.peak, plan.extra_flops, str(plan))
     with pytest.raises(ValueError, match="plan again"):
         again.fn(params, x.astype(jnp.bfloat16))
@@ -165,7 +169,7 @@ def test_within_the_users_donated_step():
 
     plan = remat.plan(loss, params, x, budget_bytes=0.8, within=step_of)
     step, args = step_of(plan.fn)
-    report = remat.memory(step, *args)
+    report = remat.memory_analysis(step, *args)
     assert report.peak == plan.peak <= 0.8 * plan.baseline and report.alias > 0
     one = remat.plan(loss, params, x, budget_bytes=0.8, within=lambda f: jax.jit(jax.grad(f)))
     assert one.peak < plan.peak  # no optimizer in it
@@ -180,7 +184,7 @@ def test_auto_remat_plans_once_a_signature_inside_jit_vmap_and_autocast():
     close(jax.tree.map(lambda g: g[0], rows), want)
     cast = jt.amp.autocast(loss)
     plan = remat.plan(cast, params, x, budget_bytes=0.6, wrt="temp")
-    temp = remat.memory(jax.value_and_grad(cast), params, x).temp
+    temp = remat.memory_analysis(jax.value_and_grad(cast), params, x).temp
     assert plan.baseline == temp
     assert plan.peak <= 0.6 * temp
     with pytest.raises(ValueError, match="closes over traced"):
@@ -290,7 +294,7 @@ def machine(monkeypatch):
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(machine):
     loss, params, x = mlp()
-    whole = remat.memory(jax.value_and_grad(loss), params, x)
+    whole = remat.memory_analysis(jax.value_and_grad(loss), params, x)
     machine(whole.temp // 2)
     found = remat.plan(loss, params, x, budget_bytes=whole.peak)
     assert found.report.temp <= whole.temp // 2

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import remat
 from jaxtricks.remat import _sequential
+
 from tests.flags import remat3
 
 pytestmark = pytest.mark.stock  # bytes, and gradients to the last bits
@@ -72,10 +72,10 @@ def test_sequential_is_the_chain(n, cut, ours):
     ("cut", "passes"), [("sqrt", 2), ("log", None), (5, 2), ([10], 2)], ids=str
 )
 def test_sequential_recomputes_each_segment_once(cut, passes):
-    runs = remat.memory(
+    runs = remat.memory_analysis(
         gradient(remat.sequential([layer] * 10, cut)), parameters(10), SHAPE((64, 8), "float32")
     ).flops
-    plain = remat.memory(
+    plain = remat.memory_analysis(
         gradient(chain([layer] * 10)), parameters(10), SHAPE((64, 8), "float32")
     ).flops
     # Three products a layer; every pass more adds one.
@@ -114,7 +114,7 @@ def sequential_temp(n, cut, argnums, d=64, batch=512):
     params = [{"w": SHAPE((d, d), "float32"), "b": SHAPE((), "float32")}] * n
     run = remat.sequential([layer] * n, cut)
     grad = jax.grad(lambda p, x: (run(p, x) ** 2).mean(), argnums)
-    return remat.memory(grad, params, SHAPE((batch, d), "float32")).temp
+    return remat.memory_analysis(grad, params, SHAPE((batch, d), "float32")).temp
 
 
 def test_sequential_grows_with_the_root():
@@ -138,7 +138,7 @@ def test_the_last_segment_is_not_kept_through_a_head():
             return (jnp.tanh(run(ws, x) @ head) ** 2).mean()
 
         w, head, x = (SHAPE(s, "float32") for s in ((32, 32), (32, 512), (256, 32)))
-        return remat.memory(jax.value_and_grad(loss, (0, 1)), [w] * 16, head, x).temp
+        return remat.memory_analysis(jax.value_and_grad(loss, (0, 1)), [w] * 16, head, x).temp
 
     def unwrapped(ws, x):
         return chain([fat] * 4)(ws[12:], remat.sequential([fat] * 12, 3)(ws[:12], x))
@@ -265,7 +265,7 @@ def scan_temp(scan, n, d=64, batch=512):
         return (scan(body, x, params)[0] ** 2).mean()
 
     params = {"w": SHAPE((n, d, d), "float32"), "b": SHAPE((n,), "float32")}
-    return remat.memory(jax.grad(loss, (0, 1)), params, SHAPE((batch, d), "float32")).temp
+    return remat.memory_analysis(jax.grad(loss, (0, 1)), params, SHAPE((batch, d), "float32")).temp
 
 
 @pytest.mark.parametrize("flag", [False, True], ids=["", "remat3"])
@@ -287,7 +287,7 @@ def test_scan_in_logarithmic_levels_keeps_fewer_carries():
             body = lambda c, _: (jnp.tanh(jnp.sin(c) * c), None)
             return remat.scan(body, x, length=n, levels=levels)[0].sum()
 
-        return remat.memory(jax.grad(loss), SHAPE((4096,), "float32")).temp
+        return remat.memory_analysis(jax.grad(loss), SHAPE((4096,), "float32")).temp
 
     # 4 loops of 4 steps, not 2 of 16.
     assert temp("log") < 0.75 * temp("sqrt") < 0.2 * temp(1)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import reparam as rp
+
 from tests.reference import reparam as reference
 
 SEEDS = range(27)

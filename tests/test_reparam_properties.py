@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import _compat
 from jaxtricks import reparam as rp
+
 from tests.reference import reparam as reference
 from tests.test_reparam import random_conv, random_norm
 

@@ -8,15 +8,14 @@ import subprocess
 import sys
 
 import jax
+import jaxtricks as jt
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
-
-import jaxtricks as jt
 from jaxtricks import plot
 from jaxtricks.lab import compare, run_report
 from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 STEPS = (10, 20, 30, 40)
 

@@ -14,11 +14,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from jaxtricks.lab import run_report, rundir, runs, train
 from jaxtricks.lab.config import Text, Train, Tricks
 from jaxtricks.lab.parallel_config import Parallel
+from PIL import Image
+
 from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.

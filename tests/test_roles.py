@@ -5,12 +5,11 @@ from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _tree
 from jaxtricks import roles as roles_lib
 
@@ -402,7 +401,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        lift = dict(LIFT, variable_axes={"params": self.axis})
+        lift = dict(LIFT, variable_roles={"params": self.axis})
         if self.how == "scan":
             return nn.scan(self.body, length=4, in_axes=(), **lift)(name="stack")(x)[0]
         if self.how == "remat":
@@ -474,7 +473,7 @@ def test_linen_recurrent_wrapped_and_partitioned_layers_in_nested_stacks(axis):
         Cell,
         in_axes=None,
         axis_size=4,
-        variable_axes={"params": axis},
+        variable_roles={"params": axis},
         metadata_params={nn.PARTITION_NAME: "inner"},
         **LIFT,
     )
@@ -488,7 +487,7 @@ def test_linen_recurrent_wrapped_and_partitioned_layers_in_nested_stacks(axis):
         Outer,
         length=4,
         in_axes=(),
-        variable_axes={"params": 0},
+        variable_roles={"params": 0},
         metadata_params={nn.PARTITION_NAME: "outer"},
         **LIFT,
     )
@@ -506,7 +505,7 @@ class Shared(nn.Module):
     def setup(self):
         self.embed = nn.Embed(4, 4)
         self.stack = nn.vmap(
-            nn.Dense, in_axes=None, axis_size=4, variable_axes={"params": 1}, **LIFT
+            nn.Dense, in_axes=None, axis_size=4, variable_roles={"params": 1}, **LIFT
         )(4)
         self.layers = [nn.Dense(4), {"a": nn.LayerNorm()}]
         self.user = User(self.layers[0])
@@ -679,7 +678,7 @@ class Bridged(nn.Module):
             lambda bridge, x: bridge(x),
             in_axes=(None,),
             axis_size=4,
-            variable_axes={"params": 2},
+            variable_roles={"params": 2},
             **LIFT,
         )
         return step(nnx.bridge.ToLinen(Inside4, name="bridge"), x)
@@ -802,9 +801,9 @@ def test_every_leaf_of_linen_models_is_decided(module, x):
 
 
 TRANSFORMS = {
-    "agc": lambda rule: jt.agc.adaptive_grad_clip(0.1, axes=rule),
-    "adafactor": lambda rule: jt.memopt.adafactor(0.1, min_dim_size_to_factor=2, axes=rule),
-    "sm3": lambda rule: jt.memopt.sm3(0.1, axes=rule),
+    "agc": lambda rule: jt.agc.adaptive_grad_clip(0.1, roles=rule),
+    "adafactor": lambda rule: jt.memopt.adafactor(0.1, min_dim_size_to_factor=2, roles=rule),
+    "sm3": lambda rule: jt.memopt.sm3(0.1, roles=rule),
 }
 
 
@@ -854,7 +853,7 @@ def test_scanned_linen_attention_updates_as_its_layers_do(tx):
         @nn.compact
         def __call__(self, x):
             body = lambda block, x: (block(x), None)
-            lift = dict(LIFT, variable_axes={"params": 0}, length=3, in_axes=())
+            lift = dict(LIFT, variable_roles={"params": 0}, length=3, in_axes=())
             return nn.scan(body, **lift)(LinenEncoder(name="block"), x)[0]
 
     modules = Scanned(), LinenEncoder()

@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import jaxtricks as jt
 from jaxtricks import _random_bits as bits
 from jaxtricks import memopt
 from jaxtricks.memopt import _stochastic_rounding
@@ -201,8 +200,8 @@ def test_the_last_link_of_the_documented_order():
     model = nnx.Linear(8, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     roles = jt.nnx.roles(model)
     chain = optax.chain(
-        jt.agc.adaptive_grad_clip(0.1, axes=roles),
-        memopt.adafactor(1e-2, axes=roles, min_dim_size_to_factor=4),
+        jt.agc.adaptive_grad_clip(0.1, roles=roles),
+        memopt.adafactor(1e-2, roles=roles, min_dim_size_to_factor=4),
         memopt.stochastic_round(0),
     )
     optimizer = nnx.Optimizer(model, jt.amp.dynamic_loss_scale(chain, init=4.0), wrt=nnx.Param)

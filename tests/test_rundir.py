@@ -7,7 +7,6 @@ import sys
 import threading
 
 import pytest
-
 from jaxtricks.lab import rundir
 from jaxtricks.lab.config import Ablate, LrFind, Train, UserError
 from jaxtricks.lab.longtail_config import LongtailBench

@@ -1,11 +1,11 @@
 """The sharded decoder of the scale table: one device's numbers on eight."""
 
 import jax
+import jaxtricks as jt
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-import jaxtricks as jt
 from tests.bench import scale_model as model
 
 SIZE = model.Size(layers=2, width=32, hidden=64, heads=4, length=16, vocabulary=64)
@@ -14,7 +14,7 @@ SIZE = model.Size(layers=2, width=32, hidden=64, heads=4, length=16, vocabulary=
 def trained(devices, recompute, policy="p=f32,c=f32,o=f32", steps=3):
     """(losses, last parameters) of some steps on a mesh of so many devices."""
     mesh = Mesh(np.array(jax.devices()[:devices]), (model.AXIS,))
-    tx = jt.memopt.adafactor(1e-2, axes=model.ROLES, min_dim_size_to_factor=8)
+    tx = jt.memopt.adafactor(1e-2, roles=model.ROLES, min_dim_size_to_factor=8)
     params = model.draw(SIZE)
     tokens = jax.random.randint(jax.random.key(1), (8, SIZE.length + 1), 0, SIZE.vocabulary)
     fn = jt.amp.autocast(model.loss(SIZE, mesh, recompute), policy, scan_carry="auto")
@@ -48,6 +48,6 @@ def test_autocast_of_the_sharded_step_is_close():
 @pytest.mark.parametrize("optimizer", ["adafactor", "sm3"])
 def test_roles_are_exact_so_that_the_state_is_sides_only(optimizer):
     size = SIZE._replace(width=256, hidden=512, vocabulary=512)
-    made = getattr(jt.memopt, optimizer)(1e-3, axes=model.ROLES)
+    made = getattr(jt.memopt, optimizer)(1e-3, roles=model.ROLES)
     params = model.shapes(size)
     assert jt.memopt.state_bytes(made, params) < 0.02 * jt._tree.nbytes(params)

@@ -16,13 +16,13 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _compat, amp
+
 from tests.test_agc import arrays_of
 from tests.test_blocks_golden import dbb_names, fill, params_of, repvgg_names, state_of
 from tests.test_ebn import part
@@ -354,7 +354,7 @@ ROWS = {
         'jt.memopt.adafactor(**jt.memopt.PRESETS["hf"])', trajectory("adafactor_hf", "defaults")
     ),
     "优化器节省显存-T5X": Row(
-        "jt.memopt.adafactor(0.01, axes=roles, min_dim_size_to_factor=4)",
+        "jt.memopt.adafactor(0.01, roles=roles, min_dim_size_to_factor=4)",
         trajectory("adafactor_t5x", "lr0.01", np.float32),
     ),
     "优化器节省显存-SM3": Row("jt.memopt.sm3(0.1, momentum=0.9)", trajectory("sm3", "m0.9_lr0.1")),

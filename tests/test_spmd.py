@@ -9,16 +9,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import jaxtricks as jt
 from jaxtricks import _compat, amp, longtail, memopt, remat
 from jaxtricks.lab import collectives
+
 from tests import registry
 
 pytestmark = pytest.mark.devices

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxtricks import KEYS, _tree
 from jaxtricks.lab import collectives, data, loop
 from jaxtricks.lab.config import IDLE, Text, Train, Tricks

@@ -5,12 +5,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks.nnx._flags import FLAGS
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (4, 5, 5, 3)).astype(np.float32)

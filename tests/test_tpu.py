@@ -68,7 +68,7 @@ from jaxtricks import remat
 size, tx, on = model.Size(2, 512, 1024, 4, 256, 4096), optax.adamw(1e-3), scale.mesh("v5e:4x4")
 report = scale.compiled(size, "v5e:4x4", tx, scale.AUTOCAST, scale.LAYER)
 params, state = scale.paper_bytes(model.shapes(size), tx, on)
-nothing = remat.memory(lambda x: x + 1, jax.ShapeDtypeStruct((), "float32", sharding=tpu.chip()))
+nothing = remat.memory_analysis(lambda x: x + 1, jax.ShapeDtypeStruct((), "float32", sharding=tpu.chip()))
 print(json.dumps([report.args, report.alias, params + state, nothing.temp]))
 """
 

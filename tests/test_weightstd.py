@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import pytest
 from flax import linen, nnx
-
-import jaxtricks as jt
 from jaxtricks import weightstd as ws
+
 from tests.reference import weightstd as reference
 
 HAIKU = [f"case{i:02d}" for i in range(12)]
@@ -205,21 +205,21 @@ def test_standardize_params(ours):
     params = {"stack": {"kernel": kernels, "bias": jnp.ones((3, 6))}, "skip": [None, jnp.ones(2)]}
     rule = jt.roles.by_path({"stack/kernel": ("batch", "in", "out")}, strict=False)
     out = jax.jit(
-        lambda p: ws.standardize_params(p, where=lambda path: "kernel" in path, axes=rule)
+        lambda p: ws.standardize_params(p, path_filter=lambda path: "kernel" in path, roles=rule)
     )(params)
     np.testing.assert_allclose(out["stack"]["kernel"], jax.vmap(ws.standardize)(kernels), rtol=2e-6)
     assert np.array_equal(out["stack"]["bias"], params["stack"]["bias"])
     with pytest.raises(ValueError, match="chooses no parameter"):
-        ws.standardize_params(params, where=lambda path: False)
+        ws.standardize_params(params, path_filter=lambda path: False)
     with pytest.raises(ValueError, match="at 'stack/bias'|at 'skip/1'"):
-        ws.standardize_params(params, where=lambda path: path == "skip/1")
+        ws.standardize_params(params, path_filter=lambda path: path == "skip/1")
 
 
 def test_l2_is_the_sum_of_squares_of_kernels(ours):
     params = {"a": {"kernel": jnp.full((2, 3), 2.0, jnp.bfloat16), "bias": jnp.ones(3)}}
     assert float(ws.l2(params)) == pytest.approx(24e-4)
     assert ws.l2(params).dtype == jnp.float32
-    assert float(ws.l2(params, 1.0, where=lambda path: path.endswith("bias"))) == 3.0
+    assert float(ws.l2(params, 1.0, path_filter=lambda path: path.endswith("bias"))) == 3.0
     assert float(ws.l2({}, 1.0)) == 0.0
     gradient = jax.grad(lambda p: ws.l2(p, 1e-2))({"kernel": jnp.ones((2, 2))})
     np.testing.assert_allclose(gradient["kernel"], 2e-2)  # add_decayed_weights(2 * scale)

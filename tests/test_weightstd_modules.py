@@ -4,15 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _jaxpr
 from jaxtricks import weightstd as ws
+
 from tests.test_weightstd import HAIKU, TIMM, close, pair, part
 
 X = np.random.default_rng(0).normal(size=(2, 8, 7, 4)).astype(np.float32)
@@ -111,7 +111,7 @@ def test_baked_parameters_are_those_of_a_plain_convolution(framework, preset):
         apply, plain = module.apply, conv.apply
         run = lambda f, p: f({"params": p}, X)
     params = {**params, "gain": jnp.linspace(-1.0, 2.0, 6), "bias": jnp.arange(6.0)}
-    baked = ws.bake(params, preset=preset)
+    baked = ws.fold_params(params, preset=preset)
     assert jax.tree.structure(baked) == jax.tree.structure(dict(like))
     np.testing.assert_allclose(run(plain, baked), run(apply, params), rtol=1e-5, atol=1e-5)
 
@@ -125,18 +125,18 @@ def test_bake_finds_its_kernels(ours):
         "head": {"kernel": jnp.ones((4, 2))},
     }
     hat = ws.standardize(kernel)
-    baked = jax.jit(ws.bake)(params)
+    baked = jax.jit(ws.fold_params)(params)
     np.testing.assert_allclose(baked["layers"][0]["kernel"], 2 * hat, rtol=1e-6)
     assert "gain" not in baked["layers"][0] and "gain" in baked["scale"]
     np.testing.assert_array_equal(baked["layers"][1]["kernel"], kernel)
-    chosen = ws.bake(params, where=lambda path: path == "layers/1/kernel")
+    chosen = ws.fold_params(params, path_filter=lambda path: path == "layers/1/kernel")
     np.testing.assert_allclose(chosen["layers"][1]["kernel"], hat, rtol=1e-6)
     assert "gain" in chosen["layers"][0]
     assert "gain" in params["layers"][0]  # the argument is as it was
     with pytest.raises(ValueError, match="chosen by `where`"):
-        ws.bake(params, where=lambda path: False)
+        ws.fold_params(params, path_filter=lambda path: False)
     with pytest.raises(ValueError, match="`gain` beside it"):
-        ws.bake({"head": params["head"]})
+        ws.fold_params({"head": params["head"]})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -147,8 +147,8 @@ def test_sixteen_bit_kernels_have_float32_statistics_everywhere(dtype):
     x = jnp.asarray(X, dtype)
     exact = ws.standardize(low.astype(jnp.float32))
     expected = exact.astype(dtype)
-    baked = ws.bake({"kernel": low, "gain": jnp.ones(6, dtype)})["kernel"]
-    params = ws.standardize_params({"kernel": low}, where=lambda path: True)["kernel"]
+    baked = ws.fold_params({"kernel": low, "gain": jnp.ones(6, dtype)})["kernel"]
+    params = ws.standardize_params({"kernel": low}, path_filter=lambda path: True)["kernel"]
     for got in (baked, params, ws.standardized().kernel(low)):
         assert got.dtype == dtype
         np.testing.assert_array_equal(np.float32(got), np.float32(expected))
@@ -177,8 +177,8 @@ def test_sixteen_bit_kernels_have_float32_statistics_everywhere(dtype):
         lambda k: nnx.Conv(
             4, 4, (1, 1), feature_group_count=4, conv_general_dilated=ws.standardized(), rngs=nnx.Rngs(0)
         )(X),
-        lambda k: ws.standardize_params({"kernel": k}, where=lambda path: True),
-        lambda k: ws.bake({"kernel": k, "gain": jnp.ones(4)}),
+        lambda k: ws.standardize_params({"kernel": k}, path_filter=lambda path: True),
+        lambda k: ws.fold_params({"kernel": k, "gain": jnp.ones(4)}),
         lambda k: jt.nnx.WSConv(4, 4, (1, 1), feature_group_count=4, rngs=nnx.Rngs(0)),
         lambda k: jt.linen.WSConv(4, 4, (1, 1), feature_group_count=4).init(jax.random.key(0), X),
     ],
@@ -195,7 +195,7 @@ def test_filters_without_variance_give_zeros_everywhere(preset):
     y, pull = jax.vjp(lambda p: module.apply({"params": p}, X), params)
     assert not np.any(np.asarray(y))
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(pull(jnp.ones_like(y))))
-    assert not np.any(np.asarray(ws.bake(params, preset=preset)["kernel"]))
+    assert not np.any(np.asarray(ws.fold_params(params, preset=preset)["kernel"]))
     hooked = ws.standardized(preset=preset)(
         X, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -248,13 +248,13 @@ def accumulated(loss, params, x):
 
 
 def inside(params, x):
-    loss = lambda p, part: conv_loss(ws.bake(p)["kernel"], part)
+    loss = lambda p, part: conv_loss(ws.fold_params(p)["kernel"], part)
     return accumulated(loss, params, x)
 
 
 def outside(params, x):
     """Standardized once: gradients by the standardized kernel are summed and pulled back at the end."""
-    hat, pull_back = jax.vjp(ws.bake, params)
+    hat, pull_back = jax.vjp(ws.fold_params, params)
     return pull_back(accumulated(lambda p, part: conv_loss(p["kernel"], part), hat, x))[0]
 
 

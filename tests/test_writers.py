@@ -7,10 +7,9 @@ import sys
 import types
 
 import pytest
-from tensorboardX.proto import event_pb2
-
 from jaxtricks.lab import writers
 from jaxtricks.lab.config import Train, UserError
+from tensorboardX.proto import event_pb2
 
 
 def events(folder):

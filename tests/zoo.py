@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from flax import linen, nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-import jaxtricks as jt
 from tests.bench import language_model as lm
 from tests.bench.amp_peers import mlp
 

@@ -39,26 +39,28 @@ def autocast(
 ) -> Callable[..., Any]:
     """fn with its matrix products and convolutions in the compute dtype, sensitive operations in float32.
 
-    fn is traced at every call, and its float32 operations are rewritten by the table in `amp.rules`:
-    products in the compute dtype; sums, exponentials, logarithms, powers and linear algebra in float32;
-    the rest where their operands are. Parameters stay float32 and so do their gradients. Other dtypes
-    (float64, integers, what is already 16-bit), products with a `precision=` above DEFAULT, inner products
-    and kernels that cannot be looked into are left as they are: `amp.explain` lists them. It goes
-    inside or outside of grad, jit, vmap, shard_map and jax.checkpoint.
+    fn is traced at every call, and its float32 operations are rewritten by the table in
+    `amp.rules`: products in the compute dtype; sums, exponentials, logarithms, powers
+    and linear algebra in float32; the rest where their operands are. Parameters stay
+    float32 and so do their gradients. Other dtypes (float64, integers, what is already
+    16-bit), products with a `precision=` above DEFAULT, inner products and kernels that
+    cannot be looked into are left as they are: `amp.explain` lists them. It goes inside
+    or outside of grad, jit, vmap, shard_map and jax.checkpoint.
 
-    Args:
-      fn: any function of pytrees, traced as jax.jit would; leaves that are no arrays are static.
-      policy: a Policy or its text. `compute` is bfloat16 or float16 (float32 rewrites nothing);
+    Args: fn: any function of pytrees, traced as jax.jit would; leaves that are no
+      arrays are static. policy: a Policy or its text. `compute` is bfloat16 or float16
+      (float32 rewrites nothing);
         `output` is the dtype of what was float32 in fn's results.
       rules: {primitive: class} in place of the table's rows, e.g. {"tanh": "deny"}.
-      scan_carry: "keep" holds float32 carries of lax.scan in float32. "auto" lowers those that a product
-        sees and that come out low (the activations of layers under a scan, not an accumulator).
+      scan_carry: "keep" holds float32 carries of lax.scan in float32. "auto" lowers
+        those that a product sees and that come out low (the activations of layers under
+        a scan, not an accumulator).
 
-    Returns:
-      A function with the signature of fn. float16 needs loss scaling: `amp.dynamic_loss_scale`.
+    Returns: A function with the signature of fn. float16 needs loss scaling:
+      `amp.dynamic_loss_scale`.
 
-    Raises:
-      ValueError: a policy or a rule that does not parse; (at the call) Refs, or an argument that fn
+    Raises: ValueError: a policy or a rule that does not parse; (at the call) Refs, or
+      an argument that fn
         changes in place.
 
     Example:
@@ -136,7 +138,9 @@ class Settings(NamedTuple):
                 f"amp.autocast: the policy computes in {policy.compute}; use bfloat16, float16 or float32"
             )
         if scan_carry not in ("keep", "auto"):
-            raise ValueError(f"amp.autocast: `scan_carry` is {scan_carry!r}; use 'keep' or 'auto'")
+            raise ValueError(
+                f"amp.autocast: `scan_carry` is {scan_carry!r}; use 'keep' or 'auto'"
+            )
         return cls(policy, check_rules(rules), scan_carry)
 
     def trace(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Traced:
@@ -148,13 +152,16 @@ class Settings(NamedTuple):
         leaving = LOW if self.policy.output == self.policy.compute else FULL
         outs = [held(v, leaving) for v in closed.jaxpr.outvars]
         ins = [held(v, FREE) for v in closed.jaxpr.invars]
-        analysis = analyzer.analyse(closed.jaxpr, ins, [s == FULL for s in outs]).leaving(outs)
+        analysis = analyzer.analyse(
+            closed.jaxpr, ins, [s == FULL for s in outs]
+        ).leaving(outs)
         return Traced(call, closed, analyzer, analysis)
 
     def leave(self, outs: list[Any], like: list[Any]) -> list[Any]:
         """Results in the dtype (and as weak) as the function's own, float32 ones in the policy's."""
         return [
-            self._leave(x, v.aval) if is_full(v) else x for x, v in zip(outs, like, strict=True)
+            self._leave(x, v.aval) if is_full(v) else x
+            for x, v in zip(outs, like, strict=True)
         ]
 
     def _leave(self, x: Any, aval: Any) -> Any:

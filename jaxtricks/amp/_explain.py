@@ -46,16 +46,13 @@ class Island:
 class Explanation:
     """The census of a rewritten function; str() is the table.
 
-    Attributes:
-      compute: name of the compute dtype.
-      low: products and convolutions in it.
-      full: those left in float32.
-      casts_down, casts_up: casts that the rewrite adds, into the compute dtype and out of it.
-      carries_low, carries_full: float32 carries of loops that were lowered, and kept.
-      opaque: {primitive: count} of those that cannot be looked into.
-      unknown: {primitive: count} of those that the table of `amp.rules` lacks: left in float32.
-      islands: where float32 stays, the largest first.
-      notes: sentences about what will surprise.
+    Attributes: compute: name of the compute dtype. low: products and convolutions in
+      it. full: those left in float32. casts_down, casts_up: casts that the rewrite
+      adds, into the compute dtype and out of it. carries_low, carries_full: float32
+      carries of loops that were lowered, and kept. opaque: {primitive: count} of those
+      that cannot be looked into. unknown: {primitive: count} of those that the table of
+      `amp.rules` lacks: left in float32. islands: where float32 stays, the largest
+      first. notes: sentences about what will surprise.
     """
 
     compute: str
@@ -77,7 +74,11 @@ class Explanation:
             f"carries: {self.carries_low} low, {self.carries_full} float32"
         )
         rows = [(i.primitive, i.count, i.why, i.where) for i in self.islands]
-        islands = str(_table.make(("in float32", "count", "why", "where"), rows)) if rows else ""
+        islands = (
+            str(_table.make(("in float32", "count", "why", "where"), rows))
+            if rows
+            else ""
+        )
         return "\n".join(x for x in (heading, *self.notes, islands) if x)
 
 
@@ -91,9 +92,8 @@ def explain(
 ) -> Explanation:
     """What `autocast` with the same settings makes of fn(*args); nothing is computed.
 
-    Args:
-      fn: any function of pytrees: of a loss, explain `jax.grad(loss)` to see the backward pass too.
-      args: its arguments, or their shapes (jax.ShapeDtypeStruct).
+    Args: fn: any function of pytrees: of a loss, explain `jax.grad(loss)` to see the
+      backward pass too. args: its arguments, or their shapes (jax.ShapeDtypeStruct).
       policy, rules, scan_carry: see `autocast`.
 
     Example:
@@ -113,7 +113,9 @@ def explain(
     carries = Counter(s for e, d in steps for s in _carries(e, d) if s is not None)
     named = lambda kept: Counter(_compat.primitive(e) for e, d in steps if kept(e, d))  # noqa: E731
     unknown = named(lambda e, d: d.kind == table.OPAQUE and not table.known(e))
-    counted = Counter((_name(e, d), _why(d), line) for e, d, line in places if _is_island(e, d))
+    counted = Counter(
+        (_name(e, d), _why(d), line) for e, d, line in places if _is_island(e, d)
+    )
     return Explanation(
         low.name,
         products[True],
@@ -158,7 +160,9 @@ def _carries(eqn: Any, decision: Decision) -> tuple[Any, ...]:
 
 
 def _name(eqn: Any, decision: Decision) -> str:
-    return "full_precision" if decision.kind == FULL_PRECISION else _compat.primitive(eqn)
+    return (
+        "full_precision" if decision.kind == FULL_PRECISION else _compat.primitive(eqn)
+    )
 
 
 def _why(decision: Decision) -> str:

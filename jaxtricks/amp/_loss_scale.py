@@ -175,14 +175,19 @@ def next_scale(
 def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
     """Whether every floating and complex leaf is free of inf and NaN: bool [], True for an empty tree.
 
-    Args:
-      tree: gradients, say.
-      axis_name: mapped axes (of shard_map or pmap) along which the leaves differ; the answer is for
+    Args: tree: gradients, say. axis_name: mapped axes (of shard_map or pmap) along
+      which the leaves differ; the answer is for
         all of them together. Under jit, arrays are whole and none is needed.
     """
-    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_inexact(x)]
+    checks = [
+        jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_inexact(x)
+    ]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
-    return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
+    return (
+        finite
+        if axis_name is None
+        else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
+    )
 
 
 @checked
@@ -198,16 +203,17 @@ def _multiply(tree: T, factor: Array) -> T:
         x = jnp.asarray(x)
         x = x.astype(_tree.wide_dtype(x))
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            # Part by part: as a complex number the factor would make NaN of an infinite part.
-            return jax.lax.complex(*(part * factor.astype(part.dtype) for part in (x.real, x.imag)))
+            # Part by part: as a complex number the factor would make NaN of an infinite
+            # part.
+            return jax.lax.complex(
+                *(part * factor.astype(part.dtype) for part in (x.real, x.imag))
+            )
         return x * factor.astype(x.dtype)
 
     return jax.tree.map(leaf, tree)
 
 
-# --------------------------------------------------------------------------------------------------
 # Scaled differentiation, and the optax links that unscale, skip and count.
-# --------------------------------------------------------------------------------------------------
 
 
 LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
@@ -221,7 +227,7 @@ class DynamicLossScaleState(NamedTuple):
       clean: finite steps since the scale last changed, int32 [].
       skipped: steps skipped so far, int32 [].
       consecutive: skipped steps since the last finite one, int32 [].
-      max_consecutive: what `check` allows, int32 [].
+      max_consecutive: what `check_skipped` allows, int32 [].
       inner_state: state of the wrapped transformation.
     """
 
@@ -243,7 +249,7 @@ class SkipNonfiniteState(NamedTuple):
     Attributes:
       consecutive: skipped steps since the last finite one, int32 [].
       skipped: steps skipped so far, int32 [].
-      max_consecutive: what `check` allows, int32 [].
+      max_consecutive: what `check_skipped` allows, int32 [].
       inner_state: state of the wrapped transformation.
     """
 
@@ -268,21 +274,20 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """Unscaled loss, and gradients of scale * loss.
 
-    Args:
-      loss_fn: (params, *args) -> loss [] (or (loss, aux)).
-      policy: `autocast` loss_fn with it; gradients come in the dtype of the arguments. None leaves
+    Args: loss_fn: (params, *args) -> loss [] (or (loss, aux)). policy: `autocast`
+      loss_fn with it; gradients come in the dtype of the arguments. None leaves
         loss_fn as it is. float16 without a scale warns.
-      scale: float32 [] (`amp.loss_scale(opt_state)`), or any of the loss scales; None is 1.
+      scale: float32 [] (`amp.loss_scale(opt_state)`), or any of the loss scales; None
+        is 1.
       has_aux: loss_fn returns (loss, aux).
       argnums: as in jax.value_and_grad.
 
-    Returns:
-      A function with the arguments of loss_fn that returns (loss, grads) or ((loss, aux), grads).
-      The loss is float32 or better; the gradients still carry the scale, which
-      `dynamic_loss_scale` (or `scale.unscale`) divides out.
+    Returns: A function with the arguments of loss_fn that returns (loss, grads) or
+      ((loss, aux), grads). The loss is float32 or better; the gradients still carry the
+      scale, which `dynamic_loss_scale` (or `scale.unscale`) divides out.
 
-    Raises:
-      ValueError: when called, if loss_fn changes an argument in place: the change would be lost.
+    Raises: ValueError: when called, if loss_fn changes an argument in place: the change
+      would be lost.
 
     Example:
       >>> value_and_grad(lambda w: w**2, scale=8.0)(jnp.float32(3.0))
@@ -330,26 +335,27 @@ def dynamic_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """Divide gradients by the loss scale, skip the step if they are not finite, adapt the scale.
 
-    Outermost in a chain (around `optax.MultiSteps` too), so that clipping and moments see unscaled
-    gradients. A skipped step returns zero updates and leaves the inner state as it was.
+    Outermost in a chain (around `optax.MultiSteps` too), so that clipping and moments
+    see unscaled gradients. A skipped step returns zero updates and leaves the inner
+    state as it was.
 
-    Args:
-      inner: the transformation to protect.
-      init: first scale.
-      growth_interval: finite steps before the scale is multiplied by `growth`.
-      growth, backoff: factors after growth_interval finite steps and after a non-finite one.
-      min_scale: the scale never falls below it.
-      max_consecutive: more skipped steps in a row than this make `check` raise. A scale that is too
-        large is halved once a step, from 2**15 to 1 in 15: more are not the scale's fault.
+    Args: inner: the transformation to protect. init: first scale. growth_interval:
+      finite steps before the scale is multiplied by `growth`. growth, backoff: factors
+      after growth_interval finite steps and after a non-finite one. min_scale: the
+      scale never falls below it. max_consecutive: more skipped steps in a row than this
+      make `check_skipped` raise. A scale that is too
+        large is halved once a step, from 2**15 to 1 in 15: more are not the scale's
+          fault.
       axis_name: see `all_finite`: devices that hold different gradients skip together.
 
     Returns:
       A GradientTransformation; read the scale with `loss_scale(opt_state)`.
 
-    Raises:
-      ValueError: a number with which the scale runs away or stands still: `init` that is not finite
-        and positive, growth or growth_interval below 1, backoff outside (0, 1), min_scale not in
-        (0, init], max_consecutive below 1; (from init) another loss scale inside.
+    Raises: ValueError: a number with which the scale runs away or stands still: `init`
+      that is not finite
+        and positive, growth or growth_interval below 1, backoff outside (0, 1),
+        min_scale not in (0, init], max_consecutive below 1; (from init) another loss
+        scale inside.
 
     References:
       Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
@@ -370,19 +376,30 @@ def dynamic_loss_scale(
         return DynamicLossScaleState(jnp.float32(init), *counters, inner_state)
 
     def update_fn(
-        updates: Any, state: DynamicLossScaleState, params: Params | None = None, **extra: Any
+        updates: Any,
+        state: DynamicLossScaleState,
+        params: Params | None = None,
+        **extra: Any,
     ) -> tuple[Any, DynamicLossScaleState]:
         unscale = StaticLossScale(state.scale).unscale
         finite = all_finite(unscale(updates), axis_name)
 
         def step(grads: Any, inner_state: Any) -> Any:
-            updates, new_state = inner.update(unscale(grads), inner_state, params, **extra)
+            updates, new_state = inner.update(
+                unscale(grads), inner_state, params, **extra
+            )
             # Moments of 16 bits stay so: the gradients that they take in are wider now.
             return updates, jax.tree.map(_as_before, new_state, inner_state)
 
         updates, inner_state = _guarded(step, finite, updates, state.inner_state)
         scale, clean = next_scale(
-            state.scale, state.clean, finite, growth_interval, growth, backoff, min_scale
+            state.scale,
+            state.clean,
+            finite,
+            growth_interval,
+            growth,
+            backoff,
+            min_scale,
         )
         skipped, consecutive = _counted(finite, state)
         counters = clean, skipped, consecutive, state.max_consecutive
@@ -402,7 +419,7 @@ def skip_nonfinite(
 
     Args:
       inner: the transformation to protect.
-      max_consecutive: more skipped steps in a row than this make `check` raise.
+      max_consecutive: more skipped steps in a row than this make `check_skipped` raise.
       axis_name: see `all_finite`.
 
     Returns:
@@ -420,7 +437,10 @@ def skip_nonfinite(
         return SkipNonfiniteState(*counters, inner.init(params))
 
     def update_fn(
-        updates: Any, state: SkipNonfiniteState, params: Params | None = None, **extra: Any
+        updates: Any,
+        state: SkipNonfiniteState,
+        params: Params | None = None,
+        **extra: Any,
     ) -> tuple[Any, SkipNonfiniteState]:
         finite = all_finite(updates, axis_name)
 
@@ -429,7 +449,9 @@ def skip_nonfinite(
 
         updates, inner_state = _guarded(step, finite, updates, state.inner_state)
         skipped, consecutive = _counted(finite, state)
-        return updates, SkipNonfiniteState(consecutive, skipped, state.max_consecutive, inner_state)
+        return updates, SkipNonfiniteState(
+            consecutive, skipped, state.max_consecutive, inner_state
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
 
@@ -451,11 +473,11 @@ def loss_scale(opt_state: Any) -> Array:
 
 
 @checked
-def check(opt_state: Any) -> None:
+def check_skipped(opt_state: Any) -> None:
     """Raise if more steps in a row were skipped than max_consecutive allows (reads from the device).
 
-    Args:
-      opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without, nothing is checked.
+    Args: opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without,
+      nothing is checked.
 
     Raises:
       FloatingPointError: with the number of skipped steps.
@@ -463,19 +485,20 @@ def check(opt_state: Any) -> None:
     for state in _states(opt_state, _SKIPPING):
         if state.consecutive > state.max_consecutive:
             raise FloatingPointError(
-                f"amp.check: gradients were not finite for {int(state.consecutive)} steps in a row; "
+                f"amp.check_skipped: gradients were not finite for {int(state.consecutive)} steps in a row; "
                 "lower the learning rate or look for the first NaN with jax_debug_nans"
             )
 
 
 @checked
-def applied(before: Any, after: Any) -> Array:
+def step_applied(before: Any, after: Any) -> Array:
     """Whether the step between two optimizer states was applied, not skipped: bool [].
 
-    What a step changes besides parameters, such as the statistics of a batch normalization, is to be kept
-    as it was when the step is skipped:
+    What a step changes besides parameters, such as the statistics of a batch
+    normalization, is to be kept as it was when the step is skipped:
 
-        model_state = amp.select_tree(amp.applied(opt_state, new_opt_state), new_model_state, model_state)
+        applied = amp.step_applied(opt_state, new_opt_state)
+        model_state = amp.select_tree(applied, new_model_state, model_state)
 
     Args:
       before, after: optimizer states around one `update`.
@@ -489,10 +512,12 @@ def applied(before: Any, after: Any) -> Array:
       >>> bool(applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
       False
     """
-    pairs = list(zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=False))
+    pairs = list(
+        zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=False)
+    )
     if not pairs:
         raise ValueError(
-            "amp.applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "
+            "amp.step_applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "
             "optimizer in one of them"
         )
     return jnp.stack(
@@ -505,12 +530,16 @@ _SKIPPING = (DynamicLossScaleState, SkipNonfiniteState)
 
 def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
     """(skipped, consecutive) after a step."""
-    return state.skipped + (~finite).astype(jnp.int32), jnp.where(finite, 0, state.consecutive + 1)
+    return state.skipped + (~finite).astype(jnp.int32), jnp.where(
+        finite, 0, state.consecutive + 1
+    )
 
 
 def _as_before(new: Any, old: Any) -> Any:
     """A leaf of a new state, in the dtype of the old one."""
-    same_kind = any(kind(new) and kind(old) for kind in (_tree.is_floating, _is_complex))
+    same_kind = any(
+        kind(new) and kind(old) for kind in (_tree.is_floating, _is_complex)
+    )
     return new.astype(old.dtype) if same_kind else new
 
 
@@ -524,7 +553,8 @@ def _guarded(
     """step(grads, state) -> (updates, state); zeros and the state as it was where not finite."""
     if _may_branch(finite):
         return _branched(step, finite, grads, state)
-    # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans included).
+    # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans
+    # included).
     safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
     updates, new_state = step(safe, state)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
@@ -534,8 +564,9 @@ def _guarded(
 def _may_branch(finite: Array) -> bool:
     """Whether the step may be a branch.
 
-    It is not where nothing is compiled, where one device could skip what others wait for (in shard_map),
-    and where both branches would have to say how their results are sharded (Explicit axes).
+    It is not where nothing is compiled, where one device could skip what others wait
+    for (in shard_map), and where both branches would have to say how their results are
+    sharded (Explicit axes).
     """
     kinds = set(jax.typeof(finite).sharding.mesh.axis_types)
     return isinstance(finite, jax.core.Tracer) and kinds <= {AxisType.Auto}
@@ -546,27 +577,33 @@ def _branched(
 ) -> tuple[Any, Any]:
     """As `_guarded`: in a branch the step is the compiler's as it is without a guard.
 
-    With `where` around it XLA computes new moments twice, for the updates and for the state.
+    With `where` around it XLA computes new moments twice, for the updates and for the
+    state.
     """
     closed, (updates, new_state) = jax.make_jaxpr(step, return_shape=True)(grads, state)
     structure = jax.tree.structure((updates, new_state))
 
     def apply(grads: Any, state: Any) -> list[Any]:
-        return _jaxpr.as_fun(closed.jaxpr)(closed.consts, *jax.tree.leaves((grads, state)))
+        return _jaxpr.as_fun(closed.jaxpr)(
+            closed.consts, *jax.tree.leaves((grads, state))
+        )
 
     def skip(grads: Any, state: Any) -> list[Any]:
         zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
         return jax.tree.leaves((zeros, jax.tree.map(_copied, state, new_state)))
 
     def _copied(old: Any, new: Any) -> Any:
-        # What a branch hands on as it is, XLA copies before it branches: every step would pay for it.
+        # What a branch hands on as it is, XLA copies before it branches: every step
+        # would pay for it.
         if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
             return old
         if not _tree.is_inexact(old):
             return jnp.asarray(old).astype(new.dtype)
         return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
 
-    return jax.tree.unflatten(structure, jax.lax.cond(finite, apply, skip, grads, state))
+    return jax.tree.unflatten(
+        structure, jax.lax.cond(finite, apply, skip, grads, state)
+    )
 
 
 def _states(opt_state: Any, kind: type | tuple[type, ...]) -> list[Any]:

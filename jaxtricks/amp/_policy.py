@@ -25,7 +25,13 @@ _DTYPES = {
     "float64": jnp.float64,
 }
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
-_FIELDS = {"p": "param", "params": "param", "param": "param", "c": "compute", "compute": "compute"}
+_FIELDS = {
+    "p": "param",
+    "params": "param",
+    "param": "param",
+    "c": "compute",
+    "compute": "compute",
+}
 _FIELDS |= {"o": "output", "output": "output"}
 
 
@@ -51,7 +57,9 @@ class Policy:
         for field in dataclasses.fields(self):
             dtype = np.dtype(getattr(self, field.name))
             if not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"amp.Policy: `{field.name}` is {dtype}; use a floating dtype")
+                raise ValueError(
+                    f"amp.Policy: `{field.name}` is {dtype}; use a floating dtype"
+                )
             object.__setattr__(self, field.name, dtype)
 
     @classmethod
@@ -59,9 +67,10 @@ class Policy:
     def parse(cls, text: str) -> "Policy":
         """Policy from jmp's grammar.
 
-        Args:
-          text: "half", "full" or a dtype name for all three; or "p=f32,c=bf16,o=f32" in long or
-            short names, where compute defaults to param and output to compute. "half" is bfloat16.
+        Args: text: "half", "full" or a dtype name for all three; or
+          "p=f32,c=bf16,o=f32" in long or
+            short names, where compute defaults to param and output to compute. "half"
+            is bfloat16.
 
         Raises:
           ValueError: an unknown field or dtype, naming it.
@@ -72,7 +81,9 @@ class Policy:
         for part in text.split(","):
             name, _, value = part.partition("=")
             if name.strip() not in _FIELDS:
-                raise ValueError(f"amp.Policy: unknown field {name!r} in {text!r}; use p, c and o")
+                raise ValueError(
+                    f"amp.Policy: unknown field {name!r} in {text!r}; use p, c and o"
+                )
             given[_FIELDS[name.strip()]] = _dtype(value)
         param = given.get("param", jnp.float32)
         compute = given.get("compute", param)
@@ -91,7 +102,9 @@ class Policy:
         return _cast(tree, self.output)
 
     def __str__(self) -> str:
-        names = [_SHORT.get(d.name, d.name) for d in (self.param, self.compute, self.output)]
+        names = [
+            _SHORT.get(d.name, d.name) for d in (self.param, self.compute, self.output)
+        ]
         return "p={},c={},o={}".format(*names)
 
 
@@ -104,19 +117,19 @@ def as_policy(policy: Policy | str) -> Policy:
 def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., Any]:
     """fn with arguments cast to `policy.compute` and results cast to `policy.output`.
 
-    This is the hand cast: every floating array goes in low, running statistics included, so pass only
-    what should (parameters and inputs). Integers, booleans, keys, Python numbers and callables pass
-    through.
+    This is the hand cast: every floating array goes in low, running statistics
+    included, so pass only what should (parameters and inputs). Integers, booleans,
+    keys, Python numbers and callables pass through.
 
     Args:
       fn: any function of pytrees.
       policy: a Policy or its text.
 
-    Returns:
-      A function with the signature of fn; its gradients have the dtypes of the uncast arguments.
+    Returns: A function with the signature of fn; its gradients have the dtypes of the
+      uncast arguments.
 
-    Raises:
-      ValueError: when called, if fn changes an argument in place: it has a copy, and the change is lost.
+    Raises: ValueError: when called, if fn changes an argument in place: it has a copy,
+      and the change is lost.
 
     Example:
       >>> with_policy(lambda w, x: x @ w, "p=f32,c=bf16,o=f32")(jnp.ones((3, 2)), jnp.ones((4, 3))).dtype
@@ -135,7 +148,9 @@ def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., A
 
 def _dtype(name: str) -> Any:
     if name.strip() not in _DTYPES:
-        raise ValueError(f"amp.Policy: unknown dtype {name!r}; use one of {', '.join(_DTYPES)}")
+        raise ValueError(
+            f"amp.Policy: unknown dtype {name!r}; use one of {', '.join(_DTYPES)}"
+        )
     return _DTYPES[name.strip()]
 
 
@@ -143,6 +158,10 @@ def _cast(tree: Any, dtype: Any) -> Any:
     def leaf(x: Any) -> Any:
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+        return (
+            x.update(dtype=dtype)
+            if isinstance(x, jax.ShapeDtypeStruct)
+            else x.astype(dtype)
+        )
 
     return jax.tree.map(leaf, tree)

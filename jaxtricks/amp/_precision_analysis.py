@@ -13,13 +13,16 @@ from jaxtricks import _compat, _jaxpr
 MATMUL, DENY, LOCAL, WIDE = "matmul", "deny", "local", "wide"
 FOLLOW, LAYOUT, EXACT, OPAQUE = "follow", "layout", "exact", "opaque"
 
-# Class -> primitives, of jax 0.7 to 0.12; tests/test_primitives.py says which one is missing.
+# Class -> primitives, of jax 0.7 to 0.12; tests/test_primitives.py says which one is
+# missing.
 TABLE = {
-    # Operands in the compute dtype, and so is the result; the hardware accumulates in float32.
+    # Operands in the compute dtype, and so is the result; the hardware accumulates in
+    # float32.
     MATMUL: "dot_general conv_general_dilated ragged_dot ragged_dot_general",
-    # Operands in float32; the result stays in float32 and draws its partners up to it. (Between the two
-    # halves of a collective is a future, which nothing can cast. The result of scatter-max is compared
-    # with its operands, see CHOICES: rounded, it would equal none in float32.)
+    # Operands in float32; the result stays in float32 and draws its partners up to it.
+    # (Between the two halves of a collective is a future, which nothing can cast. The
+    # result of scatter-max is compared with its operands, see CHOICES: rounded, it
+    # would equal none in float32.)
     DENY: """
         exp exp2 expm1 log log1p log2 pow rsqrt tan asin acos atan sinh cosh asinh acosh atanh erf_inv
         reduce reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window
@@ -29,20 +32,23 @@ TABLE = {
         cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 householder_product ormqr eig
         eigh svd schur hessenberg tridiagonal tridiagonal_solve triangular_solve symmetric_product fft
         complex real imag conj""",
-    # Computed in float32; the result goes back to the compute dtype if an operand was in it. (A polynomial
-    # is a sum; the objects Frexp and Ldexp were made for operands in float32.)
+    # Computed in float32; the result goes back to the compute dtype if an operand was
+    # in it. (A polynomial is a sum; the objects Frexp and Ldexp were made for operands
+    # in float32.)
     LOCAL: """
         sin cos sqrt cbrt atan2 rem polynomial Frexp Ldexp reduce_precision reduce_window_sum
         select_and_scatter_add select_and_gather_add select_and_scatter psum reduce_scatter unreduced_psum
         unreduced_reduce_scatter""",
-    # Exact in any dtype, but the derivative sums: computed as LOCAL, so that it sums in float32.
+    # Exact in any dtype, but the derivative sums: computed as LOCAL, so that it sums in
+    # float32.
     WIDE: """
         gather reduce_max reduce_min reduce_window_max reduce_window_min sort top_k approx_top_k tile
         pvary pbroadcast pcast all_gather all_gather_invariant all_gather_reduced""",
-    # Elementwise: computed where the operands are, in float32 if every consumer wants that. (In the
-    # derivative of tanh, one_minus_square is (1 + y)(1 - y), and 1 - y is exact for y from 1/2 to 1. The
-    # digits that it lacks near 1 were lost when y was rounded: float32 would not bring them back. y is at
-    # most 1, so float16 does not overflow.)
+    # Elementwise: computed where the operands are, in float32 if every consumer wants
+    # that. (In the derivative of tanh, one_minus_square is (1 + y)(1 - y), and 1 - y is
+    # exact for y from 1/2 to 1. The digits that it lacks near 1 were lost when y was
+    # rounded: float32 would not bring them back. y is at most 1, so float16 does not
+    # overflow.)
     FOLLOW: """
         add sub mul div neg tanh logistic erf erfc integer_pow square one_minus_square max min abs sign
         floor ceil round clamp select_n add_any""",
@@ -53,7 +59,8 @@ TABLE = {
         stack unstack name sharding_constraint reshard mesh_cast layout_constraint all_to_all
         ragged_all_to_all ppermute pmax pmin optimization_barrier device_put argmax argmin empty empty2
         dce_sink stage""",
-    # Operands as they were without autocast, since the result is not a number or must be exact.
+    # Operands as they were without autocast, since the result is not a number or must
+    # be exact.
     EXACT: """
         eq ne lt le gt ge eq_to lt_to le_to is_finite bitcast_convert_type nextafter iota Nonzero
         SearchSorted and or xor not clz population_count mulhi shift_left shift_right_arithmetic
@@ -72,9 +79,12 @@ FLOAT16_DENY = frozenset({"integer_pow", "square"})
 CONVERT = "convert_element_type"
 
 # The derivative asks which operand the result equals.
-CHOICES = frozenset({"max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min"})
+CHOICES = frozenset(
+    {"max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min"}
+)
 
-# What asks for the lowest precision that there is, as a product without `precision=` does.
+# What asks for the lowest precision that there is, as a product without `precision=`
+# does.
 _LOWEST = (None, lax.Precision.DEFAULT, lax.DotAlgorithmPreset.DEFAULT)
 
 PRODUCTS = frozenset(TABLE[MATMUL].split())
@@ -90,8 +100,8 @@ def known(eqn: Any) -> bool:
 def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
     """The caller's own rows, primitive -> class, checked.
 
-    Raises:
-      ValueError: an unknown class, or a primitive with a body or without a class of its own.
+    Raises: ValueError: an unknown class, or a primitive with a body or without a class
+      of its own.
     """
     rules = dict(rules or {})
     for primitive, kind in rules.items():
@@ -157,36 +167,44 @@ def _squares(eqn: Any) -> bool:
     return _compat.primitive(eqn) == "mul" and eqn.invars[0] is eqn.invars[1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Where each float32 value of a jaxpr is held: the dataflow behind autocast. Nothing is computed here.
+# Where each float32 value of a jaxpr is held: the dataflow behind autocast. Nothing is
+# computed here.
 #
-# Forward, every float32 value gets a state: FREE (float32, untouched by a sensitive operation: it may be
-# rounded where it meets a low value), LOW (in the compute dtype) or FULL (float32, downstream of a sensitive
-# operation: it draws a low partner up). Joining is the maximum. Backward, a value is wanted in float32 if
-# all its consumers want that: then the operation that makes it runs in float32 rather than round just before.
-# --------------------------------------------------------------------------------------------------
+# Forward, every float32 value gets a state: FREE (float32, untouched by a sensitive
+# operation: it may be rounded where it meets a low value), LOW (in the compute dtype)
+# or FULL (float32, downstream of a sensitive operation: it draws a low partner up).
+# Joining is the maximum. Backward, a value is wanted in float32 if all its consumers
+# want that: then the operation that makes it runs in float32 rather than round just
+# before.
 
 
 FREE, LOW, FULL = 0, 1, 2
 State = int | None  # None: no float32 value, untouched
 States = tuple[State, ...]
 BODY = "body"
-FULL_PRECISION = "amp_full_precision"  # name of the jitted call that `full_precision` makes
+FULL_PRECISION = (
+    "amp_full_precision"  # name of the jitted call that `full_precision` makes
+)
 
-_CALLS = ("jit", "call", "checkpoint", "shard_map", "custom_jvp_call", "custom_vjp_call")
+_CALLS = (
+    "jit",
+    "call",
+    "checkpoint",
+    "shard_map",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decision:
     """What becomes of one equation.
 
-    Attributes:
-      kind: its class in the table of `rules`, or "body".
-      why: the exception that was made for it; "" if none.
-      run: LOW or FULL: what its float32 operands are brought to; None leaves operands alone.
-      outs: states of its results.
-      bodies: the analyses of its inner jaxprs.
-      rebuilt: whether those are rewritten; else the equation stays as it is.
+    Attributes: kind: its class in the table of `rules`, or "body". why: the exception
+      that was made for it; "" if none. run: LOW or FULL: what its float32 operands are
+      brought to; None leaves operands alone. outs: states of its results. bodies: the
+      analyses of its inner jaxprs. rebuilt: whether those are rewritten; else the
+      equation stays as it is.
     """
 
     kind: str
@@ -217,7 +235,9 @@ class Analysis:
 
     def leaving(self, outs: Sequence[State]) -> "Analysis":
         """The same with its results brought to other states."""
-        return dataclasses.replace(self, outs=tuple(outs), changed=self.changed or LOW in outs)
+        return dataclasses.replace(
+            self, outs=tuple(outs), changed=self.changed or LOW in outs
+        )
 
 
 def is_full(v: Any) -> bool:
@@ -228,11 +248,10 @@ def is_full(v: Any) -> bool:
 class Analyzer:
     """The analysis of one traced function, with its settings.
 
-    Args:
-      low: the compute dtype.
-      rules: the caller's own rows of the table.
-      scan_carry: "keep" holds float32 carries of a scan in float32; "auto" lowers those that feed a
-        matrix product (or a sensitive operation) and come out low: activations, not accumulators.
+    Args: low: the compute dtype. rules: the caller's own rows of the table. scan_carry:
+      "keep" holds float32 carries of a scan in float32; "auto" lowers those that feed a
+        matrix product (or a sensitive operation) and come out low: activations, not
+        accumulators.
     """
 
     def __init__(self, low: np.dtype, rules: Mapping[str, str], scan_carry: str):
@@ -240,7 +259,9 @@ class Analyzer:
         self._wanted: dict[Any, Any] = {}
         self._analyses: dict[Any, Analysis] = {}
 
-    def analyse(self, jaxpr: Any, ins: Sequence[State], wanted: Sequence[bool]) -> Analysis:
+    def analyse(
+        self, jaxpr: Any, ins: Sequence[State], wanted: Sequence[bool]
+    ) -> Analysis:
         """States of every value.
 
         Args:
@@ -267,8 +288,12 @@ class Analyzer:
             decision = self._decide(eqn, tuple(map(state, eqn.invars)), wants)
             states.update(zip(eqn.outvars, decision.outs, strict=True))
             decisions.append(decision)
-        changed = LOW in ins or any(LOW in d.outs or (d.bodies and d.rebuilt) for d in decisions)
-        return Analysis(jaxpr, ins, tuple(decisions), tuple(map(state, jaxpr.outvars)), changed)
+        changed = LOW in ins or any(
+            LOW in d.outs or (d.bodies and d.rebuilt) for d in decisions
+        )
+        return Analysis(
+            jaxpr, ins, tuple(decisions), tuple(map(state, jaxpr.outvars)), changed
+        )
 
     def _decide(self, eqn: Any, ins: States, wants: Mapping[Any, bool]) -> Decision:
         name, wanted = _compat.primitive(eqn), _wanted(eqn, wants)
@@ -306,7 +331,9 @@ class Analyzer:
             rounded = state == LOW and result.aval.dtype == self.low
             return Decision(CONVERT, "", None if rounded else FULL, (None,))
         # A low value that the user raised is meant to be in float32.
-        return Decision(CONVERT, "", None, _all(eqn, FULL if _is_inexact(source) else FREE))
+        return Decision(
+            CONVERT, "", None, _all(eqn, FULL if _is_inexact(source) else FREE)
+        )
 
     def _call(self, eqn: Any, ins: States, wanted: Sequence[bool]) -> Decision:
         (jaxpr,) = bodies(eqn)
@@ -320,15 +347,23 @@ class Analyzer:
         first, carry_size, *_ = _compat.scan_parts(eqn)
         last = first + carry_size
         carries = jaxpr.invars[first:last]
-        low = [self._may_lower(jaxpr, v, s) for v, s in zip(carries, ins[first:last], strict=True)]
+        low = [
+            self._may_lower(jaxpr, v, s)
+            for v, s in zip(carries, ins[first:last], strict=True)
+        ]
         while True:
             carry = [
-                held(v, LOW if is_low else FULL) for v, is_low in zip(carries, low, strict=True)
+                held(v, LOW if is_low else FULL)
+                for v, is_low in zip(carries, low, strict=True)
             ]
-            wanted = [s == FULL for s in carry] + [False] * (len(jaxpr.outvars) - len(carry))
+            wanted = [s == FULL for s in carry] + [False] * (
+                len(jaxpr.outvars) - len(carry)
+            )
             body = self.analyse(jaxpr, (*ins[:first], *carry, *ins[last:]), wanted)
             leaving = body.outs[: len(carry)]
-            still = [is_low and s != FULL for is_low, s in zip(low, leaving, strict=True)]
+            still = [
+                is_low and s != FULL for is_low, s in zip(low, leaving, strict=True)
+            ]
             if still == low:
                 break
             low = still
@@ -362,14 +397,17 @@ class Analyzer:
         carry = tuple(None if s is None else FULL for s in ins[b:])
         bodies_ = (
             self.analyse(cond, (*ins[:a], *carry), (False,)),
-            self.analyse(body, (*ins[a:b], *carry), [s == FULL for s in carry]).leaving(carry),
+            self.analyse(body, (*ins[a:b], *carry), [s == FULL for s in carry]).leaving(
+                carry
+            ),
         )
         return Decision(BODY, "", None, carry, bodies_)
 
     def _cond(self, eqn: Any, ins: States, wanted: Sequence[bool]) -> Decision:
         branches = [self.analyse(j, ins[1:], wanted) for j in bodies(eqn)]
         outs = tuple(
-            None if s[0] is None else max(s) for s in zip(*(b.outs for b in branches), strict=True)
+            None if s[0] is None else max(s)
+            for s in zip(*(b.outs for b in branches), strict=True)
         )
         return Decision(BODY, "", None, outs, tuple(b.leaving(outs) for b in branches))
 
@@ -451,7 +489,8 @@ def _there_unless_wanted(joined: int, wanted: bool) -> tuple[int, int]:
     return (FULL, FULL) if joined == LOW and wanted else _there(joined, wanted)
 
 
-# Class -> (joined state of the operands, wanted in float32) -> (state to run in, state of the results).
+# Class -> (joined state of the operands, wanted in float32) -> (state to run in, state
+# of the results).
 _RUN = {
     MATMUL: lambda joined, wanted: (LOW, LOW),
     DENY: lambda joined, wanted: (FULL, FULL),

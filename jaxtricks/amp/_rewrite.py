@@ -1,7 +1,8 @@
 """Functions with their own derivatives: the user's rule is traced, analysed and rewritten like the rest.
 
-The rewritten function is built with `jax.custom_jvp` and `jax.custom_vjp`. Its rule differentiates the
-original equation, in its original dtypes, and rewrites the trace of that.
+The rewritten function is built with `jax.custom_jvp` and `jax.custom_vjp`. Its rule
+differentiates the original equation, in its original dtypes, and rewrites the trace of
+that.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,9 @@ from jaxtricks.amp._precision_analysis import (
 )
 
 
-def custom_jvp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) -> list[Any]:
+def custom_jvp(
+    emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]
+) -> list[Any]:
     """The results of a rewritten `custom_jvp_call`."""
     (consts,) = (closed.consts for closed in _compat.bodies(eqn))
     moved = _movable(eqn.outvars)
@@ -53,14 +56,18 @@ def custom_jvp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) 
         args = [*primals, *_some(tangents, varied)]
         n = len(avals)
         flat = lambda *xs: derivative(xs[:n], xs[n:])  # noqa: E731
-        results = _rewritten(emitter, flat, [*avals, *_some(avals, varied)], ins, outs, args)
+        results = _rewritten(
+            emitter, flat, [*avals, *_some(avals, varied)], ins, outs, args
+        )
         primal, rates = results[: len(moved)], results[len(moved) :]
         return primal, _filled(rates, primal, moved)
 
     return function(*operands)
 
 
-def custom_vjp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) -> list[Any]:
+def custom_vjp(
+    emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]
+) -> list[Any]:
     """The results of a rewritten `custom_vjp_call`."""
     (consts,) = (closed.consts for closed in _compat.bodies(eqn))
     varied, moved = _movable(eqn.invars), _movable(eqn.outvars)
@@ -76,10 +83,13 @@ def custom_vjp(emitter: Any, eqn: Any, body: Analysis, operands: Sequence[Any]) 
             return [*outs, *residuals.flatten(pull)]
 
         avals = [v.aval for v in eqn.invars]
-        results = _rewritten(emitter, original, avals, body.ins, [*body.outs, ...], args)
+        results = _rewritten(
+            emitter, original, avals, body.ins, [*body.outs, ...], args
+        )
         n = len(moved)
         residuals.low = [
-            x.dtype != aval.dtype for x, aval in zip(results[n:], residuals.avals, strict=True)
+            x.dtype != aval.dtype
+            for x, aval in zip(results[n:], residuals.avals, strict=True)
         ]
         return results[:n], results[n:]
 
@@ -134,20 +144,27 @@ def _rewritten(
 ) -> list[Any]:
     """The results of fn's rewritten trace; `...` at the end of outs: the rest leave as they come."""
     closed = jax.make_jaxpr(fn)(*avals)
-    analysis = emitter.analyzer.analyse(closed.jaxpr, ins, [False] * len(closed.jaxpr.outvars))
+    analysis = emitter.analyzer.analyse(
+        closed.jaxpr, ins, [False] * len(closed.jaxpr.outvars)
+    )
     if outs and outs[-1] is ...:
         outs = [*outs[:-1], *analysis.outs[len(outs) - 1 :]]
     return emitter.run(analysis.leaving(outs), closed.consts, args)
 
 
-def _of_some(eqn: Any, args: Sequence[Any], varied: Sequence[bool]) -> Callable[..., list[Any]]:
+def _of_some(
+    eqn: Any, args: Sequence[Any], varied: Sequence[bool]
+) -> Callable[..., list[Any]]:
     """The original equation as a function of some of its operands."""
 
     def fn(*some: Any) -> list[Any]:
         given = iter(some)
         return _jaxpr.bind(
             eqn,
-            [next(given) if is_varied else x for x, is_varied in zip(args, varied, strict=True)],
+            [
+                next(given) if is_varied else x
+                for x, is_varied in zip(args, varied, strict=True)
+            ],
         )
 
     return fn
@@ -162,17 +179,20 @@ def _some(xs: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
     return [x for x, is_chosen in zip(xs, chosen, strict=True) if is_chosen]
 
 
-def _filled(some: Sequence[Any], like: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+def _filled(
+    some: Sequence[Any], like: Sequence[Any], chosen: Sequence[bool]
+) -> list[Any]:
     """All of them, with the zeros that JAX expects where there is no tangent."""
     given = iter(some)
     zeros = jax.dtypes.float0
     pairs = zip(like, chosen, strict=True)
-    return [next(given) if is_chosen else np.zeros(x.shape, zeros) for x, is_chosen in pairs]
+    return [
+        next(given) if is_chosen else np.zeros(x.shape, zeros) for x, is_chosen in pairs
+    ]
 
 
-# --------------------------------------------------------------------------------------------------
-# The rewritten computation: every equation bound on operands of the dtypes that `states` decided.
-# --------------------------------------------------------------------------------------------------
+# The rewritten computation: every equation bound on operands of the dtypes that
+# `states` decided.
 
 
 _FULL = np.dtype(np.float32)
@@ -181,15 +201,17 @@ _FULL = np.dtype(np.float32)
 class Emitter:
     """Binds analysed jaxprs in the caller's trace; inner jaxprs are rewritten once each.
 
-    Args:
-      analyzer: what decided; derivatives of custom rules are analysed when they are traced.
+    Args: analyzer: what decided; derivatives of custom rules are analysed when they are
+      traced.
     """
 
     def __init__(self, analyzer: Analyzer):
         self.analyzer, self.low = analyzer, analyzer.low
         self._closed: dict[Any, Any] = {}
 
-    def run(self, analysis: Analysis, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    def run(
+        self, analysis: Analysis, consts: Sequence[Any], args: Sequence[Any]
+    ) -> list[Any]:
         """The results, in the states of `analysis.outs`.
 
         Args:
@@ -198,10 +220,12 @@ class Emitter:
           args: inputs, in the states of `analysis.ins`.
         """
         jaxpr = analysis.jaxpr
-        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-        # A shared raise keeps the cotangents of its uses in float32 until they are added. Lowered
-        # values are not kept: each use rounds anew (XLA merges the casts), and the cotangents of a
-        # weight's uses add in float32.
+        values = dict(
+            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+        )
+        # A shared raise keeps the cotangents of its uses in float32 until they are
+        # added. Lowered values are not kept: each use rounds anew (XLA merges the
+        # casts), and the cotangents of a weight's uses add in float32.
         raised: dict[Any, Any] = {}
         compared = {
             v
@@ -249,7 +273,9 @@ class Emitter:
     def _dtype(self, state: State) -> np.dtype:
         return self.low if state == LOW else _FULL
 
-    def _eqn(self, eqn: Any, decision: Decision, read: Callable[[Any, State], Any]) -> list[Any]:
+    def _eqn(
+        self, eqn: Any, decision: Decision, read: Callable[[Any, State], Any]
+    ) -> list[Any]:
         if decision.bodies and decision.rebuilt:
             return self._with_bodies(eqn, decision, read)
         if (
@@ -257,7 +283,9 @@ class Emitter:
             and decision.run is None
             and is_full(eqn.invars[0])
         ):
-            return [read(eqn.invars[0], None)]  # to float32 again, or to low and already there
+            return [
+                read(eqn.invars[0], None)
+            ]  # to float32 again, or to low and already there
         if decision.kind == table.FOLLOW and decision.run == LOW:
             operands = [self._spread(eqn, v, read) for v in eqn.invars]
         elif _compares(eqn, decision):
@@ -287,16 +315,22 @@ class Emitter:
     def _rounded(self, x: Any) -> Any:
         """A low value in float32, where something compares it.
 
-        XLA may drop a rounding that float32 follows, on one side only: then the largest value of an array
-        would equal none of its elements.
+        XLA may drop a rounding that float32 follows, on one side only: then the largest
+        value of an array would equal none of its elements.
         """
         bits = jnp.finfo(self.low)
         x = self.cast(x, FULL)
-        return lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+        return lax.reduce_precision(
+            x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant
+        )
 
-    def _with_bodies(self, eqn: Any, decision: Decision, read: Callable[..., Any]) -> list[Any]:
+    def _with_bodies(
+        self, eqn: Any, decision: Decision, read: Callable[..., Any]
+    ) -> list[Any]:
         name, bodies = _compat.primitive(eqn), decision.bodies
-        operands = [read(v, s) for v, s in zip(eqn.invars, _expected(eqn, bodies), strict=True)]
+        operands = [
+            read(v, s) for v, s in zip(eqn.invars, _expected(eqn, bodies), strict=True)
+        ]
         if name in HANDLERS:
             return HANDLERS[name](self, eqn, bodies[0], operands)
         if name == "shard_map":
@@ -323,7 +357,9 @@ def _checkpoint(eqn: Any, body: Any, operands: Sequence[Any]) -> list[Any]:
     """A checkpoint of jax_remat3, made anew: the equation's own object has the dtypes of the old body."""
     params = _compat.params(eqn)
     prevent_cse = params.get("prevent_cse", True)  # jax 0.10.2 does not write it down
-    run = jax.checkpoint(jaxpr_as_fun(body), policy=params["policy"], prevent_cse=prevent_cse)
+    run = jax.checkpoint(
+        jaxpr_as_fun(body), policy=params["policy"], prevent_cse=prevent_cse
+    )
     return run(*operands)
 
 

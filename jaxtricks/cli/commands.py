@@ -10,7 +10,15 @@ from typing import Any
 import jaxtricks
 from jaxtricks.cli import options
 from jaxtricks.cli.cards import card
-from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
+from jaxtricks.lab.config import (
+    Ablate,
+    Compare,
+    Explain,
+    Fuse,
+    LrFind,
+    Train,
+    UserError,
+)
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.plan_config import Plan
 

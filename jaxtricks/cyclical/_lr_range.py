@@ -40,7 +40,11 @@ class RangeTest(NamedTuple):
         """
         smoothed = np.asarray(self.smoothed)
         seen = smoothed[~np.isnan(smoothed)]
-        return bool(seen.size == len(self.lrs) and seen.size > 1 and seen[-1] <= np.min(seen[:-1]))
+        return bool(
+            seen.size == len(self.lrs)
+            and seen.size > 1
+            and seen[-1] <= np.min(seen[:-1])
+        )
 
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -121,7 +125,9 @@ def lr_range_test(
         return RangeTest(lrs, seen.losses, seen.smoothed, suggestion)
     n = int(seen.count)
     if n == 0 and not seen.stopped:
-        raise ValueError("cyclical.lr_range_test: `batches` is empty: give at least one batch")
+        raise ValueError(
+            "cyclical.lr_range_test: `batches` is empty: give at least one batch"
+        )
     host = (np.asarray(x)[:n] for x in (lrs, seen.losses, seen.smoothed))
     return RangeTest(*host, suggestion=float(suggestion))
 
@@ -160,7 +166,9 @@ def _stacked(batches: Any) -> bool:
             f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: give an iterable of "
             "batches, or all of them stacked"
         )
-    if isinstance(batches, list) or not all(isinstance(x, Array) and x.ndim for x in leaves):
+    if isinstance(batches, list) or not all(
+        isinstance(x, Array) and x.ndim for x in leaves
+    ):
         return False
     if len({len(x) for x in leaves}) > 1:
         raise ValueError(
@@ -204,7 +212,9 @@ def _on_device(
 
     if limit == 0:
         return _nothing(lrs)
-    return lax.while_loop(going, body, (jax.tree.map(jnp.asarray, carry), _nothing(lrs)))[1]
+    return lax.while_loop(
+        going, body, (jax.tree.map(jnp.asarray, carry), _nothing(lrs))
+    )[1]
 
 
 def _nothing(lrs: Array) -> _Seen:

@@ -24,7 +24,9 @@ def plain(name: str, x: Any) -> float:
     """A static number; `name` is "function: `argument`" for the message."""
     if isinstance(x, jax.core.Tracer):
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
-    is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array) and not np.iscomplexobj(x)
+    is_number = isinstance(
+        x, numbers.Real | np.ndarray | jax.Array
+    ) and not np.iscomplexobj(x)
     if not is_number or np.ndim(x) != 0:
         raise ValueError(f"cyclical.{name} is {described(x)}: give a plain number")
     return float(x)
@@ -63,7 +65,10 @@ def representable(name: str, period: Fraction) -> Fraction:
 
 def iteration(step: Any) -> Array:
     """The step as uint32; below 0 counts as 0, above 2^32 - 1 as that."""
-    if isinstance(step, int | np.generic | np.ndarray) and np.asarray(step).dtype.kind in "iu":
+    if (
+        isinstance(step, int | np.generic | np.ndarray)
+        and np.asarray(step).dtype.kind in "iu"
+    ):
         # On the host: without x64 JAX takes 2^31 for a negative number.
         step = np.clip(np.asarray(step), 0, _LAST_STEP).astype(np.uint32)
     step = jnp.asarray(step)
@@ -96,7 +101,9 @@ def _divmod(n: Array, a: int) -> tuple[Array, Array]:
     return lax.div(n, divisor), lax.rem(n, divisor)
 
 
-def _divmod_sum(position: Array, shift: int, r: Array, digit: int, a: int) -> tuple[Array, Array]:
+def _divmod_sum(
+    position: Array, shift: int, r: Array, digit: int, a: int
+) -> tuple[Array, Array]:
     # Both terms are below a 2^shift <= 2^32; their sum need not be.
     q1, r1 = _divmod(position << np.uint32(shift), a)
     q2, r2 = _divmod(r * np.uint32(digit), a)
@@ -122,9 +129,7 @@ def cast(x: Any, dtype: Any) -> Array:
     return jnp.asarray(x).astype(dtype)
 
 
-# --------------------------------------------------------------------------------------------------
 # Triangles between two bounds.
-# --------------------------------------------------------------------------------------------------
 
 
 _MODES = ("triangular", "triangular2", "exp_range")
@@ -247,7 +252,11 @@ def _triangles(
         check_number(f"{name}: `{argument}`", x)
     _check_scale(name, mode, gamma, scale_by)
     up = exact(f"{name}: `step_size_up`", step_sizes[0])
-    down = up if step_sizes[1] is None else exact(f"{name}: `step_size_down`", step_sizes[1])
+    down = (
+        up
+        if step_sizes[1] is None
+        else exact(f"{name}: `step_size_down`", step_sizes[1])
+    )
     period = representable(f"{name}: `step_size_up`", up + down)
 
     def schedule(step: Any) -> Array:
@@ -273,7 +282,9 @@ def _span(low: Any, high: Any, dtype: Any) -> Array:
 
 def _check_scale(name: str, mode: str, gamma: Any, scale_by: str) -> None:
     if mode not in _MODES:
-        raise ValueError(f"cyclical.{name}: `mode` is {mode!r}: give one of {', '.join(_MODES)}")
+        raise ValueError(
+            f"cyclical.{name}: `mode` is {mode!r}: give one of {', '.join(_MODES)}"
+        )
     if scale_by not in ("cycle", "iteration"):
         raise ValueError(
             f"cyclical.{name}: `scale_by` is {scale_by!r}: give 'cycle' or 'iteration'"
@@ -281,7 +292,9 @@ def _check_scale(name: str, mode: str, gamma: Any, scale_by: str) -> None:
     check_number(f"{name}: `gamma`", gamma, 0)
 
 
-def _triangle(position: Array, up: Fraction, down: Fraction, period: Fraction, dtype: Any) -> Array:
+def _triangle(
+    position: Array, up: Fraction, down: Fraction, period: Fraction, dtype: Any
+) -> Array:
     left = (np.uint32(period.numerator) - position).astype(dtype)
     rising = position.astype(dtype) * float(1 / (up * period.denominator))
     return jnp.minimum(rising, left * float(1 / (down * period.denominator)))
@@ -293,16 +306,18 @@ def _scale(mode: str, gamma: Scalar, n: Array, cycle: Array, dtype: Any) -> Arra
         return jnp.ldexp(jnp.ones(n.shape, dtype), -halvings)
     if mode == "exp_range":
         # The exponent loses digits as it grows, but e^x has shrunk by then: at most 1e-7 of 1.
-        log = np.log(gamma) if isinstance(gamma, int | float | np.generic) else jnp.log(gamma)
+        log = (
+            np.log(gamma)
+            if isinstance(gamma, int | float | np.generic)
+            else jnp.log(gamma)
+        )
         growth = jnp.exp(n.astype(dtype) * jnp.asarray(log).astype(dtype))
         # Not inf: at the ends of a cycle it is multiplied by 0.
         return jnp.minimum(growth, jnp.finfo(dtype).max)
     return jnp.ones(n.shape, dtype)
 
 
-# --------------------------------------------------------------------------------------------------
 # One cycle over the whole training: up, down, and out.
-# --------------------------------------------------------------------------------------------------
 
 
 _MAX_STEPS = 2**30
@@ -361,7 +376,9 @@ def one_cycle(
         high = cast(peak, dtype)
         initial = high / cast(div_factor, dtype)
         final = initial / cast(final_div_factor, dtype)
-        return [initial, high, initial, final] if three_phase else [initial, high, final]
+        return (
+            [initial, high, initial, final] if three_phase else [initial, high, final]
+        )
 
     return _path(ends, values, anneal)
 
@@ -423,7 +440,9 @@ def _ends(
             f"cyclical.{function}: `total_steps` is {total_steps}: give an integer in (0, 2^30)"
         )
     if anneal not in ("cos", "linear"):
-        raise ValueError(f"cyclical.{function}: `anneal` is {anneal!r}: give 'cos' or 'linear'")
+        raise ValueError(
+            f"cyclical.{function}: `anneal` is {anneal!r}: give 'cos' or 'linear'"
+        )
     rise = plain(f"{function}: `pct_start`", pct_start)
     summit = rise * total - 1
     if three_phase and not (summit > 0 and rise <= 0.5):
@@ -432,7 +451,9 @@ def _ends(
             " (1 / total_steps, 0.5]"
         )
     if not 0 <= rise <= 1:
-        raise ValueError(f"cyclical.{function}: `pct_start` is {rise}: give a number in [0, 1]")
+        raise ValueError(
+            f"cyclical.{function}: `pct_start` is {rise}: give a number in [0, 1]"
+        )
     return [summit, *([2 * summit] if three_phase else []), total - 1]
 
 
@@ -457,19 +478,21 @@ def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
     return schedule
 
 
-def _leg(n: Array, start: float, end: float, points: Any, anneal: str, dtype: Any) -> Array:
+def _leg(
+    n: Array, start: float, end: float, points: Any, anneal: str, dtype: Any
+) -> Array:
     # From the first whole iteration on and up to the last: integers and a positive rest, which add up
     # without cancelling. Outside the leg both are meaningless, and not used.
     first, final = math.ceil(start), math.floor(end)
     done = (n - first).astype(dtype) + (first - start)
     left = (final - n).astype(dtype) + (end - final)
     length = end - start
-    return blend(points[0], points[1], done / length, left / length, cos=anneal == "cos")
+    return blend(
+        points[0], points[1], done / length, left / length, cos=anneal == "cos"
+    )
 
 
-# --------------------------------------------------------------------------------------------------
 # Cosine annealing with warm restarts, however many of them, in a graph of one size.
-# --------------------------------------------------------------------------------------------------
 
 
 _STEPS = 2**32 - 1
@@ -518,7 +541,9 @@ def warm_restarts(
     period = representable(name, exact(name, first_period))
     mult = plain("warm_restarts: `period_mult`", period_mult)
     if not 1 <= mult < math.inf:
-        raise ValueError(f"cyclical.warm_restarts: `period_mult` is {mult}: give a number >= 1")
+        raise ValueError(
+            f"cyclical.warm_restarts: `period_mult` is {mult}: give a number >= 1"
+        )
     starts = _starts(period, mult) if mult > 1 else []
 
     def schedule(step: Any) -> Array:

@@ -1,9 +1,10 @@
 """`factor="auto"`: follow how much slower the source is than what consumes its outputs.
 
-The source is read by a thread of its own. While it is at work all the time, it is what everything
-waits for, and the factor goes up. While it has to pause, the share of time in which it is at work
-times the outputs per read is how far the factor could go down: the time of a read over the time of
-an output, R. Both hold however much runs in parallel before and after the stage.
+The source is read by a thread of its own. While it is at work all the time, it is what
+everything waits for, and the factor goes up. While it has to pause, the share of time
+in which it is at work times the outputs per read is how far the factor could go down:
+the time of a read over the time of an output, R. Both hold however much runs in
+parallel before and after the stage.
 """
 
 import math
@@ -37,14 +38,20 @@ Clock = Callable[[], float]
 class Tuner:
     """Decides on the factor, at elements that are the same on all hosts.
 
-    A move is a quarter, or twice the move before if that went the same way, and never below R. A
-    source with a buffer of its own looks idle wherever it isn't the bottleneck; it is known by an R
-    that contradicts a factor that was too small just before. Then a move to such a factor waits for
-    `_patience` windows that ask for it, which doubles whenever the move had to be mended.
+    A move is a quarter, or twice the move before if that went the same way, and never
+    below R. A source with a buffer of its own looks idle wherever it isn't the
+    bottleneck; it is known by an R that contradicts a factor that was too small just
+    before. Then a move to such a factor waits for `_patience` windows that ask for it,
+    which doubles whenever the move had to be mended.
     """
 
     def __init__(
-        self, copies: Changing, busy: Clock, *, batch_size: int, clock: Clock = time.perf_counter
+        self,
+        copies: Changing,
+        busy: Clock,
+        *,
+        batch_size: int,
+        clock: Clock = time.perf_counter,
     ):
         """Make a tuner.
 
@@ -82,7 +89,9 @@ class Tuner:
             self._begin(read, outputs)
 
     def _begin(self, read: int, outputs: int) -> None:
-        self._next = read + max(8, math.ceil(WINDOW * self._batch / self._copies.factor))
+        self._next = read + max(
+            8, math.ceil(WINDOW * self._batch / self._copies.factor)
+        )
         self._start = read, outputs, self._clock(), self._busy()
 
     def _decide(self, read: int, outputs: int) -> None:
@@ -95,13 +104,17 @@ class Tuner:
         if after > before:
             self._trusted &= not self._below or self._ratio >= AGREES * before
             self._run, self._enough = max(self._run, 0) + 1, before + QUARTER
-            self._patience = min(self._patience * (2 if self._below else 1), PATIENCE[1])
+            self._patience = min(
+                self._patience * (2 if self._below else 1), PATIENCE[1]
+            )
             self._below = 0
             return
         self._run = min(self._run, 0) - 1
         if after < self._enough:
             self._enough = after
-            self._patience = max(self._patience // (2 if self._below else 1), PATIENCE[0])
+            self._patience = max(
+                self._patience // (2 if self._below else 1), PATIENCE[0]
+            )
             self._below += 1
 
     def _propose(self, read: int, outputs: int) -> Fraction:
@@ -113,7 +126,10 @@ class Tuner:
             self._low = 0
             if gain < SETTLED * factor:
                 return factor  # copies of the last move up are still to come
-            return min(factor + (step if self._run > 0 else QUARTER), Fraction(self._copies.most))
+            return min(
+                factor + (step if self._run > 0 else QUARTER),
+                Fraction(self._copies.most),
+            )
         if share * gain >= factor - DEAD_BAND:
             self._low = 0
             return factor
@@ -121,8 +137,12 @@ class Tuner:
             self._trusted = share * gain >= AGREES * (self._enough - QUARTER)
         ratio = max(Fraction(math.ceil(4 * share * gain), 4), Fraction(1))
         if factor > self._enough:
-            return max(factor - (step if self._run < 0 else QUARTER), ratio, self._enough)
-        self._low += gain <= factor / SETTLED  # else copies of a larger factor are still to go out
+            return max(
+                factor - (step if self._run < 0 else QUARTER), ratio, self._enough
+            )
+        self._low += (
+            gain <= factor / SETTLED
+        )  # else copies of a larger factor are still to go out
         if self._low < (TRUSTED if self._trusted else self._patience):
             return factor
         self._ratio = share * gain
@@ -131,4 +151,6 @@ class Tuner:
     def _exchange(self, factor: Fraction) -> list[Fraction]:
         if self._meeting is None:
             self._meeting = _compat.Meeting("echo")
-        return [Fraction(text) for text in self._meeting.exchange(str(factor), _TIMEOUT)]
+        return [
+            Fraction(text) for text in self._meeting.exchange(str(factor), _TIMEOUT)
+        ]

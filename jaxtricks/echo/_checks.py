@@ -30,7 +30,11 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     """
     number = index(value)
     if number is None or number < least or (most is not None and number > most):
-        allowed = f"a whole number >= {least}" if most is None else f"a whole {least} to {most}"
+        allowed = (
+            f"a whole number >= {least}"
+            if most is None
+            else f"a whole {least} to {most}"
+        )
         raise ValueError(f"{name} is {spell(value)}: pass {allowed}")
     return number
 
@@ -55,7 +59,9 @@ def spell(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def field(state: Mapping[str, Any], name: str, least: int = 0, most: int = MOST_READ) -> int:
+def field(
+    state: Mapping[str, Any], name: str, least: int = 0, most: int = MOST_READ
+) -> int:
     """A whole number of a state.
 
     Raises:
@@ -67,7 +73,9 @@ def field(state: Mapping[str, Any], name: str, least: int = 0, most: int = MOST_
     return number
 
 
-def numbers(state: Mapping[str, Any], name: str, allowed: Callable[[int], bool]) -> list[int]:
+def numbers(
+    state: Mapping[str, Any], name: str, allowed: Callable[[int], bool]
+) -> list[int]:
     """A list of whole numbers of a state; ValueError if it is not one."""
     values = state[name]
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):

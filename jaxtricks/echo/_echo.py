@@ -36,51 +36,58 @@ def echo(
 ) -> Any:
     """Repeat each element of a data source, so that a slow reader feeds more steps.
 
-    copies(i) = floor((i + 1) e) - floor(i e), exact in rationals: n elements make floor(n e).
+    copies(i) = floor((i + 1) e) - floor(i e), exact in rationals: n elements make
+    floor(n e).
 
-    A Grain dataset gives a `grain.IterDataset`, to be mapped, batched and prefetched on. Any other
-    iterable, a tf.data.Dataset, or a function that makes an iterable, gives an iterable whose
-    iterators have `get_state()` and `set_state(state)`: exact at every position, a small dict of
-    fixed shape, JSON if the source's own state is. The source's state is used where its iterator,
-    or the source itself, has get_state/set_state or state_dict/load_state_dict. Without one,
-    `set_state` starts the source again and reads up to the position (the iterator's `fast_forwards`
-    is True then).
+    A Grain dataset gives a `grain.IterDataset`, to be mapped, batched and prefetched
+    on. Any other iterable, a tf.data.Dataset, or a function that makes an iterable,
+    gives an iterable whose iterators have `get_state()` and `set_state(state)`: exact
+    at every position, a small dict of fixed shape, JSON if the source's own state is.
+    The source's state is used where its iterator, or the source itself, has
+    get_state/set_state or state_dict/load_state_dict. Without one, `set_state` starts
+    the source again and reads up to the position (the iterator's `fast_forwards` is
+    True then).
 
-    Args:
-      source: grain.IterDataset (or MapDataset), any iterable, or a function that returns one.
-      factor: e from 1 to 1000, mean copies per element; 2.5 gives 2, 3, 2, 3, ... Floats are taken to the
-        nearest fraction with a denominator up to 1000. [C] factors, one for every class, with
-        `class_of`. "auto" measures how much slower the source is than its consumer, and follows it
-        in quarter steps: the same on all hosts of `jax.distributed`, which must read and resume
-        alike. The `changes` of such an iterator, passed as the factor, replay its stream.
-      schedule: "spread" keeps consecutive copies of an element `distance` outputs apart;
-        "adjacent" puts them in a row; "pool" draws them from a shuffle buffer, as the paper does.
-      distance: for "spread", the least difference of output indices between consecutive copies of
-        one element, over the whole stream. A finite source that is too short for it gets less at
-        its end, as does one whose factor is not constant; `min_distance` says how much: exact on an
-        iterator that has seen the end, and beforehand where len(source) is known and the factor
-        constant. For "pool", the copies that the buffer holds; nothing is promised then.
-      batch_size: outputs per batch later on; the distance is then 4 batches unless given. 1 if the
-        elements are batches. Without either the distance is 512.
-      max_bytes: budget for the elements that are held for later copies, by the size of the first
-        one; the distance becomes as large as it allows, if one was not given.
+    Args: source: grain.IterDataset (or MapDataset), any iterable, or a function that
+      returns one. factor: e from 1 to 1000, mean copies per element; 2.5 gives 2, 3, 2,
+      3, ... Floats are taken to the
+        nearest fraction with a denominator up to 1000. [C] factors, one for every
+        class, with `class_of`. "auto" measures how much slower the source is than its
+        consumer, and follows it in quarter steps: the same on all hosts of
+        `jax.distributed`, which must read and resume alike. The `changes` of such an
+        iterator, passed as the factor, replay its stream.
+      schedule: "spread" keeps consecutive copies of an element `distance` outputs
+        apart; "adjacent" puts them in a row; "pool" draws them from a shuffle buffer,
+        as the paper does.
+      distance: for "spread", the least difference of output indices between consecutive
+        copies of one element, over the whole stream. A finite source that is too short
+        for it gets less at its end, as does one whose factor is not constant;
+        `min_distance` says how much: exact on an iterator that has seen the end, and
+        beforehand where len(source) is known and the factor constant. For "pool", the
+        copies that the buffer holds; nothing is promised then.
+      batch_size: outputs per batch later on; the distance is then 4 batches unless
+        given. 1 if the elements are batches. Without either the distance is 512.
+      max_bytes: budget for the elements that are held for later copies, by the size of
+        the first one; the distance becomes as large as it allows, if one was not given.
       class_of: element -> class 0 to C - 1; with [C] factors.
       max_factor: a limit for "auto", whole.
       tag: give `Echoed(element, ordinal, copy)` tuples: the key of an augmentation.
-      guard: give read-only views of numpy arrays, each copy in dicts and lists of its own, so that an
-        augmentation in place raises instead of changing the copies still to come. Raises too if the
-        source changes its first array later on, or if a jax.Array was donated before its next copy.
+      guard: give read-only views of numpy arrays, each copy in dicts and lists of its
+        own, so that an augmentation in place raises instead of changing the copies
+        still to come. Raises too if the source changes its first array later on, or if
+        a jax.Array was donated before its next copy.
       seed: of the draws of "pool"; "spread" and "adjacent" draw nothing.
 
-    Returns:
-      The echoed dataset or iterable. Both have `distance`, `min_distance` and `held` (elements that
-      are kept for later copies, at most); their iterators have `distance`, `min_distance` and
-      `changes`, ((element, factor), ...) unless factors are per class.
+    Returns: The echoed dataset or iterable. Both have `distance`, `min_distance` and
+      `held` (elements that are kept for later copies, at most); their iterators have
+      `distance`, `min_distance` and `changes`, ((element, factor), ...) unless factors
+      are per class.
 
-    Raises:
-      ValueError: factor below 1, above 1000 or not a number, a distance or a batch size that is not a
-        whole number, a distance below the batch size, a distance for "adjacent", a budget that is
-        too small (when the first element is read), or a source that cannot be iterated.
+    Raises: ValueError: factor below 1, above 1000 or not a number, a distance or a
+      batch size that is not a
+        whole number, a distance below the batch size, a distance for "adjacent", a
+        budget that is too small (when the first element is read), or a source that
+        cannot be iterated.
 
     >>> list(echo("abcd", 2, distance=3))
     ['a', 'b', 'c', 'a', 'd', 'b', 'c', 'd']
@@ -125,13 +132,17 @@ def echo(
     if dataset is not None:
         return dataset
     if not isinstance(source, Iterable) and not callable(source):
-        raise ValueError("echo.echo needs an iterable `source`, or a function that makes one")
+        raise ValueError(
+            "echo.echo needs an iterable `source`, or a function that makes one"
+        )
     return EchoIterable(source, recipe)
 
 
 def _grain_dataset(source: Any, recipe: Recipe) -> Any:
     """A Grain dataset, if the source is one."""
-    if "grain" not in sys.modules:  # then it cannot be one, and the import would be for nothing
+    if (
+        "grain" not in sys.modules
+    ):  # then it cannot be one, and the import would be for nothing
         return None
     from jaxtricks.echo import _grain
 
@@ -149,16 +160,25 @@ def _factors(factor: Any, class_of: Any) -> Factor:
             )
         return rational(factor)
     if not len(factor):
-        raise ValueError("echo.echo: `factor` is empty: give one number, or one per class")
-    if all(isinstance(f, Sequence) and len(f) == 2 for f in factor) and class_of is None:
+        raise ValueError(
+            "echo.echo: `factor` is empty: give one number, or one per class"
+        )
+    if (
+        all(isinstance(f, Sequence) and len(f) == 2 for f in factor)
+        and class_of is None
+    ):
         return _changes(factor)
     if class_of is None:
-        raise ValueError("echo.echo: a `factor` per class needs `class_of`: element -> class")
+        raise ValueError(
+            "echo.echo: a `factor` per class needs `class_of`: element -> class"
+        )
     return tuple(rational(f) for f in factor)
 
 
 def _changes(factor: Sequence[Any]) -> Factor:
-    starts = [_checks.whole("echo.echo: an element in `factor`", i, 0) for i, _ in factor]
+    starts = [
+        _checks.whole("echo.echo: an element in `factor`", i, 0) for i, _ in factor
+    ]
     if starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(
             "echo.echo: (element, factor) pairs in `factor` must begin at element 0 and go up"
@@ -170,18 +190,26 @@ def _budget(max_bytes: int | None, schedule: str) -> int | None:
     if max_bytes is None:
         return None
     if schedule == "adjacent":
-        raise ValueError('echo.echo: `max_bytes` is not for schedule="adjacent": leave it out')
+        raise ValueError(
+            'echo.echo: `max_bytes` is not for schedule="adjacent": leave it out'
+        )
     return _checks.whole("echo.echo: `max_bytes`", max_bytes)
 
 
-def _distance(schedule: str, distance: int | None, batch_size: int | None) -> tuple[int, int]:
+def _distance(
+    schedule: str, distance: int | None, batch_size: int | None
+) -> tuple[int, int]:
     """(the distance, what it may not be less than)."""
     if schedule == "adjacent":
         if distance is not None:
-            raise ValueError('echo.echo: `distance` is not for schedule="adjacent": leave it out')
+            raise ValueError(
+                'echo.echo: `distance` is not for schedule="adjacent": leave it out'
+            )
         return 1, 1
     if distance is None:
-        distance = DEFAULT_DISTANCE if batch_size is None else BATCHES_APART * batch_size
+        distance = (
+            DEFAULT_DISTANCE if batch_size is None else BATCHES_APART * batch_size
+        )
         return distance, 1 if batch_size is None or schedule == "pool" else batch_size
     distance = _checks.whole("echo.echo: `distance`", distance, 1, MOST_APART)
     if schedule == "spread" and batch_size is not None and distance < batch_size:

@@ -25,7 +25,8 @@ class _GrainSource:
         return self._iterator.get_state()
 
     def check(self, snapshot: Any, first: int) -> None:
-        # Grain takes a state of fewer workers as it is, and loses what the others were to read.
+        # Grain takes a state of fewer workers as it is, and loses what the others were
+        # to read.
         made, here = sorted(_workers(snapshot)), self._workers
         if made != here:
             raise ValueError(
@@ -52,7 +53,9 @@ def _workers(state: Any) -> Iterator[int]:
 
 
 def _spell(workers: list[int]) -> str:
-    return f"{workers[0]} workers" if len(workers) == 1 else f"workers {workers or 'none'}"
+    return (
+        f"{workers[0]} workers" if len(workers) == 1 else f"workers {workers or 'none'}"
+    )
 
 
 def as_iter_dataset(source: Any) -> Any | None:

@@ -38,14 +38,11 @@ Factor = Fraction | tuple[Fraction, ...] | tuple[Change, ...]
 class Recipe:
     """The settings of a stage.
 
-    Attributes:
-      schedule: "spread", "adjacent" or "pool".
-      factor: of all elements, of each class, or (element, factor) pairs.
-      auto: whether the pairs go on by measuring.
-      most: the most copies of an element.
-      distance: outputs between copies, or the size of the pool; less if max_bytes asks for it.
-      least: what the distance may not be less than.
-      batch_size: outputs in a batch, as far as is known.
+    Attributes: schedule: "spread", "adjacent" or "pool". factor: of all elements, of
+      each class, or (element, factor) pairs. auto: whether the pairs go on by
+      measuring. most: the most copies of an element. distance: outputs between copies,
+      or the size of the pool; less if max_bytes asks for it. least: what the distance
+      may not be less than. batch_size: outputs in a batch, as far as is known.
       max_bytes, class_of, tag, guard, seed: as `echo` has them.
     """
 
@@ -106,7 +103,11 @@ class Recipe:
 
     def total(self, n: int) -> int | None:
         """Outputs of a source of n elements, if that is known beforehand."""
-        return schedules.total(self.factor, n) if isinstance(self.factor, Fraction) else None
+        return (
+            schedules.total(self.factor, n)
+            if isinstance(self.factor, Fraction)
+            else None
+        )
 
     def min_distance(self, n: int | None) -> int:
         """Least distance of a source of n elements, as far as it is known beforehand.
@@ -118,13 +119,19 @@ class Recipe:
         if n is None:
             return self.distance
         calendar = self.calendar(self.distance)
-        return calendar.least_distance(n) if isinstance(calendar, Calendar) else self.distance
+        return (
+            calendar.least_distance(n)
+            if isinstance(calendar, Calendar)
+            else self.distance
+        )
 
     def _copies(self) -> Copies:
         if isinstance(self.factor, Fraction):
             return Constant(self.factor)
         if self.class_of is not None:
-            return PerClass([f for f in self.factor if isinstance(f, Fraction)], self.class_of)
+            return PerClass(
+                [f for f in self.factor if isinstance(f, Fraction)], self.class_of
+            )
         return Changing([f for f in self.factor if isinstance(f, tuple)], self.most)
 
     def _held(self, distance: int) -> int:
@@ -136,7 +143,9 @@ class Recipe:
             return self.distance
         room = self.max_bytes // nbytes
         pool = self.schedule == "pool"
-        distance = min(self.distance, room if pool else 1 + room // max(self.most - 1, 1))
+        distance = min(
+            self.distance, room if pool else 1 + room // max(self.most - 1, 1)
+        )
         while distance > 1 and self._held(distance) > room:  # a lag is rounded up
             distance -= 1
         if distance < self.least:
@@ -155,9 +164,7 @@ def most_copies(factor: Factor) -> int:
     return max(math.ceil(f[1] if isinstance(f, tuple) else f) for f in factor)
 
 
-# --------------------------------------------------------------------------------------------------
 # Sources that are not Grain's: any iterable, resumed by its own state or by counting.
-# --------------------------------------------------------------------------------------------------
 
 
 _PAIRS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
@@ -280,12 +287,14 @@ class OneShot(Iterator[Any]):
 class EchoIterator(StreamIterator, Iterator[Any]):
     """Iterator of an echoed source: next, get_state, set_state.
 
-    Attributes:
-      fast_forwards: whether set_state has to read and drop all elements before the position,
+    Attributes: fast_forwards: whether set_state has to read and drop all elements
+      before the position,
         because neither the source nor its iterator has a state of its own.
     """
 
-    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe):
+    def __init__(
+        self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe
+    ):
         adapter = IterableSource(source)
         self._stream = recipe.stream(adapter, _length(source))
         self.fast_forwards = adapter.fast_forwards
@@ -299,7 +308,9 @@ class EchoIterable(Iterable[Any]):
       held: the most elements that are held for later copies.
     """
 
-    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe):
+    def __init__(
+        self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe
+    ):
         once = isinstance(source, Iterator) and not _methods(source)
         self._source, self._recipe = OneShot(source) if once else source, recipe
         self.distance, self.held = recipe.distance, recipe.held
@@ -310,7 +321,9 @@ class EchoIterable(Iterable[Any]):
     def __len__(self) -> int:
         total = self._recipe.total(len(self._source))  # pyrefly: ignore
         if total is None:
-            raise TypeError("an echoed source has no length where its factor is not constant")
+            raise TypeError(
+                "an echoed source has no length where its factor is not constant"
+            )
         return total
 
     @property
@@ -333,7 +346,11 @@ def _length(source: Any) -> int:
     """How many elements it has, -1 if it does not say."""
     try:
         return len(source)
-    except (TypeError, NotImplementedError, AttributeError):  # loaders raise each of them
+    except (
+        TypeError,
+        NotImplementedError,
+        AttributeError,
+    ):  # loaders raise each of them
         return -1
 
 
@@ -356,7 +373,8 @@ def _methods(x: Any) -> tuple[str, str] | None:
 
 
 def _encode(state: Any) -> Any:
-    # grain.DataLoader's iterators give bytes, which JSON does not know; others keep changing theirs.
+    # grain.DataLoader's iterators give bytes, which JSON does not know; others keep
+    # changing theirs.
     if isinstance(state, bytes):
         return {"base64": base64.b64encode(state).decode("ascii")}
     return copy.deepcopy(state)

@@ -74,24 +74,28 @@ def report(
 ) -> Report:
     """Time a source and a training step, and say whether echoing pays, where, and how often.
 
-    With reading beside the step, a step takes max(upstream / e + after, step) seconds, so that the
-    best factor is upstream / (step - after), if the host work after the stage leaves time for it;
-    else the stage belongs behind that work. The suggestion is tried out, on `steps` batches.
+    With reading beside the step, a step takes max(upstream / e + after, step) seconds,
+    so that the best factor is upstream / (step - after), if the host work after the
+    stage leaves time for it; else the stage belongs behind that work. The suggestion is
+    tried out, on `steps` batches.
 
-    Args:
-      source: an iterable, or a function that makes one, up to where the stage would be. It is
+    Args: source: an iterable, or a function that makes one, up to where the stage would
+      be. It is
         iterated several times, from the start where it can be.
-      step: batch -> anything, for example a jitted update with the transfer; it is waited for.
-      batch_size: elements that are stacked to a batch; None if the elements are batches.
-      after: element -> element, work on the host that would follow the stage: augmentation.
+      step: batch -> anything, for example a jitted update with the transfer; it is
+        waited for.
+      batch_size: elements that are stacked to a batch; None if the elements are
+        batches.
+      after: element -> element, work on the host that would follow the stage:
+        augmentation.
       steps: batches that are timed.
       max_factor: a limit for the suggestion.
 
     Returns:
       A Report; print it.
 
-    Raises:
-      ValueError: an empty source, steps < 1, batch_size < 1, or max_factor not from 1 to 1000.
+    Raises: ValueError: an empty source, steps < 1, batch_size < 1, or max_factor not
+      from 1 to 1000.
 
     >>> str(report(range(100), lambda batch: None, batch_size=4, steps=2)).startswith("echo")
     True
@@ -109,13 +113,17 @@ def report(
     (done, host) = _timed(lambda: [[work(x) for x in group] for group in groups])
     (batches, stack) = _timed(lambda: [_collate(group, batch_size) for group in done])
     host, stack = (
-        t / len(groups) if used else 0.0 for t, used in ((host, after), (stack, batch_size))
+        t / len(groups) if used else 0.0
+        for t, used in ((host, after), (stack, batch_size))
     )
     device = _time_step(step, batches, steps)
     placement, factor = _suggest(upstream, host, stack, device, max_factor)
     measured = None
     if factor > 1:
-        rates = [_rate(source, step, batch_size, work, steps, e, placement) for e in (1, factor)]
+        rates = [
+            _rate(source, step, batch_size, work, steps, e, placement)
+            for e in (1, factor)
+        ]
         measured = rates[1] / rates[0]
     behind = {"after augmentation": stack, "batch": 0.0}.get(placement, host + stack)
     ahead = upstream + host + stack - behind
@@ -157,7 +165,9 @@ def _elements(source: Any) -> Iterator[Any]:
             empty = False
             yield element
         if empty:
-            raise ValueError("echo.report: `source` is empty: give one that can be iterated again")
+            raise ValueError(
+                "echo.report: `source` is empty: give one that can be iterated again"
+            )
 
 
 def _time_reading(source: Any, size: int, steps: int) -> tuple[float, list[list[Any]]]:
@@ -172,7 +182,9 @@ def _time_step(step: Callable[[Any], Any], batches: list[Any], steps: int) -> fl
     turns = itertools.cycle(batches)
     for _ in range(_WARM):
         jax.block_until_ready(step(next(turns)))
-    _, seconds = _timed(lambda: [jax.block_until_ready(step(next(turns))) for _ in range(steps)])
+    _, seconds = _timed(
+        lambda: [jax.block_until_ready(step(next(turns))) for _ in range(steps)]
+    )
     return max(seconds / steps, 1e-9)
 
 
@@ -237,7 +249,9 @@ def _grouped(elements: Iterator[Any], batch_size: int | None) -> Iterator[Any]:
 
 
 def _collate(group: list[Any], batch_size: int | None) -> Any:
-    return group[0] if batch_size is None else jax.tree.map(lambda *x: np.stack(x), *group)
+    return (
+        group[0] if batch_size is None else jax.tree.map(lambda *x: np.stack(x), *group)
+    )
 
 
 def _same(x: Any) -> Any:

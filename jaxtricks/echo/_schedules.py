@@ -162,10 +162,14 @@ class Changing:
 
     def check(self, state: Any, first: int) -> None:
         """Rows as `state` gives them: elements that go up, factors from 1 to the most."""
-        rows = state if isinstance(state, Sequence) and len(state) == CHANGES else [state]
+        rows = (
+            state if isinstance(state, Sequence) and len(state) == CHANGES else [state]
+        )
         before = -1
         for row in rows:
-            numbers = _checks.numbers({"copies": row}, "copies", lambda number: number >= -1)
+            numbers = _checks.numbers(
+                {"copies": row}, "copies", lambda number: number >= -1
+            )
             if numbers == [-1, -1, -1] and before >= 0:
                 continue
             if len(numbers) != 3 or numbers[0] <= before or numbers[2] < 1:
@@ -189,16 +193,22 @@ def rational(factor: object) -> Fraction:
     """The factor as an exact fraction: 2.5 is 5/2, and a float like 1.1 the nearest of 1/1000 parts."""
     if isinstance(factor, float | np.floating):
         if not math.isfinite(factor):
-            raise ValueError(f"echo.echo needs a finite `factor`, got {factor}: 2 is a good start")
+            raise ValueError(
+                f"echo.echo needs a finite `factor`, got {factor}: 2 is a good start"
+            )
         factor = Fraction(float(factor)).limit_denominator(1000)
     if not isinstance(factor, Fraction):
         number = _checks.index(factor)
         if number is None:
             said = _checks.spell(factor)
-            raise ValueError(f'echo.echo: `factor` is {said}: pass a number >= 1, or "auto"')
+            raise ValueError(
+                f'echo.echo: `factor` is {said}: pass a number >= 1, or "auto"'
+            )
         factor = Fraction(number)
     if factor < 1:
-        raise ValueError(f"echo.echo needs `factor` >= 1, got {factor}: it cannot drop elements")
+        raise ValueError(
+            f"echo.echo needs `factor` >= 1, got {factor}: it cannot drop elements"
+        )
     if factor > _checks.MOST_COPIES:
         raise ValueError(
             f"echo.echo needs `factor` <= {_checks.MOST_COPIES}, got {float(min(factor, 10**300)):.6g}: "
@@ -207,37 +217,38 @@ def rational(factor: object) -> Fraction:
     return factor
 
 
-# --------------------------------------------------------------------------------------------------
 # When each copy goes out: pure integer arithmetic, the same for every kind of source.
 #
-# Time is counted in ticks; tick t reads element t. An element goes out once in each of its rounds:
-# round r of element i is in tick i + lag_r, and within a tick the freshest element comes first. With
-# e = whole + f an element has whole + 1 copies or, where f says so, whole: then it sits out one round.
+# Time is counted in ticks; tick t reads element t. An element goes out once in each of
+# its rounds: round r of element i is in tick i + lag_r, and within a tick the freshest
+# element comes first. With e = whole + f an element has whole + 1 copies or, where f
+# says so, whole: then it sits out one round.
 #
-# `adjacent` has lag 0 throughout. `spread` with distance D has lag_r = r (D - 1). The round that some
-# elements sit out is the last but one, so that the first round is full, which carries the start of
-# the stream, and the last one is, which carries the drain. Below e = 2 there is no round between: the
-# second one is thin, and comes (D - 1) / f ticks after the first instead, rounded up.
+# `adjacent` has lag 0 throughout. `spread` with distance D has lag_r = r (D - 1). The
+# round that some elements sit out is the last but one, so that the first round is full,
+# which carries the start of the stream, and the last one is, which carries the drain.
+# Below e = 2 there is no round between: the second one is thin, and comes (D - 1) / f
+# ticks after the first instead, rounded up.
 #
-# Why that keeps the distance: between two rounds of element i there are at least the elements that
-# follow it in the full round before, or where the source has ended, the elements that precede it in
-# the full round after; D - 1 of either. In a thin last round (D - 1) / f consecutive elements hold
-# D - 1 that take part. The tests prove it by brute force.
+# Why that keeps the distance: between two rounds of element i there are at least the
+# elements that follow it in the full round before, or where the source has ended, the
+# elements that precede it in the full round after; D - 1 of either. In a thin last
+# round (D - 1) / f consecutive elements hold D - 1 that take part. The tests prove it
+# by brute force.
 #
-# A source that is too short for D gets less: an engine that reads at most once per output cannot do
-# better than spread the floor(n e) - 1 - i outputs that are left after reading element i.
-# --------------------------------------------------------------------------------------------------
+# A source that is too short for D gets less: an engine that reads at most once per
+# output cannot do better than spread the floor(n e) - 1 - i outputs that are left after
+# reading element i.
 
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
     """The ticks of all copies.
 
-    Attributes:
-      factor: mean number of copies e >= 1, exact.
-      distance: least difference of output indices between consecutive copies of one element.
-      lags: ticks from the reading of an element to each of its rounds; lags[0] is 0.
-      thin: the round that elements with fewer copies sit out (none does if e is whole).
+    Attributes: factor: mean number of copies e >= 1, exact. distance: least difference
+      of output indices between consecutive copies of one element. lags: ticks from the
+      reading of an element to each of its rounds; lags[0] is 0. thin: the round that
+      elements with fewer copies sit out (none does if e is whole).
     """
 
     factor: Fraction
@@ -260,19 +271,24 @@ class Calendar:
     def held(self) -> int:
         """The most elements that wait for a later copy at one time."""
         thin_last = self.factor < 2
-        return math.ceil(self.lags[-1] * (self.factor - 1)) if thin_last else self.lags[-1]
+        return (
+            math.ceil(self.lags[-1] * (self.factor - 1)) if thin_last else self.lags[-1]
+        )
 
     def least_distance(self, n: int) -> int:
         """The least distance over the whole stream of a source of n elements, its drain included.
 
-        Equal to `distance`, or smaller where the source is too short for it; `distance` itself
-        where no element has a second copy.
+        Equal to `distance`, or smaller where the source is too short for it; `distance`
+        itself where no element has a second copy.
         """
-        # Away from the ends every distance is the same or more: look at those that touch the drain.
+        # Away from the ends every distance is the same or more: look at those that
+        # touch the drain.
         i = np.arange(max(0, n - 2 * self.age - 2), n)
         full = self._takers(i + 1, self.thin) > self._takers(i, self.thin)
         rounds = range(len(self.lags))
-        least = min((self._gap(i[full], r - 1, r, n) for r in rounds[1:]), default=self.distance)
+        least = min(
+            (self._gap(i[full], r - 1, r, n) for r in rounds[1:]), default=self.distance
+        )
         if 0 < self.thin < len(self.lags) - 1:
             least = min(least, self._gap(i[~full], self.thin - 1, self.thin + 1, n))
             others = [r for r in rounds[1:] if r not in (self.thin, self.thin + 1)]
@@ -305,12 +321,12 @@ class Calendar:
 class VaryingCalendar:
     """The ticks of copies whose number is not known before an element is read.
 
-    Copy k comes k (D - 1) ticks after the first one. While the source lasts every tick has a first
-    copy, so that the distance holds; the drain is planned when it begins, see `engine`.
+    Copy k comes k (D - 1) ticks after the first one. While the source lasts every tick
+    has a first copy, so that the distance holds; the drain is planned when it begins,
+    see `engine`.
 
-    Attributes:
-      most: the most copies of an element.
-      distance: least difference of output indices between consecutive copies of one element.
+    Attributes: most: the most copies of an element. distance: least difference of
+      output indices between consecutive copies of one element.
     """
 
     most: int
@@ -344,7 +360,9 @@ def spread(factor: Fraction, distance: int) -> Calendar:
         lags = (0, math.ceil((distance - 1) / (factor - 1)))
     else:
         lags = tuple(r * (distance - 1) for r in range(rounds))
-    return Calendar(factor, distance, lags, thin=max(rounds - 2, 1) if rounds > 1 else 0)
+    return Calendar(
+        factor, distance, lags, thin=max(rounds - 2, 1) if rounds > 1 else 0
+    )
 
 
 def total(factor: Fraction, n: int) -> int:
@@ -366,11 +384,14 @@ def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
     Returns:
       The number of steps.
 
-    Raises:
-      ValueError: if batch < 1, fresh < 0 or factor < 1, or if one of the first two is not whole.
+    Raises: ValueError: if batch < 1, fresh < 0 or factor < 1, or if one of the first
+      two is not whole.
 
     >>> num_steps(1000, 32, 2.5)
     78
     """
     batch = _checks.whole("echo.num_steps: `batch`", batch)
-    return total(rational(factor), _checks.whole("echo.num_steps: `fresh`", fresh, 0)) // batch
+    return (
+        total(rational(factor), _checks.whole("echo.num_steps: `fresh`", fresh, 0))
+        // batch
+    )

@@ -16,16 +16,21 @@ import numpy as np
 
 from jaxtricks.echo import _checks
 from jaxtricks.echo._auto_factor import Tuner
-from jaxtricks.echo._schedules import Calendar, Changing, Constant, Copies, VaryingCalendar
+from jaxtricks.echo._schedules import (
+    Calendar,
+    Changing,
+    Constant,
+    Copies,
+    VaryingCalendar,
+)
 
 
 class Echoed(NamedTuple):
     """An output with its origin (tag=True).
 
-    Attributes:
-      element: what the source gave.
-      ordinal: which element of the source it is, from 0.
-      copy: which of its copies, 0 is the first. (seed, ordinal, copy) is the key of an augmentation.
+    Attributes: element: what the source gave. ordinal: which element of the source it
+      is, from 0. copy: which of its copies, 0 is the first. (seed, ordinal, copy) is
+      the key of an augmentation.
     """
 
     element: Any
@@ -60,15 +65,17 @@ Output = tuple[int, int, Any]  # (ordinal, copy, element)
 class Stream:
     """Outputs one by one, with an exact state at every position.
 
-    The state is a snapshot of the source before the oldest element that is still needed, and a few
-    integers: never the data. A resume reads again from there, when the next output is asked for;
-    where that reading fails, the next request begins it anew.
+    The state is a snapshot of the source before the oldest element that is still
+    needed, and a few integers: never the data. A resume reads again from there, when
+    the next output is asked for; where that reading fails, the next request begins it
+    anew.
 
-    Threads may share a stream. All that decides or looks holds the lock; what is decided, `_ready`,
-    is taken without it, by a pop, which is atomic: the lock would cost a tenth of an output's time.
+    Threads may share a stream. All that decides or looks holds the lock; what is
+    decided, `_ready`, is taken without it, by a pop, which is atomic: the lock would
+    cost a tenth of an output's time.
 
-    A subclass decides what goes out: `_decide`, `_position`, `_check_position`, `_replay_to`,
-    `_clear`, `min_distance`.
+    A subclass decides what goes out: `_decide`, `_position`, `_check_position`,
+    `_replay_to`, `_clear`, `min_distance`.
 
     Attributes:
       distance: outputs between copies, or the size of the pool; 0 until it is known.
@@ -111,7 +118,9 @@ class Stream:
         self._tuner = tuner
         self._outputs = 0  # decided so far
         self._pending: Mapping[str, Any] | None = None
-        self._rewound = False  # whether the source stands where the pending state begins
+        self._rewound = (
+            False  # whether the source stands where the pending state begins
+        )
         self._unplanned: tuple[Any, Any] | None = None  # read, and not yet counted
         self._start(first=0)
 
@@ -210,8 +219,8 @@ class Stream:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Return to a position; elements are read again when the next output is asked for.
 
-        Raises:
-          ValueError: if the state is damaged or of another stage, and this one stays where it was; or
+        Raises: ValueError: if the state is damaged or of another stage, and this one
+          stays where it was; or
             what the source raises on its way, and the next output tries again.
         """
         with self._lock:
@@ -246,7 +255,9 @@ class Stream:
         """Of the source, before the oldest element that is still needed."""
         if self._snapshots:
             return self._snapshots[0]
-        return self._source.snapshot() if self._unplanned is None else self._unplanned[0]
+        return (
+            self._source.snapshot() if self._unplanned is None else self._unplanned[0]
+        )
 
     def _check(self, state: Any) -> None:
         """Raise ValueError unless `state` may have given this, in another process."""
@@ -262,7 +273,14 @@ class Stream:
                 f"echo: the state was made by ({repr(made)[1:-1]:.200}), this is ({self._name}): "
                 "use the same factor, schedule and distance"
             )
-        for name in ("source", "first", "copies", *self._position(), "elements", "schedule"):
+        for name in (
+            "source",
+            "first",
+            "copies",
+            *self._position(),
+            "elements",
+            "schedule",
+        ):
             if name not in state:
                 raise ValueError(
                     f"echo: the state has no `{name}`: pass the dict that get_state() returned"
@@ -273,10 +291,14 @@ class Stream:
                 f"echo: the state was made over {elements} elements, this source has "
                 f"{self._elements}: use the same data, and in Grain the same number of workers"
             )
-        first = _checks.field(state, "first", most=elements if elements >= 0 else _checks.MOST_READ)
+        first = _checks.field(
+            state, "first", most=elements if elements >= 0 else _checks.MOST_READ
+        )
         self._copies.check(state["copies"], first)
         largest = self._choose(0)
-        _checks.field(state, "distance", least=largest if self._fixed else 0, most=largest)
+        _checks.field(
+            state, "distance", least=largest if self._fixed else 0, most=largest
+        )
         self._check_position(state, first)
         self._source.check(state["source"], first)
 
@@ -312,7 +334,9 @@ class Stream:
             self._end = self._read
             return None
         i = self._read
-        self._unplanned = unplanned  # if `class_of` fails, it is asked again about the same element
+        self._unplanned = (
+            unplanned  # if `class_of` fails, it is asked again about the same element
+        )
         if not self.distance:
             self._use(self._choose(nbytes(element)))
         if self._guard:
@@ -323,7 +347,9 @@ class Stream:
         self._snapshots.append(snapshot)
         self._read = i + 1
         self._unplanned = None
-        if self._tuner is not None and self._pending is None:  # what is read again is decided
+        if (
+            self._tuner is not None and self._pending is None
+        ):  # what is read again is decided
             self._tuner(self._read, self._outputs)
         return i, copies, element
 
@@ -357,8 +383,8 @@ class StreamIterator:
     def set_state(self, state: dict[str, Any]) -> None:
         """Return to a position, in this process or another.
 
-        Raises:
-          ValueError: if the state is of another schedule, or the source cannot start again.
+        Raises: ValueError: if the state is of another schedule, or the source cannot
+          start again.
         """
         self._stream.restore(state)
 
@@ -378,9 +404,8 @@ class StreamIterator:
         return self._stream.changes
 
 
-# --------------------------------------------------------------------------------------------------
-# What keeps the copies of an element equal: read-only leaves, containers of their own, checks.
-# --------------------------------------------------------------------------------------------------
+# What keeps the copies of an element equal: read-only leaves, containers of their own,
+# checks.
 
 
 _CONTAINERS = (dict, list, tuple)
@@ -419,7 +444,10 @@ def fresh(x: Any) -> Any:
 def nbytes(x: Any) -> int:
     """Bytes of an element's leaves."""
     leaves = jax.tree.leaves(x)
-    return sum(leaf.nbytes if hasattr(leaf, "nbytes") else sys.getsizeof(leaf) for leaf in leaves)
+    return sum(
+        leaf.nbytes if hasattr(leaf, "nbytes") else sys.getsizeof(leaf)
+        for leaf in leaves
+    )
 
 
 class Watch:
@@ -434,13 +462,17 @@ class Watch:
     def check(self, ordinal: int, copy: int, element: Any) -> bool:
         """Raise if a later copy is not what was read; whether it has to be asked again."""
         if self._on_device and any(
-            isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(element)
+            isinstance(leaf, jax.Array) and leaf.is_deleted()
+            for leaf in jax.tree.leaves(element)
         ):
             raise ValueError(
                 f"echo: the arrays of element {ordinal} were deleted before copy {copy} went out: don't "
                 "donate the batch (donate_argnums) where the same one comes again"
             )
-        if ordinal == self._ordinal and _fingerprint(jax.tree.leaves(element)) != self._seen:
+        if (
+            ordinal == self._ordinal
+            and _fingerprint(jax.tree.leaves(element)) != self._seen
+        ):
             raise ValueError(
                 f"echo: `source` has changed the arrays of element {ordinal} after giving them, as one "
                 "that reuses a buffer does: let it give copies, by x.copy()"
@@ -463,13 +495,14 @@ def _freeze_leaf(x: Any) -> Any:
     return x
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading in a thread of its own, which is how `factor="auto"` sees how busy the source is.
-# --------------------------------------------------------------------------------------------------
+# Reading in a thread of its own, which is how `factor="auto"` sees how busy the source
+# is.
 
 
 _DEPTH = 2  # elements ahead: enough to overlap, few enough to measure
-_PATIENCE = 0.1  # seconds after which a thread that cannot put looks whether it should stop
+_PATIENCE = (
+    0.1  # seconds after which a thread that cannot put looks whether it should stop
+)
 
 
 class ReadAhead:
@@ -531,7 +564,9 @@ class _Thread:
         self._source = source
         self._done = 0.0
         self._since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="jaxtricks-echo", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="jaxtricks-echo", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -563,9 +598,8 @@ class _Thread:
                 continue
 
 
-# --------------------------------------------------------------------------------------------------
-# The schedule of the paper: copies in a shuffle buffer, with a bound on how long one stays.
-# --------------------------------------------------------------------------------------------------
+# The schedule of the paper: copies in a shuffle buffer, with a bound on how long one
+# stays.
 
 
 _DRAWS = 1024  # random numbers made at a time
@@ -575,8 +609,9 @@ _AGE = 4  # an element is drawn at the latest when so many times the pool's size
 class PoolStream(Stream):
     """Random draws from a pool of copies.
 
-    While the pool fills, what is read goes out at once and leaves its other copies there: the first
-    outputs wait for nothing and are all different. Then each draw is made up for by reading.
+    While the pool fills, what is read goes out at once and leaves its other copies
+    there: the first outputs wait for nothing and are all different. Then each draw is
+    made up for by reading.
     """
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
@@ -606,7 +641,9 @@ class PoolStream(Stream):
                 self._filling = len(self._waiting) < self.distance
                 return [(i, 0, element)]
             self._filling = False
-        while len(self._waiting) < self.distance and (pulled := self._pull()) is not None:
+        while (
+            len(self._waiting) < self.distance and (pulled := self._pull()) is not None
+        ):
             self._keep(*pulled, begin=0)
         if not self._waiting:
             raise StopIteration
@@ -648,7 +685,8 @@ class PoolStream(Stream):
     def _draw_numbers(self) -> list[float]:
         """The numbers of this block of draws that are left, last first."""
         block, at = divmod(self._drawn, _DRAWS)
-        # A step of the counter makes four numbers: blocks must lie further apart than that.
+        # A step of the counter makes four numbers: blocks must lie further apart than
+        # that.
         bits = np.random.Philox(key=self._seed, counter=block * _DRAWS)
         return np.random.Generator(bits).random(_DRAWS)[at:][::-1].tolist()
 
@@ -680,7 +718,9 @@ class PoolStream(Stream):
     def _replay_to(self, position: Mapping[str, Any]) -> list[Output]:
         most = self._copies.most
         self.distance, self._filling = position["distance"], position["filling"]
-        self._waiting = [divmod(code, most) for code in position["waiting"] if code >= 0]
+        self._waiting = [
+            divmod(code, most) for code in position["waiting"] if code >= 0
+        ]
         left = collections.Counter(i for i, _ in self._waiting)
         while self._read < position["read"]:
             pulled = self._pull()
@@ -695,9 +735,7 @@ class PoolStream(Stream):
         return []
 
 
-# --------------------------------------------------------------------------------------------------
 # The schedules with a calendar: spread and adjacent.
-# --------------------------------------------------------------------------------------------------
 
 
 Due = dict[int, list[Output]]  # tick -> what goes out in it, last first
@@ -707,7 +745,10 @@ class CalendarStream(Stream):
     """Every copy goes out in a tick that is known when its element is read; tick t reads element t."""
 
     def __init__(
-        self, *args: Any, calendar: Callable[[int], Calendar | VaryingCalendar], **kwargs: Any
+        self,
+        *args: Any,
+        calendar: Callable[[int], Calendar | VaryingCalendar],
+        **kwargs: Any,
     ):
         """Make a stream; calendar: distance -> calendar, the rest as Stream has it."""
         self._calendar_of = calendar
@@ -745,7 +786,8 @@ class CalendarStream(Stream):
         else:
             i, copies, element = pulled
             due = self._due
-            # What comes in last goes out first: the freshest element, its earliest copy.
+            # What comes in last goes out first: the freshest element, its earliest
+            # copy.
             for k, lag in self._lags.get(copies) or self._lags_of(copies):
                 if i + lag in due:
                     due[i + lag].append((i, k, element))
@@ -775,10 +817,12 @@ class CalendarStream(Stream):
 
     def _check_position(self, state: Mapping[str, Any], first: int) -> None:
         calendar = self._calendar_of(state["distance"] or self._choose(0))
-        # From the oldest element to the newest, to its last copy; one output a tick if copies vary.
+        # From the oldest element to the newest, to its last copy; one output a tick if
+        # copies vary.
         ticks = 2 * calendar.age + (calendar.age + 1) * self._copies.most
         tick = _checks.field(state, "tick", least=first - 1, most=first + ticks)
-        # Every tick but the one before the first is known by its first output, which went out.
+        # Every tick but the one before the first is known by its first output, which
+        # went out.
         _checks.field(state, "position", least=int(tick >= 0))
 
     def _position(self) -> dict[str, Any]:
@@ -802,9 +846,9 @@ class CalendarStream(Stream):
 def drain(due: Due, end: int, distance: int) -> tuple[Due, int]:
     """Plan the outputs that are left when the source has ended, one a tick, for varying copies.
 
-    Of the elements whose next copy is far enough from the one before, that with the most copies left
-    goes first; if there is none, the one that comes nearest. This is the greedy rule that is optimal
-    for jobs with a cool-down.
+    Of the elements whose next copy is far enough from the one before, that with the
+    most copies left goes first; if there is none, the one that comes nearest. This is
+    the greedy rule that is optimal for jobs with a cool-down.
 
     Args:
       due: the calendar.

@@ -10,10 +10,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from jaxtricks import _tree
-from jaxtricks.lab import about, compose, greedy, jsons, loop, recorded, report, spread, train
+from jaxtricks.lab import (
+    about,
+    compose,
+    greedy,
+    jsons,
+    loop,
+    recorded,
+    report,
+    spread,
+    train,
+)
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import KEYS, Ablate, Train, Tricks
 from jaxtricks.lab.evaluation import Evaluator

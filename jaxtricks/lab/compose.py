@@ -92,7 +92,7 @@ def build_optimizer(
     # agc: first in the chain, on raw gradients; the classifier's kernel is left alone.
     if on.agc:
         where = jt.agc.exclude("head/kernel")
-        links.append(jt.agc.adaptive_grad_clip(0.02, axes=roles, where=where))
+        links.append(jt.agc.adaptive_grad_clip(0.02, roles=roles, path_filter=where))
     # memopt: row and column moments instead of two full buffers; the rate stays absolute.
     if on.memopt:
         links.append(
@@ -100,7 +100,7 @@ def build_optimizer(
                 rate,
                 multiply_by_parameter_scale=False,
                 min_dim_size_to_factor=16,
-                axes=roles,
+                roles=roles,
                 weight_decay=cfg.weight_decay,
                 weight_decay_mask=kernels,
             )
@@ -192,7 +192,9 @@ def kept(cfg: Train, before: Any, after: Any, old: Any, new: Any) -> Any:
       old, new: the model's statistics and RNG counts.
     """
     # amp: a skipped step leaves statistics of its batch behind no more than it does parameters.
-    return jt.amp.select_tree(jt.amp.applied(before, after), new, old) if cfg.tricks.amp else new
+    return (
+        jt.amp.select_tree(jt.amp.step_applied(before, after), new, old) if cfg.tricks.amp else new
+    )
 
 
 def build_reads(cfg: Train, batch: int) -> Callable[[Any], Any]:

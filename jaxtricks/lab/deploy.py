@@ -135,7 +135,7 @@ def restored(
         raise missing
     say(f"step {found.step} of {path}")
     model = compose.build_model(cfg, data.shape[-1], len(data.classes), like.key)
-    model = jt.nnx.filled(model, program.averaged(found.state), found.state.model_state)
+    model = jt.nnx.with_variables(model, program.averaged(found.state), found.state.model_state)
     model.eval()
     return model
 

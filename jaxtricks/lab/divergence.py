@@ -39,9 +39,9 @@ class Divergence:
         """
         if self._cfg.tricks.amp:
             try:
-                jt.amp.check(state.opt_state)
+                jt.amp.check_skipped(state.opt_state)
             except FloatingPointError as error:
-                skipped = str(error).removeprefix("amp.check: ").split(";")[0]
+                skipped = str(error).removeprefix("amp.check_skipped: ").split(";")[0]
                 raise self._diverged(f"{skipped}, until step {step}") from error
             losses = ()
         # Parameters too: a relu that XLA makes of a fast maximum turns NaN into a loss that looks right.

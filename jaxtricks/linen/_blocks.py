@@ -83,7 +83,11 @@ class _Block(nn.Module):
         size, strides, dilation = self._window()
         spatial = x.shape[x.ndim - len(size) - 1 : -1]
         pads = _nodes.resolve(self.padding, spatial, size, strides, dilation)
-        mode = self.use_running_average if use_running_average is None else use_running_average
+        mode = (
+            self.use_running_average
+            if use_running_average is None
+            else use_running_average
+        )
         flags = {} if mode is None else {"use_running_average": mode}
         outputs = [
             made(x, _nodes.place(pads, size, own, dilation), flags)
@@ -95,14 +99,18 @@ class _Block(nn.Module):
         """(size, strides, dilation), one number per spatial axis."""
         size = _branches.window(self.kernel_size, type(self).__name__, self.least_axes)
         strides = _nodes.per_axis("strides", self.strides or 1, len(size))
-        dilation = _nodes.per_axis("kernel_dilation", self.kernel_dilation or 1, len(size))
+        dilation = _nodes.per_axis(
+            "kernel_dilation", self.kernel_dilation or 1, len(size)
+        )
         return size, strides, dilation
 
     def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
         """(kernel size, branch) of every branch."""
         raise NotImplementedError
 
-    def _convolution(self, size: Size, features: int | None = None, **how: Any) -> Factory:
+    def _convolution(
+        self, size: Size, features: int | None = None, **how: Any
+    ) -> Factory:
         """A branch's convolution; it expects an input that is padded already."""
         _, strides, dilation = self._window()
         return functools.partial(
@@ -117,7 +125,9 @@ class _Block(nn.Module):
     def _first(self, features: int, residual: bool) -> Factory:
         ones = (1,) * len(self._window()[0])
         how: dict[str, Any] = {"kernel_init": nn.initializers.zeros} if residual else {}
-        conv = self._convolution(ones, features, strides=ones, kernel_dilation=ones, **how)
+        conv = self._convolution(
+            ones, features, strides=ones, kernel_dilation=ones, **how
+        )
         return functools.partial(_First, conv, self.norm, residual)
 
 
@@ -150,9 +160,14 @@ class ACBlock(_Block):
     least_axes = 2
 
     def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
-        norm = functools.partial(self.norm, scale_init=nn.initializers.constant(self.gamma_init))
+        norm = functools.partial(
+            self.norm, scale_init=nn.initializers.constant(self.gamma_init)
+        )
         sizes = _blocks.lines(self._window()[0])
-        return [(k, _Branch(norm, self._convolution(k), name=name)) for name, k in sizes.items()]
+        return [
+            (k, _Branch(norm, self._convolution(k), name=name))
+            for name, k in sizes.items()
+        ]
 
 
 class RepVGGBlock(_Block):
@@ -192,18 +207,15 @@ class RepVGGBlock(_Block):
 class DiverseBranchBlock(_Block):
     """KxK, 1x1, 1x1-average and 1x1-KxK branches, normalized and summed; see `jt.nnx.DiverseBranchBlock`.
 
-    Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
+    Attributes: in_features: channels of the input; None = those of the input it is
+      called on. out_features: channels of the output. kernel_size: an int for one
+      spatial axis, else one int per axis. strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: nn.Conv, this library's WSConv, or a partial of either.
-      norm: nn.BatchNorm, this library's ExtendedBatchNorm, or a partial of either.
-      use_running_average: True in evaluation; None = as the normalizations say.
-      internal_features: channels between 1x1 and KxK; None = in_features, depthwise twice that.
+      kernel_dilation: an int or one per spatial axis. feature_group_count: groups.
+      conv: nn.Conv, this library's WSConv, or a partial of either. norm: nn.BatchNorm,
+      this library's ExtendedBatchNorm, or a partial of either. use_running_average:
+      True in evaluation; None = as the normalizations say. internal_features: channels
+      between 1x1 and KxK; None = in_features, depthwise twice that.
 
     Example:
       >>> import jax
@@ -232,7 +244,9 @@ class DiverseBranchBlock(_Block):
             (size, _Branch(self.norm, conv, first=first, name="sequence")),
         ]
         if not depthwise:
-            made.insert(1, (ones, _Branch(self.norm, self._convolution(ones), name="point")))
+            made.insert(
+                1, (ones, _Branch(self.norm, self._convolution(ones), name="point"))
+            )
         return made
 
 
@@ -244,7 +258,9 @@ def _frozen(norm: Any) -> reparam.Norm:
             return None
         return nn.meta.unbox(norm.get_variable("params", name))
 
-    mean, var = (jnp.asarray(norm.get_variable("batch_stats", name)) for name in ("mean", "var"))
+    mean, var = (
+        jnp.asarray(norm.get_variable("batch_stats", name)) for name in ("mean", "var")
+    )
     return reparam.Norm(mean, var, parameter("scale"), parameter("bias"), norm.epsilon)
 
 

@@ -26,14 +26,15 @@ class Original:
 class Fused(nn.Module):
     """What `jt.linen.fuse` returns: the module with other layers, under the same paths.
 
-    Its variables are those of a network of plain layers. Where the module would call a fused layer, the
-    convolution with the kernel and bias at the layer's path runs; a folded normalization passes its input on.
+    Its variables are those of a network of plain layers. Where the module would call a
+    fused layer, the convolution with the kernel and bias at the layer's path runs; a
+    folded normalization passes its input on.
 
-    Attributes:
-      original: the module; wrapped, since flax would give a module that is a field another path.
-      convs: (path, strides and so on as pairs) of the layers that are convolutions now.
-      folded: (path, dtype of its output) of the normalizations that are part of a layer now.
-      biased: paths of linear layers and transposed convolutions that have taken one up: they are called
+    Attributes: original: the module; wrapped, since flax would give a module that is a
+      field another path. convs: (path, strides and so on as pairs) of the layers that
+      are convolutions now. folded: (path, dtype of its output) of the normalizations
+      that are part of a layer now. biased: paths of linear layers and transposed
+      convolutions that have taken one up: they are called
         with a bias.
     """
 
@@ -58,7 +59,9 @@ class Fused(nn.Module):
             if path in folded:
                 return _first(inputs, flags).astype(folded[path])
             if path in self.biased:
-                params = {n: layer.get_variable("params", n) for n in ("kernel", "bias")}
+                params = {
+                    n: layer.get_variable("params", n) for n in ("kernel", "bias")
+                }
                 alone = layer.clone(use_bias=True, parent=None)
                 return alone.apply({"params": params}, *inputs, **flags)
             if path not in convs:
@@ -82,13 +85,12 @@ def layer_path(module: nn.Module) -> str:
     return "/".join(module.path)
 
 
-# --------------------------------------------------------------------------------------------------
 # A linen module as a pure function of plain dictionaries.
-# --------------------------------------------------------------------------------------------------
 
 
 STATISTICS = "batch_stats"
-# What flax raises where a module writes or makes a variable of a collection that is not mutable.
+# What flax raises where a module writes or makes a variable of a collection that is not
+# mutable.
 _IMMUTABLE = (
     flax.errors.ModifyScopeVariableError,
     flax.errors.ScopeVariableNotFoundError,
@@ -105,25 +107,28 @@ def functional(
 ) -> tuple[ApplyFn, Params, State]:
     """The module as (apply, params, state), as `jt.nnx.functional` gives it.
 
-    Args:
-      module: any linen module.
-      variables: what `module.init` returned.
-      train_kwargs: how the module is told to train: a function train -> keyword arguments of its call, or
-        the flags in training ({"is_test": False}; negated in evaluation). None = those of `train`,
-        `training`, `is_training`, `is_train`, `deterministic`, `use_running_average` and `inference` that
-        the call has and the arguments of `apply` leave open, else that are attributes of the module.
+    Args: module: any linen module. variables: what `module.init` returned.
+      train_kwargs: how the module is told to train: a function train -> keyword
+      arguments of its call, or
+        the flags in training ({"is_test": False}; negated in evaluation). None = those
+        of `train`, `training`, `is_training`, `is_train`, `deterministic`,
+        `use_running_average` and `inference` that the call has and the arguments of
+        `apply` leave open, else that are attributes of the module.
 
-    Returns:
-      apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y, state). `kwargs` are the
-        call's own; `key` is a typed PRNG key for all RNG streams and may be None only if the call draws no
-        random numbers. In training every collection of `state` is mutable, in evaluation those alone that
-        the call writes, such as a cache: a module may decide by `is_mutable_collection`.
+    Returns: apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y,
+      state). `kwargs` are the
+        call's own; `key` is a typed PRNG key for all RNG streams and may be None only
+        if the call draws no random numbers. In training every collection of `state` is
+        mutable, in evaluation those alone that the call writes, such as a cache: a
+        module may decide by `is_mutable_collection`.
       params: variables["params"] as nested dicts.
-      state: {collection: ...} of all other variables; the returned state has the same structure.
+      state: {collection: ...} of all other variables; the returned state has the same
+        structure.
 
-    Raises:
-      ValueError: (from apply) random numbers without `key`, or, without `train_kwargs`, a `train` that
-        does not reach the module: statistics that move in evaluation, or no flag by which it could.
+    Raises: ValueError: (from apply) random numbers without `key`, or, without
+      `train_kwargs`, a `train` that
+        does not reach the module: statistics that move in evaluation, or no flag by
+          which it could.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,7 +154,9 @@ def functional(
         rngs = None if key is None else _rngs(_functional.checked_key(key))
         variables = {"params": params, **state}
         try:
-            y, updated = call(_functional.static_train(train), variables, inputs, kwargs, rngs)
+            y, updated = call(
+                _functional.static_train(train), variables, inputs, kwargs, rngs
+            )
         except flax.errors.InvalidRngError as error:
             raise ValueError(
                 "linen.functional: this call draws random numbers and needs `key`: pass "
@@ -168,7 +175,8 @@ class _Call:
         self.kwargs = _flags.mode_rule("linen.functional", kind, train_kwargs)
         self.modules = {train: in_mode(module, train) for train in (True, False)}
         self.finds_flags = train_kwargs is None
-        # Then only the collections that are mutable can tell it. What is fused need not be told.
+        # Then only the collections that are mutable can tell it. What is fused need not
+        # be told.
         self.has_none = (
             self.finds_flags
             and not isinstance(module, Fused)
@@ -208,7 +216,8 @@ def evaluated(
 ) -> tuple[tuple[Any, Any], set[str]]:
     """(run(mutable), mutable) with no collection mutable but those that the call writes.
 
-    Modules that train where their statistics are mutable evaluate then; a cache of decoding is written.
+    Modules that train where their statistics are mutable evaluate then; a cache of
+    decoding is written.
     """
     written: set[str] = set()
     while True:
@@ -216,7 +225,9 @@ def evaluated(
             return run(sorted(written)), written
         except _IMMUTABLE as error:
             # The error has the name in its text alone.
-            others = [name for name in variables if name != "params" and name not in written]
+            others = [
+                name for name in variables if name != "params" and name not in written
+            ]
             new = {name for name in others if f'collection "{name}"' in str(error)}
             if not new:
                 raise
@@ -227,11 +238,15 @@ def in_mode(module: nn.Module, train: bool) -> nn.Module:
     """The module with those of its attributes set that are flags and that its call does not have."""
     if isinstance(module, Fused):
         inner = in_mode(module.module, train)
-        return module if inner is module.module else module.clone(original=Original(inner))
+        return (
+            module if inner is module.module else module.clone(original=Original(inner))
+        )
     fields = {name: getattr(module, name) for name in module.__dataclass_fields__}
     own = _flags.attribute_flags(fields, train)
     parameters = _flags.open_parameters(type(module), (), {})
-    changes: dict[str, Any] = {n: value for n, value in own.items() if n not in parameters}
+    changes: dict[str, Any] = {
+        n: value for n, value in own.items() if n not in parameters
+    }
     return module.clone(**changes) if changes else module
 
 
@@ -242,7 +257,9 @@ def original(module: nn.Module) -> nn.Module:
     return module
 
 
-def layer_trains(layer: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
+def layer_trains(
+    layer: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool | None:
     """Whether a normalization or dropout trains in this call; None for other layers."""
     if isinstance(layer, nn.BatchNorm | ExtendedBatchNorm):
         flag, at = "use_running_average", 1
@@ -255,7 +272,9 @@ def layer_trains(layer: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -
     return value is not True
 
 
-def _note_mode(modes: dict[str, bool], call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
+def _note_mode(
+    modes: dict[str, bool], call: Any, inputs: Any, kwargs: Any, context: Any
+) -> Any:
     trains = layer_trains(context.module, inputs, kwargs)
     if context.method_name == "__call__" and trains is not None:
         modes["/".join(context.module.path)] = trains
@@ -276,7 +295,8 @@ def _check_modes(train: bool, modes: Mapping[str, bool]) -> None:
 def _rngs(key: Key) -> dict[str, Key]:
     # Streams of other names fall back on "params" in linen.
     return {
-        name: jax.random.fold_in(key, i) for i, name in enumerate(("params", "dropout", "default"))
+        name: jax.random.fold_in(key, i)
+        for i, name in enumerate(("params", "dropout", "default"))
     }
 
 

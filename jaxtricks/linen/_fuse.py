@@ -75,13 +75,17 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
       variables: {"params": ..., "batch_stats": ...} of this layer alone.
       evaluates: whether its normalizations use their running statistics.
 
-    Raises:
-      ValueError: stacked variables (nn.scan, nn.vmap), a subclass that computes something else, or a block
+    Raises: ValueError: stacked variables (nn.scan, nn.vmap), a subclass that computes
+      something else, or a block
         whose parts have no twin.
     """
     kind = _overrides.kind_of(module, tuple(KINDS))
     _overrides.check(module, kind, ("_branches",) if kind in BLOCKS else ())
-    fields = {n: value for n in _FIELDS.split() if (value := getattr(module, n, None)) is not None}
+    fields = {
+        n: value
+        for n in _FIELDS.split()
+        if (value := getattr(module, n, None)) is not None
+    }
     kernel = variables["params"].get("kernel")
     sizes: tuple[Any, ...] = ()
     if kind in NORMS:
@@ -90,7 +94,9 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
         fields |= _affine_sizes(module, kernel.shape)
     else:
         sizes = _sizes(module, variables["params"])
-        fields |= {n: _factory(getattr(module, n)) for n in ("conv", "norm") if kind in BLOCKS}
+        fields |= {
+            n: _factory(getattr(module, n)) for n in ("conv", "norm") if kind in BLOCKS
+        }
     if kind is nn.Einsum:
         fields.pop("use_bias")
     mask = fields.pop("mask", None)  # an array, which would count as a variable
@@ -103,7 +109,9 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
 
 def _sizes(module: Any, params: Mapping[str, Any]) -> tuple[int, int]:
     """(in_features, out_features)."""
-    kernel = params["kernel"] if "kernel" in params else params["square"]["conv"]["kernel"]
+    kernel = (
+        params["kernel"] if "kernel" in params else params["square"]["conv"]["kernel"]
+    )
     *_, fan_in, out = kernel.shape
     return fan_in * module.feature_group_count, out
 
@@ -115,8 +123,11 @@ def _affine_sizes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
             raise ValueError("is given its equation in the call")
         if len(shape) != len(module.shape):
             raise ValueError(_STACKED)
-        # The bias has the axes that kernel and output share, in the order of the output.
-        _, letters, outputs = module.einsum_str.replace(" ", "").replace("->", ",").split(",")
+        # The bias has the axes that kernel and output share, in the order of the
+        # output.
+        _, letters, outputs = (
+            module.einsum_str.replace(" ", "").replace("->", ",").split(",")
+        )
         size = dict(zip(letters, shape, strict=False))
         bias = tuple(size[letter] for letter in outputs if letter in size)
         return {"kernel_shape": shape, "bias_shape": bias if module.use_bias else None}
@@ -166,9 +177,8 @@ def _filled(make: Callable[[], nnx.Module], variables: Mapping[str, Any]) -> Any
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# `jt.nnx.fuse` for linen: layers are found where the module calls them, and compared by their nnx twins.
-# --------------------------------------------------------------------------------------------------
+# `jt.nnx.fuse` for linen: layers are found where the module calls them, and compared by
+# their nnx twins.
 
 
 # What `Fused` passes on, and the attribute of nnx.Conv that holds it.
@@ -190,24 +200,26 @@ def fuse(
     *,
     example: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    where: Callable[[str], bool] | None = None,
+    path_filter: Callable[[str], bool] | None = None,
 ) -> tuple[nn.Module, dict[str, Any], reparam.FuseReport]:
     """The module and its variables for inference, and the proof that they compute the same function.
 
-    See `jt.nnx.fuse`. The variables returned are those of a network of plain layers, under the paths of the
-    layers they stand for: {"kernel", "bias"}, and no statistics of what was folded.
+    See `jt.nnx.fuse`. The variables returned are those of a network of plain layers,
+    under the paths of the layers they stand for: {"kernel", "bias"}, and no statistics
+    of what was folded.
 
-    Args:
-      module: any linen module.
-      variables: its variables, with running statistics.
-      example: an input of the module, or a tuple of them; needed, since a linen module makes its layers while
+    Args: module: any linen module. variables: its variables, with running statistics.
+      example: an input of the module, or a tuple of them; needed, since a linen module
+      makes its layers while
         it is called.
-      example_kwargs: keyword arguments of the module's call. Flags that neither names (`train`,
-        `deterministic`, ...) are set for evaluation, also where they are attributes of the module.
-      where: where(path) -> True for what to fuse; None = everything that can be.
+      example_kwargs: keyword arguments of the module's call. Flags that neither names
+        (`train`, `deterministic`, ...) are set for evaluation, also where they are
+        attributes of the module.
+      path_filter: path_filter(path) -> True for what to fuse; None = everything that
+        can be.
 
-    Returns:
-      (module, variables, report): fused.apply(variables, x) takes the arguments of the original's call.
+    Returns: (module, variables, report): fused.apply(variables, x) takes the arguments
+      of the original's call.
 
     Raises:
       ValueError: as `jt.nnx.fuse`, and for a missing example.
@@ -236,7 +248,9 @@ def fuse(
     convs, norms, unknown = _convs_and_norms(run, variables)
     flow, (values, dtypes) = probed.flow(), probed.values()
     units, kept = _fuse.paired(convs, norms, flow, run.altered | unknown)
-    units, plain, rows, kept = _fuse.merged("linen.fuse", units, kept, where, values)
+    units, plain, rows, kept = _fuse.merged(
+        "linen.fuse", units, kept, path_filter, values
+    )
     fused, smaller = _exchanged(module, variables, units, plain, dtypes)
     call = functools.partial(fused.apply, smaller, **flags)
     whole = whole_model(probed, call, units, rows, (_count(variables), _count(smaller)))
@@ -246,7 +260,9 @@ def fuse(
 class _Run:
     """run(watch, *inputs) of a module that evaluates; see `Probed`."""
 
-    def __init__(self, module: nn.Module, variables: Any, example: Any, kwargs: dict[str, Any]):
+    def __init__(
+        self, module: nn.Module, variables: Any, example: Any, kwargs: dict[str, Any]
+    ):
         self.module, self.variables = module, variables
         self.example, self.kwargs = example, kwargs
         self.altered: dict[str, str] = {}  # as that of nnx.probe.Spied
@@ -255,7 +271,9 @@ class _Run:
         """The module's output."""
         return self.intercepted(functools.partial(self._watched, watch), *inputs)
 
-    def _watched(self, watch: Watch, call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
+    def _watched(
+        self, watch: Watch, call: Any, inputs: Any, kwargs: Any, context: Any
+    ) -> Any:
         path = layer_path(context.module)
         stored = _at(self.variables, path)["params"].get("kernel")
         if stored is not None:
@@ -269,7 +287,9 @@ class _Run:
         """The output with an interceptor around every method."""
 
         def run(mutable: list[str]) -> Any:
-            return self.module.apply(self.variables, *inputs, **self.kwargs, mutable=mutable)
+            return self.module.apply(
+                self.variables, *inputs, **self.kwargs, mutable=mutable
+            )
 
         with nn.intercept_methods(functools.partial(_outermost, set(), interceptor)):
             # What is written is met by our sentence on training mode, not by flax's.
@@ -277,11 +297,18 @@ class _Run:
 
 
 def _outermost(
-    running: set[str], interceptor: Any, call: Any, inputs: Any, kwargs: Any, context: Any
+    running: set[str],
+    interceptor: Any,
+    call: Any,
+    inputs: Any,
+    kwargs: Any,
+    context: Any,
 ) -> Any:
     """Intercept a layer's `__call__`, not that of its base class, which it may call in turn."""
     path = layer_path(context.module)
-    layer = isinstance(context.module, tuple(KINDS)) and context.method_name == "__call__"
+    layer = (
+        isinstance(context.module, tuple(KINDS)) and context.method_name == "__call__"
+    )
     if not layer or path in running:
         return call(*inputs, **kwargs)
     running.add(path)
@@ -309,7 +336,9 @@ def _convs_and_norms(
         return call(*inputs, **kwargs)
 
     traced(functools.partial(run.intercepted, note), run.example)
-    blocks = [path for path, layer in called.items() if isinstance(layer, tuple(BLOCKS))]
+    blocks = [
+        path for path, layer in called.items() if isinstance(layer, tuple(BLOCKS))
+    ]
     convs, norms, unknown = {}, {}, {}
     for path, layer in called.items():
         if any(path != block and path.startswith(below(block)) for block in blocks):
@@ -354,14 +383,20 @@ def _exchanged(
             _drop(smaller, one.norm_layer)
         params = {"kernel": conv.kernel[...], "bias": conv.bias[...]}
         _put(smaller["params"], one.layer, params)
-    folded = tuple((one.norm_layer, str(dtypes[one.norm_layer])) for one in units if one.norm_layer)
+    folded = tuple(
+        (one.norm_layer, str(dtypes[one.norm_layer])) for one in units if one.norm_layer
+    )
     smaller = {name: tree for name, tree in smaller.items() if jax.tree.leaves(tree)}
     return Fused(Original(module), tuple(convs), folded, tuple(biased)), smaller
 
 
 def _geometry(conv: nnx.Conv) -> tuple[tuple[str, Any], ...]:
-    how = {name: getattr(conv, attribute, None) for name, attribute in _GEOMETRY.items()}
-    how |= {name: how[name] or 1 for name in ("strides", "dilation")}  # None is flax's one
+    how = {
+        name: getattr(conv, attribute, None) for name, attribute in _GEOMETRY.items()
+    }
+    how |= {
+        name: how[name] or 1 for name in ("strides", "dilation")
+    }  # None is flax's one
     return tuple(how.items())
 
 

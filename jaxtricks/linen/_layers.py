@@ -19,22 +19,16 @@ Sizes = int | Sequence[int]
 class WSConv(nn.Module):
     """Convolution whose kernel is standardized before every use; see `jt.nnx.WSConv`.
 
-    Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int or (low, high) pairs.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      preset: "nfnet", "timm", "bit" or "qiao".
-      eps: replaces the preset's epsilon.
-      use_gain: whether one factor per output channel is learned.
-      use_bias: whether a bias is added.
-      kernel_init: initializer; None = normal with variance 1 / fan_in.
-      dtype: of the computation; None = that of input and parameters together.
-      param_dtype: of the parameters.
-      precision: of the convolution, as in `jax.lax`.
+    Attributes: in_features: channels of the input; None = those of the input it is
+      called on. out_features: channels of the output. kernel_size: an int for one
+      spatial axis, else one int per axis. strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int or (low, high)
+      pairs. kernel_dilation: an int or one per spatial axis. feature_group_count:
+      groups. preset: "nfnet", "timm", "bit" or "qiao". eps: replaces the preset's
+      epsilon. use_gain: whether one factor per output channel is learned. use_bias:
+      whether a bias is added. kernel_init: initializer; None = normal with variance 1 /
+      fan_in. dtype: of the computation; None = that of input and parameters together.
+      param_dtype: of the parameters. precision: of the convolution, as in `jax.lax`.
 
     Example:
       >>> import jax
@@ -70,8 +64,12 @@ class WSConv(nn.Module):
         kernel_init = self.kernel_init or _conv.default_kernel_init()
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        gain = self.param("gain", ones, out, self.param_dtype) if self.use_gain else None
-        bias = self.param("bias", zeros, out, self.param_dtype) if self.use_bias else None
+        gain = (
+            self.param("gain", ones, out, self.param_dtype) if self.use_gain else None
+        )
+        bias = (
+            self.param("bias", zeros, out, self.param_dtype) if self.use_bias else None
+        )
         return _conv.convolution(
             x,
             _conv.standardize_wide(kernel, gain, preset=self.preset, eps=self.eps),
@@ -126,7 +124,11 @@ class ExtendedBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
     ) -> Array:
         """Normalized x; in training the collection "batch_stats" moves.
 
@@ -142,7 +144,9 @@ class ExtendedBatchNorm(nn.Module):
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         scale = bias = None
         if self.use_scale:
-            scale = self.param("scale", self.scale_init or ones, shape, self.param_dtype)
+            scale = self.param(
+                "scale", self.scale_init or ones, shape, self.param_dtype
+            )
         if self.use_bias:
             bias = self.param("bias", self.bias_init or zeros, shape, self.param_dtype)
         stats = _norm.Running(mean.value, var.value)
@@ -158,19 +162,22 @@ class ExtendedBatchNorm(nn.Module):
             )
             if not initializing:
                 mean.value, var.value = map(jnp.asarray, updated)
-        return _norm.normalize_to(x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+        return _norm.normalize_to(
+            x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype
+        )
 
 
 def in_features(name: str, given: int | None, x: Array) -> int:
     """Channels of x, or an error if others were given."""
     if given is not None and given != x.shape[-1]:
-        raise ValueError(f"linen.{name} was made for {given} features but is given {x.shape[-1]}")
+        raise ValueError(
+            f"linen.{name} was made for {given} features but is given {x.shape[-1]}"
+        )
     return x.shape[-1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Classifier heads for long-tailed data as linen modules: a few lines around what their nnx twins call.
-# --------------------------------------------------------------------------------------------------
+# Classifier heads for long-tailed data as linen modules: a few lines around what their
+# nnx twins call.
 
 
 Initializer = Callable[..., Any]
@@ -183,7 +190,10 @@ class _Head(nn.Module):
     out_features: int
 
     def _kernel(self, x: Array, init: Initializer | None, param_dtype: Any) -> Array:
-        shape = (in_features(type(self).__name__, self.in_features, x), self.out_features)
+        shape = (
+            in_features(type(self).__name__, self.in_features, x),
+            self.out_features,
+        )
         return self.param("kernel", init or _heads.unit_columns(), shape, param_dtype)
 
     def _per_class(self, name: str, init: Initializer, param_dtype: Any) -> Array:
@@ -249,13 +259,10 @@ class NormedHead(_Head):
 class LWSHead(_Head):
     """Linear head with a learned factor per class; see `jt.nnx.LWSHead`.
 
-    Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
-      use_bias: whether there is a bias.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      dtype: of the products and the logits; None = that of input and parameters together.
-      param_dtype: of the parameters.
+    Attributes: in_features: D; None = those of the input it is called on. out_features:
+      C. use_bias: whether there is a bias. kernel_init: initializer; None = normal with
+      variance 1 / D. dtype: of the products and the logits; None = that of input and
+      parameters together. param_dtype: of the parameters.
     """
 
     use_bias: bool = True
@@ -268,7 +275,9 @@ class LWSHead(_Head):
         """[..., D] features -> [..., C] logits."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        bias = self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
+        bias = (
+            self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
+        )
         dtype = _tree.common_dtype(x, kernel, bias, given=self.dtype)
         scale = self._per_class("scale", ones, self.param_dtype)
         return functions.lws(_heads.affine(x, kernel, bias, dtype), scale).astype(dtype)
@@ -277,14 +286,11 @@ class LWSHead(_Head):
 class DisAlignHead(_Head):
     """Linear head with adaptive calibration; see `jt.nnx.DisAlignHead`.
 
-    Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
-      use_bias: whether the linear head has a bias.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      compat: None starts without calibration, "reference" with a = 1 and v = 0.1.
-      dtype: of the products and the logits; None = that of input and parameters together.
-      param_dtype: of the parameters.
+    Attributes: in_features: D; None = those of the input it is called on. out_features:
+      C. use_bias: whether the linear head has a bias. kernel_init: initializer; None =
+      normal with variance 1 / D. compat: None starts without calibration, "reference"
+      with a = 1 and v = 0.1. dtype: of the products and the logits; None = that of
+      input and parameters together. param_dtype: of the parameters.
     """
 
     use_bias: bool = True
@@ -298,11 +304,14 @@ class DisAlignHead(_Head):
         """[..., D] features -> [..., C] logits."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         zeros = nn.initializers.zeros
-        bias = self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
+        bias = (
+            self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
+        )
         dtype = _tree.common_dtype(x, kernel, bias, given=self.dtype)
         start = decoupling.disalign_start(kernel.shape, self.param_dtype, self.compat)
         own = {
-            name: self.param(name, lambda _, value=value: value) for name, value in start.items()
+            name: self.param(name, lambda _, value=value: value)
+            for name, value in start.items()
         }
         logits = _heads.affine(x, kernel, bias, dtype)
         return _heads.calibrated(x, logits, own.__getitem__, dtype).astype(dtype)
@@ -349,11 +358,15 @@ class CausalHead(_Head):
         wide = _norm.statistics_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, kernel.shape[:1], wide)
         direction = mean.value
-        if not _norm.choose(use_running_average, self.use_running_average, "CausalHead"):
+        if not _norm.choose(
+            use_running_average, self.use_running_average, "CausalHead"
+        ):
             direction = None
             if not self.is_initializing():
                 moved = _heads.moving_mean(mean.value, x, self.momentum, self.axis_name)
                 mean.value = jnp.asarray(moved)
-        settings = {name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")}
+        settings = {
+            name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")
+        }
         logits = functions.tde(x, kernel, direction, **settings)
         return logits.astype(_tree.common_dtype(x, kernel, given=self.dtype))

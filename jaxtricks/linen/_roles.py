@@ -23,7 +23,8 @@ from jaxtricks.linen._layers import (
 )
 from jaxtricks.nnx import _roles
 
-# A key without a name: WeightNorm names its scales after the whole path of what it scales.
+# A key without a name: WeightNorm names its scales after the whole path of what it
+# scales.
 _KEY = jax.tree_util.DictKey("")
 
 
@@ -31,7 +32,8 @@ _KEY = jax.tree_util.DictKey("")
 class Tag(nn.meta.AxisMetadata[Any]):
     """A parameter, or the user's own box around it, with its roles.
 
-    The transforms of flax tell every box which axis they add or take: that is where "batch" comes from.
+    The transforms of flax tell every box which axis they add or take: that is where
+      "batch" comes from.
     """
 
     def __init__(self, value: Any, roles: Roles):
@@ -68,13 +70,13 @@ class Tag(nn.meta.AxisMetadata[Any]):
 
 
 def read(
-    init: Callable[[Callable[..., Any]], Any], layer_roles: Callable[..., dict[str, Any]]
+    init: Callable[[Callable[..., Any]], Any],
+    layer_roles: Callable[..., dict[str, Any]],
 ) -> dict[str, Roles]:
     """{path: roles}, stacked axes included, from an initialization whose parameters are tagged.
 
-    Args:
-      init: init(interceptor) -> the tree of parameters.
-      layer_roles: (context, args, kwargs) -> {name: (roles, value)} of a layer that has been called.
+    Args: init: init(interceptor) -> the tree of parameters. layer_roles: (context,
+      args, kwargs) -> {name: (roles, value)} of a layer that has been called.
     """
 
     def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -84,7 +86,9 @@ def read(
 
     try:
         params = init(watch)
-    except Exception:  # of any kind: the module's own code, which works without our boxes, met one
+    except (
+        Exception
+    ):  # of any kind: the module's own code, which works without our boxes, met one
         return {}
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_tag)
     tags = ((_tree.path_str(path), leaf) for path, leaf in leaves)
@@ -114,9 +118,7 @@ def _is_tag(x: Any) -> bool:
     return isinstance(x, Tag)
 
 
-# --------------------------------------------------------------------------------------------------
 # What each axis of a linen module's parameters means, from the types of its own layers.
-# --------------------------------------------------------------------------------------------------
 
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
@@ -132,24 +134,23 @@ NORMS = (
 
 @checked
 def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.Exact:
-    """A rule for `axes=` (memopt, agc) that is exact for the layers of flax.linen and of this library.
+    """A rule for `roles=` (memopt, agc) that is exact for the layers of flax.linen and of this library.
 
-    The module is initialized abstractly (nothing is computed or allocated) and its layers are watched.
-    Axes that nn.vmap and nn.scan add are "batch", wherever `variable_axes` puts them: sizes show where,
-    and where they fit more than one place (twelve layers of twelve heads) a second abstract
-    initialization asks the transforms themselves. Only a module that cannot be initialized with boxed
-    parameters leaves it open then: the first place that fits is taken and `roles.describe` marks the leaf.
+    The module is initialized abstractly (nothing is computed or allocated) and its
+    layers are watched. Axes that nn.vmap and nn.scan add are "batch", wherever
+    `variable_axes` puts them: sizes show where, and where they fit more than one place
+    (twelve layers of twelve heads) a second abstract initialization asks the transforms
+    themselves. Only a module that cannot be initialized with boxed parameters leaves it
+    open then: the first place that fits is taken and `roles.describe` marks the leaf.
 
-    Args:
-      module: any linen module.
-      *init_args: what `module.init` takes after the key: example inputs (shapes suffice), flags.
-      **init_kwargs: the same, by name.
+    Args: module: any linen module. *init_args: what `module.init` takes after the key:
+      example inputs (shapes suffice), flags. **init_kwargs: the same, by name.
 
-    Returns:
-      (path, shape) -> roles for the paths of variables["params"]; None for parameters of unknown layers
-      and for those that nn.map_variables stores in another shape than their layer sees. A parameter that
-      two layers share has the roles of the first that is called. Every position of nn.ConvLocal is an
-      independent copy: "batch". Below `nnx.bridge.ToLinen`, `jt.nnx.roles` decides; what it could only
+    Returns: (path, shape) -> roles for the paths of variables["params"]; None for
+      parameters of unknown layers and for those that nn.map_variables stores in another
+      shape than their layer sees. A parameter that two layers share has the roles of
+      the first that is called. Every position of nn.ConvLocal is an independent copy:
+      "batch". Below `nnx.bridge.ToLinen`, `jt.nnx.roles` decides; what it could only
       assume is None here.
 
     Example:
@@ -163,8 +164,12 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.E
     traced = [x if isinstance(x, _ARRAYS) else None for x in leaves]
 
     def init(watch: Callable[..., Any]) -> Any:
-        def start(key: Any, arrays: list[Any]) -> Any:  # a new one: jax would not trace it twice
-            filled = [a if a is not None else x for x, a in zip(leaves, arrays, strict=True)]
+        def start(
+            key: Any, arrays: list[Any]
+        ) -> Any:  # a new one: jax would not trace it twice
+            filled = [
+                a if a is not None else x for x, a in zip(leaves, arrays, strict=True)
+            ]
             args, kwargs = jax.tree.unflatten(structure, filled)
             return module.init(key, *args, **kwargs)
 
@@ -181,7 +186,9 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.E
     unclear = [path for path, fits in possible.items() if len(fits) > 1]
     tagged = read(init, layer_roles) if unclear else {}
     known = {path: fits[0] for path, fits in possible.items()}
-    known |= {path: tagged[path] for path in unclear if tagged.get(path) in possible[path]}
+    known |= {
+        path: tagged[path] for path in unclear if tagged.get(path) in possible[path]
+    }
     return roles_lib.exact(
         known, [path for path in unclear if tagged.get(path) not in possible[path]]
     )
@@ -200,7 +207,9 @@ def _watcher(found: dict[str, tuple[_roles.Axis, ...]]) -> Callable[..., Any]:
     return watch
 
 
-def layer_roles(context: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, tuple[Roles, Any]]:
+def layer_roles(
+    context: Any, args: tuple[Any, ...], kwargs: Any
+) -> dict[str, tuple[Roles, Any]]:
     """{name: (roles, value)} of one layer's own parameters; empty for an unknown type.
 
     Args:
@@ -215,7 +224,10 @@ def layer_roles(context: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, t
     words = _words(module, {name: len(_shape(leaf)) for name, leaf in own.items()})
     if isinstance(module, nn.Einsum) and context.method_name == "__call__":
         words = _einsum(
-            module, len(_shape(own["bias"])) if "bias" in own else 0, *args[1:], **kwargs
+            module,
+            len(_shape(own["bias"])) if "bias" in own else 0,
+            *args[1:],
+            **kwargs,
         )
     return {
         name: (words[name], leaf)
@@ -224,7 +236,9 @@ def layer_roles(context: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, t
     }
 
 
-def _einsum(module: nn.Einsum, bias: int, einsum_str: str | None = None, **_: Any) -> Any:
+def _einsum(
+    module: nn.Einsum, bias: int, einsum_str: str | None = None, **_: Any
+) -> Any:
     equation = module.einsum_str or einsum_str  # flax takes either, not both
     return _roles.einsum_roles(equation, len(module.shape), bias)
 
@@ -234,7 +248,9 @@ def _own(module: nn.Module) -> dict[str, Any]:
     params = module.variables.get("params", {})
     if not isinstance(module, nnx.bridge.ToLinen):  # all that is below it is its own
         params = {name: x for name, x in params.items() if not isinstance(x, Mapping)}
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=nn.meta.is_axis_metadata)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=nn.meta.is_axis_metadata
+    )
     return {_tree.path_str(path): leaf for path, leaf in leaves}
 
 
@@ -249,16 +265,22 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 def _words(module: nn.Module, ranks: dict[str, int]) -> dict[str, Roles]:
     """{name: roles} by the type of the layer; `ranks` are those of its parameters."""
     match module:
-        # OptimizedLSTMCell makes its matrices with DenseParams and joins them for the product only.
+        # OptimizedLSTMCell makes its matrices with DenseParams and joins them for the
+        # product only.
         case nn.Dense() | nn.recurrent.DenseParams():
             return {"kernel": ("in", "out"), "bias": _roles.NONE}
         case CausalHead() | CosineHead() | DisAlignHead() | LWSHead() | NormedHead():
             return {
-                name: ("in", "out") if rank == 2 else _roles.NONE for name, rank in ranks.items()
+                name: ("in", "out") if rank == 2 else _roles.NONE
+                for name, rank in ranks.items()
             }
         case nn.Conv() | WSConv():
             spatial = ("in",) * len(_tuple(module.kernel_size))
-            return {"kernel": (*spatial, "in", "out"), "bias": _roles.NONE, "gain": _roles.NONE}
+            return {
+                "kernel": (*spatial, "in", "out"),
+                "bias": _roles.NONE,
+                "gain": _roles.NONE,
+            }
         case nn.ConvLocal():
             positions = ("batch",) * len(_tuple(module.kernel_size))
             return {"kernel": (*positions, "in", "out"), "bias": (*positions, "none")}
@@ -293,4 +315,6 @@ def _bridged(module: Any) -> dict[str, Roles]:
         return module.nnx_class(*module.args, **module.kwargs, **rngs)
 
     rule = _roles.roles(nnx.eval_shape(make))
-    return {path: roles for path, roles in rule.table.items() if path not in rule.assumed}
+    return {
+        path: roles for path, roles in rule.table.items() if path not in rule.assumed
+    }

@@ -31,21 +31,22 @@ def class_counts(
 ) -> Integer[Array, "C"]:
     """Number of examples of each class: n_c = #{i : labels_i = c}.
 
-    Counting by label value is what keeps the prior in the order of the logits; a directory listing
-    sorts class "10" before class "2". Pass the class names to have their order checked.
+    Counting by label value is what keeps the prior in the order of the logits; a
+    directory listing sorts class "10" before class "2". Pass the class names to have
+    their order checked.
 
-    Args:
-      labels: integer class indices of any shape; values outside [0, num_classes) are not counted. With
+    Args: labels: integer class indices of any shape; values outside [0, num_classes)
+      are not counted. With
         names, they may be names.
       num_classes: C, the length of the result.
-      names: [C] name of each logit. Integer labels and names like "0", "1", "10", "2" raise: label 2
-        is then class "10" in one place and class "2" in another.
+      names: [C] name of each logit. Integer labels and names like "0", "1", "10", "2"
+        raise: label 2 is then class "10" in one place and class "2" in another.
 
-    Returns:
-      [C] counts: NumPy int64 for host labels, int32 on device for JAX arrays (works under jit).
+    Returns: [C] counts: NumPy int64 for host labels, int32 on device for JAX arrays
+      (works under jit).
 
-    Raises:
-      ValueError: if num_classes < 1, the labels are not integers, or the names are not C different
+    Raises: ValueError: if num_classes < 1, the labels are not integers, or the names
+      are not C different
         ones, lack one that is a label, or are numbered out of order.
 
     >>> class_counts([0, 2, 2, 1, 2], 4).tolist()
@@ -66,16 +67,22 @@ def class_counts(
             f"longtail.class_counts needs integer `labels`, got {labels.dtype}: cast them"
         )
     if xp is np:
-        if labels.dtype.kind not in "iu":  # NumPy does not compare the 4 bits of ml_dtypes
+        if (
+            labels.dtype.kind not in "iu"
+        ):  # NumPy does not compare the 4 bits of ml_dtypes
             labels = labels.astype(np.int64)
         inside = labels[(labels >= 0) & (labels < num_classes)].astype(np.int64)
         return np.bincount(inside, minlength=num_classes)
-    return _sharding.replicated(functools.partial(_counted, num_classes=num_classes), labels)
+    return _sharding.replicated(
+        functools.partial(_counted, num_classes=num_classes), labels
+    )
 
 
 def _counted(labels: Array, *, num_classes: int) -> Array:
     labels = class_indices(labels)
-    target = jnp.where(labels < 0, num_classes, labels)  # a negative index would wrap around
+    target = jnp.where(
+        labels < 0, num_classes, labels
+    )  # a negative index would wrap around
     return jnp.zeros(num_classes, jnp.int32).at[target.reshape(-1)].add(1, mode="drop")
 
 
@@ -110,14 +117,20 @@ def _in_order(names: list[str]) -> list[str]:
     parts = [re.split(r"(\d+)", name) for name in names]
     # "class_7": what stands around the number is the same in all of them.
     numbered = all(len(p) == 3 and p[::2] == parts[0][::2] for p in parts)
-    return sorted(names, key=lambda n: int(re.split(r"(\d+)", n)[1])) if numbered else names
+    return (
+        sorted(names, key=lambda n: int(re.split(r"(\d+)", n)[1]))
+        if numbered
+        else names
+    )
 
 
 def as_vector(name: str, values: object) -> Array:
     """Any [C] sequence or array: one-dimensional, and nothing negative or NaN where that can be seen."""
     vector = jnp.asarray(values)
     if vector.ndim != 1:
-        raise ValueError(f"longtail.{name} must be one number per class, got shape {vector.shape}")
+        raise ValueError(
+            f"longtail.{name} must be one number per class, got shape {vector.shape}"
+        )
     seen_values = known(values if isinstance(values, np.ndarray) else vector)
     if seen_values is not None and np.any(bad := ~(seen_values >= 0)):
         c = int(np.argmax(bad))
@@ -157,7 +170,8 @@ def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
 def class_indices(labels: Any) -> Array:
     """Integer labels as int32, which holds every class number; -1 where int32 cannot hold the label.
 
-    Of a narrower dtype the number of classes may be out of range: uint8 labels of 256 classes.
+    Of a narrower dtype the number of classes may be out of range: uint8 labels of 256
+      classes.
     """
     labels = jnp.asarray(labels)
     if jnp.iinfo(labels.dtype).max > jnp.iinfo(jnp.int32).max:
@@ -207,7 +221,9 @@ def floating(values: Array) -> Array:
       ValueError: the values are not real numbers.
     """
     if not (jnp.issubdtype(values.dtype, jnp.integer) or _tree.is_floating(values)):
-        raise ValueError(f"longtail: an argument is an array of {values.dtype}: give real numbers")
+        raise ValueError(
+            f"longtail: an argument is an array of {values.dtype}: give real numbers"
+        )
     return values.astype(values.dtype if values.dtype == jnp.float64 else jnp.float32)
 
 
@@ -234,42 +250,38 @@ def at_least_rarest(counts: Real[Array, "C"]) -> Float[Array, "C"]:
     return jnp.where(seen(counts), counts, rarest)
 
 
-# --------------------------------------------------------------------------------------------------
 # From per-example losses to one number, with the denominator said out loud.
-# --------------------------------------------------------------------------------------------------
 
 
 @checked
-def reduce(
+def reduce_loss(
     per_example: Float[Array, "*batch"],
     weights: Real[Array, "*batch"] | Bool[Array, "*batch"] | None = None,
     kind: Literal["mean", "weighted_mean", "sum"] = "mean",
 ) -> Float[Array, ""]:
     """Reduce per-example losses: sum w l over N, over sum w, or over 1.
 
-    "mean" is sum(w l) / N (what Cui's TensorFlow code does), "weighted_mean" is sum(w l) / sum(w)
-    (what torch does with class weights), "sum" is sum(w l). The weights are applied here, so give
-    it the unweighted loss: `reduce(cross_entropy()(z, y), w[y], "weighted_mean")`; a loss that has
-    class weights already needs none here.
+    "mean" is sum(w l) / N (what Cui's TensorFlow code does), "weighted_mean" is sum(w
+    l) / sum(w) (what torch does with class weights), "sum" is sum(w l). The weights are
+    applied here, so give it the unweighted loss: `reduce_loss(cross_entropy()(z, y),
+    w[y], "weighted_mean")`; a loss that has class weights already needs none here.
 
-    Args:
-      per_example: [...] losses of any shape.
-      weights: [...] weight of every example, a mask of the ones that count, or None for ones.
-      kind: "mean", "weighted_mean" or "sum".
+    Args: per_example: [...] losses of any shape. weights: [...] weight of every
+      example, a mask of the ones that count, or None for ones. kind: "mean",
+      "weighted_mean" or "sum".
 
-    Returns:
-      A scalar in float32 or wider; 0 where there is nothing to average. An example of weight 0
-      contributes nothing, whatever its loss.
+    Returns: A scalar in float32 or wider; 0 where there is nothing to average. An
+      example of weight 0 contributes nothing, whatever its loss.
 
     Raises:
       ValueError: for another kind.
 
-    >>> reduce(jnp.array([1.0, 3.0]), jnp.array([3.0, 1.0]), "weighted_mean")
+    >>> reduce_loss(jnp.array([1.0, 3.0]), jnp.array([3.0, 1.0]), "weighted_mean")
     Array(1.5, dtype=float32)
     """
     if kind not in ("mean", "weighted_mean", "sum"):
         raise ValueError(
-            f'longtail.reduce: `kind` is {kind!r}: pass "mean", "weighted_mean" or "sum"'
+            f'longtail.reduce_loss: `kind` is {kind!r}: pass "mean", "weighted_mean" or "sum"'
         )
     losses = floating(jnp.asarray(per_example))
     w = jnp.ones_like(losses)
@@ -278,5 +290,9 @@ def reduce(
     total = jnp.sum(jnp.where(w != 0, w * losses, 0))
     if kind == "sum":
         return total
-    over = jnp.sum(w) if kind == "weighted_mean" else jnp.asarray(losses.size, losses.dtype)
+    over = (
+        jnp.sum(w)
+        if kind == "weighted_mean"
+        else jnp.asarray(losses.size, losses.dtype)
+    )
     return total / jnp.where(over != 0, over, 1)

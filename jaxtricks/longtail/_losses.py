@@ -58,11 +58,12 @@ def weighted(weights: Counts) -> SoftmaxLoss:
     Args:
       weights: [C] class weights, for example `weights.inverse_frequency(counts)`.
 
-    Returns:
-      A per-example loss; divide by N or by sum w_y with `reduce`: the peers disagree.
+    Returns: A per-example loss; divide by N or by sum w_y with `reduce_loss`: the peers
+      disagree.
 
-    The weights may be learned, as in Meta-Weight-Net: differentiate the loss on a small balanced
-    set through one step of the optimizer. Here it wants less of the head and more of the tail.
+    The weights may be learned, as in Meta-Weight-Net: differentiate the loss on a small
+    balanced set through one step of the optimizer. Here it wants less of the head and
+    more of the tail.
 
     >>> import jax, optax
     >>> tx, y, balanced = optax.sgd(1.0), jnp.array([0, 0, 0, 1]), jnp.array([0, 1])
@@ -85,9 +86,9 @@ def weighted(weights: Counts) -> SoftmaxLoss:
 def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
     """Softmax focal loss: -w_y (1 - p_y)^gamma log p_y.
 
-    Args:
-      gamma: exponent, >= 0; 1 and 2 are common. Its gradient is finite for gamma < 1 too.
-      weights: [C] class weights, or None. They scale the loss only, and do not bend p_y.
+    Args: gamma: exponent, >= 0; 1 and 2 are common. Its gradient is finite for gamma <
+      1 too. weights: [C] class weights, or None. They scale the loss only, and do not
+      bend p_y.
 
     Returns:
       A per-example loss.
@@ -109,8 +110,8 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
     Returns:
       A per-example loss; its weights sum to C.
 
-    References:
-      Cui et al., Class-balanced loss based on effective number of samples, arXiv 1901.05555.
+    References: Cui et al., Class-balanced loss based on effective number of samples,
+      arXiv 1901.05555.
     """
     return softmax_loss(weights=class_weights.effective_number(counts, beta))
 
@@ -119,12 +120,14 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
 def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxLoss:
     """Label-distribution-aware margin: CE(s (z - m_y e_y)), m_c = max_margin (n_min/n_c)^(1/4).
 
-    The logits must be cosines in [-1, 1] (a head with normalised rows and no bias): on plain logits
-    s = 30 is far too large, and eager calls with s > 1 warn. Inside jit they do not, since a callback
-    would keep the step from `remat.plan` and from JAX's cache of compiled programs: call
-    `heads.check_normed` on the logits there, for as long as you want to be warned.
+    The logits must be cosines in [-1, 1] (a head with normalised rows and no bias): on
+    plain logits s = 30 is far too large, and eager calls with s > 1 warn. Inside jit
+    they do not, since a callback would keep the step from `remat.plan` and from JAX's
+    cache of compiled programs: call `heads.check_normed` on the logits there, for as
+    long as you want to be warned.
 
-    For its deferred re-weighting compose it: `softmax_loss(margin(m), scale(30.), weights=w)`.
+    For its deferred re-weighting compose it: `softmax_loss(margin(m), scale(30.),
+    weights=w)`.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -134,9 +137,8 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
     Returns:
       A per-example loss.
 
-    References:
-      Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss,
-      arXiv 1906.07413, equations 11-13.
+    References: Cao et al., Learning imbalanced datasets with label-distribution-aware
+      margin loss, arXiv 1906.07413, equations 11-13.
     """
     n = at_least_rarest(as_vector("ldam: `counts`", counts))
     top = jnp.asarray(max_margin).astype(n.dtype)
@@ -151,8 +153,8 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
 def balanced_softmax(counts: Counts) -> SoftmaxLoss:
     """Balanced softmax: CE(z + log n), which is `logit_adjusted` at tau = 1.
 
-    Train with it and predict with the raw logits: adjusting them again with `posthoc.adjust` would
-    count the prior twice.
+    Train with it and predict with the raw logits: adjusting them again with
+    `posthoc.adjust` would count the prior twice.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -164,8 +166,8 @@ def balanced_softmax(counts: Counts) -> SoftmaxLoss:
     >>> loss(jnp.zeros((2, 2)), jnp.array([0, 1])).round(4)
     Array([0.1054, 2.3026], dtype=float32)
 
-    References:
-      Ren et al., Balanced meta-softmax for long-tailed visual recognition, arXiv 2007.10740.
+    References: Ren et al., Balanced meta-softmax for long-tailed visual recognition,
+      arXiv 2007.10740.
     """
     return softmax_loss(add_log_prior(counts, 1.0))
 
@@ -174,18 +176,17 @@ def balanced_softmax(counts: Counts) -> SoftmaxLoss:
 def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
     """Logit-adjusted cross entropy: CE(z + tau log pi), pi = n / sum n.
 
-    Train with it and predict with the raw logits; the test-time twin is `posthoc.adjust`, never
-    together with this one.
+    Train with it and predict with the raw logits; the test-time twin is
+    `posthoc.adjust`, never together with this one.
 
-    Args:
-      counts: [C] training examples per class; may be traced.
-      tau: strength; 0 is plain cross entropy. May be traced, differentiated and vmapped.
+    Args: counts: [C] training examples per class; may be traced. tau: strength; 0 is
+      plain cross entropy. May be traced, differentiated and vmapped.
 
     Returns:
       A per-example loss.
 
-    References:
-      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation 10.
+    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
+      equation 10.
     """
     return softmax_loss(add_log_prior(counts, tau))
 
@@ -202,9 +203,8 @@ def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
     Returns:
       A per-example loss.
 
-    References:
-      Kini et al., Label-imbalanced and group-sensitive classification under overparameterization,
-      arXiv 2103.01550.
+    References: Kini et al., Label-imbalanced and group-sensitive classification under
+      overparameterization, arXiv 2103.01550.
     """
     return softmax_loss(temper(counts, gamma), add_log_prior(counts, tau))
 
@@ -237,9 +237,8 @@ class _OfCosines(SoftmaxLoss):
         return loss
 
 
-# --------------------------------------------------------------------------------------------------
-# The losses of `losses` as pytrees: each has a loss per label, and a soft label averages it.
-# --------------------------------------------------------------------------------------------------
+# The losses of `losses` as pytrees: each has a loss per label, and a soft label
+# averages it.
 
 
 PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
@@ -249,8 +248,8 @@ PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without 
 class LabelAwareSmoothing:
     """The loss of `label_aware_smoothing`: a pytree, and callable.
 
-    Attributes:
-      smoothing: [C] share of the label that goes to all classes evenly, by class of the label.
+    Attributes: smoothing: [C] share of the label that goes to all classes evenly, by
+      class of the label.
     """
 
     smoothing: Array
@@ -267,7 +266,9 @@ class LabelAwareSmoothing:
         z, q, inside = _inputs(logits, labels, where)
         e = _vector("label_aware_smoothing: `counts`", self.smoothing, z)
         each, offered = _cross_entropies(z)
-        number = jnp.maximum(jnp.sum(offered, axis=-1, keepdims=True), 1).astype(z.dtype)
+        number = jnp.maximum(jnp.sum(offered, axis=-1, keepdims=True), 1).astype(
+            z.dtype
+        )
         mean = jnp.sum(jnp.where(offered, each / number, 0), axis=-1)
         loss = expected(q * (1 - e), each, offered) + jnp.sum(q * e, axis=-1) * mean
         return _finished(loss, inside, where)
@@ -301,7 +302,9 @@ class Seesaw:
         if inside is not None:
             return _finished(self._of_label(z, n, target), inside, where)
         one_hot = jnp.eye(z.shape[-1], dtype=z.dtype)
-        each = jax.vmap(lambda label: self._of_label(z, n, rows(label, z)), out_axes=-1)(one_hot)
+        each = jax.vmap(
+            lambda label: self._of_label(z, n, rows(label, z)), out_axes=-1
+        )(one_hot)
         return _finished(expected(target, each, ~jnp.isneginf(z)), None, where)
 
     def _of_label(self, z: Array, n: Array, one_hot: Array) -> Array:
@@ -349,7 +352,9 @@ class Lade:
         keep = keep if inside is None else keep & inside
         rows = z.reshape(-1, z.shape[-1]), q.reshape(-1, z.shape[-1]), keep.reshape(-1)
         alpha = jnp.asarray(self.alpha).astype(z.dtype)
-        return _finished(own + alpha * self._regulariser(*rows, prior.reshape(-1)), inside, where)
+        return _finished(
+            own + alpha * self._regulariser(*rows, prior.reshape(-1)), inside, where
+        )
 
     def _regulariser(self, z: Array, q: Array, keep: Array, prior: Array) -> Array:
         finite = jnp.where(keep[:, None] & ~jnp.isneginf(z), z, 0)
@@ -430,9 +435,14 @@ class InfluenceBalanced:
         if where is not None:
             h = jnp.where(as_mask(where, z.shape[:-1])[..., None], h, 0)
         gap, offered = gaps(z)
-        # ||p - onehot||_1 = 2 (1 - p_c), and 1 - p_c = sigmoid(gap) without cancellation.
-        influence = 2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
-        alpha, gamma = (jnp.asarray(x).astype(z.dtype) for x in (self.alpha, self.focal_gamma))
+        # ||p - onehot||_1 = 2 (1 - p_c), and 1 - p_c = sigmoid(gap) without
+        # cancellation.
+        influence = (
+            2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
+        )
+        alpha, gamma = (
+            jnp.asarray(x).astype(z.dtype) for x in (self.alpha, self.focal_gamma)
+        )
         each = jax.nn.softplus(gap) * jnp.exp(-gamma * jax.nn.softplus(-gap))
         each *= alpha / (influence + self.eps)
         if self.weights is not None:
@@ -440,10 +450,14 @@ class InfluenceBalanced:
         return _finished(expected(q, each, offered), inside, where)
 
 
-def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array, Array | None]:
+def _inputs(
+    logits: Array, labels: Array, where: Array | None
+) -> tuple[Array, Array, Array | None]:
     """The logits, the labels as probabilities, and which integer labels are classes at all."""
     z = floating(jnp.asarray(logits))
-    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # certain of a class, and beyond correction
+    z = jnp.where(
+        jnp.isposinf(z), jnp.nan, z
+    )  # certain of a class, and beyond correction
     labels = jnp.asarray(labels)
     where = None if where is None else as_mask(where, z.shape[:-1])
     if hard := _are_hard(labels, z):
@@ -452,7 +466,9 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
     else:
         q = labels
     inside = jnp.any(q, axis=-1) if hard else None
-    if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+    if (
+        where is not None
+    ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
         keep = where[..., None]
         z, q = jnp.where(keep, z, 0), jnp.where(keep, q, jnp.zeros((), q.dtype))
     return z, q.astype(z.dtype), inside
@@ -480,9 +496,8 @@ def _vector(name: str, values: Array, z: Array) -> Array:
     return rows(values.astype(z.dtype), z)
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses that are no logit transform: smoothing, seesaw, LADE, equalization, influence balance.
-# --------------------------------------------------------------------------------------------------
+# Losses that are no logit transform: smoothing, seesaw, LADE, equalization, influence
+# balance.
 
 
 Shape = Literal["concave", "linear", "convex", "exp"]
@@ -498,10 +513,11 @@ def label_aware_smoothing(
 ) -> LabelAwareSmoothing:
     """Label smoothing by class of the label: (1 - e_y)(-log p_y) + e_y mean_c(-log p_c).
 
-    e rises from tail to head with r = (n - n_min) / (n_max - n_min): concave tail + (head - tail)
-    sin(pi r / 2), linear r, convex 1 - cos(pi r / 2), exp r^power. For the second stage of a
-    decoupled training. A class without examples is smoothed like the rarest one; with balanced
-    counts every class is, by `tail` (the reference divides 0 by 0 there).
+    e rises from tail to head with r = (n - n_min) / (n_max - n_min): concave tail +
+    (head - tail) sin(pi r / 2), linear r, convex 1 - cos(pi r / 2), exp r^power. For
+    the second stage of a decoupled training. A class without examples is smoothed like
+    the rarest one; with balanced counts every class is, by `tail` (the reference
+    divides 0 by 0 there).
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -510,9 +526,8 @@ def label_aware_smoothing(
       shape: "concave", "linear", "convex" or "exp".
       power: exponent of "exp", > 0.
 
-    Returns:
-      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...]. A class of
-      logit -inf has no part in the mean.
+    Returns: loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example
+      [...]. A class of logit -inf has no part in the mean.
 
     Raises:
       ValueError: for another shape.
@@ -549,18 +564,18 @@ def label_aware_smoothing(
 def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
     """Seesaw loss: -log(e^z_y / (e^z_y + sum_{j != y} S_yj e^z_j)).
 
-    S_yj = min(1, n_j / n_y)^p max(1, s_j / max(s_y, 0.01))^q with s = softmax(z), held constant.
-    The first factor spares rare classes, the second one takes that back where they win wrongly.
-    Counts below 1 are taken as 1. With balanced counts only the second factor is left.
+    S_yj = min(1, n_j / n_y)^p max(1, s_j / max(s_y, 0.01))^q with s = softmax(z), held
+    constant. The first factor spares rare classes, the second one takes that back where
+    they win wrongly. Counts below 1 are taken as 1. With balanced counts only the
+    second factor is left.
 
     Args:
       counts: [C] training examples per class, or those seen so far; may be traced.
       p: exponent of the mitigation factor; 0 is none. May be traced.
       q: exponent of the compensation factor; 0 is none. May be traced.
 
-    Returns:
-      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...]. Soft labels
-      need O(C^2) memory per example, hard ones O(C).
+    Returns: loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example
+      [...]. Soft labels need O(C^2) memory per example, hard ones O(C).
 
     >>> seesaw([90, 10])(jnp.zeros((2, 2)), jnp.array([0, 1])).round(4)
     Array([0.1591, 0.6931], dtype=float32)
@@ -575,19 +590,20 @@ def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
 def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
     """LADE: CE(z + log(pi + 1e-9)) + alpha R, R a regulariser of the whole batch.
 
-    R = -sum_c pi_c (E_c - S_c - lam S_c^2), E_c the mean of z_c over the examples of class c,
-    S_c = log mean_i exp z_ic - log(pi_c + 1e-9) + log(1/C + 1e-9). It drives the logits to a
-    log-likelihood ratio, so that any test prior can be added: `posthoc.shift_prior`.
+    R = -sum_c pi_c (E_c - S_c - lam S_c^2), E_c the mean of z_c over the examples of
+    class c, S_c = log mean_i exp z_ic - log(pi_c + 1e-9) + log(1/C + 1e-9). It drives
+    the logits to a log-likelihood ratio, so that any test prior can be added:
+    `posthoc.shift_prior`.
 
-    Args:
-      counts: [C] training examples per class; may be traced. A class without any has no part in R.
-      lam: weight of the squared term; 0.01 on CIFAR, 0.5 on ImageNet-LT. May be traced.
-      alpha: weight of R; 0.1 on CIFAR, 0.05 on ImageNet-LT. May be traced.
+    Args: counts: [C] training examples per class; may be traced. A class without any
+      has no part in R. lam: weight of the squared term; 0.01 on CIFAR, 0.5 on
+      ImageNet-LT. May be traced. alpha: weight of R; 0.1 on CIFAR, 0.05 on ImageNet-LT.
+      May be traced.
 
-    Returns:
-      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...]. Every
-      example holds all of R, so their mean is the loss of the paper; R is over all leading axes
-      and the examples that are not masked. Under vmap each slice has its own.
+    Returns: loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example
+      [...]. Every example holds all of R, so their mean is the loss of the paper; R is
+      over all leading axes and the examples that are not masked. Under vmap each slice
+      has its own.
 
     >>> lade([1, 1], alpha=0.0)(jnp.zeros((1, 2)), jnp.array([0])).round(4)
     Array([0.6931], dtype=float32)
@@ -600,28 +616,30 @@ def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
 
 
 @checked
-def equalization(counts: Counts, gamma: Scalar = 0.9, threshold: Scalar = 4.3e-4) -> Equalization:
+def equalization(
+    counts: Counts, gamma: Scalar = 0.9, threshold: Scalar = 4.3e-4
+) -> Equalization:
     """Softmax equalization: -log(e^z_y / sum_j w_j e^z_j), w_j = 1 - b_j [pi_j < threshold][j != y].
 
-    b ~ Bernoulli(gamma) for every example and class: rare classes are mostly spared from being
-    pushed down by the others. An example whose other classes are all left out costs 0.
+    b ~ Bernoulli(gamma) for every example and class: rare classes are mostly spared
+    from being pushed down by the others. An example whose other classes are all left
+    out costs 0.
 
-    Args:
-      counts: [C] training examples per class; may be traced.
-      gamma: probability to leave a rare class out; 0 is plain cross entropy. May be traced.
-      threshold: share of the examples below which a class is rare; 4.3e-4 on ImageNet-LT, 0.005 on
+    Args: counts: [C] training examples per class; may be traced. gamma: probability to
+      leave a rare class out; 0 is plain cross entropy. May be traced. threshold: share
+      of the examples below which a class is rare; 4.3e-4 on ImageNet-LT, 0.005 on
         CIFAR-LT.
 
-    Returns:
-      loss(logits [..., C], labels [...] or [..., C], key=, where=None) -> per-example [...].
+    Returns: loss(logits [..., C], labels [...] or [..., C], key=, where=None) ->
+      per-example [...].
 
     >>> import jax
     >>> loss = equalization([90, 10], gamma=1.0, threshold=0.2)
     >>> loss(jnp.zeros((2, 2)), jnp.array([0, 1]), key=jax.random.key(0)).round(4)
     Array([0.    , 0.6931], dtype=float32)
 
-    References:
-      Tan et al., Equalization loss for long-tailed object recognition, arXiv 2003.05176.
+    References: Tan et al., Equalization loss for long-tailed object recognition, arXiv
+      2003.05176.
     """
     return Equalization(as_vector("equalization: `counts`", counts), gamma, threshold)
 
@@ -636,14 +654,14 @@ def influence_balanced(
 ) -> InfluenceBalanced:
     """Influence-balanced loss: w_y (1 - p_y)^focal_gamma (-log p_y) alpha / (||p - y||_1 ||h||_1 + eps).
 
-    h is the input of the last layer. The divisor is differentiated like the rest. Train with plain
-    cross entropy first (half of the run in the paper): it is a loss for the second phase.
+    h is the input of the last layer. The divisor is differentiated like the rest. Train
+    with plain cross entropy first (half of the run in the paper): it is a loss for the
+    second phase.
 
-    Args:
-      weights: [C] class weights, for example `weights.inverse_frequency(counts)`, or None.
-      alpha: scale of the loss. May be traced.
-      focal_gamma: exponent of the focal factor; 0 is none. Class weights do not bend p_y.
-      eps: bounds the factor of an example that is learned already, at alpha / eps.
+    Args: weights: [C] class weights, for example `weights.inverse_frequency(counts)`,
+      or None. alpha: scale of the loss. May be traced. focal_gamma: exponent of the
+      focal factor; 0 is none. Class weights do not bend p_y. eps: bounds the factor of
+      an example that is learned already, at alpha / eps.
 
     Returns:
       loss(logits [..., C], labels [...] or [..., C], features= [..., D], where=None) ->
@@ -654,8 +672,8 @@ def influence_balanced(
     >>> print(f"{each[0]:.3f}")
     0.231
 
-    References:
-      Park et al., Influence-balanced loss for imbalanced visual classification, arXiv 2110.02444.
+    References: Park et al., Influence-balanced loss for imbalanced visual
+      classification, arXiv 2110.02444.
     """
     w = None if weights is None else as_vector("influence_balanced: `weights`", weights)
     return InfluenceBalanced(w, alpha, focal_gamma, eps)

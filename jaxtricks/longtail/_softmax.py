@@ -1,11 +1,12 @@
 """How far all other classes are above the label: what every softmax loss of the room is made of.
 
-gap = log sum_{j != y} exp(z'_j) - z'_y with z' = gain z + offset. The label is left out of the sum, so that
-softplus(gap) = -log p_y and softplus(-gap) = -log(1 - p_y) are exact even where p_y rounds to 1.
+gap = log sum_{j != y} exp(z'_j) - z'_y with z' = gain z + offset. The label is left out
+of the sum, so that softplus(gap) = -log p_y and softplus(-gap) = -log(1 - p_y) are
+exact even where p_y rounds to 1.
 
-The forward and backward pass read and write [..., C] as often as those of plain cross entropy: the
-maximum is that of the bare logits, which bounds the others closely enough, and the derivative reuses
-the exponentials.
+The forward and backward pass read and write [..., C] as often as those of plain cross
+entropy: the maximum is that of the bare logits, which bounds the others closely enough,
+and the derivative reuses the exponentials.
 """
 
 from collections.abc import Callable
@@ -45,9 +46,8 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
       offset: [C], finite.
       labels: [...] int32; what is outside of [0, C) gets any number.
 
-    Returns:
-      [...]; a very low number where no other class is offered, inf where the class of the label is
-      not, NaN where a logit is NaN or inf.
+    Returns: [...]; a very low number where no other class is offered, inf where the
+      class of the label is not, NaN where a logit is NaN or inf.
     """
     top = jax.lax.stop_gradient(_top(z, gain, offset))
     return _gap(z, gain, offset, top, labels)
@@ -60,7 +60,8 @@ def _top(z: Array, gain: Array, offset: Array) -> Array:
     ends = jnp.min(gain) * largest, jnp.max(gain) * largest
     low = jnp.minimum(*ends) + jnp.min(offset)
     high = jnp.maximum(*ends) + jnp.max(offset)
-    # Of a single gain the bounds are apart by what only [C] decides: no look at the batch.
+    # Of a single gain the bounds are apart by what only [C] decides: no look at the
+    # batch.
     apart = jnp.max(offset) - jnp.min(offset) if gain.ndim == 0 else jnp.max(high - low)
     return jax.lax.cond(
         apart <= _SLACK,
@@ -101,10 +102,14 @@ def _parts(
 ) -> tuple[Array, Array, Array]:
     """(gap, exp(z' - top) of the other classes, their sum)."""
     terms = jnp.exp(_affine(z, gain, offset) - top[..., None])
-    if _sharding.on_mesh(z):  # indices into sharded logits would gather the logits, or the indices
+    if _sharding.on_mesh(
+        z
+    ):  # indices into sharded logits would gather the logits, or the indices
         terms, own = _by_mask(terms, z, labels)
     else:
-        terms, own = jax.lax.platform_dependent(terms, z, labels, cpu=_by_index, default=_by_mask)
+        terms, own = jax.lax.platform_dependent(
+            terms, z, labels, cpu=_by_index, default=_by_mask
+        )
     total = jnp.sum(terms, axis=-1)
     own_gain = gain if gain.ndim == 0 else of_label(gain, labels, z)
     own = own_gain * own + of_label(offset, labels, z)
@@ -112,7 +117,9 @@ def _parts(
     alone = total == 0
     # In this order: the log 2 of two equal logits is lost beside 1e30.
     distance = (top - own) + jnp.log(jnp.where(alone, 1, total))
-    distance = jnp.where(alone, jnp.where(jnp.isfinite(own), floor(z), jnp.nan), distance)
+    distance = jnp.where(
+        alone, jnp.where(jnp.isfinite(own), floor(z), jnp.nan), distance
+    )
     return distance, terms, total
 
 
@@ -127,7 +134,9 @@ def of_label(vector: Array, labels: Array, z: Array) -> Array:
 def _by_index(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
     """(terms without that of the label, logit of the label), by a scatter and a gather."""
     at = jnp.clip(labels, 0, z.shape[-1] - 1)[..., None]
-    others = jnp.put_along_axis(terms, at, jnp.zeros((), z.dtype), axis=-1, inplace=False)
+    others = jnp.put_along_axis(
+        terms, at, jnp.zeros((), z.dtype), axis=-1, inplace=False
+    )
     return others, jnp.take_along_axis(z, at, axis=-1)[..., 0]
 
 
@@ -169,16 +178,19 @@ def gaps(z: Array, left_out: Array | None = None) -> tuple[Array, Array]:
       z: [..., C] logits; -inf is a class that is not offered.
       left_out: [..., C] bool, classes that are in no sum, or None.
 
-    Returns:
-      [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not offered; [..., C] bool.
+    Returns: [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not
+      offered; [..., C] bool.
     """
     offered = ~jnp.isneginf(z)
     largest = jnp.max(z, axis=-1, keepdims=True)
     # Relative to the largest one, so that no log is added to 1e30.
     z = z - jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0, largest))
-    others = _logsumexp_of_others(z if left_out is None else jnp.where(left_out, lowest(z), z))
+    others = _logsumexp_of_others(
+        z if left_out is None else jnp.where(left_out, lowest(z), z)
+    )
     distance = others - jnp.where(offered, z, 0)
-    # Finite where no other class is offered, so that a focal factor of it has a derivative.
+    # Finite where no other class is offered, so that a focal factor of it has a
+    # derivative.
     return jnp.where(offered, jnp.maximum(distance, floor(z)), 0), offered
 
 
@@ -186,7 +198,8 @@ def _logsumexp_of_others(z: Array) -> Array:
     """log sum_{j != c} exp z_j for every c at once, without cancellation; -inf is not in the sum."""
     top = jnp.argmax(z, axis=-1, keepdims=True) == rows(jnp.arange(z.shape[-1]), z)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-    # The lowest float adds nothing to the others, and has a gradient where there are none.
+    # The lowest float adds nothing to the others, and has a gradient where there are
+    # none.
     without_top = jax.nn.logsumexp(jnp.where(top, lowest(z), z), axis=-1, keepdims=True)
     share = jnp.exp(jnp.where(top, total - 1, z) - total)  # <= 1/2 wherever it is used
     return jnp.where(top, without_top, total + jnp.log1p(-share))
@@ -200,17 +213,16 @@ def expected(q: Array, each: Array, offered: Array) -> Array:
     return total + jnp.where(jnp.any(~offered & (q > 0), axis=-1), jnp.inf, 0)
 
 
-# --------------------------------------------------------------------------------------------------
-# One softmax loss, and the logit transforms that turn it into the losses of the literature.
+# One softmax loss, and the logit transforms that turn it into the losses of the
+# literature.
 #
-# Every transform of the family is affine in the logits and shifts the logit of the label at most by
-# a margin. So any composition has the normal form
+# Every transform of the family is affine in the logits and shifts the logit of the
+# label at most by a margin. So any composition has the normal form
 #
 #     z'_j = gain_j z_j + offset_j - margin_y [j = y],
 #
-# and a transform is a function from one normal form to the next. The form is what makes a soft label
-# cost no more than a hard one (see `SoftmaxLoss`).
-# --------------------------------------------------------------------------------------------------
+# and a transform is a function from one normal form to the next. The form is what makes
+# a soft label cost no more than a hard one (see `SoftmaxLoss`).
 
 
 @node
@@ -294,8 +306,8 @@ def scale(s: Scalar) -> Transform:
 def margin(m: Counts | Scalar) -> Transform:
     """Subtract a margin from the logit of the label: z_y -> z_y - m_y.
 
-    Args:
-      m: [C] margins in units of the logits as they are at this point, or one for all classes.
+    Args: m: [C] margins in units of the logits as they are at this point, or one for
+      all classes.
 
     Returns:
       A logit transform for `softmax_loss`.
@@ -307,17 +319,17 @@ def margin(m: Counts | Scalar) -> Transform:
 def add_log_prior(counts: Counts, tau: Scalar = 1.0) -> Transform:
     """Add the log prior: z_j -> z_j + tau log(n_j / sum n).
 
-    A class without examples counts as one of prior 1e-12: out of the softmax, without an infinity.
+    A class without examples counts as one of prior 1e-12: out of the softmax, without
+    an infinity.
 
-    Args:
-      counts: [C] training examples per class; may be traced.
-      tau: strength; 1 is the calibrated choice; may be traced, differentiated and vmapped.
+    Args: counts: [C] training examples per class; may be traced. tau: strength; 1 is
+      the calibrated choice; may be traced, differentiated and vmapped.
 
     Returns:
       A logit transform for `softmax_loss`.
 
-    References:
-      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation 10.
+    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
+      equation 10.
     """
     return _AddLogPrior(as_vector("add_log_prior: `counts`", counts), tau)
 
@@ -345,9 +357,10 @@ def temper(counts: Counts, gamma: Scalar) -> Transform:
 class SoftmaxLoss:
     """w_y (1 - p_y)^gamma (-log p_y), p = softmax of the transformed logits. A pytree, and callable.
 
-    Pass it through jit as an argument and new counts, weights, tau or gamma need no new trace.
-    The loss of a soft label q is the expectation of the loss of a hard one, sum_c q_c loss(c): the
-    usual mixup rule, with margins, weights and the focal factor of each class its own.
+    Pass it through jit as an argument and new counts, weights, tau or gamma need no new
+    trace. The loss of a soft label q is the expectation of the loss of a hard one,
+    sum_c q_c loss(c): the usual mixup rule, with margins, weights and the focal factor
+    of each class its own.
 
     Attributes:
       transforms: the logit transforms, applied left to right.
@@ -369,23 +382,24 @@ class SoftmaxLoss:
     ) -> Float[Array, "*batch"]:
         """The loss of every example, in float32 or wider.
 
-        Args:
-          logits: [..., C], any floating dtype; -inf means "this class is not offered".
-          labels: [...] integers in [0, C), or [..., C] probabilities.
-          where: [...] booleans; a masked example costs 0, has no gradient, and may hold any label
+        Args: logits: [..., C], any floating dtype; -inf means "this class is not
+          offered". labels: [...] integers in [0, C), or [..., C] probabilities. where:
+          [...] booleans; a masked example costs 0, has no gradient, and may hold any
+          label
             and any logits, NaN included.
 
-        Returns:
-          [...] unreduced losses; 0 for an integer label outside [0, C), which outside of jit raises
-          unless it is masked. NaN where a logit is NaN or inf, inf where the label is a class that is
-          not offered.
+        Returns: [...] unreduced losses; 0 for an integer label outside [0, C), which
+          outside of jit raises unless it is masked. NaN where a logit is NaN or inf,
+          inf where the label is a class that is not offered.
 
-        Raises:
-          ValueError: where the shapes do not fit each other or the counts; for a label outside [0, C)
+        Raises: ValueError: where the shapes do not fit each other or the counts; for a
+          label outside [0, C)
             that is not masked, where its value is known.
         """
         logits = floating(jnp.asarray(logits))
-        if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+        if (
+            where is not None
+        ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
             where = as_mask(where, logits.shape[:-1])
             logits = jnp.where(where[..., None], logits, 0)
         form = self._form(logits)
@@ -405,7 +419,9 @@ class SoftmaxLoss:
         return form
 
     def _hard(self, z: Array, labels: Array, form: Affine) -> Array:
-        distance = gap(z, form.gain, form.offset, labels) + of_label(form.margin, labels, z)
+        distance = gap(z, form.gain, form.offset, labels) + of_label(
+            form.margin, labels, z
+        )
         loss = self._of_gap(distance)
         if self.weights is not None:
             loss *= of_label(self._class_weights(form), labels, z)
@@ -417,11 +433,13 @@ class SoftmaxLoss:
         return expected(q, self._of_gap(distance + rows(form.margin, z)), offered)
 
     def _of_gap(self, distance: Array) -> Array:
-        # p_y = sigmoid(-gap): -log p_y and log(1 - p_y) are exact even where p_y rounds to 1.
+        # p_y = sigmoid(-gap): -log p_y and log(1 - p_y) are exact even where p_y rounds
+        # to 1.
         if isinstance(self.focal_gamma, int | float) and self.focal_gamma == 0:
             return jax.nn.softplus(distance)
         gamma = jnp.asarray(self.focal_gamma).astype(distance.dtype)
-        # At inf the factor is 1: its derivative is 0, and 0 times the loss would be NaN.
+        # At inf the factor is 1: its derivative is 0, and 0 times the loss would be
+        # NaN.
         infinite = jnp.isposinf(distance)
         finite = jnp.where(infinite, 0, distance)
         loss = jax.nn.softplus(finite) * jnp.exp(-gamma * jax.nn.softplus(-finite))
@@ -441,11 +459,12 @@ def softmax_loss(
 
     loss = w_y (1 - p_y)^focal_gamma (-log p_y), p = softmax(t_k(... t_1(z))).
 
-    Args:
-      *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or your own function of `Affine`;
+    Args: *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or your own
+      function of `Affine`;
         applied left to right.
       weights: [C] class weights, or None for ones.
-      focal_gamma: exponent of the focal factor; 0 is none. May be traced and differentiated.
+      focal_gamma: exponent of the focal factor; 0 is none. May be traced and
+        differentiated.
 
     Returns:
       loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].

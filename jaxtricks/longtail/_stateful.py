@@ -1,14 +1,15 @@
 """Losses and statistics that remember earlier batches, as init/update pairs.
 
-All of them have one shape. A factory makes a pair, whose hyper-parameters may be traced; `init()` makes
-the state, a pytree of arrays to keep in the training state and in checkpoints; and
+All of them have one shape. A factory makes a pair, whose hyper-parameters may be
+traced; `init()` makes the state, a pytree of arrays to keep in the training state and
+in checkpoints; and
 
     result, state = pair.update(state, logits, labels, where=None)
 
-gives what the batch yields, per-example losses as a rule, and the next state. The state carries no
-gradient. Inside `shard_map` or a named `vmap` give `axis_name=`: what the devices collect is summed, so
-that each holds the same state. Under plain jit with sharded arrays there is nothing to do.
-`experts.paco` has this shape too.
+gives what the batch yields, per-example losses as a rule, and the next state. The state
+carries no gradient. Inside `shard_map` or a named `vmap` give `axis_name=`: what the
+devices collect is summed, so that each holds the same state. Under plain jit with
+sharded arrays there is nothing to do. `experts.paco` has this shape too.
 """
 
 import jax
@@ -77,16 +78,16 @@ class EqualizationV2:
     ) -> tuple[Float[Array, "*batch"], EqualizationV2State]:
         """Losses weighted by the state as it was, and the state with this batch's gradients.
 
-        Args:
-          state: of `init` or the last update.
-          logits: [..., K], K = C, or C + 1 with background.
-          labels: [...] integers in [0, K), or [..., K] targets, which need not sum to 1 (several
+        Args: state: of `init` or the last update. logits: [..., K], K = C, or C + 1
+          with background. labels: [...] integers in [0, K), or [..., K] targets, which
+          need not sum to 1 (several
             classes at once).
-          where: [...] booleans; a masked example costs 0 and leaves no trace in the state.
+          where: [...] booleans; a masked example costs 0 and leaves no trace in the
+            state.
 
-        Returns:
-          [...] losses, summed over the classes, and the new state. 0 for an integer label outside
-          [0, K); neither it nor an example with a NaN among its logits enters the state.
+        Returns: [...] losses, summed over the classes, and the new state. 0 for an
+          integer label outside [0, K); neither it nor an example with a NaN among its
+          logits enters the state.
 
         Raises:
           ValueError: where the shapes do not fit.
@@ -99,7 +100,8 @@ class EqualizationV2:
             )
         down = self._negative_weight(state, z)
         up = 1 + jnp.asarray(self.alpha).astype(z.dtype) * (1 - down)
-        # Of a class that is not offered softplus(-z) is inf, which counts for its own examples only.
+        # Of a class that is not offered softplus(-z) is inf, which counts for its own
+        # examples only.
         pull = jnp.where(q == 0, 0, q * up * jax.nn.softplus(-z))
         each = pull + (1 - q) * down * jax.nn.softplus(z)
         loss = _finished(jnp.sum(each, axis=-1), inside, where)
@@ -110,7 +112,9 @@ class EqualizationV2:
         )
 
     def _negative_weight(self, state: EqualizationV2State, z: Array) -> Array:
-        positive, negative = (x.astype(z.dtype) for x in (state.positive, state.negative))
+        positive, negative = (
+            x.astype(z.dtype) for x in (state.positive, state.negative)
+        )
         gamma, mu = (jnp.asarray(x).astype(z.dtype) for x in (self.gamma, self.mu))
         weight = jax.nn.sigmoid(gamma * (positive / (negative + RATIO_EPS) - mu))
         weight = jnp.where(positive + negative > 0, weight, 1)  # nothing is known yet
@@ -120,7 +124,9 @@ class EqualizationV2:
 
     def _add(self, total: Array, gradient: Array, keep: Array) -> Array:
         gradient = jnp.where(keep[..., None], jax.lax.stop_gradient(gradient), 0)
-        batch = jnp.sum(gradient.reshape(-1, gradient.shape[-1]), axis=0)[: self.num_classes]
+        batch = jnp.sum(gradient.reshape(-1, gradient.shape[-1]), axis=0)[
+            : self.num_classes
+        ]
         return total + _summed(batch, self.axis_name).astype(total.dtype)
 
 
@@ -136,22 +142,22 @@ def equalization_v2(
 ) -> EqualizationV2:
     """Equalization v2: binary cross entropies, weighted so that both signs of gradient balance.
 
-    loss = sum_c y_c u_c log(1 + e^-z_c) + (1 - y_c) d_c log(1 + e^z_c), d_c = sigmoid(gamma (g_c -
-    mu)), u_c = 1 + alpha (1 - d_c), g_c the ratio of the weighted gradients |sigmoid(z_c) - y_c| that
-    class c has had as a positive and as a negative. A rare class is mostly a negative: it is pushed
-    down less and pulled up more. No counts are needed. Predict by sigmoid(z_c).
+    loss = sum_c y_c u_c log(1 + e^-z_c) + (1 - y_c) d_c log(1 + e^z_c), d_c =
+    sigmoid(gamma (g_c - mu)), u_c = 1 + alpha (1 - d_c), g_c the ratio of the weighted
+    gradients |sigmoid(z_c) - y_c| that class c has had as a positive and as a negative.
+    A rare class is mostly a negative: it is pushed down less and pulled up more. No
+    counts are needed. Predict by sigmoid(z_c).
 
-    Args:
-      num_classes: C.
-      gamma: steepness of the negative weight. May be traced, as mu and alpha may.
-      mu: ratio at which the negative weight is one half.
-      alpha: largest rise of the positive weight.
-      background: whether the logits have one more column for "none of these", with label C, whose
+    Args: num_classes: C. gamma: steepness of the negative weight. May be traced, as mu
+      and alpha may. mu: ratio at which the negative weight is one half. alpha: largest
+      rise of the positive weight. background: whether the logits have one more column
+      for "none of these", with label C, whose
         weight stays 1 (detection).
-      axis_name: mapped axes to sum the gradients over, inside shard_map or a named vmap.
+      axis_name: mapped axes to sum the gradients over, inside shard_map or a named
+        vmap.
 
-    Returns:
-      A pair: init(), update(state, logits [..., K], labels, where=None) -> (per-example, state).
+    Returns: A pair: init(), update(state, logits [..., K], labels, where=None) ->
+      (per-example, state).
 
     Raises:
       ValueError: if num_classes < 1.
@@ -175,8 +181,8 @@ def equalization_v2(
 class OnlineSeesawState:
     """What `online_seesaw` remembers.
 
-    Attributes:
-      counts: [C] examples of each class so far; the sum of their probabilities for soft labels.
+    Attributes: counts: [C] examples of each class so far; the sum of their
+      probabilities for soft labels.
     """
 
     counts: Array
@@ -237,12 +243,12 @@ def online_seesaw(
       q: exponent of the compensation factor; 0 is none. May be traced.
       axis_name: mapped axes to sum the counts over, inside shard_map or a named vmap.
 
-    Returns:
-      A pair: init(), update(state, logits [..., C], labels, where=None) -> (per-example, state). The
-      counts are floats: single increments are lost above 2^24 = 16.8 million, whole batches are not.
+    Returns: A pair: init(), update(state, logits [..., C], labels, where=None) ->
+      (per-example, state). The counts are floats: single increments are lost above 2^24
+      = 16.8 million, whole batches are not.
 
-    Raises:
-      ValueError: if num_classes < 1; in update if the logits have another number of classes.
+    Raises: ValueError: if num_classes < 1; in update if the logits have another number
+      of classes.
 
     >>> loss = online_seesaw(2)
     >>> each, state = loss.update(loss.init(), jnp.zeros((3, 2)), jnp.array([0, 0, 1]))
@@ -275,20 +281,17 @@ def _summed(x: Array, axis_name: Axis) -> Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
-# --------------------------------------------------------------------------------------------------
-# Running means of features, of each class and of all: centres, `heads.ncm` and `heads.tde`.
-# --------------------------------------------------------------------------------------------------
+# Running means of features, of each class and of all: centres, `heads.ncm` and
+# `heads.tde`.
 
 
 @node
 class ClassMeanState:
     """What `class_mean` remembers: sums that decay, and by how much they have filled up.
 
-    Attributes:
-      sums: [C, D] decayed sum of the batch means of each class.
-      weights: [C] decayed sum of ones, so that sums / weights is a mean from the first batch on.
-      sum: [D] and
-      weight: [] the same over all classes.
+    Attributes: sums: [C, D] decayed sum of the batch means of each class. weights: [C]
+      decayed sum of ones, so that sums / weights is a mean from the first batch on.
+      sum: [D] and weight: [] the same over all classes.
     """
 
     sums: Array
@@ -345,10 +348,9 @@ class ClassMean:
     ) -> tuple[Float[Array, "C D"], ClassMeanState]:
         """Move the means of the classes in the batch.
 
-        Args:
-          state: of `init` or the last update.
-          features: [..., D]; an example with a NaN is left out.
-          labels: [...] integers, or [..., C] probabilities. An integer outside [0, C) counts in the
+        Args: state: of `init` or the last update. features: [..., D]; an example with a
+          NaN is left out. labels: [...] integers, or [..., C] probabilities. An integer
+          outside [0, C) counts in the
             mean of all only.
           where: [...] booleans; a masked example is left out.
 
@@ -367,7 +369,10 @@ class ClassMean:
         keep = _counted(x, None, where)
         x = jnp.where(keep[..., None], x, 0).reshape(-1, x.shape[-1])
         member = jnp.where(keep[..., None], self._members(labels, features, x), 0)
-        member, keep = member.reshape(-1, self.num_classes), keep.reshape(-1).astype(x.dtype)
+        member, keep = (
+            member.reshape(-1, self.num_classes),
+            keep.reshape(-1).astype(x.dtype),
+        )
         batch = (member.T @ x, jnp.sum(member, axis=0), keep @ x, jnp.sum(keep))
         sums, total, sum_, number = _summed_all(batch, self.axis_name)
         new = ClassMeanState(
@@ -392,14 +397,19 @@ class ClassMean:
 
 @checked
 def class_mean(
-    num_classes: int, num_features: int, *, momentum: Scalar = 0.9, axis_name: Axis = None
+    num_classes: int,
+    num_features: int,
+    *,
+    momentum: Scalar = 0.9,
+    axis_name: Axis = None,
 ) -> ClassMean:
     """Exponential moving average of the features of each class, and of all.
 
-    m_c <- mu m_c + (1 - mu) mean{x_i : y_i = c}, only where the batch has examples of class c, divided
-    by the share 1 - mu^k that k such batches have filled: an average from the first batch on, never
-    drawn to zero. The mean over all examples has the direction of the running sum m <- mu m + mean(x)
-    that the de-confounded classifier subtracts, which does not see its length.
+    m_c <- mu m_c + (1 - mu) mean{x_i : y_i = c}, only where the batch has examples of
+    class c, divided by the share 1 - mu^k that k such batches have filled: an average
+    from the first batch on, never drawn to zero. The mean over all examples has the
+    direction of the running sum m <- mu m + mean(x) that the de-confounded classifier
+    subtracts, which does not see its length.
 
     Args:
       num_classes: C.
@@ -407,9 +417,8 @@ def class_mean(
       momentum: mu in [0, 1). May be traced.
       axis_name: mapped axes to average over, inside shard_map or a named vmap.
 
-    Returns:
-      A pair: init(), update(state, features [..., D], labels, where=None) -> (means [C, D], state);
-      the state has `.means`, `.mean` and `.seen`.
+    Returns: A pair: init(), update(state, features [..., D], labels, where=None) ->
+      (means [C, D], state); the state has `.means`, `.mean` and `.seen`.
 
     Raises:
       ValueError: if num_classes or num_features is below 1.
@@ -420,9 +429,8 @@ def class_mean(
     >>> print(means[:, 0], state.mean, state.seen)
     [2. 8. 0.] [4.] [ True  True False]
 
-    References:
-      Tang et al., Long-tailed classification by keeping the good and removing the bad momentum
-      causal effect, arXiv 2009.12991.
+    References: Tang et al., Long-tailed classification by keeping the good and removing
+      the bad momentum causal effect, arXiv 2009.12991.
     """
     _at_least_one("class_mean", num_classes)
     if num_features < 1:

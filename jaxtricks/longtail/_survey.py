@@ -1,7 +1,7 @@
 """The methods of the survey, one row each: what they do, and where it lives here or why it does not.
 
-A row names what there is below `longtail`, and what is left out; "-" is a row of which nothing is
-here. Marks are the branches of the survey's taxonomy, see `MARKS`.
+A row names what there is below `longtail`, and what is left out; "-" is a row of which
+nothing is here. Marks are the branches of the survey's taxonomy, see `MARKS`.
 """
 
 from jaxtricks import _table
@@ -19,7 +19,8 @@ MARKS = {
     "E": "ensemble",
 }
 
-# method | venue | marks | what it does | names here, or - | what is left out; a backslash goes on
+# method | venue | marks | what it does | names here, or - | what is left out; a
+# backslash goes on
 _ROWS = """
 LMLE | CVPR16 | SR | quintuplet loss over clusters | - | \
   needs clusters of the features, and a sampler of quintuplets
@@ -134,11 +135,10 @@ Weight balancing | beyond | C | weight decay and a bound on the norms | heads.ta
 def methods() -> _table.Table:
     """The methods of the survey, in its order, and some that it does not have.
 
-    Returns:
-      A table; print it, or read its rows (method, venue, marks, what it does, here, left out). `here`
-      names what there is below `longtail`, None where the method is out; `left out` says what is
-      missing or why, None where nothing is. "beyond"
-      are methods that are not in the survey's table.
+    Returns: A table; print it, or read its rows (method, venue, marks, what it does,
+      here, left out). `here` names what there is below `longtail`, None where the
+      method is out; `left out` says what is missing or why, None where nothing is.
+      "beyond" are methods that are not in the survey's table.
 
     >>> table = methods()
     >>> table.rows[2]

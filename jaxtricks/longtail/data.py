@@ -44,7 +44,9 @@ def exponential_counts(
 
 
 @checked
-def step_counts(n_max: Real, num_classes: Whole, imbalance: Real) -> Integer[np.ndarray, "C"]:
+def step_counts(
+    n_max: Real, num_classes: Whole, imbalance: Real
+) -> Integer[np.ndarray, "C"]:
     """Step profile: the first C // 2 classes keep n_max, the others have int(n_max / imbalance).
 
     Args:
@@ -73,10 +75,12 @@ def pareto_counts(
 ) -> Integer[np.ndarray, "C"]:
     """Pareto profile: the quantiles of a Pareto law, stretched to end at n_max and n_max/imbalance.
 
-    q_c = ((c + 1/2) / C)^(-1/alpha); n_c = n_min + (n_max - n_min) (q_c - q_last)/(q_0 - q_last).
+    q_c = ((c + 1/2) / C)^(-1/alpha); n_c = n_min + (n_max - n_min) (q_c - q_last)/(q_0
+    - q_last).
 
-    Deterministic, unlike the draws behind ImageNet-LT and Places-LT, which are file lists: for the ends
-    of ImageNet-LT (1280, 1000, 256) it gives 104,345 examples, the list has 115,846.
+    Deterministic, unlike the draws behind ImageNet-LT and Places-LT, which are file
+    lists: for the ends of ImageNet-LT (1280, 1000, 256) it gives 104,345 examples, the
+    list has 115,846.
 
     Args:
       n_max: examples of the largest class.
@@ -93,12 +97,14 @@ def pareto_counts(
     >>> pareto_counts(1280, 5, 256).tolist()
     [1280, 584, 301, 128, 5]
 
-    References:
-      Liu et al., Large-scale long-tailed recognition in an open world, arXiv 1904.05160.
+    References: Liu et al., Large-scale long-tailed recognition in an open world, arXiv
+      1904.05160.
     """
     _check("pareto_counts", n_max, num_classes, imbalance)
     if not alpha > 0:
-        raise ValueError(f"longtail.data.pareto_counts needs `alpha` > 0, got {alpha}: 6 is common")
+        raise ValueError(
+            f"longtail.data.pareto_counts needs `alpha` > 0, got {alpha}: 6 is common"
+        )
     q = ((np.arange(num_classes) + 0.5) / num_classes) ** (-1 / alpha)
     share = (q - q[-1]) / (q[0] - q[-1]) if num_classes > 1 else np.ones(1)
     n_min = n_max * (1 / imbalance)
@@ -107,14 +113,16 @@ def pareto_counts(
 
 
 @checked
-def balanced_counterpart(counts: Integer[Array, "C"] | Sequence[Any]) -> Integer[np.ndarray, "C"]:
+def balanced_counterpart(
+    counts: Integer[Array, "C"] | Sequence[Any],
+) -> Integer[np.ndarray, "C"]:
     """As many examples in all, as evenly as they go: the training set behind the upper reference A_u.
 
     Args:
       counts: [C] of a long-tailed training set.
 
-    Returns:
-      [C] int64 with the same sum, which differ by at most 1; the largest classes have the one more.
+    Returns: [C] int64 with the same sum, which differ by at most 1; the largest classes
+      have the one more.
 
     Raises:
       ValueError: if a count is negative.
@@ -127,7 +135,9 @@ def balanced_counterpart(counts: Integer[Array, "C"] | Sequence[Any]) -> Integer
     """
     counts = np.asarray(counts).reshape(-1).astype(np.int64)
     if np.any(counts < 0):
-        raise ValueError("longtail.data.balanced_counterpart: `counts` must not be negative")
+        raise ValueError(
+            "longtail.data.balanced_counterpart: `counts` must not be negative"
+        )
     each, more = divmod(int(counts.sum()), max(len(counts), 1))
     result = np.full(len(counts), each, np.int64)
     result[np.argsort(-counts, kind="stable")[:more]] += 1
@@ -142,8 +152,9 @@ def longtail_indices(
 ) -> Integer[np.ndarray, "M"]:
     """Which examples of a balanced set make a long-tailed one, in the order of LDAM-DRW.
 
-    For each class in turn the indices are shuffled by NumPy's legacy generator and the first n_c
-    are kept; the same seed gives the same split as the published code, byte for byte.
+    For each class in turn the indices are shuffled by NumPy's legacy generator and the
+    first n_c are kept; the same seed gives the same split as the published code, byte
+    for byte.
 
     Args:
       labels: [N] integers in [0, C).

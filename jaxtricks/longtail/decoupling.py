@@ -38,11 +38,17 @@ def find(name: str, params: Params, head: str) -> Head:
     """The one kernel that `head` names, [D, C], or an error with the paths there are."""
     leaves = _named_leaves(name, params)
     inside = [keys for keys in leaves if _matches(head, keys)]
-    kernels = [keys for keys in inside if keys[-1] == "kernel" or re.fullmatch(head, path_of(keys))]
+    kernels = [
+        keys
+        for keys in inside
+        if keys[-1] == "kernel" or re.fullmatch(head, path_of(keys))
+    ]
     if len(kernels) > 1:  # "head/.*" matches the bias in full, too
         kernels = [keys for keys in kernels if keys[-1] == "kernel"] or kernels
     if len(kernels) != 1:
-        some = kernels or [keys for keys in leaves if keys[-1] == "kernel"] or list(leaves)
+        some = (
+            kernels or [keys for keys in leaves if keys[-1] == "kernel"] or list(leaves)
+        )
         raise ValueError(
             f"longtail.decoupling.{name}: `head` {head!r} matches {len(kernels) or 'no'} "
             f"kernel{'s' * (len(kernels) != 1)}, and must match one of {_listed(some)}"
@@ -77,7 +83,9 @@ def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
 
 
 def _matches(pattern: str, keys: Keys) -> bool:
-    return any(re.fullmatch(pattern, path_of(keys[:n])) for n in range(1, len(keys) + 1))
+    return any(
+        re.fullmatch(pattern, path_of(keys[:n])) for n in range(1, len(keys) + 1)
+    )
 
 
 def path_of(keys: Keys) -> str:
@@ -87,7 +95,9 @@ def path_of(keys: Keys) -> str:
 
 def _listed(paths: list[Keys], most: int = 12) -> str:
     names = [repr(path_of(keys)) for keys in paths]
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (
+        len(names) > most
+    )
 
 
 def get(tree: Any, keys: Keys) -> Any:
@@ -130,25 +140,27 @@ def mask(params: Params, train: frozenset[Keys]) -> KernelMask:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# The second stage of decoupled training: a new classifier on a trained model's features.
+# The second stage of decoupled training: a new classifier on a trained model's
+# features.
 #
-# Each function takes the parameters of the model you have, nested dicts (`variables["params"]` of
-# linen, `params` of `jt.nnx.functional`), and the path of its head. Those that start a second stage
-# also return a mask, True for what it trains. optax does the rest:
+# Each function takes the parameters of the model you have, nested dicts
+# (`variables["params"]` of linen, `params` of `jt.nnx.functional`), and the path of its
+# head. Those that start a second stage also return a mask, True for what it trains.
+# optax does the rest:
 #
 #     params, mask = decoupling.crt(params, head="head", key=key)
 #     tx = optax.partition({True: optax.sgd(0.1), False: optax.set_to_zero()}, mask)
 #
-# (`optax.masked(tx, mask)` alone would add the raw gradients to everything else.) Draw the batches of
-# this stage balanced: `sampling.class_probabilities(counts, 0)`.
+# (`optax.masked(tx, mask)` alone would add the raw gradients to everything else.) Draw
+# the batches of this stage balanced: `sampling.class_probabilities(counts, 0)`.
 #
-# `head` is a regular expression for the path of the head's layer ("head", "Dense_0", ".*/classifier")
-# or of its kernel ("head/kernel"), matched in full as in `agc.exclude`.
+# `head` is a regular expression for the path of the head's layer ("head", "Dense_0",
+# ".*/classifier") or of its kernel ("head/kernel"), matched in full as in
+# `agc.exclude`.
 #
 # References.
-#   Kang et al., Decoupling representation and classifier for long-tailed recognition, arXiv 1910.09217.
-# --------------------------------------------------------------------------------------------------
+#   Kang et al., Decoupling representation and classifier for long-tailed recognition,
+# arXiv 1910.09217.
 
 
 Mask = KernelMask
@@ -161,15 +173,13 @@ def crt(
 ) -> tuple[Params, Mask]:
     """Classifier re-training: the head drawn anew, everything else kept; only the head trains.
 
-    Args:
-      params: nested dict of the trained model.
-      head: path of the head, see the module.
-      key: for the new kernel.
-      init: initializer init(key, shape, dtype) of the kernel; None = normal with variance 1 / D, as
+    Args: params: nested dict of the trained model. head: path of the head, see the
+      module. key: for the new kernel. init: initializer init(key, shape, dtype) of the
+      kernel; None = normal with variance 1 / D, as
         flax's own. The bias becomes 0.
 
-    Returns:
-      (params, mask); the mask is True for the kernel, the bias, and whatever else `head` matches.
+    Returns: (params, mask); the mask is True for the kernel, the bias, and whatever
+      else `head` matches.
 
     Raises:
       ValueError: if `head` finds no kernel or several, or one that is not [D, C].
@@ -194,15 +204,16 @@ def crt(
 def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
     """Learnable weight scaling: a factor per class, initially 1, beside the head's kernel; it trains alone.
 
-    The result fits a model whose head is `jt.nnx.LWSHead` or `jt.linen.LWSHead`. To train the model as
-    it is, put `fold_lws` in front of it: apply(fold_lws(params, head="head"), ...).
+    The result fits a model whose head is `jt.nnx.LWSHead` or `jt.linen.LWSHead`. To
+    train the model as it is, put `fold_lws` in front of it: apply(fold_lws(params,
+    head="head"), ...).
 
     Args:
       params: nested dict of the trained model.
       head: path of the head, see the module.
 
-    Returns:
-      (params with "scale" [C] beside the kernel, mask); the mask is True for that scale.
+    Returns: (params with "scale" [C] beside the kernel, mask); the mask is True for
+      that scale.
 
     Raises:
       ValueError: as `crt`, or if the head has a scale already.
@@ -215,7 +226,9 @@ def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
       Kang et al., arXiv 1910.09217, section 4.2.
     """
     found = find("lws", params, head)
-    return beside("lws", params, found, {"scale": jnp.ones(found.classes, found.value.dtype)})
+    return beside(
+        "lws", params, found, {"scale": jnp.ones(found.classes, found.value.dtype)}
+    )
 
 
 @checked
@@ -256,24 +269,25 @@ def fold_lws(params: Params, *, head: str) -> Params:
 
 
 @checked
-def disalign(params: Params, *, head: str, compat: Compat = None) -> tuple[Params, Mask]:
+def disalign(
+    params: Params, *, head: str, compat: Compat = None
+) -> tuple[Params, Mask]:
     """Distribution alignment: calibration parameters beside the head's kernel; they train alone.
 
-    The result fits a model whose head is `jt.nnx.DisAlignHead` or `jt.linen.DisAlignHead`. Train with
-    class weights: `weights.inverse_frequency(counts, rho)`.
+    The result fits a model whose head is `jt.nnx.DisAlignHead` or
+    `jt.linen.DisAlignHead`. Train with class weights:
+    `weights.inverse_frequency(counts, rho)`.
 
-    Args:
-      params: nested dict of the trained model.
-      head: path of the head, see the module.
-      compat: None starts from the function of the trained model (all zeros); "reference" from
+    Args: params: nested dict of the trained model. head: path of the head, see the
+      module. compat: None starts from the function of the trained model (all zeros);
+      "reference" from
         logit_scale 1 and confidence weights 0.1, which is another one.
 
-    Returns:
-      (params with logit_scale [C], logit_bias [C], confidence_kernel [D, 1] and confidence_bias [1]
-      beside the kernel, mask); the mask is True for these four.
+    Returns: (params with logit_scale [C], logit_bias [C], confidence_kernel [D, 1] and
+      confidence_bias [1] beside the kernel, mask); the mask is True for these four.
 
-    Raises:
-      ValueError: as `crt`, if the head has such parameters already, or for another compat.
+    Raises: ValueError: as `crt`, if the head has such parameters already, or for
+      another compat.
 
     References:
       Zhang et al., Distribution alignment, arXiv 2103.16370, section 3.3.
@@ -284,11 +298,13 @@ def disalign(params: Params, *, head: str, compat: Compat = None) -> tuple[Param
 
 
 @checked
-def tau_norm(params: Params, tau: Scalar, *, head: str, compat: Compat = None) -> Params:
+def tau_norm(
+    params: Params, tau: Scalar, *, head: str, compat: Compat = None
+) -> Params:
     """Divide each class's weights by a power of their norm: w_c / ||w_c||^tau. Trains nothing.
 
-    Choose tau in [0, 2] by balanced accuracy on held-out data. The bias stays as it is, so that tau = 0
-    is the trained model.
+    Choose tau in [0, 2] by balanced accuracy on held-out data. The bias stays as it is,
+    so that tau = 0 is the trained model.
 
     Args:
       params: nested dict of the trained model.
@@ -310,7 +326,9 @@ def tau_norm(params: Params, tau: Scalar, *, head: str, compat: Compat = None) -
     """
     check_compat("tau_norm", compat)
     found = find("tau_norm", params, head)
-    new = {found.kernel: heads.tau_normalize(found.value, tau).astype(found.value.dtype)}
+    new = {
+        found.kernel: heads.tau_normalize(found.value, tau).astype(found.value.dtype)
+    }
     if compat == "reference" and found.bias is not None:
         new[found.bias] = jnp.zeros_like(get(params, found.bias))
     return replaced(params, new)
@@ -320,8 +338,9 @@ def tau_norm(params: Params, tau: Scalar, *, head: str, compat: Compat = None) -
 def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     """Nearest class mean as a linear head: w_c = 2 mu_c, b_c = -||mu_c||^2. Trains nothing.
 
-    x . w_c + b_c = -||x - mu_c||^2 + ||x||^2: the classes' order and probabilities are those of
-    `heads.ncm`, for features that are not normalised. Others are no linear head: use `heads.ncm`.
+    x . w_c + b_c = -||x - mu_c||^2 + ||x||^2: the classes' order and probabilities are
+    those of `heads.ncm`, for features that are not normalised. Others are no linear
+    head: use `heads.ncm`.
 
     Args:
       params: nested dict of the trained model, whose head has a bias.
@@ -331,8 +350,8 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     Returns:
       Params, in the dtypes they had; the bias of a class without examples is -inf.
 
-    Raises:
-      ValueError: as `crt`, for a head without bias, and for centroids that do not fit it.
+    Raises: ValueError: as `crt`, for a head without bias, and for centroids that do not
+      fit it.
 
     References:
       Kang et al., arXiv 1910.09217, section 4.1.
@@ -352,7 +371,9 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     means = floating(jnp.asarray(centroids.means))
     bias = jnp.where(centroids.seen, -jnp.sum(means**2, axis=-1), -jnp.inf)
     new = {found.kernel: 2 * means.T, found.bias: bias}
-    return replaced(params, {path: x.astype(get(params, path).dtype) for path, x in new.items()})
+    return replaced(
+        params, {path: x.astype(get(params, path).dtype) for path, x in new.items()}
+    )
 
 
 @checked
@@ -373,7 +394,9 @@ def head_mask(params: Params, *, head: str) -> Mask:
 
 
 @checked
-def disalign_start(shape: tuple[int, ...], dtype: Any, compat: Compat) -> dict[str, Array]:
+def disalign_start(
+    shape: tuple[int, ...], dtype: Any, compat: Compat
+) -> dict[str, Array]:
     """{parameter: initial value} of DisAlign's calibration of a head of shape [D, C]."""
     features, classes = shape
     check_compat("disalign", compat)

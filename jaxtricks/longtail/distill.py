@@ -45,7 +45,9 @@ def kd(
     """
     z = floating(jnp.asarray(logits))
     t = jax.lax.stop_gradient(same_shape("teacher", teacher, z.shape)).astype(z.dtype)
-    if where is not None:  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+    if (
+        where is not None
+    ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
         keep = as_mask(where, z.shape[:-1])[..., None]
         z, t = jnp.where(keep, z, 0), jnp.where(keep, t, 0)
     temperature, power = (jnp.asarray(x).astype(z.dtype) for x in (temperature, power))
@@ -101,25 +103,24 @@ def dive(
 ) -> Dive:
     """Distilling virtual examples: alpha kd(z, teacher; T, power) + (1 - alpha) base(z, y).
 
-    A teacher trained with `balanced_softmax` gives the tail more probability than its labels do;
-    what it says of a head image about tail classes stands for examples that are not there.
+    A teacher trained with `balanced_softmax` gives the tail more probability than its
+    labels do; what it says of a head image about tail classes stands for examples that
+    are not there.
 
-    Args:
-      base: the loss on the labels, `balanced_softmax(counts)` in the paper.
-      alpha: share of the distillation loss. May be traced.
-      temperature: T > 0, 2 or 3 in the paper. May be traced.
-      power: that flattens the teacher's probabilities; 1 is plain distillation. May be traced.
+    Args: base: the loss on the labels, `balanced_softmax(counts)` in the paper. alpha:
+      share of the distillation loss. May be traced. temperature: T > 0, 2 or 3 in the
+      paper. May be traced. power: that flattens the teacher's probabilities; 1 is plain
+      distillation. May be traced.
 
-    Returns:
-      loss(logits [..., C], labels [...] or [..., C], teacher= [..., C], where=None) -> per-example
-      [...].
+    Returns: loss(logits [..., C], labels [...] or [..., C], teacher= [..., C],
+      where=None) -> per-example [...].
 
     >>> from jaxtricks.longtail._losses import balanced_softmax
     >>> loss = dive(balanced_softmax([90, 10]))
     >>> loss(jnp.zeros((1, 2)), jnp.array([0]), teacher=jnp.zeros((1, 2))).round(4)
     Array([0.0527], dtype=float32)
 
-    References:
-      He et al., Distilling virtual examples for long-tailed recognition, arXiv 2103.15042.
+    References: He et al., Distilling virtual examples for long-tailed recognition,
+      arXiv 2103.15042.
     """
     return Dive(base, alpha, temperature, power)

@@ -1,13 +1,13 @@
 """Several classifiers over one trunk, and losses with more than one branch.
 
-Experts are heads with an axis of their own in front. Any trunk serves, and any head, vmapped over
-parameters that were stacked:
+Experts are heads with an axis of their own in front. Any trunk serves, and any head,
+vmapped over parameters that were stacked:
 
     logits = jax.vmap(heads.normed, in_axes=(None, 0))(features, kernels)  # [E, ..., C]
 
-The losses take all logits [E, ..., C] and return per-example losses [...], summed over the experts;
-`aggregate` makes one prediction of them. `bbn` has two branches that see different examples instead,
-and `paco` a branch that compares features.
+The losses take all logits [E, ..., C] and return per-example losses [...], summed over
+the experts; `aggregate` makes one prediction of them. `bbn` has two branches that see
+different examples instead, and `paco` a branch that compares features.
 """
 
 import math
@@ -48,9 +48,7 @@ __all__ = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------
 # RIDE: experts that are each trained on the labels, and pushed away from their mean.
-# --------------------------------------------------------------------------------------------------
 
 
 @checked
@@ -63,8 +61,8 @@ def aggregate(
       logits: [E, ..., C].
       weights: [E], which should sum to 1 (`fit_weights`), or None.
 
-    Returns:
-      [..., C] logits in float32 or wider; -inf where any expert of positive weight says so.
+    Returns: [..., C] logits in float32 or wider; -inf where any expert of positive
+      weight says so.
 
     Raises:
       ValueError: if there is not one weight per expert.
@@ -94,7 +92,8 @@ def divergence(
 ) -> Float[Array, "*batch"]:
     """How far the experts are from their mean: mean(T)^2 sum_e KL(softmax(zbar/T) || softmax(z_e/T)).
 
-    zbar is the mean of the logits. It is held constant; the gradient through it sums to zero anyway.
+    zbar is the mean of the logits. It is held constant; the gradient through it sums to
+    zero anyway.
 
     Args:
       logits: [E, ..., C].
@@ -137,7 +136,9 @@ class Ride:
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """The loss of every example, summed over the experts; `logits` are [E, ..., C]."""
-        own = jnp.sum(jax.vmap(lambda z: self.base(z, labels, where=where))(logits), axis=0)
+        own = jnp.sum(
+            jax.vmap(lambda z: self.base(z, labels, where=where))(logits), axis=0
+        )
         apart = divergence(logits, self.temperature, where=where).astype(own.dtype)
         apart = jnp.where(are_classes(labels, logits.shape[-1]), apart, 0)
         return own + jnp.asarray(self.diversity).astype(own.dtype) * apart
@@ -154,31 +155,31 @@ def ride(
 ) -> Ride:
     """RIDE: sum_e base(z_e, y) + diversity mean(T)^2 KL(softmax(zbar / T) || softmax(z_e / T)).
 
-    With counts the temperature of class c is T_c = temperature v_c / max v, v_c = C pi_c r + 1 - r,
-    r = reweight: the experts may differ more on rare classes. The reference turns that on together
-    with the class weights of its base loss, at epoch 160 of 200.
+    With counts the temperature of class c is T_c = temperature v_c / max v, v_c = C
+    pi_c r + 1 - r, r = reweight: the experts may differ more on rare classes. The
+    reference turns that on together with the class weights of its base loss, at epoch
+    160 of 200.
 
-    Args:
-      base: loss(logits [..., C], labels, where=) of each expert, any of the room; None is cross
-        entropy. The reference has LDAM on logits that its cosine heads have scaled by s already:
-        `ldam(counts, max_margin=0.5 * s, s=1.0)`.
-      counts: [C] training examples per class, or None for one temperature. May be traced.
-      diversity: factor of the divergence; -0.2 is the reference's default, -0.45 its CIFAR setting.
-        May be traced.
+    Args: base: loss(logits [..., C], labels, where=) of each expert, any of the room;
+      None is cross
+        entropy. The reference has LDAM on logits that its cosine heads have scaled by s
+        already: `ldam(counts, max_margin=0.5 * s, s=1.0)`.
+      counts: [C] training examples per class, or None for one temperature. May be
+        traced.
+      diversity: factor of the divergence; -0.2 is the reference's default, -0.45 its
+        CIFAR setting. May be traced.
       temperature: T > 0. May be traced.
       reweight: r in [0, 1), how much the temperature follows the counts. May be traced.
 
-    Returns:
-      loss(logits [E, ..., C], labels [...] or [..., C], where=None) -> per-example [...]. It is not
-      bounded below: a diversity of -1 diverges.
+    Returns: loss(logits [E, ..., C], labels [...] or [..., C], where=None) ->
+      per-example [...]. It is not bounded below: a diversity of -1 diverges.
 
     >>> loss = ride(diversity=0.0)
     >>> loss(jnp.zeros((3, 1, 2)), jnp.array([0])).round(4)
     Array([2.0794], dtype=float32)
 
-    References:
-      Wang et al., Long-tailed recognition by routing diverse distribution-aware experts,
-      arXiv 2010.01809.
+    References: Wang et al., Long-tailed recognition by routing diverse
+      distribution-aware experts, arXiv 2010.01809.
     """
     base = cross_entropy() if base is None else base
     if counts is None:
@@ -189,9 +190,8 @@ def ride(
     return Ride(base, diversity, top * v / jnp.max(v))
 
 
-# --------------------------------------------------------------------------------------------------
-# BBN: two branches, one on examples as they come and one on reversed sampling, mixed by a schedule.
-# --------------------------------------------------------------------------------------------------
+# BBN: two branches, one on examples as they come and one on reversed sampling, mixed by
+# a schedule.
 
 
 @node
@@ -258,7 +258,9 @@ class Bbn:
         Returns:
           [...] losses in float32 or wider.
         """
-        first, second = (self.base(logits, y, where=where) for y in (labels, reversed_labels))
+        first, second = (
+            self.base(logits, y, where=where) for y in (labels, reversed_labels)
+        )
         a = self.share(step).astype(first.dtype)
         return a * first + (1 - a) * second
 
@@ -267,19 +269,18 @@ class Bbn:
 def bbn(total: Scalar, base: Loss | None = None) -> Bbn:
     """Bilateral-branch network: the mixer of two branches and their loss, a = 1 - (t / total)^2.
 
-    One branch sees examples as they come, the other as a sampler with class probabilities ~ 1 / n_c
-    draws them. Training goes from the first to the second. The branches share the trunk but for
-    their last block.
+    One branch sees examples as they come, the other as a sampler with class
+    probabilities ~ 1 / n_c draws them. Training goes from the first to the second. The
+    branches share the trunk but for their last block.
 
-    Args:
-      total: steps of the run, counted as `step` is (steps or epochs). The reference stretches 90
-        and 180 epochs to 100 and 200, so that the last ones are not the reversed branch's alone.
-        May be traced.
+    Args: total: steps of the run, counted as `step` is (steps or epochs). The reference
+      stretches 90
+        and 180 epochs to 100 and 200, so that the last ones are not the reversed
+        branch's alone. May be traced.
       base: loss(logits [..., C], labels, where=) of each branch; None is cross entropy.
 
-    Returns:
-      A pytree: `.mix(f_c, f_r, step)`, `.share(step)`, and loss(logits, labels, reversed_labels,
-      step=, where=None) -> per-example [...].
+    Returns: A pytree: `.mix(f_c, f_r, step)`, `.share(step)`, and loss(logits, labels,
+      reversed_labels, step=, where=None) -> per-example [...].
 
     >>> branch = bbn(200)
     >>> branch.mix(jnp.ones(1), jnp.ones(1), step=100)
@@ -293,9 +294,8 @@ def bbn(total: Scalar, base: Loss | None = None) -> Bbn:
     return Bbn(total, cross_entropy() if base is None else base)
 
 
-# --------------------------------------------------------------------------------------------------
-# PaCo: supervised contrast with a queue of features and a learnable centre for each class.
-# --------------------------------------------------------------------------------------------------
+# PaCo: supervised contrast with a queue of features and a learnable centre for each
+# class.
 
 
 NOBODY = -1
@@ -361,12 +361,10 @@ class Paco:
     ) -> tuple[Float[Array, "B"], PacoState]:
         """Compare the batch with itself, its keys and the queue; then put the keys into the queue.
 
-        Args:
-          state: of `init` or the last update.
-          logits: [B, C] products of the features with the learnable centres (a linear layer).
-          labels: [B] integers in [0, C).
-          features: [B, D] of one view, of length 1.
-          keys: [B, D] of another view, of length 1, by the momentum encoder. Gradients flow into
+        Args: state: of `init` or the last update. logits: [B, C] products of the
+          features with the learnable centres (a linear layer). labels: [B] integers in
+          [0, C). features: [B, D] of one view, of length 1. keys: [B, D] of another
+          view, of length 1, by the momentum encoder. Gradients flow into
             them here; they end at the queue.
           where: [B] booleans; a masked example costs 0 and is compared with nothing.
 
@@ -378,20 +376,38 @@ class Paco:
         """
         z = floating(jnp.asarray(logits))
         self._check(z, features, keys)
-        keep = jnp.ones(z.shape[:1], bool) if where is None else as_mask(where, z.shape[:1])
-        z, f, k = (jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys))
+        keep = (
+            jnp.ones(z.shape[:1], bool)
+            if where is None
+            else as_mask(where, z.shape[:1])
+        )
+        z, f, k = (
+            jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys)
+        )
         inside = are_classes(labels, z.shape[-1])
         y = jnp.where(keep & inside, class_indices(labels), NOBODY)
-        state = PacoState(jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32))
+        state = PacoState(
+            jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32)
+        )
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
         loss = self._loss(z, f, y, others, jnp.concatenate([y, y, state.labels]))
         loss = jnp.where(inside, loss, 0)
         return jnp.where(keep, loss, 0), self._enqueue(state, k, y)
 
-    def _loss(self, z: Array, f: Array, y: Array, others: Array, theirs: Array) -> Array:
+    def _loss(
+        self, z: Array, f: Array, y: Array, others: Array, theirs: Array
+    ) -> Array:
         """sum_j w_ij (lse_i - s_ij) / sum_j w_ij over centres and examples, without oneself."""
-        parameters = (self.alpha, self.beta, self.gamma, self.temperature, self.center_temperature)
-        alpha, beta, gamma, t, centre_t = (jnp.asarray(x).astype(z.dtype) for x in parameters)
+        parameters = (
+            self.alpha,
+            self.beta,
+            self.gamma,
+            self.temperature,
+            self.center_temperature,
+        )
+        alpha, beta, gamma, t, centre_t = (
+            jnp.asarray(x).astype(z.dtype) for x in parameters
+        )
         scores = jnp.concatenate(
             [(z + rows(self._log_prior(z), z)) / centre_t, f @ others.T / t], 1
         )
@@ -399,13 +415,21 @@ class Paco:
         mine = jnp.arange(len(y))[:, None] == jnp.arange(len(theirs))[None]
         somebody = (theirs[None] != NOBODY) & ~mine
         same = jnp.where(somebody & (y[:, None] == theirs[None]), alpha, 0)
-        own = jnp.where(y[:, None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None], beta, 0)
+        own = jnp.where(
+            y[:, None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None], beta, 0
+        )
         weights = jnp.concatenate([own, same], axis=1)
         offset = jnp.where(somebody, jnp.log(gamma), floor(z))
-        offset = jnp.concatenate([jnp.zeros_like(z), jnp.maximum(offset, floor(z))], axis=1)
-        total = jax.nn.logsumexp(self._with_epsilon(scores + offset, scores), axis=1, keepdims=True)
+        offset = jnp.concatenate(
+            [jnp.zeros_like(z), jnp.maximum(offset, floor(z))], axis=1
+        )
+        total = jax.nn.logsumexp(
+            self._with_epsilon(scores + offset, scores), axis=1, keepdims=True
+        )
         sum_ = jnp.sum(weights, axis=1)
-        return jnp.sum(weights * (total - scores), axis=1) / jnp.where(sum_ > 0, sum_, 1)
+        return jnp.sum(weights * (total - scores), axis=1) / jnp.where(
+            sum_ > 0, sum_, 1
+        )
 
     def _log_prior(self, z: Array) -> Array:
         n = self.counts.astype(z.dtype)
@@ -414,7 +438,11 @@ class Paco:
                 f"longtail.experts.paco: `counts` has {n.shape[0]} classes where the logits have "
                 f"{z.shape[-1]}: pass one number per class"
             )
-        return jnp.log(n / jnp.sum(n) + 1e-9) if self.compat == "reference" else log_prior(n)
+        return (
+            jnp.log(n / jnp.sum(n) + 1e-9)
+            if self.compat == "reference"
+            else log_prior(n)
+        )
 
     def _with_epsilon(self, terms: Array, scores: Array) -> Array:
         """The terms of the denominator; the reference adds 1e-12 of the largest score to them."""
@@ -428,7 +456,9 @@ class Paco:
         if self.axis_name is not None:
             keys, labels = (_gathered(x, self.axis_name) for x in (keys, labels))
         features = jnp.concatenate([keys, state.features])[: self.queue]
-        return PacoState(features, jnp.concatenate([labels, state.labels])[: self.queue])
+        return PacoState(
+            features, jnp.concatenate([labels, state.labels])[: self.queue]
+        )
 
     def _check(self, z: Array, features: Array, keys: Array) -> None:
         wanted = (z.shape[0], self.num_features)
@@ -456,29 +486,30 @@ def paco(
 ) -> Paco:
     """PaCo: cross entropy over the classes' centres and the other examples at once.
 
-    loss_i = -sum_j w_ij log(e^s_ij / (sum_c e^s_ic + gamma sum_{k != i} e^s_ik)) / sum_j w_ij, with
-    s_ic = (z_ic + log pi_c) / center_temperature for the centres and s_ik = f_i . f_k / temperature
-    for the examples: the batch, its keys and the queue. w is beta for the own centre and alpha for
-    the examples of the own class, so that a class with few of those is not outweighed.
+    loss_i = -sum_j w_ij log(e^s_ij / (sum_c e^s_ic + gamma sum_{k != i} e^s_ik)) /
+    sum_j w_ij, with s_ic = (z_ic + log pi_c) / center_temperature for the centres and
+    s_ik = f_i . f_k / temperature for the examples: the batch, its keys and the queue.
+    w is beta for the own centre and alpha for the examples of the own class, so that a
+    class with few of those is not outweighed.
 
-    Args:
-      counts: [C] training examples per class; may be traced.
-      num_features: D.
-      queue: K, keys that are kept; may be smaller than a batch.
-      alpha: weight of an example of the same class: 0.05 on ImageNet-LT, 0.01 on CIFAR-100-LT. May
+    Args: counts: [C] training examples per class; may be traced. num_features: D.
+      queue: K, keys that are kept; may be smaller than a batch. alpha: weight of an
+      example of the same class: 0.05 on ImageNet-LT, 0.01 on CIFAR-100-LT. May
         be traced, like beta, gamma and the temperatures.
       beta: weight of the own centre.
-      gamma: weight of the examples in the denominator; 0 (with alpha 0) is balanced softmax.
+      gamma: weight of the examples in the denominator; 0 (with alpha 0) is balanced
+        softmax.
       temperature: of the features: 0.2 on ImageNet-LT, 0.05 on CIFAR-LT.
       center_temperature: of the centres ("supt").
-      axis_name: mapped axes whose keys fill one queue, inside shard_map or a named vmap.
-      compat: "reference" for log(pi + 1e-9), and 1e-12 of the largest score, that of an example
-        with itself included, in the denominator: at low temperatures that is no small number.
+      axis_name: mapped axes whose keys fill one queue, inside shard_map or a named
+        vmap.
+      compat: "reference" for log(pi + 1e-9), and 1e-12 of the largest score, that of an
+        example with itself included, in the denominator: at low temperatures that is no
+        small number.
 
-    Returns:
-      A pair: init(), update(state, logits [B, C], labels [B], features= [B, D], keys= [B, D],
-      where=None) -> (per-example [B], state). The queue starts empty (the reference fills it with
-      random features and labels).
+    Returns: A pair: init(), update(state, logits [B, C], labels [B], features= [B, D],
+      keys= [B, D], where=None) -> (per-example [B], state). The queue starts empty (the
+      reference fills it with random features and labels).
 
     Raises:
       ValueError: if num_features or queue is below 1.
@@ -512,9 +543,8 @@ def _gathered(x: Array, axis_name: Axis) -> Array:
     return every.reshape(-1, *x.shape[1:])
 
 
-# --------------------------------------------------------------------------------------------------
-# SADE: three experts for three test distributions, weighted at test time without labels.
-# --------------------------------------------------------------------------------------------------
+# SADE: three experts for three test distributions, weighted at test time without
+# labels.
 
 
 Compat = Literal["reference"] | None
@@ -557,19 +587,20 @@ class Sade:
 def sade(counts: Counts, *, tau: Scalar = 2.0, compat: Compat = None) -> Sade:
     """SADE: CE(z_1) + CE(z_2 + log pi) + CE(z_3 + log pi - tau log pi').
 
-    The first expert learns the prior of the training set, the second a uniform one, the third an
-    inverse one: pi' has the counts in reverse, the most frequent class that of the rarest. Classes
-    with equal counts share evenly what they would get (the reference hands it out by position, so
-    that they differ). A class without examples has prior 1e-12, and no part in the reversal.
+    The first expert learns the prior of the training set, the second a uniform one, the
+    third an inverse one: pi' has the counts in reverse, the most frequent class that of
+    the rarest. Classes with equal counts share evenly what they would get (the
+    reference hands it out by position, so that they differ). A class without examples
+    has prior 1e-12, and no part in the reversal.
 
     Args:
       counts: [C] training examples per class; may be traced.
       tau: strength of the inverse prior. May be traced.
       compat: "reference" for log(pi + 1e-9) and pi' by position.
 
-    Returns:
-      loss(logits [3, ..., C], labels [...] or [..., C], where=None) -> per-example [...]. Predict
-      with `aggregate`, with equal weights or those of `fit_weights`.
+    Returns: loss(logits [3, ..., C], labels [...] or [..., C], where=None) ->
+      per-example [...]. Predict with `aggregate`, with equal weights or those of
+      `fit_weights`.
 
     >>> each = sade([90, 10])(jnp.zeros((3, 2, 2)), jnp.array([0, 1]))
     >>> print(" ".join(f"{x:.2f}" for x in each))  # of a head and of a tail example
@@ -638,10 +669,10 @@ def fit_weights(
 ) -> Float[Array, "E"]:
     """Weights of the experts for an unlabelled test set: those under which two views agree most.
 
-    The expert that fits the classes that occur is the most stable one on them. Gradient ascent on the
-    mean `agreement` from equal weights, w = softmax(v), momentum 0.9, over all examples at once; it
-    stops before the first step that would take a weight below `least`, as the reference does after
-    an epoch.
+    The expert that fits the classes that occur is the most stable one on them. Gradient
+    ascent on the mean `agreement` from equal weights, w = softmax(v), momentum 0.9,
+    over all examples at once; it stops before the first step that would take a weight
+    below `least`, as the reference does after an epoch.
 
     Args:
       first: [E, ..., C] logits of one augmentation of each test example.
@@ -660,8 +691,8 @@ def fit_weights(
     >>> bool(weights[0] > 0.9)
     True
 
-    References:
-      Zhang et al., Self-supervised aggregation of diverse experts, arXiv 2107.09249, section 4.3.
+    References: Zhang et al., Self-supervised aggregation of diverse experts, arXiv
+      2107.09249, section 4.3.
     """
     first, second = (floating(jnp.asarray(z)) for z in (first, second))
     batch = first.shape[1:-1]
@@ -674,7 +705,9 @@ def fit_weights(
         each = agreement(jax.nn.softmax(v), first, second)
         return -jnp.sum(jnp.where(keep, each, 0)) / number
 
-    def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
+    def step(
+        carry: tuple[Array, Array, Array], _: None
+    ) -> tuple[tuple[Array, Array, Array], None]:
         v, velocity, going = carry
         velocity = 0.9 * velocity - rate * jax.grad(loss)(v)
         going &= jnp.all(jax.nn.softmax(v + velocity) >= least)

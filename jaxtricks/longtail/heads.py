@@ -18,12 +18,11 @@ from jaxtricks.longtail._counts import as_mask, class_indices, floating
 def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C"]:
     """Divide each class's weights by a power of their norm: w_c / ||w_c||^tau.
 
-    For a trained kernel, whose norms follow the class counts. Choose tau in [0, 2] on held-out data
-    by balanced accuracy; the reference drops the bias.
+    For a trained kernel, whose norms follow the class counts. Choose tau in [0, 2] on
+    held-out data by balanced accuracy; the reference drops the bias.
 
-    Args:
-      kernel: [D, C], a column per class; a zero column stays zero.
-      tau: 0 changes nothing, 1 makes unit columns. May be traced, differentiated and vmapped.
+    Args: kernel: [D, C], a column per class; a zero column stays zero. tau: 0 changes
+      nothing, 1 makes unit columns. May be traced, differentiated and vmapped.
 
     Returns:
       [D, C] in float32 or wider.
@@ -41,7 +40,9 @@ def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C
 
 
 @checked
-def max_norm_radius(kernel: Float[Array, "D C"], threshold: Scalar = 0.1) -> Float[Array, ""]:
+def max_norm_radius(
+    kernel: Float[Array, "D C"], threshold: Scalar = 0.1
+) -> Float[Array, ""]:
     """The radius for `max_norm`: r = min_c ||w_c|| + threshold (max_c ||w_c|| - min_c ||w_c||).
 
     Taken once, from the kernel that training starts with, as the reference does.
@@ -75,8 +76,8 @@ def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]
     >>> max_norm(jnp.array([[3.0, 0.5]]), 1.0)
     Array([[1. , 0.5]], dtype=float32)
 
-    References:
-      Alshammari et al., Long-tailed recognition via weight balancing, arXiv 2203.14197, equation 4.
+    References: Alshammari et al., Long-tailed recognition via weight balancing, arXiv
+      2203.14197, equation 4.
     """
     w = floating(jnp.asarray(kernel))
     norms, radius = norm(w, axis=0), jnp.asarray(radius).astype(w.dtype)
@@ -90,17 +91,18 @@ def check_normed(
 ) -> None:
     """Warn where logits cannot be cosines, which `ldam` needs: max |z| > 1.
 
-    LDAM multiplies its logits by s = 30. On those of a plain linear layer that saturates the softmax,
-    the loss jumps and the weights soon are NaN. A loss sees arrays, not layers: so `ldam` checks what it
-    is given eagerly, and a jitted step can call this. There the check is a callback on the host
-    (jax.debug.callback), in every step in which a logit is out of range.
+    LDAM multiplies its logits by s = 30. On those of a plain linear layer that
+    saturates the softmax, the loss jumps and the weights soon are NaN. A loss sees
+    arrays, not layers: so `ldam` checks what it is given eagerly, and a jitted step can
+    call this. There the check is a callback on the host (jax.debug.callback), in every
+    step in which a logit is out of range.
 
     Args:
       logits: [..., C] as they go into the loss.
       where: [...] booleans; a masked example is not checked.
 
-    Warns:
-      UserWarning: if a logit is beyond [-1, 1] by more than bfloat16 rounds, or not a number.
+    Warns: UserWarning: if a logit is beyond [-1, 1] by more than bfloat16 rounds, or
+      not a number.
 
     >>> check_normed(jnp.array([[0.9, -1.0]]))
     """
@@ -111,7 +113,9 @@ def check_normed(
         outside = jnp.any(~(size <= _ROUNDED_ONE))
         # XLA's maximum on CPU passes over a NaN.
         largest = jnp.where(jnp.isnan(jnp.sum(size)), jnp.nan, jnp.max(size, initial=0))
-        jax.lax.cond(outside, lambda x: jax.debug.callback(_warn, x), lambda x: None, largest)
+        jax.lax.cond(
+            outside, lambda x: jax.debug.callback(_warn, x), lambda x: None, largest
+        )
         return
     z = np.asarray(logits, np.float64)
     if where is not None:
@@ -148,9 +152,8 @@ def unit(x: Array, axis: int = -1) -> Array:
     return x / jnp.where(length > 0, length, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Classifier heads for long-tailed data, as functions of arrays; a kernel is [D, C], as in Flax.
-# --------------------------------------------------------------------------------------------------
+# Classifier heads for long-tailed data, as functions of arrays; a kernel is [D, C], as
+# in Flax.
 
 
 Kind = Literal["un", "l2n", "cl2n"]
@@ -173,12 +176,14 @@ def cosine(
     >>> cosine(jnp.array([[3.0, 4.0]]), jnp.eye(2), s=6.0)
     Array([[3., 4.]], dtype=float32)
 
-    References:
-      Liu et al., Large-scale long-tailed recognition in an open world, arXiv 1904.05160.
+    References: Liu et al., Large-scale long-tailed recognition in an open world, arXiv
+      1904.05160.
     """
     x = floating(jnp.asarray(x))
     squashed = x / (1 + norm(x))
-    return jnp.asarray(s).astype(x.dtype) * _product("cosine", squashed, _unit_columns(kernel, x))
+    return jnp.asarray(s).astype(x.dtype) * _product(
+        "cosine", squashed, _unit_columns(kernel, x)
+    )
 
 
 @checked
@@ -207,7 +212,9 @@ def normed(
 
 
 @checked
-def lws(logits: Float[Array, "*batch C"], scales: Float[Array, "C"]) -> Float[Array, "*batch C"]:
+def lws(
+    logits: Float[Array, "*batch C"], scales: Float[Array, "C"]
+) -> Float[Array, "*batch C"]:
     """Learnable weight scaling: f_c z_c. Train f alone, from ones, on class-balanced batches.
 
     Args:
@@ -251,10 +258,8 @@ def centroids(
 ) -> Centroids:
     """Mean feature of each class, for `ncm`.
 
-    Args:
-      features: [N, D] of the training examples.
-      labels: [N] integers; an example whose label is not in [0, C) counts in the center only.
-      num_classes: C; static.
+    Args: features: [N, D] of the training examples. labels: [N] integers; an example
+      whose label is not in [0, C) counts in the center only. num_classes: C; static.
       kind: "un" as they are, "l2n" divided by their norm, "cl2n" centred first (the
         default of the reference).
       where: [N] booleans; a masked example is left out.
@@ -276,15 +281,21 @@ def centroids(
     keep = jnp.ones(y.shape, bool) if where is None else as_mask(where, y.shape)
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)
-    member = (y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]) & keep[:, None]
+    member = (y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]) & keep[
+        :, None
+    ]
     total = jnp.sum(member, axis=0)
     sums = member.astype(x.dtype).T @ _normalized(x, center, kind)
-    return Centroids(sums / jnp.maximum(total, 1).astype(x.dtype)[:, None], total > 0, center, kind)
+    return Centroids(
+        sums / jnp.maximum(total, 1).astype(x.dtype)[:, None], total > 0, center, kind
+    )
 
 
 @checked
 def ncm(
-    x: Float[Array, "*batch D"], centroids: Centroids, metric: Literal["l2", "dot"] = "l2"
+    x: Float[Array, "*batch D"],
+    centroids: Centroids,
+    metric: Literal["l2", "dot"] = "l2",
 ) -> Float[Array, "*batch C"]:
     """Nearest class mean: z_c = -||x' - mu_c||^2, or x' . mu_c / D; x' normalised as the means were.
 
@@ -308,12 +319,17 @@ def ncm(
       Kang et al., Decoupling representation and classifier, arXiv 1910.09217.
     """
     if metric not in ("l2", "dot"):
-        raise ValueError(f'longtail.heads.ncm: `metric` is {metric!r}: pass "l2" or "dot"')
+        raise ValueError(
+            f'longtail.heads.ncm: `metric` is {metric!r}: pass "l2" or "dot"'
+        )
     x = floating(jnp.asarray(x))
     means, center = (m.astype(x.dtype) for m in (centroids.means, centroids.center))
     x = _normalized(x, center, centroids.kind)
     if metric == "l2":
-        z = -jnp.sum((x[..., None, :] - means.reshape((1,) * (x.ndim - 1) + means.shape)) ** 2, -1)
+        z = -jnp.sum(
+            (x[..., None, :] - means.reshape((1,) * (x.ndim - 1) + means.shape)) ** 2,
+            -1,
+        )
     else:
         z = x @ means.T / x.shape[-1]
     return jnp.where(centroids.seen.reshape((1,) * (z.ndim - 1) + (-1,)), z, -jnp.inf)
@@ -328,8 +344,9 @@ def disalign(
 ) -> Float[Array, "*batch C"]:
     """Adaptive calibration: (1 + sigma a_c) z_c + sigma b_c, sigma = sigmoid(confidence).
 
-    Train a, b and the confidence layer alone, on top of a frozen model. With a = b = 0 it changes
-    nothing; the reference starts from a = 1, b = 0 and confidence weights 0.1.
+    Train a, b and the confidence layer alone, on top of a frozen model. With a = b = 0
+    it changes nothing; the reference starts from a = 1, b = 0 and confidence weights
+    0.1.
 
     Args:
       logits: [..., C] of the frozen head.
@@ -362,18 +379,16 @@ def tde(
 ) -> Float[Array, "*batch C"]:
     """De-confounded head: tau/K sum_k (x_k/|x_k| - alpha cos(x_k, d_k) d_k/|d_k|) . w_k/(|w_k| + gamma).
 
-    Train without `direction`; at test time pass the running mean of the features, m <- mu m +
-    mean(x) with the momentum mu of the optimizer: the part of a feature that momentum alone explains
-    is then subtracted.
+    Train without `direction`; at test time pass the running mean of the features, m <-
+    mu m + mean(x) with the momentum mu of the optimizer: the part of a feature that
+    momentum alone explains is then subtracted.
 
-    Args:
-      x: [..., D] features, split into K equal parts.
-      kernel: [D, C], a column per class, split likewise.
-      direction: [D], or None for no subtraction; a zero part subtracts nothing.
-      heads: K; static.
-      tau: scale of the logits. May be traced.
+    Args: x: [..., D] features, split into K equal parts. kernel: [D, C], a column per
+      class, split likewise. direction: [D], or None for no subtraction; a zero part
+      subtracts nothing. heads: K; static. tau: scale of the logits. May be traced.
       gamma: keeps large norms of w from being divided out in full. May be traced.
-      alpha: strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT. May be traced.
+      alpha: strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT. May be
+      traced.
 
     Returns:
       [..., C] logits in float32 or wider.
@@ -381,9 +396,8 @@ def tde(
     Raises:
       ValueError: if D is not a multiple of heads.
 
-    References:
-      Tang et al., Long-tailed classification by keeping the good and removing the bad momentum
-      causal effect, arXiv 2009.12991.
+    References: Tang et al., Long-tailed classification by keeping the good and removing
+      the bad momentum causal effect, arXiv 2009.12991.
     """
     x = floating(jnp.asarray(x))
     if heads < 1 or x.shape[-1] % heads:

@@ -34,7 +34,9 @@ def groups(
         third = counts.shape[0] // 3
         is_many, is_few = rank < third, rank >= counts.shape[0] - third
     else:
-        raise ValueError(f'longtail.metrics: `split` is {split!r}: pass "threshold" or "rank"')
+        raise ValueError(
+            f'longtail.metrics: `split` is {split!r}: pass "threshold" or "rank"'
+        )
     return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
 
 
@@ -47,19 +49,22 @@ def scores(
 ) -> dict[str, Float[Array, ""]]:
     """Means over the classes that have test examples, each class counted `weight` times.
 
-    Args:
-      correct: [C] right predictions.
-      total: [C] test examples.
-      members: of `groups`.
-      weight: [C] how often a class counts: ones, or the draws of a bootstrap over classes.
+    Args: correct: [C] right predictions. total: [C] test examples. members: of
+      `groups`. weight: [C] how often a class counts: ones, or the draws of a bootstrap
+      over classes.
     """
     per_class = ratio(correct, total)
     weight = jnp.where(total > 0, weight, 0)
     counted, all_classes = weight > 0, jnp.sum(weight)
     balanced = ratio(jnp.sum(jnp.where(counted, weight * per_class, 0)), all_classes)
-    log_mean = ratio(jnp.sum(jnp.where(counted, weight * jnp.log(per_class), 0)), all_classes)
-    # One class that is never right makes both of these means 0: log 0 and 1/0 are infinite.
-    inverse_mean = ratio(jnp.sum(jnp.where(counted, weight / per_class, 0)), all_classes)
+    log_mean = ratio(
+        jnp.sum(jnp.where(counted, weight * jnp.log(per_class), 0)), all_classes
+    )
+    # One class that is never right makes both of these means 0: log 0 and 1/0 are
+    # infinite.
+    inverse_mean = ratio(
+        jnp.sum(jnp.where(counted, weight / per_class, 0)), all_classes
+    )
     means = {
         name: ratio(
             jnp.sum(jnp.where(counted & member, weight * per_class, 0)),
@@ -98,9 +103,7 @@ def ratio(a: Array, b: Array) -> Array:
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)
 
 
-# --------------------------------------------------------------------------------------------------
 # Test metrics of long-tailed classifiers from one confusion state, updated under jit.
-# --------------------------------------------------------------------------------------------------
 
 
 ECE_BINS = 15
@@ -110,8 +113,8 @@ ECE_BINS = 15
 class State:
     """What was seen so far. States add: `merge` them, or psum them over devices (lax.psum(state, axis)).
 
-    Attributes:
-      confusion: [C, C + 1] int32, examples of class i predicted as j; the last column counts rows
+    Attributes: confusion: [C, C + 1] int32, examples of class i predicted as j; the
+      last column counts rows
         whose logits were not numbers.
       class_bin_count: [C, B] int32, examples per class and bin of confidence.
       class_bin_correct: [C, B] int32, correct ones among them.
@@ -176,11 +179,10 @@ def update(
 ) -> State:
     """Count one batch; the prediction is the largest logit, the confidence its softmax.
 
-    Args:
-      state: of `init` or an earlier update.
-      logits: [..., C]. A row with a NaN counts as wrong, and as of no class.
-      labels: [...] integers; one outside [0, C) counts in `out_of_range` alone.
-      where: [...] True for the examples that count (the padding of a last batch does not).
+    Args: state: of `init` or an earlier update. logits: [..., C]. A row with a NaN
+      counts as wrong, and as of no class. labels: [...] integers; one outside [0, C)
+      counts in `out_of_range` alone. where: [...] True for the examples that count (the
+      padding of a last batch does not).
 
     Returns:
       The new state.
@@ -197,8 +199,12 @@ def update(
     z = floating(jnp.asarray(logits)).astype(jnp.float32)
     confidence = jnp.max(jax.nn.softmax(z, axis=-1), axis=-1)
     is_number = jnp.isfinite(confidence)
-    prediction = jnp.where(is_number, jnp.argmax(z, axis=-1).astype(jnp.int32), num_classes)
-    return update_predictions(state, prediction, jnp.where(is_number, confidence, 0), labels, where)
+    prediction = jnp.where(
+        is_number, jnp.argmax(z, axis=-1).astype(jnp.int32), num_classes
+    )
+    return update_predictions(
+        state, prediction, jnp.where(is_number, confidence, 0), labels, where
+    )
 
 
 @checked
@@ -222,7 +228,9 @@ def update_predictions(
       The new state.
     """
     wanted = np.ones((), bool) if where is None else where
-    return _sharding.replicated(_updated, state, predictions, confidence, labels, wanted)
+    return _sharding.replicated(
+        _updated, state, predictions, confidence, labels, wanted
+    )
 
 
 def _updated(
@@ -260,7 +268,9 @@ def merge(*states: State) -> State:
     Args:
       *states: of the same number of classes and bins; device or host arrays.
     """
-    return jax.tree.map(lambda *x: functools.reduce(jnp.add, map(jnp.asarray, x)), *states)
+    return jax.tree.map(
+        lambda *x: functools.reduce(jnp.add, map(jnp.asarray, x)), *states
+    )
 
 
 @checked
@@ -274,10 +284,11 @@ def summary(
 ) -> dict[str, Float[Array, "..."]]:
     """Accuracies per class and per group of classes, and the calibration error.
 
-    Groups are means of per-class accuracies. split="threshold": many has more than `many` training
-    examples, few has fewer than `few`, medium is the rest. With few classes or small counts that
-    leaves groups empty; split="rank" takes thirds of the classes by training count instead (C // 3
-    many and C // 3 few; of equal counts the earlier class is the larger).
+    Groups are means of per-class accuracies. split="threshold": many has more than
+    `many` training examples, few has fewer than `few`, medium is the rest. With few
+    classes or small counts that leaves groups empty; split="rank" takes thirds of the
+    classes by training count instead (C // 3 many and C // 3 few; of equal counts the
+    earlier class is the larger).
 
     Args:
       state: of `update`.
@@ -286,20 +297,19 @@ def summary(
       few: threshold below which a class is few-shot.
       split: "threshold" or "rank".
 
-    Returns:
-      float32: "accuracy", "balanced_accuracy" and "balanced_error" (1 - it), "geometric_mean" and
-      "harmonic_mean" of the per-class accuracies (0 as soon as one class is never right), "many",
-      "medium", "few", "ece" and "ece_many", "ece_medium", "ece_few" (of the examples of these classes),
-      "out_of_range" (share of the rows whose label was no class): scalars; "per_class": [C]. A class
-      without test examples is NaN and in no mean; an empty group is NaN, and so is everything before
-      the first update.
+    Returns: float32: "accuracy", "balanced_accuracy" and "balanced_error" (1 - it),
+      "geometric_mean" and "harmonic_mean" of the per-class accuracies (0 as soon as one
+      class is never right), "many", "medium", "few", "ece" and "ece_many",
+      "ece_medium", "ece_few" (of the examples of these classes), "out_of_range" (share
+      of the rows whose label was no class): scalars; "per_class": [C]. A class without
+      test examples is NaN and in no mean; an empty group is NaN, and so is everything
+      before the first update.
 
     Raises:
       ValueError: if counts does not fit the state, or for another split.
 
-    References:
-      Calibration error: Guo et al., arXiv 1706.04599, equation 3, bins closed on the right. Groups: Liu
-      et al., arXiv 1904.05160.
+    References: Calibration error: Guo et al., arXiv 1706.04599, equation 3, bins closed
+      on the right. Groups: Liu et al., arXiv 1904.05160.
     """
     correct, total = _per_class(state)
     members = groups(_fitting(counts, state), many, few, split)
@@ -333,9 +343,9 @@ def bootstrap(
 ) -> dict[str, Float[Array, "2"]]:
     """Percentile bootstrap intervals of the scores of `summary`, from the counts alone.
 
-    unit="example" draws the test examples of each class again (right predictions are binomial): how far
-    a new test set of these classes would move the score. unit="class" draws the classes again: how much
-    hangs on which classes there are.
+    unit="example" draws the test examples of each class again (right predictions are
+    binomial): how far a new test set of these classes would move the score.
+    unit="class" draws the classes again: how much hangs on which classes there are.
 
     Args:
       key: typed PRNG key.
@@ -346,12 +356,11 @@ def bootstrap(
       level: share of the draws inside the interval.
       many, few, split: of `summary`.
 
-    Returns:
-      For each score of one number but the calibration errors: [2] low and high end; NaN where the
-      score is.
+    Returns: For each score of one number but the calibration errors: [2] low and high
+      end; NaN where the score is.
 
-    Raises:
-      ValueError: if counts does not fit the state, samples < 1, or level is not between 0 and 1.
+    Raises: ValueError: if counts does not fit the state, samples < 1, or level is not
+      between 0 and 1.
 
     References:
       Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 13.
@@ -378,9 +387,8 @@ def bootstrap(
 def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
     """A_r = A_t / A_u, A_u the larger of the upper references: how much of what balance gives is reached.
 
-    Args:
-      accuracy: A_t, of the method trained on the long-tailed set.
-      *upper: the same backbone trained with cross entropy on `data.balanced_counterpart(counts)`, and
+    Args: accuracy: A_t, of the method trained on the long-tailed set. *upper: the same
+      backbone trained with cross entropy on `data.balanced_counterpart(counts)`, and
         the method itself trained on it.
 
     Returns:
@@ -399,7 +407,9 @@ def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
         raise ValueError(
             "longtail.metrics.relative_accuracy needs `upper`: an accuracy when balanced"
         )
-    best = functools.reduce(jnp.maximum, (jnp.asarray(x).astype(jnp.float32) for x in upper))
+    best = functools.reduce(
+        jnp.maximum, (jnp.asarray(x).astype(jnp.float32) for x in upper)
+    )
     return jnp.asarray(accuracy).astype(jnp.float32) / best
 
 

@@ -6,7 +6,13 @@ from jaxtyping import Float, Integer, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Key, Scalar
-from jaxtricks.longtail._counts import Counts, as_vector, at_least_rarest, class_indices, floating
+from jaxtricks.longtail._counts import (
+    Counts,
+    as_vector,
+    at_least_rarest,
+    class_indices,
+    floating,
+)
 
 
 @checked
@@ -26,9 +32,8 @@ def mixup(
       num_classes: C; static.
       alpha: > 0; 1 on CIFAR, 0.2 on ImageNet. May be traced.
 
-    Returns:
-      The mixed examples (dtype of x, float32 for integers) and [N, C] soft labels, which every loss
-      of this room takes.
+    Returns: The mixed examples (dtype of x, float32 for integers) and [N, C] soft
+      labels, which every loss of this room takes.
 
     Raises:
       ValueError: if alpha is a number <= 0.
@@ -53,17 +58,15 @@ def remix(
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
     """Remix: examples as in mixup; the label goes to the rarer class where that is much rarer.
 
-    The share of label i is 0 if n_i / n_j >= kappa and lam < tau, 1 if n_i / n_j <= 1 / kappa and
+    The share of label i is 0 if n_i / n_j >= kappa and lam < tau, 1 if n_i / n_j <= 1 /
+    kappa and
     1 - lam < tau, else lam. With balanced counts it is mixup (kappa > 1).
 
-    Args:
-      key: typed PRNG key, new each step.
-      x: [N, ...] examples.
-      labels: [N] integers in [0, C).
-      counts: [C] training examples per class; may be traced. One without any counts as the rarest.
-      alpha: > 0, of Beta(alpha, alpha). May be traced.
-      kappa: ratio of the counts from which on a class is much rarer. May be traced.
-      tau: bound on the other one's share of the example. May be traced.
+    Args: key: typed PRNG key, new each step. x: [N, ...] examples. labels: [N] integers
+      in [0, C). counts: [C] training examples per class; may be traced. One without any
+      counts as the rarest. alpha: > 0, of Beta(alpha, alpha). May be traced. kappa:
+      ratio of the counts from which on a class is much rarer. May be traced. tau: bound
+      on the other one's share of the example. May be traced.
 
     Returns:
       The mixed examples (dtype of x, float32 for integers) and [N, C] soft labels.
@@ -97,13 +100,12 @@ def unimix(
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
     """UniMix: partners drawn by p_j ~ n_j^tau, and lam_ij = (Beta(alpha, alpha) + n_j/(n_i + n_j)) mod 1.
 
-    Args:
-      key: typed PRNG key, new each step.
-      x: [N, ...] examples; the partners are drawn from them, with replacement.
-      labels: [N] integers in [0, C).
-      counts: [C] training examples per class; may be traced. One without any counts as the rarest.
-      alpha: > 0, of the Beta distribution; one draw per example. May be traced.
-      tau: power of the partner's count; -0.5 on CIFAR-10-LT, -0.1 on CIFAR-100-LT. May be traced.
+    Args: key: typed PRNG key, new each step. x: [N, ...] examples; the partners are
+      drawn from them, with replacement. labels: [N] integers in [0, C). counts: [C]
+      training examples per class; may be traced. One without any counts as the rarest.
+      alpha: > 0, of the Beta distribution; one draw per example. May be traced. tau:
+      power of the partner's count; -0.5 on CIFAR-10-LT, -0.1 on CIFAR-100-LT. May be
+      traced.
 
     Returns:
       The mixed examples (dtype of x, float32 for integers) and [N, C] soft labels.
@@ -111,9 +113,8 @@ def unimix(
     Raises:
       ValueError: if alpha is a number <= 0.
 
-    References:
-      Xu et al., Towards calibrated model for long-tailed visual recognition from prior perspective,
-      arXiv 2111.03874.
+    References: Xu et al., Towards calibrated model for long-tailed visual recognition
+      from prior perspective, arXiv 2111.03874.
     """
     n = at_least_rarest(as_vector("mix.unimix: `counts`", counts))
     labels = class_indices(labels)

@@ -51,7 +51,11 @@ def balanced(values: Array, held: HeldOut) -> Array:
     """The mean over the classes that have examples of the mean value of their examples."""
     size = held.counts.shape[0]
     kept = held.member.astype(values.dtype)
-    total = jnp.zeros(size, values.dtype).at[held.labels].add(jnp.where(held.member, values, 0))
+    total = (
+        jnp.zeros(size, values.dtype)
+        .at[held.labels]
+        .add(jnp.where(held.member, values, 0))
+    )
     members = jnp.zeros(size, values.dtype).at[held.labels].add(kept)
     means = total / jnp.maximum(members, 1)
     return jnp.sum(means) / jnp.maximum(jnp.sum(members > 0), 1).astype(values.dtype)
@@ -74,7 +78,10 @@ def balanced_cross_entropy(
     log_p, own = jax.nn.log_softmax(scores, axis=-1), held.labels[:, None]
     p, a = jnp.exp(log_p), shift[None]
     mean_z, mean_a = jnp.sum(p * z, -1), jnp.sum(p * a, -1)
-    dz, da = z - mean_z[:, None], a - mean_a[:, None]  # centred: no difference of large squares
+    dz, da = (
+        z - mean_z[:, None],
+        a - mean_a[:, None],
+    )  # centred: no difference of large squares
     at_label = jnp.take_along_axis(z, own, -1)[:, 0], shift[held.labels]
     terms = (
         -jnp.take_along_axis(log_p, own, -1)[:, 0],
@@ -95,9 +102,7 @@ def check_classes(function: str, name: str, values: Array, z: Array) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------
 # Corrections at test time, for a model trained with the plain loss.
-# --------------------------------------------------------------------------------------------------
 
 
 @checked
@@ -106,16 +111,17 @@ def adjust(
 ) -> Float[Array, "*batch C"]:
     """Post-hoc logit adjustment: z_c - tau log(n_c / sum n).
 
-    For logits of a model trained with plain cross entropy. Never together with a loss that knows
-    the prior already (`balanced_softmax`, `logit_adjusted`, `vs`): that would count it twice.
+    For logits of a model trained with plain cross entropy. Never together with a loss
+    that knows the prior already (`balanced_softmax`, `logit_adjusted`, `vs`): that
+    would count it twice.
 
-    A class without training examples has no prior to divide by; taken literally it would win every
-    time. It is held back instead, by tau * 27.6 (a factor of 1e-12 to the power tau).
+    A class without training examples has no prior to divide by; taken literally it
+    would win every time. It is held back instead, by tau * 27.6 (a factor of 1e-12 to
+    the power tau).
 
-    Args:
-      logits: [..., C] of a trained model.
-      counts: [C] training examples per class; may be traced.
-      tau: strength; choose it on held-out data by balanced accuracy. Traced, differentiable.
+    Args: logits: [..., C] of a trained model. counts: [C] training examples per class;
+      may be traced. tau: strength; choose it on held-out data by balanced accuracy.
+      Traced, differentiable.
 
     Returns:
       [..., C] adjusted logits in float32 or wider.
@@ -126,8 +132,8 @@ def adjust(
     >>> adjust(jnp.array([[2.0, 0.5]]), [90, 10]).argmax(-1)
     Array([1], dtype=int32)
 
-    References:
-      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation 9.
+    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
+      equation 9.
     """
     z = floating(jnp.asarray(logits))
     n = as_vector("posthoc.adjust: `counts`", counts).astype(z.dtype)
@@ -143,16 +149,16 @@ def shift_prior(
 ) -> Float[Array, "*batch C"]:
     """From one class prior to another: z_c - log source_c + log target_c.
 
-    For logits calibrated to the source prior. Those of a model trained with a prior-adjusted loss
-    (`balanced_softmax`, `lade`) are calibrated to a uniform one: pass ones as the source.
+    For logits calibrated to the source prior. Those of a model trained with a
+    prior-adjusted loss (`balanced_softmax`, `lade`) are calibrated to a uniform one:
+    pass ones as the source.
 
-    A class that the source lacks is held back by 27.6 (a factor of 1e-12), as in `adjust`; so is one
-    that the target lacks, beside its source prior.
+    A class that the source lacks is held back by 27.6 (a factor of 1e-12), as in
+    `adjust`; so is one that the target lacks, beside its source prior.
 
-    Args:
-      logits: [..., C].
-      source: [C] counts or probabilities, of the prior in the logits; need not sum to 1.
-      target: [C] counts or probabilities, of the prior wanted. Both may be traced.
+    Args: logits: [..., C]. source: [C] counts or probabilities, of the prior in the
+      logits; need not sum to 1. target: [C] counts or probabilities, of the prior
+      wanted. Both may be traced.
 
     Returns:
       [..., C] shifted logits in float32 or wider.
@@ -183,15 +189,16 @@ def fit_tau(
 ) -> Float[Array, ""]:
     """tau for `adjust`, by which the logits of held-out data predict all classes best.
 
-    By default the minimum of the smooth loss of `calibrate`, tau * temperature of it; with `taus` the
-    one of them with the best balanced accuracy. The held-out data may be as long-tailed as the training
-    data, since every class counts the same; with few examples of a class its accuracy is a rough
-    number, and the smooth loss chooses better (simulated with 300 examples of 10 classes, imbalance 100:
-    0.7 points of balanced accuracy lost against 1.9).
+    By default the minimum of the smooth loss of `calibrate`, tau * temperature of it;
+    with `taus` the one of them with the best balanced accuracy. The held-out data may
+    be as long-tailed as the training data, since every class counts the same; with few
+    examples of a class its accuracy is a rough number, and the smooth loss chooses
+    better (simulated with 300 examples of 10 classes, imbalance 100: 0.7 points of
+    balanced accuracy lost against 1.9).
 
-    Args:
-      logits: [..., C] on held-out examples, of a model trained with plain cross entropy.
-      labels: [...] integers; an example whose label is not in [0, C), or is of a class without training
+    Args: logits: [..., C] on held-out examples, of a model trained with plain cross
+      entropy. labels: [...] integers; an example whose label is not in [0, C), or is of
+      a class without training
         examples, does not count.
       counts: [C] training examples per class; may be traced.
       taus: [T] candidates, np.linspace(0, 2, 41) say, or None.
@@ -207,8 +214,8 @@ def fit_tau(
     >>> fit_tau(logits, jnp.array([0, 0, 1]), [90, 10], taus=[0.0, 0.25, 0.5, 0.75, 1.0])
     Array(0.5, dtype=float32)
 
-    References:
-      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, section 5.
+    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
+      section 5.
     """
     if taus is None:
         best = calibrate(logits, labels, counts, where=where)
@@ -217,12 +224,16 @@ def fit_tau(
     grid = jnp.asarray(taus).astype(held.logits.dtype)
 
     def score(tau: Array) -> Array:
-        prediction = jnp.argmax(adjust(held.logits, counts, tau), axis=-1).astype(jnp.int32)
+        prediction = jnp.argmax(adjust(held.logits, counts, tau), axis=-1).astype(
+            jnp.int32
+        )
         right = prediction == held.labels
         return balanced(right.astype(held.logits.dtype), held)
 
     scores = jax.lax.map(score, grid)  # one at a time: [N, C] and not [T, N, C]
-    best = scores >= jnp.max(scores) - 1e-6  # sums of the same fractions differ by rounding
+    best = (
+        scores >= jnp.max(scores) - 1e-6
+    )  # sums of the same fractions differ by rounding
     return jnp.min(jnp.where(best, grid, jnp.inf))
 
 
@@ -249,28 +260,26 @@ def calibrate(
 ) -> Calibration:
     """tau and temperature together: the least mean_c CE_c(adjust(logits / temperature, counts, tau)).
 
-    CE_c is the mean cross entropy of the held-out examples of class c. In (1/temperature, tau) it is
-    convex, so a damped Newton method finds the one best pair from anywhere. Use it as
-    `adjust(logits / c.temperature, counts, c.tau)`; for the classes' order alone,
-    `adjust(logits, counts, c.tau * c.temperature)`.
+    CE_c is the mean cross entropy of the held-out examples of class c. In
+    (1/temperature, tau) it is convex, so a damped Newton method finds the one best pair
+    from anywhere. Use it as `adjust(logits / c.temperature, counts, c.tau)`; for the
+    classes' order alone, `adjust(logits, counts, c.tau * c.temperature)`.
 
-    Args:
-      logits: [..., C] on held-out examples, of a model trained with plain cross entropy.
-      labels: as for `fit_tau`.
-      counts: [C] training examples per class; may be traced. A class without any is left out.
-      where: [...] booleans; a masked example does not count.
-      max_steps: bound of the Newton steps, of which it needs some twenty; static.
+    Args: logits: [..., C] on held-out examples, of a model trained with plain cross
+      entropy. labels: as for `fit_tau`. counts: [C] training examples per class; may be
+      traced. A class without any is left out. where: [...] booleans; a masked example
+      does not count. max_steps: bound of the Newton steps, of which it needs some
+      twenty; static.
 
-    Returns:
-      (tau, temperature), scalars; tau 0 where the counts are balanced, since any would do; 0 and 1
-      without examples. 1/temperature is kept in [1e-3, 1e3]. Works under jit.
+    Returns: (tau, temperature), scalars; tau 0 where the counts are balanced, since any
+      would do; 0 and 1 without examples. 1/temperature is kept in [1e-3, 1e3]. Works
+      under jit.
 
     Raises:
       ValueError: if counts has not one entry per logit.
 
-    References:
-      Guo et al., On calibration of modern neural networks, arXiv 1706.04599. Menon et al., arXiv
-      2007.07314, equation 9.
+    References: Guo et al., On calibration of modern neural networks, arXiv 1706.04599.
+      Menon et al., arXiv 2007.07314, equation 9.
     """
     held = held_out("calibrate", logits, labels, counts, where)
     dtype = held.logits.dtype
@@ -280,10 +289,14 @@ def calibrate(
 
     def newton(state: _Newton) -> _Newton:
         ridge = state.damping * jnp.trace(state.hessian) + jnp.finfo(dtype).tiny ** 0.5
-        step = jnp.linalg.solve(state.hessian + ridge * jnp.eye(2, dtype=dtype), state.gradient)
+        step = jnp.linalg.solve(
+            state.hessian + ridge * jnp.eye(2, dtype=dtype), state.gradient
+        )
         theta = state.theta - step
         theta = theta.at[0].set(jnp.clip(theta[0], 1e-3, 1e3))
-        value, gradient, hessian = balanced_cross_entropy(theta, z, shift, offered, held)
+        value, gradient, hessian = balanced_cross_entropy(
+            theta, z, shift, offered, held
+        )
         better = value <= state.value
         factor = jnp.where(better, 0.1, 10.0).astype(dtype)
         there = state._replace(
@@ -293,16 +306,22 @@ def calibrate(
             hessian=hessian,
             moved=jnp.max(jnp.abs(theta - state.theta)),
         )
-        chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), there, state)
+        chosen = jax.tree.map(
+            lambda new, old: jnp.where(better, new, old), there, state
+        )
         damping = jnp.clip(state.damping * factor, 1e-6, 1e6)
         return chosen._replace(damping=damping, step=state.step + 1)
 
     def going(state: _Newton) -> Array:
-        return (state.step < max_steps) & (state.moved > float(jnp.finfo(dtype).eps) ** 0.7)
+        return (state.step < max_steps) & (
+            state.moved > float(jnp.finfo(dtype).eps) ** 0.7
+        )
 
     first, one = jnp.array([1, 0], dtype), jnp.ones((), dtype)
     value, gradient, hessian = balanced_cross_entropy(first, z, shift, offered, held)
-    start = _Newton(first, value, gradient, hessian, one * 1e-3, one, jnp.zeros((), jnp.int32))
+    start = _Newton(
+        first, value, gradient, hessian, one * 1e-3, one, jnp.zeros((), jnp.int32)
+    )
     last = jax.lax.while_loop(going, newton, start)
     return Calibration(last.theta[1], 1 / last.theta[0])
 
@@ -318,23 +337,21 @@ def estimate_prior(
 ) -> Float[Array, "C"]:
     """The class prior of unlabelled test data, by expectation maximisation; for `shift_prior`.
 
-    q_c <- mean_i r_ic, r_ic ~ q_c / source_c softmax(z_i)_c, from q = source until no q_c moves by more
-    than the tolerance. The likelihood that it climbs is concave in q.
+    q_c <- mean_i r_ic, r_ic ~ q_c / source_c softmax(z_i)_c, from q = source until no
+    q_c moves by more than the tolerance. The likelihood that it climbs is concave in q.
 
-    The logits must be calibrated to the source prior: overconfident ones make the estimate too
-    extreme (divide by `calibrate`'s temperature first).
+    The logits must be calibrated to the source prior: overconfident ones make the
+    estimate too extreme (divide by `calibrate`'s temperature first).
 
-    Args:
-      logits: [..., C] on the test examples.
-      source: [C] counts or probabilities, of the prior in the logits; need not sum to 1. Ones for a
+    Args: logits: [..., C] on the test examples. source: [C] counts or probabilities, of
+      the prior in the logits; need not sum to 1. Ones for a
         model trained with `balanced_softmax`. May be traced.
       where: [...] booleans; a masked example does not count.
       tolerance: largest step of a probability at which it stops. May be traced.
       max_steps: after which it stops in any case; static.
 
-    Returns:
-      [C] probabilities that sum to 1; 0 for a class that the source lacks. The source prior if there
-      are no examples. Works under jit.
+    Returns: [C] probabilities that sum to 1; 0 for a class that the source lacks. The
+      source prior if there are no examples. Works under jit.
 
     Raises:
       ValueError: if source has not one entry per logit.
@@ -343,15 +360,17 @@ def estimate_prior(
     >>> estimate_prior(logits, [1, 1]).round(2)
     Array([0.71, 0.29], dtype=float32)
 
-    References:
-      Saerens, Latinne, Decaestecker, Adjusting the outputs of a classifier to new a priori
-      probabilities: a simple procedure, Neural Computation 14 (2002), section 2.2.
+    References: Saerens, Latinne, Decaestecker, Adjusting the outputs of a classifier to
+      new a priori probabilities: a simple procedure, Neural Computation 14 (2002),
+      section 2.2.
     """
     z = floating(jnp.asarray(logits))
     prior = _prior("source", source, z, "estimate_prior")
     offered = seen(prior)
     prior = jnp.where(jnp.any(offered), prior, 1 / z.shape[-1])
-    keep = jnp.ones(z.shape[:-1], bool) if where is None else as_mask(where, z.shape[:-1])
+    keep = (
+        jnp.ones(z.shape[:-1], bool) if where is None else as_mask(where, z.shape[:-1])
+    )
     z, keep = z.reshape(-1, z.shape[-1]), keep.reshape(-1)
     z = jnp.where(keep[:, None], z, 0) - log_prior(prior)[None]
     z = jnp.where((offered | ~jnp.any(offered))[None], z, -jnp.inf)
@@ -365,7 +384,9 @@ def estimate_prior(
         return new, jnp.max(jnp.abs(new - q)), n + 1
 
     def going(state: tuple[Array, Array, Array]) -> Array:
-        return (state[1] > jnp.asarray(tolerance).astype(z.dtype)) & (state[2] < max_steps)
+        return (state[1] > jnp.asarray(tolerance).astype(z.dtype)) & (
+            state[2] < max_steps
+        )
 
     start = (prior, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(going, step, start)[0]

@@ -10,7 +10,13 @@ from jaxtricks._random_bits import mixed, permuted
 from jaxtricks._tree import node
 from jaxtricks._typing import Array, Key, Scalar
 from jaxtricks.longtail import weights
-from jaxtricks.longtail._counts import Counts, as_vector, at_least_rarest, floating, seen
+from jaxtricks.longtail._counts import (
+    Counts,
+    as_vector,
+    at_least_rarest,
+    floating,
+    seen,
+)
 
 Shard = tuple[Scalar, int]
 """(index, number): one host's or device's part of a draw; the index may be traced."""
@@ -37,21 +43,22 @@ class Table:
 def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
     """Sort the examples by class, once, on the host.
 
-    Args:
-      labels: [N] integers in [0, C), a host or device array (not traced).
-      probabilities: [C] of each class, for example `class_probabilities(counts, 0)`; they are
+    Args: labels: [N] integers in [0, C), a host or device array (not traced).
+      probabilities: [C] of each class, for example `class_probabilities(counts, 0)`;
+      they are
         normalized over the classes that have examples.
 
-    Returns:
-      A pytree of N + 3 C numbers. `dataclasses.replace(table, probabilities=...)` changes the
-      probabilities, inside jit too.
+    Returns: A pytree of N + 3 C numbers. `dataclasses.replace(table,
+      probabilities=...)` changes the probabilities, inside jit too.
 
-    Raises:
-      ValueError: if there are no labels, one is outside [0, C), or a probability negative or NaN.
+    Raises: ValueError: if there are no labels, one is outside [0, C), or a probability
+      negative or NaN.
     """
     labels = np.asarray(labels).reshape(-1)
     if not labels.size:
-        raise ValueError("longtail.sampling.table: `labels` are empty: there is nothing to draw")
+        raise ValueError(
+            "longtail.sampling.table: `labels` are empty: there is nothing to draw"
+        )
     probabilities = as_vector("sampling.table: `probabilities`", probabilities)
     probabilities = probabilities.astype(jnp.float32)
     num_classes = probabilities.shape[0]
@@ -63,7 +70,9 @@ def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Tabl
     counts = np.bincount(labels, minlength=num_classes)
     starts = np.cumsum(counts) - counts
     order = np.argsort(labels, kind="stable")
-    order, starts, counts = (jnp.asarray(x.astype(np.int32)) for x in (order, starts, counts))
+    order, starts, counts = (
+        jnp.asarray(x.astype(np.int32)) for x in (order, starts, counts)
+    )
     return Table(order, starts, counts, probabilities)
 
 
@@ -73,22 +82,20 @@ def sample_indices(
 ) -> Integer[Array, "m"]:
     """Draw n example indices: a class by its probability, then one of its examples uniformly.
 
-    Stateless: fold the step into the key, and a resumed run draws the same. On several hosts all use
-    the same key and each passes its `shard`: the parts together are the draw of one host, so the
-    probabilities are exact over all of them. Probabilities are held in parts of 2^-31.
+    Stateless: fold the step into the key, and a resumed run draws the same. On several
+    hosts all use the same key and each passes its `shard`: the parts together are the
+    draw of one host, so the probabilities are exact over all of them. Probabilities are
+    held in parts of 2^-31.
 
-    Args:
-      key: typed PRNG key, the same on every host.
-      table: of `table`; its probabilities may be traced.
-      n: how many, over all shards; static.
-      shard: (index, number) to return that part only; the index may be traced (lax.axis_index).
+    Args: key: typed PRNG key, the same on every host. table: of `table`; its
+      probabilities may be traced. n: how many, over all shards; static. shard: (index,
+      number) to return that part only; the index may be traced (lax.axis_index).
 
-    Returns:
-      [n] int32 indices, or [n / number] of the shard, with replacement. A class without examples is
-      never drawn; where no class can be, the indices are -1.
+    Returns: [n] int32 indices, or [n / number] of the shard, with replacement. A class
+      without examples is never drawn; where no class can be, the indices are -1.
 
-    Raises:
-      ValueError: if the shards do not divide n, or the probabilities do not fit the table.
+    Raises: ValueError: if the shards do not divide n, or the probabilities do not fit
+      the table.
     """
     first, m = _part("sample_indices", n, shard)
     class_key, example_key = jax.random.split(key)
@@ -97,8 +104,11 @@ def sample_indices(
     at = jax.random.randint(class_key, (n,), 0, jnp.maximum(total, 1), dtype=jnp.uint32)
     classes = jnp.searchsorted(ends, at, side="right").astype(jnp.int32)
     classes = jnp.minimum(classes, ends.shape[0] - 1)  # where there is nothing to draw
-    within = jax.random.randint(example_key, (n,), 0, jnp.maximum(table.counts[classes], 1))
-    # All is drawn by global position and then cut, so that the parts are those of one draw.
+    within = jax.random.randint(
+        example_key, (n,), 0, jnp.maximum(table.counts[classes], 1)
+    )
+    # All is drawn by global position and then cut, so that the parts are those of one
+    # draw.
     places = jax.lax.dynamic_slice_in_dim(table.starts[classes] + within, first, m)
     return jnp.where(total > 0, table.order[places], -1)
 
@@ -115,10 +125,11 @@ def class_aware_indices(
 ) -> Integer[Array, "m"]:
     """Class after class, `per_class` examples of each, without replacement within a class.
 
-    The classes that have examples come in a new order each time all have had their turn, and the
-    examples of each in a new order each time all have been drawn: over any stretch two classes differ
-    by at most `per_class` draws, and two examples of a class by one. Nothing is stored: draw step * n + i
-    is a function of the key, so a run resumes at any step.
+    The classes that have examples come in a new order each time all have had their
+    turn, and the examples of each in a new order each time all have been drawn: over
+    any stretch two classes differ by at most `per_class` draws, and two examples of a
+    class by one. Nothing is stored: draw step * n + i is a function of the key, so a
+    run resumes at any step.
 
     Args:
       key: typed PRNG key of the run, the same at every step and on every host.
@@ -134,16 +145,19 @@ def class_aware_indices(
     Raises:
       ValueError: if the shards do not divide n, or per_class < 1.
 
-    References:
-      Kang et al., Decoupling, arXiv 1910.09217 (ClassAwareSampler of its code, after Shen et al.,
-      Relay backpropagation, arXiv 1512.05830).
+    References: Kang et al., Decoupling, arXiv 1910.09217 (ClassAwareSampler of its
+      code, after Shen et al., Relay backpropagation, arXiv 1512.05830).
     """
     if per_class < 1:
         raise ValueError("longtail.sampling.class_aware_indices needs `per_class` >= 1")
     first, m = _part("class_aware_indices", n, shard)
     seeds = jax.random.bits(key, (2,))
-    start = jnp.asarray(step).astype(jnp.uint32) * np.uint32(n) + first.astype(jnp.uint32)
-    turn, draw = jnp.divmod(start + jnp.arange(m, dtype=jnp.uint32), np.uint32(per_class))
+    start = jnp.asarray(step).astype(jnp.uint32) * np.uint32(n) + first.astype(
+        jnp.uint32
+    )
+    turn, draw = jnp.divmod(
+        start + jnp.arange(m, dtype=jnp.uint32), np.uint32(per_class)
+    )
     present = table.counts > 0
     num_present = jnp.sum(present, dtype=jnp.uint32)
     cycle, place = jnp.divmod(turn, jnp.maximum(num_present, 1))
@@ -151,7 +165,9 @@ def class_aware_indices(
     classes = jnp.argsort(~present, stable=True)[place]
     size = jnp.maximum(table.counts[classes], 1).astype(jnp.uint32)
     pass_, within = jnp.divmod(cycle * np.uint32(per_class) + draw, size)
-    within = permuted(within, size, mixed(mixed(seeds[1], classes.astype(jnp.uint32)), pass_))
+    within = permuted(
+        within, size, mixed(mixed(seeds[1], classes.astype(jnp.uint32)), pass_)
+    )
     indices = table.order[table.starts[classes] + within.astype(jnp.int32)]
     return jnp.where(num_present > 0, indices, -1)
 
@@ -163,7 +179,9 @@ def _parts(table: Table) -> UInt32[Array, "C"]:
             f"longtail.sampling: `table` has {table.counts.shape[0]} classes and probabilities of shape "
             f"{table.probabilities.shape}: give one per class"
         )
-    p = jnp.where((table.counts > 0) & (table.probabilities > 0), table.probabilities, 0)
+    p = jnp.where(
+        (table.counts > 0) & (table.probabilities > 0), table.probabilities, 0
+    )
     total = jnp.sum(p)
     parts = (p / jnp.where(total > 0, total, 1) * 2.0**31).astype(jnp.uint32)
     return jnp.where(p > 0, jnp.maximum(parts, 1), 0)  # rare is not never
@@ -178,16 +196,18 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
             "draws of all shards"
         )
     if isinstance(index, int) and not 0 <= index < number:
-        raise ValueError(f"longtail.sampling.{name}: `shard` is {shard}: 0 <= index < number")
+        raise ValueError(
+            f"longtail.sampling.{name}: `shard` is {shard}: 0 <= index < number"
+        )
     m = n // number
     return jnp.asarray(index).astype(jnp.int32) * m, m
 
 
-# --------------------------------------------------------------------------------------------------
-# Class-balanced sampling inside jit: how likely each class is, and the draws themselves.
+# Class-balanced sampling inside jit: how likely each class is, and the draws
+# themselves.
 #
-# Probabilities are functions of the counts and of the step; `table` and `sample_indices` draw by them.
-# --------------------------------------------------------------------------------------------------
+# Probabilities are functions of the counts and of the step; `table` and
+# `sample_indices` draw by them.
 
 
 __all__ = [
@@ -207,9 +227,8 @@ __all__ = [
 def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"]:
     """Probability to draw each class: p_c ~ n_c^power.
 
-    Args:
-      counts: [C] training examples per class; may be traced.
-      power: 1 as the data, 0.5 square root, 0 balanced, -1 reversed (the second branch of BBN).
+    Args: counts: [C] training examples per class; may be traced. power: 1 as the data,
+      0.5 square root, 0 balanced, -1 reversed (the second branch of BBN).
 
     Returns:
       [C] probabilities; 0 for a class without examples (all zero if no class has any).
@@ -217,8 +236,8 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     >>> class_probabilities([90, 10], 0.5)[1].round(3)
     Array(0.25, dtype=float32)
 
-    References:
-      Kang et al., Decoupling representation and classifier, arXiv 1910.09217, equation 1.
+    References: Kang et al., Decoupling representation and classifier, arXiv 1910.09217,
+      equation 1.
     """
     n = floating(as_vector("sampling.class_probabilities: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
@@ -230,10 +249,10 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
 def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
     """From the data to balance: (1 - t) p_instance + t p_balanced.
 
-    Args:
-      counts: [C] training examples per class; may be traced.
-      t: share of the run that is over, clipped to [0, 1]; may be traced (`weights.ramp`). Over E
-        epochs the Decoupling code takes e / (E - 1) and BagofTricks (e + 1) / E, e from 0.
+    Args: counts: [C] training examples per class; may be traced. t: share of the run
+      that is over, clipped to [0, 1]; may be traced (`weights.ramp`). Over E
+        epochs the Decoupling code takes e / (E - 1) and BagofTricks (e + 1) / E, e from
+        0.
 
     Returns:
       [C] probabilities; 0 for a class without examples.
@@ -274,7 +293,9 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
 
 
 @checked
-def deferred(counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0) -> Float[Array, "C"]:
+def deferred(
+    counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0
+) -> Float[Array, "C"]:
     """Deferred re-sampling: as the data while step < start, p_c ~ n_c^power from there on.
 
     Args:
@@ -300,9 +321,9 @@ def deferred(counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0) -
 def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
     """Where the meta sampler starts: r_c = n_c^-power / (n_max^-power + n_min^-power).
 
-    The rate at which each example of the class is kept; largest and smallest sum to 1. The learned
-    parameters are the logits log(r / (1 - r)); a class is drawn with p_c ~ n_c r_c, as
-    `class_probabilities(counts, 1 - power)`.
+    The rate at which each example of the class is kept; largest and smallest sum to 1.
+    The learned parameters are the logits log(r / (1 - r)); a class is drawn with p_c ~
+    n_c r_c, as `class_probabilities(counts, 1 - power)`.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -314,8 +335,8 @@ def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
     >>> [round(float(rate), 3) for rate in meta_rates([90, 10], 1.0)]
     [0.1, 0.9]
 
-    References:
-      Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its SampleLearner.
+    References: Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its
+      SampleLearner.
     """
     n = at_least_rarest(as_vector("sampling.meta_rates: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)

@@ -17,8 +17,8 @@ from jaxtricks.longtail._counts import Counts, as_vector, floating, seen
 def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
     """Inverse effective number of examples: w_c ~ (1 - beta) / (1 - beta^n_c), sum w = C.
 
-    1 - beta^n is computed as -expm1(n log1p(-(1-beta))): the plain form loses every digit in
-    float32 where n (1 - beta) is small.
+    1 - beta^n is computed as -expm1(n log1p(-(1-beta))): the plain form loses every
+    digit in float32 where n (1 - beta) is small.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -42,7 +42,8 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
             "the limit of 1 is inverse_frequency"
         )
     n = floating(as_vector("effective_number: `counts`", counts))
-    # A Python beta is subtracted in double precision, before it is rounded to the dtype of n.
+    # A Python beta is subtracted in double precision, before it is rounded to the dtype
+    # of n.
     rest = 1 - beta if isinstance(beta, int | float) else 1 - jnp.asarray(beta)
     rest = jnp.asarray(rest).astype(n.dtype)
     inverse = 1 / -jnp.expm1(jnp.where(seen(n), n, 1) * jnp.log1p(-rest))
@@ -69,7 +70,9 @@ def inverse_frequency(counts: Counts, power: Scalar = 1.0) -> Float[Array, "C"]:
 
 
 @checked
-def deferred(step: Scalar, start: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
+def deferred(
+    step: Scalar, start: Scalar, before: Counts, after: Counts
+) -> Float[Array, "C"]:
     """Deferred re-weighting: `before` while step < start, `after` from there on.
 
     Usually ones first and `effective_number(counts)` for the last fifth of the run.
@@ -98,7 +101,11 @@ def deferred(step: Scalar, start: Scalar, before: Counts, after: Counts) -> Floa
 
 @checked
 def ramp(
-    step: Scalar, start: Scalar, stop: Scalar, *, shape: Literal["linear", "cosine"] = "linear"
+    step: Scalar,
+    start: Scalar,
+    stop: Scalar,
+    *,
+    shape: Literal["linear", "cosine"] = "linear",
 ) -> Float[Array, ""]:
     """From 0 at step `start` to 1 at step `stop`, constant outside; a smooth alternative to `deferred`.
 
@@ -150,8 +157,9 @@ def blend(t: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
 def bbn(step: Scalar, total_steps: Scalar) -> Float[Array, ""]:
     """Share of BBN's conventional branch: 1 - (step / total_steps)^2.
 
-    The loss is share * (loss of the branch that samples as the data) + (1 - share) * (loss of the
-    branch that samples reversed, `sampling.class_probabilities(counts, -1)`).
+    The loss is share * (loss of the branch that samples as the data) + (1 - share) *
+    (loss of the branch that samples reversed, `sampling.class_probabilities(counts,
+    -1)`).
 
     Args:
       step: current step or epoch, counted from 0; may be traced.

@@ -17,7 +17,9 @@ from jaxtricks.memopt._adafactor import AdafactorState, Full, is_second_moment
 
 
 @checked
-def state_bytes(tx: optax.GradientTransformation | optax.MultiSteps, params: Params) -> int:
+def state_bytes(
+    tx: optax.GradientTransformation | optax.MultiSteps, params: Params
+) -> int:
     """Bytes of the state that `tx.init(params)` would make; allocates nothing.
 
     Args:
@@ -42,15 +44,13 @@ def state_table(
 ) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 
-    Args:
-      tx: any optax transformation, chain or MultiSteps.
-      params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
+    Args: tx: any optax transformation, chain or MultiSteps. params: pytree of arrays or
+      ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
         several devices, there is a column of what one device holds.
 
-    Returns:
-      A table (its `str()` is text), largest first: parameter, shape, state in bytes, state per
-      parameter byte, and per device. Notes name the matrices whose second moment Adafactor keeps whole,
-      and what that costs.
+    Returns: A table (its `str()` is text), largest first: parameter, shape, state in
+      bytes, state per parameter byte, and per device. Notes name the matrices whose
+      second moment Adafactor keeps whole, and what that costs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,7 +62,8 @@ def state_table(
       q          1024x16x64  4.0 MiB            1
       others     -           4 B                -
       total      -           4.0 MiB            1
-      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass axes=, or lower min_dim_size_to_factor
+      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass roles=, or lower
+        min_dim_size_to_factor
     """
     table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))
@@ -77,7 +78,9 @@ def state_table(
     rows.append(_row("total", table, "total", _with_total(owned), _with_total(local)))
     headers = ("parameter", "shape", "state", "state/param")
     notes = _unfactored(tx, params, state, order)
-    return _table.make(headers if local is None else (*headers, "per device"), rows, notes)
+    return _table.make(
+        headers if local is None else (*headers, "per device"), rows, notes
+    )
 
 
 def _shapes(params: Params) -> Params:
@@ -86,10 +89,16 @@ def _shapes(params: Params) -> Params:
 
 
 def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+    return (
+        x.dtype
+        if hasattr(x, "dtype")
+        else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+    )
 
 
-def _by_owner(sizes: Any, owners: list[str | None], table: dict[str, Any]) -> dict[str | None, int]:
+def _by_owner(
+    sizes: Any, owners: list[str | None], table: dict[str, Any]
+) -> dict[str | None, int]:
     """{path: bytes of the state of that parameter}, None = what belongs to no parameter."""
     owned: dict[str | None, int] = dict.fromkeys([*table, None], 0)
     for owner, size in zip(owners, jax.tree.leaves(sizes), strict=True):
@@ -117,7 +126,9 @@ def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
         marked = optax.tree_utils.tree_map_params(
             tx, mark, state, transform_non_params=leave, is_leaf=lambda _: True
         )
-    except Exception:  # a transformation whose state is no tree of that kind fails in its own way
+    except (
+        Exception
+    ):  # a transformation whose state is no tree of that kind fails in its own way
         return [_owner(path, table) for path, _ in _tree.leaves_with_paths(state)]
     return [owner.path for owner in jax.tree.leaves(marked)]
 
@@ -142,7 +153,9 @@ def _owner(path: str, table: dict[str, Any]) -> str | None:
 
 def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
     specs = state_specs(tx, params, shardings)
-    mesh = next(s.mesh for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding))
+    mesh = next(
+        s.mesh for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding)
+    )
 
     def local(x: Any, spec: PartitionSpec) -> int:
         shape = NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -151,13 +164,20 @@ def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
     return jax.tree.map(local, state, specs)
 
 
-def _row(name: str, params: Any, key: str | None, owned: Any, local: Any) -> tuple[Any, ...]:
+def _row(
+    name: str, params: Any, key: str | None, owned: Any, local: Any
+) -> tuple[Any, ...]:
     """One line: the state under `key`, beside the parameters (one, all, or None) that it serves."""
     shape = None
     if hasattr(params, "shape"):
         shape = "x".join(map(str, params.shape)) or "scalar"
     size = _tree.nbytes(params)
-    row = (name, shape, _table.format_bytes(owned[key]), owned[key] / size if size else None)
+    row = (
+        name,
+        shape,
+        _table.format_bytes(owned[key]),
+        owned[key] / size if size else None,
+    )
     return row if local is None else (*row, _table.format_bytes(local[key]))
 
 
@@ -168,9 +188,10 @@ def _with_total(sizes: dict[str | None, int] | None) -> dict[str | None, int] | 
 def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[str]:
     """A sentence for every leaf that Adafactor keeps whole because of its size, and the cure.
 
-    What the arguments of a transformation were cannot be asked in a chain, so its init is: of leaves whose
-    axes are as long as one likes, rising and falling. What stays whole there is whole by its roles, and
-    where the sides change places with the lengths, it is the lengths that decide them.
+    What the arguments of a transformation were cannot be asked in a chain, so its init
+    is: of leaves whose axes are as long as one likes, rising and falling. What stays
+    whole there is whole by its roles, and where the sides change places with the
+    lengths, it is the lengths that decide them.
     """
     table = _tree.by_path(_shapes(params))
     whole = [
@@ -190,17 +211,23 @@ def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[s
             continue
         leaf, by_length = table[path], len(table[path].shape) > 2 and up != down
         itemsize = next(v.v.dtype.itemsize for v in _second_moments(state, path))
-        cuts = [(range(c), range(c, len(leaf.shape))) for c in range(1, len(leaf.shape))]
+        cuts = [
+            (range(c), range(c, len(leaf.shape))) for c in range(1, len(leaf.shape))
+        ]
         sides = cuts if by_length else [up]
-        least = min(sum(math.prod(leaf.shape[i] for i in side) for side in pair) for pair in sides)
+        least = min(
+            sum(math.prod(leaf.shape[i] for i in side) for side in pair)
+            for pair in sides
+        )
         if least < math.prod(leaf.shape):
             size, least = (
-                _table.format_bytes(itemsize * n) for n in (math.prod(leaf.shape), least)
+                _table.format_bytes(itemsize * n)
+                for n in (math.prod(leaf.shape), least)
             )
-            cure = "pass axes=, or lower min_dim_size_to_factor"
+            cure = "pass roles=, or lower min_dim_size_to_factor"
             notes.append(
                 f"{path} is not factored: {size}, where {least} would do: "
-                + (cure if by_length else cure.removeprefix("pass axes=, or "))
+                + (cure if by_length else cure.removeprefix("pass roles=, or "))
             )
     return notes
 
@@ -220,7 +247,9 @@ def _long(tx: Any, params: Params, order: int) -> tuple[Any, dict[str, Any]]:
     return jax.eval_shape(tx.init, shapes), _tree.by_path(shapes)
 
 
-def _sides(state: Any, shapes: dict[str, Any], path: str) -> tuple[list[int], ...] | None:
+def _sides(
+    state: Any, shapes: dict[str, Any], path: str
+) -> tuple[list[int], ...] | None:
     """Axes that each factor of the second moment has; None where it is not factored."""
     moments = _second_moments(state, path)
     if not moments or any(isinstance(v, Full) for v in moments):
@@ -239,25 +268,25 @@ def _second_moments(state: Any, path: str) -> list[Any]:
     return [table[path] for table in tables if path in table]
 
 
-# --------------------------------------------------------------------------------------------------
 # Where an optimizer's state lies on a mesh, given where the parameters lie.
-# --------------------------------------------------------------------------------------------------
 
 
 @checked
 def state_specs(
-    tx: optax.GradientTransformation | optax.MultiSteps, params: Params, param_specs: Any
+    tx: optax.GradientTransformation | optax.MultiSteps,
+    params: Params,
+    param_specs: Any,
 ) -> Any:
     """PartitionSpecs of the state that `tx.init(params)` makes.
 
-    What is shaped as a parameter takes its spec; a mean over some axes takes the spec without them
-    (v_in, v_out, the accumulators of SM3); counts are replicated. They are read off the types of an
-    abstract `init`, so they hold for any chain of optax and ours.
+    What is shaped as a parameter takes its spec; a mean over some axes takes the spec
+    without them (v_in, v_out, the accumulators of SM3); counts are replicated. They are
+    read off the types of an abstract `init`, so they hold for any chain of optax and
+    ours.
 
-    Args:
-      tx: any optax transformation, chain or MultiSteps.
-      params: pytree of arrays or ShapeDtypeStructs.
-      param_specs: a PartitionSpec or NamedSharding for every parameter; None or a missing axis =
+    Args: tx: any optax transformation, chain or MultiSteps. params: pytree of arrays or
+      ShapeDtypeStructs. param_specs: a PartitionSpec or NamedSharding for every
+      parameter; None or a missing axis =
         replicated.
 
     Returns:
@@ -276,12 +305,17 @@ def state_specs(
     """
     leaves, structure = jax.tree.flatten(params)
     specs = _specs_like(params, param_specs)
-    mesh = _explicit_mesh(specs, [*leaves, *jax.tree.leaves(param_specs, is_leaf=_is_spec)])
+    mesh = _explicit_mesh(
+        specs, [*leaves, *jax.tree.leaves(param_specs, is_leaf=_is_spec)]
+    )
     placed = [
-        jax.ShapeDtypeStruct(jax.numpy.shape(x), x.dtype, sharding=NamedSharding(mesh, spec))
+        jax.ShapeDtypeStruct(
+            jax.numpy.shape(x), x.dtype, sharding=NamedSharding(mesh, spec)
+        )
         for x, spec in zip(leaves, specs, strict=True)
     ]
-    # Since jax 0.12 zeros_like forgets the sharding of a shape whose mesh is not in force.
+    # Since jax 0.12 zeros_like forgets the sharding of a shape whose mesh is not in
+    # force.
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, placed))
     return jax.tree.map(_spec_of, state)
@@ -335,7 +369,11 @@ def _as_spec(x: Any) -> PartitionSpec:
 
 
 def _names(spec: PartitionSpec) -> tuple[str, ...]:
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec if part is not None)
+    parts = (
+        part if isinstance(part, tuple) else (part,)
+        for part in spec
+        if part is not None
+    )
     return tuple(name for part in parts for name in part)
 
 

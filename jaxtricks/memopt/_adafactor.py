@@ -1,8 +1,9 @@
 """The arithmetic of Adafactor on one leaf: which axes are factored, moments, clipping, the step.
 
-Every pass over a leaf costs its size in memory traffic, so there are four, and nothing of the leaf's size
-is written but the result: mean of g^2 over one side; over the other side, together with the weighted mean
-that gives RMS(u) without forming u; RMS(p); the step.
+Every pass over a leaf costs its size in memory traffic, so there are four, and nothing
+of the leaf's size is written but the result: mean of g^2 over one side; over the other
+side, together with the weighted mean that gives RMS(u) without forming u; RMS(p); the
+step.
 """
 
 import functools
@@ -104,24 +105,49 @@ def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
     return Layout(rows, columns, batch, tuple(i for i in range(rank) if i not in batch))
 
 
-def zeros(leaf: Any, where: Layout, factored: bool, min_dim: int) -> Factored | Full:
+def zeros(
+    leaf: Any, leaf_layout: Layout, factored: bool, min_dim: int
+) -> Factored | Full:
     """Second moment of a leaf before the first update, placed as the leaf is."""
     shape = tuple(leaf.shape)
-    sides = [math.prod(shape[i] for i in side) for side in (where.rows, where.columns)]
-    if not (factored and where.rows and where.columns and 0 not in shape and min(sides) >= min_dim):
+    sides = [
+        math.prod(shape[i] for i in side)
+        for side in (leaf_layout.rows, leaf_layout.columns)
+    ]
+    if not (
+        factored
+        and leaf_layout.rows
+        and leaf_layout.columns
+        and 0 not in shape
+        and min(sides) >= min_dim
+    ):
         return Full(_leaves.zeros(leaf))
-    return Factored(*(_leaves.zeros(leaf, without=side) for side in (where.columns, where.rows)))
+    return Factored(
+        *(
+            _leaves.zeros(leaf, without=side)
+            for side in (leaf_layout.columns, leaf_layout.rows)
+        )
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("where", "config"))
+@functools.partial(jax.jit, static_argnames=("leaf_layout", "config"))
 def step(
-    g: Any, p: Any, v: Any, m: Any, seed: Any, hyper: Hyper, *, where: Layout, config: Config
+    g: Any,
+    p: Any,
+    v: Any,
+    m: Any,
+    seed: Any,
+    hyper: Hyper,
+    *,
+    leaf_layout: Layout,
+    config: Config,
 ) -> Any:
     """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
     dtype, result = v[0].dtype, _leaves.update_dtype(g, p)
     moments = _factored if isinstance(v, Factored) else _full
-    v, direction = moments(g, p, v, hyper, where, config)
-    # Numbers are multiplied with numbers, the product with the smallest factor, and only that with the leaf.
+    v, direction = moments(g, p, v, hyper, leaf_layout, config)
+    # Numbers are multiplied with numbers, the product with the smallest factor, and
+    # only that with the leaf.
     scale = _scale(direction, hyper, config)
     small, *factors = direction.factors
     u = functools.reduce(jnp.multiply, [small * scale, *factors], g.astype(dtype))
@@ -138,26 +164,33 @@ def step(
 
 
 def _full(
-    g: Any, p: Any, v: Full, hyper: Hyper, where: Layout, config: Config
+    g: Any, p: Any, v: Full, hyper: Hyper, leaf_layout: Layout, config: Config
 ) -> tuple[Full, _Direction]:
     square = jnp.square(g.astype(v.v.dtype))
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
-    slices = _slices(hyper, where, config)
+    slices = _slices(hyper, leaf_layout, config)
     ratio, weights = square / new, jnp.square(p.astype(new.dtype))
-    if slices is not None and config.parameter_scale and slices == where.others:
+    if slices is not None and config.parameter_scale and slices == leaf_layout.others:
         means = _means(ratio, weights, slices)
     else:
-        means = _optional_mean(ratio, slices), _parameter_square(p, new.dtype, where, config)
+        means = (
+            _optional_mean(ratio, slices),
+            _parameter_square(p, new.dtype, leaf_layout, config),
+        )
     return Full(new), _Direction(None, (jax.lax.rsqrt(new),), *means)
 
 
 def _factored(
-    g: Any, p: Any, v: Factored, hyper: Hyper, where: Layout, config: Config
+    g: Any, p: Any, v: Factored, hyper: Hyper, leaf_layout: Layout, config: Config
 ) -> tuple[Factored, _Direction]:
     dtype = v.v_in.dtype
-    sides = (where.columns, where.rows)  # what v_in and v_out are means over
-    # The side with the last axis comes second: two means at once are cheap where memory is contiguous.
-    first = int(max(where.rows) < max(where.columns))
+    sides = (
+        leaf_layout.columns,
+        leaf_layout.rows,
+    )  # what v_in and v_out are means over
+    # The side with the last axis comes second: two means at once are cheap where memory
+    # is contiguous.
+    first = int(max(leaf_layout.rows) < max(leaf_layout.columns))
     second = 1 - first
     new = list(v)
 
@@ -169,32 +202,44 @@ def _factored(
     early = accumulate(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
     plain, weighted = _two_means(g, early, sides[second])
     late = accumulate(second, plain)
-    # mean(v_in) = mean(v_out), averages of the same mean of g^2: take the one that is at hand. It and
-    # what it multiplies vary with "batch" and "none" axes only.
+    # mean(v_in) = mean(v_out), averages of the same mean of g^2: take the one that is
+    # at hand. It and what it multiplies vary with "batch" and "none" axes only.
     norm, square = _means(late, weighted / late, sides[first])
-    mean_square = _optional_mean(norm * square, _slices(hyper, where, config))
-    # V itself is never formed: the product of the two means may leave the range of the dtype.
+    mean_square = _optional_mean(norm * square, _slices(hyper, leaf_layout, config))
+    # V itself is never formed: the product of the two means may leave the range of the
+    # dtype.
     factors = (jax.lax.rsqrt(late), jax.lax.rsqrt(early))
-    parameter_square = _parameter_square(p, dtype, where, config)
-    return Factored(*new), _Direction(jnp.sqrt(norm), factors, mean_square, parameter_square)
+    parameter_square = _parameter_square(p, dtype, leaf_layout, config)
+    return Factored(*new), _Direction(
+        jnp.sqrt(norm), factors, mean_square, parameter_square
+    )
 
 
-def _slices(hyper: Hyper, where: Layout, config: Config) -> tuple[int, ...] | None:
+def _slices(
+    hyper: Hyper, leaf_layout: Layout, config: Config
+) -> tuple[int, ...] | None:
     """Axes over which RMS(u) is taken; None without clipping."""
     if hyper.clip is None:
         return None
-    return where.others if config.clip_per_slice else tuple(sorted(where.batch + where.others))
+    return (
+        leaf_layout.others
+        if config.clip_per_slice
+        else tuple(sorted(leaf_layout.batch + leaf_layout.others))
+    )
 
 
-def _parameter_square(p: Any, dtype: Any, where: Layout, config: Config) -> Array | None:
-    axes = where.others if config.parameter_scale else None
+def _parameter_square(
+    p: Any, dtype: Any, leaf_layout: Layout, config: Config
+) -> Array | None:
+    axes = leaf_layout.others if config.parameter_scale else None
     return _optional_mean(jnp.square(p.astype(dtype)), axes)
 
 
 def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """(mean of g^2, mean of g^2 / v) over the axes, in one pass over g on every backend."""
     if _sharding.is_explicit(g, v):
-        # Where g and v are sharded differently, so are the results of the two forms; branches must agree.
+        # Where g and v are sharded differently, so are the results of the two forms;
+        # branches must agree.
         return two_means_separate(g, v, axes)
     return jax.lax.platform_dependent(
         g,
@@ -204,7 +249,9 @@ def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]
     )
 
 
-def two_means_separate(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def two_means_separate(
+    g: Array, v: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
     """The two means as they are written: the compilers for accelerators make one pass of them."""
     square = jnp.square(g.astype(v.dtype))
     return _mean(square, axes), _mean(square * (1 / v), axes)
@@ -214,7 +261,8 @@ def two_means_stacked(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array,
     """One reduction with an axis more: XLA's CPU backend has none with two results."""
     share = 1 / _count(g, axes)
     weights = jnp.stack([jnp.full_like(v, share), share / v])
-    # Without the barrier g^2 would be shared with the other pass, and written to memory for that.
+    # Without the barrier g^2 would be shared with the other pass, and written to memory
+    # for that.
     square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
     later = tuple(i + 1 for i in axes)
     means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
@@ -226,17 +274,24 @@ def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
     factors = [] if direction.size is None else [direction.size]
     if direction.parameter_square is not None:
         size = jnp.maximum(jnp.sqrt(direction.parameter_square), hyper.eps_scale)
-        factors.append(size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale))
+        factors.append(
+            size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale)
+        )
     if hyper.rate is not None and not config.momentum_before_rate:
         factors.append(hyper.rate)
-    scale = functools.reduce(jnp.multiply, factors) if factors else jnp.ones_like(hyper.eps_square)
+    scale = (
+        functools.reduce(jnp.multiply, factors)
+        if factors
+        else jnp.ones_like(hyper.eps_square)
+    )
     if direction.mean_square is None:
         return scale
     return scale / jnp.maximum(jnp.sqrt(direction.mean_square) / hyper.clip, 1)
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:
-    # Not old + weight (new - old): at weight 1, before decay_offset, that loses what is much below old.
+    # Not old + weight (new - old): at weight 1, before decay_offset, that loses what is
+    # much below old.
     return (1 - weight) * old + weight * new
 
 
@@ -251,15 +306,18 @@ def _optional_mean(x: Array, axes: tuple[int, ...] | None) -> Array | None:
 def _means(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """The means of two arrays of one shape.
 
-    Few numbers are summed in one reduction with two results: of each small sum alone XLA's CPU backend
-    makes three kernels, which is what the compile time of large trees is spent on. Of shards it is made
-    by gathering what every device has, so on a mesh the sums are apart, which are all-reduced.
+    Few numbers are summed in one reduction with two results: of each small sum alone
+    XLA's CPU backend makes three kernels, which is what the compile time of large trees
+    is spent on. Of shards it is made by gathering what every device has, so on a mesh
+    the sums are apart, which are all-reduced.
     """
     n = _count(a, axes)
     if n >= _MANY or _sharding.on_mesh(a):
         return _mean(a, axes), _mean(b, axes)
     zero = jnp.zeros([], a.dtype)
-    sums = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    sums = jax.lax.reduce(
+        (a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes
+    )
     return jnp.expand_dims(sums[0], axes) / n, jnp.expand_dims(sums[1], axes) / n
 
 
@@ -268,22 +326,26 @@ def _count(x: Array, axes: tuple[int, ...]) -> int:
     return max(1, math.prod(x.shape[i] for i in axes))
 
 
-# --------------------------------------------------------------------------------------------------
 # Adafactor's own schedules: the relative step and the decay of the second moment.
-# --------------------------------------------------------------------------------------------------
 
 
 def relative_step(count: Any, warmup_init: bool, dtype: Any) -> Array:
     """min(1e-2, 1/sqrt(t)), or min(1e-6 t, 1/sqrt(t)); t = count + 1."""
     t = count.astype(dtype) + 1
-    return jnp.minimum(1e-6 * t if warmup_init else jnp.asarray(1e-2, dtype), 1 / jnp.sqrt(t))
+    return jnp.minimum(
+        1e-6 * t if warmup_init else jnp.asarray(1e-2, dtype), 1 / jnp.sqrt(t)
+    )
 
 
-def check_decay(name: str, decay: str, rate: ScalarOrSchedule, cap: ScalarOrSchedule) -> None:
+def check_decay(
+    name: str, decay: str, rate: ScalarOrSchedule, cap: ScalarOrSchedule
+) -> None:
     """Raise for an unknown decay or numbers that cannot decay."""
     if decay not in ("pow", "adam"):
         raise ValueError(f"memopt.{name}: `decay` is {decay!r}: give 'pow' or 'adam'")
-    _leaves.check_number(name, "decay_rate", rate, 0, 1 if decay == "adam" else float("inf"))
+    _leaves.check_number(
+        name, "decay_rate", rate, 0, 1 if decay == "adam" else float("inf")
+    )
     _leaves.check_number(name, "decay_cap", cap, 0, 1)
 
 
@@ -297,15 +359,17 @@ def one_minus_beta2(
 ) -> Array:
     """1 - beta2_t, which keeps its digits where beta2_t is near 1.
 
-    "pow": t^-rate. "adam": 1 - rate (1 - rate^(t-1)) / (1 - rate^t) = (1 - rate) / (1 - rate^t).
-    t = max(count + 1 - offset, 1): before the offset, and on a fresh state, beta2_t is 0.
+    "pow": t^-rate. "adam": 1 - rate (1 - rate^(t-1)) / (1 - rate^t) = (1 - rate) / (1 -
+    rate^t). t = max(count + 1 - offset, 1): before the offset, and on a fresh state,
+    beta2_t is 0.
     """
     t = count + 1 - _leaves.value(offset, count, count.dtype)
     t = jnp.maximum(t, 1).astype(dtype)
     floor = _complement(cap, count, dtype)
     if decay == "pow":
         return jnp.maximum(t ** -_leaves.value(rate, count, dtype), floor)
-    # Not below one rounding error: the limit of the quotient at rate 1 is 1 / t, not 0 / 0.
+    # Not below one rounding error: the limit of the quotient at rate 1 is 1 / t, not 0
+    # / 0.
     complement = jnp.maximum(_complement(rate, count, dtype), jnp.finfo(dtype).eps)
     return jnp.maximum(complement / -jnp.expm1(t * jnp.log1p(-complement)), floor)
 
@@ -316,23 +380,20 @@ def _complement(x: Any, count: Any, dtype: Any) -> Array:
     return jnp.asarray(1 - x).astype(dtype)
 
 
-# --------------------------------------------------------------------------------------------------
 # Adafactor as GradientTransformations.
-# --------------------------------------------------------------------------------------------------
 
 
-# optax.inject_hyperparams turns every Python int into an array, and under jit into a tracer, which
-# cannot decide a shape; a NumPy integer it leaves alone.
+# optax.inject_hyperparams turns every Python int into an array, and under jit into a
+# tracer, which cannot decide a shape; a NumPy integer it leaves alone.
 _MIN_DIM = np.int64(128)
 
 
 class AdafactorState(NamedTuple):
     """State of `adafactor` and `scale_by_adafactor`; nothing in it is a placeholder.
 
-    Attributes:
-      count: updates so far, int32 [].
-      v: the parameters' tree with a Factored or a Full in place of every leaf, float32 or better.
-      m: the parameters' tree of moving averages of the step, each an array or an Int8; None without
+    Attributes: count: updates so far, int32 []. v: the parameters' tree with a Factored
+      or a Full in place of every leaf, float32 or better. m: the parameters' tree of
+      moving averages of the step, each an array or an Int8; None without
         beta1.
     """
 
@@ -354,12 +415,13 @@ def scale_by_adafactor(
     max_parameter_scale: ScalarOrSchedule | None = None,
     factored: bool = True,
     min_dim_size_to_factor: int | np.integer | Array = _MIN_DIM,
-    axes: Any = None,
+    roles: Any = None,
     clip_per_slice: bool = True,
 ) -> optax.GradientTransformation:
     """The clipped update of Adafactor times the parameter scale; not negated, no learning rate.
 
-    u = g / sqrt(V) / max(1, RMS(g / sqrt(V)) / clipping_threshold) * max(eps[1], RMS(p))
+    u = g / sqrt(V) / max(1, RMS(g / sqrt(V)) / clipping_threshold) * max(eps[1],
+    RMS(p))
 
     Args: as in `adafactor`.
 
@@ -381,7 +443,13 @@ def scale_by_adafactor(
       arXiv 1804.04235, algorithms 4 and 5.
     """
     name = "scale_by_adafactor"
-    _check(name, (decay, decay_rate, decay_cap), eps, clipping_threshold, max_parameter_scale)
+    _check(
+        name,
+        (decay, decay_rate, decay_cap),
+        eps,
+        clipping_threshold,
+        max_parameter_scale,
+    )
     config = Config(factored, multiply_by_parameter_scale, clip_per_slice, False)
 
     def hyper(count: Any, dtype: Any) -> Hyper:
@@ -391,10 +459,10 @@ def scale_by_adafactor(
         )  # fmt: skip
 
     def init_fn(params: Params) -> Any:
-        return _init(name, params, axes, config, min_dim_size_to_factor)
+        return _init(name, params, roles, config, min_dim_size_to_factor)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
-        return _update(name, updates, state, params, axes, config, hyper, frozenset())
+        return _update(name, updates, state, params, roles, config, hyper, frozenset())
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -417,29 +485,29 @@ def adafactor(
     max_parameter_scale: ScalarOrSchedule | None = None,
     factored: bool = True,
     min_dim_size_to_factor: int | np.integer | Array = _MIN_DIM,
-    axes: Any = None,
+    roles: Any = None,
     clip_per_slice: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformation:
     """Adafactor with everything its implementations differ in as an argument.
 
-    t = count + 1, beta2_t = min(1 - max(t - decay_offset, 1)^-decay_rate, decay_cap)
-    R = beta2_t R + (1 - beta2_t) mean_out(g^2 + eps[0]); C likewise with mean_in; V = R C / mean(R)
-    u = g / sqrt(V);  u = u / max(1, RMS(u) / clipping_threshold);  a = lr_t max(eps[1], RMS(p))
-    m = beta1 m + (1 - beta1) a u;  p <- p - m - lr_t weight_decay p
+    t = count + 1, beta2_t = min(1 - max(t - decay_offset, 1)^-decay_rate, decay_cap) R
+    = beta2_t R + (1 - beta2_t) mean_out(g^2 + eps[0]); C likewise with mean_in; V = R C
+    / mean(R) u = g / sqrt(V);  u = u / max(1, RMS(u) / clipping_threshold);  a = lr_t
+    max(eps[1], RMS(p)) m = beta1 m + (1 - beta1) a u;  p <- p - m - lr_t weight_decay p
 
-    Numbers may be arrays or schedules (step -> value). Strings, bools, `axes`, `weight_decay_mask`
-    and `min_dim_size_to_factor` are static: under optax.inject_hyperparams name those you give, e.g.
-    static_args=("axes", "min_dim_size_to_factor").
+    Numbers may be arrays or schedules (step -> value). Strings, bools, `roles`,
+    `weight_decay_mask` and `min_dim_size_to_factor` are static: under
+    optax.inject_hyperparams name those you give, e.g. static_args=("roles",
+    "min_dim_size_to_factor").
 
-    Args:
-      learning_rate: lr_t. None = the paper's relative step min(1e-2, 1/sqrt(t)).
-      warmup_init: with learning_rate None, min(1e-6 t, 1/sqrt(t)).
-      beta1: momentum; None or 0 = none and no buffer.
-      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
-        random (unbiased, the same at the same step and path); None = float32, float64 for float64
-        parameters.
+    Args: learning_rate: lr_t. None = the paper's relative step min(1e-2, 1/sqrt(t)).
+      warmup_init: with learning_rate None, min(1e-6 t, 1/sqrt(t)). beta1: momentum;
+      None or 0 = none and no buffer. momentum_dtype: dtype of m: "bfloat16"; "int8",
+      with a scale for every 128 entries and rounded at
+        random (unbiased, the same at the same step and path); None = float32, float64
+        for float64 parameters.
       momentum_before_lr: average u max(eps[1], RMS(p)) and multiply by lr_t afterwards.
       decay: "pow" as above, or "adam": beta2_t = rate (1 - rate^(t-1)) / (1 - rate^t).
       decay_rate: exponent of "pow", rate of "adam".
@@ -451,19 +519,21 @@ def adafactor(
       max_parameter_scale: ceiling of the parameter scale; None = none.
       factored: False = keep V whole everywhere.
       min_dim_size_to_factor: a leaf is factored if both sides have at least this size.
-      axes: which axes are sides ("in", "out") and slices ("batch"): None = the two largest axes,
-        ties to the earlier; a function (path, shape) -> roles or None; a rule of `roles.by_path`; or
-        a tree of roles.
-      clip_per_slice: RMS(u) per "batch" slice; False = over the whole leaf. RMS(p) is per slice.
+      roles: which axes are sides ("in", "out") and slices ("batch"): None = the two
+        largest axes, ties to the earlier; a function (path, shape) -> roles or None; a
+        rule of `roles.by_path`; or a tree of roles.
+      clip_per_slice: RMS(u) per "batch" slice; False = over the whole leaf. RMS(p) is
+        per slice.
       weight_decay: decoupled, times the learning rate, not times RMS(p).
-      weight_decay_mask: what decays: a tree of bools (or a prefix), a function params -> tree, or a
-        function (path, shape) -> bool such as `roles.is_kernel`. None = everything.
+      weight_decay_mask: what decays: a tree of bools (or a prefix), a function params
+        -> tree, or a function (path, shape) -> bool such as `roles.is_kernel`. None =
+        everything.
 
     Returns:
       A GradientTransformation whose update needs `params`.
 
-    Raises:
-      ValueError: an argument out of range; in `init`, a rule that does not fit or a parameter that is
+    Raises: ValueError: an argument out of range; in `init`, a rule that does not fit or
+      a parameter that is
         not floating; in `update`, no `params`.
 
     Example:
@@ -478,7 +548,11 @@ def adafactor(
       arXiv 1804.04235, algorithms 4, 5, 6 and section 8.
     """
     _check(
-        "adafactor", (decay, decay_rate, decay_cap), eps, clipping_threshold, max_parameter_scale
+        "adafactor",
+        (decay, decay_rate, decay_cap),
+        eps,
+        clipping_threshold,
+        max_parameter_scale,
     )
     _leaves.check_number("adafactor", "learning_rate", learning_rate, 0)
     _leaves.check_number("adafactor", "beta1", beta1, 0, 1)
@@ -488,7 +562,9 @@ def adafactor(
             "memopt.adafactor: `warmup_init` is part of the relative step: leave out `learning_rate`"
         )
     momentum_dtype = _momentum.checked_dtype("adafactor", momentum_dtype)
-    config = Config(factored, multiply_by_parameter_scale, clip_per_slice, momentum_before_lr)
+    config = Config(
+        factored, multiply_by_parameter_scale, clip_per_slice, momentum_before_lr
+    )
 
     def hyper(count: Any, dtype: Any) -> Hyper:
         if learning_rate is None:
@@ -505,7 +581,7 @@ def adafactor(
         )  # fmt: skip
 
     def init_fn(params: Params) -> Any:
-        state = _init("adafactor", params, axes, config, min_dim_size_to_factor)
+        state = _init("adafactor", params, roles, config, min_dim_size_to_factor)
         if _leaves.is_zero(beta1):
             return state
         table = _leaves.checked("adafactor", params)
@@ -515,7 +591,9 @@ def adafactor(
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         off = _leaves.is_zero(weight_decay) or params is None
         decayed = frozenset() if off else _leaves.decayed(weight_decay_mask, params)
-        return _update("adafactor", updates, state, params, axes, config, hyper, decayed)
+        return _update(
+            "adafactor", updates, state, params, roles, config, hyper, decayed
+        )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -527,13 +605,17 @@ def _check(name: str, decay: Any, eps: Any, clip: Any, max_scale: Any) -> None:
             f"memopt.{name}: `eps` is a {type(eps).__name__}: give two numbers, (added to g^2, scale floor)"
         )
     tiny = float(np.finfo(np.float32).tiny)
-    _leaves.check_number(name, "eps[0]", eps[0], tiny)  # 0 / 0 for a row of zero gradients
+    _leaves.check_number(
+        name, "eps[0]", eps[0], tiny
+    )  # 0 / 0 for a row of zero gradients
     _leaves.check_number(name, "eps[1]", eps[1], 0)
     _leaves.check_number(name, "clipping_threshold", clip, tiny)
     _leaves.check_number(name, "max_parameter_scale", max_scale, 0)
 
 
-def _hyper(count: Any, dtype: Any, decay: Any, clip: Any, eps: Any, max_scale: Any) -> Hyper:
+def _hyper(
+    count: Any, dtype: Any, decay: Any, clip: Any, eps: Any, max_scale: Any
+) -> Hyper:
     return Hyper(
         one_minus_beta2(count, dtype, *decay),
         _leaves.optional(clip, count, dtype),
@@ -543,15 +625,22 @@ def _hyper(count: Any, dtype: Any, decay: Any, clip: Any, eps: Any, max_scale: A
     )
 
 
-def _init(name: str, params: Params, axes: Any, config: Config, min_dim: Any) -> AdafactorState:
+def _init(
+    name: str, params: Params, roles: Any, config: Config, min_dim: Any
+) -> AdafactorState:
     if isinstance(min_dim, jax.core.Tracer):
         raise ValueError(
             f"memopt.{name}: `min_dim_size_to_factor` is traced but decides shapes: pass "
             "static_args='min_dim_size_to_factor' to optax.inject_hyperparams"
         )
-    roles = _leaves.roles_by_path(axes, params)
+    leaf_roles = _leaves.roles_by_path(roles, params)
     v = [
-        zeros(leaf, layout(tuple(leaf.shape), roles[path]), config.factored, int(min_dim))
+        zeros(
+            leaf,
+            layout(tuple(leaf.shape), leaf_roles[path]),
+            config.factored,
+            int(min_dim),
+        )
         for path, leaf in _leaves.checked(name, params).items()
     ]
     return AdafactorState(jnp.zeros([], jnp.int32), _leaves.arranged(v, params), None)
@@ -562,14 +651,17 @@ def _update(
     updates: Any,
     state: AdafactorState,
     params: Params | None,
-    axes: Any,
+    roles: Any,
     config: Config,
     hyper: Callable[[Any, Any], Hyper],
     decayed: frozenset[str] | set[str],
 ) -> tuple[Any, AdafactorState]:
     if params is None:
-        raise ValueError(f"memopt.{name} needs `params`: call tx.update(grads, state, params)")
-    weights, roles = _leaves.checked(name, params), _leaves.roles_by_path(axes, params)
+        raise ValueError(
+            f"memopt.{name} needs `params`: call tx.update(grads, state, params)"
+        )
+    weights = _leaves.checked(name, params)
+    leaf_roles = _leaves.roles_by_path(roles, params)
     at_step: dict[Any, Hyper] = {}
     new_v = _leaves.nodes_by_path(state.v, is_second_moment)
     new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
@@ -580,10 +672,16 @@ def _update(
         dtype = v[0].dtype
         if dtype not in at_step:
             at_step[dtype] = hyper(state.count, dtype)
-        h = at_step[dtype] if path in decayed else at_step[dtype]._replace(weight_decay=None)
-        where = layout(tuple(p.shape), roles[path])
+        h = (
+            at_step[dtype]
+            if path in decayed
+            else at_step[dtype]._replace(weight_decay=None)
+        )
+        leaf_layout = layout(tuple(p.shape), leaf_roles[path])
         m = new_m.get(path)
-        u, new_v[path], m = step(g, p, v, m, seeds.get(path), h, where=where, config=config)
+        u, new_v[path], m = step(
+            g, p, v, m, seeds.get(path), h, leaf_layout=leaf_layout, config=config
+        )
         if m is not None:
             new_m[path] = _momentum.kept(m, new_m[path])
         out.append(u)
@@ -595,9 +693,7 @@ def _update(
     return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
 
 
-# --------------------------------------------------------------------------------------------------
 # Settings under which `adafactor` equals other implementations.
-# --------------------------------------------------------------------------------------------------
 
 
 def _last_two(path: str, shape: tuple[int, ...]) -> Roles:
@@ -617,10 +713,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "mesh": MappingProxyType({"clip_per_slice": False}),
         "t5x": MappingProxyType({"clip_per_slice": True}),
-        "hf": MappingProxyType({"axes": _last_two, "min_dim_size_to_factor": 0}),
+        "hf": MappingProxyType({"roles": _last_two, "min_dim_size_to_factor": 0}),
         "big_vision": MappingProxyType(
             {
-                "axes": _largest_late,
+                "roles": _largest_late,
                 "beta1": 0.9,
                 "clipping_threshold": None,
                 "decay_cap": 0.999,

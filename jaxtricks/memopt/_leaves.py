@@ -45,8 +45,9 @@ def arranged(nodes: Iterable[Any], params: Params) -> Any:
             return next(left)
         (held,) = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
         node = jax.tree.map(lambda _: next(left), held)
-        # flax 0.11 lets Variables of an optimizer hold single arrays only, and what shards the parameter
-        # does not fit parts of it: what is no array takes the Variable's place.
+        # flax 0.11 lets Variables of an optimizer hold single arrays only, and what
+        # shards the parameter does not fit parts of it: what is no array takes the
+        # Variable's place.
         return jax.tree.map(lambda _: node, x) if hasattr(node, "shape") else node
 
     return jax.tree.map(place, params, is_leaf=_is_variable)
@@ -59,7 +60,9 @@ def nodes_by_path(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
 
 def replaced(tree: Any, is_node: Callable[[Any], bool], table: dict[str, Any]) -> Any:
     """The tree with the nodes of the table, which are in the order of `nodes_by_path`."""
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), list(table.values()))
+    return jax.tree.unflatten(
+        jax.tree.structure(tree, is_leaf=is_node), list(table.values())
+    )
 
 
 def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
@@ -88,13 +91,16 @@ def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
     """
     dtype = _tree.wide_dtype(leaf) if dtype is None else dtype
     if on_one_device(leaf):
-        return jnp.zeros([n for i, n in enumerate(leaf.shape) if i not in without], dtype)
+        return jnp.zeros(
+            [n for i, n in enumerate(leaf.shape) if i not in without], dtype
+        )
     return _zeros_placed(leaf, without=without, dtype=np.dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("without", "dtype"), inline=True)
 def _zeros_placed(leaf: Any, *, without: tuple[int, ...], dtype: Any) -> Array:
-    # The sum over zeros that are sharded as the leaf has the leaf's sharding without these axes.
+    # The sum over zeros that are sharded as the leaf has the leaf's sharding without
+    # these axes.
     zeros = _sharding.zeros_like(leaf, dtype)
     return jnp.sum(zeros, axis=without) if without else zeros
 
@@ -108,11 +114,14 @@ def on_one_device(leaf: Any) -> bool:
 def reread(*arrays: Array) -> tuple[Array, ...]:
     """The same arrays, of which XLA's CPU backend does not know that they are the same.
 
-    What two reductions share (g^2, say) it would compute once, write to memory whole, and read back
-    twice. On other backends the arrays as they are: there the compiler fuses the two.
+    What two reductions share (g^2, say) it would compute once, write to memory whole,
+    and read back twice. On other backends the arrays as they are: there the compiler
+    fuses the two.
     """
     return jax.lax.platform_dependent(
-        *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=lambda *xs: xs
+        *arrays,
+        cpu=lambda *xs: jax.lax.optimization_barrier(xs),
+        default=lambda *xs: xs,
     )
 
 
@@ -129,12 +138,15 @@ def optional(x: ScalarOrSchedule | None, count: Any, dtype: Any) -> Array | None
 def is_zero(x: Any) -> bool:
     """Whether a hyper-parameter is fixed at zero: a plain number, not an array or schedule.
 
-    An array may become anything later (optax.inject_hyperparams), so what it needs is kept.
+    An array may become anything later (optax.inject_hyperparams), so what it needs is
+    kept.
     """
     return x is None or (isinstance(x, int | float | np.generic) and bool(x == 0))
 
 
-def check_number(name: str, argument: str, x: Any, low: float, high: float = float("inf")) -> None:
+def check_number(
+    name: str, argument: str, x: Any, low: float, high: float = float("inf")
+) -> None:
     """Raise if a plain number lies outside [low, high]; arrays and schedules pass."""
     number = known_number(x)
     if number is not None and not low <= number <= high:
@@ -147,7 +159,9 @@ def decayed(mask: Any, params: Params) -> set[str]:
     if mask is None:
         return set(_tree.by_path(params))
     if callable(mask) and len(inspect.signature(mask).parameters) == 2:
-        return {p for p, x in _tree.by_path(params).items() if mask(p, tuple(jnp.shape(x)))}
+        return {
+            p for p, x in _tree.by_path(params).items() if mask(p, tuple(jnp.shape(x)))
+        }
     tree = mask(params) if callable(mask) else mask
     full = jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), tree, params)
     return {path for path, on in _tree.leaves_with_paths(full) if bool(on)}

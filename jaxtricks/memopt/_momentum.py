@@ -20,9 +20,8 @@ _LARGEST = 127
 class Int8(NamedTuple):
     """A block-scaled array: entry = values * scale of its block.
 
-    Attributes:
-      values: int8, shaped as the leaf.
-      scale: float32 [*leading, blocks]: a block is 128 neighbours along the last axis, or along as many
+    Attributes: values: int8, shaped as the leaf. scale: float32 [*leading, blocks]: a
+      block is 128 neighbours along the last axis, or along as many
         of the last axes as it takes to have 128.
     """
 
@@ -39,7 +38,11 @@ def checked_dtype(name: str, dtype: Any) -> Any:
     except (TypeError, ValueError):
         found = None
     if found is None or not (jnp.issubdtype(found, jnp.floating) or found == jnp.int8):
-        given = repr(dtype) if isinstance(dtype, str) else found or f"a {type(dtype).__name__}"
+        given = (
+            repr(dtype)
+            if isinstance(dtype, str)
+            else found or f"a {type(dtype).__name__}"
+        )
         raise ValueError(
             f"memopt.{name}: `momentum_dtype` is {given}: give 'float32', 'bfloat16', 'int8' or None"
         )
@@ -78,7 +81,9 @@ def read(m: Any, dtype: Any) -> Array:
         return m.astype(dtype)
 
     def decode(values: Array, scale: Array) -> Array:
-        return _join(_split(values.astype(dtype)) * scale.astype(dtype)[..., None], values.shape)
+        return _join(
+            _split(values.astype(dtype)) * scale.astype(dtype)[..., None], values.shape
+        )
 
     return _regrouped(decode, lambda whole, scale: whole, *m)
 
@@ -93,7 +98,8 @@ def write(x: Array, like: Any, seed: Any) -> Any:
 def kept(new: Any, old: Any) -> Any:
     """`new` in the shards where `old` is: left alone, the compiler may find another place for a scale.
 
-    Called outside of the jitted step, which leaves of one shape share wherever they lie.
+    Called outside of the jitted step, which leaves of one shape share wherever they
+    lie.
     """
     if not isinstance(new, Int8):
         return new
@@ -117,7 +123,9 @@ def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
 @functools.partial(jax.jit, inline=True)
 def _no_scale(leaf: Any) -> Array:
     zeros = _sharding.zeros_like(leaf, jnp.float32)
-    return _regrouped(lambda x: jnp.sum(_split(x), axis=-1), lambda whole, scale: scale, zeros)
+    return _regrouped(
+        lambda x: jnp.sum(_split(x), axis=-1), lambda whole, scale: scale, zeros
+    )
 
 
 def _merged(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,17 +149,21 @@ def _join(blocks: Array, shape: tuple[int, ...]) -> Array:
     return blocks.reshape(*leading, -1)[..., :width].reshape(shape)
 
 
-def _regrouped(fn: Callable[..., Any], out: Callable[..., Any], x: Array, *rest: Array) -> Any:
+def _regrouped(
+    fn: Callable[..., Any], out: Callable[..., Any], x: Array, *rest: Array
+) -> Any:
     """fn(x, *rest), which reshapes; out(sharding of x, that of its scales) says how the results lie.
 
-    On a mesh of Explicit axes a reshape asks how its result lies, so fn runs with them Auto.
+    On a mesh of Explicit axes a reshape asks how its result lies, so fn runs with them
+    Auto.
     """
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return fn(x, *rest)
     *leading, width = _merged(x.shape)
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    # Of axes that are merged the first may stay split, if every part of it holds whole blocks.
+    # Of axes that are merged the first may stay split, if every part of it holds whole
+    # blocks.
     last = spec[len(leading)] if x.ndim else None
     last = None if width % (BLOCK * _shards(sharding.mesh, last)) else last
     scale = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(leading)], last))

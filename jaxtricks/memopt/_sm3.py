@@ -14,21 +14,20 @@ from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import _leaves, _momentum
 
-# A NumPy number, because optax.inject_hyperparams makes arrays of Python floats, and an array may
-# become nonzero later: its buffer could not be left out.
+# A NumPy number, because optax.inject_hyperparams makes arrays of Python floats, and an
+# array may become nonzero later: its buffer could not be left out.
 _NO_MOMENTUM = np.float32(0)
 
 
 class Sm3State(NamedTuple):
     """State of `sm3` and `scale_by_sm3`.
 
-    Attributes:
-      count: updates so far, int32 [].
-      v: the parameters' tree with a tuple of accumulators in place of every leaf, float32 or better: one
-        per axis that is not "batch", shaped as the "batch" axes and that axis; for slices of rank <= 1 a
-        single one shaped as the leaf.
-      m: the parameters' tree of moving averages of the update, each an array or an Int8; None without
-        momentum.
+    Attributes: count: updates so far, int32 []. v: the parameters' tree with a tuple of
+      accumulators in place of every leaf, float32 or better: one
+        per axis that is not "batch", shaped as the "batch" axes and that axis; for
+        slices of rank <= 1 a single one shaped as the leaf.
+      m: the parameters' tree of moving averages of the update, each an array or an
+        Int8; None without momentum.
     """
 
     count: Any
@@ -41,13 +40,13 @@ def scale_by_sm3(
     *,
     momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
     momentum_dtype: Any = None,
-    axes: Any = None,
+    roles: Any = None,
     eps: ScalarOrSchedule = 1e-30,
 ) -> optax.GradientTransformation:
     """The update of SM3-II; not negated, no learning rate.
 
-    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu + eps)
-    m = momentum m + (1 - momentum) s
+    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu +
+    eps) m = momentum m + (1 - momentum) s
 
     Args: as in `sm3`.
 
@@ -64,11 +63,10 @@ def scale_by_sm3(
       >>> updates["w"][0].tolist(), [a.tolist() for a in state.v["w"]]
       ([1.0, 1.0], [[16.0, 16.0], [9.0, 16.0]])
 
-    References:
-      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv 1901.11150,
-      algorithm SM3-II.
+    References: Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization",
+      arXiv 1901.11150, algorithm SM3-II.
     """
-    return _transform("scale_by_sm3", None, momentum, momentum_dtype, axes, eps)
+    return _transform("scale_by_sm3", None, momentum, momentum_dtype, roles, eps)
 
 
 @checked
@@ -77,31 +75,33 @@ def sm3(
     *,
     momentum: ScalarOrSchedule | None = _NO_MOMENTUM,
     momentum_dtype: Any = None,
-    axes: Any = None,
+    roles: Any = None,
     eps: ScalarOrSchedule = 1e-30,
 ) -> optax.GradientTransformation:
     """SM3-II: Adagrad whose accumulators cover the rows and columns of a leaf.
 
-    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu + eps)
-    m = momentum m + (1 - momentum) s;  p <- p - learning_rate m;  0 / sqrt(0) is 0
+    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu +
+    eps) m = momentum m + (1 - momentum) s;  p <- p - learning_rate m;  0 / sqrt(0) is 0
 
-    Numbers may be arrays or schedules (step -> value); `momentum_dtype` and `axes` are static.
+    Numbers may be arrays or schedules (step -> value); `momentum_dtype` and `roles` are
+    static.
 
-    Args:
-      learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
-      momentum: None or the number 0 = none and no buffer; an array or schedule always has its buffer.
-      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries and rounded at
-        random (unbiased, the same at the same step and path); None = float32, float64 for float64
-        parameters.
-      axes: which axes are "batch" (independent slices; every other role is alike): None = none of
-        them; a function (path, shape) -> roles or None; a rule of `roles.by_path`; a tree of roles.
+    Args: learning_rate: as in Adagrad there is no decay: warm up, then keep it
+      constant. momentum: None or the number 0 = none and no buffer; an array or
+      schedule always has its buffer. momentum_dtype: dtype of m: "bfloat16"; "int8",
+      with a scale for every 128 entries and rounded at
+        random (unbiased, the same at the same step and path); None = float32, float64
+        for float64 parameters.
+      roles: which axes are "batch" (independent slices; every other role is alike):
+        None = none of them; a function (path, shape) -> roles or None; a rule of
+        `roles.by_path`; a tree of roles.
       eps: added under the root, never accumulated.
 
     Returns:
       A GradientTransformation; its update does not need `params`.
 
-    Raises:
-      ValueError: an argument out of range; in `init`, a rule that does not fit or a parameter that is
+    Raises: ValueError: an argument out of range; in `init`, a rule that does not fit or
+      a parameter that is
         not floating.
 
     Example:
@@ -110,15 +110,14 @@ def sm3(
       >>> [a.shape for a in tx.init(params).v["w"]]
       [(300,), (200,)]
 
-    References:
-      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv 1901.11150,
-      algorithm SM3-II.
+    References: Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization",
+      arXiv 1901.11150, algorithm SM3-II.
     """
-    return _transform("sm3", learning_rate, momentum, momentum_dtype, axes, eps)
+    return _transform("sm3", learning_rate, momentum, momentum_dtype, roles, eps)
 
 
 def _transform(
-    name: str, rate: Any, momentum: Any, momentum_dtype: Any, axes: Any, eps: Any
+    name: str, rate: Any, momentum: Any, momentum_dtype: Any, roles: Any, eps: Any
 ) -> optax.GradientTransformation:
     momentum_dtype = _momentum.checked_dtype(name, momentum_dtype)
     _leaves.check_number(name, "learning_rate", rate, 0)
@@ -126,18 +125,20 @@ def _transform(
     _leaves.check_number(name, "eps", eps, 0)
 
     def init_fn(params: Params) -> Any:
-        table, roles = _leaves.checked(name, params), _leaves.roles_by_path(axes, params)
-        v = [_zeros(x, _axes(x.shape, roles[path])) for path, x in table.items()]
+        weights = _leaves.checked(name, params)
+        leaf_roles = _leaves.roles_by_path(roles, params)
+        v = [_zeros(x, _axes(x.shape, leaf_roles[path])) for path, x in weights.items()]
         m = None
         if not _leaves.is_zero(momentum):
             m = _leaves.arranged(
-                [_momentum.zeros(x, momentum_dtype) for x in table.values()], params
+                [_momentum.zeros(x, momentum_dtype) for x in weights.values()], params
             )
         return Sm3State(jnp.zeros([], jnp.int32), _leaves.arranged(v, params), m)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         tree = updates if params is None else params
-        weights, roles = _leaves.checked(name, tree), _leaves.roles_by_path(axes, tree)
+        weights = _leaves.checked(name, tree)
+        leaf_roles = _leaves.roles_by_path(roles, tree)
         new_v = _leaves.nodes_by_path(state.v, _is_accumulators)
         new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
         seeds, out = _momentum.seeds(new_m, state.count), []
@@ -145,9 +146,12 @@ def _transform(
             v = _leaves.lookup(name, new_v, path, "the state")
             p = _leaves.lookup(name, weights, path, "`params`")
             m = new_m.get(path)
-            hyper = [_leaves.optional(x, state.count, v[0].dtype) for x in (rate, momentum, eps)]
+            hyper = [
+                _leaves.optional(x, state.count, v[0].dtype)
+                for x in (rate, momentum, eps)
+            ]
             u, new_v[path], m = _step(
-                g, v, m, seeds.get(path), *hyper, where=_axes(g.shape, roles[path])
+                g, v, m, seeds.get(path), *hyper, axes=_axes(g.shape, leaf_roles[path])
             )
             if m is not None:
                 new_m[path] = _momentum.kept(m, new_m[path])
@@ -184,16 +188,18 @@ def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
     return tuple(_leaves.zeros(leaf, without=_others(axis, own)) for axis in own)
 
 
-@functools.partial(jax.jit, static_argnames="where")
+@functools.partial(jax.jit, static_argnames="axes")
 def _step(
-    g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, where: Any
+    g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, axes: Any
 ) -> Any:
     """(update, v, m) of one leaf in the dtype of its state."""
     maxima = []
-    for axis in where or ():  # each maximum and the update read g; none of them writes nu
-        maxima.append(jnp.max(_bound(g, v, where), axis=_others(axis, where)))
+    for axis in (
+        axes or ()
+    ):  # each maximum and the update read g; none of them writes nu
+        maxima.append(jnp.max(_bound(g, v, axes), axis=_others(axis, axes)))
         g, *v = _leaves.reread(g, *v)
-    nu, g = _bound(g, v, where), g.astype(v[0].dtype)
+    nu, g = _bound(g, v, axes), g.astype(v[0].dtype)
     v = tuple(maxima) or (nu,)
     # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
     total = nu + eps
@@ -204,10 +210,12 @@ def _step(
     return (u if rate is None else -rate * u), v, m
 
 
-def _bound(g: Array, v: Sequence[Array], where: tuple[int, ...] | None) -> Array:
+def _bound(g: Array, v: Sequence[Array], axes: tuple[int, ...] | None) -> Array:
     """nu: the smallest of the accumulators that cover an entry, plus g^2."""
     square = jnp.square(g.astype(v[0].dtype))
-    if where is None:
+    if axes is None:
         return v[0] + square
-    covers = [jnp.expand_dims(a, _others(axis, where)) for axis, a in zip(where, v, strict=True)]
+    covers = [
+        jnp.expand_dims(a, _others(axis, axes)) for axis, a in zip(axes, v, strict=True)
+    ]
     return functools.reduce(jnp.minimum, covers) + square

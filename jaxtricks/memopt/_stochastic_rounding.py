@@ -15,8 +15,8 @@ from jaxtricks.memopt import _leaves
 class StochasticRoundState(NamedTuple):
     """State of `stochastic_round`.
 
-    Attributes:
-      count: updates so far, int32 []; with the seed and the path it decides every rounding.
+    Attributes: count: updates so far, int32 []; with the seed and the path it decides
+      every rounding.
     """
 
     count: Any
@@ -26,16 +26,20 @@ class StochasticRoundState(NamedTuple):
 def stochastic_round(seed: Any) -> optax.GradientTransformation:
     """Round parameters below float32 up or down at random, without bias; the last link of a chain.
 
-    update <- SR(p + u) - p in float32, where SR rounds to one of the two neighbours of p + u in the
-    dtype of p, to the upper one with probability (p + u - lower) / (upper - lower)
+    update <- SR(p + u) - p in float32, where SR rounds to one of the two neighbours of
+    p + u in the dtype of p, to the upper one with probability (p + u - lower) / (upper
+    - lower)
 
-    A bfloat16 weight keeps 8 bits: to the nearest, a step below 1/512 of the weight is no step at all.
-    Rounded at random it arrives on average. `optax.apply_updates` and `nnx.Optimizer`, which add the
-    update and cast, land exactly on the rounded value. Leaves of float32 and float64 pass unchanged.
+    A bfloat16 weight keeps 8 bits: to the nearest, a step below 1/512 of the weight is
+    no step at all. Rounded at random it arrives on average. `optax.apply_updates` and
+    `nnx.Optimizer`, which add the update and cast, land exactly on the rounded value.
+    Leaves of float32 and float64 pass unchanged.
 
-    The bits are a hash of seed, step, path and place: they do not depend on how a leaf is sharded, and
-    cost no memory. Under `jax.vmap` over members of an ensemble one seed means the same bits for all of
-    them: make the transformation inside, `stochastic_round(key)`, and map over the keys too.
+    The bits are a hash of seed, step, path and place: they do not depend on how a leaf
+    is sharded, and cost no memory. Under `jax.vmap` over members of an ensemble one
+    seed means the same bits for all of
+    them: make the transformation inside, `stochastic_round(key)`, and map over the keys
+      too.
 
     Args:
       seed: an int, or a key of `jax.random.key`.
@@ -55,19 +59,22 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       >>> new.dtype, round(float(new.astype(jnp.float32).mean()), 3)
       (dtype(bfloat16), 1.001)
 
-    References:
-      Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical Precision",
-      arXiv 1502.02551, section 3.
+    References: Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited
+      Numerical Precision", arXiv 1502.02551, section 3.
     """
 
     if not hasattr(seed, "dtype") and not isinstance(seed, int):
-        raise ValueError(f"memopt.stochastic_round: `seed` is {seed!r}: give an int or a key")
+        raise ValueError(
+            f"memopt.stochastic_round: `seed` is {seed!r}: give an int or a key"
+        )
 
     def init_fn(params: Params) -> StochasticRoundState:
         del params
         return StochasticRoundState(jnp.zeros([], jnp.int32))
 
-    def update_fn(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None
+    ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 "memopt.stochastic_round needs `params`: call tx.update(grads, state, params)"
@@ -83,10 +90,8 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
 def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Params:
     """params + updates in the dtypes of params, rounded at random where a key is given.
 
-    Args:
-      params: pytree of arrays.
-      updates: the same tree of updates.
-      key: rounds leaves below float32 as `stochastic_round` does; None = to the nearest, as
+    Args: params: pytree of arrays. updates: the same tree of updates. key: rounds
+      leaves below float32 as `stochastic_round` does; None = to the nearest, as
         `optax.apply_updates`.
 
     Returns:
@@ -125,8 +130,8 @@ def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
 def to_neighbour(x: Array, dtype: Any, chance: Array) -> Array:
     """x (float32), rounded up to a value of the dtype where `chance` is below the remainder, else down.
 
-    `chance` is uniform over the multiples of 2^-16 in [0, 1). What lies between two bfloat16 numbers has
-    exactly 16 bits, so there the probability is exact.
+    `chance` is uniform over the multiples of 2^-16 in [0, 1). What lies between two
+    bfloat16 numbers has exactly 16 bits, so there the probability is exact.
     """
     info = jnp.finfo(dtype)
     _, exponent = jnp.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
@@ -135,5 +140,7 @@ def to_neighbour(x: Array, dtype: Any, chance: Array) -> Array:
     lower = jnp.floor(steps)
     up = chance < steps - lower
     rounded = jnp.ldexp(lower + up.astype(jnp.float32), spacing)
-    inside = jnp.abs(x) <= float(info.max)  # false for NaN too: beyond the range, to the nearest
+    inside = jnp.abs(x) <= float(
+        info.max
+    )  # false for NaN too: beyond the range, to the nearest
     return jnp.where(inside, rounded, x.astype(dtype).astype(jnp.float32))

@@ -1,6 +1,7 @@
 """Thin layers and adapters for flax.nnx; write `jt.nnx`, never import it beside flax's.
 
-Everything here calls the rooms' pure functions; only what owns parameters or statistics is a module.
+Everything here calls the rooms' pure functions; only what owns parameters or statistics
+is a module.
 """
 
 from jaxtricks.nnx._blocks import (
@@ -11,18 +12,24 @@ from jaxtricks.nnx._blocks import (
     RepVGGBlock,
 )
 from jaxtricks.nnx._conv import WSConv
-from jaxtricks.nnx._convert import convert, plain_paths
+from jaxtricks.nnx._convert import checkpoint_paths, convert
 from jaxtricks.nnx._functional import (
     auto_remat,
     autocast,
     checkpoint,
-    filled,
     functional,
     plan,
     recompute_grad,
+    with_variables,
 )
 from jaxtricks.nnx._fuse import fuse
-from jaxtricks.nnx._heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
+from jaxtricks.nnx._heads import (
+    CausalHead,
+    CosineHead,
+    DisAlignHead,
+    LWSHead,
+    NormedHead,
+)
 from jaxtricks.nnx._norm import ExtendedBatchNorm
 from jaxtricks.nnx._roles import roles
 
@@ -42,12 +49,12 @@ __all__ = [
     "auto_remat",
     "autocast",
     "checkpoint",
+    "checkpoint_paths",
     "convert",
-    "filled",
     "functional",
     "fuse",
-    "plain_paths",
     "plan",
     "recompute_grad",
     "roles",
+    "with_variables",
 ]

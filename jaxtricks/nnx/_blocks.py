@@ -13,29 +13,30 @@ from jaxtricks.reparam import _nodes
 class ACBlock(Branched):
     """Asymmetric convolution block: KxK, Kx1 and 1xK branches, each with its normalization, summed.
 
-    y = norm(conv_KxK(x)) + norm(conv_Kx1(x)) + norm(conv_1xK(x)), with three axes a cube and one line per
-    axis. It stands for a convolution *and* its normalization. The small kernels are centred on the KxK
-    kernel's centre tap and derive their padding from it, so that `fused()` is exact for every stride,
-    padding, dilation, group count and input size.
+    y = norm(conv_KxK(x)) + norm(conv_Kx1(x)) + norm(conv_1xK(x)), with three axes a
+    cube and one line per axis. It stands for a convolution *and* its normalization. The
+    small kernels are centred on the KxK kernel's centre tap and derive their padding
+    from it, so that `fused()` is exact for every stride, padding, dilation, group count
+    and input size.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: (kh, kw) or (kd, kh, kw), of the KxK branch and of the fused convolution.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
-      norm: factory of the normalizations, called norm(features, scale_init=..., rngs=...): nnx.BatchNorm,
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: (kh, kw) or (kd, kh, kw), of the KxK branch and of the fused
+      convolution. strides: an int or one per spatial axis. padding: "SAME", "VALID", an
+      int or (low, high) pairs, of the KxK kernel. kernel_dilation: an int or one per
+      spatial axis. feature_group_count: groups. conv: factory of the branches'
+      convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial. norm: factory
+      of the normalizations, called norm(features, scale_init=..., rngs=...):
+      nnx.BatchNorm,
         ExtendedBatchNorm, or a partial.
-      gamma_init: initial scale of the branches' normalizations (online: of their gains).
-      mode: "branches", or "online" for one convolution a step: a gain per channel in each branch, the
-        kernels added, and one normalization behind.
+      gamma_init: initial scale of the branches' normalizations (online: of their
+        gains).
+      mode: "branches", or "online" for one convolution a step: a gain per channel in
+        each branch, the kernels added, and one normalization behind.
       rngs: keys; "params" is used.
 
-    Variables: {square, vertical, horizontal}/conv/kernel and /norm/{scale, bias, mean, var}, with three axes
-    depth/ too; in online mode /gain in place of each norm, and norm/{scale, bias, mean, var}.
+    Variables: {square, vertical, horizontal}/conv/kernel and /norm/{scale, bias, mean,
+    var}, with three axes depth/ too; in online mode /gain in place of each norm, and
+    norm/{scale, bias, mean, var}.
 
     Raises:
       ValueError: a kernel size without two or three axes, or padding that is not zeros.
@@ -46,9 +47,9 @@ class ACBlock(Branched):
       >>> block(jnp.ones((1, 8, 8, 3))).shape
       (1, 4, 4, 8)
 
-    References:
-      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3. Hu, Feng, Hua, Lai, Huang, Gong, Xu,
-      "Online Convolutional Re-parameterization", CVPR 2022 (the online mode).
+    References: Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3. Hu, Feng,
+      Hua, Lai, Huang, Gong, Xu, "Online Convolutional Re-parameterization", CVPR 2022
+      (the online mode).
     """
 
     least_axes = 2
@@ -91,34 +92,39 @@ class ACBlock(Branched):
 
     def parts(self) -> list[tuple[Size, Branch]]:
         """(kernel size, branch) of the square branch and of the lines."""
-        return [(size, getattr(self, name)) for name, size in lines(self.kernel_size).items()]
+        return [
+            (size, getattr(self, name))
+            for name, size in lines(self.kernel_size).items()
+        ]
 
 
 class RepVGGBlock(Branched):
     """RepVGG's block: KxK, 1x1 and identity branches, each with its normalization, summed.
 
-    y = norm(conv_KxK(x)) + norm(conv_1x1(x)) + norm(x), the last where it has the shape of the others: with
-    as many features in as out, and stride 1. It stands for a convolution *and* its normalization; networks
-    put an activation behind it. The 1x1 kernel and the identity lie at the KxK kernel's centre tap, so that
-    `fused()` is exact for every stride, padding, dilation, group count and input size.
+    y = norm(conv_KxK(x)) + norm(conv_1x1(x)) + norm(x), the last where it has the shape
+    of the others: with as many features in as out, and stride 1. It stands for a
+    convolution *and* its normalization; networks put an activation behind it. The 1x1
+    kernel and the identity lie at the KxK kernel's centre tap, so that `fused()` is
+    exact for every stride, padding, dilation, group count and input size.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis, of the KxK branch and of the fused
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis, of the KxK branch
+      and of the fused
         convolution.
       strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
       kernel_dilation: an int or one per spatial axis.
       feature_group_count: groups.
-      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
-      norm: factory of the normalizations, called norm(features, rngs=...): nnx.BatchNorm,
-        ExtendedBatchNorm, or a partial.
+      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv,
+        WSConv, or a partial.
+      norm: factory of the normalizations, called norm(features, rngs=...):
+        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
       mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
-    Variables: {square, point}/conv/kernel, {square, point, identity}/norm/{scale, bias, mean, var}; in
-    online mode {square, point, identity}/gain and norm/{scale, bias, mean, var}.
+    Variables: {square, point}/conv/kernel, {square, point, identity}/norm/{scale, bias,
+    mean, var}; in online mode {square, point, identity}/gain and norm/{scale, bias,
+    mean, var}.
 
     Raises:
       ValueError: a kernel size without one to three axes, or padding that is not zeros.
@@ -155,9 +161,7 @@ def lines(kernel_size: Size) -> dict[str, Size]:
     return {"square": kernel_size, **along}
 
 
-# --------------------------------------------------------------------------------------------------
 # The blocks of Diverse Branch Block, MobileOne and UniRepLKNet.
-# --------------------------------------------------------------------------------------------------
 
 
 DILATED = {
@@ -178,31 +182,31 @@ class DiverseBranchBlock(Branched):
     y = norm(conv_KxK(x)) + norm(conv_1x1(x)) + norm(mean(norm(conv_1x1(x))))
         + norm(conv_KxK(norm(conv_1x1(x)))).
 
-    The map between the two parts of a branch is padded with its own value on zero input, by the running
-    statistics as they are after the step and without gradient: so `fused()` is exact in evaluation. The first
-    1x1 kernel of the last branch is W + I with W = 0 at first where it keeps the number of channels.
-    Depthwise (as many groups as outputs), there is no 1x1 branch and the average is of the input.
+    The map between the two parts of a branch is padded with its own value on zero
+    input, by the running statistics as they are after the step and without gradient: so
+    `fused()` is exact in evaluation. The first 1x1 kernel of the last branch is W + I
+    with W = 0 at first where it keeps the number of channels. Depthwise (as many groups
+    as outputs), there is no 1x1 branch and the average is of the input.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
-      norm: factory of the normalizations, called norm(features, rngs=...), with running statistics:
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis. strides: an int
+      or one per spatial axis. padding: "SAME", "VALID", an int or (low, high) pairs, of
+      the KxK kernel. kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups. conv: factory of the convolutions, called like
+      nnx.Conv: nnx.Conv, WSConv, or a partial. norm: factory of the normalizations,
+      called norm(features, rngs=...), with running statistics:
         nnx.BatchNorm, ExtendedBatchNorm, or a partial.
-      internal_features: channels between 1x1 and KxK; None = in_features, depthwise twice that.
+      internal_features: channels between 1x1 and KxK; None = in_features, depthwise
+        twice that.
       mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
-    Variables: {square, point, sequence}/conv/kernel, {pool, sequence}/first/conv/kernel, and norm/{scale,
-    bias, mean, var} beside each kernel and in pool; in online mode gain in place of each norm, and norm/.
+    Variables: {square, point, sequence}/conv/kernel, {pool,
+    sequence}/first/conv/kernel, and norm/{scale, bias, mean, var} beside each kernel
+    and in pool; in online mode gain in place of each norm, and norm/.
 
-    Raises:
-      ValueError: a kernel size without one to three axes, padding that is not zeros, or groups that do
+    Raises: ValueError: a kernel size without one to three axes, padding that is not
+      zeros, or groups that do
         not divide the channels.
 
     Example:
@@ -253,7 +257,9 @@ class DiverseBranchBlock(Branched):
         inside = self.internal_features
         self.square = make.branch(self.kernel_size)
         self.point = None if depthwise else make.branch((1,) * len(self.kernel_size))
-        self.pool = make.pool(None if depthwise else make.first(self.out_features, residual=False))
+        self.pool = make.pool(
+            None if depthwise else make.first(self.out_features, residual=False)
+        )
         first = make.first(inside, residual=inside == self.in_features)
         self.sequence = make.branch(self.kernel_size, first=first)
 
@@ -268,29 +274,28 @@ class DiverseBranchBlock(Branched):
 class MobileOneBlock(Branched):
     """MobileOne's block: several KxK branches, a 1x1 branch and the identity, normalized and summed.
 
-    y = sum_i norm_i(conv_KxK_i(x)) + norm(conv_1x1(x)) + norm(x); the 1x1 branch where K > 1, the identity
-    where it has the shape of the others. It stands for a convolution *and* its normalization.
+    y = sum_i norm_i(conv_KxK_i(x)) + norm(conv_1x1(x)) + norm(x); the 1x1 branch where
+    K > 1, the identity where it has the shape of the others. It stands for a
+    convolution *and* its normalization.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
-      norm: factory of the normalizations, called norm(features, rngs=...): nnx.BatchNorm,
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis. strides: an int
+      or one per spatial axis. padding: "SAME", "VALID", an int or (low, high) pairs, of
+      the KxK kernel. kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups. conv: factory of the convolutions, called like
+      nnx.Conv: nnx.Conv, WSConv, or a partial. norm: factory of the normalizations,
+      called norm(features, rngs=...): nnx.BatchNorm,
         ExtendedBatchNorm, or a partial.
       num_branches: number of KxK branches.
       mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
-    Variables: {square_0, ..., point}/conv/kernel, {square_0, ..., point, identity}/norm/{scale, bias, mean,
-    var}; in online mode gain in place of each norm, and norm/{scale, bias, mean, var}.
+    Variables: {square_0, ..., point}/conv/kernel, {square_0, ..., point,
+    identity}/norm/{scale, bias, mean, var}; in online mode gain in place of each norm,
+    and norm/{scale, bias, mean, var}.
 
-    Raises:
-      ValueError: no branches, a kernel size without one to three axes, or padding that is not zeros.
+    Raises: ValueError: no branches, a kernel size without one to three axes, or padding
+      that is not zeros.
 
     Example:
       >>> import jax.numpy as jnp
@@ -319,7 +324,9 @@ class MobileOneBlock(Branched):
         rngs: nnx.Rngs,
     ):
         if num_branches < 1:
-            raise ValueError(f"MobileOneBlock: `num_branches` is {num_branches}; give at least 1")
+            raise ValueError(
+                f"MobileOneBlock: `num_branches` is {num_branches}; give at least 1"
+            )
         self.num_branches = num_branches
         super().__init__(
             in_features,
@@ -346,7 +353,8 @@ class MobileOneBlock(Branched):
         """(kernel size, branch) of the KxK branches, and of the 1x1 and identity branch if any."""
         ones = (1,) * len(self.kernel_size)
         squares = [
-            (self.kernel_size, getattr(self, f"square_{i}")) for i in range(self.num_branches)
+            (self.kernel_size, getattr(self, f"square_{i}"))
+            for i in range(self.num_branches)
         ]
         small = [(ones, b) for b in (self.point, self.identity) if b is not None]
         return squares + small
@@ -355,30 +363,30 @@ class MobileOneBlock(Branched):
 class DilatedReparamBlock(Branched):
     """UniRepLKNet's block: a large kernel and dilated small ones, each with its normalization, summed.
 
-    y = norm(conv_KxK(x)) + sum_i norm_i(conv_{k_i, dilation d_i}(x)), depthwise unless said otherwise. A
-    dilated kernel is a large one with zeros between its taps, so that the sum is one KxK convolution.
+    y = norm(conv_KxK(x)) + sum_i norm_i(conv_{k_i, dilation d_i}(x)), depthwise unless
+    said otherwise. A dilated kernel is a large one with zeros between its taps, so that
+    the sum is one KxK convolution.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis, of the large kernel.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the large kernel.
-      kernel_dilation: of all branches, an int or one per spatial axis.
-      feature_group_count: groups; None = depthwise, in_features.
-      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial.
-      norm: factory of the normalizations, called norm(features, rngs=...): nnx.BatchNorm,
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis, of the large
+      kernel. strides: an int or one per spatial axis. padding: "SAME", "VALID", an int
+      or (low, high) pairs, of the large kernel. kernel_dilation: of all branches, an
+      int or one per spatial axis. feature_group_count: groups; None = depthwise,
+      in_features. conv: factory of the convolutions, called like nnx.Conv: nnx.Conv,
+      WSConv, or a partial. norm: factory of the normalizations, called norm(features,
+      rngs=...): nnx.BatchNorm,
         ExtendedBatchNorm, or a partial.
-      kernel_sizes: of the small kernels; None = the paper's for 5, 7, 9, 11, 13, 15 and 17.
+      kernel_sizes: of the small kernels; None = the paper's for 5, 7, 9, 11, 13, 15 and
+        17.
       dilates: their dilations; None = the paper's.
       mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
-    Variables: {large, dilated_0, ...}/conv/kernel and /norm/{scale, bias, mean, var}; in online mode gain in
-    place of each norm, and norm/{scale, bias, mean, var}.
+    Variables: {large, dilated_0, ...}/conv/kernel and /norm/{scale, bias, mean, var};
+    in online mode gain in place of each norm, and norm/{scale, bias, mean, var}.
 
-    Raises:
-      ValueError: small kernels that reach beyond the large one, as many dilations as sizes not given, or
+    Raises: ValueError: small kernels that reach beyond the large one, as many dilations
+      as sizes not given, or
         a kernel size for which the paper has none.
 
     Example:
@@ -387,8 +395,8 @@ class DilatedReparamBlock(Branched):
       >>> len(block.parts()), block.fused().kernel.shape
       (4, (7, 7, 1, 4))
 
-    References:
-      Ding, Zhang, Ge, Zhao, Song, Yue, Shan, "UniRepLKNet", arXiv 2311.15599, section 3.
+    References: Ding, Zhang, Ge, Zhao, Song, Yue, Shan, "UniRepLKNet", arXiv 2311.15599,
+      section 3.
     """
 
     def __init__(
@@ -450,7 +458,9 @@ def internal(ins: int, outs: int, groups: int, given: int | None) -> int:
 
 
 def small_kernels(
-    kernel_size: int | Sequence[int], sizes: Sequence[int] | None, dilates: Sequence[int] | None
+    kernel_size: int | Sequence[int],
+    sizes: Sequence[int] | None,
+    dilates: Sequence[int] | None,
 ) -> tuple[tuple[int, int], ...]:
     """(size, dilation) of every kernel beside the large one."""
     large = _integers.listed(kernel_size)

@@ -42,14 +42,14 @@ class Pool(nnx.Module):
 class First(nnx.Module):
     """1x1 convolution and normalization in front of a branch's kernel.
 
-    Its output is padded with its own value on zero input, from the running statistics as they are after
-    this step and without gradient: then branch and fused convolution agree at the border too.
+    Its output is padded with its own value on zero input, from the running statistics
+    as they are after this step and without gradient: then branch and fused convolution
+    agree at the border too.
 
-    Attributes:
-      conv: nnx.Conv or WSConv of kernel size 1.
-      norm: what normalizes its output; None in online mode.
-      gain: [C] in its place; None in mode "branches".
-      residual: whether the input is added to the convolution's output (kernel + identity).
+    Attributes: conv: nnx.Conv or WSConv of kernel size 1. norm: what normalizes its
+      output; None in online mode. gain: [C] in its place; None in mode "branches".
+      residual: whether the input is added to the convolution's output (kernel +
+      identity).
     """
 
     def __init__(self, conv: Any, norm: Any, gain: Any, residual: bool):
@@ -106,8 +106,16 @@ class Branch(nnx.Module):
         self, x: Array, pads: _nodes.Pads, use_running_average: bool | None = None
     ) -> Array:
         """norm(conv(x)), x padded by `pads`."""
-        mode = {} if use_running_average is None else {"use_running_average": use_running_average}
-        x = _nodes.zero_pad(x, pads) if self.first is None else self.first(x, pads, mode)
+        mode = (
+            {}
+            if use_running_average is None
+            else {"use_running_average": use_running_average}
+        )
+        x = (
+            _nodes.zero_pad(x, pads)
+            if self.first is None
+            else self.first(x, pads, mode)
+        )
         return self.norm(x if self.conv is None else self.conv(x), **mode)
 
     def linear(self) -> list[reparam._nodes.Node]:
@@ -126,7 +134,9 @@ class Branch(nnx.Module):
 
 
 def _affine(part: Any) -> reparam._nodes.Node:
-    return reparam.Scale(part.gain[...]) if part.norm is None else frozen_norm(part.norm)
+    return (
+        reparam.Scale(part.gain[...]) if part.norm is None else frozen_norm(part.norm)
+    )
 
 
 def conv_node(conv: Any, dilation: int = 1) -> reparam.Conv:
@@ -140,7 +150,9 @@ def average_pool(x: Array, size: Size, strides: Size, dilation: Size) -> Array:
     lead = (1,) * (x.ndim - len(size) - 1)
     window, steps, gaps = ((*lead, *v, 1) for v in (size, strides, dilation))
     zero = x.dtype.type(0)  # a constant, or the sum has no gradient under jit
-    total = jax.lax.reduce_window(x, zero, jax.lax.add, window, steps, "VALID", None, gaps)
+    total = jax.lax.reduce_window(
+        x, zero, jax.lax.add, window, steps, "VALID", None, gaps
+    )
     return total / jnp.asarray(math.prod(size), x.dtype)
 
 
@@ -149,8 +161,12 @@ def with_border(y: Array, pads: _nodes.Pads, norm: reparam.Norm) -> Array:
     norm = jax.tree.map(lambda v: v.astype(_tree.wide_dtype(v)), norm)
     factor, bias = norm_factor(norm)
     value = -norm.mean * factor
-    value = jax.lax.stop_gradient(value if bias is None else value + bias).astype(y.dtype)
-    inside = jnp.ones((1,) * (y.ndim - len(pads) - 1) + y.shape[y.ndim - len(pads) - 1 : -1] + (1,))
+    value = jax.lax.stop_gradient(value if bias is None else value + bias).astype(
+        y.dtype
+    )
+    inside = jnp.ones(
+        (1,) * (y.ndim - len(pads) - 1) + y.shape[y.ndim - len(pads) - 1 : -1] + (1,)
+    )
     inside = _nodes.zero_pad(inside, pads) > 0
     value = value.reshape((1,) * (y.ndim - 1) + (-1,))
     return jnp.where(inside, _nodes.zero_pad(y, pads), value)
@@ -194,9 +210,7 @@ def frozen_norm(norm: Any) -> reparam.Norm:
     return reparam.Norm(norm.mean[...], norm.var[...], scale, bias, norm.epsilon)
 
 
-# --------------------------------------------------------------------------------------------------
 # The plain convolution that a layer or a block becomes.
-# --------------------------------------------------------------------------------------------------
 
 
 def plain_conv(layer: Any, merged: reparam.Conv) -> nnx.Conv:
@@ -216,7 +230,9 @@ def plain_conv(layer: Any, merged: reparam.Conv) -> nnx.Conv:
         kernel_init=nnx.initializers.zeros,  # the default takes seconds to compile, for each shape
         rngs=nnx.Rngs(0),
     )
-    if (element := getattr(largest_conv(layer), "preferred_element_type", None)) is not None:
+    if (
+        element := getattr(largest_conv(layer), "preferred_element_type", None)
+    ) is not None:
         conv.preferred_element_type = element  # no argument in older releases of flax
     conv.kernel[...] = merged.kernel.astype(dtype.param)
     bias = jnp.zeros(layer.out_features) if merged.bias is None else merged.bias
@@ -240,9 +256,7 @@ def layer_dtypes(layer: Any) -> _Dtypes:
     return _Dtypes(conv.dtype, conv.kernel[...].dtype)
 
 
-# --------------------------------------------------------------------------------------------------
 # Blocks that start as a given convolution.
-# --------------------------------------------------------------------------------------------------
 
 
 def start_from(block: Any, kernel: Array, bias: Array | None) -> None:
@@ -263,11 +277,16 @@ def start_from(block: Any, kernel: Array, bias: Array | None) -> None:
     for _, branch in others:
         if branch.first is not None:
             _adjust(branch.first.norm, _variance(branch.first.nodes()[:1], block), 1.0)
-        _adjust(branch.norm, _variance(branch.linear(), block), spread / (1 + len(others)))
-    # A factor of 1 behind the free kernel: then it is what is missing, whose variance is known after.
+        _adjust(
+            branch.norm, _variance(branch.linear(), block), spread / (1 + len(others))
+        )
+    # A factor of 1 behind the free kernel: then it is what is missing, whose variance
+    # is known after.
     _adjust(free.norm, jnp.ones_like(spread), None)
     rest = jnp.zeros_like(spread) if bias is None else jnp.asarray(bias, wide)
-    made = reparam.unfuse(reparam.Conv(target.kernel, rest, target.groups), block.branches())
+    made = reparam.unfuse(
+        reparam.Conv(target.kernel, rest, target.groups), block.branches()
+    )
     conv, norm = made.nodes[0].nodes
     _write(free.conv.kernel, conv.kernel)
     _write(free.norm.bias, norm.bias)
@@ -277,14 +296,18 @@ def start_from(block: Any, kernel: Array, bias: Array | None) -> None:
 def _variance(nodes: list[Any], block: Any) -> Array:
     """Of each output channel for white input of unit variance."""
     features = reparam.Identity(block.in_features)
-    return _power(reparam.fuse(reparam.Sequential(features, *nodes), block.kernel_size).kernel)
+    return _power(
+        reparam.fuse(reparam.Sequential(features, *nodes), block.kernel_size).kernel
+    )
 
 
 def _power(kernel: Array) -> Array:
     return jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)))
 
 
-def _adjust(norm: Any, var: Array, scale: Array | float | None, keep_bias: bool = False) -> None:
+def _adjust(
+    norm: Any, var: Array, scale: Array | float | None, keep_bias: bool = False
+) -> None:
     """Mean 0, this variance (its mean where the normalization has one) and scale; None = a factor of 1."""
     _write(norm.mean, 0.0)
     _write(norm.var, var if norm.var[...].ndim else jnp.mean(var))
@@ -307,7 +330,9 @@ def _check(block: Any, free: Any) -> None:
             f"{type(block).__name__}.start_from: the branches have standardized kernels, whose filters have "
             "mean 0, so not every convolution can be written with them; use conv=nnx.Conv"
         )
-    norms = [block.norm] if block.norm is not None else [b.norm for _, b in block.parts()]
+    norms = (
+        [block.norm] if block.norm is not None else [b.norm for _, b in block.parts()]
+    )
     for norm in norms:
         if frozen_norm(norm).scale is None or frozen_norm(norm).bias is None:
             raise ValueError(
@@ -316,9 +341,7 @@ def _check(block: Any, free: Any) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------------
 # Blocks of branches, each a convolution and a normalization: what they share.
-# --------------------------------------------------------------------------------------------------
 
 
 Factory = Callable[..., Any]
@@ -328,20 +351,16 @@ Mode = str
 class Branched(nnx.Module):
     """A sum of branches that share one window; subclasses make them and list them in `parts`.
 
-    In mode "branches" each branch has its normalization. In mode "online" it has a gain per channel instead,
-    every step makes one kernel of all branches, and `norm` stands behind the one convolution.
+    In mode "branches" each branch has its normalization. In mode "online" it has a gain
+    per channel instead, every step makes one kernel of all branches, and `norm` stands
+    behind the one convolution.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: one size per spatial axis, of the window and of the fused convolution.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the window.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the branches' convolutions.
-      norm: factory of the normalizations.
-      mode: "branches" or "online".
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: one size per spatial axis, of the window and of the fused
+      convolution. strides: an int or one per spatial axis. padding: "SAME", "VALID", an
+      int or (low, high) pairs, of the window. kernel_dilation: an int or one per
+      spatial axis. feature_group_count: groups. conv: factory of the branches'
+      convolutions. norm: factory of the normalizations. mode: "branches" or "online".
       rngs: keys; "params" is used.
 
     Raises:
@@ -374,10 +393,13 @@ class Branched(nnx.Module):
         axes = len(self.kernel_size)
         self.strides = _nodes.per_axis("strides", strides or 1, axes)
         self.padding = hashable_padding(padding)
-        self.kernel_dilation = _nodes.per_axis("kernel_dilation", kernel_dilation or 1, axes)
+        self.kernel_dilation = _nodes.per_axis(
+            "kernel_dilation", kernel_dilation or 1, axes
+        )
         self.feature_group_count = feature_group_count
         self.mode = mode
-        # Padding that no branch can derive its own from fails here, not in the first step.
+        # Padding that no branch can derive its own from fails here, not in the first
+        # step.
         size = self.kernel_size
         _nodes.resolve(self.padding, size, size, self.strides, self.kernel_dilation)
         self._make(Maker(self, conv, norm, rngs))
@@ -402,7 +424,9 @@ class Branched(nnx.Module):
         """
         if self.norm is not None:
             mode = (
-                {} if use_running_average is None else {"use_running_average": use_running_average}
+                {}
+                if use_running_average is None
+                else {"use_running_average": use_running_average}
             )
             return self.norm(self._one_convolution(x), **mode)
         size, dilation = self.kernel_size, self.kernel_dilation
@@ -463,17 +487,18 @@ class Branched(nnx.Module):
     ) -> None:
         """Set the variables so that in evaluation the block computes conv(x, kernel) + bias.
 
-        Running statistics become those of white input of unit variance (mean 0, variance the sum of squares
-        of what comes before the normalization), so that training starts close to the same function. Of B
-        branches each but the first gets 1/B of the output's standard deviation; the first, with the
-        largest kernel, gets what is missing (`reparam.unfuse`).
+        Running statistics become those of white input of unit variance (mean 0,
+        variance the sum of squares of what comes before the normalization), so that
+        training starts close to the same function. Of B branches each but the first
+        gets 1/B of the output's standard deviation; the first, with the largest kernel,
+        gets what is missing (`reparam.unfuse`).
 
         Args:
           kernel: [*kernel_size, in / groups, out].
           bias: [out]; None = zeros.
 
-        Raises:
-          ValueError: another shape, standardized kernels (whose mean is always 0), or normalizations
+        Raises: ValueError: another shape, standardized kernels (whose mean is always
+          0), or normalizations
             without scale, bias or running statistics.
         """
         start_from(self, kernel, bias)
@@ -489,7 +514,12 @@ class Maker:
     rngs: nnx.Rngs
 
     def branch(
-        self, size: Size, *, dilation: int = 1, first: First | None = None, scale: float = 1.0
+        self,
+        size: Size,
+        *,
+        dilation: int = 1,
+        first: First | None = None,
+        scale: float = 1.0,
     ) -> Branch:
         """A convolution of this size, and what stands behind it."""
         ins = self.block.in_features if first is None else first.features

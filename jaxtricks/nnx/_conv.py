@@ -26,28 +26,23 @@ def default_kernel_init() -> Initializer:
 class WSConv(nnx.Module):
     """Convolution whose kernel is standardized before every use, in training and evaluation alike.
 
-    y = conv(x, standardize(kernel, gain)) + bias; see `weightstd.standardize`. The statistics are those of
-    the parameter, in float32 or better, whatever `dtype` is.
+    y = conv(x, standardize(kernel, gain)) + bias; see `weightstd.standardize`. The
+    statistics are those of the parameter, in float32 or better, whatever `dtype` is.
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one axis), an int or (low, high) pairs.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      preset: "nfnet", "timm", "bit" or "qiao".
-      eps: replaces the preset's epsilon.
-      use_gain: whether one factor per output channel is learned (initially 1).
-      use_bias: whether a bias is added (NFNets have one).
-      kernel_init: initializer of the kernel; None = normal with variance 1 / fan_in.
-      dtype: of the computation; None = that of input and parameters together.
-      param_dtype: of the parameters.
-      precision: of the convolution, as in `jax.lax`.
+    Args: in_features: channels of the input. out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis. strides: an int
+      or one per spatial axis. padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"
+      (one axis), an int or (low, high) pairs. kernel_dilation: an int or one per
+      spatial axis. feature_group_count: groups. preset: "nfnet", "timm", "bit" or
+      "qiao". eps: replaces the preset's epsilon. use_gain: whether one factor per
+      output channel is learned (initially 1). use_bias: whether a bias is added (NFNets
+      have one). kernel_init: initializer of the kernel; None = normal with variance 1 /
+      fan_in. dtype: of the computation; None = that of input and parameters together.
+      param_dtype: of the parameters. precision: of the convolution, as in `jax.lax`.
       rngs: keys; "params" is used.
 
-    Variables: kernel [*kernel_size, in / groups, out], gain [out], bias [out], all nnx.Param.
+    Variables: kernel [*kernel_size, in / groups, out], gain [out], bias [out], all
+      nnx.Param.
 
     Raises:
       ValueError: a depthwise 1x1 kernel, which has nothing to standardize.
@@ -85,14 +80,20 @@ class WSConv(nnx.Module):
         init = default_kernel_init() if kernel_init is None else kernel_init
         self.kernel = nnx.Param(init(rngs.params(), size, param_dtype))
         out = (out_features,)
-        self.gain = nnx.Param(jnp.ones(out, param_dtype)) if use_gain else nnx.data(None)
-        self.bias = nnx.Param(jnp.zeros(out, param_dtype)) if use_bias else nnx.data(None)
+        self.gain = (
+            nnx.Param(jnp.ones(out, param_dtype)) if use_gain else nnx.data(None)
+        )
+        self.bias = (
+            nnx.Param(jnp.zeros(out, param_dtype)) if use_bias else nnx.data(None)
+        )
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = size[:-2]
         self.strides = _integers.plain(1 if strides is None else strides)
         self.padding = hashable_padding(padding)
-        self.kernel_dilation = _integers.plain(1 if kernel_dilation is None else kernel_dilation)
+        self.kernel_dilation = _integers.plain(
+            1 if kernel_dilation is None else kernel_dilation
+        )
         self.feature_group_count = feature_group_count
         self.preset = preset
         self.eps = eps
@@ -140,7 +141,9 @@ def kernel_shape(
     return (*size, in_features // groups, out_features)
 
 
-def standardize_wide(kernel: Array, gain: Array | None, *, preset: str, eps: float | None) -> Array:
+def standardize_wide(
+    kernel: Array, gain: Array | None, *, preset: str, eps: float | None
+) -> Array:
     """`weightstd.standardize` with a result of float32 or better."""
     wide = jnp.asarray(kernel, _tree.wide_dtype(kernel))
     return weightstd.standardize(wide, gain, preset=preset, eps=eps)
@@ -162,13 +165,17 @@ def convolution(
     """conv(x, kernel) + bias in `dtype`, with flax's padding modes."""
     rank = kernel.ndim - 2
     if x.ndim < rank + 1:
-        raise ValueError(f"WSConv: x of shape {x.shape} has fewer than {rank} spatial axes")
+        raise ValueError(
+            f"WSConv: x of shape {x.shape} has fewer than {rank} spatial axes"
+        )
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     size = kernel.shape[:-2]
     strides = _nodes.per_axis("strides", strides, rank)
     dilation = _nodes.per_axis("dilation", dilation, rank)
     x, padding = pad_by_mode(x, padding, size, dilation)
-    pads = _nodes.resolve(padding, x.shape[x.ndim - rank - 1 : -1], size, strides, dilation)
+    pads = _nodes.resolve(
+        padding, x.shape[x.ndim - rank - 1 : -1], size, strides, dilation
+    )
     y = _nodes.convolve(
         x,
         kernel,
@@ -180,7 +187,9 @@ def convolution(
         preferred_element_type=preferred_element_type,
     )
     return (
-        y if bias is None else y + jnp.asarray(bias, y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        y
+        if bias is None
+        else y + jnp.asarray(bias, y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     )
 
 

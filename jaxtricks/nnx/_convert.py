@@ -34,13 +34,14 @@ NAMES = (
 class NormSettings:
     """Finds the settings of the normalization that a convolution of a model feeds.
 
-    Args:
-      model: any module.
-      example: an input, or a tuple of them: then the trace knows; None = by where the layers lie.
-      example_kwargs: keyword arguments of the model's call.
+    Args: model: any module. example: an input, or a tuple of them: then the trace
+      knows; None = by where the layers lie. example_kwargs: keyword arguments of the
+      model's call.
     """
 
-    def __init__(self, model: nnx.Module, example: Any, example_kwargs: Mapping[str, Any] | None):
+    def __init__(
+        self, model: nnx.Module, example: Any, example_kwargs: Mapping[str, Any] | None
+    ):
         self._convs, self._norms = _fuse.layers(model)
         self._fed: Mapping[str, list[list[str | None]]] = {}
         if example is not None:
@@ -51,14 +52,16 @@ class NormSettings:
     def of(self, path: str, features: int, names: Iterable[str]) -> dict[str, Any]:
         """{name: value} of the normalization; empty if the model has none, or none with a name.
 
-        Of several that may be it, all must agree: those that the trace shows; else those beside the
-        convolution, with as many features; else all of the model.
+        Of several that may be it, all must agree: those that the trace shows; else
+        those beside the convolution, with as many features; else all of the model.
 
         Raises:
           ValueError: they do not agree.
         """
         parent = path.rpartition("/")[0]
-        traced = [self._norms.get(p) for uses in self._fed.get(path, ()) for p in uses if p]
+        traced = [
+            self._norms.get(p) for uses in self._fed.get(path, ()) for p in uses if p
+        ]
         beside = [
             norm
             for p, norm in self._norms.items()
@@ -67,7 +70,9 @@ class NormSettings:
         groups = ([norm for norm in traced if norm], beside, list(self._norms.values()))
         norms = next((group for group in groups if group), [])
         return {
-            name: _common(name, norms) for name in names if any(hasattr(n, name) for n in norms)
+            name: _common(name, norms)
+            for name in names
+            if any(hasattr(n, name) for n in norms)
         }
 
 
@@ -83,9 +88,7 @@ def _common(name: str, norms: Iterable[Any]) -> Any:
     return first
 
 
-# --------------------------------------------------------------------------------------------------
 # Layers of an existing model exchanged for ours, by type or by path.
-# --------------------------------------------------------------------------------------------------
 
 
 Rule = type | str
@@ -117,37 +120,42 @@ def convert(
 ) -> Any:
     """A new model in which the layers that the rules name are exchanged; the model given in is left alone.
 
-    convert(model, {nnx.BatchNorm: jt.nnx.ExtendedBatchNorm, r"stage\\d/conv": jt.nnx.ACBlock}, rngs=rngs)
+    convert(model, {nnx.BatchNorm: jt.nnx.ExtendedBatchNorm, r"stage\\d/conv":
+    jt.nnx.ACBlock}, rngs=rngs)
 
-    The first rule that fits a layer decides. A layer in several places stays one layer. Layers inside our
-    blocks are left alone. An optimizer made for the old model does not fit the new one: rebuild it.
+    The first rule that fits a layer decides. A layer in several places stays one layer.
+    Layers inside our blocks are left alone. An optimizer made for the old model does
+    not fit the new one: rebuild it.
 
-    The normalizations inside a block take momentum, epsilon, axis_name and dtypes from the one behind the
-    convolution that it stands for. Without an example those are meant that lie beside the convolution and
-    have as many features, else all of the model; they must agree. What `functools.partial` binds wins, as in
-    `functools.partial(jt.nnx.ACBlock, norm=functools.partial(nnx.BatchNorm, momentum=0.9))`. In a model
-    without normalizations the block's own defaults stay.
+    The normalizations inside a block take momentum, epsilon, axis_name and dtypes from
+    the one behind the convolution that it stands for. Without an example those are
+    meant that lie beside the convolution and have as many features, else all of the
+    model; they must agree. What `functools.partial` binds wins, as in
+    `functools.partial(jt.nnx.ACBlock, norm=functools.partial(nnx.BatchNorm,
+    momentum=0.9))`. In a model without normalizations the block's own defaults stay.
 
-    Args:
-      model: any module; layers may lie in lists, tuples and dicts.
-      rules: {type or regex: target}. A type fits its subclasses too, unless they have methods of their own
-        in place of its; a regex must match the layer's whole path ("stages/0/conv"). The target is a class
-        or a factory that takes the layer's arguments by name (`functools.partial(jt.nnx.WSConv,
-        preset="qiao")`; those it does not know are not passed), or None to leave the layer as it is.
+    Args: model: any module; layers may lie in lists, tuples and dicts. rules: {type or
+      regex: target}. A type fits its subclasses too, unless they have methods of their
+      own
+        in place of its; a regex must match the layer's whole path ("stages/0/conv").
+        The target is a class or a factory that takes the layer's arguments by name
+        (`functools.partial(jt.nnx.WSConv, preset="qiao")`; those it does not know are
+        not passed), or None to leave the layer as it is.
       rngs: keys for the new layers.
-      init: "preserve" = the new model computes the same function in evaluation mode; "fresh" = new layers
-        begin anew.
-      example: an input of the model, or a tuple of them, whose trace tells what normalization is behind a
-        convolution.
+      init: "preserve" = the new model computes the same function in evaluation mode;
+        "fresh" = new layers begin anew.
+      example: an input of the model, or a tuple of them, whose trace tells what
+        normalization is behind a convolution.
       example_kwargs: keyword arguments of the model's call, as in `fuse`.
 
     Returns:
       The new model, in the mode (train or eval) of the old one.
 
-    Raises:
-      ValueError: a rule that decides nothing, a layer that the target cannot stand for, normalizations
-        that do not agree and no example, or init="preserve" for a layer whose function the target cannot
-        keep: a standardized kernel has mean zero, so WSConv keeps only filters that have it already.
+    Raises: ValueError: a rule that decides nothing, a layer that the target cannot
+      stand for, normalizations
+        that do not agree and no example, or init="preserve" for a layer whose function
+        the target cannot keep: a standardized kernel has mean zero, so WSConv keeps
+        only filters that have it already.
 
     Example:
       >>> import jaxtricks as jt
@@ -167,7 +175,9 @@ def convert(
         try:
             new = _made(layer, target, rngs, settings, keep=init == "preserve")
         except (ValueError, TypeError) as error:
-            raise ValueError(f"nnx.convert: {path!r} ({type(layer).__name__}): {error}") from error
+            raise ValueError(
+                f"nnx.convert: {path!r} ({type(layer).__name__}): {error}"
+            ) from error
         if evaluates:
             new.eval()
         changes[id(layer)] = new
@@ -175,24 +185,27 @@ def convert(
 
 
 @checked
-def plain_paths(model: nnx.Module) -> dict[str, str]:
+def checkpoint_paths(model: nnx.Module) -> dict[str, str]:
     """Where a checkpoint of the plain model goes in the converted one: {plain path: path in `model`}.
 
     Args:
       model: what `convert` returned.
 
-    Returns:
-      Paths as elsewhere ("stem/kernel"). The kernel of a convolution that became a block goes to the block's
-      largest branch. What has no place is left out: a bias in front of a block's normalizations, a variance
-      per channel. Those need the exact way: load the plain model, then `convert` it with init="preserve".
+    Returns: Paths as elsewhere ("stem/kernel"). The kernel of a convolution that became
+      a block goes to the block's largest branch. What has no place is left out: a bias
+      in front of a block's normalizations, a variance per channel. Those need the exact
+      way: load the plain model, then `convert` it with init="preserve".
 
     Example:
       >>> import jaxtricks as jt
       >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0)))
-      >>> plain_paths(convert(model, {nnx.Conv: jt.nnx.ACBlock}, rngs=nnx.Rngs(1)))
+      >>> checkpoint_paths(convert(model, {nnx.Conv: jt.nnx.ACBlock}, rngs=nnx.Rngs(1)))
       {'layers/0/kernel': 'layers/0/square/conv/kernel'}
     """
-    places = {key: "/".join(map(str, path)) for key, path in _compat.variable_paths(model).items()}
+    places = {
+        key: "/".join(map(str, path))
+        for key, path in _compat.variable_paths(model).items()
+    }
     found, inside = {}, []
     for path, module in _module_tree.modules(model):
         if isinstance(module, Branched):
@@ -201,7 +214,11 @@ def plain_paths(model: nnx.Module) -> dict[str, str]:
         elif isinstance(module, ExtendedBatchNorm):
             inside.append(f"{_module_tree.below(path)}var")
     inside = tuple(inside)
-    kept = {path: path for path in places.values() if not (inside and path.startswith(inside))}
+    kept = {
+        path: path
+        for path in places.values()
+        if not (inside and path.startswith(inside))
+    }
     return found | kept
 
 
@@ -233,7 +250,11 @@ def _decided(
             raise ValueError(
                 f"nnx.convert: the rule {name} decides no layer: nothing matches it, or earlier rules do"
             )
-    return [(path, module, target) for path, module, target in found.values() if target is not None]
+    return [
+        (path, module, target)
+        for path, module, target in found.values()
+        if target is not None
+    ]
 
 
 def _fits(rule: Rule, path: str, module: nnx.Module) -> bool:
@@ -251,12 +272,19 @@ def _fits(rule: Rule, path: str, module: nnx.Module) -> bool:
 
 
 def _made(
-    layer: Any, target: Callable[..., Any], rngs: nnx.Rngs, settings: Settings, *, keep: bool
+    layer: Any,
+    target: Callable[..., Any],
+    rngs: nnx.Rngs,
+    settings: Settings,
+    *,
+    keep: bool,
 ) -> Any:
     """The layer that stands for `layer`."""
     arguments = _arguments(layer)
     if keep and isinstance(layer, nnx.BatchNorm):
-        arguments["use_scale"] = True  # takes up what the variances of the channels differ by
+        arguments["use_scale"] = (
+            True  # takes up what the variances of the channels differ by
+        )
     new = target(**_accepted(layer, target, arguments, settings), rngs=rngs)
     if keep:
         _keep(layer, new)
@@ -268,7 +296,9 @@ def _arguments(layer: Any) -> dict[str, Any]:
     if isinstance(layer, nnx.Conv | WSConv):
         _check_hooks(layer, (nnx.Conv, WSConv), but=("conv_general_dilated",))
         if getattr(layer, "mask", None) is not None:
-            raise ValueError("its `mask` would be lost in training: leave it as it is (None)")
+            raise ValueError(
+                "its `mask` would be lost in training: leave it as it is (None)"
+            )
         if layer.kernel[...].ndim != len(layer.kernel_size) + 2:
             raise ValueError(
                 "its parameters are stacked (nnx.vmap): convert a layer, then stack it"
@@ -299,7 +329,9 @@ def _arguments(layer: Any) -> dict[str, Any]:
     )
 
 
-def _check_hooks(layer: Any, kinds: tuple[type, ...], but: tuple[str, ...] = ()) -> None:
+def _check_hooks(
+    layer: Any, kinds: tuple[type, ...], but: tuple[str, ...] = ()
+) -> None:
     try:
         _overrides.check_hooks(layer, _overrides.kind_of(layer, kinds), but)
     except ValueError as error:
@@ -307,12 +339,19 @@ def _check_hooks(layer: Any, kinds: tuple[type, ...], but: tuple[str, ...] = ())
 
 
 def _accepted(
-    layer: Any, target: Callable[..., Any], arguments: dict[str, Any], settings: Settings
+    layer: Any,
+    target: Callable[..., Any],
+    arguments: dict[str, Any],
+    settings: Settings,
 ) -> dict[str, Any]:
     """The arguments that the target has and that its author has not bound."""
     base, bound = unpacked(target)
     names = _parameters(base)
-    if "kernel_size" in names and "in_features" in arguments and "kernel_size" not in arguments:
+    if (
+        "kernel_size" in names
+        and "in_features" in arguments
+        and "kernel_size" not in arguments
+    ):
         raise ValueError("only nnx.Conv and WSConv turn into convolutions and blocks")
     accepted = {k: v for k, v in arguments.items() if k in names and k not in bound}
     if "kernel_size" in arguments:
@@ -339,9 +378,15 @@ def _factories(
             raise ValueError(
                 "its `preferred_element_type` would be lost: use a target that takes it"
             )
-        return {name: value for name, value in own.items() if name in names and name not in bound}
+        return {
+            name: value
+            for name, value in own.items()
+            if name in names and name not in bound
+        }
     if "conv" in bound:
-        own.pop("conv_general_dilated", None)  # their author has chosen another convolution
+        own.pop(
+            "conv_general_dilated", None
+        )  # their author has chosen another convolution
     conv = _with_settings(bound.get("conv", nnx.Conv), own)
     norm = bound.get("norm", names["norm"].default)
     missing = _missing(norm, NAMES)
@@ -349,9 +394,13 @@ def _factories(
     return {"conv": conv, "norm": _with_settings(norm, behind)}
 
 
-def _with_settings(factory: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+def _with_settings(
+    factory: Callable[..., Any], settings: Mapping[str, Any]
+) -> Callable[..., Any]:
     """The factory with the settings that it takes and does not bind itself."""
-    return functools.partial(factory, **{n: settings[n] for n in _missing(factory, settings)})
+    return functools.partial(
+        factory, **{n: settings[n] for n in _missing(factory, settings)}
+    )
 
 
 def _missing(factory: Callable[..., Any], names: Iterable[str]) -> list[str]:
@@ -365,7 +414,9 @@ def _parameters(base: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """By name; of a class that hands on **kwargs, those of the classes above it too."""
     # Of a module class, `inspect.signature` sees the metaclass.
     functions = (
-        [vars(kind).get("__init__") for kind in base.__mro__] if isinstance(base, type) else [base]
+        [vars(kind).get("__init__") for kind in base.__mro__]
+        if isinstance(base, type)
+        else [base]
     )
     found: dict[str, inspect.Parameter] = {}
     for function in filter(None, functions):
@@ -401,7 +452,9 @@ def _keep_filters(new: Any, kernel: Array, bias: Array | None) -> None:
             "init='fresh'"
         )
     if not new.use_gain or (bias is not None and not new.use_bias):
-        raise ValueError("to compute the same, WSConv needs its gain (and the bias of the layer)")
+        raise ValueError(
+            "to compute the same, WSConv needs its gain (and the bias of the layer)"
+        )
     shape = weightstd.standardize(kernel, preset=new.preset, eps=new.eps)
     squares = jnp.sum(shape * shape, axes)
     new.kernel[...] = kernel.astype(new.kernel[...].dtype)
@@ -414,9 +467,14 @@ def _keep_filters(new: Any, kernel: Array, bias: Array | None) -> None:
 def _keep_statistics(old: Any, new: Any) -> None:
     """The mean of the variances is the one variance; scales make up for the difference."""
     if new.scale is None or (old.bias is not None and new.bias is None):
-        raise ValueError("to compute the same, the normalization needs its scale and bias")
+        raise ValueError(
+            "to compute the same, the normalization needs its scale and bias"
+        )
     variances = old.var[...]
-    new.mean[...], new.var[...] = old.mean[...], jnp.mean(variances).astype(new.var[...].dtype)
+    new.mean[...], new.var[...] = (
+        old.mean[...],
+        jnp.mean(variances).astype(new.var[...].dtype),
+    )
     ratio = jnp.sqrt((new.var[...] + new.epsilon) / (variances + old.epsilon))
     scale = jnp.ones_like(variances) if old.scale is None else old.scale[...]
     new.scale[...] = (scale * ratio).astype(new.param_dtype)
@@ -429,7 +487,9 @@ def _keep_linear(old: Any, new: Any) -> None:
     if old.bias is not None and new.bias is None:
         raise ValueError("to compute the same, the head needs the bias of the layer")
     if isinstance(new, DisAlignHead) and bool(jnp.any(new.logit_scale[...] != 0)):
-        raise ValueError("compat=\"reference\" begins with another function: use init='fresh'")
+        raise ValueError(
+            "compat=\"reference\" begins with another function: use init='fresh'"
+        )
     new.kernel[...] = old.kernel[...].astype(new.param_dtype)
     if old.bias is not None:
         new.bias[...] = old.bias[...].astype(new.param_dtype)

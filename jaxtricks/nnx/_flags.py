@@ -62,12 +62,20 @@ def call_flags(
     """
     names = open_parameters(kind, inputs, kwargs)
     for name, parameter in names.items():
-        if name not in FLAGS and isinstance(parameter.default, bool) and _LOOKS.search(name):
+        if (
+            name not in FLAGS
+            and isinstance(parameter.default, bool)
+            and _LOOKS.search(name)
+        ):
             raise ValueError(
                 f"the call of {kind.__name__} has an argument `{name}` that looks like a flag of training "
                 "but is not known: give it, in `example_kwargs` to fuse, or say in `train_kwargs` what it is"
             )
-    return {flag: value == train for flag, value in FLAGS.items() if _is_switch(names.get(flag))}
+    return {
+        flag: value == train
+        for flag, value in FLAGS.items()
+        if _is_switch(names.get(flag))
+    }
 
 
 def has_flags(kind: type) -> bool:

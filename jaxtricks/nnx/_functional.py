@@ -28,29 +28,34 @@ def functional(
 ) -> tuple[ApplyFn, Params, State]:
     """The model as (apply, params, state).
 
-    y, state = apply(params, state, *inputs, train=True, key=key). `apply` is pure: use it under jit, grad,
-    vmap, scan and jax.checkpoint. The model itself is not changed, and later changes of it are not seen.
+    y, state = apply(params, state, *inputs, train=True, key=key). `apply` is pure: use
+    it under jit, grad, vmap, scan and jax.checkpoint. The model itself is not changed,
+    and later changes of it are not seen.
 
-    Args:
-      model: any module. `train` sets what `model.train()` and `model.eval()` set (`deterministic`,
-        `use_running_average`), attributes of the model's own such as `training`, and the flags of its call.
-      train_kwargs: how the call is told to train: a function train -> keyword arguments, or the flags in
-        training ({"is_test": False}; negated in evaluation). None = those of `train`, `training`,
-        `is_training`, `is_train`, `deterministic`, `use_running_average` and `inference` that the call has
-        and that the arguments of `apply` leave open.
+    Args: model: any module. `train` sets what `model.train()` and `model.eval()` set
+      (`deterministic`,
+        `use_running_average`), attributes of the model's own such as `training`, and
+        the flags of its call.
+      train_kwargs: how the call is told to train: a function train -> keyword
+        arguments, or the flags in training ({"is_test": False}; negated in evaluation).
+        None = those of `train`, `training`, `is_training`, `is_train`, `deterministic`,
+        `use_running_average` and `inference` that the call has and that the arguments
+        of `apply` leave open.
 
-    Returns:
-      apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y, state). `kwargs` are the
-        call's own. `key` is a typed PRNG key that replaces the model's own RNG keys, a different one for
-        every stream, and makes the `rngs` of a call that has such an argument; it may be None only if the
-        call draws no random numbers.
+    Returns: apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y,
+      state). `kwargs` are the
+        call's own. `key` is a typed PRNG key that replaces the model's own RNG keys, a
+        different one for every stream, and makes the `rngs` of a call that has such an
+        argument; it may be None only if the call draws no random numbers.
       params: nested dict of all nnx.Param arrays, {"block": {0: {"kernel": ...}}}.
-      state: nested dict of all other variables: batch statistics, caches, RNG counts. The returned state
-        has the same structure; variables that a call creates (sown intermediates) are not in it.
+      state: nested dict of all other variables: batch statistics, caches, RNG counts.
+        The returned state has the same structure; variables that a call creates (sown
+        intermediates) are not in it.
 
-    Raises:
-      ValueError: (from apply) random numbers without `key`, a tree of another structure, or an argument of
-        the call that looks like a flag (`is_test`) of which neither `train_kwargs` nor the caller speaks.
+    Raises: ValueError: (from apply) random numbers without `key`, a tree of another
+      structure, or an argument of
+        the call that looks like a flag (`is_test`) of which neither `train_kwargs` nor
+        the caller speaks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,12 +65,14 @@ def functional(
       (['bias', 'scale'], ['mean', 'var'])
     """
     model = nnx.clone(model)
-    params, state = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, _REST))
+    params, state = (
+        nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, _REST)
+    )
     return _Functional(model, train_kwargs).apply, params, state
 
 
 @checked
-def filled(model: nnx.Module, params: Params, state: State) -> Any:
+def with_variables(model: nnx.Module, params: Params, state: State) -> Any:
     """The module with the variables that `apply` was trained with: the way back from `functional`.
 
     Args:
@@ -81,13 +88,18 @@ def filled(model: nnx.Module, params: Params, state: State) -> Any:
       >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
       >>> apply, params, state = functional(model)
       >>> _, state = apply(params, state, jnp.ones((2, 3)), train=True)
-      >>> filled(model, params, state).mean[...].tolist() == state["mean"].tolist()
+      >>> with_variables(model, params, state).mean[...].tolist() == state["mean"].tolist()
       True
     """
     graph, old_params, keys, old_state = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
-    for name, given, like in (("params", params, old_params), ("state", state, old_state)):
+    for name, given, like in (
+        ("params", params, old_params),
+        ("state", state, old_state),
+    ):
         _check(name, given, like)
-    return nnx.merge(graph, _filled(old_params, params), keys, _filled(old_state, state), copy=True)
+    return nnx.merge(
+        graph, _filled(old_params, params), keys, _filled(old_state, state), copy=True
+    )
 
 
 class _Functional:
@@ -99,10 +111,16 @@ class _Functional:
         _set_mode(model, train=True)
         train, *_ = split = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
         _set_mode(model, train=False)
-        self.graphs = {True: train, False: nnx.split(model, nnx.Param, nnx.RngKey, _REST)[0]}
+        self.graphs = {
+            True: train,
+            False: nnx.split(model, nnx.Param, nnx.RngKey, _REST)[0],
+        }
         params, keys, rest = split[1:]
-        # Shapes only: arrays that the caller donates or drops must not be kept alive here.
-        self.params_like, self.keys_like, self.state_like = map(_abstract, (params, keys, rest))
+        # Shapes only: arrays that the caller donates or drops must not be kept alive
+        # here.
+        self.params_like, self.keys_like, self.state_like = map(
+            _abstract, (params, keys, rest)
+        )
         self.random = bool(jax.tree.leaves(self.keys_like))
 
     def apply(
@@ -152,7 +170,9 @@ class _Functional:
         # Without a key it is never drawn from: see `_refuse_random`.
         key = jax.random.key(0) if key is None else checked_key(key)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.keys_like)]
-        return [_split(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
+        return [
+            _split(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)
+        ]
 
 
 def call_rngs(
@@ -160,13 +180,18 @@ def call_rngs(
 ) -> dict[str, Any]:
     """{"rngs": ...} for a call that takes nnx.Rngs and was given none; made in the trace that uses them.
 
-    Without a key it is None where the call insists on the argument: then nothing may be drawn.
+    Without a key it is None where the call insists on the argument: then nothing may be
+      drawn.
     """
     parameter = _flags.open_parameters(kind, inputs, kwargs).get("rngs")
-    if parameter is None or (key is None and parameter.default is not inspect.Parameter.empty):
+    if parameter is None or (
+        key is None and parameter.default is not inspect.Parameter.empty
+    ):
         return {}
     # Another key than those of the model's own streams, which have the small numbers.
-    return {"rngs": None if key is None else nnx.Rngs(jax.random.fold_in(key, 2**31 - 1))}
+    return {
+        "rngs": None if key is None else nnx.Rngs(jax.random.fold_in(key, 2**31 - 1))
+    }
 
 
 def _set_mode(model: nnx.Module, *, train: bool) -> None:
@@ -203,20 +228,26 @@ def _check(name: str, tree: Any, like: Any) -> None:
 
 
 def _draws(eqn: Any) -> bool:
-    return _compat.primitive(eqn).startswith(("random_bits", "random_fold_in", "random_split"))
+    return _compat.primitive(eqn).startswith(
+        ("random_bits", "random_fold_in", "random_split")
+    )
 
 
 def static_train(train: Any) -> bool:
     """`train`, or an error if it is traced or not a bool."""
     if not isinstance(train, bool):
-        raise ValueError("functional: `train` must be a Python bool: make it static under jit")
+        raise ValueError(
+            "functional: `train` must be a Python bool: make it static under jit"
+        )
     return train
 
 
 def checked_key(key: Any) -> Key:
     """`key`, or an error if it is not a typed PRNG key."""
     if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        raise ValueError("functional: `key` is not a typed PRNG key; make it with jax.random.key")
+        raise ValueError(
+            "functional: `key` is not a typed PRNG key; make it with jax.random.key"
+        )
     return key
 
 
@@ -241,9 +272,7 @@ def pruned(tree: Any, like: Any) -> Any:
     return {key: pruned(tree[key], like[key]) for key in like}
 
 
-# --------------------------------------------------------------------------------------------------
 # Transforms of pure functions, applied to functions of modules.
-# --------------------------------------------------------------------------------------------------
 
 
 Fn = Callable[..., Any]
@@ -253,16 +282,18 @@ Fn = Callable[..., Any]
 def recompute_grad(module: nnx.Module | Fn) -> Fn:
     """The module's call, recomputed in the backward pass; its variables are updated as ever.
 
-    `remat.recompute_grad` takes functions of arrays. A module also writes its batch statistics and RNG
-    counts, so its variables go in as arguments and come out as results.
+    `remat.recompute_grad` takes functions of arrays. A module also writes its batch
+    statistics and RNG counts, so its variables go in as arguments and come out as
+    results.
 
-    Args:
-      module: any module, a method of one, or a function with modules (or nnx.Rngs, metrics, variables)
-        among its arguments; call the result inside the transformed function, where the modules live.
+    Args: module: any module, a method of one, or a function with modules (or nnx.Rngs,
+      metrics, variables)
+        among its arguments; call the result inside the transformed function, where the
+        modules live.
 
-    Returns:
-      For a module, one that holds it as `module` and may take its place in a model; else a function. Its
-      call has the signature of the module's (or of the function).
+    Returns: For a module, one that holds it as `module` and may take its place in a
+      model; else a function. Its call has the signature of the module's (or of the
+      function).
 
     Example:
       >>> import jax.numpy as jnp
@@ -283,12 +314,11 @@ def autocast(
 ) -> Fn:
     """`amp.autocast` of a module or of a function with modules among its arguments.
 
-    The modules' batch statistics and RNG counts are updated as ever, in their own dtypes. It goes inside
-    `nnx.jit` and `nnx.value_and_grad`.
+    The modules' batch statistics and RNG counts are updated as ever, in their own
+    dtypes. It goes inside `nnx.jit` and `nnx.value_and_grad`.
 
-    Args:
-      fn: a module, a method of one, or a function; modules that it closes over are not updated.
-      policy, rules, scan_carry: see `amp.autocast`.
+    Args: fn: a module, a method of one, or a function; modules that it closes over are
+      not updated. policy, rules, scan_carry: see `amp.autocast`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -297,7 +327,9 @@ def autocast(
       >>> y.dtype, model.mean[...].dtype
       (dtype('float32'), dtype('float32'))
     """
-    cast = functools.partial(amp.autocast, policy=policy, rules=rules, scan_carry=scan_carry)
+    cast = functools.partial(
+        amp.autocast, policy=policy, rules=rules, scan_carry=scan_carry
+    )
     return _carried(cast, fn)
 
 
@@ -311,9 +343,8 @@ def checkpoint(
 ) -> Fn:
     """`remat.checkpoint` of a module or of a function with modules among its arguments.
 
-    Args:
-      fn: a module, or a function; see `recompute_grad`.
-      save, offload, **jax_checkpoint_arguments: see `remat.checkpoint`; `static_argnums` is not among
+    Args: fn: a module, or a function; see `recompute_grad`. save, offload,
+      **jax_checkpoint_arguments: see `remat.checkpoint`; `static_argnums` is not among
         them: whatever is no array is static.
 
     Raises:
@@ -344,18 +375,18 @@ def plan(
 ) -> remat.Plan:
     """`remat.plan` of a loss with modules among its arguments, whose variables are updated as ever.
 
-    Of the modules in `argnums` the nnx.Param are differentiated, as nnx.value_and_grad does.
+    Of the modules in `argnums` the nnx.Param are differentiated, as nnx.value_and_grad
+    does.
 
-    Args:
-      fn: the scalar loss.
-      *args: its arguments: modules, arrays, shapes; nothing is run.
-      budget_bytes, argnums, has_aux, **settings: see `remat.plan`; `within` is not among them.
+    Args: fn: the scalar loss. *args: its arguments: modules, arrays, shapes; nothing is
+      run. budget_bytes, argnums, has_aux, **settings: see `remat.plan`; `within` is not
+      among them.
 
     Returns:
       Plan; its `fn` goes inside nnx.jit and nnx.value_and_grad.
 
-    Raises:
-      remat.BudgetInfeasible, ValueError: see `remat.plan`; and from `Plan.fn`, for modules that were built
+    Raises: remat.BudgetInfeasible, ValueError: see `remat.plan`; and from `Plan.fn`,
+      for modules that were built
         otherwise.
 
     Example:
@@ -366,7 +397,9 @@ def plan(
       (3,)
     """
     wanted = _integers.positions(argnums, len(args))
-    return _planned(fn, _Parts.of(args, wanted), wanted, has_aux, budget_bytes, settings)
+    return _planned(
+        fn, _Parts.of(args, wanted), wanted, has_aux, budget_bytes, settings
+    )
 
 
 def _planned(
@@ -389,7 +422,12 @@ def _planned(
         return loss, (aux, parts.changed(inner, moving))
 
     planned = remat.plan(
-        pure, parts.moving, parts.fixed, budget_bytes=budget_bytes, has_aux=True, **settings
+        pure,
+        parts.moving,
+        parts.fixed,
+        budget_bytes=budget_bytes,
+        has_aux=True,
+        **settings,
     )
 
     @functools.wraps(fn)
@@ -435,7 +473,9 @@ def auto_remat(fn: Fn, budget_bytes: int | float | str, **settings: Any) -> Fn:
         signature = parts.graph, parts.structure, structure, shapes
         if signature not in found:
             parts = parts._replace(moving=moving, fixed=fixed)
-            found[signature] = _planned(fn, parts, wanted, has_aux, budget_bytes, settings)
+            found[signature] = _planned(
+                fn, parts, wanted, has_aux, budget_bytes, settings
+            )
         return found[signature].fn(*args)
 
     return planned
@@ -460,13 +500,17 @@ class _Parts(NamedTuple):
     @classmethod
     def of(cls, args: tuple[Any, ...], wanted: Sequence[int]) -> "_Parts":
         flat = [jax.tree.flatten(arg, is_leaf=is_node) for arg in args]
-        places = [(x, i in wanted) for i, (leaves, _) in enumerate(flat) for x in leaves]
+        places = [
+            (x, i in wanted) for i, (leaves, _) in enumerate(flat) for x in leaves
+        ]
         nodes = tuple(x for x, _ in places if is_node(x))
         moves = [is_wanted for x, is_wanted in places if is_node(x)]
         chosen = nnx.All(nnx.Param, lambda path, _: moves[path[0]])
         graph, params, rest = nnx.split(nodes, chosen, ...)
         others = [(None if is_node(x) else x, is_wanted) for x, is_wanted in places]
-        split = [[x if side == w else None for x, w in others] for side in (True, False)]
+        split = [
+            [x if side == w else None for x, w in others] for side in (True, False)
+        ]
         kinds = tuple((is_node(x), w) for x, w in places)
         structure = tuple(tree for _, tree in flat), kinds
         return cls(nodes, graph, structure, (params, split[0]), (rest, split[1]))
@@ -479,7 +523,9 @@ class _Parts(NamedTuple):
         pairs = zip(kinds, moving[1], fixed[1], strict=True)
         leaves = iter([next(mine) if k else (x if w else y) for (k, w), x, y in pairs])
         for tree in trees:
-            given.append(jax.tree.unflatten(tree, [next(leaves) for _ in range(tree.num_leaves)]))
+            given.append(
+                jax.tree.unflatten(tree, [next(leaves) for _ in range(tree.num_leaves)])
+            )
         return inner, given
 
     def changed(self, inner: tuple[Any, ...], moving: Any) -> Any:
@@ -519,7 +565,8 @@ def _carried(transform: Callable[[Fn], Fn], fn: Any) -> Fn:
         arguments = (*bound, *args), {**names, **kwargs}
         leaves, structure = jax.tree.flatten(arguments, is_leaf=is_node)
         nodes = tuple(x for x in leaves if is_node(x))
-        # What is no array is closed over: jax.checkpoint would make a traced array of a flag.
+        # What is no array is closed over: jax.checkpoint would make a traced array of a
+        # flag.
         arrays = [x if _is_array(x) else None for x in leaves]
         graph, state = nnx.split(nodes)
 

@@ -15,7 +15,13 @@ from jaxtricks import _jaxpr, _tree, reparam, weightstd
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat, _flags, _functional, _module_tree, _overrides
-from jaxtricks.nnx._branches import Branched, conv_node, frozen_norm, layer_dtypes, plain_conv
+from jaxtricks.nnx._branches import (
+    Branched,
+    conv_node,
+    frozen_norm,
+    layer_dtypes,
+    plain_conv,
+)
 from jaxtricks.nnx._conv import WSConv, pad_by_mode
 from jaxtricks.nnx._norm import ExtendedBatchNorm
 from jaxtricks.remat import _memory
@@ -24,7 +30,12 @@ from jaxtricks.reparam._apply import norm_factor
 from jaxtricks.reparam._dataflow import Flow
 from jaxtricks.reparam._fuse import FACTOR
 
-AFFINE_LAYERS: tuple[type, ...] = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.ConvTranspose)
+AFFINE_LAYERS: tuple[type, ...] = (
+    nnx.Linear,
+    nnx.LinearGeneral,
+    nnx.Einsum,
+    nnx.ConvTranspose,
+)
 
 
 def channel_axis(layer: Any) -> int:
@@ -53,14 +64,18 @@ def channel_axis(layer: Any) -> int:
 def _einsum_axis(equation: str) -> int:
     _, kernel, outputs = equation.replace("->", ",").split(",")
     if not outputs or "." in kernel or outputs[-1] not in kernel:
-        raise ValueError(f"has an output whose last axis is not an axis of its kernel ({equation})")
+        raise ValueError(
+            f"has an output whose last axis is not an axis of its kernel ({equation})"
+        )
     return kernel.index(outputs[-1]) - len(kernel)
 
 
 def with_norm(layer: Any, norm: reparam.Norm) -> Any:
     """A copy of the layer whose output is the normalized one: y = kernel t x + (bias - mean) t + b."""
     kernel = jnp.asarray(layer.kernel[...], _tree.wide_dtype(layer.kernel[...]))
-    norm = jax.tree.map(lambda leaf: jnp.asarray(leaf, _tree.wide_dtype(kernel, leaf)), norm)
+    norm = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, _tree.wide_dtype(kernel, leaf)), norm
+    )
     factor, offset = norm_factor(norm)
     bias = _compat.read(layer.bias)
     shift = (-norm.mean if bias is None else bias - _row(norm.mean, bias)) * (
@@ -68,13 +83,18 @@ def with_norm(layer: Any, norm: reparam.Norm) -> Any:
     )
     if offset is not None:
         shift = shift + _row(offset, shift)
-    return _with_variables(layer, kernel * _along(factor, channel_axis(layer), kernel.ndim), shift)
+    return _with_variables(
+        layer, kernel * _along(factor, channel_axis(layer), kernel.ndim), shift
+    )
 
 
-def rounding_bound(layer: Any, norm: reparam.Norm, fused: Any, x: Array, dtype: Any) -> float:
+def rounding_bound(
+    layer: Any, norm: reparam.Norm, fused: Any, x: Array, dtype: Any
+) -> float:
     """How far apart rounding in `dtype` may put layer and normalization from the fused layer on x.
 
-    `reparam.error_bound` for layers that are no node of its algebra: 16 u (S_fused + S_branch).
+    `reparam.error_bound` for layers that are no node of its algebra: 16 u (S_fused +
+    S_branch).
     """
     wide = _tree.wide_dtype(x)
     x = jnp.abs(jnp.asarray(x, wide))
@@ -91,7 +111,10 @@ def _magnitude(layer: Any, dtype: Any) -> Any:
     """The layer with the absolute values of its parameters, computed in `dtype`."""
     bias = _compat.read(layer.bias)
     copy = _with_variables(
-        layer, jnp.abs(layer.kernel[...]), None if bias is None else jnp.abs(bias), dtype
+        layer,
+        jnp.abs(layer.kernel[...]),
+        None if bias is None else jnp.abs(bias),
+        dtype,
     )
     copy.dtype = dtype
     if getattr(copy, "preferred_element_type", None) is not None:
@@ -99,11 +122,15 @@ def _magnitude(layer: Any, dtype: Any) -> Any:
     return copy
 
 
-def _with_variables(layer: Any, kernel: Array, bias: Array | None, dtype: Any = None) -> Any:
+def _with_variables(
+    layer: Any, kernel: Array, bias: Array | None, dtype: Any = None
+) -> Any:
     """A copy of the layer with this kernel and bias, in `dtype` or that of its kernel."""
     copy = nnx.clone(layer)
     dtype = dtype or layer.kernel[...].dtype
-    copy.kernel = layer.kernel.replace(kernel.astype(dtype))  # not [...] =, which would cast
+    copy.kernel = layer.kernel.replace(
+        kernel.astype(dtype)
+    )  # not [...] =, which would cast
     if bias is None:
         return copy
     shape = _bias_shape(layer)
@@ -137,16 +164,18 @@ def _row(values: Array, like: Array) -> Array:
     return _along(values, -1, like.ndim)
 
 
-# --------------------------------------------------------------------------------------------------
-# A layer or a block, and the normalization behind it, if any: what fuses into one plain layer.
-# --------------------------------------------------------------------------------------------------
+# A layer or a block, and the normalization behind it, if any: what fuses into one plain
+# layer.
 
 
 NORMS = (nnx.BatchNorm, ExtendedBatchNorm)
 LAYERS = (nnx.Conv, WSConv, Branched, *AFFINE_LAYERS)
 """What may take up a normalization."""
 
-_EXTENSION_POINTS = ("parts", "_make")  # of a block, whose call adds up what `parts` lists
+_EXTENSION_POINTS = (
+    "parts",
+    "_make",
+)  # of a block, whose call adds up what `parts` lists
 
 
 class Unit(NamedTuple):
@@ -175,13 +204,20 @@ class Unit(NamedTuple):
             node = self.conv.branches()
         else:
             node = conv_node(self.conv)
-        return node if self.norm is None else reparam.Sequential(node, frozen_norm(self.norm))
+        return (
+            node
+            if self.norm is None
+            else reparam.Sequential(node, frozen_norm(self.norm))
+        )
 
     def check_kind(self) -> None:
         """Raise if it is not known what the unit computes, whatever its mode and its statistics are."""
         for path, module in _module_tree.modules(self.conv):
             if isinstance(module, LAYERS + NORMS):
-                _known(_module_tree.below(self.layer) + path if path else self.layer, module)
+                _known(
+                    _module_tree.below(self.layer) + path if path else self.layer,
+                    module,
+                )
         if self.norm is not None:
             _known(str(self.norm_layer), self.norm)
         if isinstance(self.conv, AFFINE_LAYERS):
@@ -215,7 +251,9 @@ class Unit(NamedTuple):
     def exact(self) -> bool:
         """Whether all types are those of flax or of this library themselves."""
         types = (type(self.conv), *(() if self.norm is None else (type(self.norm),)))
-        return all(kind.__module__.startswith(("flax.", "jaxtricks.")) for kind in types)
+        return all(
+            kind.__module__.startswith(("flax.", "jaxtricks.")) for kind in types
+        )
 
     @property
     def rank(self) -> int:
@@ -234,13 +272,18 @@ class Unit(NamedTuple):
         Raises:
           ValueError: they differ by more than rounding allows.
         """
-        make = self._fused_affine if isinstance(self.conv, AFFINE_LAYERS) else self._fused_conv
+        make = (
+            self._fused_affine
+            if isinstance(self.conv, AFFINE_LAYERS)
+            else self._fused_conv
+        )
         with jax.default_matmul_precision("highest"):
             x, plain, bound = make(jnp.asarray(x))
             y, z = self(x), plain(x)
             error = largest_difference(y, z)
         if self.norm is None and z.dtype != y.dtype:
-            # A block's normalizations give float32 where its convolutions compute in sixteen bits.
+            # A block's normalizations give float32 where its convolutions compute in
+            # sixteen bits.
             plain.preferred_element_type = y.dtype
         layers = (self.conv,) if self.norm is None else (self.conv, self.norm)
         found = reparam.FusedLayer(
@@ -273,7 +316,8 @@ class Unit(NamedTuple):
             kernel_size=size,
             fused=merged,
         )
-        # The bound is of rounding in x's dtype; parameters or a normalization may have a coarser one.
+        # The bound is of rounding in x's dtype; parameters or a normalization may have
+        # a coarser one.
         coarser = jnp.finfo(self._coarsest(x.dtype)).eps / jnp.finfo(x.dtype).eps
         return x, plain_conv(self.conv, merged), float(bound) * float(coarser)
 
@@ -300,8 +344,13 @@ def _known(path: str, module: Any) -> None:
         _overrides.check(module, kind, points)
         if isinstance(module, AFFINE_LAYERS):
             channel_axis(module)
-        elif hasattr(module, "kernel") and module.kernel[...].ndim != len(module.kernel_size) + 2:
-            raise ValueError("is stacked (nnx.vmap): fuse one layer, or its `branches()`")
+        elif (
+            hasattr(module, "kernel")
+            and module.kernel[...].ndim != len(module.kernel_size) + 2
+        ):
+            raise ValueError(
+                "is stacked (nnx.vmap): fuse one layer, or its `branches()`"
+            )
         elif isinstance(module, NORMS) and module.mean[...].ndim != 1:
             raise ValueError("is stacked (nnx.vmap): fuse one layer")
     except ValueError as error:
@@ -315,7 +364,7 @@ def within_bound(found: reparam.FusedLayer) -> reparam.FusedLayer:
         raise ValueError(
             f"fused and unfused {found.layer or 'model'!r} differ by {found.max_error:.3g}, where rounding "
             f"allows {found.bound:.3g}, so they are different functions: leave "
-            f"{'it' if found.layer else 'layers'} out by `where`"
+            f"{'it' if found.layer else 'layers'} out by `path_filter`"
         )
     return found
 
@@ -368,9 +417,7 @@ def _extents(conv: Any) -> list[int]:
     return [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, dilation, strict=True)]
 
 
-# --------------------------------------------------------------------------------------------------
 # A model run on an example, with an eye on what its layers are given and give.
-# --------------------------------------------------------------------------------------------------
 
 
 _DRAWS = 4  # random signs that the layers' bounds are carried to the output with
@@ -381,10 +428,11 @@ Watch = Callable[[Any, str, str], Any]
 class Probed:
     """A model on an example; its layers pass what they are given and give through a function.
 
-    Args:
-      run: run(watch, *example) -> output, where every watched layer does x = watch(x, "in", path) and
+    Args: run: run(watch, *example) -> output, where every watched layer does x =
+      watch(x, "in", path) and
         y = watch(y, "out", path).
-      example: an input of the model, or a tuple of them; what is not an array is passed as it is.
+      example: an input of the model, or a tuple of them; what is not an array is passed
+        as it is.
     """
 
     def __init__(self, run: Callable[..., Any], example: Any):
@@ -397,12 +445,15 @@ class Probed:
 
     def flow(self) -> _dataflow.Flow:
         """What feeds what."""
-        return _dataflow.read(traced(functools.partial(self.run, _dataflow.mark), self.example))
+        return _dataflow.read(
+            traced(functools.partial(self.run, _dataflow.mark), self.example)
+        )
 
     def values(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """({path: what the layer is given first}, {path: dtype of what it gives}).
 
-        Inside jit or scan no values are seen: an input drawn at random, of the same shape, stands for them.
+        Inside jit or scan no values are seen: an input drawn at random, of the same
+          shape, stands for them.
         """
         inputs: dict[str, Array] = {}
         dtypes: dict[str, Any] = {}
@@ -438,14 +489,17 @@ class Spied:
       watched: the paths of those layers.
       kwargs: keyword arguments of the model's call.
 
-    Attributes:
-      modes: {path: whether the layer's statistics are the running ones} of all calls so far, for layers whose
-        calls have a `use_running_average`; None where neither a call nor the layer says.
-      altered: {path: reason} of layers that are called with another kernel than the model holds, as far as
-        calls outside of jit and scan show it.
+    Attributes: modes: {path: whether the layer's statistics are the running ones} of
+      all calls so far, for layers whose
+        calls have a `use_running_average`; None where neither a call nor the layer
+        says.
+      altered: {path: reason} of layers that are called with another kernel than the
+        model holds, as far as calls outside of jit and scan show it.
     """
 
-    def __init__(self, model: nnx.Module, watched: Iterable[str], kwargs: Mapping[str, Any]):
+    def __init__(
+        self, model: nnx.Module, watched: Iterable[str], kwargs: Mapping[str, Any]
+    ):
         model, paths = nnx.clone(model), frozenset(watched)
         self.modes: dict[str, set[bool | None]] = {}
         self.altered: dict[str, str] = {}
@@ -461,7 +515,8 @@ class Spied:
         return self._call(*inputs)
 
     def _spy(self, module: nnx.Module, path: str) -> None:
-        # A subclass, so that code that asks for a layer's type or reads its variables goes on to work.
+        # A subclass, so that code that asks for a layer's type or reads its variables
+        # goes on to work.
         base: Any = type(module)
         signature = inspect.signature(base.__call__)
         stored = _compat.read(getattr(module, "kernel", None))
@@ -470,13 +525,19 @@ class Spied:
             if stored is not None and is_altered(stored, layer.kernel[...]):
                 self.altered[path] = altered_reason(path)
             if "use_running_average" in signature.parameters:
-                given = signature.bind(layer, *args, **kwargs).arguments.get("use_running_average")
+                given = signature.bind(layer, *args, **kwargs).arguments.get(
+                    "use_running_average"
+                )
                 own = getattr(layer, "use_running_average", None)
                 self.modes.setdefault(path, set()).add(own if given is None else given)
-            args, kwargs = with_input(lambda x: self._watch(x, "in", path), args, kwargs)
+            args, kwargs = with_input(
+                lambda x: self._watch(x, "in", path), args, kwargs
+            )
             return self._watch(base.__call__(layer, *args, **kwargs), "out", path)
 
-        object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": call}))
+        object.__setattr__(
+            module, "__class__", type(base.__name__, (base,), {"__call__": call})
+        )
 
 
 def is_altered(stored: Any, used: Any) -> bool:
@@ -557,17 +618,22 @@ def whole_model(
       rows: their own comparisons.
       params: number of parameters and statistics before and after.
 
-    Raises:
-      ValueError: they differ by more than what the layers' bounds come to at the output.
+    Raises: ValueError: they differ by more than what the layers' bounds come to at the
+      output.
     """
-    ends = {one.norm_layer or one.layer: row.bound for one, row in zip(units, rows, strict=True)}
+    ends = {
+        one.norm_layer or one.layer: row.bound
+        for one, row in zip(units, rows, strict=True)
+    }
     with jax.default_matmul_precision("highest"):
         y, z = probed(*probed.example), fused(*probed.example)
         others = [probed.disturbed(ends, seed) for seed in range(_DRAWS)]
     carried = max(largest_difference(y, other) for other in others)
     costs = [_memory.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
     branches, error = sum(row.branches for row in rows), largest_difference(y, z)
-    found = reparam.FusedLayer("", branches, error, carried + _rounding(y), *params, *costs)
+    found = reparam.FusedLayer(
+        "", branches, error, carried + _rounding(y), *params, *costs
+    )
     return within_bound(found)
 
 
@@ -575,7 +641,8 @@ def _rounding(y: Any) -> float:
     """What the last operation alone may round."""
     leaves = [x for x in jax.tree.leaves(y) if _tree.is_floating(x) and x.size]
     return max(
-        (16 * float(jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x))) for x in leaves), default=0.0
+        (16 * float(jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x))) for x in leaves),
+        default=0.0,
     )
 
 
@@ -587,12 +654,11 @@ def _unchanged(x: Any, side: str, path: str) -> Any:
     return x
 
 
-# --------------------------------------------------------------------------------------------------
-# A whole model for inference: blocks, standardized kernels and normalizations become plain layers.
-# --------------------------------------------------------------------------------------------------
+# A whole model for inference: blocks, standardized kernels and normalizations become
+# plain layers.
 
 
-Where = Callable[[str], bool]
+PathFilter = Callable[[str], bool]
 
 
 class Folded(nnx.Module):
@@ -616,31 +682,35 @@ def fuse(
     *,
     example: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    where: Where | None = None,
+    path_filter: PathFilter | None = None,
 ) -> tuple[Any, reparam.FuseReport]:
     """The model for inference, and the proof that it computes the same function.
 
-    Every block (ACBlock, RepVGGBlock, ...), WSConv and convolution with a `weightstd.standardized` hook turns
-    into a plain nnx.Conv. Given an example, a convolution, nnx.Linear, LinearGeneral, Einsum or ConvTranspose
-    takes up the normalization behind it, where the traced output of the layer goes to that normalization
-    and nowhere else. A subclass that changes what its layer computes is kept, with the reason.
+    Every block (ACBlock, RepVGGBlock, ...), WSConv and convolution with a
+    `weightstd.standardized` hook turns into a plain nnx.Conv. Given an example, a
+    convolution, nnx.Linear, LinearGeneral, Einsum or ConvTranspose takes up the
+    normalization behind it, where the traced output of the layer goes to that
+    normalization and nowhere else. A subclass that changes what its layer computes is
+    kept, with the reason.
 
-    Args:
-      model: any module in evaluation mode; it is left alone. Layers may lie in lists, tuples and dicts.
-      example: an input of the model, or a tuple of them; without it normalizations are never folded, since
+    Args: model: any module in evaluation mode; it is left alone. Layers may lie in
+      lists, tuples and dicts. example: an input of the model, or a tuple of them;
+      without it normalizations are never folded, since
         bn(conv(x)) and bn(relu(conv(x))) have the same variables.
-      example_kwargs: keyword arguments of the model's call. Flags of the call that neither names (`train`,
-        `deterministic`, ...) are set for evaluation, and `rngs` that it insists on is None.
-      where: where(path) -> True for what to fuse: the path of a block or convolution, or of the
-        normalization; None = everything that can be.
+      example_kwargs: keyword arguments of the model's call. Flags of the call that
+        neither names (`train`, `deterministic`, ...) are set for evaluation, and `rngs`
+        that it insists on is None.
+      path_filter: path_filter(path) -> True for what to fuse: the path of a block or
+        convolution, or of the normalization; None = everything that can be.
 
-    Returns:
-      The fused model, and a FuseReport: error against rounding bound for every layer (on its own input in the
-      example, else on random ones) and for the model, parameters, FLOPs, and what was kept and why.
+    Returns: The fused model, and a FuseReport: error against rounding bound for every
+      layer (on its own input in the example, else on random ones) and for the model,
+      parameters, FLOPs, and what was kept and why.
 
-    Raises:
-      ValueError: training mode, statistics that were never updated, `where` that chooses nothing or
-        what does not fuse (by name, with the reason), or a difference that rounding does not explain.
+    Raises: ValueError: training mode, statistics that were never updated, `path_filter`
+      that chooses nothing or
+        what does not fuse (by name, with the reason), or a difference that rounding
+        does not explain.
 
     Example:
       >>> import jax, jaxtricks as jt
@@ -667,9 +737,13 @@ def fuse(
         flow, (inputs, dtypes) = probed.flow(), probed.values()
         _set_modes(convs | norms, spied.modes)
         units, kept = paired(convs, norms, flow, spied.altered)
-    units, plain, rows, kept = merged("nnx.fuse", units, kept, where, inputs)
-    changes: dict[int, Any] = {id(one.conv): new for one, new in zip(units, plain, strict=True)}
-    changes |= {id(one.norm): Folded(dtypes[one.norm_layer]) for one in units if one.norm_layer}
+    units, plain, rows, kept = merged("nnx.fuse", units, kept, path_filter, inputs)
+    changes: dict[int, Any] = {
+        id(one.conv): new for one, new in zip(units, plain, strict=True)
+    }
+    changes |= {
+        id(one.norm): Folded(dtypes[one.norm_layer]) for one in units if one.norm_layer
+    }
     fused = _module_tree.replaced(copy, changes)
     whole = None
     if probed is not None:
@@ -678,7 +752,9 @@ def fuse(
     return fused, reparam.FuseReport(rows, whole, staying(units, kept))
 
 
-def _set_modes(watched: Mapping[str, Any], modes: Mapping[str, set[bool | None]]) -> None:
+def _set_modes(
+    watched: Mapping[str, Any], modes: Mapping[str, set[bool | None]]
+) -> None:
     """The modes that the layers had in the model's call, which an argument may have said."""
     for path, seen in modes.items():
         if None not in seen:
@@ -689,7 +765,7 @@ def merged(
     name: str,
     units: Sequence[Unit],
     kept: Mapping[str, str],
-    where: Where | None,
+    path_filter: PathFilter | None,
     inputs: Mapping[str, Array],
 ) -> tuple[list[Unit], list[Any], tuple[reparam.FusedLayer, ...], dict[str, str]]:
     """Fuse the units.
@@ -698,18 +774,20 @@ def merged(
       name: of the public function, for errors.
       units: what can be fused.
       kept: {path: reason} of what can not.
-      where: the caller's choice among the units.
+      path_filter: the caller's choice among the units.
       inputs: {path: input of the layer}; others are compared on a random one.
 
-    Returns:
-      (units, the plain layers, how each compares with its unit, `kept` and what turned out not to fuse).
+    Returns: (units, the plain layers, how each compares with its unit, `kept` and what
+      turned out not to fuse).
     """
     kept, rows = dict(kept), []
-    units = chosen(name, units, kept, where)
+    units = chosen(name, units, kept, path_filter)
     ready, plain = [], []
     for one in units:
         try:
-            layer, row = one.fused(inputs[one.layer] if one.layer in inputs else one.probe())
+            layer, row = one.fused(
+                inputs[one.layer] if one.layer in inputs else one.probe()
+            )
         except (ValueError, TypeError) as error:
             if one.exact:
                 raise
@@ -724,7 +802,9 @@ def merged(
     return ready, plain, tuple(rows), kept
 
 
-def staying(units: Sequence[Unit], kept: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def staying(
+    units: Sequence[Unit], kept: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
     """(path, reason) of the layers and normalizations that no unit has taken up."""
     gone = {one.norm_layer for one in units}
     return tuple((norm, why) for norm, why in kept.items() if norm not in gone)
@@ -772,7 +852,9 @@ def paired(
             if path in unknown:
                 raise ValueError(unknown[path])
             if getattr(norm, "axis", -1) not in (-1, (-1,)):
-                raise ValueError(f"{path!r} normalizes axis {norm.axis}, not the channels")
+                raise ValueError(
+                    f"{path!r} normalizes axis {norm.axis}, not the channels"
+                )
             conv = flow.source(path, convs)
             if conv in unknown:
                 raise ValueError(unknown[conv])
@@ -780,7 +862,9 @@ def paired(
             behind[conv] = path
         except ValueError as error:
             kept[path] = str(error)
-    pairs = [Unit(conv, convs[conv], norms[path], path) for conv, path in behind.items()]
+    pairs = [
+        Unit(conv, convs[conv], norms[path], path) for conv, path in behind.items()
+    ]
     rest, refused = _fusible(
         Unit(path, conv)
         for path, conv in convs.items()
@@ -803,16 +887,24 @@ def _fusible(units: Iterable[Unit]) -> tuple[list[Unit], dict[str, str]]:
 
 
 def chosen(
-    name: str, units: Sequence[Unit], kept: Mapping[str, str], where: Where | None
+    name: str,
+    units: Sequence[Unit],
+    kept: Mapping[str, str],
+    path_filter: PathFilter | None,
 ) -> list[Unit]:
     """The units to fuse, each ready for it."""
-    if where is not None:
+    if path_filter is not None:
         units = [
-            one for one in units if where(one.layer) or (one.norm_layer and where(one.norm_layer))
+            one
+            for one in units
+            if path_filter(one.layer)
+            or (one.norm_layer and path_filter(one.norm_layer))
         ]
     why = _reasons(kept)
-    if not units and where is not None:
-        raise ValueError(f"{name}: `where` chooses nothing that can be fused{why and f' ({why})'}")
+    if not units and path_filter is not None:
+        raise ValueError(
+            f"{name}: `path_filter` chooses nothing that can be fused{why and f' ({why})'}"
+        )
     if not units and why:
         raise ValueError(f"{name}: nothing can be fused: {why}")
     for one in units:

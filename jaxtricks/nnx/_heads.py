@@ -27,14 +27,20 @@ def affine(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
     """x @ kernel + bias, multiplied in `dtype` and summed in float32 or wider."""
     wide = _tree.wide_dtype(jax.ShapeDtypeStruct((), dtype))
     y = jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=wide)
-    return y if bias is None else y + bias.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (
+        y
+        if bias is None
+        else y + bias.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+    )
 
 
 def calibrated(
     x: Array, logits: Array, own: Callable[[str], Array], dtype: Any
 ) -> Float[Array, "*batch C"]:
     """`heads.disalign` with the parameters own(name)."""
-    confidence = affine(x, own("confidence_kernel"), own("confidence_bias"), dtype)[..., 0]
+    confidence = affine(x, own("confidence_kernel"), own("confidence_bias"), dtype)[
+        ..., 0
+    ]
     return heads.disalign(logits, confidence, own("logit_scale"), own("logit_bias"))
 
 
@@ -51,7 +57,9 @@ class Head(nnx.Module):
         rngs: nnx.Rngs,
     ):
         init = unit_columns() if kernel_init is None else kernel_init
-        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
+        self.kernel = nnx.Param(
+            init(rngs.params(), (in_features, out_features), param_dtype)
+        )
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
@@ -64,12 +72,9 @@ class Head(nnx.Module):
 class CosineHead(Head):
     """Squashed cosine head: s ||x|| / (1 + ||x||) cos(x, w_c); see `longtail.heads.cosine`.
 
-    Args:
-      in_features: D.
-      out_features: C.
-      s: scale of the logits.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      dtype: of the logits; None = that of input and parameters together. The arithmetic is in float32
+    Args: in_features: D. out_features: C. s: scale of the logits. kernel_init:
+      initializer; None = normal with variance 1 / D. dtype: of the logits; None = that
+      of input and parameters together. The arithmetic is in float32
         or wider.
       param_dtype: of the kernel.
       rngs: keys; "params" is used.
@@ -80,8 +85,8 @@ class CosineHead(Head):
       >>> CosineHead(8, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
       (2, 3)
 
-    References:
-      Liu et al., "Large-scale long-tailed recognition in an open world", arXiv 1904.05160.
+    References: Liu et al., "Large-scale long-tailed recognition in an open world",
+      arXiv 1904.05160.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class CosineHead(Head):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, kernel_init, dtype, param_dtype, rngs)
+        super().__init__(
+            in_features, out_features, kernel_init, dtype, param_dtype, rngs
+        )
         self.s = s
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
@@ -106,12 +113,10 @@ class CosineHead(Head):
 class NormedHead(Head):
     """Cosine head: s cos(x, w_c), the one that `longtail.ldam` needs; see `longtail.heads.normed`.
 
-    Args:
-      in_features: D.
-      out_features: C.
-      s: scale of the logits; 1 for LDAM, whose loss has its own.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      dtype: of the logits; None = that of input and parameters together. The arithmetic is in float32
+    Args: in_features: D. out_features: C. s: scale of the logits; 1 for LDAM, whose
+      loss has its own. kernel_init: initializer; None = normal with variance 1 / D.
+      dtype: of the logits; None = that of input and parameters together. The arithmetic
+      is in float32
         or wider.
       param_dtype: of the kernel.
       rngs: keys; "params" is used.
@@ -123,8 +128,8 @@ class NormedHead(Head):
       >>> bool(jnp.max(jnp.abs(z)) <= 1)
       True
 
-    References:
-      Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", arXiv 1906.07413.
+    References: Cao et al., "Learning imbalanced datasets with label-distribution-aware
+      margin loss", arXiv 1906.07413.
     """
 
     def __init__(
@@ -138,7 +143,9 @@ class NormedHead(Head):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, kernel_init, dtype, param_dtype, rngs)
+        super().__init__(
+            in_features, out_features, kernel_init, dtype, param_dtype, rngs
+        )
         self.s = s
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
@@ -149,24 +156,20 @@ class NormedHead(Head):
 class LWSHead(Head):
     """Linear head with a learned factor per class: f_c (w_c . x + b_c); see `longtail.decoupling.lws`.
 
-    Args:
-      in_features: D.
-      out_features: C.
-      use_bias: whether there is a bias.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      dtype: of the products and the logits; None = that of input and parameters together.
-      param_dtype: of the parameters.
-      rngs: keys; "params" is used.
+    Args: in_features: D. out_features: C. use_bias: whether there is a bias.
+      kernel_init: initializer; None = normal with variance 1 / D. dtype: of the
+      products and the logits; None = that of input and parameters together.
+      param_dtype: of the parameters. rngs: keys; "params" is used.
 
-    Variables: kernel [D, C], bias [C], scale [C] (initially 1), all nnx.Param. The second stage trains
-    scale alone, by the mask of `longtail.decoupling.lws`.
+    Variables: kernel [D, C], bias [C], scale [C] (initially 1), all nnx.Param. The
+    second stage trains scale alone, by the mask of `longtail.decoupling.lws`.
 
     Example:
       >>> LWSHead(8, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
       (2, 3)
 
-    References:
-      Kang et al., "Decoupling representation and classifier", arXiv 1910.09217, section 4.2.
+    References: Kang et al., "Decoupling representation and classifier", arXiv
+      1910.09217, section 4.2.
     """
 
     def __init__(
@@ -180,7 +183,9 @@ class LWSHead(Head):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, kernel_init, dtype, param_dtype, rngs)
+        super().__init__(
+            in_features, out_features, kernel_init, dtype, param_dtype, rngs
+        )
         zeros = jnp.zeros(out_features, param_dtype)
         self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
         self.scale = nnx.Param(jnp.ones(out_features, param_dtype))
@@ -199,20 +204,19 @@ class DisAlignHead(Head):
 
     sigma = sigmoid(x . v + v_0) says how far this example is calibrated.
 
-    Args:
-      in_features: D.
-      out_features: C.
-      use_bias: whether the linear head has a bias.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      compat: as in `longtail.decoupling.disalign`: None starts without calibration, "reference" with a
+    Args: in_features: D. out_features: C. use_bias: whether the linear head has a bias.
+      kernel_init: initializer; None = normal with variance 1 / D. compat: as in
+      `longtail.decoupling.disalign`: None starts without calibration, "reference" with
+      a
         = 1 and v = 0.1.
-      dtype: of the products and the logits; None = that of input and parameters together.
+      dtype: of the products and the logits; None = that of input and parameters
+        together.
       param_dtype: of the parameters.
       rngs: keys; "params" is used.
 
-    Variables: kernel [D, C], bias [C], logit_scale [C], logit_bias [C], confidence_kernel [D, 1] and
-    confidence_bias [1], all nnx.Param. The second stage trains the last four, by the mask of
-    `longtail.decoupling.disalign`.
+    Variables: kernel [D, C], bias [C], logit_scale [C], logit_bias [C],
+    confidence_kernel [D, 1] and confidence_bias [1], all nnx.Param. The second stage
+    trains the last four, by the mask of `longtail.decoupling.disalign`.
 
     Example:
       >>> DisAlignHead(8, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
@@ -234,10 +238,14 @@ class DisAlignHead(Head):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, kernel_init, dtype, param_dtype, rngs)
+        super().__init__(
+            in_features, out_features, kernel_init, dtype, param_dtype, rngs
+        )
         zeros = jnp.zeros(out_features, param_dtype)
         self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
-        start = decoupling.disalign_start((in_features, out_features), param_dtype, compat)
+        start = decoupling.disalign_start(
+            (in_features, out_features), param_dtype, compat
+        )
         self.logit_scale = nnx.Param(start["logit_scale"])
         self.logit_bias = nnx.Param(start["logit_bias"])
         self.confidence_kernel = nnx.Param(start["confidence_kernel"])
@@ -249,12 +257,13 @@ class DisAlignHead(Head):
         bias = _compat.read(self.bias)
         dtype = self._dtype(x, bias)
         logits = affine(x, self.kernel[...], bias, dtype)
-        return calibrated(x, logits, lambda name: getattr(self, name)[...], dtype).astype(dtype)
+        return calibrated(
+            x, logits, lambda name: getattr(self, name)[...], dtype
+        ).astype(dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# The classifier head that keeps a running mean of its features, around `longtail.heads.tde`.
-# --------------------------------------------------------------------------------------------------
+# The classifier head that keeps a running mean of its features, around
+# `longtail.heads.tde`.
 
 
 def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array:
@@ -268,27 +277,25 @@ def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array
 class CausalHead(Head):
     """De-confounded head: it knows the mean feature and subtracts it in evaluation; `longtail.heads.tde`.
 
-    In training the logits are plain multi-head cosines, and the mean moves. The reference sums, m <-
-    mu m + mean(x); this is (1 - mu) times that, and only the direction is used.
+    In training the logits are plain multi-head cosines, and the mean moves. The
+    reference sums, m <- mu m + mean(x); this is (1 - mu) times that, and only the
+    direction is used.
 
-    Args:
-      in_features: D.
-      out_features: C.
-      heads: K, which divides D.
-      tau: scale of the logits.
-      gamma: keeps large norms of w from being divided out in full.
-      alpha: strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT.
-      momentum: mu, that of the optimizer: mean = mu mean + (1 - mu) mean(x).
-      axis_name: mapped axes (shard_map, pmap, vmap) over which the mean is shared.
-      kernel_init: initializer; None = normal with variance 1 / D.
-      dtype: of the logits; None = that of input and parameters together. The arithmetic is in float32
+    Args: in_features: D. out_features: C. heads: K, which divides D. tau: scale of the
+      logits. gamma: keeps large norms of w from being divided out in full. alpha:
+      strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT. momentum: mu,
+      that of the optimizer: mean = mu mean + (1 - mu) mean(x). axis_name: mapped axes
+      (shard_map, pmap, vmap) over which the mean is shared. kernel_init: initializer;
+      None = normal with variance 1 / D. dtype: of the logits; None = that of input and
+      parameters together. The arithmetic is in float32
         or wider.
       param_dtype: of the kernel.
-      use_running_average: True in evaluation; `model.train()` and `model.eval()` set it.
+      use_running_average: True in evaluation; `model.train()` and `model.eval()` set
+        it.
       rngs: keys; "params" is used.
 
-    Variables: kernel [D, C], nnx.Param; mean [D], nnx.BatchStat, float32 or wider, initially 0 (which
-    subtracts nothing).
+    Variables: kernel [D, C], nnx.Param; mean [D], nnx.BatchStat, float32 or wider,
+    initially 0 (which subtracts nothing).
 
     Raises:
       ValueError: if `heads` does not divide D.
@@ -299,9 +306,8 @@ class CausalHead(Head):
       >>> round(float(head.mean[...][0]), 4)
       0.1
 
-    References:
-      Tang et al., "Long-tailed classification by keeping the good and removing the bad momentum causal
-      effect", arXiv 2009.12991.
+    References: Tang et al., "Long-tailed classification by keeping the good and
+      removing the bad momentum causal effect", arXiv 2009.12991.
     """
 
     def __init__(
@@ -321,7 +327,9 @@ class CausalHead(Head):
         use_running_average: bool | None = False,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, kernel_init, dtype, param_dtype, rngs)
+        super().__init__(
+            in_features, out_features, kernel_init, dtype, param_dtype, rngs
+        )
         self.mean = nnx.BatchStat(jnp.zeros(in_features, statistics_dtype(param_dtype)))
         self.heads = heads
         self.tau = tau
@@ -334,7 +342,9 @@ class CausalHead(Head):
         jax.eval_shape(self._logits, jnp.zeros((1, in_features)), None)
 
     def _logits(self, x: Array, direction: Array | None) -> Array:
-        settings = {name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")}
+        settings = {
+            name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")
+        }
         return tde(x, self.kernel[...], direction, **settings)
 
     def __call__(

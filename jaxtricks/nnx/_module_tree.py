@@ -30,9 +30,8 @@ def below(path: str) -> str:
 def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module:
     """The model with the modules of these ids exchanged wherever they are referred to; it is changed itself.
 
-    Args:
-      model: any module; its submodules may be attributes or lie in lists, tuples and dicts.
-      changes: {id(old module): new module}.
+    Args: model: any module; its submodules may be attributes or lie in lists, tuples
+      and dicts. changes: {id(old module): new module}.
     """
     if id(model) in changes:
         return changes[id(model)]
@@ -42,12 +41,18 @@ def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module
             new = _exchanged(value, changes)
             if new is not value:
                 # Said of containers: a plain list that holds modules would be refused.
-                setattr(module, name, new if isinstance(new, nnx.Module) else nnx.data(new))
+                setattr(
+                    module, name, new if isinstance(new, nnx.Module) else nnx.data(new)
+                )
     return model
 
 
 def _attributes(module: nnx.Module) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(module).items() if not name.startswith("_pytree")]
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_pytree")
+    ]
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:

@@ -43,12 +43,15 @@ def batch_statistics(
 ) -> tuple[Running, Running]:
     """(statistics of this batch, updated running statistics).
 
-    running = momentum * running + (1 - momentum) * batch; a batch whose mask is empty changes nothing.
+    running = momentum * running + (1 - momentum) * batch; a batch whose mask is empty
+    changes nothing.
     """
     found = ebn.moments(x, mask=mask, axis_name=axis_name, variance=variance)
 
     def step(old: Array, new: Array) -> Array:
-        moved = momentum * old + (1 - momentum) * jax.lax.stop_gradient(new).astype(old.dtype)
+        moved = momentum * old + (1 - momentum) * jax.lax.stop_gradient(new).astype(
+            old.dtype
+        )
         return jnp.where(found.count > 0, moved, old)
 
     updated = Running(step(running.mean, found.mean), step(running.var, found.var))
@@ -56,37 +59,42 @@ def batch_statistics(
 
 
 def normalize_to(
-    x: Array, stats: Running, scale: Array | None, bias: Array | None, *, epsilon: float, dtype: Any
+    x: Array,
+    stats: Running,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    epsilon: float,
+    dtype: Any,
 ) -> Array:
     """`ebn.normalize` whose result has `dtype` (None: that of x, scale and bias together)."""
     out = _tree.common_dtype(x, scale, bias, given=dtype)
     wide = jnp.asarray(x, _tree.wide_dtype(x))
-    return ebn.normalize(wide, stats.mean, stats.var, scale, bias, epsilon=epsilon).astype(out)
+    return ebn.normalize(
+        wide, stats.mean, stats.var, scale, bias, epsilon=epsilon
+    ).astype(out)
 
 
 class ExtendedBatchNorm(nnx.Module):
     """Batch normalization with one variance for all channels; stands where nnx.BatchNorm stands.
 
-    y = (x - mean_c) / sqrt(var + epsilon) * scale_c + bias_c; see `ebn.extended_moments`. In training, mean
-    and var are the batch's and move the running ones; in evaluation they are the running ones.
+    y = (x - mean_c) / sqrt(var + epsilon) * scale_c + bias_c; see
+    `ebn.extended_moments`. In training, mean and var are the batch's and move the
+    running ones; in evaluation they are the running ones.
 
-    Args:
-      num_features: channels C, the last axis of the input.
-      momentum: running = momentum * running + (1 - momentum) * batch.
-      epsilon: added to the variance, inside the root.
-      use_scale: whether a factor per channel is learned.
-      use_bias: whether an offset per channel is learned.
-      variance: "channel" (about the channels' means) or "grand" (about the grand mean).
-      axis_name: mapped axes (shard_map, pmap, vmap) over which statistics are shared.
-      scale_init: initializer of scale; None = ones.
-      bias_init: initializer of bias; None = zeros.
-      dtype: of the output; None = that of input and parameters together. Statistics are float32 or better.
-      param_dtype: of scale and bias.
-      use_running_average: True in evaluation; `model.train()` and `model.eval()` set it.
-      rngs: keys; "params" is used.
+    Args: num_features: channels C, the last axis of the input. momentum: running =
+      momentum * running + (1 - momentum) * batch. epsilon: added to the variance,
+      inside the root. use_scale: whether a factor per channel is learned. use_bias:
+      whether an offset per channel is learned. variance: "channel" (about the channels'
+      means) or "grand" (about the grand mean). axis_name: mapped axes (shard_map, pmap,
+      vmap) over which statistics are shared. scale_init: initializer of scale; None =
+      ones. bias_init: initializer of bias; None = zeros. dtype: of the output; None =
+      that of input and parameters together. Statistics are float32 or better.
+      param_dtype: of scale and bias. use_running_average: True in evaluation;
+      `model.train()` and `model.eval()` set it. rngs: keys; "params" is used.
 
-    Variables: scale [C] and bias [C], nnx.Param; mean [C] and var [], nnx.BatchStat, float32
-    (float64 for float64 parameters).
+    Variables: scale [C] and bias [C], nnx.Param; mean [C] and var [], nnx.BatchStat,
+    float32 (float64 for float64 parameters).
 
     Example:
       >>> norm = ExtendedBatchNorm(4, rngs=nnx.Rngs(0))
@@ -126,7 +134,9 @@ class ExtendedBatchNorm(nnx.Module):
             else nnx.data(None)
         )
         self.bias = (
-            nnx.Param(bias_init(rngs.params(), shape, param_dtype)) if use_bias else nnx.data(None)
+            nnx.Param(bias_init(rngs.params(), shape, param_dtype))
+            if use_bias
+            else nnx.data(None)
         )
         self.num_features = num_features
         self.momentum = momentum
@@ -171,7 +181,9 @@ class ExtendedBatchNorm(nnx.Module):
             self.mean[...] = updated.mean
             self.var[...] = updated.var
         scale, bias = _compat.read(self.scale), _compat.read(self.bias)
-        return normalize_to(x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+        return normalize_to(
+            x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype
+        )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view(model, use_running_average=...)` calls."""
@@ -179,7 +191,9 @@ class ExtendedBatchNorm(nnx.Module):
             self.use_running_average = use_running_average
 
 
-def choose(call: bool | None, module: bool | None, name: str = "ExtendedBatchNorm") -> bool:
+def choose(
+    call: bool | None, module: bool | None, name: str = "ExtendedBatchNorm"
+) -> bool:
     """The call's setting, else the module's."""
     chosen = module if call is None else call
     if chosen is None:

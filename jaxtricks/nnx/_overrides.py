@@ -8,7 +8,8 @@ from jax import lax
 
 from jaxtricks import _integers, weightstd
 
-# Attributes that replace a part of the computation, with the values that leave it as it is.
+# Attributes that replace a part of the computation, with the values that leave it as it
+# is.
 _HOOKS: dict[str, tuple[Any, ...]] = {
     "conv_general_dilated": (None, lax.conv_general_dilated),
     "conv_general_dilated_cls": (None,),
@@ -61,10 +62,14 @@ def check_hooks(layer: Any, kind: type, but: tuple[str, ...] = ()) -> None:
             and not any(value is v for v in (*usual, _default(kind, hook)))
             and not isinstance(value, weightstd.Hook)
         ):
-            raise ValueError(f"has a `{hook}` of its own, so what it computes is not known")
+            raise ValueError(
+                f"has a `{hook}` of its own, so what it computes is not known"
+            )
 
 
-def overridden(kind: type, base: type, extension_points: tuple[str, ...] = ()) -> str | None:
+def overridden(
+    kind: type, base: type, extension_points: tuple[str, ...] = ()
+) -> str | None:
     """The first method or property that a class changes of `base`; None if it adds and fills in at most."""
     for cls in kind.__mro__[: kind.__mro__.index(base)]:
         for name, value in vars(cls).items():
@@ -76,7 +81,9 @@ def overridden(kind: type, base: type, extension_points: tuple[str, ...] = ()) -
             same = inspect.unwrap(getattr(base, name, None)) is inspect.unwrap(value)
             if method and not same and (hasattr(base, name) or name in _SPECIAL):
                 return name
-            if isinstance(value, property) and (hasattr(base, name) or name in _VARIABLES):
+            if isinstance(value, property) and (
+                hasattr(base, name) or name in _VARIABLES
+            ):
                 return name
     return None
 

@@ -14,7 +14,13 @@ from jaxtricks._typing import Roles
 from jaxtricks.nnx import _compat
 from jaxtricks.nnx._branches import Branch, First
 from jaxtricks.nnx._conv import WSConv
-from jaxtricks.nnx._heads import CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead
+from jaxtricks.nnx._heads import (
+    CausalHead,
+    CosineHead,
+    DisAlignHead,
+    LWSHead,
+    NormedHead,
+)
 from jaxtricks.nnx._norm import ExtendedBatchNorm
 
 NONE: Roles = ("none",)
@@ -25,22 +31,22 @@ Axis = tuple[str, int | None]
 
 @checked
 def roles(model: nnx.Module) -> roles_lib.Exact:
-    """A rule for `axes=` (memopt, agc) that is exact for the layers of flax.nnx and of this library.
+    """A rule for `roles=` (memopt, agc) that is exact for the layers of flax.nnx and of this library.
 
-    Layers that nnx.vmap has stacked have more axes than their own sizes explain: those are "batch",
-    wherever they are. Where the sizes fit more than one place (four layers of 4 by 4), the names of a
-    partitioned variable decide (`transform_metadata` names the stacked axis); without them it is the
-    first place that fits, since nnx.vmap stacks along axis 0 unless told otherwise, and
-    `roles.describe` marks the leaf.
+    Layers that nnx.vmap has stacked have more axes than their own sizes explain: those
+    are "batch", wherever they are. Where the sizes fit more than one place (four layers
+    of 4 by 4), the names of a partitioned variable decide (`transform_metadata` names
+    the stacked axis); without them it is the first place that fits, since nnx.vmap
+    stacks along axis 0 unless told otherwise, and `roles.describe` marks the leaf.
 
     Args:
       model: any module; its parameters may be abstract (`nnx.eval_shape`).
 
-    Returns:
-      (path, shape) -> roles, for the paths of `nnx.to_pure_dict(nnx.state(model, nnx.Param))` and of the
-      nnx.State itself; a shape with more axes than the model's parameter has them in front. None for
-      parameters that belong to no known layer: your own nnx.Param, and those of `nnx.bridge.ToNNX`
-      (below whose path `jt.linen.roles` of the linen module applies).
+    Returns: (path, shape) -> roles, for the paths of `nnx.to_pure_dict(nnx.state(model,
+      nnx.Param))` and of the nnx.State itself; a shape with more axes than the model's
+      parameter has them in front. None for parameters that belong to no known layer:
+      your own nnx.Param, and those of `nnx.bridge.ToNNX` (below whose path
+      `jt.linen.roles` of the linen module applies).
 
     Example:
       >>> rule = roles(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
@@ -49,12 +55,16 @@ def roles(model: nnx.Module) -> roles_lib.Exact:
     """
     possible = {path: (found, names) for path, found, names in _possible(model)}
     stacked = _stack_names(possible.values())
-    known = {path: _named(found, names, stacked) for path, (found, names) in possible.items()}
+    known = {
+        path: _named(found, names, stacked) for path, (found, names) in possible.items()
+    }
     assumed = [path for path, found in known.items() if len(found) > 1]
     return roles_lib.exact({path: found[0] for path, found in known.items()}, assumed)
 
 
-def _possible(model: nnx.Module) -> Iterator[tuple[str, list[Roles], tuple[Any, ...] | None]]:
+def _possible(
+    model: nnx.Module,
+) -> Iterator[tuple[str, list[Roles], tuple[Any, ...] | None]]:
     """(path, roles that fit the sizes, partition names) of every parameter of a known layer."""
     owners, seen = _compat.variable_paths(model), set()
     for _, module in _compat.modules(model):
@@ -63,7 +73,9 @@ def _possible(model: nnx.Module) -> Iterator[tuple[str, list[Roles], tuple[Any, 
             variable = _member(module, name)
             if isinstance(variable, nnx.Variable) and id(variable) not in seen:
                 seen.add(id(variable))
-                if found := placements(own, variable.shape) or _by_rank(own, variable.shape):
+                if found := placements(own, variable.shape) or _by_rank(
+                    own, variable.shape
+                ):
                     layer[name] = variable, found
         for variable, found in _made_together(layer.values()):
             path = "/".join(map(str, owners[id(variable)]))
@@ -77,16 +89,22 @@ def _member(module: Any, name: str) -> Any:
     return {str(k): v for k, v in member.items()}.get(key) if key and member else member
 
 
-def _made_together(layer: Iterable[tuple[Any, list[Roles]]]) -> list[tuple[Any, list[Roles]]]:
+def _made_together(
+    layer: Iterable[tuple[Any, list[Roles]]],
+) -> list[tuple[Any, list[Roles]]]:
     """Of the ways to see a layer's parameters, those that see the same number of copies in all."""
 
     def copies(variable: Any, roles: Roles) -> tuple[int, ...]:
-        return tuple(n for n, role in zip(variable.shape, roles, strict=True) if role == "batch")
+        return tuple(
+            n for n, role in zip(variable.shape, roles, strict=True) if role == "batch"
+        )
 
     layer = list(layer)
     common = [{copies(v, roles) for roles in found} for v, found in layer]
     common = set.intersection(*common) if common else set()
-    return [(v, [r for r in found if copies(v, r) in common] or found) for v, found in layer]
+    return [
+        (v, [r for r in found if copies(v, r) in common] or found) for v, found in layer
+    ]
 
 
 def placements(own: Sequence[Axis], shape: Sequence[int]) -> list[Roles]:
@@ -98,7 +116,9 @@ def placements(own: Sequence[Axis], shape: Sequence[int]) -> list[Roles]:
             size in (None, n) for (_, size), n in zip(own, rest, strict=True)
         ):
             words = iter(role for role, _ in own)
-            found[tuple("batch" if i in new else next(words) for i in range(rank))] = None
+            found[tuple("batch" if i in new else next(words) for i in range(rank))] = (
+                None
+            )
     return list(found)
 
 
@@ -117,7 +137,9 @@ def _stack_names(possible: Iterable[tuple[list[Roles], Any]]) -> set[Any]:
     return names["batch"] - names["other"] - {None}
 
 
-def _named(found: list[Roles], names: tuple[Any, ...] | None, stacked: set[Any]) -> list[Roles]:
+def _named(
+    found: list[Roles], names: tuple[Any, ...] | None, stacked: set[Any]
+) -> list[Roles]:
     """Of several ways to see a shape, those that the names of its axes allow; all if they allow none."""
     if len(found) == 1 or not names or len(names) != len(found[0]):
         return found
@@ -148,7 +170,9 @@ def _linear(module: Any) -> dict[str, tuple[Axis, ...]]:
 
 def _conv(module: Any) -> dict[str, tuple[Axis, ...]]:
     per_channel = _axes("none", module.out_features)
-    last = _matrix(module.in_features // module.feature_group_count, module.out_features)
+    last = _matrix(
+        module.in_features // module.feature_group_count, module.out_features
+    )
     kernel = (*_axes("in", *module.kernel_size), *last)
     return {"kernel": kernel, "bias": per_channel, "gain": per_channel}
 
@@ -163,7 +187,10 @@ def _conv_transpose(module: Any) -> dict[str, tuple[Axis, ...]]:
 def _linear_general(module: Any) -> dict[str, tuple[Axis, ...]]:
     batch = _axes("batch", *module.batch_axis.values())
     ins, outs = _axes("in", *module.in_features), _axes("out", *module.out_features)
-    return {"kernel": batch + ins + outs, "bias": batch + _axes("none", *module.out_features)}
+    return {
+        "kernel": batch + ins + outs,
+        "bias": batch + _axes("none", *module.out_features),
+    }
 
 
 def _einsum(module: Any) -> dict[str, tuple[Axis, ...]]:
@@ -175,19 +202,23 @@ def _einsum(module: Any) -> dict[str, tuple[Axis, ...]]:
 def einsum_roles(equation: str | None, rank: int, bias_rank: int) -> dict[str, Roles]:
     """Roles of an einsum layer's kernel, its second operand, and of its bias.
 
-    An axis of the kernel that only the output has is "out", one that both input and output have is
-    "batch" (experts), any other "in". A kernel that is neither summed nor widens anything is a scale
-    like that of a norm: all "none". Nothing is said of a kernel whose equation is no help (None, because
-    it is given at the call, or an ellipsis in the kernel).
+    An axis of the kernel that only the output has is "out", one that both input and
+    output have is "batch" (experts), any other "in". A kernel that is neither summed
+    nor widens anything is a scale like that of a norm: all "none". Nothing is said of a
+    kernel whose equation is no help (None, because it is given at the call, or an
+    ellipsis in the kernel).
     """
-    match = re.fullmatch(r"([^,]+),([a-zA-Z]+)->(.*)", (equation or "").replace(" ", ""))
+    match = re.fullmatch(
+        r"([^,]+),([a-zA-Z]+)->(.*)", (equation or "").replace(" ", "")
+    )
     if match is None or len(match[2]) != rank:
         return {"bias": NONE * bias_rank}
     inputs, kernel, outputs = match.groups()
     words = {letter: _einsum_role(letter, inputs, outputs) for letter in kernel}
     if set(words.values()) == {"batch"}:
         return {"kernel": NONE * rank, "bias": NONE * bias_rank}
-    # Flax gives the bias the axes that kernel and output share, in the order of the output.
+    # Flax gives the bias the axes that kernel and output share, in the order of the
+    # output.
     bias = [words[letter] for letter in outputs if letter in words]
     bias = tuple("batch" if role == "batch" else "none" for role in bias)
     return {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+from jax import ad_checkpoint
 from jax.extend import source_info_util
 from jax.extend.core import primitives
 
@@ -15,12 +15,14 @@ from jaxtricks._partition import Call, refuse_module
 from jaxtricks.remat import _recompute
 from jaxtricks.remat._recompute import recomputed
 
-source_info_util.register_exclusion(__file__)  # a named value is where the user named it
+source_info_util.register_exclusion(
+    __file__
+)  # a named value is where the user named it
 
 
 @checked
-def name(x: Any, label: str) -> Any:
-    """x under a name that `checkpoint` can keep and `residuals` prints: jax.ad_checkpoint.checkpoint_name.
+def checkpoint_name(x: Any, label: str) -> Any:
+    """Name x for `checkpoint` and `saved_residuals`, as jax.ad_checkpoint does.
 
     Args:
       x: pytree of arrays.
@@ -31,10 +33,10 @@ def name(x: Any, label: str) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(name({"y": jnp.float32(2.0)}, "up")["y"])
+      >>> print(checkpoint_name({"y": jnp.float32(2.0)}, "up")["y"])
       2.0
     """
-    return checkpoint_name(x, label)
+    return ad_checkpoint.checkpoint_name(x, label)
 
 
 @checked
@@ -45,21 +47,21 @@ def checkpoint(
     offload: str | Iterable[str] = (),
     **jax_checkpoint_arguments: Any,
 ) -> Callable[..., Any]:
-    """fn that runs again in the backward pass, except for the values that `name` gave one of these names.
+    """Run fn again in the backward pass, except for the values of these names.
 
-    Name what is dear and whose own derivative does not read it, as the results of products: tanh or exp
-    behind a saved product is cheap to repeat, but a saved tanh does not spare the product before it, which
-    its derivative needs again.
+    Name what is dear and whose own derivative does not read it, as the results of
+    products: tanh or exp behind a saved product is cheap to repeat, but a saved tanh
+    does not spare the product before it, which its derivative needs again.
 
-    Since jaxlib 0.11.2 this is jax.checkpoint with a policy of jax.checkpoint_policies. Before, XLA's CPU
-    backend undoes jax.checkpoint in code that is not in a loop (`check_effective` tells); there the second
-    pass waits for the cotangent as in `recompute_grad`. With `offload`, an argument of jax.checkpoint, or a
-    name that occurs only inside a loop, a branch, a custom rule or another checkpoint, it is jax.checkpoint
-    on every version.
+    Since jaxlib 0.11.2 this is jax.checkpoint with a policy of jax.checkpoint_policies.
+    Before, XLA's CPU backend undoes jax.checkpoint in code that is not in a loop
+    (`check_effective` tells); there the second pass waits for the cotangent as in
+    `recompute_grad`. With `offload`, an argument of jax.checkpoint, or a name that
+    occurs only inside a loop, a branch, a custom rule or another checkpoint, it is
+    jax.checkpoint on every version.
 
-    Args:
-      fn: a function of pytrees, as for `recompute_grad`.
-      save: names of values to keep; one that fn lacks is passed over if another is there, so that blocks
+    Args: fn: a function of pytrees, as for `recompute_grad`. save: names of values to
+      keep; one that fn lacks is passed over if another is there, so that blocks
         of several kinds can share a list.
       offload: names of values to keep in the host's memory ("pinned_host").
       **jax_checkpoint_arguments: policy, prevent_cse, static_argnums and the like.
@@ -67,21 +69,20 @@ def checkpoint(
     Returns:
       A function with the signature of fn.
 
-    Raises:
-      ValueError: names together with a policy; for a flax.nnx module; when called, if fn has values of
+    Raises: ValueError: names together with a policy; for a flax.nnx module; when
+      called, if fn has values of
         none of the names.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> block = lambda w, x: jnp.tanh(name(x @ w, "up")) @ w.T
+      >>> block = lambda w, x: jnp.tanh(checkpoint_name(x @ w, "up")) @ w.T
       >>> f = checkpoint(block, save="up")
       >>> w, x = jnp.eye(2), jnp.zeros((1, 2))
       >>> print(jax.grad(lambda x: f(w, x).sum())(x))
       [[1. 1.]]
 
-    References:
-      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174, algorithm 1 with the
-      mirror count of a named value 0.
+    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
+      1604.06174, algorithm 1 with the mirror count of a named value 0.
     """
     refuse_module(fn, "checkpoint")
     keep, away = _names(save), _names(offload)
@@ -89,7 +90,9 @@ def checkpoint(
         raise ValueError(
             "remat.checkpoint: `policy` and names exclude each other: give `policy`, or `save` and `offload`"
         )
-    delegate = functools.partial(jax.checkpoint, **(jax_checkpoint_arguments | _policy(keep, away)))
+    delegate = functools.partial(
+        jax.checkpoint, **(jax_checkpoint_arguments | _policy(keep, away))
+    )
     whole = delegate(fn) if away or jax_checkpoint_arguments else None
 
     @functools.wraps(fn)
@@ -98,7 +101,9 @@ def checkpoint(
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
         _refuse_unknown((*keep, *away), closed.jaxpr)
         if whole:
-            return call.assemble(_jaxpr.as_fun(closed.jaxpr)(closed.consts, *call.arrays))
+            return call.assemble(
+                _jaxpr.as_fun(closed.jaxpr)(closed.consts, *call.arrays)
+            )
         program = _jaxpr.inlined(closed)
         jaxpr = _with_plain_names(program.jaxpr)
         inner = set(keep) & set(_labels(_jaxpr.walk(jaxpr))) - set(_labels(jaxpr.eqns))
@@ -106,7 +111,9 @@ def checkpoint(
             run = delegate(_jaxpr.as_fun(closed.jaxpr))
             return call.assemble(run(closed.consts, *call.arrays))
         saved = [i for i, eqn in enumerate(jaxpr.eqns) if label_of(eqn) in keep]
-        return call.assemble(recomputed(jaxpr, saved=saved)(*program.consts, *call.arrays))
+        return call.assemble(
+            recomputed(jaxpr, saved=saved)(*program.consts, *call.arrays)
+        )
 
     return wrapped
 
@@ -140,10 +147,12 @@ def _policy(keep: Sequence[str], away: Sequence[str]) -> dict[str, Any]:
 def _refuse_unknown(names: Sequence[str], jaxpr: _jaxpr.Jaxpr) -> None:
     found = sorted(set(_labels(_jaxpr.walk(jaxpr))))
     if names and not set(names) & set(found):
-        there = f"those in it are {', '.join(map(repr, found))}" if found else "it has none"
+        there = (
+            f"those in it are {', '.join(map(repr, found))}" if found else "it has none"
+        )
         raise ValueError(
             f"remat.checkpoint: no value in the function has a name of {list(names)}: {there}; "
-            "give names with jaxtricks.remat.name"
+            "give names with jaxtricks.remat.checkpoint_name"
         )
 
 
@@ -158,28 +167,26 @@ def _with_plain_names(jaxpr: _jaxpr.Jaxpr) -> _jaxpr.Jaxpr:
     return _jaxpr.made(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
 
 
-# --------------------------------------------------------------------------------------------------
 # What the forward pass keeps for the backward pass.
-# --------------------------------------------------------------------------------------------------
 
 
 @checked
-def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
+def saved_residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     """What the forward pass of fn(*args) keeps for the backward pass, largest first; nothing is run.
 
-    It is what JAX asks for; a compiler may repeat cheap operations instead of keeping their results.
+    It is what JAX asks for; a compiler may repeat cheap operations instead of keeping
+    their results.
 
-    Args:
-      fn: a function of pytrees of arrays.
-      *args: arrays or ShapeDtypeStructs; all of them that are floating are differentiated.
+    Args: fn: a function of pytrees of arrays. *args: arrays or ShapeDtypeStructs; all
+      of them that are floating are differentiated.
 
-    Returns:
-      Table of bytes, shape, made by (the primitive, the name that `name` gave, "argument", or "constant"
-      for arrays that fn closes over) and where (source line, or path in args).
+    Returns: Table of bytes, shape, made by (the primitive, the name that
+      `checkpoint_name` gave, "argument", or "constant" for arrays that fn closes over)
+      and where (source line, or path in args).
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(residuals(lambda x: jnp.sin(jnp.exp(x)).sum(), jnp.ones((4, 2))).rows[0][:3])
+      >>> print(saved_residuals(lambda x: jnp.sin(jnp.exp(x)).sum(), jnp.ones((4, 2))).rows[0][:3])
       ('32 B', 'f32[4,2]', 'exp')
     """
 
@@ -188,8 +195,13 @@ def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
 
     closed, _ = _jaxpr.trace(forward, *args)
     jaxpr = _jaxpr.inlined(closed).jaxpr
-    paths = ["args" + jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(args)]
-    origin: dict[Any, tuple[str, str]] = dict.fromkeys(jaxpr.constvars, ("constant", ""))
+    paths = [
+        "args" + jax.tree_util.keystr(p)
+        for p, _ in jax.tree_util.tree_leaves_with_path(args)
+    ]
+    origin: dict[Any, tuple[str, str]] = dict.fromkeys(
+        jaxpr.constvars, ("constant", "")
+    )
     origin |= {v: ("argument", p) for v, p in zip(jaxpr.invars, paths, strict=True)}
     same: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
@@ -202,12 +214,19 @@ def residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
             if label_of(eqn) and same[y] not in jaxpr.invars:
                 origin[same[y]] = place
     kept = [same.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)]
-    found = [(_recompute.var_bytes(v), v) for v in dict.fromkeys(kept) if _recompute.var_bytes(v)]
+    found = [
+        (_recompute.var_bytes(v), v)
+        for v in dict.fromkeys(kept)
+        if _recompute.var_bytes(v)
+    ]
     found.sort(key=lambda pair: -pair[0])
     rows = [
-        (_table.format_bytes(n), v.aval.str_short(short_dtypes=True), *origin[v]) for n, v in found
+        (_table.format_bytes(n), v.aval.str_short(short_dtypes=True), *origin[v])
+        for n, v in found
     ]
-    return _table.make(("bytes", "shape", "made by", "where"), rows, [_total(found, origin)])
+    return _table.make(
+        ("bytes", "shape", "made by", "where"), rows, [_total(found, origin)]
+    )
 
 
 def _total(found: Sequence[tuple[int, Any]], origin: dict[Any, tuple[str, str]]) -> str:

@@ -40,23 +40,24 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         rows = [(f, _table.format_bytes(getattr(self, f))) for f in self._fields[:-1]]
-        return str(_table.make(("memory", "bytes"), [*rows, ("flops", f"{self.flops:.3e}")]))
+        return str(
+            _table.make(("memory", "bytes"), [*rows, ("flops", f"{self.flops:.3e}")])
+        )
 
 
 @checked
-def memory(fn: Callable[..., Any], *args: Any) -> Report:
+def memory_analysis(fn: Callable[..., Any], *args: Any) -> Report:
     """Bytes and FLOPs of fn(*args), compiled for the default backend; nothing is run.
 
     Args:
       fn: a function, or one already jitted (its donation and shardings are respected).
       *args: arrays or ShapeDtypeStructs.
 
-    Returns:
-      Report; the constant that some backends add to their temporaries is measured with a trivial
-      program and subtracted.
+    Returns: Report; the constant that some backends add to their temporaries is
+      measured with a trivial program and subtracted.
 
     Example:
-      >>> memory(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8), jnp.float32)).flops
+      >>> memory_analysis(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8), jnp.float32)).flops
       1024
     """
     jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
@@ -68,7 +69,11 @@ def report(compiled: Any, program: _jaxpr.ClosedJaxpr) -> Report:
     """Report of an executable and the jaxpr it was made from; dead code counts no operations."""
     m = compiled.memory_analysis()
     temp = max(0, m.temp_size_in_bytes - _constant_temp())
-    args, outs, alias = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
+    args, outs, alias = (
+        m.argument_size_in_bytes,
+        m.output_size_in_bytes,
+        m.alias_size_in_bytes,
+    )
     needed = flops(_jaxpr.live(program))
     return Report(temp, args, outs, alias, args + outs - alias + temp, needed)
 
@@ -76,7 +81,8 @@ def report(compiled: Any, program: _jaxpr.ClosedJaxpr) -> Report:
 def refusal(error: Exception, program: _jaxpr.ClosedJaxpr) -> Report | None:
     """Report of a program that the compiler refused for want of memory; None if that is not what it said.
 
-    TPU's compiler names what the program would need; arguments and results stay uncounted.
+    TPU's compiler names what the program would need; arguments and results stay
+    uncounted.
     """
     text = str(error)
     found = re.search(r"(?:temporaries \(|Used )([0-9.]+)([KMG]?)", text)
@@ -89,9 +95,9 @@ def refusal(error: Exception, program: _jaxpr.ClosedJaxpr) -> Report | None:
 def flops(jaxpr: _jaxpr.Jaxpr) -> int:
     """Floating-point operations: 2 per multiply-add of matrix products, 1 per element elsewhere.
 
-    Matrix factorizations and Fourier transforms count the order of magnitude.
-    The body of a scan counts as often as it runs, the dearest branch of a cond once, the body of a
-    while loop once (its trip count is not in the program).
+    Matrix factorizations and Fourier transforms count the order of magnitude. The body
+    of a scan counts as often as it runs, the dearest branch of a cond once, the body of
+    a while loop once (its trip count is not in the program).
     """
     return sum(map(eqn_flops, jaxpr.eqns))
 
@@ -104,7 +110,9 @@ def eqn_flops(eqn: Any) -> int:
     if name == "cond":
         return max(map(flops, inner))
     if name in ("custom_jvp_call", "custom_vjp_call"):
-        return sum(flops(body.jaxpr) for body in _compat.bodies(eqn))  # the rest are rules
+        return sum(
+            flops(body.jaxpr) for body in _compat.bodies(eqn)
+        )  # the rest are rules
     if inner:
         return sum(map(flops, inner))
     return _COUNT.get(name, _none)(eqn)
@@ -187,8 +195,9 @@ def _none(eqn: Any) -> int:
     return 0
 
 
-# What counts the operations -> primitives of jax 0.7 to 0.12; tests/test_primitives.py says which one is
-# missing. Equations that hold jaxprs (reduce, scatter-add, composite) count what these do.
+# What counts the operations -> primitives of jax 0.7 to 0.12; tests/test_primitives.py
+# says which one is missing. Equations that hold jaxprs (reduce, scatter-add, composite)
+# count what these do.
 _ROWS = {
     _dot: "dot_general scaled_dot",
     _ragged_dot: "ragged_dot ragged_dot_general",
@@ -213,7 +222,8 @@ _ROWS = {
         reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or reduce_xor reduce_precision
         reduce reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_scatter
         reduce_scatter_start select_and_scatter select_and_scatter_add select_and_gather_add""",
-    # Data movement, comparison, conversion, integers, random bits; and what cannot be looked into.
+    # Data movement, comparison, conversion, integers, random bits; and what cannot be
+    # looked into.
     _none: """
         reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice gather scatter
         scatter-add scatter-sub scatter-mul scatter-max scatter-min concatenate pad rev squeeze expand_dims
@@ -251,9 +261,7 @@ def _constant_temp() -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-# --------------------------------------------------------------------------------------------------
 # Whether recomputation lowers the memory of a compiled step.
-# --------------------------------------------------------------------------------------------------
 
 
 _BODIES = ("scan", "while", "cond", "jit")
@@ -281,19 +289,27 @@ class Effect:
 
     def __str__(self) -> str:
         rows = [
-            (label, _table.format_bytes(r.temp), _table.format_bytes(r.peak), f"{r.flops:.3e}")
+            (
+                label,
+                _table.format_bytes(r.temp),
+                _table.format_bytes(r.peak),
+                f"{r.flops:.3e}",
+            )
             for label, r in (("with", self.with_), ("without", self.without))
         ]
         return str(_table.make(("checkpoints", "temp", "peak", "flops"), rows))
 
 
 @checked
-def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0) -> Effect:
+def check_effective(
+    fn: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0
+) -> Effect:
     """Whether the checkpoints in a loss make jit(value_and_grad(fn)) need less memory; warns if not.
 
-    Compiles fn as it is and with every checkpoint (jax.checkpoint, flax's remat, `recompute_grad` and what
-    builds on it) replaced by what it wraps; nothing is run. Checkpoints in the bodies of loops and branches
-    count; those inside custom rules of others are left alone.
+    Compiles fn as it is and with every checkpoint (jax.checkpoint, flax's remat,
+    `recompute_grad` and what builds on it) replaced by what it wraps; nothing is run.
+    Checkpoints in the bodies of loops and branches count; those inside custom rules of
+    others are left alone.
 
     Args:
       fn: function with one floating scalar as its result.
@@ -326,7 +342,9 @@ def check_effective(fn: Callable[..., Any], *args: Any, argnums: int | Sequence[
     def plain(*args: Any) -> Any:
         return _jaxpr.as_fun(bare.jaxpr)(bare.consts, *jax.tree.leaves(args))[0]
 
-    reports = [memory(jax.value_and_grad(f, argnums), *args) for f in (fn, plain)]
+    reports = [
+        memory_analysis(jax.value_and_grad(f, argnums), *args) for f in (fn, plain)
+    ]
     effect = Effect(*reports)
     if not effect:
         after, before = (_table.format_bytes(r.temp) for r in reports)
@@ -347,7 +365,9 @@ def _without_checkpoints(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
     jaxpr = program.jaxpr
     eqns = [
         eqn.replace(
-            params=_compat.with_bodies(eqn, [*map(_without_checkpoints, _compat.bodies(eqn))])
+            params=_compat.with_bodies(
+                eqn, [*map(_without_checkpoints, _compat.bodies(eqn))]
+            )
         )
         if _compat.primitive(eqn) in _BODIES
         else eqn
@@ -357,13 +377,12 @@ def _without_checkpoints(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
     return _jaxpr.ClosedJaxpr(flat_, program.consts)
 
 
-# --------------------------------------------------------------------------------------------------
-# The machine that a plan is compiled for: the one at hand, or a TPU that is not attached.
-# --------------------------------------------------------------------------------------------------
+# The machine that a plan is compiled for: the one at hand, or a TPU that is not
+# attached.
 
 
-# libtpu asks a metadata server what it runs on, and waits for it, unless it is told; and lets one process at
-# a time use it, as if it held a chip.
+# libtpu asks a metadata server what it runs on, and waits for it, unless it is told;
+# and lets one process at a time use it, as if it held a chip.
 _NO_SERVER = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -380,7 +399,9 @@ def platform(topology: str | None) -> str:
 def shape(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, a tracer or a shape, weak types kept; placed if there is a sharding."""
     aval = jax.typeof(x)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type
+    )
 
 
 def placed(tree: Any, topology: str | None) -> Any:
@@ -424,7 +445,9 @@ def first_chip(topology: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(found.devices[0])
 
 
-def trace(program: Callable[..., Any], args: Any, topology: str | None) -> jax.stages.Traced:
+def trace(
+    program: Callable[..., Any], args: Any, topology: str | None
+) -> jax.stages.Traced:
     """A jitted (or plain) function traced on the shapes of its arguments, on the target."""
     jitted: Any = program if hasattr(program, "trace") else jax.jit(program)
     return jitted.trace(*placed(args, topology))

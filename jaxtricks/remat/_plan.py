@@ -24,10 +24,14 @@ def scheduled(
     program: _jaxpr.Jaxpr, stages: Sequence[Stage], schedule: Schedule
 ) -> Callable[..., list[Any]]:
     """The program as a function of (*constvars, *invars), its stages run by the schedule."""
-    needed = _jaxpr.needed_after([stage.jaxpr.eqns for stage in stages], program.outvars)
+    needed = _jaxpr.needed_after(
+        [stage.jaxpr.eqns for stage in stages], program.outvars
+    )
 
     def go(*xs: Any) -> list[Any]:
-        env: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), xs, strict=True))
+        env: dict[Any, Any] = dict(
+            zip((*program.constvars, *program.invars), xs, strict=True)
+        )
         _run(schedule, env)
         return _jaxpr.read(program.outvars, env)
 
@@ -41,7 +45,9 @@ def scheduled(
                 ins, outs, fn = _group(step.steps)
             env.update(zip(outs, fn(*[env[v] for v in ins]), strict=True))
 
-    def _group(steps: Schedule) -> tuple[Sequence[Any], Sequence[Any], Callable[..., list[Any]]]:
+    def _group(
+        steps: Schedule,
+    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., list[Any]]]:
         held = list(stages_of(steps))
         ins = _jaxpr.read_by([eqn for i in held for eqn in stages[i].jaxpr.eqns])
         made = [v for i in held for v in stages[i].jaxpr.outvars]
@@ -57,9 +63,7 @@ def scheduled(
     return go
 
 
-# --------------------------------------------------------------------------------------------------
 # What the planner returns: a function, its figures, and a text that brings it back.
-# --------------------------------------------------------------------------------------------------
 
 
 _FORMAT = 1
@@ -71,7 +75,14 @@ _KINDS: dict[str, Any] = {
 }
 
 
-_HEADERS = ("stages", "operations", "carry", "what", "inside", "first line")  # of `Plan.describe`
+_HEADERS = (
+    "stages",
+    "operations",
+    "carry",
+    "what",
+    "inside",
+    "first line",
+)  # of `Plan.describe`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +139,18 @@ class Recipe:
 class Plan:
     """A function that meets its budget.
 
-    Attributes:
-      fn: the planned function: arguments, results and gradients of the one given.
-      peak: bytes of the compiled program, as `wrt` counts them.
-      baseline: the same of the unplanned one.
-      extra_flops: operations that are run twice, as a fraction of the unplanned program's.
-      budget: bytes that were asked for.
-      wrt: "peak" (arguments + results - aliases + temporaries) or "temp".
-      recipe: what `to_json` writes.
-      report, unplanned: the compilers' figures with and without the plan; None in a plan that was read.
-      compiles: programs compiled after the unplanned one.
-      tried: (bytes, extra_flops) of each.
-      frontier: (bytes, extra_flops) that the model expects of its best schedules: float64 [schedules, 2].
-      timeline: bytes alive at each operation by estimate, unplanned and planned.
-      unknown: {primitive: count} of the unplanned program's operations that the cost model does not know
+    Attributes: fn: the planned function: arguments, results and gradients of the one
+      given. peak: bytes of the compiled program, as `wrt` counts them. baseline: the
+      same of the unplanned one. extra_flops: operations that are run twice, as a
+      fraction of the unplanned program's. budget: bytes that were asked for. wrt:
+      "peak" (arguments + results - aliases + temporaries) or "temp". recipe: what
+      `to_json` writes. report, unplanned: the compilers' figures with and without the
+      plan; None in a plan that was read. compiles: programs compiled after the
+      unplanned one. tried: (bytes, extra_flops) of each. frontier: (bytes, extra_flops)
+      that the model expects of its best schedules: float64 [schedules, 2]. timeline:
+      bytes alive at each operation by estimate, unplanned and planned. unknown:
+      {primitive: count} of the unplanned program's operations that the cost model does
+      not know
         and prices by the bytes of their results.
     """
 
@@ -156,8 +165,12 @@ class Plan:
     unplanned: Report | None = None
     compiles: int = 0
     tried: tuple[tuple[int, float], ...] = ()
-    frontier: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2)), repr=False)
-    timeline: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, repr=False)
+    frontier: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 2)), repr=False
+    )
+    timeline: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(
+        default=None, repr=False
+    )
     rows: tuple[tuple[Any, ...], ...] = dataclasses.field(default=(), repr=False)
     unknown: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -169,7 +182,9 @@ class Plan:
             f"{self.compiles} programs compiled",
         ]
         if self.unknown:
-            counts = ", ".join(f"{name} ({n})" for name, n in sorted(self.unknown.items()))
+            counts = ", ".join(
+                f"{name} ({n})" for name, n in sorted(self.unknown.items())
+            )
             sentence = f"unknown to the cost model, priced by bytes: {counts}"
             notes.append(_table.printable(sentence))
         return _table.make(_HEADERS, self.rows, notes)
@@ -182,7 +197,11 @@ class Plan:
         text = {"format": _FORMAT} | {name: getattr(self, name) for name in _KINDS}
         steps = None if self.recipe.schedule is None else _packed(self.recipe.schedule)
         text |= {"unknown": self.unknown} if self.unknown else {}
-        text |= {"ends": self.recipe.ends, "prints": self.recipe.prints, "schedule": steps}
+        text |= {
+            "ends": self.recipe.ends,
+            "prints": self.recipe.prints,
+            "schedule": steps,
+        }
         return json.dumps(text)
 
 
@@ -190,16 +209,15 @@ class Plan:
 def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
     """The plan that `Plan.to_json` wrote, for the same function: nothing is compiled or searched.
 
-    Args:
-      text: the text.
-      fn: the function that was planned. Each stage is compared with a hash of the one planned when the
+    Args: text: the text. fn: the function that was planned. Each stage is compared with
+      a hash of the one planned when the
         result is traced.
 
     Returns:
       Plan with the figures measured then.
 
-    Raises:
-      ValueError: text that is no plan; and from `Plan.fn`, for another function or other shapes.
+    Raises: ValueError: text that is no plan; and from `Plan.fn`, for another function
+      or other shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -224,7 +242,14 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
         _check_figures(given)
         given["rows"] = tuple(map(tuple, given["rows"]))
         return Plan(fn=recipe.applied(fn), recipe=recipe, unknown=unknown, **given)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"text is no plan written by Plan.to_json: {error}") from error
 
 
@@ -235,7 +260,9 @@ def _check_recipe(recipe: Recipe) -> None:
         raise ValueError("its stages do not follow each other")
     if len(prints) != len(ends) or not all(isinstance(x, str) for x in prints):
         raise ValueError("it has not one fingerprint a stage")
-    if recipe.schedule is not None and list(stages_of(recipe.schedule)) != list(range(len(ends))):
+    if recipe.schedule is not None and list(stages_of(recipe.schedule)) != list(
+        range(len(ends))
+    ):
         raise ValueError("it does not run every stage once")
 
 
@@ -253,7 +280,9 @@ def _check_figures(given: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r:.40}")
         if isinstance(value, int | float) and not abs(value) < 2**63:
             raise ValueError(f"{name} is beyond any size")
-    if any(not isinstance(row, list) or len(row) != len(_HEADERS) for row in given["rows"]):
+    if any(
+        not isinstance(row, list) or len(row) != len(_HEADERS) for row in given["rows"]
+    ):
         raise ValueError(f"its rows have not the columns {', '.join(_HEADERS)}")
 
 
@@ -268,7 +297,9 @@ def _unpacked(steps: Sequence[Any], deep: int) -> Schedule:
     if deep < 0:
         raise ValueError("its groups are nested more deeply than there are stages")
     return tuple(
-        Again(_unpacked(s["again"], deep - 1)) if isinstance(s, dict) else Run(s[0], _choice(*s[1]))
+        Again(_unpacked(s["again"], deep - 1))
+        if isinstance(s, dict)
+        else Run(s[0], _choice(*s[1]))
         for s in steps
     )
 
@@ -282,7 +313,9 @@ def _choice(saved: Sequence[int] | None, outer: int) -> Choice:
     return Choice(None if saved is None else tuple(saved), outer)
 
 
-def rows(stages: Sequence[_stages.Stage], schedule: Schedule | None) -> tuple[tuple[Any, ...], ...]:
+def rows(
+    stages: Sequence[_stages.Stage], schedule: Schedule | None
+) -> tuple[tuple[Any, ...], ...]:
     """Rows of `Plan.describe`; neighbours that fare alike share one."""
     fates: dict[int, tuple[str, int]] = dict.fromkeys(range(len(stages)), ("keep", 0))
 
@@ -320,5 +353,18 @@ def _row(
     eqns = [eqn for i in run for eqn in stages[i].jaxpr.eqns]
     label = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
     line = next((found for eqn in eqns if (found := _jaxpr.source_line(eqn))), "")
-    inside = f"{depth} recomputed groups" if depth > 1 else "a recomputed group" if depth else ""
-    return label, len(eqns), _table.format_bytes(stages[run[-1]].carry), what, inside, line
+    inside = (
+        f"{depth} recomputed groups"
+        if depth > 1
+        else "a recomputed group"
+        if depth
+        else ""
+    )
+    return (
+        label,
+        len(eqns),
+        _table.format_bytes(stages[run[-1]].carry),
+        what,
+        inside,
+        line,
+    )

@@ -56,16 +56,20 @@ _CURE = 'write bytes, a size such as "4GiB" or "500 MB", or a fraction up to 1'
 def parse(budget: int | float | str, unplanned: int) -> int:
     """Bytes of a budget.
 
-    Args:
-      budget: bytes, text such as "4GiB" or "500 MB", or a float above 0 and up to 1: that fraction of
+    Args: budget: bytes, text such as "4GiB" or "500 MB", or a float above 0 and up to
+      1: that fraction of
         `unplanned`.
       unplanned: bytes.
 
-    Raises:
-      ValueError: budget is not positive, is text but not a size, is above 1 and not an integer, or is
+    Raises: ValueError: budget is not positive, is text but not a size, is above 1 and
+      not an integer, or is
         beyond any machine.
     """
-    shown = f"{budget!s:.40}" if isinstance(budget, str | numbers.Real) else type(budget).__name__
+    shown = (
+        f"{budget!s:.40}"
+        if isinstance(budget, str | numbers.Real)
+        else type(budget).__name__
+    )
     if isinstance(budget, str):
         shown = repr(shown)
         found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", budget.lower())
@@ -79,7 +83,9 @@ def parse(budget: int | float | str, unplanned: int) -> int:
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise ValueError(f"budget_bytes is {shown}: {_CURE}")
     if not 0 < budget < _MOST:
-        raise ValueError(f"budget_bytes is {shown}, not above 0 and below 2**63: {_CURE}")
+        raise ValueError(
+            f"budget_bytes is {shown}, not above 0 and below 2**63: {_CURE}"
+        )
     if isinstance(budget, numbers.Integral):
         return int(budget)
     budget = float(budget)
@@ -95,9 +101,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-# --------------------------------------------------------------------------------------------------
 # What people write by hand, as schedules: candidates beside the model's own.
-# --------------------------------------------------------------------------------------------------
 
 
 def schedules(solution: Solution) -> Iterator[Schedule]:
@@ -121,13 +125,23 @@ def _products_kept(prices: Sequence[Priced]) -> Schedule:
 
     def most_saved(i: int) -> Choice:
         saving = [o for o in prices[i].options if o.choice.saved and not o.choice.outer]
-        return max(saving, key=lambda o: len(o.choice.saved or ())).choice if saving else Choice()
+        return (
+            max(saving, key=lambda o: len(o.choice.saved or ())).choice
+            if saving
+            else Choice()
+        )
 
     steps: list[Run | Again] = []
-    runs = itertools.groupby(range(len(prices)), key=lambda i: most_saved(i) == Choice())
+    runs = itertools.groupby(
+        range(len(prices)), key=lambda i: most_saved(i) == Choice()
+    )
     for bare, group in runs:
         run = tuple(Run(i, most_saved(i)) for i in group)
-        whole = bare and len(run) > 1 and all(math.isfinite(prices[s.stage].forward) for s in run)
+        whole = (
+            bare
+            and len(run) > 1
+            and all(math.isfinite(prices[s.stage].forward) for s in run)
+        )
         steps += [Again(run)] if whole else run
     return tuple(steps)
 
@@ -139,9 +153,7 @@ def _halves(a: int, b: int) -> Schedule:
     return (Again(_halves(a, middle)), *_halves(middle, b))
 
 
-# --------------------------------------------------------------------------------------------------
 # From the model's schedules to one whose compiled bytes meet the budget.
-# --------------------------------------------------------------------------------------------------
 
 
 _AIM = 0.98  # of the budget: the next guess should fall just below
@@ -166,7 +178,9 @@ class Problem:
     solution: Solution
 
     @classmethod
-    def of(cls, program: _jaxpr.Jaxpr, varied: Sequence[bool], platform: str) -> "Problem":
+    def of(
+        cls, program: _jaxpr.Jaxpr, varied: Sequence[bool], platform: str
+    ) -> "Problem":
         """The problem of an inlined program.
 
         Args:
@@ -184,11 +198,20 @@ class Problem:
         known: dict[object, _stages.Priced] = {}
         prices = []
         for stage, name in zip(stages, prints, strict=True):
-            moves = tuple(v in moving for v in (*stage.jaxpr.constvars, *stage.jaxpr.invars))
+            moves = tuple(
+                v in moving for v in (*stage.jaxpr.constvars, *stage.jaxpr.invars)
+            )
             if (name, moves) not in known:
-                known[name, moves] = _stages.price(stage, moves, _stages.FLOPS_PER_BYTE[platform])
+                known[name, moves] = _stages.price(
+                    stage, moves, _stages.FLOPS_PER_BYTE[platform]
+                )
             prices.append(known[name, moves])
-        return cls(tuple(ends), stages, prints, Solution(prices, _stages.carries(program, ends)))
+        return cls(
+            tuple(ends),
+            stages,
+            prints,
+            Solution(prices, _stages.carries(program, ends)),
+        )
 
     def recipe(self, schedule: Schedule | None) -> Recipe:
         """The schedule with what it is for."""
@@ -250,9 +273,14 @@ class Search:
         if self._unplanned.fits(temp):
             return self._unplanned
         # The last one is for the smallest: what is called infeasible has been tried.
-        while self._left > (not self._fitting(temp)) and (i := self._next(temp)) is not None:
+        while (
+            self._left > (not self._fitting(temp))
+            and (i := self._next(temp)) is not None
+        ):
             tried = self._try(self._solution.schedule(i))
-            self._seen[i] = tried.temp if tried.fits(temp) else max(tried.temp, temp + 1)
+            self._seen[i] = (
+                tried.temp if tried.fits(temp) else max(tried.temp, temp + 1)
+            )
         for schedule in schedules(self._solution):
             if self._left and self._promises(schedule, temp):
                 self._try(schedule)
@@ -264,7 +292,9 @@ class Search:
                 break
             if i not in self._seen:
                 self._seen[i] = self._try(self._solution.schedule(i)).temp
-        cheapest = min(self._fitting(temp), key=lambda t: t.figures.report.flops, default=None)
+        cheapest = min(
+            self._fitting(temp), key=lambda t: t.figures.report.flops, default=None
+        )
         every = [*self.tried, self._unplanned]
         return cheapest or min(every, key=lambda t: (t.figures.refused, t.temp))
 
@@ -287,7 +317,10 @@ class Search:
         """The schedule to compile next; None if nothing is to be gained."""
         memory, extra = self._solution.memory, self._solution.extra
         low = max((i for i, n in self._seen.items() if n <= temp), default=-1)
-        high = min((i for i, n in self._seen.items() if n > temp and i > low), default=len(memory))
+        high = min(
+            (i for i, n in self._seen.items() if n > temp and i > low),
+            default=len(memory),
+        )
         if high - low <= 1:
             return None
         if low >= 0 and self._seen[low] > _FULL * temp:
@@ -308,13 +341,16 @@ class Search:
     def _promises(self, schedule: Schedule, temp: int) -> bool:
         """Whether a schedule may fit and be cheaper than what fits, by the model and its usual error."""
         memory, extra = self._solution.priced(schedule)
-        found = [self._solution.priced(t.schedule)[1] for t in self._fitting(temp) if t.schedule]
+        found = [
+            self._solution.priced(t.schedule)[1]
+            for t in self._fitting(temp)
+            if t.schedule
+        ]
         return bool(memory < _ERROR * temp and extra < min(found, default=math.inf))
 
 
-# --------------------------------------------------------------------------------------------------
-# Plan which activations to recompute, so that the compiled program meets a budget of bytes.
-# --------------------------------------------------------------------------------------------------
+# Plan which activations to recompute, so that the compiled program meets a budget of
+# bytes.
 
 
 Wrt = Literal["peak", "temp"]
@@ -334,31 +370,31 @@ def plan(
 ) -> Plan:
     """A loss function that meets a budget of bytes, at the least recomputation found.
 
-    fn is traced and cut into a chain of stages; options of each stage are priced from its own
-    derivative; a dynamic programme nests them; the result is compiled, its bytes are read from the
-    compiler's buffer assignment, and the search goes on until the budget is met closely. A program that
-    the compiler refuses, since the machine has less memory, counts as one that does not fit.
+    fn is traced and cut into a chain of stages; options of each stage are priced from
+    its own derivative; a dynamic programme nests them; the result is compiled, its
+    bytes are read from the compiler's buffer assignment, and the search goes on until
+    the budget is met closely. A program that the compiler refuses, since the machine
+    has less memory, counts as one that does not fit.
 
-    Args:
-      fn: the scalar loss, forward only, of pytrees of arrays.
-      *args: its arguments: arrays or ShapeDtypeStructs; nothing is run.
-      budget_bytes: bytes, "4GiB", or a float up to 1: that fraction of the unplanned figure.
-      argnums: what is differentiated.
-      has_aux: fn returns (loss, anything).
-      within: given fn, returns the jitted step that is measured in place of jit(value_and_grad(fn)):
-        a jitted function of the same arguments, or (jitted function, its arguments), with optimizer,
-        donation and shardings of your own.
-      wrt: "peak" is arguments + results - aliases + temporaries; "temp" temporaries alone.
+    Args: fn: the scalar loss, forward only, of pytrees of arrays. *args: its arguments:
+      arrays or ShapeDtypeStructs; nothing is run. budget_bytes: bytes, "4GiB", or a
+      float up to 1: that fraction of the unplanned figure. argnums: what is
+      differentiated. has_aux: fn returns (loss, anything). within: given fn, returns
+      the jitted step that is measured in place of jit(value_and_grad(fn)):
+        a jitted function of the same arguments, or (jitted function, its arguments),
+        with optimizer, donation and shardings of your own.
+      wrt: "peak" is arguments + results - aliases + temporaries; "temp" temporaries
+        alone.
       max_compiles: how many programs may be compiled after the unplanned one.
-      topology: plan for a TPU that is not attached, say "v5e:2x2" (its first chip, but for shapes
-        with a sharding of their own, as a step of `within` on a mesh of it needs); needs libtpu.
+      topology: plan for a TPU that is not attached, say "v5e:2x2" (its first chip, but
+        for shapes with a sharding of their own, as a step of `within` on a mesh of it
+        needs); needs libtpu.
 
     Returns:
       Plan: `fn` is a drop-in to differentiate and jit; `describe()`, `to_json()`.
 
-    Raises:
-      BudgetInfeasible: with `best`, the smallest figure reached.
-      ValueError: fn has effects or no float scalar, nothing differentiable, or changes an argument in
+    Raises: BudgetInfeasible: with `best`, the smallest figure reached. ValueError: fn
+      has effects or no float scalar, nothing differentiable, or changes an argument in
         place (a flax.nnx module with statistics: `jaxtricks.nnx.plan`).
 
     Example:
@@ -377,7 +413,9 @@ def plan(
     argnums = _integers.plain(argnums)
     wanted = _integers.positions(argnums, len(args))
     program = _checked(fn, args, wanted, argnums, has_aux)
-    problem = Problem.of(program.jaxpr, _varied(args, wanted), _memory.platform(topology))
+    problem = Problem.of(
+        program.jaxpr, _varied(args, wanted), _memory.platform(topology)
+    )
     measured = functools.partial(
         _measured,
         within=within,
@@ -387,7 +425,8 @@ def plan(
         has_aux=has_aux,
     )
     unplanned = measured(fn)
-    # What the compiler refused has no arguments counted: those of a step without activations are equal.
+    # What the compiler refused has no arguments counted: those of a step without
+    # activations are equal.
     counted = measured(_idle(fn)) if unplanned.refused and wrt == "peak" else unplanned
     fixed = counted.report.peak - counted.report.temp if wrt == "peak" else 0
     asked = parse(budget_bytes, fixed + unplanned.report.temp)
@@ -432,8 +471,8 @@ def auto_remat(
       fn: the scalar loss; what it closes over must not be traced.
       budget_bytes, **settings: of `plan`.
 
-    Returns:
-      A function to differentiate and jit; inside jit only shapes are seen, not shardings.
+    Returns: A function to differentiate and jit; inside jit only shapes are seen, not
+      shardings.
 
     Example:
       >>> loss = auto_remat(lambda w, x: jnp.sin(x @ w).sum(), "1MB")
@@ -450,7 +489,9 @@ def auto_remat(
         leaves, structure = jax.tree.flatten(shapes)
         signature = structure, tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
         if signature not in found:
-            found[signature] = plan(checked, *shapes, budget_bytes=budget_bytes, **settings)
+            found[signature] = plan(
+                checked, *shapes, budget_bytes=budget_bytes, **settings
+            )
         return found[signature].fn(*args)
 
     return planned
@@ -466,7 +507,9 @@ def _measured(
     traced = _memory.trace(step, args, topology)
     try:
         compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what exceeds its memory
+    except (
+        jax.errors.JaxRuntimeError
+    ) as error:  # a TPU's compiler refuses what exceeds its memory
         refused = _memory.refusal(error, traced.jaxpr)
         if refused is None:
             raise
@@ -478,10 +521,14 @@ def _idle(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A function that takes all arguments of fn and returns what fn does, and has no activations."""
 
     def idle(*args: Any) -> Any:
-        numbers = [x for x in jax.tree.leaves(args) if jnp.issubdtype(x.dtype, jnp.number)]
+        numbers = [
+            x for x in jax.tree.leaves(args) if jnp.issubdtype(x.dtype, jnp.number)
+        ]
         total = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in numbers if x.size)
         outs = jax.eval_shape(fn, *args)
-        return jax.tree.map(lambda out: jnp.full(out.shape, total).astype(out.dtype), outs)
+        return jax.tree.map(
+            lambda out: jnp.full(out.shape, total).astype(out.dtype), outs
+        )
 
     return idle
 
@@ -499,13 +546,17 @@ def _checked(
         raise ValueError("fn closes over traced values: pass them as arguments")
     outs = jax.tree.unflatten(structure, closed.out_avals)
     loss = outs[0] if has_aux and isinstance(outs, tuple) and outs else outs
-    if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+    if getattr(loss, "shape", None) != () or not jnp.issubdtype(
+        loss.dtype, jnp.floating
+    ):
         raise ValueError(
             f"fn must return {'(loss, aux) with ' if has_aux else ''}one float scalar, the loss, not "
             f"{jax.tree.map(lambda a: a.str_short(), outs)}: take a mean or a sum inside"
         )
     if not closed.eqns:
-        raise ValueError("fn returns one of its arguments as it is: there is nothing to recompute")
+        raise ValueError(
+            "fn returns one of its arguments as it is: there is nothing to recompute"
+        )
     leaves = jax.tree.leaves([args[i] for i in wanted])
     if not any(jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in leaves):
         raise ValueError(

@@ -29,23 +29,24 @@ def scan(
 ) -> tuple[Any, Any]:
     """jax.lax.scan that keeps about sqrt(n) carries for the backward pass instead of n residuals.
 
-    L nested loops of about n**(1/L) steps, each recomputed from its first carry, keep L n**(1/L) carries
-    for L more forward passes. Loops divide n where they can; else the steps left over (13 = 4 x 3 + 1)
-    run in a loop of their own, which costs a copy of xs and ys. Inner loops copy their part of xs.
+    L nested loops of about n**(1/L) steps, each recomputed from its first carry, keep L
+    n**(1/L) carries for L more forward passes. Loops divide n where they can; else the
+    steps left over (13 = 4 x 3 + 1) run in a loop of their own, which costs a copy of
+    xs and ys. Inner loops copy their part of xs.
 
-    Args:
-      body: (carry, x) -> (carry, y); recomputed in every step.
-      init: first carry, a pytree.
-      xs: pytree of arrays [n, ...], of any dtype (typed keys too), or None with a length.
-      levels: "sqrt", 2 loops; "log", loops of about 4 steps; how many; or their lengths, outermost
+    Args: body: (carry, x) -> (carry, y); recomputed in every step. init: first carry, a
+      pytree. xs: pytree of arrays [n, ...], of any dtype (typed keys too), or None with
+      a length. levels: "sqrt", 2 loops; "log", loops of about 4 steps; how many; or
+      their lengths, outermost
         first, whose product is n.
-      length, reverse, unroll: as in jax.lax.scan; unroll is that of the innermost loops.
+      length, reverse, unroll: as in jax.lax.scan; unroll is that of the innermost
+        loops.
 
     Returns:
       (carry, ys [n, ...]) of jax.lax.scan, differentiable in both modes.
 
-    Raises:
-      ValueError: xs of no or different lengths; levels that are unknown, below 1, or do not multiply to n.
+    Raises: ValueError: xs of no or different lengths; levels that are unknown, below 1,
+      or do not multiply to n.
 
     Example:
       >>> body = lambda c, x: (jnp.sin(c * x), c)
@@ -53,12 +54,19 @@ def scan(
       >>> print(jax.grad(total)(jnp.float32(0.0)))
       13.0
 
-    References:
-      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174, algorithm 1 and section
-      4.4.
+    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
+      1604.06174, algorithm 1 and section 4.4.
     """
     n = _length(xs, length)
-    return nested(_recomputed(body), init, xs, n, _outer(levels, n), reverse=reverse, unroll=unroll)
+    return nested(
+        _recomputed(body),
+        init,
+        xs,
+        n,
+        _outer(levels, n),
+        reverse=reverse,
+        unroll=unroll,
+    )
 
 
 def nested(
@@ -106,9 +114,10 @@ def nested(
 
 
 def _recomputed(body: Callable[..., Any]) -> Callable[..., Any]:
-    # The backward pass of a loop is a loop of its own, so nothing can be merged across the two and
-    # jax.checkpoint needs no barrier, with jax_remat3 or without: the bytes are those of recompute_grad in
-    # every pairing measured (n = 16, 64, 256), for up to 25% fewer FLOPs, and forward mode works.
+    # The backward pass of a loop is a loop of its own, so nothing can be merged across
+    # the two and jax.checkpoint needs no barrier, with jax_remat3 or without: the bytes
+    # are those of recompute_grad in every pairing measured (n = 16, 64, 256), for up to
+    # 25% fewer FLOPs, and forward mode works.
     return jax.checkpoint(body, prevent_cse=False)
 
 
@@ -135,14 +144,17 @@ def _outer(levels: str | int | Sequence[int], n: int) -> list[int]:
             raise ValueError(
                 f'remat.scan: `levels` must be "sqrt", "log", a number or lengths, not {levels!r}'
             )
-        # A loop of b steps stacks b carries, b log_b(n) in all: as many at 4 as at 2, in half the forward
-        # passes and with fewer copies of xs (measured, n = 256: 3.7 MB at 4, 6.4 at 2).
+        # A loop of b steps stacks b carries, b log_b(n) in all: as many at 4 as at 2,
+        # in half the forward passes and with fewer copies of xs (measured, n = 256: 3.7
+        # MB at 4, 6.4 at 2).
         levels = 2 if levels == "sqrt" else max(1, round(math.log(max(n, 1), 4)))
     levels = _integers.plain(levels)
     if isinstance(levels, tuple):
         lengths = list(levels)
         if math.prod(lengths) != n or not lengths:
-            raise ValueError(f"remat.scan: `levels` must multiply to {n}, not {lengths}")
+            raise ValueError(
+                f"remat.scan: `levels` must multiply to {n}, not {lengths}"
+            )
         return [k for k in lengths if k != 1][:-1]
     if levels < 1:
         raise ValueError(f"remat.scan: `levels` must be 1 or more, not {levels}")
@@ -159,9 +171,7 @@ def _divisor(n: int, k: int) -> int:
     return next((d for d in near if d > 1 and n % d == 0), k)
 
 
-# --------------------------------------------------------------------------------------------------
 # Chains of functions whose memory grows slower than their length.
-# --------------------------------------------------------------------------------------------------
 
 
 Fn = Callable[..., Any]
@@ -171,23 +181,24 @@ Fn = Callable[..., Any]
 def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") -> Fn:
     """The composition of functions, cut into segments that are recomputed in the backward pass.
 
-    k segments of n functions keep their k inputs and, one segment at a time, what n / k functions save:
-    2 sqrt(n) at k = sqrt(n), for one more forward pass. Halves of halves keep g(n) = 1 + g(n / 2) =
-    log2(n) inputs, for about log2(n) / 2 more forward passes.
+    k segments of n functions keep their k inputs and, one segment at a time, what n / k
+    functions save:
+    2 sqrt(n) at k = sqrt(n), for one more forward pass. Halves of halves keep g(n) = 1
+    + g(n / 2) = log2(n) inputs, for about log2(n) / 2 more forward passes.
 
-    Args:
-      fns: n functions of one pytree, x -> x, or of parameters and a pytree, (p, x) -> x; they may close
-        over traced values. One that updates a flax.nnx module is neither: jaxtricks.nnx.recompute_grad.
-      segments: "sqrt", about sqrt(n) of equal size; "log", the recursion; how many, sizes equal to one
-        function; or their sizes. Functions that save much more than their input (attention) want more
-        segments than sqrt(n), up to n.
+    Args: fns: n functions of one pytree, x -> x, or of parameters and a pytree, (p, x)
+      -> x; they may close
+        over traced values. One that updates a flax.nnx module is neither:
+        jaxtricks.nnx.recompute_grad.
+      segments: "sqrt", about sqrt(n) of equal size; "log", the recursion; how many,
+        sizes equal to one function; or their sizes. Functions that save much more than
+        their input (attention) want more segments than sqrt(n), up to n.
 
-    Returns:
-      run(x) = fns[-1](... fns[0](x)), or run(params, x) with a list or tuple of one pytree a function.
-      Differentiable in reverse mode, like `recompute_grad`.
+    Returns: run(x) = fns[-1](... fns[0](x)), or run(params, x) with a list or tuple of
+      one pytree a function. Differentiable in reverse mode, like `recompute_grad`.
 
-    Raises:
-      ValueError: no functions, or segments that are unknown, too many or do not sum to n; when run,
+    Raises: ValueError: no functions, or segments that are unknown, too many or do not
+      sum to n; when run,
         params that are not one a function.
 
     Example:
@@ -196,14 +207,17 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
       >>> float(jax.grad(run, argnums=1)([jnp.float32(1.0)] * 9, jnp.float32(0.0)))
       1.0
 
-    References:
-      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174: algorithm 1; section
-      4.4, g(n) = k log_{k+1}(n), at k = 1 for "log".
+    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
+      1604.06174: algorithm 1; section 4.4, g(n) = k log_{k+1}(n), at k = 1 for "log".
     """
     fns = list(fns)
     if not fns:
         raise ValueError("remat.sequential: `fns` is empty: give at least one function")
-    sizes = None if isinstance(segments, str) and segments == "log" else _sizes(segments, len(fns))
+    sizes = (
+        None
+        if isinstance(segments, str) and segments == "log"
+        else _sizes(segments, len(fns))
+    )
 
     def run(*args: Any) -> Any:
         if len(args) == 1:
@@ -221,9 +235,10 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
 
 
 def _segments(fns: Sequence[Fn], sizes: Sequence[int]) -> Fn:
-    # The last one is wrapped too. Its backward pass starts at once only where the network ends: a head
-    # runs first, beside all that the segment would have kept. Measured, 64 layers of two products: 1.9
-    # MB instead of 2.9 with a head 16 times as wide, equal with a light one; 3% more FLOPs.
+    # The last one is wrapped too. Its backward pass starts at once only where the
+    # network ends: a head runs first, beside all that the segment would have kept.
+    # Measured, 64 layers of two products: 1.9 MB instead of 2.9 with a head 16 times as
+    # wide, equal with a light one; 3% more FLOPs.
     ends = list(itertools.accumulate(sizes))
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -236,8 +251,8 @@ def _segments(fns: Sequence[Fn], sizes: Sequence[int]) -> Fn:
 
 
 def _halves(fns: Sequence[Fn]) -> Fn:
-    # A right half is not wrapped: its backward pass does start at once, since the left half's follows.
-    # But the very last function meets the head, as above.
+    # A right half is not wrapped: its backward pass does start at once, since the left
+    # half's follows. But the very last function meets the head, as above.
     *head, last = fns
 
     def recurse(fns: Sequence[Fn]) -> Fn:
@@ -288,5 +303,7 @@ def _sizes(segments: str | int | Sequence[int], n: int) -> list[int]:
             )
         return sizes
     if not 1 <= segments <= n:
-        raise ValueError(f"remat.sequential: `segments` must be in 1..{n}, not {segments}")
+        raise ValueError(
+            f"remat.sequential: `segments` must be in 1..{n}, not {segments}"
+        )
     return [n // segments + (i < n % segments) for i in range(segments)]

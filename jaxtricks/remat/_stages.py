@@ -1,7 +1,8 @@
 """What a jaxpr costs before any compiler saw it: time in floating-point operations, and live bytes.
 
-A compiler fuses elementwise operations into what reads them. The counts here do so in the simplest way:
-a cheap result with one reader that can take it in is never written, and its operands live until then.
+A compiler fuses elementwise operations into what reads them. The counts here do so in
+the simplest way: a cheap result with one reader that can take it in is never written,
+and its operands live until then.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ from jaxtricks import _compat, _jaxpr
 from jaxtricks.remat import _memory, _recompute, _sequential
 from jaxtricks.remat._recompute import recomputed
 
-# Operations that a machine does in the time of one byte of memory traffic; fusion spares accelerators
-# most of the traffic that an unfused count sees.
+# Operations that a machine does in the time of one byte of memory traffic; fusion
+# spares accelerators most of the traffic that an unfused count sees.
 FLOPS_PER_BYTE = {"cpu": 1.0, "gpu": 10.0, "tpu": 30.0}
 
 _CHEAP = frozenset(
@@ -49,9 +50,13 @@ _FUSES = _CHEAP | {
     "erf",
     "pow",
 }
-_VIEWS = frozenset(("reshape", "squeeze", "expand_dims", "name", "stop_gradient", "copy"))
+_VIEWS = frozenset(
+    ("reshape", "squeeze", "expand_dims", "name", "stop_gradient", "copy")
+)
 _FREE = _VIEWS | {"broadcast_in_dim"}
-_FUSED_AGAIN = 2  # operations that a compiler repeats backward rather than keep their result
+_FUSED_AGAIN = (
+    2  # operations that a compiler repeats backward rather than keep their result
+)
 
 
 def work(jaxpr: _jaxpr.Jaxpr, flops_per_byte: float) -> float:
@@ -104,7 +109,9 @@ def peak_live(jaxpr: Any) -> float:
     return float(live_bytes(jaxpr).max(initial=0))
 
 
-def kept_bytes(jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[Any]) -> float:
+def kept_bytes(
+    jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[Any]
+) -> float:
     """Bytes of residuals that are written out: what few cheap operations make of others is made again.
 
     Args:
@@ -127,15 +134,18 @@ def kept_bytes(jaxpr: _jaxpr.Jaxpr, residuals: Iterable[Any], known: Iterable[An
     return total
 
 
-# --------------------------------------------------------------------------------------------------
 # A program as a chain of stages, cut where little is alive.
-# --------------------------------------------------------------------------------------------------
 
 
 MAX_STAGES = 96
-_GROUP = 1 / 160  # cuts with less than this fraction of the work between them are one cut
+_GROUP = (
+    1 / 160
+)  # cuts with less than this fraction of the work between them are one cut
 _WINDOW = 6  # equations to either side that a cut is compared with
-_NEAR, _CHEAPER = 0.15, 1.2  # a cut inside a block has cheaper ones near it on both sides
+_NEAR, _CHEAPER = (
+    0.15,
+    1.2,
+)  # a cut inside a block has cheaper ones near it on both sides
 
 COLLECTIVES = frozenset(
     " ".join(
@@ -171,7 +181,9 @@ def stages(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> list[Stage]:
         eqns = program.eqns[a:b]
         outs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= b]
         ins = [v for v in _jaxpr.read_by(eqns) if v not in consts]
-        jaxpr = _jaxpr.made([v for v in _jaxpr.read_by(eqns) if v in consts], ins, outs, eqns)
+        jaxpr = _jaxpr.made(
+            [v for v in _jaxpr.read_by(eqns) if v in consts], ins, outs, eqns
+        )
         fixed = any(_compat.primitive(e) in COLLECTIVES for e in _jaxpr.walk(jaxpr))
         found.append(Stage(jaxpr, int(alive[b - 1]), fixed))
     return found
@@ -180,8 +192,8 @@ def stages(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> list[Stage]:
 def carries(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> np.ndarray:
     """Bytes that a run of stages adds to what is alive: float64 [stages, stages].
 
-    Entry [s, k] counts what stages s..k make and later stages read, long-lived values apart; what only
-    passes through is held already.
+    Entry [s, k] counts what stages s..k make and later stages read, long-lived values
+    apart; what only passes through is held already.
     """
     born, last = _lifetimes(program)
     stage_of = np.searchsorted(ends, np.arange(len(program.eqns)), "right")
@@ -227,7 +239,12 @@ def _work(eqn: Any) -> float:
 def _lifetimes(program: _jaxpr.Jaxpr) -> tuple[dict[Any, int], dict[Any, int]]:
     """({variable: equation that makes it}, {variable: last equation that reads it})."""
     born = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outvars}
-    last = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.invars if isinstance(v, Var)}
+    last = {
+        v: i
+        for i, eqn in enumerate(program.eqns)
+        for v in eqn.invars
+        if isinstance(v, Var)
+    }
     last |= {v: len(program.eqns) for v in program.outvars if isinstance(v, Var)}
     return born, last
 
@@ -235,7 +252,9 @@ def _lifetimes(program: _jaxpr.Jaxpr) -> tuple[dict[Any, int], dict[Any, int]]:
 def _long_lived(program: _jaxpr.Jaxpr, born: Any, last: Any) -> set[Any]:
     """Masks and tables: made early, read by most of the program; they block no cut."""
     n = len(program.eqns)
-    return {v for v, i in born.items() if n // 2 < last.get(v, -1) - i and last.get(v) != n}
+    return {
+        v for v, i in born.items() if n // 2 < last.get(v, -1) - i and last.get(v) != n
+    }
 
 
 def _alive(program: _jaxpr.Jaxpr) -> np.ndarray:
@@ -270,9 +289,7 @@ def _inside_a_block(c: int, cuts: Sequence[int], alive: Any, work: Any) -> bool:
     return any(d < c for d in cheaper) and any(d > c for d in cheaper)
 
 
-# --------------------------------------------------------------------------------------------------
 # What can be kept of a stage, and what each choice costs: traced, not guessed.
-# --------------------------------------------------------------------------------------------------
 
 
 KEEP = "keep"  # all that the derivative needs, as without recomputation
@@ -285,10 +302,11 @@ _MOST_TRIED = 12  # and how many products alone
 class Choice:
     """How a stage runs.
 
-    Attributes:
-      saved: equations whose results are kept, of the stage or of its scan's body; None keeps all that
+    Attributes: saved: equations whose results are kept, of the stage or of its scan's
+      body; None keeps all that
         the derivative needs, () recomputes from the inputs.
-      outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the scan alone.
+      outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the
+        scan alone.
     """
 
     saved: tuple[int, ...] | None = None
@@ -296,7 +314,11 @@ class Choice:
 
     def __str__(self) -> str:
         kept = (
-            KEEP if self.saved is None else f"save {len(self.saved)}" if self.saved else "recompute"
+            KEEP
+            if self.saved is None
+            else f"save {len(self.saved)}"
+            if self.saved
+            else "recompute"
         )
         return f"scan in {self.outer}, {kept}" if self.outer else kept
 
@@ -305,11 +327,10 @@ class Choice:
 class Option:
     """A choice and its price.
 
-    Attributes:
-      choice: the choice.
-      kept: bytes that stay until the backward pass, inputs and outputs of the stage apart.
-      extra: operations beyond those of keeping everything.
-      backward: bytes alive at most during its backward pass, what is kept apart.
+    Attributes: choice: the choice. kept: bytes that stay until the backward pass,
+      inputs and outputs of the stage apart. extra: operations beyond those of keeping
+      everything. backward: bytes alive at most during its backward pass, what is kept
+      apart.
     """
 
     choice: Choice
@@ -345,7 +366,9 @@ def price(stage: Stage, varied: Sequence[bool], flops_per_byte: float) -> Priced
         for outer in _splits(largest_scan(stage.jaxpr)):
             found += [pricer(Choice(None, outer))] if outer > 1 else []
             found += _saving(pricer, _body_products(stage.jaxpr), outer)
-    found = [dataclasses.replace(o, extra=max(0.0, o.extra - base.extra)) for o in found]
+    found = [
+        dataclasses.replace(o, extra=max(0.0, o.extra - base.extra)) for o in found
+    ]
     return Priced(
         tuple(_undominated(found)),
         math.inf if stage.fixed else work(stage.jaxpr, flops_per_byte),
@@ -358,7 +381,8 @@ def _saving(
 ) -> list[Option]:
     """Recompute from the inputs, and keep growing sets of products, the most profitable first.
 
-    What one product is worth is measured: the last of a block is often not read by any derivative.
+    What one product is worth is measured: the last of a block is often not read by any
+      derivative.
     """
     bare = pricer(Choice((), outer))
     worth = {}
@@ -377,12 +401,17 @@ def _splits(loop: Any) -> list[int]:
         return []
     length = _compat.scan_parts(loop).length
     divisors = [d for d in range(2, length) if length % d == 0]
-    return [1, *sorted(divisors, key=lambda d: abs(math.log(d / math.sqrt(length))))[:3]]
+    return [
+        1,
+        *sorted(divisors, key=lambda d: abs(math.log(d / math.sqrt(length))))[:3],
+    ]
 
 
 def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
     """The equations with most arithmetic a byte of result."""
-    found = [i for i, eqn in enumerate(jaxpr.eqns) if _compat.primitive(eqn) in _PRODUCTS]
+    found = [
+        i for i, eqn in enumerate(jaxpr.eqns) if _compat.primitive(eqn) in _PRODUCTS
+    ]
     return sorted(found, key=lambda i: -_gain(jaxpr.eqns[i]))[:_MOST_TRIED]
 
 
@@ -417,7 +446,9 @@ def check(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> None:
             )
         body = _body(loop).jaxpr
     if any(i >= len(body.eqns) for i in choice.saved or ()):
-        raise ValueError("this plan keeps the result of an operation that is not there: plan again")
+        raise ValueError(
+            "this plan keeps the result of an operation that is not there: plan again"
+        )
 
 
 def run(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
@@ -439,14 +470,24 @@ def _with_scan(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> Callable[..., list[Any]]:
     loop = largest_scan(jaxpr)
     at = next(i for i, eqn in enumerate(jaxpr.eqns) if eqn is loop)
     inputs = (*jaxpr.constvars, *jaxpr.invars)
-    before = _jaxpr.piece(jaxpr.eqns[:at], [v for e in jaxpr.eqns[:at] for v in e.outvars])
-    after = _jaxpr.piece(jaxpr.eqns[at + 1 :], [v for e in jaxpr.eqns[at + 1 :] for v in e.outvars])
+    before = _jaxpr.piece(
+        jaxpr.eqns[:at], [v for e in jaxpr.eqns[:at] for v in e.outvars]
+    )
+    after = _jaxpr.piece(
+        jaxpr.eqns[at + 1 :], [v for e in jaxpr.eqns[at + 1 :] for v in e.outvars]
+    )
 
     def go(*xs: Any) -> list[Any]:
         env: dict[Any, Any] = dict(zip(inputs, xs, strict=True))
-        parts = (before, _plain(before)), (loop, _split(loop, choice)), (after, _plain(after))
+        parts = (
+            (before, _plain(before)),
+            (loop, _split(loop, choice)),
+            (after, _plain(after)),
+        )
         for part, fn in parts:
-            env.update(zip(part.outvars, fn(*_jaxpr.read(part.invars, env)), strict=True))
+            env.update(
+                zip(part.outvars, fn(*_jaxpr.read(part.invars, env)), strict=True)
+            )
         return _jaxpr.read(jaxpr.outvars, env)
 
     return go
@@ -461,14 +502,20 @@ def _split(loop: Any, choice: Choice) -> Callable[..., list[Any]]:
         step = recomputed(body.jaxpr, saved=choice.saved, ordered=False)
 
     def go(*xs: Any) -> list[Any]:
-        fixed, init, rows = xs[:consts], xs[consts : consts + carries], xs[consts + carries :]
+        fixed, init, rows = (
+            xs[:consts],
+            xs[consts : consts + carries],
+            xs[consts + carries :],
+        )
 
         def one(carry: Any, row: Any) -> tuple[Any, Any]:
             out = step(*body.consts, *fixed, *carry, *row)
             return out[:carries], out[carries:]
 
         outer = [choice.outer] if choice.outer > 1 else []
-        carry, out = _sequential.nested(one, list(init), list(rows), length, outer, reverse=reverse)
+        carry, out = _sequential.nested(
+            one, list(init), list(rows), length, outer, reverse=reverse
+        )
         return [*carry, *out]
 
     return go
@@ -480,7 +527,11 @@ def _price(
     """Price of a choice; `extra` is still the operations of both passes."""
     jaxpr = stage.jaxpr
     shapes = [_shape(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
-    wrt = [i for i, v in enumerate(shapes) if varied[i] and jnp.issubdtype(v.dtype, jnp.inexact)]
+    wrt = [
+        i
+        for i, v in enumerate(shapes)
+        if varied[i] and jnp.issubdtype(v.dtype, jnp.inexact)
+    ]
     fn = run(jaxpr, choice)
     structure: Any = None
 
@@ -498,8 +549,13 @@ def _price(
         return outs, residuals
 
     there = _jaxpr.live(jax.make_jaxpr(forward)(*shapes))
-    outs, residuals = there.outvars[: len(jaxpr.outvars)], there.outvars[len(jaxpr.outvars) :]
-    variables, known = ([v for v in vs if isinstance(v, Var)] for vs in (residuals, outs))
+    outs, residuals = (
+        there.outvars[: len(jaxpr.outvars)],
+        there.outvars[len(jaxpr.outvars) :],
+    )
+    variables, known = (
+        [v for v in vs if isinstance(v, Var)] for vs in (residuals, outs)
+    )
     kept = kept_bytes(there, variables, known)
     pullback = jax.make_jaxpr(lambda rs, cts: jax.tree.unflatten(structure, rs)(cts))
     back = _jaxpr.live(pullback([*map(_shape, residuals)], [*map(_shape, outs)]))
@@ -521,4 +577,8 @@ def _undominated(options: Sequence[Option]) -> list[Option]:
 
 def _beats(a: Option, b: Option) -> bool:
     # The transient counts: splits of a scan differ in nothing else.
-    return a.kept <= b.kept and a.extra <= b.extra and a.kept + a.backward <= b.kept + b.backward
+    return (
+        a.kept <= b.kept
+        and a.extra <= b.extra
+        and a.kept + a.backward <= b.kept + b.backward
+    )

@@ -62,25 +62,23 @@ def apply(
 ) -> Float[Array, "..."]:
     """Output of the branches, with frozen statistics.
 
-    All branches are centred on the centre tap (k // 2) of one window of size `kernel_size`; `padding` is
-    that of the window, and each branch derives its own from it. A stride belongs to the one node of a
-    Sequential that has a kernel larger than 1; the input of that node is padded with what the nodes before
-    it make of zeros.
+    All branches are centred on the centre tap (k // 2) of one window of size
+    `kernel_size`; `padding` is that of the window, and each branch derives its own from
+    it. A stride belongs to the one node of a Sequential that has a kernel larger than
+    1; the input of that node is padded with what the nodes before it make of zeros.
 
-    Args:
-      node: a tree of nodes.
-      x: [N, *spatial, C].
-      strides: of the window, an int or one per spatial axis.
-      padding: "SAME", "VALID", an int, or a (low, high) pair per spatial axis; negative numbers crop.
-      dilation: distance of the window's taps; the dilation of a Conv multiplies it.
-      kernel_size: size of the window; None = the largest effective kernel in the node.
-      precision: of the convolutions, as in `jax.lax`.
+    Args: node: a tree of nodes. x: [N, *spatial, C]. strides: of the window, an int or
+      one per spatial axis. padding: "SAME", "VALID", an int, or a (low, high) pair per
+      spatial axis; negative numbers crop. dilation: distance of the window's taps; the
+      dilation of a Conv multiplies it. kernel_size: size of the window; None = the
+      largest effective kernel in the node. precision: of the convolutions, as in
+      `jax.lax`.
 
     Returns:
       [N, *spatial', C'] of x's dtype, computed in float32 or better.
 
-    Raises:
-      ValueError: two nodes with a kernel larger than 1 in a Sequential, a window smaller than a branch,
+    Raises: ValueError: two nodes with a kernel larger than 1 in a Sequential, a window
+      smaller than a branch,
         or channels that do not fit.
 
     Example:
@@ -111,13 +109,17 @@ def apply(
 def _run(node: Node, x: Array, place: _Place) -> Array:
     match node:
         case Sum():
-            return functools.reduce(operator.add, [_run(n, x, place) for n in node.nodes])
+            return functools.reduce(
+                operator.add, [_run(n, x, place) for n in node.nodes]
+            )
         case Sequential():
             return _sequence(node, x, place)
         case Conv():
             return _conv(node, x, place)
         case AvgPool():
-            return _conv(pool_kernel(node, x.shape[-1], len(place.kernel), x.dtype), x, place)
+            return _conv(
+                pool_kernel(node, x.shape[-1], len(place.kernel), x.dtype), x, place
+            )
     return _affine(node, _pick(x, place))
 
 
@@ -127,7 +129,8 @@ def _sequence(node: Sequential, x: Array, place: _Place) -> Array:
     if at is None:
         at = next((i for i, n in enumerate(node.nodes) if isinstance(n, Conv)), 0)
     if at:
-        # Padding the input, not the intermediate, gives the latter its value on zero input.
+        # Padding the input, not the intermediate, gives the latter its value on zero
+        # input.
         size = extent(node.nodes[at], axes)
         x = _nodes.zero_pad(x, place.of(size))
         place = place._replace(pads=((0, 0),) * axes, kernel=size)
@@ -169,7 +172,9 @@ def _affine(node: Node, x: Array) -> Array:
             factor, bias = norm_factor(node)
             y = (x - _row(node.mean, x)) * _row(factor, x)
             return y if bias is None else y + _row(bias, x)
-    raise ValueError(f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ...")
+    raise ValueError(
+        f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ..."
+    )
 
 
 def norm_factor(node: Norm) -> tuple[Array, Array | None]:

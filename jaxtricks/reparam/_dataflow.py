@@ -1,8 +1,8 @@
 """What feeds what in a traced model: where a convolution's output goes to one normalization and no further.
 
-The layers of a model mark their inputs and outputs in the trace (`mark`); `read` finds the marks again,
-through jit, remat and custom derivatives. The state tree of bn(conv(x)) is that of bn(relu(conv(x))):
-only the trace tells them apart.
+The layers of a model mark their inputs and outputs in the trace (`mark`); `read` finds
+the marks again, through jit, remat and custom derivatives. The state tree of
+bn(conv(x)) is that of bn(relu(conv(x))): only the trace tells them apart.
 """
 
 import collections
@@ -34,15 +34,17 @@ class Mark(NamedTuple):
 
 def mark(x: Any, side: str, layer: str) -> Any:
     """x, marked as a layer's "in" or "out" for `read`; the identity in every computation."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, f"{_PREFIX}:{side}:{layer}"), x)
+    return jax.tree.map(
+        lambda leaf: checkpoint_name(leaf, f"{_PREFIX}:{side}:{layer}"), x
+    )
 
 
 class Flow(NamedTuple):
     """The marked values of a trace, one entry for every time that a layer runs.
 
-    Attributes:
-      reads: {layer: the layer whose marked output it is given, else None}.
-      read_by: {layer: the layers that are given its output; None for everything else that uses it}.
+    Attributes: reads: {layer: the layer whose marked output it is given, else None}.
+      read_by: {layer: the layers that are given its output; None for everything else
+      that uses it}.
     """
 
     reads: Mapping[str, list[str | None]]
@@ -80,11 +82,15 @@ def read(closed: _jaxpr.ClosedJaxpr) -> Flow:
     reads, read_by = collections.defaultdict(list), collections.defaultdict(list)
     for value, made in trace.marks.items():
         if made.side == "out":
-            users = [m.layer if m and m.side == "in" else None for m in trace.users[value]]
+            users = [
+                m.layer if m and m.side == "in" else None for m in trace.users[value]
+            ]
             read_by[made.layer].append(users)
         else:
             source = trace.marks.get(trace.inputs[value])
-            reads[made.layer].append(source.layer if source and source.side == "out" else None)
+            reads[made.layer].append(
+                source.layer if source and source.side == "out" else None
+            )
     return Flow(reads, read_by)
 
 
@@ -117,7 +123,9 @@ class _Trace:
                 outs = self.run(body, dict(zip(body.invars, ins, strict=True)))
                 env.update(zip(eqn.outvars, outs, strict=True))
                 continue
-            for body in _jaxpr.sub_jaxprs(eqn):  # of a loop or a branch: what leaves it is used
+            for body in _jaxpr.sub_jaxprs(
+                eqn
+            ):  # of a loop or a branch: what leaves it is used
                 self.leave(self.run(body, {}))
             made = _mark_of(eqn)
             for value in ins:

@@ -38,7 +38,8 @@ from jaxtricks.reparam._nodes import reference as window_of
 def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
     """The one convolution that equals the branches, for any stride, padding and dilation.
 
-    apply(node, x, **how) == apply(fuse(node), x, **how), up to rounding. With t = scale / sqrt(var + eps):
+    apply(node, x, **how) == apply(fuse(node), x, **how), up to rounding. With t = scale
+    / sqrt(var + eps):
 
         Conv then Norm      K t,  (b - mean) t + bias
         1x1 then KxK        sum_m K1[i, m] K2[..., m, o],  sum_m b1[m] K2[..., m, o] + b2
@@ -46,17 +47,16 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
 
     It is differentiable: a penalty on the fused kernel is a penalty on the branches.
 
-    Args:
-      node: a tree of nodes.
-      kernel_size: size of the result (an int or one per spatial axis), at least that of the largest branch,
+    Args: node: a tree of nodes. kernel_size: size of the result (an int or one per
+      spatial axis), at least that of the largest branch,
         which is the default. `padding` then refers to it.
 
-    Returns:
-      Conv(kernel, bias or None, groups), dilation 1, float32 or better. `groups` is the largest number that
-      every branch allows (a depthwise branch beside a dense one becomes dense).
+    Returns: Conv(kernel, bias or None, groups), dilation 1, float32 or better. `groups`
+      is the largest number that every branch allows (a depthwise branch beside a dense
+      one becomes dense).
 
-    Raises:
-      ValueError: two nodes with a kernel larger than 1 in a Sequential, channels that do not fit, or a
+    Raises: ValueError: two nodes with a kernel larger than 1 in a Sequential, channels
+      that do not fit, or a
         node that does not say how many channels or spatial axes there are.
 
     Example:
@@ -68,7 +68,11 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
       Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
     """
     axes = rank(node)
-    if axes is None and kernel_size is not None and not _integers.is_integer(kernel_size):
+    if (
+        axes is None
+        and kernel_size is not None
+        and not _integers.is_integer(kernel_size)
+    ):
         axes = len(tuple(kernel_size))
     features = features_in(node)
     if axes is None or features is None:
@@ -171,7 +175,9 @@ def _bias_through(bias: Array | None, conv: Conv) -> Array | None:
 def _add(convs: Sequence[Conv]) -> Conv:
     if len({c.kernel.shape[-1] for c in convs}) > 1:
         outs = [c.kernel.shape[-1] for c in convs]
-        raise ValueError(f"reparam.Sum: the branches give {outs} channels; they must agree")
+        raise ValueError(
+            f"reparam.Sum: the branches give {outs} channels; they must agree"
+        )
     groups = functools.reduce(math.gcd, [c.groups for c in convs])
     size = largest([c.kernel.shape[:-2] for c in convs])
     convs = [_embed(_regroup(c, groups), size) for c in convs]
@@ -241,9 +247,7 @@ def _plus(a: Array | None, b: Array | None) -> Array | None:
     return a + b
 
 
-# --------------------------------------------------------------------------------------------------
 # One convolution into branches that compute it.
-# --------------------------------------------------------------------------------------------------
 
 
 _AFFINE = (Norm, Scale, Identity)
@@ -253,24 +257,26 @@ _AFFINE = (Norm, Scale, Identity)
 def unfuse(conv: Conv, like: Node) -> Node:
     """Branches of the structure of `like` that compute a given convolution: where re-training starts.
 
-    Every branch of `like` stays as it is except the one with the largest kernel: its convolution becomes
+    Every branch of `like` stays as it is except the one with the largest kernel: its
+      convolution becomes
 
         kernel = (K - fuse(others).kernel) / t,   t the factor of the normalization behind it,
 
-    and its last bias takes what is missing. fuse(unfuse(conv, like)) == conv, up to rounding, whatever the
-    other branches and statistics are. The factor t must not be 0.
+    and its last bias takes what is missing. fuse(unfuse(conv, like)) == conv, up to
+    rounding, whatever the other branches and statistics are. The factor t must not be
+    0.
 
-    Args:
-      conv: Conv(kernel [*size, in / groups, out], bias or None), of the size of the branches' window.
-      like: a Sum of branches, or one branch; the largest is a Conv, with Norm and Scale behind it or not.
+    Args: conv: Conv(kernel [*size, in / groups, out], bias or None), of the size of the
+      branches' window. like: a Sum of branches, or one branch; the largest is a Conv,
+      with Norm and Scale behind it or not.
 
     Returns:
       A node with the structure of `like`, float32 or better.
 
-    Raises:
-      ValueError: another kernel size or number of channels, a largest branch that is grouped more finely
-        than the convolution or another branch, dilated, or has something in front of its Conv, or a bias
-        that no branch can take.
+    Raises: ValueError: another kernel size or number of channels, a largest branch that
+      is grouped more finely
+        than the convolution or another branch, dilated, or has something in front of
+        its Conv, or a bias that no branch can take.
 
     Example:
       >>> norm = Norm(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.zeros(2))
@@ -286,7 +292,11 @@ def unfuse(conv: Conv, like: Node) -> Node:
     conv, like = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (conv, like))
     branches = list(like.nodes) if isinstance(like, Sum) else [like]
     at = _free(branches)
-    whole = branches[at] if isinstance(branches[at], Sequential) else Sequential(branches[at])
+    whole = (
+        branches[at]
+        if isinstance(branches[at], Sequential)
+        else Sequential(branches[at])
+    )
     first, *behind = whole.nodes
     empty = Conv(jnp.zeros_like(first.kernel), first.bias, first.groups)
     rest = fuse(Sum(*branches[:at], Sequential(empty, *behind), *branches[at + 1 :]))
@@ -294,7 +304,9 @@ def unfuse(conv: Conv, like: Node) -> Node:
     minus = Scale(-jnp.ones(rest.kernel.shape[-1], dtype))
     missing = fuse(Sum(conv, Sequential(rest, minus)))
     made = _solve(missing, first, behind)
-    branches[at] = Sequential(*made) if isinstance(branches[at], Sequential) else made[0]
+    branches[at] = (
+        Sequential(*made) if isinstance(branches[at], Sequential) else made[0]
+    )
     return Sum(*branches) if isinstance(like, Sum) else branches[0]
 
 
@@ -331,7 +343,9 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
             f"reparam.unfuse: the largest undilated branch has the kernel {tuple(size)} and the branches "
             f"together {tuple(window)}; no branch reaches every tap"
         )
-    channels = [(c.kernel.shape[-2] * c.groups, c.kernel.shape[-1]) for c in (conv, first)]
+    channels = [
+        (c.kernel.shape[-2] * c.groups, c.kernel.shape[-1]) for c in (conv, first)
+    ]
     if channels[0] != channels[1]:
         raise ValueError(
             f"reparam.unfuse: `conv` maps {channels[0][0]} channels to {channels[0][1]}, the branches "
@@ -375,9 +389,7 @@ def _factor(node: Node) -> Array | float:
     return 1.0
 
 
-# --------------------------------------------------------------------------------------------------
 # How far a fused convolution may lie from its branches by rounding alone.
-# --------------------------------------------------------------------------------------------------
 
 
 FACTOR = 16
@@ -397,10 +409,11 @@ def error_bound(
 ) -> Float[Array, ""]:
     """How far apart branches and fused convolution may be on this input: more is a mistake, not rounding.
 
-    16 u (S_fused + sum_b S_b), u the unit roundoff of x's dtype (float32 2^-24, bfloat16 2^-8). S of a
-    convolution is the largest entry of conv(|x|, |K|) + |b|; S of a branch the same with the absolute
-    values of everything in it, |x| + |mean| where it subtracts a mean. The bound is relative to the terms
-    that are summed: where branches cancel it exceeds the output, and so does the rounding.
+    16 u (S_fused + sum_b S_b), u the unit roundoff of x's dtype (float32 2^-24,
+    bfloat16 2^-8). S of a convolution is the largest entry of conv(|x|, |K|) + |b|; S
+    of a branch the same with the absolute values of everything in it, |x| + |mean|
+    where it subtracts a mean. The bound is relative to the terms that are summed: where
+    branches cancel it exceeds the output, and so does the rounding.
 
     Args:
       node: a tree of nodes.
@@ -429,14 +442,17 @@ def error_bound(
     x = jnp.asarray(x)
     size = window_of(node, x.ndim - 2, kernel_size)
     fused = fuse(node, size) if fused is None else fused
-    # Wider than x: sums of absolute values overflow sixteen bits before the output does.
+    # Wider than x: sums of absolute values overflow sixteen bits before the output
+    # does.
     wide = jnp.abs(jnp.asarray(x, _tree.wide_dtype(x)))
     how: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation)
 
     def largest(part: Node) -> Array:
         return jnp.max(apply(magnitude(part), wide, kernel_size=size, **how))
 
-    total = sum(map(largest, node.nodes if isinstance(node, Sum) else (node,)), largest(fused))
+    total = sum(
+        map(largest, node.nodes if isinstance(node, Sum) else (node,)), largest(fused)
+    )
     return FACTOR * float(jnp.finfo(x.dtype).eps) / 2 * total
 
 
@@ -452,7 +468,9 @@ def magnitude(node: Node) -> Node:
         case Sequential():
             return Sequential(*map(magnitude, node.nodes))
         case Conv():
-            return Conv(jnp.abs(node.kernel), size(node.bias), node.groups, node.dilation)
+            return Conv(
+                jnp.abs(node.kernel), size(node.bias), node.groups, node.dilation
+            )
         case Scale():
             return Scale(jnp.abs(node.gain))
         case Norm():
@@ -460,4 +478,6 @@ def magnitude(node: Node) -> Node:
             return Norm(mean, node.var, size(node.scale), size(node.bias), node.epsilon)
         case AvgPool() | Identity():
             return node
-    raise ValueError(f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ...")
+    raise ValueError(
+        f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ..."
+    )

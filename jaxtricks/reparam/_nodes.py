@@ -56,7 +56,9 @@ def resolve(
     return tuple((int(low), int(high)) for low, high in pads)
 
 
-def place(pads: Pads, outer: Sequence[int], inner: Sequence[int], dilation: Sequence[int]) -> Pads:
+def place(
+    pads: Pads, outer: Sequence[int], inner: Sequence[int], dilation: Sequence[int]
+) -> Pads:
     """Padding of a kernel of size `inner` whose centre tap coincides with that of `outer`.
 
     low' = low - d (K//2 - k//2),   high' = high - d ((K-1-K//2) - (k-1-k//2)): then both see the same
@@ -98,8 +100,9 @@ def convolve(
     """
     rank = kernel.ndim - 2
     if any(side < 0 for pair in pads for side in pair):
-        # Backends are not agreed on negative padding inside a convolution. Both sides at once: a small
-        # branch of a cropped window may read nothing but the padding of the other side.
+        # Backends are not agreed on negative padding inside a convolution. Both sides
+        # at once: a small branch of a cropped window may read nothing but the padding
+        # of the other side.
         x, pads = zero_pad(x, pads), ((0, 0),) * rank
     lead, spatial = x.shape[: x.ndim - rank - 1], x.shape[x.ndim - rank - 1 :]
     y = jax.lax.conv_general_dilated(
@@ -123,9 +126,8 @@ def channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:
     return jax.lax.ConvDimensionNumbers(images, kernels, images)
 
 
-# --------------------------------------------------------------------------------------------------
-# The branch algebra: what a branch may be made of, and what each node says about its shape.
-# --------------------------------------------------------------------------------------------------
+# The branch algebra: what a branch may be made of, and what each node says about its
+# shape.
 
 
 Node = Any
@@ -136,11 +138,9 @@ Node = Any
 class Conv:
     """Convolution with zero-padded input: y = K * x + bias.
 
-    Attributes:
-      kernel: [*size, in / groups, out].
-      bias: [out] or None.
-      groups: feature groups, output channels contiguous by group as in JAX.
-      dilation: of this branch alone (an int or one per axis); multiplies the dilation of `apply`.
+    Attributes: kernel: [*size, in / groups, out]. bias: [out] or None. groups: feature
+      groups, output channels contiguous by group as in JAX. dilation: of this branch
+      alone (an int or one per axis); multiplies the dilation of `apply`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,7 +166,9 @@ class Conv:
             )
         per_axis("dilation", self.dilation, len(shape) - 2)
         if getattr(self.bias, "shape", shape[-1:]) != shape[-1:]:
-            raise ValueError(f"reparam.Conv: `bias` needs the shape {tuple(shape[-1:])}")
+            raise ValueError(
+                f"reparam.Conv: `bias` needs the shape {tuple(shape[-1:])}"
+            )
 
 
 @_tree.node
@@ -285,7 +287,9 @@ def extent(node: Node, axes: int) -> tuple[int, ...]:
             return largest([extent(n, axes) for n in node.nodes])
         case Norm() | Identity() | Scale():
             return (1,) * axes
-    raise ValueError(f"reparam: {_name(node)} is no node; use Conv, Norm, AvgPool, Identity, ...")
+    raise ValueError(
+        f"reparam: {_name(node)} is no node; use Conv, Norm, AvgPool, Identity, ..."
+    )
 
 
 def spatial_index(node: Sequential, axes: int) -> int | None:
@@ -326,14 +330,18 @@ def largest(sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return functools.reduce(lambda a, b: tuple(map(max, a, b)), sizes)
 
 
-def reference(node: Node, axes: int, kernel_size: int | Sequence[int] | None) -> tuple[int, ...]:
+def reference(
+    node: Node, axes: int, kernel_size: int | Sequence[int] | None
+) -> tuple[int, ...]:
     """The kernel size that padding refers to: the one given, or the node's own extent."""
     own = extent(node, axes)
     if kernel_size is None:
         return own
     size = per_axis("kernel_size", kernel_size, axes)
     if largest([own, size]) != size:
-        raise ValueError(f"reparam: `kernel_size` {size} is smaller than a branch's kernel, {own}")
+        raise ValueError(
+            f"reparam: `kernel_size` {size} is smaller than a branch's kernel, {own}"
+        )
     return size
 
 

@@ -38,15 +38,15 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
 
     gain = 1 / sqrt(Var[fn(z)]), z ~ N(0, 1); relu: sqrt(2 / (1 - 1/pi)) = 1.71285855...
 
-    Behind a standardized kernel of the "nfnet" or "timm" preset, whose outputs have the variance of its
-    inputs, every layer then passes on the variance that it receives.
+    Behind a standardized kernel of the "nfnet" or "timm" preset, whose outputs have the
+    variance of its inputs, every layer then passes on the variance that it receives.
 
-    Args:
-      fn: elementwise, of JAX arrays: jax.nn.relu, jax.nn.silu, a lambda. It is evaluated once, here, in
+    Args: fn: elementwise, of JAX arrays: jax.nn.relu, jax.nn.silu, a lambda. It is
+      evaluated once, here, in
         float64; the variance is an integral over the normal density, not a sample.
 
-    Returns:
-      A function x -> fn(x) * gain that keeps x's dtype; its attribute `gain` is the number.
+    Returns: A function x -> fn(x) * gain that keeps x's dtype; its attribute `gain` is
+      the number.
 
     Raises:
       ValueError: fn is constant, not finite, or not elementwise.
@@ -56,12 +56,12 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
       >>> round(relu.gain, 6), relu(jnp.ones(2, jnp.bfloat16)).dtype.name
       (1.712859, 'bfloat16')
 
-    References:
-      Brock, De, Smith, "Characterizing signal propagation", arXiv 2101.08692, section 4.1.
+    References: Brock, De, Smith, "Characterizing signal propagation", arXiv 2101.08692,
+      section 4.1.
     """
     z, density = _normal_quadrature()
-    # float64 and concrete, whatever the caller's settings, inside any transformation: jit(fn) because a
-    # function with a derivative of its own would be traced there.
+    # float64 and concrete, whatever the caller's settings, inside any transformation:
+    # jit(fn) because a function with a derivative of its own would be traced there.
     with jax.ensure_compile_time_eval(), _compat.enable_x64():
         y = np.asarray(jax.jit(fn)(jnp.asarray(z)), np.float64)
     if y.shape != z.shape:
@@ -80,9 +80,9 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
 def _normal_quadrature() -> tuple[np.ndarray, np.ndarray]:
     """Nodes [n] and weights [n] (their sum is 1) of integrals against the normal density.
 
-    Gauss-Legendre on panels of width 1/32. Activations have kinks and jumps at 0, 1, 3 or 6, which are
-    panel ends, so that each panel sees a smooth function; Gauss-Hermite would not converge there. A kink
-    inside a panel costs 1e-7.
+    Gauss-Legendre on panels of width 1/32. Activations have kinks and jumps at 0, 1, 3
+    or 6, which are panel ends, so that each panel sees a smooth function; Gauss-Hermite
+    would not converge there. A kink inside a panel costs 1e-7.
     """
     nodes, weights = np.polynomial.legendre.leggauss(16)
     width = 1 / 32
@@ -105,14 +105,17 @@ class ResidualScale(NamedTuple):
 
 
 @checked
-def residual_scales(depths: Sequence[int], alpha: float = 0.2) -> list[tuple[ResidualScale, ...]]:
+def residual_scales(
+    depths: Sequence[int], alpha: float = 0.2
+) -> list[tuple[ResidualScale, ...]]:
     """alpha and beta of every block of a normalizer-free residual network.
 
-    The first block of a stage is its transition: its shortcut is a convolution of beta * act(x), so that
-    the variance after it is 1 + alpha^2 whatever came before. Every other block adds alpha^2:
+    The first block of a stage is its transition: its shortcut is a convolution of beta
+    * act(x), so that the variance after it is 1 + alpha^2 whatever came before. Every
+    other block adds alpha^2:
 
-        variance = 1
-        block i of a stage: beta = 1 / sqrt(variance); then variance = (1 if i == 0 else variance) + alpha^2
+        variance = 1 block i of a stage: beta = 1 / sqrt(variance); then variance = (1
+        if i == 0 else variance) + alpha^2
 
     The transition block itself is scaled by the variance that it receives.
 
@@ -134,7 +137,9 @@ def residual_scales(depths: Sequence[int], alpha: float = 0.2) -> list[tuple[Res
       Brock, De, Smith, Simonyan, arXiv 2102.06171, section 2.
     """
     if min(depths, default=0) < 0:
-        raise ValueError(f"weightstd.residual_scales: `depths` is {depths}; give blocks a stage")
+        raise ValueError(
+            f"weightstd.residual_scales: `depths` is {depths}; give blocks a stage"
+        )
     variance, stages = 1.0, []
     for depth in depths:
         blocks = []
@@ -146,18 +151,20 @@ def residual_scales(depths: Sequence[int], alpha: float = 0.2) -> list[tuple[Res
 
 
 @checked
-def stochastic_depth(key: Key, x: Float[Array, "N ..."], rate: Scalar) -> Float[Array, "N ..."]:
+def stochastic_depth(
+    key: Key, x: Float[Array, "N ..."], rate: Scalar
+) -> Float[Array, "N ..."]:
     """The residual branch in training, with whole examples of it dropped: y = shortcut + result.
 
     result_n = x_n with probability 1 - rate, else 0, independently for every example.
 
-    What is kept is not divided by 1 - rate, as in DeepMind's nfnets: evaluation adds x as it is and is
-    then not the mean of training. For that mean (timm's DropPath) pass x / (1 - rate).
+    What is kept is not divided by 1 - rate, as in DeepMind's nfnets: evaluation adds x
+    as it is and is then not the mean of training. For that mean (timm's DropPath) pass
+    x / (1 - rate).
 
-    Args:
-      key: PRNG key of this call and layer.
-      x: the branch [N, ...].
-      rate: probability of dropping, in [0, 1]; may be traced. Networks raise it linearly with depth.
+    Args: key: PRNG key of this call and layer. x: the branch [N, ...]. rate:
+      probability of dropping, in [0, 1]; may be traced. Networks raise it linearly with
+      depth.
 
     Returns:
       An array like x.
@@ -169,11 +176,13 @@ def stochastic_depth(key: Key, x: Float[Array, "N ..."], rate: Scalar) -> Float[
       >>> stochastic_depth(jax.random.key(0), jnp.ones((6, 1)), 0.5).ravel().tolist()
       [0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
 
-    References:
-      Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+    References: Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic
+      Depth", arXiv 1603.09382.
     """
     if isinstance(rate, int | float) and not 0 <= rate <= 1:
-        raise ValueError(f"weightstd.stochastic_depth: `rate` is {rate}; give one in [0, 1]")
+        raise ValueError(
+            f"weightstd.stochastic_depth: `rate` is {rate}; give one in [0, 1]"
+        )
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     keep = jax.random.bernoulli(key, 1 - jnp.asarray(rate, jnp.float32), shape)
     return jnp.where(keep, x, jnp.zeros((), x.dtype))

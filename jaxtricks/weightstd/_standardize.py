@@ -18,11 +18,10 @@ from jaxtricks._typing import Array, Params, PathRule, Roles, Scalar
 class Preset(NamedTuple):
     """One convention: how epsilon enters, whether fan-in does, and how variance is counted.
 
-    Attributes:
-      mode: "clamp" = rsqrt(max(var * fan_in, eps)), "var" = 1 / sqrt(var + eps), "std" = 1 / (std + eps).
-      eps: the convention's own epsilon.
-      by_fan_in: whether the result is also divided by sqrt(fan_in).
-      ddof: 1 divides the variance by fan_in - 1 instead of fan_in.
+    Attributes: mode: "clamp" = rsqrt(max(var * fan_in, eps)), "var" = 1 / sqrt(var +
+      eps), "std" = 1 / (std + eps). eps: the convention's own epsilon. by_fan_in:
+      whether the result is also divided by sqrt(fan_in). ddof: 1 divides the variance
+      by fan_in - 1 instead of fan_in.
     """
 
     mode: Literal["clamp", "var", "std"]
@@ -50,25 +49,25 @@ def standardize(
 ) -> Float[Array, "..."]:
     """Kernel with zero mean and fixed variance per output channel.
 
-    w_hat = (w - mean) * s * gain, mean and var over everything but the output axis, N = fan_in:
+    w_hat = (w - mean) * s * gain, mean and var over everything but the output axis, N =
+    fan_in:
 
         nfnet   s = 1 / sqrt(max(var * N, eps))       eps 1e-4, a clamp
         timm    s = 1 / (sqrt(var + eps) * sqrt(N))   eps 1e-6 (ScaledStdConv2d)
         bit     s = 1 / (sqrt(var) + eps)             eps 1e-5
         qiao    s = 1 / (sqrt(var) + eps)             eps 1e-5, var divided by N - 1
 
-    Args:
-      kernel: [..., out]; for grouped convolutions the input axis already holds in_features / groups.
-      gain: one factor per output channel [out], or a scalar; None = 1.
-      preset: "nfnet", "timm", "bit" or "qiao".
-      eps: replaces the preset's epsilon, in the same place of the formula.
-      out_axis: the axis (or axes: a Keras depthwise kernel (kh, kw, C, M) has two) that is not reduced.
+    Args: kernel: [..., out]; for grouped convolutions the input axis already holds
+      in_features / groups. gain: one factor per output channel [out], or a scalar; None
+      = 1. preset: "nfnet", "timm", "bit" or "qiao". eps: replaces the preset's epsilon,
+      in the same place of the formula. out_axis: the axis (or axes: a Keras depthwise
+      kernel (kh, kw, C, M) has two) that is not reduced.
 
-    Returns:
-      An array like the kernel. A channel whose weights are all equal gives zeros, with finite gradients.
+    Returns: An array like the kernel. A channel whose weights are all equal gives
+      zeros, with finite gradients.
 
-    Raises:
-      ValueError: unknown preset, a gain of the wrong shape, or a fan-in of one (depthwise 1x1).
+    Raises: ValueError: unknown preset, a gain of the wrong shape, or a fan-in of one
+      (depthwise 1x1).
 
     Example:
       >>> w = standardize(jnp.arange(12.0).reshape(2, 2, 1, 3))
@@ -90,8 +89,9 @@ def standardize(
             "standardizing would turn to zero; leave it out (a depthwise 1x1 convolution?)"
         )
     w = jnp.asarray(kernel, _tree.wide_dtype(kernel))
-    # Relative to one of its own weights a constant channel is exactly zero, and a large mean costs nothing.
-    # The result does not depend on that weight, so no gradient needs to flow through it.
+    # Relative to one of its own weights a constant channel is exactly zero, and a large
+    # mean costs nothing. The result does not depend on that weight, so no gradient
+    # needs to flow through it.
     one = tuple(slice(None) if i in kept else slice(1) for i in range(w.ndim))
     w = w - jax.lax.stop_gradient(w[one])
     w = w - jnp.mean(w, axis=reduced, keepdims=True)
@@ -104,7 +104,9 @@ def standardize(
 def checked_preset(name: str, eps: float | None) -> Preset:
     """The preset with this name and its epsilon, or an error that lists the names."""
     if name not in PRESETS:
-        raise ValueError(f"weightstd: `preset` is {name!r}; use one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"weightstd: `preset` is {name!r}; use one of {', '.join(PRESETS)}"
+        )
     return PRESETS[name] if eps is None else PRESETS[name]._replace(eps=eps)
 
 
@@ -146,9 +148,7 @@ def _gain_like(gain: Any, kernel: Array, kept: tuple[int, ...], dtype: Any) -> A
     return gain.reshape([n if i in kept else 1 for i, n in enumerate(kernel.shape)])
 
 
-# --------------------------------------------------------------------------------------------------
 # The hook that standardizes the kernels of flax's own convolutions.
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,16 +177,27 @@ class Hook:
         **kwargs: Any,
     ) -> Array:
         """`lax.conv_general_dilated` of the standardized kernel."""
-        numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        numbers = jax.lax.conv_dimension_numbers(
+            lhs.shape, rhs.shape, dimension_numbers
+        )
         out_axis = numbers.rhs_spec[0]
         lhs, rhs = jnp.asarray(lhs), jnp.asarray(self.kernel(rhs, out_axis))
         return jax.lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, numbers, **kwargs
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            numbers,
+            **kwargs,
         )
 
     def kernel(self, kernel: Array, out_axis: int = -1) -> Array:
         """What the convolution uses in place of `kernel`."""
-        return standardize(kernel, self.gain, preset=self.preset, eps=self.eps, out_axis=out_axis)
+        return standardize(
+            kernel, self.gain, preset=self.preset, eps=self.eps, out_axis=out_axis
+        )
 
 
 @checked
@@ -195,14 +206,11 @@ def standardized(
 ) -> Hook:
     """A `conv_general_dilated=` argument for flax convolutions that standardizes their kernels.
 
-    Args:
-      gain: one fixed factor (an activation's gain, say); for learnable gains use `jt.nnx.WSConv`.
-      preset: see `standardize`.
-      eps: see `standardize`.
+    Args: gain: one fixed factor (an activation's gain, say); for learnable gains use
+      `jt.nnx.WSConv`. preset: see `standardize`. eps: see `standardize`.
 
-    Returns:
-      A function with the signature of `jax.lax.conv_general_dilated`; it finds the output axis from the
-      dimension numbers.
+    Returns: A function with the signature of `jax.lax.conv_general_dilated`; it finds
+      the output axis from the dimension numbers.
 
     Raises:
       ValueError: unknown preset.
@@ -217,17 +225,15 @@ def standardized(
     return Hook(gain, preset, eps)
 
 
-# --------------------------------------------------------------------------------------------------
 # Standardization and the kernel penalty over whole parameter trees.
-# --------------------------------------------------------------------------------------------------
 
 
 @checked
 def standardize_params(
     params: Params,
     *,
-    where: Callable[[str], bool],
-    axes: PathRule | Any = None,
+    path_filter: Callable[[str], bool],
+    roles: PathRule | Any = None,
     preset: str = "nfnet",
     eps: float | None = None,
 ) -> Params:
@@ -235,10 +241,10 @@ def standardize_params(
 
     Call it inside the loss, in front of apply: gradients then flow to the raw kernels.
 
-    Args:
-      params: pytree of arrays; kernels have their output axis last.
-      where: where(path) -> True for the kernels to standardize ("block/0/conv/kernel").
-      axes: roles as elsewhere (`jt.nnx.roles(model)`): kernels with "batch" or two "out" axes then
+    Args: params: pytree of arrays; kernels have their output axis last. path_filter:
+      path_filter(path) -> True for the kernels to standardize ("block/0/conv/kernel").
+      roles: roles as elsewhere (`jt.nnx.roles(model)`): kernels with "batch" or two
+      "out" axes then
         keep those axes apart; None = everything but the last axis is reduced.
       preset: see `standardize`.
       eps: see `standardize`.
@@ -247,48 +253,51 @@ def standardize_params(
       A tree like params.
 
     Raises:
-      ValueError: `where` chooses nothing, or a leaf that cannot be standardized.
+      ValueError: `path_filter` chooses nothing, or a leaf that cannot be standardized.
 
     Example:
       >>> tree = {"conv": {"kernel": jnp.eye(3), "bias": jnp.ones(3)}}
-      >>> out = standardize_params(tree, where=lambda path: path.endswith("kernel"))
+      >>> out = standardize_params(tree, path_filter=lambda path: path.endswith("kernel"))
       >>> out["conv"]["bias"] is tree["conv"]["bias"]
       True
     """
-    roles = dict(zip(_tree.by_path(params), roles_lib.leaf_roles(axes, params), strict=True))
-    if not any(map(where, roles)):
+    leaf_roles = dict(
+        zip(_tree.by_path(params), roles_lib.leaf_roles(roles, params), strict=True)
+    )
+    if not any(map(path_filter, leaf_roles)):
         raise ValueError(
-            "weightstd.standardize_params: `where` chooses no parameter: check its paths"
+            "weightstd.standardize_params: `path_filter` chooses no parameter: check its paths"
         )
 
     def change(path: str, leaf: Any) -> Any:
-        if not where(path):
+        if not path_filter(path):
             return leaf
-        out_axis = _out_axes(roles[path])
+        out_axis = _out_axes(leaf_roles[path])
         return _at(path, standardize, leaf, preset=preset, eps=eps, out_axis=out_axis)
 
     return _tree.map_with_path(change, params)
 
 
 @checked
-def bake(
+def fold_params(
     params: Params,
     *,
-    where: Callable[[str], bool] | None = None,
-    axes: PathRule | Any = None,
+    path_filter: Callable[[str], bool] | None = None,
+    roles: PathRule | Any = None,
     preset: str = "nfnet",
     eps: float | None = None,
 ) -> Params:
     """Parameters of plain convolutions from those of standardized ones, for inference.
 
-    Every dict that holds a `kernel` and a `gain`, as a `WSConv`'s does, gets standardize(kernel, gain) in
-    place of the kernel and loses the gain: the parameters of a plain convolution, the same function.
+    Every dict that holds a `kernel` and a `gain`, as a `WSConv`'s does, gets
+    standardize(kernel, gain) in place of the kernel and loses the gain: the parameters
+    of a plain convolution, the same function.
 
-    Args:
-      params: nested dicts (or lists) of arrays.
-      where: where(path) -> True for the kernels to bake ("block/0/conv/kernel"), with a gain or without;
+    Args: params: nested dicts (or lists) of arrays. path_filter: path_filter(path) ->
+      True for the kernels to fold ("block/0/conv/kernel"), with a gain or without;
         None = those with one.
-      axes: roles as in `standardize_params`; None = everything but the last axis is reduced.
+      roles: roles as in `standardize_params`; None = everything but the last axis is
+        reduced.
       preset: see `standardize`; the one that the model was trained with.
       eps: see `standardize`.
 
@@ -300,47 +309,65 @@ def bake(
 
     Example:
       >>> conv = {"kernel": jnp.arange(6.0).reshape(3, 2), "gain": jnp.full(2, 2.0), "bias": jnp.ones(2)}
-      >>> baked = bake({"conv": conv})["conv"]
+      >>> baked = fold_params({"conv": conv})["conv"]
       >>> sorted(baked), bool(jnp.allclose((baked["kernel"] ** 2).sum(0), 4.0))
       (['bias', 'kernel'], True)
     """
-    roles = dict(zip(_tree.by_path(params), roles_lib.leaf_roles(axes, params), strict=True))
+    leaf_roles = dict(
+        zip(_tree.by_path(params), roles_lib.leaf_roles(roles, params), strict=True)
+    )
     found = []
 
     def change(node: Any, at: str) -> Any:
         if isinstance(node, list | tuple):
-            return type(node)(change(child, f"{at}{i}/") for i, child in enumerate(node))
+            return type(node)(
+                change(child, f"{at}{i}/") for i, child in enumerate(node)
+            )
         if not isinstance(node, Mapping):
             return node
         path, new = f"{at}kernel", dict(node)
-        chosen = node.get("gain") is not None if where is None else where(path)
-        if node.get("kernel") is not None and not isinstance(node["kernel"], Mapping) and chosen:
+        chosen = (
+            node.get("gain") is not None if path_filter is None else path_filter(path)
+        )
+        if (
+            node.get("kernel") is not None
+            and not isinstance(node["kernel"], Mapping)
+            and chosen
+        ):
             found.append(path)
-            rule = {"preset": preset, "eps": eps, "out_axis": _out_axes(roles[path])}
-            new["kernel"] = _at(path, standardize, node["kernel"], new.pop("gain", None), **rule)
+            rule = {
+                "preset": preset,
+                "eps": eps,
+                "out_axis": _out_axes(leaf_roles[path]),
+            }
+            new["kernel"] = _at(
+                path, standardize, node["kernel"], new.pop("gain", None), **rule
+            )
         return {key: change(child, f"{at}{key}/") for key, child in new.items()}
 
     baked = change(params, "")
     if not found:
-        cure = "with a `gain` beside it: choose kernels by `where`"
-        raise ValueError(
-            f"weightstd.bake: no `kernel` {cure if where is None else 'is chosen by `where`'}"
-        )
+        cure = "is chosen by `path_filter`"
+        if path_filter is None:
+            cure = "with a `gain` beside it: choose kernels by `path_filter`"
+        raise ValueError(f"weightstd.fold_params: no `kernel` {cure}")
     return baked
 
 
 @checked
 def l2(
-    params: Params, scale: Scalar = 1e-4, *, where: Callable[[str], bool] | None = None
+    params: Params,
+    scale: Scalar = 1e-4,
+    *,
+    path_filter: Callable[[str], bool] | None = None,
 ) -> Float[Array, ""]:
     """The penalty scale * sum of w^2 over kernels, to add to a loss.
 
-    Under plain SGD its gradient equals `optax.add_decayed_weights(2 * scale)` with the same mask.
+    Under plain SGD its gradient equals `optax.add_decayed_weights(2 * scale)` with the
+    same mask.
 
-    Args:
-      params: pytree of arrays.
-      scale: factor of the sum of squares.
-      where: where(path) -> True for the leaves to penalize; None = `roles.is_kernel`.
+    Args: params: pytree of arrays. scale: factor of the sum of squares. path_filter:
+      path_filter(path) -> True for the leaves to penalize; None = `roles.is_kernel`.
 
     Returns:
       A scalar, float32 or better; zero if nothing is chosen.
@@ -357,13 +384,20 @@ def l2(
     chosen = [
         (path, leaf)
         for path, leaf in leaves
-        if (roles_lib.is_kernel(path, tuple(leaf.shape)) if where is None else where(path))
+        if (
+            roles_lib.is_kernel(path, tuple(leaf.shape))
+            if path_filter is None
+            else path_filter(path)
+        )
     ]
     for path, leaf in chosen:
         _tree.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
     leaves = [leaf for _, leaf in chosen]
     dtype = _tree.wide_dtype(*leaves)
-    total = sum((jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves), jnp.zeros((), dtype))
+    total = sum(
+        (jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves),
+        jnp.zeros((), dtype),
+    )
     return jnp.asarray(scale, dtype) * total
 
 

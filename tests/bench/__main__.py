@@ -1,6 +1,7 @@
 """Prints every table; `python -m tests.bench.optimizers` prints that of the optimizers alone."""
 
 from jaxtricks.lab.report import hardware
+
 from tests.bench import amp, common, optimizers, recompute
 
 

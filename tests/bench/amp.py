@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
-
-import jaxtricks as jt
 from jaxtricks import _table, _tree
+
 from tests.bench import common
 from tests.bench import language_model as lm
 

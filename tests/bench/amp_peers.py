@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jaxtricks import _compat, _jaxpr, _table, _tree, amp
+
 from tests.bench import common
 from tests.bench import language_model as lm
 

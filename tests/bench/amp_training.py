@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
-
-import jaxtricks as jt
 from jaxtricks import _table
 from jaxtricks.lab.report import hardware
+
 from tests.bench import common, image_task, network_arms, networks, text_task
 from tests.bench.text_task import in_float32
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _table
 from jaxtricks.lab.report import hardware
+
 from tests.bench import common
 
 BATCH, SIDE, CHANNELS, ROUNDS = 64, 32, 64, 15

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxtricks import _table
 from jaxtricks.lab.report import hardware
+
 from tests.bench import claims_evidence as evidence
 from tests.bench.claims_evidence import HELD, NOT_HELD, NOT_TESTABLE, Figures
 from tests.bench.claims_rows import CLAIMS, COMPILED, FRESH, TIMED, Claim

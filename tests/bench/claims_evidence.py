@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from jaxtricks.lab import report
 from jaxtricks.lab import spread as seeds
 

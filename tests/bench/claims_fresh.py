@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 
-import jaxtricks as jt
 from tests.bench import common, recompute
 from tests.bench import language_model as lm
 from tests.bench.claims_evidence import Figures, ratio
@@ -66,7 +66,7 @@ def recomputed() -> Figures:
     """Temporaries of the gradient of 16 layers in 4 groups, MiB."""
     args = recompute.arguments()
     wraps = (jt.remat.recompute_grad, lambda f: f)
-    found = (jt.remat.memory(recompute.deep_mlp(wrap), *args).temp for wrap in wraps)
+    found = (jt.remat.memory_analysis(recompute.deep_mlp(wrap), *args).temp for wrap in wraps)
     return ratio(*(temp / 2**20 for temp in found))
 
 
@@ -77,7 +77,7 @@ def growth(segments: str) -> Figures:
         run = jt.remat.sequential([lambda w, x: jnp.tanh(x @ w)] * layers, segments)
         # By the weights: those gradients are results. By x alone they would count as temporaries.
         gradient = jax.grad(lambda ws, x: (run(ws, x) ** 2).mean())
-        return jt.remat.memory(gradient, *recompute.arguments(layers)).temp / 2**20
+        return jt.remat.memory_analysis(gradient, *recompute.arguments(layers)).temp / 2**20
 
     few, many = map(temp, DEPTHS)
     return ratio(many, few)

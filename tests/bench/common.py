@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
-
-import jaxtricks as jt
 from jaxtricks import _table
 
 BASE = "adamw"  # what every ratio is taken to

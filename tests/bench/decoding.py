@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import grain
-import numpy as np
-from PIL import Image
-
 import jaxtricks as jt
+import numpy as np
 from jaxtricks import _table
 from jaxtricks.lab import data
 from jaxtricks.lab.data import image
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.report import hardware
+from PIL import Image
+
 from tests.bench import common
 
 BATCH, BATCHES, ROUNDS = 256, 20, 12

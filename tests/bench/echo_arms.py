@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jaxtricks as jt
 import numpy as np
 
-import jaxtricks as jt
 from tests.bench import image_task
 from tests.bench.image_task import Split
 

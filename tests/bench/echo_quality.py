@@ -19,12 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks import _table
+
 from tests.bench import echo_arms, image_task, network_arms, networks, text_task
 from tests.bench.echo_arms import BATCH, FACTOR, POOL, Arm, Batch
 from tests.bench.image_task import Task

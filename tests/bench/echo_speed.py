@@ -18,10 +18,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jaxtricks import _table, echo
 from jaxtricks.lab.data import image
 from jaxtricks.lab.report import hardware
+
 from tests.bench import common
 
 BATCH = 32

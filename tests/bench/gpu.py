@@ -7,6 +7,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 from jaxtricks.lab.report import hardware
+
 from tests.bench import amp, amp_peers, blocks, common, optimizers, recompute
 
 CUDA = ("jaxlib", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "nvidia-cublas-cu12")

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
-
-import jaxtricks as jt
 from jaxtricks import _table
+
 from tests.bench import common
 
 HEADERS = ("stacked / leaf by leaf", "step", "step min", "trace+compile")
@@ -18,14 +18,14 @@ HEADERS = ("stacked / leaf by leaf", "step", "step min", "trace+compile")
 def makers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """name -> maker of an optimizer that takes `axes`."""
     return {
-        "memopt.adafactor": lambda axes=None: jt.memopt.adafactor(1e-3, axes=axes),
-        "memopt.sm3": lambda axes=None: jt.memopt.sm3(1e-3, axes=axes),
+        "memopt.adafactor": lambda axes=None: jt.memopt.adafactor(1e-3, roles=axes),
+        "memopt.sm3": lambda axes=None: jt.memopt.sm3(1e-3, roles=axes),
     }
 
 
 def stacked(make: Callable[..., Any]) -> optax.GradientTransformation:
     """The optimizer on stacks of equal leaves (the new axis is "batch"), its update unstacked."""
-    tx = make(axes=_roles)
+    tx = make(roles=_roles)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         stacks, state = tx.update(_stack(updates), state, _stack(params))

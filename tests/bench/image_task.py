@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks.lab.data import files
+
 from tests.bench.text_task import TAIL, in_float32, schedule
 
 EVALUATED = 500  # images of one call in evaluation
@@ -218,7 +218,7 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
 
 def fused(arm: Arm, params: Any, state: Any, split: Split, scaled: Any) -> dict[str, Any]:
     """How far the fused network's logits are from those of the network that was trained."""
-    model = jt.nnx.filled(arm.build(nnx.Rngs(0)), params, state)
+    model = jt.nnx.with_variables(arm.build(nnx.Rngs(0)), params, state)
     model.eval()
     deployed, _ = jt.nnx.fuse(model)
     parts = [scaled(images) for images, _ in _parts(split)]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from jaxtricks import _table, longtail
 from jaxtricks.lab.report import hardware
+
 from tests.bench import common
 
 BASE = "optax cross entropy"

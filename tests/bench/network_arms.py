@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks.lab.models import ConvNorm, NFNet, RepVGG, ResNet
+
 from tests.bench import image_task, text_task
 from tests.bench.image_task import Arm
 

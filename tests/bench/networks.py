@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from jaxtricks import _table
+
 from tests.bench import image_task, network_arms, text_task
 from tests.bench.image_task import Arm
 from tests.bench.network_arms import EXPERIMENTS, Experiment

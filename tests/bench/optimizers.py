@@ -6,9 +6,9 @@ Ratios of time are between rows of one process, run in turn; bytes are XLA's own
 from typing import Any
 
 import numpy as np
-
 from jaxtricks import _table
 from jaxtricks.lab.report import hardware
+
 from tests.bench import common, grouping
 
 ROUNDS, BUILDS = 40, 5

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 from flax import linen, nnx
-
-import jaxtricks as jt
 from jaxtricks import _table, _tree
 from jaxtricks.lab.report import hardware
+
 from tests.bench import amp, amp_peers, blocks, common, echo_speed, longtail, readme, recompute
 
 ROUNDS, BATCH, OUTPUTS = 20, 16, 20_000
@@ -120,7 +120,9 @@ def recomputation() -> Iterator[Pair]:
 
     def program(fn: Callable[..., Any], *args: Any) -> Program:
         step = jax.jit(fn)
-        return Program(lambda: jax.block_until_ready(step(*args)), jt.remat.memory(fn, *args).temp)
+        return Program(
+            lambda: jax.block_until_ready(step(*args)), jt.remat.memory_analysis(fn, *args).temp
+        )
 
     ours = program(recompute.deep_mlp(jt.remat.recompute_grad), weights, x)
     peers = {

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 from jaxtricks import _table, remat
 from jaxtricks.lab.report import hardware
 from jaxtricks.remat import _memory
+
 from tests.bench import remat_chains as chains
 from tests.bench import remat_models
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-
 import jaxtricks as jt
+import optax
 from jaxtricks import _table
+
 from tests.bench import text_task
 from tests.bench.text_task import Arm, Task
 
@@ -27,7 +27,7 @@ def arms(task: Task) -> dict[str, Arm]:
     """float32, bfloat16 rounded to the nearest, bfloat16 rounded at random."""
 
     def plain(rate: Any) -> optax.GradientTransformation:
-        return jt.memopt.adafactor(rate, axes=task.roles, min_dim_size_to_factor=32)
+        return jt.memopt.adafactor(rate, roles=task.roles, min_dim_size_to_factor=32)
 
     def rounded(rate: Any) -> optax.GradientTransformation:
         return optax.chain(plain(rate), jt.memopt.stochastic_round(0))

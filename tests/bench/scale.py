@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
-
-import jaxtricks as jt
 from jaxtricks import _table
 from jaxtricks.remat import _memory
+
 from tests.bench import common
 from tests.bench import scale_model as model
 
@@ -89,12 +89,12 @@ COMPILED = (
 def optimizers() -> dict[str, optax.GradientTransformation]:
     """The choices; the last one is for parameters in bfloat16."""
     memopt, axes = jt.memopt, model.ROLES
-    adafactor = memopt.adafactor(1e-3, axes=axes)
+    adafactor = memopt.adafactor(1e-3, roles=axes)
     return {
         "adamw": optax.adamw(1e-3),
-        "sm3, momentum": memopt.sm3(1e-3, momentum=0.9, axes=axes),
+        "sm3, momentum": memopt.sm3(1e-3, momentum=0.9, roles=axes),
         "adafactor": adafactor,
-        "sm3": memopt.sm3(1e-3, axes=axes),
+        "sm3": memopt.sm3(1e-3, roles=axes),
         ROUNDED: optax.chain(adafactor, memopt.stochastic_round(0)),
     }
 

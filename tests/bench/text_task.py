@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtricks as jt
 import numpy as np
 import optax
 from flax import nnx
-
-import jaxtricks as jt
 from jaxtricks.lab.about import hardware, versions
 from jaxtricks.lab.data.text import topics
 from jaxtricks.lab.models.transformer import Transformer

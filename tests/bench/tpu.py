@@ -26,8 +26,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-
 from jaxtricks import _table
+
 from tests.bench import common
 
 TOPOLOGY = "v5e:2x2"

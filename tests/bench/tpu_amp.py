@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from jaxtricks import _table, amp
+
 from tests.bench import common
 from tests.bench import language_model as lm
 

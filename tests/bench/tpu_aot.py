@@ -15,6 +15,7 @@ from jaxtricks.lab.config import IDLE, Text, Tricks
 from jaxtricks.lab.parallel_config import Parallel
 from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.plan_config import Plan
+
 from tests.bench import common
 
 IMAGES = {"widths": (64, 128, 256), "batch": 256}  # 32 x 32 x 3, 10 classes

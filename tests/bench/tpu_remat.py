@@ -10,8 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-
 from jaxtricks import _table, remat
+
 from tests.bench import common
 from tests.bench import remat_chains as chains
 from tests.bench import remat_models as models

@@ -8,10 +8,10 @@ import argparse
 from typing import Any
 
 import jax
-import optax
-
 import jaxtricks as jt
+import optax
 from jaxtricks import _table
+
 from tests.bench import text_task
 from tests.bench.text_task import Arm, Task
 
@@ -33,10 +33,12 @@ def arms(task: Task) -> dict[str, Arm]:
     """The optimizers by the key of their rates; "sm3 int8" has those of sm3."""
 
     def adafactor(rate: Any) -> optax.GradientTransformation:
-        return jt.memopt.adafactor(rate, axes=task.roles, min_dim_size_to_factor=32)
+        return jt.memopt.adafactor(rate, roles=task.roles, min_dim_size_to_factor=32)
 
     def sm3(dtype: str | None) -> Any:
-        return lambda rate: jt.memopt.sm3(rate, momentum=0.9, momentum_dtype=dtype, axes=task.roles)
+        return lambda rate: jt.memopt.sm3(
+            rate, momentum=0.9, momentum_dtype=dtype, roles=task.roles
+        )
 
     return {
         "adamw": Arm("AdamW", optax.adamw),

@@ -1,8 +1,8 @@
 """The training step of every model and trick compiles for one chip, and needs what the tricks promise."""
 
 import pytest
-
 from jaxtricks import KEYS
+
 from tests.tpu_aot import costs
 
 pytestmark = pytest.mark.tpu
