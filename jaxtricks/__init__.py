@@ -1,18 +1,35 @@
-"""Ten training techniques as composable JAX, Flax and Optax transforms.
+"""Train with ten techniques as composable JAX, Flax and Optax transforms.
 
-Rooms: echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam, longtail;
-beside them `roles` (what each axis of a parameter means), and the thin framework shells
-`nnx` and `linen`. Importing this package imports nothing else: every room is loaded
-when it is first used.
+The rooms are echo, amp, memopt, weightstd, agc, remat, ebn, cyclical, reparam and
+longtail. Beside them stand `roles` (what each axis of a parameter means), the framework
+shells `nnx` and `linen`, and `plot`. Importing this package loads none of them: each is
+imported when it is first used.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # The lazy imports below, spelled out for type checkers and editors.
+    from jaxtricks import agc as agc
+    from jaxtricks import amp as amp
+    from jaxtricks import cyclical as cyclical
+    from jaxtricks import ebn as ebn
+    from jaxtricks import echo as echo
+    from jaxtricks import linen as linen
+    from jaxtricks import longtail as longtail
+    from jaxtricks import memopt as memopt
+    from jaxtricks import nnx as nnx
+    from jaxtricks import plot as plot
+    from jaxtricks import remat as remat
+    from jaxtricks import reparam as reparam
+    from jaxtricks import roles as roles
+    from jaxtricks import weightstd as weightstd
+    from jaxtricks._metrics import metrics as metrics
 
 __version__ = "0.1.0.dev0"
 
-# The one place that says where the project lives; README badges, cards and notebooks
-# read it from here.
+# README badges, cards and notebooks read the project's address from here.
 REPO_URL = "https://github.com/jaxtricks/jaxtricks"
 
 KEYS = (
@@ -34,7 +51,7 @@ __all__ = [*_MODULES, "metrics", "KEYS", "REPO_URL", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "metrics":
-        return importlib.import_module(f"{__name__}._tree").metrics
+        return importlib.import_module(f"{__name__}._metrics").metrics
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,6 @@
 """Pytrees: paths, sizes, and small frozen dataclasses that are pytrees."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
@@ -87,62 +86,6 @@ def _leaf_bytes(x: Any) -> int:
     return math.prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
-def is_floating(x: Any) -> bool:
-    """Whether x is an array (or its shape) of a floating dtype; Python numbers are not."""
-    # float8_e8m0fnu holds scales: it has neither a sign nor a zero.
-    return (
-        hasattr(x, "dtype")
-        and jnp.issubdtype(x.dtype, jnp.floating)
-        and x.dtype.name != "float8_e8m0fnu"
-    )
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether x is an array (or its shape) of a floating or complex dtype, or such a Python number."""
-    if isinstance(x, float | complex):
-        return True
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def check_floating(name: str, x: Any) -> None:
-    """Raise unless x is of a floating dtype; `name` is "room.function: `argument`".
-
-    Raises:
-      ValueError: an integer, complex, bool or key array.
-    """
-    dtype = getattr(x, "dtype", None)
-    if dtype is not None and not is_floating(x):
-        raise ValueError(f"{name} is of {dtype}: give floating numbers")
-
-
-def wide_dtype(*xs: Any) -> np.dtype:
-    """The dtype to compute statistics in: that of all the arrays together, float32 at least."""
-    return common_dtype(*xs, np.zeros((), np.float32))
-
-
-def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
-    """The dtype that holds all the arrays (None has none), unless one is given.
-
-    `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an
-    explicit choice: this is ours.
-    """
-    if given is not None:
-        return np.dtype(given)
-    dtypes = {x.dtype for x in xs if hasattr(x, "dtype")}
-    if len(dtypes) > 1:
-        dtypes = {_promotable(dtype) for dtype in dtypes}
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.dtypes.canonicalize_dtype(
-            functools.reduce(jnp.promote_types, dtypes)
-        )
-
-
-def _promotable(dtype: Any) -> Any:
-    """The dtype, or bfloat16 for floats of 8 and 4 bits, which JAX promotes to nothing else."""
-    tiny = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
-    return np.dtype(jnp.bfloat16) if tiny else dtype
-
-
 def static(**kwargs: Any) -> Any:
     """A dataclass field that belongs to the tree's structure (hashable, no leaf)."""
     return dataclasses.field(metadata=STATIC, **kwargs)
@@ -178,40 +121,3 @@ def node(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
-
-
-def metrics(opt_state: Any) -> dict[str, Any]:
-    """What the transforms in an optimizer state report, through any chain or wrapper.
-
-    Every state of ours that has something to log says so by a `metrics()` method (clip
-    fraction, loss scale, skipped steps); `optax.inject_hyperparams` contributes its
-    hyper-parameters.
-
-    Args:
-      opt_state: the state of any optax chain; may be traced.
-
-    Returns: {name: scalar array}; a name that occurs twice is numbered:
-      "agc/clipped_fraction", "agc/clipped_fraction_1".
-    """
-    found: dict[str, Any] = {}
-    for x in _reporting_nodes(opt_state):
-        values = x.metrics() if hasattr(x, "metrics") else x.hyperparams
-        for name, value in values.items():
-            unique, n = name, 0
-            while unique in found:
-                n += 1
-                unique = f"{name}_{n}"
-            found[unique] = jnp.asarray(value)  # an nnx.Optimizer holds Variables
-    return found
-
-
-def _reporting_nodes(tree: Any) -> list[Any]:
-    found = []
-
-    def visit(x: Any) -> bool:
-        if hasattr(x, "metrics") or hasattr(x, "hyperparams"):
-            found.append(x)
-        return False  # never a leaf: go on inside
-
-    jax.tree.leaves(tree, is_leaf=visit)
-    return found

@@ -75,7 +75,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
-from jaxtricks import _sharding, _tree
+from jaxtricks import _dtypes, _sharding, _tree
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked, known_number
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
@@ -296,7 +296,7 @@ class _Units(NamedTuple):
 def _check_dtype(
     path: str, leaf: Any, path_filter: Callable[[str], bool] | None
 ) -> None:
-    if _tree.is_floating(jnp.asarray(leaf)) or not (
+    if _dtypes.is_floating(jnp.asarray(leaf)) or not (
         path_filter is None or path_filter(path)
     ):
         return
@@ -330,7 +330,7 @@ def _unit_axes(
 
 def _norm(x: Any, axes: tuple[int, ...]) -> Array:
     x = jnp.asarray(x)
-    squares = jnp.square(x.astype(_tree.wide_dtype(x)))
+    squares = jnp.square(x.astype(_dtypes.wide_dtype(x)))
     return jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
 
@@ -347,7 +347,7 @@ def _clip_leaf(
 ) -> Any:
     g = jnp.asarray(g)
     g_norm, w_norm = _norm(g, axes), _norm(w, axes)
-    dtype = _tree.wide_dtype(g_norm, w_norm)
+    dtype = _dtypes.wide_dtype(g_norm, w_norm)
     units = _Units(g_norm.astype(dtype), w_norm.astype(dtype))
     _, bound = _floored(units, clipping, eps)
     factor = bound / jnp.maximum(units.g, _GRADIENT_FLOOR)
@@ -372,7 +372,7 @@ def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Arra
 
 
 def _joined(leaves: list[_Units]) -> _Units:
-    dtype = _tree.common_dtype(*(units.g for units in leaves))
+    dtype = _dtypes.common_dtype(*(units.g for units in leaves))
     return _Units(
         *(
             jnp.concatenate([x.astype(dtype).ravel() for x in xs])

@@ -65,7 +65,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
-from jaxtricks import _tree
+from jaxtricks import _dtypes
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 
@@ -164,8 +164,8 @@ def moments(
     """
     if variance not in ("channel", "grand"):
         raise ValueError(f"ebn: `variance` is {variance!r}; use 'channel' or 'grand'")
-    _tree.check_floating("ebn: `x`", x)
-    x = jnp.asarray(x, _tree.wide_dtype(x))
+    _dtypes.check_floating("ebn: `x`", x)
+    x = jnp.asarray(x, _dtypes.wide_dtype(x))
     over = tuple(range(x.ndim - 1))
     if mask is None:
         keep = None
@@ -228,8 +228,8 @@ def normalize(
       [[-0.5, -1.0], [0.5, 1.0]]
     """
     x = jnp.asarray(x)
-    _tree.check_floating("ebn.normalize: `x`", x)
-    dtype = _tree.wide_dtype(x, mean, var, scale, bias)
+    _dtypes.check_floating("ebn.normalize: `x`", x)
+    dtype = _dtypes.wide_dtype(x, mean, var, scale, bias)
     factor = jax.lax.rsqrt(jnp.asarray(var, dtype) + epsilon)
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)

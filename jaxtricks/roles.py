@@ -32,6 +32,19 @@ from jaxtricks import _table, _tree
 from jaxtricks._arguments import checked, described
 from jaxtricks._typing import Params, Roles
 
+__all__ = [
+    "ROLES",
+    "Exact",
+    "Rule",
+    "by_path",
+    "describe",
+    "exact",
+    "infer",
+    "is_kernel",
+    "leaf_roles",
+    "positions",
+]
+
 ROLES = ("batch", "in", "out", "none")
 
 _DENSE: Roles = ("in", "out")

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.experimental import pallas
-from jaxtricks import _compat, _jaxpr, _tree, amp
+from jaxtricks import _compat, _dtypes, _jaxpr, amp
 
 from tests import zoo
 from tests.bench.amp_peers import PRODUCTS, distance, gradient64
@@ -48,7 +48,7 @@ def around(loss, order, policy="p=f32,c=bf16,o=f32", **settings):
 def operands(fn, *args):
     """[(primitive, dtypes of its floating operands)] of the whole trace."""
     for eqn in _jaxpr.walk(jax.make_jaxpr(fn)(*args).jaxpr):
-        dtypes = {v.aval.dtype.name for v in eqn.invars if _tree.is_floating(v.aval)}
+        dtypes = {v.aval.dtype.name for v in eqn.invars if _dtypes.is_floating(v.aval)}
         if dtypes:
             yield eqn, dtypes
 

@@ -496,7 +496,7 @@ def test_every_primitive_that_jax_exports_has_a_row(table):
 def test_every_equation_can_be_counted(census):
     for eqns in census.values():
         for name, eqn in eqns.items():
-            assert _memory.eqn_flops(eqn) >= 0, name
+            assert _jaxpr.eqn_flops(eqn) >= 0, name
 
 
 def test_every_public_function_is_traced(census):
@@ -659,7 +659,7 @@ def loops(x):
     [
         ("scan", _compat.scan_parts),
         ("scan", _compat.bodies),
-        ("scan", _memory.eqn_flops),
+        ("scan", _jaxpr.eqn_flops),
         ("while", _compat.while_consts),
         ("while", _compat.bodies),
         ("cond", _compat.bodies),

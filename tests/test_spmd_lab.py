@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtricks import KEYS, _tree
+from jaxtricks import KEYS, _dtypes, _tree
 from jaxtricks.lab import collectives, data, loop
 from jaxtricks.lab.config import IDLE, Text, Train, Tricks
 from jaxtricks.lab.parallel_config import Parallel
@@ -55,11 +55,11 @@ def compiled(cfg, wide):
     state = program.init(0, set_.counts)
     batch = loop.batch_shapes(cfg, set_, program.place)
     if wide:
-        state = jax.tree.map(lambda x: x.astype(float) if _tree.is_floating(x) else x, state)
+        state = jax.tree.map(lambda x: x.astype(float) if _dtypes.is_floating(x) else x, state)
         # What is float32 whatever the parameters are, such as figures that are only logged.
         kept, _ = jax.eval_shape(program.step, state, batch)
         state = jax.tree.map(
-            lambda x, y: x.astype(y.dtype) if _tree.is_floating(x) else x, state, kept
+            lambda x, y: x.astype(y.dtype) if _dtypes.is_floating(x) else x, state, kept
         )
     state = jax.device_put(state, program.shardings)
     return program, loop.jitted(program, program.step).lower(state, batch).compile(), state

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType
 
-from jaxtricks import _jaxpr, _tree
+from jaxtricks import _dtypes, _jaxpr, _tree
 from jaxtricks._arguments import checked, known_number
 from jaxtricks._partition import without_changes
 from jaxtricks._typing import Array, Params, Scalar
@@ -180,7 +180,7 @@ def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
         all of them together. Under jit, arrays are whole and none is needed.
     """
     checks = [
-        jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _tree.is_inexact(x)
+        jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _dtypes.is_inexact(x)
     ]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
     return (
@@ -198,10 +198,10 @@ def select_tree(pred: Array, on_true: T, on_false: T) -> T:
 
 def _multiply(tree: T, factor: Array) -> T:
     def leaf(x: Any) -> Any:
-        if not _tree.is_inexact(x):
+        if not _dtypes.is_inexact(x):
             return x
         x = jnp.asarray(x)
-        x = x.astype(_tree.wide_dtype(x))
+        x = x.astype(_dtypes.wide_dtype(x))
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # Part by part: as a complex number the factor would make NaN of an infinite
             # part.
@@ -309,7 +309,7 @@ def value_and_grad(
         out = fn(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
         # A float16 loss times 2**15 would overflow: scale in float32 at least.
-        loss = loss.astype(_tree.wide_dtype(loss))
+        loss = loss.astype(_dtypes.wide_dtype(loss))
         return loss * factor.astype(loss.dtype), (loss, aux)
 
     differentiated = jax.value_and_grad(scaled, argnums, has_aux=True)
@@ -538,7 +538,7 @@ def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
 def _as_before(new: Any, old: Any) -> Any:
     """A leaf of a new state, in the dtype of the old one."""
     same_kind = any(
-        kind(new) and kind(old) for kind in (_tree.is_floating, _is_complex)
+        kind(new) and kind(old) for kind in (_dtypes.is_floating, _is_complex)
     )
     return new.astype(old.dtype) if same_kind else new
 
@@ -597,7 +597,7 @@ def _branched(
         # would pay for it.
         if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
             return old
-        if not _tree.is_inexact(old):
+        if not _dtypes.is_inexact(old):
             return jnp.asarray(old).astype(new.dtype)
         return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
 

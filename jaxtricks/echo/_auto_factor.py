@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 
-from jaxtricks import _compat
+from jaxtricks import _host_exchange
 from jaxtricks.echo._schedules import Changing
 
 QUARTER = Fraction(1, 4)
@@ -63,7 +63,7 @@ class Tuner:
         """
         self._copies, self._busy, self._clock = copies, busy, clock
         self._batch = batch_size
-        self._meeting: _compat.Meeting | None = None
+        self._meeting: _host_exchange.Meeting | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -150,7 +150,7 @@ class Tuner:
 
     def _exchange(self, factor: Fraction) -> list[Fraction]:
         if self._meeting is None:
-            self._meeting = _compat.Meeting("echo")
+            self._meeting = _host_exchange.Meeting("echo")
         return [
             Fraction(text) for text in self._meeting.exchange(str(factor), _TIMEOUT)
         ]

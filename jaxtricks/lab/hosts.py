@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxtricks import _compat
+from jaxtricks import _host_exchange
 from jaxtricks.lab.errors import HostLostError, UserError
 from jaxtricks.lab.parallel_config import Parallel
 
@@ -77,7 +77,7 @@ class Hosts:
 
     def __init__(self) -> None:
         self.count = jax.process_count()
-        self._meeting = _compat.Meeting("lab")
+        self._meeting = _host_exchange.Meeting("lab")
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in their order.

@@ -9,7 +9,7 @@ import flax
 import jax
 from flax import linen as nn
 
-from jaxtricks import _tree
+from jaxtricks import _dtypes
 from jaxtricks._arguments import checked
 from jaxtricks._typing import ApplyFn, Key, Params, State
 from jaxtricks.linen._layers import ExtendedBatchNorm
@@ -68,7 +68,7 @@ class Fused(nn.Module):
                 return call(*inputs, **flags)
             kernel, bias = (layer.get_variable("params", n) for n in ("kernel", "bias"))
             x, how = _first(inputs, flags), dict(convs[path])
-            dtype = _tree.common_dtype(x, kernel, bias, given=how.pop("dtype"))
+            dtype = _dtypes.common_dtype(x, kernel, bias, given=how.pop("dtype"))
             return _conv.convolution(x, kernel, bias, dtype=dtype, **how)
 
         with nn.intercept_methods(plain):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtricks import _tree
+from jaxtricks import _dtypes
 from jaxtricks._typing import Array
 from jaxtricks.longtail import decoupling
 from jaxtricks.longtail import heads as functions
@@ -74,7 +74,7 @@ class WSConv(nn.Module):
             x,
             _conv.standardize_wide(kernel, gain, preset=self.preset, eps=self.eps),
             bias,
-            dtype=_tree.common_dtype(x, kernel, bias, given=self.dtype),
+            dtype=_dtypes.common_dtype(x, kernel, bias, given=self.dtype),
             strides=self.strides or 1,
             padding=self.padding,
             dilation=self.kernel_dilation or 1,
@@ -221,7 +221,7 @@ class CosineHead(_Head):
     def __call__(self, x: Array) -> Array:
         """[..., D] features -> [..., C] logits."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        dtype = _tree.common_dtype(x, kernel, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, given=self.dtype)
         return functions.cosine(x, kernel, self.s).astype(dtype)
 
 
@@ -252,7 +252,7 @@ class NormedHead(_Head):
     def __call__(self, x: Array) -> Array:
         """[..., D] features -> [..., C] logits in [-s, s]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        dtype = _tree.common_dtype(x, kernel, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, given=self.dtype)
         return functions.normed(x, kernel, self.s).astype(dtype)
 
 
@@ -278,7 +278,7 @@ class LWSHead(_Head):
         bias = (
             self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
         )
-        dtype = _tree.common_dtype(x, kernel, bias, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, bias, given=self.dtype)
         scale = self._per_class("scale", ones, self.param_dtype)
         return functions.lws(_heads.affine(x, kernel, bias, dtype), scale).astype(dtype)
 
@@ -307,7 +307,7 @@ class DisAlignHead(_Head):
         bias = (
             self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
         )
-        dtype = _tree.common_dtype(x, kernel, bias, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, bias, given=self.dtype)
         start = decoupling.disalign_start(kernel.shape, self.param_dtype, self.compat)
         own = {
             name: self.param(name, lambda _, value=value: value)
@@ -369,4 +369,4 @@ class CausalHead(_Head):
             name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")
         }
         logits = functions.tde(x, kernel, direction, **settings)
-        return logits.astype(_tree.common_dtype(x, kernel, given=self.dtype))
+        return logits.astype(_dtypes.common_dtype(x, kernel, given=self.dtype))

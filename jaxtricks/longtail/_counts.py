@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Real
 
-from jaxtricks import _sharding, _tree
+from jaxtricks import _dtypes, _sharding
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 
@@ -220,7 +220,7 @@ def floating(values: Array) -> Array:
     Raises:
       ValueError: the values are not real numbers.
     """
-    if not (jnp.issubdtype(values.dtype, jnp.integer) or _tree.is_floating(values)):
+    if not (jnp.issubdtype(values.dtype, jnp.integer) or _dtypes.is_floating(values)):
         raise ValueError(
             f"longtail: an argument is an array of {values.dtype}: give real numbers"
         )

@@ -9,6 +9,14 @@ from jaxtyping import Integer
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 
+__all__ = [
+    "balanced_counterpart",
+    "exponential_counts",
+    "longtail_indices",
+    "pareto_counts",
+    "step_counts",
+]
+
 Real = float | int | np.number
 Whole = int | np.integer
 

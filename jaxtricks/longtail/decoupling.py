@@ -13,6 +13,17 @@ from jaxtricks._typing import Array, Key, Params, Scalar
 from jaxtricks.longtail import heads
 from jaxtricks.longtail._counts import floating
 
+__all__ = [
+    "crt",
+    "disalign",
+    "disalign_start",
+    "fold_lws",
+    "head_mask",
+    "lws",
+    "ncm",
+    "tau_norm",
+]
+
 Keys = tuple[Any, ...]
 
 KernelMask = Any

@@ -12,6 +12,13 @@ from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail._counts import are_classes, as_mask, floating, same_shape
 from jaxtricks.longtail._softmax import floor
 
+__all__ = [
+    "Dive",
+    "dive",
+    "kd",
+    "kl_divergence",
+]
+
 Loss = Callable[..., Array]
 """loss(logits [..., C], labels, where=None) -> per-example [...]: any loss of the room."""
 

@@ -13,6 +13,18 @@ from jaxtricks._tree import node, static
 from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail._counts import as_mask, class_indices, floating
 
+__all__ = [
+    "Centroids",
+    "centroids",
+    "cosine",
+    "disalign",
+    "lws",
+    "ncm",
+    "normed",
+    "tau_normalize",
+    "tde",
+]
+
 
 @checked
 def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C"]:

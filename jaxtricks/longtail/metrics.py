@@ -14,6 +14,17 @@ from jaxtricks._tree import node
 from jaxtricks._typing import Array, Key, Scalar
 from jaxtricks.longtail._counts import Counts, as_vector, class_indices, floating
 
+__all__ = [
+    "State",
+    "bootstrap",
+    "init",
+    "merge",
+    "relative_accuracy",
+    "summary",
+    "update",
+    "update_predictions",
+]
+
 Split = Literal["threshold", "rank"]
 
 

@@ -14,6 +14,12 @@ from jaxtricks.longtail._counts import (
     floating,
 )
 
+__all__ = [
+    "mixup",
+    "remix",
+    "unimix",
+]
+
 
 @checked
 def mixup(

@@ -21,6 +21,15 @@ from jaxtricks.longtail._counts import (
     seen,
 )
 
+__all__ = [
+    "Calibration",
+    "adjust",
+    "calibrate",
+    "estimate_prior",
+    "fit_tau",
+    "shift_prior",
+]
+
 
 class HeldOut(NamedTuple):
     """Held-out examples in a row, [N, C], [N] and [N], and the counts [C]; every class weighs the same."""

@@ -18,6 +18,18 @@ from jaxtricks.longtail._counts import (
     seen,
 )
 
+__all__ = [
+    "Table",
+    "class_aware_indices",
+    "class_probabilities",
+    "deferred",
+    "effective_number",
+    "meta_rates",
+    "progressive",
+    "sample_indices",
+    "table",
+]
+
 Shard = tuple[Scalar, int]
 """(index, number): one host's or device's part of a draw; the index may be traced."""
 
@@ -208,19 +220,6 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
 #
 # Probabilities are functions of the counts and of the step; `table` and
 # `sample_indices` draw by them.
-
-
-__all__ = [
-    "Table",
-    "class_aware_indices",
-    "class_probabilities",
-    "deferred",
-    "effective_number",
-    "meta_rates",
-    "progressive",
-    "sample_indices",
-    "table",
-]
 
 
 @checked

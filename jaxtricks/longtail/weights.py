@@ -12,6 +12,15 @@ from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail._counts import Counts, as_vector, floating, seen
 
+__all__ = [
+    "bbn",
+    "blend",
+    "deferred",
+    "effective_number",
+    "inverse_frequency",
+    "ramp",
+]
+
 
 @checked
 def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:

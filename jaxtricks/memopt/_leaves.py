@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _sharding, _tree, roles
+from jaxtricks import _dtypes, _sharding, _tree, roles
 from jaxtricks._arguments import known_number
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 
@@ -18,7 +18,7 @@ def checked(name: str, params: Params) -> dict[str, Array]:
     """{path: array} of the parameters; raises for what is no real floating array."""
     table = {path: _as_array(leaf) for path, leaf in _tree.by_path(params).items()}
     for path, leaf in table.items():
-        if not _tree.is_floating(leaf):
+        if not _dtypes.is_floating(leaf):
             raise ValueError(
                 f"memopt.{name}: the parameter {path!r} is {leaf.dtype}: hide it with optax.masked"
             )
@@ -78,7 +78,7 @@ def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
 
 def update_dtype(g: Any, p: Any) -> Any:
     """Dtype of the update: the wider of gradient and parameter."""
-    return _tree.common_dtype(g, p)
+    return _dtypes.common_dtype(g, p)
 
 
 def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
@@ -89,7 +89,7 @@ def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:
       without: axes that are left out.
       dtype: None = that of the leaf, float32 at least.
     """
-    dtype = _tree.wide_dtype(leaf) if dtype is None else dtype
+    dtype = _dtypes.wide_dtype(leaf) if dtype is None else dtype
     if on_one_device(leaf):
         return jnp.zeros(
             [n for i, n in enumerate(leaf.shape) if i not in without], dtype

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtricks import _random_bits, _tree
+from jaxtricks import _dtypes, _random_bits, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Key, Params
 from jaxtricks.memopt import _leaves
@@ -118,7 +118,7 @@ def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
 
     def one(path: str, u: Any) -> Any:
         p = _leaves.lookup("stochastic_round", weights, path, "`params`")
-        if not _tree.is_floating(p) or p.dtype.itemsize > 2:
+        if not _dtypes.is_floating(p) or p.dtype.itemsize > 2:
             return u
         wide = p.astype(jnp.float32)
         chance = _random_bits.uniform(_random_bits.of_leaf(at_step, path), p.shape)

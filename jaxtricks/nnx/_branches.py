@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _integers, _tree, reparam, weightstd
+from jaxtricks import _dtypes, _integers, reparam, weightstd
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
 from jaxtricks.nnx._conv import WSConv, convolution, hashable_padding
@@ -158,7 +158,7 @@ def average_pool(x: Array, size: Size, strides: Size, dilation: Size) -> Array:
 
 def with_border(y: Array, pads: _nodes.Pads, norm: reparam.Norm) -> Array:
     """y with what `norm` makes of zeros around its spatial axes; negative pads crop."""
-    norm = jax.tree.map(lambda v: v.astype(_tree.wide_dtype(v)), norm)
+    norm = jax.tree.map(lambda v: v.astype(_dtypes.wide_dtype(v)), norm)
     factor, bias = norm_factor(norm)
     value = -norm.mean * factor
     value = jax.lax.stop_gradient(value if bias is None else value + bias).astype(
@@ -263,7 +263,7 @@ def start_from(block: Any, kernel: Array, bias: Array | None) -> None:
     """See `Branched.start_from`."""
     (_, free), *others = block.parts()
     _check(block, free)
-    wide = _tree.wide_dtype(kernel)
+    wide = _dtypes.wide_dtype(kernel)
     target = reparam.Conv(jnp.asarray(kernel, wide), None, block.feature_group_count)
     spread = jnp.sqrt(_power(target.kernel))
     if block.norm is not None:
@@ -449,7 +449,9 @@ class Branched(nnx.Module):
             x,
             merged.kernel,
             merged.bias,
-            dtype=_tree.common_dtype(x, first.conv.kernel[...], given=first.conv.dtype),
+            dtype=_dtypes.common_dtype(
+                x, first.conv.kernel[...], given=first.conv.dtype
+            ),
             strides=self.strides,
             padding=self.padding,
             dilation=self.kernel_dilation,

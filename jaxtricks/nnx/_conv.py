@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _integers, _tree, weightstd
+from jaxtricks import _dtypes, _integers, weightstd
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
 from jaxtricks.reparam import _nodes
@@ -119,7 +119,7 @@ class WSConv(nnx.Module):
             x,
             self.standardized_kernel(),
             bias,
-            dtype=_tree.common_dtype(x, self.kernel[...], bias, given=self.dtype),
+            dtype=_dtypes.common_dtype(x, self.kernel[...], bias, given=self.dtype),
             strides=self.strides,
             padding=self.padding,
             dilation=self.kernel_dilation,
@@ -145,7 +145,7 @@ def standardize_wide(
     kernel: Array, gain: Array | None, *, preset: str, eps: float | None
 ) -> Array:
     """`weightstd.standardize` with a result of float32 or better."""
-    wide = jnp.asarray(kernel, _tree.wide_dtype(kernel))
+    wide = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
     return weightstd.standardize(wide, gain, preset=preset, eps=eps)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtricks import _jaxpr, _tree, reparam, weightstd
+from jaxtricks import _dtypes, _jaxpr, reparam, weightstd
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat, _flags, _functional, _module_tree, _overrides
@@ -24,7 +24,6 @@ from jaxtricks.nnx._branches import (
 )
 from jaxtricks.nnx._conv import WSConv, pad_by_mode
 from jaxtricks.nnx._norm import ExtendedBatchNorm
-from jaxtricks.remat import _memory
 from jaxtricks.reparam import _dataflow, _nodes
 from jaxtricks.reparam._apply import norm_factor
 from jaxtricks.reparam._dataflow import Flow
@@ -72,9 +71,9 @@ def _einsum_axis(equation: str) -> int:
 
 def with_norm(layer: Any, norm: reparam.Norm) -> Any:
     """A copy of the layer whose output is the normalized one: y = kernel t x + (bias - mean) t + b."""
-    kernel = jnp.asarray(layer.kernel[...], _tree.wide_dtype(layer.kernel[...]))
+    kernel = jnp.asarray(layer.kernel[...], _dtypes.wide_dtype(layer.kernel[...]))
     norm = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, _tree.wide_dtype(kernel, leaf)), norm
+        lambda leaf: jnp.asarray(leaf, _dtypes.wide_dtype(kernel, leaf)), norm
     )
     factor, offset = norm_factor(norm)
     bias = _compat.read(layer.bias)
@@ -96,7 +95,7 @@ def rounding_bound(
     `reparam.error_bound` for layers that are no node of its algebra: 16 u (S_fused +
     S_branch).
     """
-    wide = _tree.wide_dtype(x)
+    wide = _dtypes.wide_dtype(x)
     x = jnp.abs(jnp.asarray(x, wide))
     norm = jax.tree.map(lambda leaf: jnp.abs(jnp.asarray(leaf, wide)), norm)
     factor, offset = norm_factor(norm)
@@ -373,7 +372,10 @@ def largest_difference(a: Any, b: Any) -> float:
     """max |a - b| over all floating leaves."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     wide = [
-        (jnp.asarray(x, _tree.wide_dtype(x, y)), jnp.asarray(y, _tree.wide_dtype(x, y)))
+        (
+            jnp.asarray(x, _dtypes.wide_dtype(x, y)),
+            jnp.asarray(y, _dtypes.wide_dtype(x, y)),
+        )
         for x, y in pairs
     ]
     return max((float(jnp.max(jnp.abs(x - y))) for x, y in wide if x.size), default=0.0)
@@ -397,7 +399,7 @@ def count(tree: Any) -> int:
 
 def flops(fn: Any, *inputs: Any) -> int:
     """Floating-point operations of fn(*inputs)."""
-    return _memory.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
+    return _jaxpr.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
 
 
 def _untouched(norm: Any) -> bool:
@@ -629,7 +631,7 @@ def whole_model(
         y, z = probed(*probed.example), fused(*probed.example)
         others = [probed.disturbed(ends, seed) for seed in range(_DRAWS)]
     carried = max(largest_difference(y, other) for other in others)
-    costs = [_memory.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
+    costs = [_jaxpr.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
     branches, error = sum(row.branches for row in rows), largest_difference(y, z)
     found = reparam.FusedLayer(
         "", branches, error, carried + _rounding(y), *params, *costs
@@ -639,7 +641,7 @@ def whole_model(
 
 def _rounding(y: Any) -> float:
     """What the last operation alone may round."""
-    leaves = [x for x in jax.tree.leaves(y) if _tree.is_floating(x) and x.size]
+    leaves = [x for x in jax.tree.leaves(y) if _dtypes.is_floating(x) and x.size]
     return max(
         (16 * float(jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x))) for x in leaves),
         default=0.0,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _tree
+from jaxtricks import _dtypes
 from jaxtricks._typing import Array
 from jaxtricks.longtail import decoupling, heads
 from jaxtricks.longtail.heads import tde
@@ -25,7 +25,7 @@ def unit_columns() -> Initializer:
 
 def affine(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
     """x @ kernel + bias, multiplied in `dtype` and summed in float32 or wider."""
-    wide = _tree.wide_dtype(jax.ShapeDtypeStruct((), dtype))
+    wide = _dtypes.wide_dtype(jax.ShapeDtypeStruct((), dtype))
     y = jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=wide)
     return (
         y
@@ -66,7 +66,7 @@ class Head(nnx.Module):
         self.param_dtype = param_dtype
 
     def _dtype(self, x: Array, *others: Array | None) -> Any:
-        return _tree.common_dtype(x, self.kernel[...], *others, given=self.dtype)
+        return _dtypes.common_dtype(x, self.kernel[...], *others, given=self.dtype)
 
 
 class CosineHead(Head):
@@ -268,7 +268,7 @@ class DisAlignHead(Head):
 
 def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array:
     """momentum mean + (1 - momentum) (mean of x over all but its last axis and the mapped axes)."""
-    x = jax.lax.stop_gradient(x).astype(_tree.wide_dtype(x)).reshape(-1, x.shape[-1])
+    x = jax.lax.stop_gradient(x).astype(_dtypes.wide_dtype(x)).reshape(-1, x.shape[-1])
     batch = jnp.mean(x, axis=0)
     batch = batch if axis_name is None else jax.lax.pmean(batch, axis_name)
     return momentum * mean + (1 - momentum) * batch.astype(mean.dtype)

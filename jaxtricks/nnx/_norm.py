@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _tree, ebn
+from jaxtricks import _dtypes, ebn
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
 
@@ -29,7 +29,7 @@ class Running(NamedTuple):
 
 def statistics_dtype(param_dtype: Any) -> Any:
     """Of running statistics: float32, or float64 where the parameters are."""
-    return _tree.wide_dtype(jax.ShapeDtypeStruct((), param_dtype))
+    return _dtypes.wide_dtype(jax.ShapeDtypeStruct((), param_dtype))
 
 
 def batch_statistics(
@@ -68,8 +68,8 @@ def normalize_to(
     dtype: Any,
 ) -> Array:
     """`ebn.normalize` whose result has `dtype` (None: that of x, scale and bias together)."""
-    out = _tree.common_dtype(x, scale, bias, given=dtype)
-    wide = jnp.asarray(x, _tree.wide_dtype(x))
+    out = _dtypes.common_dtype(x, scale, bias, given=dtype)
+    wide = jnp.asarray(x, _dtypes.wide_dtype(x))
     return ebn.normalize(
         wide, stats.mean, stats.var, scale, bias, epsilon=epsilon
     ).astype(out)

@@ -215,9 +215,7 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
                 origin[same[y]] = place
     kept = [same.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)]
     found = [
-        (_recompute.var_bytes(v), v)
-        for v in dict.fromkeys(kept)
-        if _recompute.var_bytes(v)
+        (_jaxpr.var_bytes(v), v) for v in dict.fromkeys(kept) if _jaxpr.var_bytes(v)
     ]
     found.sort(key=lambda pair: -pair[0])
     rows = [

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxtricks import _compat, _jaxpr, _table
 from jaxtricks._arguments import checked
+from jaxtricks._jaxpr import flops
 from jaxtricks.remat._recompute import is_recomputed
 
 
@@ -90,169 +90,6 @@ def refusal(error: Exception, program: _jaxpr.ClosedJaxpr) -> Report | None:
         return None
     temp = int(float(found[1]) * 1024 ** " KMG".index(found[2] or " "))
     return Report(temp, 0, 0, 0, temp, flops(_jaxpr.live(program)))
-
-
-def flops(jaxpr: _jaxpr.Jaxpr) -> int:
-    """Floating-point operations: 2 per multiply-add of matrix products, 1 per element elsewhere.
-
-    Matrix factorizations and Fourier transforms count the order of magnitude. The body
-    of a scan counts as often as it runs, the dearest branch of a cond once, the body of
-    a while loop once (its trip count is not in the program).
-    """
-    return sum(map(eqn_flops, jaxpr.eqns))
-
-
-def eqn_flops(eqn: Any) -> int:
-    """Floating-point operations of one equation; see `flops`. Unknown primitives count none."""
-    name, inner = _compat.primitive(eqn), list(_jaxpr.sub_jaxprs(eqn))
-    if name == "scan":
-        return _compat.scan_parts(eqn).length * flops(inner[0])
-    if name == "cond":
-        return max(map(flops, inner))
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        return sum(
-            flops(body.jaxpr) for body in _compat.bodies(eqn)
-        )  # the rest are rules
-    if inner:
-        return sum(map(flops, inner))
-    return _COUNT.get(name, _none)(eqn)
-
-
-def known(eqn: Any) -> bool:
-    """Whether the table (or the code for bodies) says what an equation costs."""
-    return _compat.primitive(eqn) in _COUNT or _compat.has_bodies(eqn)
-
-
-def unknown(jaxpr: _jaxpr.Jaxpr) -> Counter[str]:
-    """{primitive: count} of the equations that the table lacks; kernels are not looked into."""
-    counts: Counter[str] = Counter()
-    for eqn in jaxpr.eqns:
-        if _compat.has_bodies(eqn):
-            for body in _compat.bodies(eqn):
-                counts += unknown(body.jaxpr)
-        elif not known(eqn):
-            counts[_compat.primitive(eqn)] += 1
-    return counts
-
-
-def _dot(eqn: Any) -> int:
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2 * _size(eqn.outvars[0]) * math.prod(lhs[i] for i in contract)
-
-
-def _ragged_dot(eqn: Any) -> int:
-    """Each row of the left side meets one group of the right side."""
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (_, contract), (_, batch) = numbers.dot_dimension_numbers
-    lhs, rhs = eqn.invars[:2]
-    sides = {*contract, *batch, *numbers.rhs_group_dimensions}
-    columns = math.prod(n for i, n in enumerate(rhs.aval.shape) if i not in sides)
-    return 2 * _size(lhs) * columns
-
-
-def _scaled_matmul(eqn: Any) -> int:
-    return 2 * _size(eqn.outvars[0]) * eqn.invars[0].aval.shape[-1]
-
-
-def _convolution(eqn: Any) -> int:
-    rhs_spec = eqn.params["dimension_numbers"].rhs_spec
-    kernel = eqn.invars[1].aval.shape
-    sums = 2 * _size(eqn.outvars[0]) * math.prod(kernel) // max(1, kernel[rhs_spec[0]])
-    # The gradient of a strided convolution reads zeros between its inputs: no work.
-    return sums // math.prod(eqn.params["lhs_dilation"])
-
-
-def _factorization(eqn: Any) -> int:
-    """Order of magnitude: a product of the matrix with itself."""
-    *_, rows, columns = eqn.invars[0].aval.shape
-    return 2 * _size(eqn.invars[0]) * min(rows, columns)
-
-
-def _triangular_solve(eqn: Any) -> int:
-    return _size(eqn.outvars[0]) * eqn.invars[0].aval.shape[-1]
-
-
-def _fft(eqn: Any) -> int:
-    points = math.prod(eqn.params["fft_lengths"])
-    size = max(map(_size, (*eqn.invars, *eqn.outvars)))
-    return round(5 * size * math.log2(max(points, 1)))
-
-
-def _polynomial(eqn: Any) -> int:
-    return 2 * (len(eqn.invars) - 2) * _float_size(eqn.outvars[0])
-
-
-def _elementwise(eqn: Any) -> int:
-    return sum(map(_float_size, eqn.outvars))
-
-
-def _reduction(eqn: Any) -> int:
-    return max(map(_float_size, eqn.invars))
-
-
-def _none(eqn: Any) -> int:
-    return 0
-
-
-# What counts the operations -> primitives of jax 0.7 to 0.12; tests/test_primitives.py
-# says which one is missing. Equations that hold jaxprs (reduce, scatter-add, composite)
-# count what these do.
-_ROWS = {
-    _dot: "dot_general scaled_dot",
-    _ragged_dot: "ragged_dot ragged_dot_general",
-    _scaled_matmul: "scaled_matmul_wrapper",
-    _convolution: "conv_general_dilated",
-    _factorization: """
-        cholesky cholesky_update lu qr geqrf geqp3 householder_product ormqr eig eigh svd schur hessenberg
-        tridiagonal symmetric_product""",
-    _triangular_solve: "triangular_solve",
-    _fft: "fft",
-    _polynomial: "polynomial",
-    # One per element of the result.
-    _elementwise: """
-        add sub mul div rem neg abs sign max min square one_minus_square integer_pow pow sqrt rsqrt cbrt
-        add_any floor ceil round exp exp2 expm1 log log1p log2 tanh logistic erf erfc erf_inv
-        sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh
-        cumsum cumprod cummax cummin cumlogsumexp lgamma digamma polygamma zeta igamma igammac
-        igamma_grad_a regularized_incomplete_beta bessel_i0e bessel_i1e random_gamma random_gamma_grad
-        Frexp Ldexp tridiagonal_solve""",
-    # One per element of the operand.
-    _reduction: """
-        reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or reduce_xor reduce_precision
-        reduce reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_scatter
-        reduce_scatter_start select_and_scatter select_and_scatter_add select_and_gather_add""",
-    # Data movement, comparison, conversion, integers, random bits; and what cannot be
-    # looked into.
-    _none: """
-        reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice gather scatter
-        scatter-add scatter-sub scatter-mul scatter-max scatter-min concatenate pad rev squeeze expand_dims
-        copy tile split stack unstack select_n clamp sort top_k approx_top_k argmax argmin
-        eq ne lt le gt ge eq_to lt_to le_to is_finite nextafter Nonzero SearchSorted
-        convert_element_type bitcast_convert_type complex real imag conj iota empty empty2
-        and or xor not clz population_count mulhi shift_left shift_right_arithmetic shift_right_logical
-        lu_pivots_to_permutation rng_uniform rng_bit_generator random_bits random_fold_in random_seed
-        random_split random_wrap random_unwrap threefry2x32
-        psum pmax pmin ppermute pbroadcast pvary pcast all_gather all_gather_invariant
-        all_gather_reduced all_to_all ragged_all_to_all reduce_scatter_done unreduced_psum
-        unreduced_reduce_scatter psend precv axis_index platform_index
-        name stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint
-        device_put stage dce_sink after_all create_token get swap
-        custom_linear_solve CustomRoot _RootLinearMap linear_call custom_vmap_call custom_lin composite
-        remat_opt custom_partitioning custom_partitioning_call
-        pallas_call ffi_call tpu_custom_call xla_pmap pure_callback io_callback debug_callback debug_print
-        python_callback debug_partitioning""",
-}
-_COUNT = {name: count for count, names in _ROWS.items() for name in names.split()}
-
-
-def _size(var: Any) -> int:
-    return math.prod(var.aval.shape)
-
-
-def _float_size(var: Any) -> int:
-    dtype = getattr(var.aval, "dtype", None)
-    return _size(var) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
 def _constant_temp() -> int:

@@ -457,7 +457,7 @@ def plan(
         frontier=np.stack([solution.memory + fixed, solution.extra / solution.step], 1),
         timeline=(unplanned.alive(), best.figures.alive()),
         rows=_plan.rows(problem.stages, best.schedule),
-        unknown=dict(_memory.unknown(unplanned.jaxpr.jaxpr)),
+        unknown=dict(_jaxpr.unknown(unplanned.jaxpr.jaxpr)),
     )
 
 

@@ -1,7 +1,6 @@
 """Make a recomputation wait for the cotangent, so that no compiler merges it with the first pass."""
 
 import functools
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -11,8 +10,9 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import SingleDeviceSharding
 
-from jaxtricks import _compat, _jaxpr, _sharding, _tree
+from jaxtricks import _compat, _dtypes, _jaxpr, _sharding
 from jaxtricks._arguments import checked
+from jaxtricks._jaxpr import var_bytes
 from jaxtricks._partition import Call, refuse_module
 from jaxtricks._typing import Array
 
@@ -37,7 +37,7 @@ def wait(
         x if k is None else jax.random.key_data(x)
         for x, k in zip(xs, keys, strict=True)
     ]
-    moving = [ct for ct in cotangents if _tree.is_floating(ct)]
+    moving = [ct for ct in cotangents if _dtypes.is_floating(ct)]
     inputs = (_never(moving), *data, *moving)
     # Inside shard_map what has passed a barrier would vary over the axes of all that
     # passes with it.
@@ -54,7 +54,7 @@ def wait(
         for x, k in zip(out[: len(xs)], keys, strict=True)
     ]
     passed = iter(out[len(xs) :])
-    return late, [next(passed) if _tree.is_floating(ct) else ct for ct in cotangents]
+    return late, [next(passed) if _dtypes.is_floating(ct) else ct for ct in cotangents]
 
 
 @functools.cache
@@ -177,14 +177,6 @@ def _reached(
 
 def _new_bytes(reach: dict[int, int], waiting: dict[int, int]) -> int:
     return sum(n for i, n in reach.items() if i not in waiting)
-
-
-def var_bytes(var: Any) -> int:
-    """Bytes of a variable; 0 for tokens, keys' wrappers and other values without a size."""
-    aval = var.aval
-    if not hasattr(aval, "shape") or not hasattr(aval.dtype, "itemsize"):
-        return 0
-    return math.prod(aval.shape) * aval.dtype.itemsize
 
 
 # Recompute in the backward pass, ordered after the cotangent by data.

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Var
 
 from jaxtricks import _compat, _jaxpr
-from jaxtricks.remat import _memory, _recompute, _sequential
+from jaxtricks.remat import _sequential
 from jaxtricks.remat._recompute import recomputed
 
 # Operations that a machine does in the time of one byte of memory traffic; fusion
@@ -61,7 +61,7 @@ _FUSED_AGAIN = (
 
 def work(jaxpr: _jaxpr.Jaxpr, flops_per_byte: float) -> float:
     """Time of running the jaxpr once, in floating-point operations."""
-    return _memory.flops(jaxpr) + flops_per_byte * _bytes_written(jaxpr)
+    return _jaxpr.flops(jaxpr) + flops_per_byte * _bytes_written(jaxpr)
 
 
 def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
@@ -74,7 +74,7 @@ def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
         elif inner and not name.startswith(("reduce", "scatter", "sort")):
             total += max(map(_bytes_written, inner))
         else:
-            total += sum(map(_recompute.var_bytes, eqn.outvars))
+            total += sum(map(_jaxpr.var_bytes, eqn.outvars))
     return total
 
 
@@ -99,8 +99,8 @@ def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
                 reader[v] = name
         inside[i] = max(map(peak_live, _jaxpr.sub_jaxprs(eqn)), default=0)
         for v in () if fused else eqn.outvars:
-            change[i] += _recompute.var_bytes(v)
-            change[min(last.get(v, i) + 1, n)] -= _recompute.var_bytes(v)
+            change[i] += _jaxpr.var_bytes(v)
+            change[min(last.get(v, i) + 1, n)] -= _jaxpr.var_bytes(v)
     return np.cumsum(change)[:-1] + inside
 
 
@@ -129,7 +129,7 @@ def kept_bytes(
             steps = max((away[v] for v in operands), default=0) + (name not in _FREE)
             away |= dict.fromkeys(eqn.outvars, steps) if steps <= _FUSED_AGAIN else {}
         for v in wanted.intersection(eqn.outvars) - away.keys():
-            total += _recompute.var_bytes(v)
+            total += _jaxpr.var_bytes(v)
             away[v] = 0
     return total
 
@@ -201,7 +201,7 @@ def carries(program: _jaxpr.Jaxpr, ends: Sequence[int]) -> np.ndarray:
     for v in born.keys() - _long_lived(program, born, last):
         first = stage_of[born[v]]
         final = int(np.searchsorted(ends, last.get(v, -1), "right"))
-        made[first, first:final] += _recompute.var_bytes(v)
+        made[first, first:final] += _jaxpr.var_bytes(v)
     return np.cumsum(made[::-1], 0)[::-1]
 
 
@@ -233,7 +233,7 @@ def cut(program: _jaxpr.Jaxpr, max_stages: int = MAX_STAGES) -> list[int]:
 
 
 def _work(eqn: Any) -> float:
-    return _memory.eqn_flops(eqn) + 4.0 * sum(map(_recompute.var_bytes, eqn.outvars))
+    return _jaxpr.eqn_flops(eqn) + 4.0 * sum(map(_jaxpr.var_bytes, eqn.outvars))
 
 
 def _lifetimes(program: _jaxpr.Jaxpr) -> tuple[dict[Any, int], dict[Any, int]]:
@@ -264,7 +264,7 @@ def _alive(program: _jaxpr.Jaxpr) -> np.ndarray:
     alive = np.zeros(len(program.eqns))
     for v, i in born.items():
         if v not in long_lived and v in last:
-            alive[i : last[v]] += _recompute.var_bytes(v)
+            alive[i : last[v]] += _jaxpr.var_bytes(v)
     return alive
 
 
@@ -428,11 +428,11 @@ def largest_scan(jaxpr: _jaxpr.Jaxpr) -> Any:
     """The scan with most arithmetic in a jaxpr; None if there is none to split."""
     scans = [e for e in jaxpr.eqns if _compat.primitive(e) == "scan"]
     scans = [e for e in scans if _compat.scan_parts(e).length > 1]
-    return max(scans, key=_memory.eqn_flops, default=None)
+    return max(scans, key=_jaxpr.eqn_flops, default=None)
 
 
 def _gain(eqn: Any) -> float:
-    return _memory.eqn_flops(eqn) / max(1, sum(map(_recompute.var_bytes, eqn.outvars)))
+    return _jaxpr.eqn_flops(eqn) / max(1, sum(map(_jaxpr.var_bytes, eqn.outvars)))
 
 
 def check(jaxpr: _jaxpr.Jaxpr, choice: Choice) -> None:

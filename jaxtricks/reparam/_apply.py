@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxtricks import _tree
+from jaxtricks import _dtypes
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 from jaxtricks.reparam import _nodes
@@ -96,7 +96,7 @@ def apply(
             f"reparam.apply: x of shape {tuple(x.shape)} for nodes with {axes} spatial axes; give "
             "[N, *spatial, C]"
         )
-    dtype = _tree.wide_dtype(x, *jax.tree.leaves(node))
+    dtype = _dtypes.wide_dtype(x, *jax.tree.leaves(node))
     node = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), node)
     window = reference(node, axes, kernel_size)
     strides = _nodes.per_axis("strides", strides, axes)

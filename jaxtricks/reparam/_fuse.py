@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxtricks import _integers, _tree
+from jaxtricks import _dtypes, _integers
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 from jaxtricks.reparam import _nodes
@@ -81,7 +81,7 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
             f"{'spatial axes' if axes is None else 'channels'} there are; give `kernel_size` as a tuple, "
             "and put an Identity(features) in front"
         )
-    dtype = _tree.wide_dtype(*jax.tree.leaves(node))
+    dtype = _dtypes.wide_dtype(*jax.tree.leaves(node))
     node = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), node)
     size = reference(node, axes, kernel_size)
     return _embed(_fold(node, features, _Kind(axes, dtype)), size)
@@ -288,7 +288,7 @@ def unfuse(conv: Conv, like: Node) -> Node:
     References:
       Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3.3, read backwards.
     """
-    dtype = _tree.wide_dtype(*jax.tree.leaves((conv, like)))
+    dtype = _dtypes.wide_dtype(*jax.tree.leaves((conv, like)))
     conv, like = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (conv, like))
     branches = list(like.nodes) if isinstance(like, Sum) else [like]
     at = _free(branches)
@@ -444,7 +444,7 @@ def error_bound(
     fused = fuse(node, size) if fused is None else fused
     # Wider than x: sums of absolute values overflow sixteen bits before the output
     # does.
-    wide = jnp.abs(jnp.asarray(x, _tree.wide_dtype(x)))
+    wide = jnp.abs(jnp.asarray(x, _dtypes.wide_dtype(x)))
     how: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation)
 
     def largest(part: Node) -> Array:

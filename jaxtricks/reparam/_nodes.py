@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtricks import _integers, _tree
+from jaxtricks import _dtypes, _integers, _tree
 from jaxtricks._typing import Array
 
 Pads = tuple[tuple[int, int], ...]
@@ -158,7 +158,7 @@ class Conv:
         shape = getattr(self.kernel, "shape", None)
         if shape is None:
             return
-        _tree.check_floating("reparam.Conv: `kernel`", self.kernel)
+        _dtypes.check_floating("reparam.Conv: `kernel`", self.kernel)
         if len(shape) < 3 or shape[-1] % self.groups:
             raise ValueError(
                 f"reparam.Conv: `kernel` of shape {tuple(shape)} with {self.groups} groups; give "

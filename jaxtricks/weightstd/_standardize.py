@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxtricks import _integers, _tree
+from jaxtricks import _dtypes, _integers, _tree
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, PathRule, Roles, Scalar
@@ -79,7 +79,7 @@ def standardize(
     """
     rule = checked_preset(preset, eps)
     kernel = jnp.asarray(kernel)
-    _tree.check_floating("weightstd.standardize: `kernel`", kernel)
+    _dtypes.check_floating("weightstd.standardize: `kernel`", kernel)
     kept = _kept_axes(kernel, out_axis)
     reduced = tuple(i for i in range(kernel.ndim) if i not in kept)
     fan_in = math.prod(kernel.shape[i] for i in reduced)
@@ -88,7 +88,7 @@ def standardize(
             f"weightstd.standardize: a kernel of shape {tuple(kernel.shape)} has fan-in {fan_in}, which "
             "standardizing would turn to zero; leave it out (a depthwise 1x1 convolution?)"
         )
-    w = jnp.asarray(kernel, _tree.wide_dtype(kernel))
+    w = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
     # Relative to one of its own weights a constant channel is exactly zero, and a large
     # mean costs nothing. The result does not depend on that weight, so no gradient
     # needs to flow through it.
@@ -391,9 +391,9 @@ def l2(
         )
     ]
     for path, leaf in chosen:
-        _tree.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
+        _dtypes.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
     leaves = [leaf for _, leaf in chosen]
-    dtype = _tree.wide_dtype(*leaves)
+    dtype = _dtypes.wide_dtype(*leaves)
     total = sum(
         (jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves),
         jnp.zeros((), dtype),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtricks import _compat, _jaxpr, _table, _tree, amp
+from jaxtricks import _compat, _dtypes, _jaxpr, _table, _tree, amp
 
 from tests.bench import common
 from tests.bench import language_model as lm
@@ -100,7 +100,7 @@ def gradient64(loss: Fn, args: Any) -> Any:
     """The gradient in float64."""
     with _compat.enable_x64():
         wide = [
-            jax.tree.map(lambda x: x.astype(np.float64) if _tree.is_floating(x) else x, a)
+            jax.tree.map(lambda x: x.astype(np.float64) if _dtypes.is_floating(x) else x, a)
             for a in args
         ]
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(*wide))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxtricks.nnx as jnnx
-from jaxtricks import _tree
+from jaxtricks import _dtypes
 from jaxtricks._typing import Array
 
 # Of embeddings and the head: logits are near 0 at first.
@@ -22,7 +22,7 @@ def _kernel_init(variance: float = 1.0) -> nnx.Initializer:
 
 def _widened(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
     """Lookups in float32 or better: the gradient of a row is the sum over all its occurrences."""
-    return tuple(x.astype(_tree.wide_dtype(x)) for x in arrays)
+    return tuple(x.astype(_dtypes.wide_dtype(x)) for x in arrays)
 
 
 class Attention(nnx.Module):
@@ -52,7 +52,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     t, depth = q.shape[1], q.shape[-1]
     scores = jnp.einsum("nqhd,nkhd->nhqk", q * depth**-0.5, k)
     earlier = jnp.tril(jnp.ones((1, 1, t, t), bool))
-    weights = jax.nn.softmax(jnp.where(earlier, scores.astype(_tree.wide_dtype(scores)), -jnp.inf))
+    weights = jax.nn.softmax(jnp.where(earlier, scores.astype(_dtypes.wide_dtype(scores)), -jnp.inf))
     return jnp.einsum("nhqk,nkhd->nqhd", weights.astype(v.dtype), v)
 
 

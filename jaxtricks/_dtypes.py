@@ -1,0 +1,64 @@
+"""Dtypes of arrays: which are floating, and which one to compute statistics in."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_floating(x: Any) -> bool:
+    """Whether x is an array (or its shape) of a floating dtype; Python numbers are not."""
+    # float8_e8m0fnu holds scales: it has neither a sign nor a zero.
+    return (
+        hasattr(x, "dtype")
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and x.dtype.name != "float8_e8m0fnu"
+    )
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether x is an array (or its shape) of a floating or complex dtype, or such a Python number."""
+    if isinstance(x, float | complex):
+        return True
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def check_floating(name: str, x: Any) -> None:
+    """Raise unless x is of a floating dtype; `name` is "room.function: `argument`".
+
+    Raises:
+      ValueError: an integer, complex, bool or key array.
+    """
+    dtype = getattr(x, "dtype", None)
+    if dtype is not None and not is_floating(x):
+        raise ValueError(f"{name} is of {dtype}: give floating numbers")
+
+
+def wide_dtype(*xs: Any) -> np.dtype:
+    """The dtype to compute statistics in: that of all the arrays together, float32 at least."""
+    return common_dtype(*xs, np.zeros((), np.float32))
+
+
+def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
+    """The dtype that holds all the arrays (None has none), unless one is given.
+
+    `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an
+    explicit choice: this is ours.
+    """
+    if given is not None:
+        return np.dtype(given)
+    dtypes = {x.dtype for x in xs if hasattr(x, "dtype")}
+    if len(dtypes) > 1:
+        dtypes = {_promotable(dtype) for dtype in dtypes}
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.dtypes.canonicalize_dtype(
+            functools.reduce(jnp.promote_types, dtypes)
+        )
+
+
+def _promotable(dtype: Any) -> Any:
+    """The dtype, or bfloat16 for floats of 8 and 4 bits, which JAX promotes to nothing else."""
+    tiny = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+    return np.dtype(jnp.bfloat16) if tiny else dtype
