@@ -78,7 +78,7 @@ $(GPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 GPU_PLATFORM ?= cuda,cpu
 gpu-check: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 gpu-check: $(GPU_VENV)/.installed
-	JAX_PLATFORMS=$(GPU_PLATFORM) $(GPU_VENV)/bin/python -m tests.bench.gpu --out tests/bench/results/gpu.md
+	JAX_PLATFORMS=$(GPU_PLATFORM) $(GPU_VENV)/bin/python -m benchmarks.gpu --out benchmarks/results/gpu.md
 	TEST_PLATFORM=$(GPU_PLATFORM) NVIDIA_TF32_OVERRIDE=0 \
 	XLA_FLAGS='--xla_gpu_enable_triton_gemm=false --xla_gpu_deterministic_ops=true' \
 	$(PYTEST:$(BIN)/%=$(GPU_VENV)/bin/%) -m 'not slow'
@@ -107,12 +107,12 @@ test-py311:
 # Ours beside optax, Flax, jmp, grampax and jaxamp: every table, and the one in README.md.
 bench: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
-	$(BIN)/python -m tests.bench
-	$(BIN)/python -m tests.bench.peers --readme 1
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.peers --readme 1
 
 # Judges every claimed effect by the recorded results, measures what is quick, and writes claims.md.
 claims: $(VENV)/.installed
-	$(BIN)/python -m tests.bench.claims
+	$(BIN)/python -m benchmarks.claims
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

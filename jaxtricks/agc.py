@@ -31,12 +31,12 @@ without it 3 of 3 do; at 10 all do. The best with it (28.0, rate 1) and without 
 0.1, rate 0.3) are close: it widens the range of rates. A ResNet of that size with batch
 normalization is far better in so few steps (two rates tried for each): 45.1 +- 0.6
 against 36.5 +- 0.7 % (batch 256, 96 steps), 38.3 +- 0.8 against 28.5 +- 1.5 (batch
-1024, 24 steps). Long schedules are not shown. `python -m tests.bench.networks --data
+1024, 24 steps). Long schedules are not shown. `python -m benchmarks.networks --data
 cifar10.zip`.
 
 Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum
 0.76 of AdamW's step on two CPU cores (optax's 0.75), 32 bytes a parameter against 40,
-trace and compile 1.23 of AdamW's (optax's 1.30); tests/bench/results/optimizers.md has
+trace and compile 1.23 of AdamW's (optax's 1.30); benchmarks/results/optimizers.md has
 the versions.
 
 Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum.

@@ -28,7 +28,7 @@ batch 32 and scaled with the batch) we saw no gain over nnx.BatchNorm: 39.1 +- 2
 against 39.4 +- 1.4 % at batch 32, 40.1 +- 0.5 against 40.4 +- 1.1 at 8, 37.9 +- 0.9
 against 38.6 +- 1.1 at 4, 36.0 +- 1.0 against 37.5 +- 1.2 at 2. Even at batch 2 a
 channel has 32 values or more here; long training and rates tuned for every batch are
-not shown. `python -m tests.bench.networks --data cifar10.zip --only small_batches`.
+not shown. `python -m benchmarks.networks --data cifar10.zip --only small_batches`.
 Where a channel has one value an example, a dense net on digits (6400 images seen, n =
 3, the best of 6 rates for each), there is a gain: 94.9 +- 1.2 against 73.0 +- 1.2 % at
 batch 2, 97.4 +- 0.5 against 96.6 +- 0.3 at 4, none from 8 on (notebooks/07_ebn.ipynb).

@@ -8,13 +8,13 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from benchmarks.amp_peers import PRODUCTS, distance, gradient64
 from flax import nnx
 from jax import lax
 from jax.experimental import pallas
 from jaxtricks import _compat, _dtypes, _jaxpr, amp
 
 from tests import zoo
-from tests.bench.amp_peers import PRODUCTS, distance, gradient64
 
 CASES = [
     pytest.param(name, marks=pytest.mark.devices) if name.endswith("parallel") else name

@@ -4,9 +4,8 @@ import json
 import pathlib
 
 import pytest
+from benchmarks import peers, readme
 from jaxtricks.lab import report
-
-from tests.bench import peers, readme
 
 
 def test_a_part_is_replaced_and_the_rest_stays(tmp_path):

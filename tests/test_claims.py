@@ -7,12 +7,11 @@ import re
 
 import jaxtricks as jt
 import pytest
+from benchmarks import claims, network_arms
+from benchmarks import claims_evidence as evidence
+from benchmarks.claims_evidence import Figures
+from benchmarks.claims_rows import CLAIMS, COMPILED, EXACT, FRESH, TIMED
 from jaxtricks import cli
-
-from tests.bench import claims, network_arms
-from tests.bench import claims_evidence as evidence
-from tests.bench.claims_evidence import Figures
-from tests.bench.claims_rows import CLAIMS, COMPILED, EXACT, FRESH, TIMED
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = claims.OUT.read_text()

@@ -9,11 +9,11 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from benchmarks import readme
 from flax import nnx
 from jaxtricks import KEYS
 
 from tests import composition
-from tests.bench import readme
 
 ALL = frozenset(KEYS)
 PAIRS = [pytest.param(pair, id=" ".join(sorted(pair))) for pair in composition.pairs()]

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from benchmarks import longtail as bench
 from jaxtricks import _compat, longtail
-
-from tests.bench import longtail as bench
 
 pytestmark = pytest.mark.stock
 

@@ -7,12 +7,12 @@ greet every command that looks for devices) and names its interpreter in TPU_PYT
 from typing import NamedTuple
 
 import pytest
+from benchmarks import common
 
-from tests.bench import common
 from tests.tpu_aot import compiled, costs
 
 pytestmark = pytest.mark.tpu
-SCRIPT = "import json; from tests.bench import tpu; print(json.dumps(tpu.rows(tpu.leaf())))"
+SCRIPT = "import json; from benchmarks import tpu; print(json.dumps(tpu.rows(tpu.leaf())))"
 # Bytes accessed on one 8192 x 8192 leaf, as a ratio to AdamW's 28 a parameter (p, g, m, v read, p, m, v
 # written), and 1 % more.
 LIMITS = {
@@ -56,14 +56,14 @@ def test_traffic_with_hbm():
 def test_autocast_needs_the_memory_of_a_cast_by_hand(form, way, limit):
     names = ("cast by hand", way)
     found = f"tpu_amp.rows({form!r}, {names})"
-    script = f"import json; from tests.bench import tpu_amp; print(json.dumps({found}))"
+    script = f"import json; from benchmarks import tpu_amp; print(json.dumps({found}))"
     rows = {name: ratio for name, _, ratio, _, _ in compiled(script)}
     assert set(rows) == set(names) and rows[way] <= limit
 
 
 SHARDED = """
 import json, jax, optax
-from tests.bench import tpu, scale, scale_model as model
+from benchmarks import tpu, scale, scale_model as model
 from jaxtricks import remat
 size, tx, on = model.Size(2, 512, 1024, 4, 256, 4096), optax.adamw(1e-3), scale.mesh("v5e:4x4")
 report = scale.compiled(size, "v5e:4x4", tx, scale.AUTOCAST, scale.LAYER)

@@ -38,7 +38,7 @@ back (1.2 of float32's time for the gradient of a small transformer); since 0.12
 multiplies in bfloat16, more slowly still (1.6 to 2.4). On TPU a float32 product is one
 bfloat16 pass already, unless its precision is set: the gain is memory and traffic.
 
-Cost. Of the traced gradient (tests/bench/results/amp_peers.md: two decoder layers, jax
+Cost. Of the traced gradient (benchmarks/results/amp_peers.md: two decoder layers, jax
 0.7.2, quax 0.2.1; error: relative L2 distance from float64; kept: what the forward pass
 leaves for the backward one):
 
@@ -51,13 +51,13 @@ leaves for the backward one):
     jaxamp 0.0.4        TypeError; it runs an MLP, with 3 of 11 sums low
 
 On jax 0.10.2 and 0.12 neither peer runs. Temporaries on a TPU v5e as libtpu 0.0.50.1
-plans them, to the cast by hand (tests/bench/results/tpu_amp.md): unrolled 0.87, scan
+plans them, to the cast by hand (benchmarks/results/tpu_amp.md): unrolled 0.87, scan
 1.01 (auto carry 1.00), scan of jax.checkpoint 1.18 (auto carry 0.88: set it there).
 Tracing takes 1.3 to 2.0 times that of the loss, the gradient's 0.9 to 1.5 times that of
 the cast by hand (autocast outside of grad: to 1.75); compiling 0.8 to 1.0 (`make
 bench`). Training reaches float32's loss within 1 % in bfloat16 and float16 on text and
 images, three seeds each; skipping steps costs what it costs in float32 too
-(tests/bench/results/amp_training.md). The finiteness check of the loss scale reads
+(benchmarks/results/amp_training.md). The finiteness check of the loss scale reads
 every gradient once.
 
 Composes with. Everything: the result is ordinary JAX. scan, while, cond,

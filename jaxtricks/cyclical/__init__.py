@@ -37,7 +37,7 @@ of the curve, and no more; smoothing 0.98 lags behind by tens of steps. Look at 
 CIFAR-10 at 16 x 16, ResNet of 8 layers, 400 steps of 100, n = 3, three peaks tried for each: 45 % of the
 validation images are right after 230 +- 46 steps with one cycle, 230 +- 52 at a constant rate, 203 +- 49 with
 warm-up and cosine; in the end 53.8 +- 0.6, 50.2 +- 2.8 and 51.6 +- 1.4 % of the test images. No target was
-reached sooner. `python -m tests.bench.networks --data cifar10.zip --only cycles`.
+reached sooner. `python -m benchmarks.networks --data cifar10.zip --only cycles`.
 
 Cost. A handful of scalar operations a step, however many cycles. The range test costs num_steps steps
 and a copy of the carry; the host loop waits for every loss, the stacked form does not.

@@ -34,7 +34,7 @@ speed-up of steps per second is min(e, read time / step time), and a repeat is w
 most a fresh element. Where reading keeps up, leave it out: it only replaces fresh data
 by copies. Test accuracy on CIFAR-10 images of 16 x 16, factor 4, ResNet-8 with batch
 normalization, equal steps, mean +- std of 5 seeds (2 CPU cores, jax 0.10.2, `python -m
-tests.bench.echo_quality`); fresh images give 57.2 +- 1.5, a quarter of the steps 44.6
+benchmarks.echo_quality`); fresh images give 57.2 +- 1.5, a quarter of the steps 44.6
 +- 0.8:
     copies                        augmented each     augmented once
     in a row                      46.4 +- 0.6        44.0 +- 0.5

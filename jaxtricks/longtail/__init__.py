@@ -51,7 +51,7 @@ its constant margin). After decoupled classifier training the choice of loss har
 matters.
 
 Cost. The softmax losses take the time, traffic and memory of optax's cross entropy
-(`python -m tests.bench.longtail`); seesaw compares every pair of classes and takes ten
+(`python -m benchmarks.longtail`); seesaw compares every pair of classes and takes ten
 times as long. No parameters, no optimizer state. A metric state is C (C + 1) integers
 and three counts a bin.
 

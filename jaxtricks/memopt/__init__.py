@@ -29,19 +29,19 @@ attention kernel (1024, 16, 64) without roles= is not factored at all.
 When it helps and when not. When optimizer memory is what limits the model or the batch.
 It saves nothing on vectors, and little where momentum is wanted in float32. SM3 never
 forgets (like Adagrad): for long runs with a changing loss Adafactor is the safer
-choice. Measured (python -m tests.bench.training: one-layer character transformer, 200
+choice. Measured (python -m benchmarks.training: one-layer character transformer, 200
 steps, n = 3, four rates tried for each, six for SM3): validation 2.20 +- 0.01 nats for
 AdamW, 2.08 +- 0.03 for Adafactor with 0.004 of its state, 2.32 +- 0.04 for SM3 with 0.5
 of it and the same with int8 momentum and 0.13 of it: on so short a run SM3 is 6 %
 behind. stochastic_round is for parameters kept in 16 bits: to the nearest, steps below
 1/512 of a bfloat16 weight are lost. It does nothing in float32. Measured (python -m
-tests.bench.rounding, the same model, n = 3): at a peak rate of 1e-3 the validation loss
+benchmarks.rounding, the same model, n = 3): at a peak rate of 1e-3 the validation loss
 is 1.203 of float32's to the nearest and 1.000 rounded at random; at 1e-2, 1.005 and
 1.000.
 
 Cost. State: `state_bytes`, `state_table`. The step beside AdamW's on two CPU cores (jax
 0.12.0.1, optax 0.2.8, 10.5 M parameters in 145 leaves, float32, donated;
-tests/bench/results/optimizers.md, `make bench`):
+benchmarks/results/optimizers.md, `make bench`):
 
                                step   bytes/param   temporaries   trace + compile
       adamw                     1        40            0            1
@@ -56,7 +56,7 @@ tests/bench/results/optimizers.md, `make bench`):
 On a TPU v5e, compiled ahead of time, traffic with HBM for a leaf of 8192 x 8192 is 24
 bytes a parameter for adafactor (adamw and optax.adafactor 28), 20 for sm3 with momentum
 (optax.sm3 20) and 12 without. Trees that fit into its fast memory are counted
-otherwise: tests/bench/results/tpu.md. Int8 momentum buys state, not time: while it is
+otherwise: benchmarks/results/tpu.md. Int8 momentum buys state, not time: while it is
 rounded a few float32 copies of a leaf are alive. Stacking equal leaves into one update
 was measured too: two to three times slower, and slower to compile.
 

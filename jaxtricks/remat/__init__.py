@@ -27,7 +27,7 @@ When it helps and when not. Where activations, not parameters or optimizer state
 the memory: deep nets, long sequences, large images. On a net that fits it only adds a
 second forward pass. A function whose only residual is its input has nothing to save.
 
-Cost. `python -m tests.bench.remat_plan` writes tests/bench/results/remat_plan.md:
+Cost. `python -m benchmarks.remat_plan` writes benchmarks/results/remat_plan.md:
 temporaries of value and gradient in float32, compiled for CPU with jax 0.12.0.1; extra
 FLOPs counted in the traced program.
 

@@ -41,7 +41,7 @@ convolutions without shortcuts, batch 128, 120 steps, n = 3 seeds, two rates tri
 each) we saw no gain: plain 43.2 +- 0.8 % of the test images, ACBlock 43.0 +- 0.2,
 RepVGGBlock 41.4 +- 0.7. Fusing changed no prediction, and logits (up to 8) by 3.4e-6 at
 most. Longer training, where the papers' gains are, is not shown. `python -m
-tests.bench.networks --data cifar10.zip --only branches`.
+benchmarks.networks --data cifar10.zip --only branches`.
 
 Cost. Training computes every branch; with mode="online" it computes one convolution,
 whose kernel is made of all branches in every step, and one normalization. After fusing:

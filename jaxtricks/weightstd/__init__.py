@@ -44,14 +44,14 @@ layers with group normalization, batch 128, 200 steps, n = 3 seeds, three rates 
 images in the end. Long training and batch normalization are not shown. At batch 2 (8192
 images seen, rate tuned at batch 32) group norm has 41.0 +- 0.6 % with it and 35.4 +-
 2.2 without; batch normalization 37.5 +- 1.2, and 39.4 +- 1.4 at batch
-32. `python -m tests.bench.networks --data cifar10.zip --only standardization` and
+32. `python -m benchmarks.networks --data cifar10.zip --only standardization` and
 `--only small_batches`.
 
 Cost. A few elementwise passes over the kernel (not the activations), and no parameters
 but the gains. The result does not depend on the batch. Microbatches in a scan: `hat,
 pull = jax.vjp(standardize, kernel)` outside, gradients by `hat` summed inside,
 `pull(total)` at the end (tests/test_weightstd_modules.py). `fold_params` leaves
-inference nothing to do. Timings: `python -m tests.bench.blocks`.
+inference nothing to do. Timings: `python -m benchmarks.blocks`.
 
 Composes with. Any function of a parameter tree (`standardize_params`), vmap over
 stacked kernels, remat, `reparam` (branches of `ACBlock(conv=WSConv)` fuse), `agc` and

@@ -7,8 +7,7 @@ import subprocess
 from typing import Any
 
 import pytest
-
-from tests.bench.common import StepCost
+from benchmarks.common import StepCost
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -41,7 +40,7 @@ def costs(
     found = f"aot.{chips}({model!r}, {names!r})"
     script = f"""
 import json
-from tests.bench import tpu, tpu_aot as aot
+from benchmarks import tpu, tpu_aot as aot
 tpu.TOPOLOGY = {topology!r}
 print(json.dumps({found}))
 """
