@@ -47,7 +47,11 @@ def compiled_update(tx: Any, params: Any) -> tuple[Any, float, int]:
     start = time.perf_counter()
     update = jax.jit(tx.update).lower(grads, state, params).compile()
     seconds = time.perf_counter() - start
-    return lambda: jax.block_until_ready(update(grads, state, params)), seconds, _tree.nbytes(state)
+    return (
+        lambda: jax.block_until_ready(update(grads, state, params)),
+        seconds,
+        _tree.nbytes(state),
+    )
 
 
 def build_table() -> _table.Table:
@@ -57,22 +61,34 @@ def build_table() -> _table.Table:
         args = lm.shapes(SIZE, form != "unrolled")
         loss, hand = lm.loss(SIZE, form), lm.loss(SIZE, form, jnp.bfloat16)
         cast = jt.amp.autocast(loss)
-        ways = {"loss": loss, "hand": jax.grad(hand), "cast loss": cast, "cast": jax.grad(cast)}
+        ways = {
+            "loss": loss,
+            "hand": jax.grad(hand),
+            "cast loss": cast,
+            "cast": jax.grad(cast),
+        }
         ways["cast grad"] = jt.amp.autocast(jax.grad(loss))
         builds = [{n: build(fn, args) for n, fn in ways.items()} for _ in range(BUILDS)]
         traced, compiled = (
-            {n: float(np.median([b[n][i] for b in builds])) for n in ways} for i in (0, 1)
+            {n: float(np.median([b[n][i] for b in builds])) for n in ways}
+            for i in (0, 1)
         )
         rows.append(
             (
                 form,
                 traced["cast loss"] / traced["loss"],
-                *(t[n] / t["hand"] for t in (traced, compiled) for n in ("cast", "cast grad")),
+                *(
+                    t[n] / t["hand"]
+                    for t in (traced, compiled)
+                    for n in ("cast", "cast grad")
+                ),
             )
         )
     ratios = ("grad(autocast)", "autocast(grad)")
     headers = ["decoder, 6 layers", "trace: autocast(loss) / loss"]
-    headers += [f"{what}: {way} / by hand" for what in ("trace", "compile") for way in ratios]
+    headers += [
+        f"{what}: {way} / by hand" for what in ("trace", "compile") for way in ratios
+    ]
     return _table.make(tuple(headers), rows)
 
 

@@ -20,7 +20,15 @@ from benchmarks import language_model as lm
 from jaxtricks import _compat, _dtypes, _jaxpr, _table, _tree, amp
 
 SIZE = lm.Size(layers=2, width=64, heads=2, length=32, batch=4, vocabulary=128)
-HEADERS = ("way", "error", "products low", "sums low", "exp, log, rsqrt low", "casts", "kept MiB")
+HEADERS = (
+    "way",
+    "error",
+    "products low",
+    "sums low",
+    "exp, log, rsqrt low",
+    "casts",
+    "kept MiB",
+)
 PRODUCTS = ("dot_general", "conv_general_dilated")
 SUMS = ("reduce_sum", "cumsum", "scatter-add", "select_and_scatter_add")
 SENSITIVE = ("exp", "log", "log1p", "rsqrt", "pow")
@@ -33,16 +41,25 @@ def mlp(params: Any, batch: Any) -> Any:
     for kernel, bias in params[:-1]:
         x = jax.nn.relu(x @ kernel + bias)
     logits = x @ params[-1][0] + params[-1][1]
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1))
+    return -jnp.mean(
+        jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1)
+    )
 
 
 def tasks() -> dict[str, tuple[Fn, Fn, tuple[Any, Any]]]:
     """name -> (loss, the same cast by hand, its arguments)."""
     keys = jax.random.split(jax.random.key(0), 5)
     layers = [(jax.random.normal(k, (64, 64)) / 8, jnp.zeros(64)) for k in keys[:3]]
-    batch = jax.random.normal(keys[3], (128, 64)), jax.random.randint(keys[4], (128,), 0, 64)
+    batch = (
+        jax.random.normal(keys[3], (128, 64)),
+        jax.random.randint(keys[4], (128,), 0, 64),
+    )
     found: dict[str, Any] = {
-        "MLP, 3 layers": (mlp, amp.with_policy(mlp, "p=f32,c=bf16,o=f32"), (layers, batch))
+        "MLP, 3 layers": (
+            mlp,
+            amp.with_policy(mlp, "p=f32,c=bf16,o=f32"),
+            (layers, batch),
+        )
     }
     for form in lm.FORMS:
         losses = lm.loss(SIZE, form), lm.loss(SIZE, form, jnp.bfloat16)
@@ -82,10 +99,14 @@ def row(name: str, fn: Fn, args: Any, exact: Any) -> tuple[Any, ...]:
     try:
         found = _jaxpr.census(grad, *args)
         error = distance(jax.jit(grad)(*args), exact)
-        kept = jax.eval_shape(lambda *xs: jax.vjp(lambda p: fn(p, *xs[1:]), xs[0])[1], *args)
+        kept = jax.eval_shape(
+            lambda *xs: jax.vjp(lambda p: fn(p, *xs[1:]), xs[0])[1], *args
+        )
     except Exception as e:  # a peer's; whatever it is
         return (name, f"{type(e).__name__}: {str(e)[:40]}", *[""] * (len(HEADERS) - 2))
-    casts = sum(n for (primitive, _), n in found.items() if primitive == "convert_element_type")
+    casts = sum(
+        n for (primitive, _), n in found.items() if primitive == "convert_element_type"
+    )
     shares = [share(found, names) for names in (PRODUCTS, SUMS, SENSITIVE)]
     return name, f"{error:.1e}", *shares, casts, _tree.nbytes(kept) / 2**20
 
@@ -100,7 +121,9 @@ def gradient64(loss: Fn, args: Any) -> Any:
     """The gradient in float64."""
     with _compat.enable_x64():
         wide = [
-            jax.tree.map(lambda x: x.astype(np.float64) if _dtypes.is_floating(x) else x, a)
+            jax.tree.map(
+                lambda x: x.astype(np.float64) if _dtypes.is_floating(x) else x, a
+            )
             for a in args
         ]
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(*wide))
@@ -117,7 +140,8 @@ def table(name: str, loss: Fn, hand: Fn, args: Any) -> _table.Table:
     """One row a way."""
     exact = gradient64(loss, args)
     return _table.make(
-        (name, *HEADERS[1:]), [row(n, f, args, exact) for n, f in ways(loss, hand).items()]
+        (name, *HEADERS[1:]),
+        [row(n, f, args, exact) for n, f in ways(loss, hand).items()],
     )
 
 
@@ -130,7 +154,9 @@ def main() -> None:
         "error: relative L2 distance from float64. kept: what the forward pass leaves for the backward one,\n"
         "arguments included."
     )
-    common.publish([table(name, *task) for name, task in tasks().items()], heading, args.out)
+    common.publish(
+        [table(name, *task) for name, task in tasks().items()], heading, args.out
+    )
 
 
 if __name__ == "__main__":

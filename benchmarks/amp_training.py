@@ -83,16 +83,22 @@ def nudged(params: Any) -> Any:
     return jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(p.dtype), params)
 
 
-def hand_cast(loss: Callable[..., Any], state: Any, **options: Any) -> Callable[..., Any]:
+def hand_cast(
+    loss: Callable[..., Any], state: Any, **options: Any
+) -> Callable[..., Any]:
     """Parameters and inputs cast to bfloat16 by hand; logits are float32 in the loss itself."""
     del state
-    return jax.value_and_grad(jt.amp.with_policy(loss, POLICY.format("bf16")), **options)
+    return jax.value_and_grad(
+        jt.amp.with_policy(loss, POLICY.format("bf16")), **options
+    )
 
 
 def autocast(dtype: str) -> Callable[..., Callable[..., Any]]:
     """`amp.value_and_grad`, with the loss scale of the optimizer state in float16."""
 
-    def differentiate(loss: Callable[..., Any], state: Any, **options: Any) -> Callable[..., Any]:
+    def differentiate(
+        loss: Callable[..., Any], state: Any, **options: Any
+    ) -> Callable[..., Any]:
         scale = jt.amp.loss_scale(state) if dtype == "f16" else None
         return jt.amp.value_and_grad(loss, POLICY.format(dtype), scale=scale, **options)
 
@@ -114,7 +120,8 @@ def text_runs(
         train = text_task.trainer(task, arm, steps=steps, batch=batch)
         runs = [train(seed, TEXT_RATE) for seed in range(seeds)]
         found[way.name] = [
-            {"loss": text_task.tail(r), "validation loss": r.validation, **r.metrics} for r in runs
+            {"loss": text_task.tail(r), "validation loss": r.validation, **r.metrics}
+            for r in runs
         ]
     return found
 
@@ -140,7 +147,11 @@ def image_runs(
         runs = [train(seed, IMAGE_RATE) for seed in range(seeds)]
         # A run that diverged has no loss: it stays in the table, as infinite.
         found[way.name] = [
-            {**r, "loss": np.inf if r["loss"] is None else r["loss"], "test %": 100 * r["test"]}
+            {
+                **r,
+                "loss": np.inf if r["loss"] is None else r["loss"],
+                "test %": 100 * r["test"],
+            }
             for r in runs
         ]
     return found
@@ -154,18 +165,39 @@ def table(runs: dict[str, list[dict[str, Any]]], last: str) -> _table.Table:
     for name, found in runs.items():
         loss, held = column(found, "loss"), column(found, last)
         ratio = loss / base
-        skipped = [f"{r['amp/skipped_steps']:.0f}" for r in found if "amp/skipped_steps" in r]
-        scale = [f"2^{np.log2(r['amp/loss_scale']):.0f}" for r in found if "amp/loss_scale" in r]
+        skipped = [
+            f"{r['amp/skipped_steps']:.0f}" for r in found if "amp/skipped_steps" in r
+        ]
+        scale = [
+            f"2^{np.log2(r['amp/loss_scale']):.0f}"
+            for r in found
+            if "amp/loss_scale" in r
+        ]
         each = ", ".join(f"{r:.4f}" for r in ratio)
-        cells = (spread(loss), each, spread(ratio), spread(held), spread(held / held_base))
-        rows.append((name, *cells, ", ".join(skipped) or None, ", ".join(scale) or None))
+        cells = (
+            spread(loss),
+            each,
+            spread(ratio),
+            spread(held),
+            spread(held / held_base),
+        )
+        rows.append(
+            (name, *cells, ", ".join(skipped) or None, ", ".join(scale) or None)
+        )
         if "autocast" in name:
             met = "met" if ratio.mean() <= LOSS_TARGET else "MISSED"
             notes.append(
                 f"{name}: training loss at most {LOSS_TARGET} of float32's: {met} "
                 f"(mean {ratio.mean():.4f}, worst seed {ratio.max():.4f})."
             )
-    headers = ("arm", "training loss", "of float32's, each seed", "mean", last, "of float32's")
+    headers = (
+        "arm",
+        "training loss",
+        "of float32's, each seed",
+        "mean",
+        last,
+        "of float32's",
+    )
     return _table.make((*headers, "skipped steps", "final scale"), rows, notes)
 
 
@@ -176,7 +208,9 @@ def column(runs: list[dict[str, Any]], name: str) -> np.ndarray:
 
 def heading(command: str, given: argparse.Namespace) -> str:
     """What was run, on what, how often."""
-    model = ", ".join(f"{value} {name}" for name, value in text_task.model_settings().items())
+    model = ", ".join(
+        f"{value} {name}" for name, value in text_task.model_settings().items()
+    )
     return (
         f"Training with autocast: `{command}`\n\n{hardware()}.\n\n"
         f"One process, n = {given.seeds} seeds, mean +- sample standard deviation. Training loss: nats, "
@@ -194,10 +228,22 @@ def heading(command: str, given: argparse.Namespace) -> str:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="CIFAR-10, as `networks`")
-    parser.add_argument("--out", type=pathlib.Path, help="write the tables here too, as Markdown")
-    parser.add_argument("--control", action="store_true", help="float32 with steps skipped, alone")
-    sizes = {"text-steps": 250, "text-batch": 4, "image-steps": 400, "image-batch": 64, "seeds": 3}
+    parser.add_argument(
+        "--data", type=pathlib.Path, required=True, help="CIFAR-10, as `networks`"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="write the tables here too, as Markdown"
+    )
+    parser.add_argument(
+        "--control", action="store_true", help="float32 with steps skipped, alone"
+    )
+    sizes = {
+        "text-steps": 250,
+        "text-batch": 4,
+        "image-steps": 400,
+        "image-batch": 64,
+        "seeds": 3,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
@@ -208,7 +254,9 @@ def main() -> None:
     given = arguments()
     compared = ways(given.control)
     text = text_runs(compared, given.text_steps, given.text_batch, given.seeds)
-    images = image_runs(compared, given.data, given.image_steps, given.image_batch, given.seeds)
+    images = image_runs(
+        compared, given.data, given.image_steps, given.image_batch, given.seeds
+    )
     out = " --control" * given.control + (f" --out {given.out}" if given.out else "")
     command = f"python -m benchmarks.amp_training --data {given.data.name}{out}"
     tables = [table(text, "validation loss"), table(images, "test %")]

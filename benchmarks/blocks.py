@@ -26,13 +26,19 @@ def norms(channels: int) -> dict[str, Callable[[], Any]]:
     """What the bytes and steps of normalizations are taken of; the second is the base."""
     batch_norm = functools.partial(nnx.BatchNorm, channels)
     return {
-        "ExtendedBatchNorm": lambda: jt.nnx.ExtendedBatchNorm(channels, rngs=nnx.Rngs(0)),
+        "ExtendedBatchNorm": lambda: jt.nnx.ExtendedBatchNorm(
+            channels, rngs=nnx.Rngs(0)
+        ),
         "BatchNorm": lambda: batch_norm(use_fast_variance=False, rngs=nnx.Rngs(0)),
-        "BatchNorm, fast variance": lambda: batch_norm(use_fast_variance=True, rngs=nnx.Rngs(0)),
+        "BatchNorm, fast variance": lambda: batch_norm(
+            use_fast_variance=True, rngs=nnx.Rngs(0)
+        ),
     }
 
 
-def compiled(module: Any, x: Any, train: bool = True, grad: bool = True) -> tuple[Any, Any]:
+def compiled(
+    module: Any, x: Any, train: bool = True, grad: bool = True
+) -> tuple[Any, Any]:
     """(executable, its arguments): one call of the module, or the gradients of sum(y * x) by all."""
     apply, params, state = jt.nnx.functional(module)
 
@@ -53,7 +59,9 @@ def norm_bytes(make: Callable[[], Any], dtype: str = "float32") -> tuple[float, 
     """Bytes accessed by the forward pass in training and by the train step, in sizes of x."""
     x = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, CHANNELS), jnp.dtype(dtype))
     size = x.size * x.dtype.itemsize
-    costs = [compiled(make(), x, grad=grad)[0].cost_analysis() for grad in (False, True)]
+    costs = [
+        compiled(make(), x, grad=grad)[0].cost_analysis() for grad in (False, True)
+    ]
     return costs[0]["bytes accessed"] / size, costs[1]["bytes accessed"] / size
 
 
@@ -90,7 +98,9 @@ def isolated_norms() -> Runs:
 
 def standardized_steps() -> Runs:
     """Train steps of WSConv and of the plain convolution."""
-    standardized = jt.nnx.WSConv(CHANNELS, CHANNELS, (3, 3), use_bias=True, rngs=nnx.Rngs(0))
+    standardized = jt.nnx.WSConv(
+        CHANNELS, CHANNELS, (3, 3), use_bias=True, rngs=nnx.Rngs(0)
+    )
     return {"WSConv": runner(standardized), "nnx.Conv": runner(convolution())}
 
 
@@ -110,14 +120,19 @@ def microbatch_steps(microbatches: int = 32) -> Runs:
         return jax.lax.scan(add, jnp.zeros_like(kernel), x)[0]
 
     def inside(kernel: Any, x: Any) -> Any:
-        return accumulate(lambda k, part: loss(jt.weightstd.standardize(k), part), kernel, x)
+        return accumulate(
+            lambda k, part: loss(jt.weightstd.standardize(k), part), kernel, x
+        )
 
     def outside(kernel: Any, x: Any) -> Any:
         standardized, pull_back = jax.vjp(jt.weightstd.standardize, kernel)
         return pull_back(accumulate(loss, standardized, x))[0]
 
     found = {}
-    for name, fn in (("once, outside the scan", outside), ("in every microbatch", inside)):
+    for name, fn in (
+        ("once, outside the scan", outside),
+        ("in every microbatch", inside),
+    ):
         step = jax.jit(fn).lower(kernel, x).compile()
         found[name] = lambda step=step: jax.block_until_ready(step(kernel, x))
     return found
@@ -135,7 +150,10 @@ def branch_blocks(**how: Any) -> dict[str, Callable[[], Any]]:
     """Blocks of several branches that fuse into one 3x3 convolution."""
     kinds = (jt.nnx.ACBlock, jt.nnx.RepVGGBlock, jt.nnx.DiverseBranchBlock)
     args, rngs = (CHANNELS, CHANNELS, (3, 3)), nnx.Rngs(0)
-    return {kind.__name__: functools.partial(kind, *args, rngs=rngs, **how) for kind in kinds}
+    return {
+        kind.__name__: functools.partial(kind, *args, rngs=rngs, **how)
+        for kind in kinds
+    }
 
 
 def branch_inference() -> Runs:
@@ -155,7 +173,9 @@ def branch_steps() -> Runs:
         for name, make in branch_blocks(mode=mode).items()
     }
     norm = norms(CHANNELS)["BatchNorm, fast variance"]()
-    return runs | {"nnx.Conv, BatchNorm": runner(nnx.Sequential(convolution(use_bias=False), norm))}
+    return runs | {
+        "nnx.Conv, BatchNorm": runner(nnx.Sequential(convolution(use_bias=False), norm))
+    }
 
 
 # Table: (its runs, the row that ratios are taken to).

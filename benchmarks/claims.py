@@ -87,7 +87,11 @@ def ground(claim: Claim) -> str:
     if not claim.origin:
         return "-"
     machine = evidence.made(claim.origin)[1]
-    return "TPU v5e, compiled only" if "libtpu" in machine else machine.split(", ")[1] + " of a CPU"
+    return (
+        "TPU v5e, compiled only"
+        if "libtpu" in machine
+        else machine.split(", ")[1] + " of a CPU"
+    )
 
 
 def table(rows: Sequence[Row]) -> _table.Table:
@@ -101,7 +105,9 @@ def overview(rows: Sequence[Row]) -> _table.Table:
     counts = {row.claim.key: [0, 0, 0] for row in rows}
     for row in rows:
         counts[row.claim.key][WORDS.index(row.verdict)] += 1
-    return _table.make(("trick", *WORDS), [(key, *found) for key, found in counts.items()])
+    return _table.make(
+        ("trick", *WORDS), [(key, *found) for key, found in counts.items()]
+    )
 
 
 def sources(claims: Sequence[Claim], here: str) -> list[str]:

@@ -49,7 +49,9 @@ class Rule(NamedTuple):
 
 
 MORE = Rule("more, beyond 2 standard errors", lambda f: f.change > 2 * _error(f), True)
-FEWER = Rule("fewer, beyond 2 standard errors", lambda f: f.change < -2 * _error(f), True)
+FEWER = Rule(
+    "fewer, beyond 2 standard errors", lambda f: f.change < -2 * _error(f), True
+)
 
 
 def no_loss(margin: float) -> Rule:
@@ -89,7 +91,9 @@ def paired(ours: Sequence[float], base: Sequence[float], digits: int = 2) -> Fig
     difference = np.asarray(ours, np.float64) - np.asarray(base, np.float64)
     n = len(difference)
     error = seeds.error(difference) if n > 1 else math.nan
-    return Figures(spread(ours, digits), spread(base, digits), float(difference.mean()), error, n)
+    return Figures(
+        spread(ours, digits), spread(base, digits), float(difference.mean()), error, n
+    )
 
 
 def ratio(ours: float, base: float, text: str = "{:.4g}", n: int = 1) -> Figures:
@@ -119,7 +123,9 @@ def tables(text: str) -> dict[str, tuple[list[str], list[list[str]]]]:
     found: dict[str, tuple[list[str], list[list[str]]]] = {}
     for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
         headers, _, *rows = (
-            [c.strip() for c in line[1:-1].split("|")] for line in block.split("\n") if line
+            [c.strip() for c in line[1:-1].split("|")]
+            for line in block.split("\n")
+            if line
         )
         count = sum(key.split(" #")[0] == headers[0] for key in found)
         found[headers[0] + (f" #{count + 1}" if count else "")] = (headers, rows)
@@ -138,7 +144,9 @@ def number(name: str, table: str, column: str, *labels: str) -> float:
     return float(cells(name, table, column, *labels).split()[0])
 
 
-def quotient(name: str, table: str, column: str, ours: str, base: str, n: int = 1) -> Figures:
+def quotient(
+    name: str, table: str, column: str, ours: str, base: str, n: int = 1
+) -> Figures:
     """Two rows of one column."""
     return ratio(*(number(name, table, column, label) for label in (ours, base)), n=n)
 
@@ -150,12 +158,20 @@ def networks(experiment: str, ours: str, base: str, figure: str = "test") -> Fig
     """
     rows = recorded("networks.json")["experiments"][experiment]
     if figure == "test":
-        return paired(*([100 * r["test"] for r in rows[key]["runs"]] for key in (ours, base)))
+        return paired(
+            *([100 * r["test"] for r in rows[key]["runs"]] for key in (ours, base))
+        )
     found = paired(
-        *([r["reached"] or rows[k]["steps"] for r in rows[k]["runs"]] for k in (ours, base)), 0
+        *(
+            [r["reached"] or rows[k]["steps"] for r in rows[k]["runs"]]
+            for k in (ours, base)
+        ),
+        0,
     )
     missed = [sum(not r["reached"] for r in rows[key]["runs"]) for key in (ours, base)]
-    texts = (t + f" ({m} never)" * bool(m) for t, m in zip(found[:2], missed, strict=True))
+    texts = (
+        t + f" ({m} never)" * bool(m) for t, m in zip(found[:2], missed, strict=True)
+    )
     return Figures(*texts, *found[2:])
 
 
@@ -165,7 +181,9 @@ def best(experiment: str, ours: str, base: str) -> Figures:
 
     def chosen(kind: str) -> str:
         mine = [key for key in rows if key.split()[0] == kind]
-        return max(mine, key=lambda k: np.mean([r["validation"] for r in rows[k]["runs"]]))
+        return max(
+            mine, key=lambda k: np.mean([r["validation"] for r in rows[k]["runs"]])
+        )
 
     return networks(experiment, chosen(ours), chosen(base))
 
@@ -176,7 +194,9 @@ def stable(experiment: str, ours: str, base: str) -> Figures:
 
     def largest(kind: str) -> float:
         mine = [row for key, row in rows.items() if key.split()[0] == kind]
-        return max(row["rate"] for row in mine if not any(r["diverged"] for r in row["runs"]))
+        return max(
+            row["rate"] for row in mine if not any(r["diverged"] for r in row["runs"])
+        )
 
     return ratio(largest(ours), largest(base), n=len(next(iter(rows.values()))["runs"]))
 
@@ -184,7 +204,9 @@ def stable(experiment: str, ours: str, base: str) -> Figures:
 def fused(experiment: str, arm: str) -> Figures:
     """The largest difference of a logit after fusing, to the largest logit."""
     runs = recorded("networks.json")["experiments"][experiment][arm]["runs"]
-    return ratio(max(r["difference"] for r in runs), max(r["largest"] for r in runs), n=len(runs))
+    return ratio(
+        max(r["difference"] for r in runs), max(r["largest"] for r in runs), n=len(runs)
+    )
 
 
 def echoed(ours: str, base: str) -> Figures:
@@ -198,7 +220,9 @@ def sped_up() -> Figures:
     headers, rows = recorded("echo_speed.md")["R"]
     at = [headers.index(name) for name in ("speed-up", "bound")]
     found = [
-        [float(row[i]) for i in at] for row in rows if float(row[0]) > 1.2 and row[1] != "auto"
+        [float(row[i]) for i in at]
+        for row in rows
+        if float(row[0]) > 1.2 and row[1] != "auto"
     ]
     return ratio(*min(found, key=lambda pair: pair[0] / pair[1]), n=3)
 
@@ -218,7 +242,9 @@ def cast(task: str, arm: str) -> Figures:
     return Figures(ours, base, number(name, task, "mean", arm), None, 3)
 
 
-def tail(method: str, column: str = "balanced %", change: str = "to cross entropy") -> Figures:
+def tail(
+    method: str, column: str = "balanced %", change: str = "to cross entropy"
+) -> Figures:
     """A method of the long-tail bench beside cross entropy, in points."""
     name, table = "longtail_methods.md", "method"
     ours, base = (cells(name, table, column, key) for key in (method, "cross_entropy"))
@@ -238,7 +264,9 @@ def made(name: str) -> tuple[str, str]:
     if name.endswith(".json"):
         about = recorded(name)
         about = about.get("about") or about["training"]
-        return about["command"], report.machine_line(about["hardware"], about["versions"])
+        return about["command"], report.machine_line(
+            about["hardware"], about["versions"]
+        )
     text = (RESULTS / name).read_text()
     command = re.findall(r"`((?:python|jaxtricks) [^`]*)`", text)[0]
     line = next(x for x in text.split("\n") if re.search(r"cores|libtpu \d", x))

@@ -33,7 +33,10 @@ def compiled_loss() -> Figures:
     args = lm.shapes(SIZE, False)
 
     def temp(fn: Callable[..., Any]) -> float:
-        return common.temp_bytes(jax.jit(jax.value_and_grad(fn)).lower(*args).compile()) / 2**20
+        return (
+            common.temp_bytes(jax.jit(jax.value_and_grad(fn)).lower(*args).compile())
+            / 2**20
+        )
 
     loss = lm.loss(SIZE)
     return ratio(temp(jt.amp.autocast(loss)), temp(loss))
@@ -48,7 +51,9 @@ def times() -> dict[str, np.ndarray]:
         "jit": jax.jit(jax.value_and_grad(loss)),
         "autocast": jax.jit(jax.value_and_grad(jt.amp.autocast(loss))),
     }
-    runs = {name: lambda f=f: jax.block_until_ready(f(*args)) for name, f in ways.items()}
+    runs = {
+        name: lambda f=f: jax.block_until_ready(f(*args)) for name, f in ways.items()
+    }
     common.in_turn(runs, 2)  # compiles
     return common.in_turn(runs, ROUNDS)
 
@@ -57,7 +62,8 @@ def timed(ours: str, base: str) -> Figures:
     """Median of the ratios in the same round; milliseconds, mean and deviation over the rounds."""
     found = times()
     text = (
-        f"{1e3 * t.mean():.1f} +- {1e3 * t.std(ddof=1):.1f}" for t in (found[ours], found[base])
+        f"{1e3 * t.mean():.1f} +- {1e3 * t.std(ddof=1):.1f}"
+        for t in (found[ours], found[base])
     )
     return Figures(*text, float(np.median(found[ours] / found[base])), None, ROUNDS)
 
@@ -66,7 +72,9 @@ def recomputed() -> Figures:
     """Temporaries of the gradient of 16 layers in 4 groups, MiB."""
     args = recompute.arguments()
     wraps = (jt.remat.recompute_grad, lambda f: f)
-    found = (jt.remat.memory_analysis(recompute.deep_mlp(wrap), *args).temp for wrap in wraps)
+    found = (
+        jt.remat.memory_analysis(recompute.deep_mlp(wrap), *args).temp for wrap in wraps
+    )
     return ratio(*(temp / 2**20 for temp in found))
 
 
@@ -77,7 +85,10 @@ def growth(segments: str) -> Figures:
         run = jt.remat.sequential([lambda w, x: jnp.tanh(x @ w)] * layers, segments)
         # By the weights: those gradients are results. By x alone they would count as temporaries.
         gradient = jax.grad(lambda ws, x: (run(ws, x) ** 2).mean())
-        return jt.remat.memory_analysis(gradient, *recompute.arguments(layers)).temp / 2**20
+        return (
+            jt.remat.memory_analysis(gradient, *recompute.arguments(layers)).temp
+            / 2**20
+        )
 
     few, many = map(temp, DEPTHS)
     return ratio(many, few)

@@ -20,7 +20,9 @@ from benchmarks.claims_evidence import (
     no_loss,
 )
 
-FRESH = "make claims"  # the origin of what is measured anew: `exact` is equal everywhere
+FRESH = (
+    "make claims"  # the origin of what is measured anew: `exact` is equal everywhere
+)
 EXACT, COMPILED, TIMED = "exact", "compiled", "timed"
 GAIN = at_most(0.9)  # of times and bytes
 HALF = at_most(0.6)
@@ -87,7 +89,9 @@ def net(
     experiment, ours, base, name = versus
     metric = TEST if figure == "test" else "steps to the target"
     found = part(recorded.networks, experiment, ours, base, figure)
-    return Claim(key, effect, source, metric, name, rule, NETS, found, otherwise, only=experiment)
+    return Claim(
+        key, effect, source, metric, name, rule, NETS, found, otherwise, only=experiment
+    )
 
 
 def tailed(method: str, name: str, source: str, otherwise: str = "") -> Claim:
@@ -333,4 +337,15 @@ LONGTAIL = [
            "epochs would test it."),
 ]  # fmt: skip
 
-CLAIMS = [*ECHO, *AMP, *MEMOPT, *WEIGHTSTD, *AGC, *REMAT, *EBN, *CYCLICAL, *REPARAM, *LONGTAIL]
+CLAIMS = [
+    *ECHO,
+    *AMP,
+    *MEMOPT,
+    *WEIGHTSTD,
+    *AGC,
+    *REMAT,
+    *EBN,
+    *CYCLICAL,
+    *REPARAM,
+    *LONGTAIL,
+]

@@ -64,18 +64,28 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         "optax.sm3 momentum 0.9": optax.sm3(1e-3, momentum=0.9),
         "memopt.sm3": memopt.sm3(1e-3),
         "agc, sgd momentum 0.9": optax.chain(jt.agc.adaptive_grad_clip(0.01), sgd),
-        "optax's agc, sgd momentum 0.9": optax.chain(optax.adaptive_grad_clip(0.01), sgd),
-        "memopt.adafactor momentum int8": memopt.adafactor(1e-3, beta1=0.9, momentum_dtype="int8"),
-        "memopt.sm3 momentum int8": memopt.sm3(1e-3, momentum=0.9, momentum_dtype="int8"),
+        "optax's agc, sgd momentum 0.9": optax.chain(
+            optax.adaptive_grad_clip(0.01), sgd
+        ),
+        "memopt.adafactor momentum int8": memopt.adafactor(
+            1e-3, beta1=0.9, momentum_dtype="int8"
+        ),
+        "memopt.sm3 momentum int8": memopt.sm3(
+            1e-3, momentum=0.9, momentum_dtype="int8"
+        ),
     }
 
 
 def shapes(**table: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """float32 parameters as shapes, by name."""
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in table.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in table.items()
+    }
 
 
-def transformer(layers: int = 12, width: int = 256, vocabulary: int = 4096) -> dict[str, Any]:
+def transformer(
+    layers: int = 12, width: int = 256, vocabulary: int = 4096
+) -> dict[str, Any]:
     """Shapes of a transformer's parameters: 12 layers have 145 leaves, 10.5 M parameters."""
     square, vector, wide = (width, width), (width,), 4 * width
     layer = {"q": square, "k": square, "v": square, "o": square, "up": (width, wide)}
@@ -89,7 +99,9 @@ def draw(params: Any) -> Any:
     """Arrays of the shapes, normal with deviation 0.02."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    arrays = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    arrays = [
+        0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -98,7 +110,9 @@ def count(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def compile_step(tx: Any, params: Any, place: Callable[[Any], Any] = lambda x: x) -> Any:
+def compile_step(
+    tx: Any, params: Any, place: Callable[[Any], Any] = lambda x: x
+) -> Any:
     """The executable of (params, state, grads) -> (params, state), params and state donated."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
@@ -106,13 +120,19 @@ def compile_step(tx: Any, params: Any, place: Callable[[Any], Any] = lambda x: x
         return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(tx.init, params)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*place((params, state, params))).compile()
+    return (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(*place((params, state, params)))
+        .compile()
+    )
 
 
 def cost(compiled: Any, tx: Any, params: Any) -> Cost:
     """Costs of what `compile_step` gives."""
     n, accessed = count(params), compiled.cost_analysis()["bytes accessed"]
-    return Cost(accessed / n, temp_bytes(compiled), jt.memopt.state_bytes(tx, params) / n)
+    return Cost(
+        accessed / n, temp_bytes(compiled), jt.memopt.state_bytes(tx, params) / n
+    )
 
 
 def temp_bytes(compiled: Any) -> int:
@@ -131,7 +151,10 @@ def build_ratios(
 
     builders = {name: lambda tx=tx: build(tx) for name, tx in txs.items()}
     times = in_turn(builders, builds)
-    return {name: float(np.median(ts) / np.median(times[base])) for name, ts in times.items()}
+    return {
+        name: float(np.median(ts) / np.median(times[base]))
+        for name, ts in times.items()
+    }
 
 
 def stepper(compiled: Any, tx: Any, params: Any, grads: Any) -> Callable[[], None]:
@@ -159,13 +182,17 @@ def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.nda
 def arguments(module: str, **numbers: int) -> tuple[str, argparse.Namespace]:
     """(the command line as it was typed, its arguments: `--out` and the numbers, with defaults)."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
-    parser.add_argument("--out", type=pathlib.Path, help="write the tables here too, as Markdown")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="write the tables here too, as Markdown"
+    )
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return " ".join([parser.prog, *sys.argv[1:]]), parser.parse_args()
 
 
-def publish(tables: Sequence[_table.Table], heading: str, out: pathlib.Path | None = None) -> None:
+def publish(
+    tables: Sequence[_table.Table], heading: str, out: pathlib.Path | None = None
+) -> None:
     """Print heading and tables; with `out`, write them as Markdown too."""
     print("\n\n".join([heading, *map(str, tables)]), flush=True)
     if out is not None:

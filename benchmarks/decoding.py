@@ -88,13 +88,19 @@ def generator(d: data.Data) -> Iterator[Any]:
 
 def by_pillow(d: data.Data, path: pathlib.Path) -> Iterator[Any]:
     """What one writes in ten lines: entries of the zip, decoded by Pillow, stacked."""
-    archive, classes = zipfile.ZipFile(path), {name: i for i, name in enumerate(d.classes)}
-    names = [n for n in sorted(archive.namelist()) if n.startswith("train/") and "." in n]
+    archive, classes = (
+        zipfile.ZipFile(path),
+        {name: i for i, name in enumerate(d.classes)},
+    )
+    names = [
+        n for n in sorted(archive.namelist()) if n.startswith("train/") and "." in n
+    ]
     order = shuffled(len(names), 0)
     for k in itertools.count():
         chosen = [names[order(i)] for i in range(k * BATCH, (k + 1) * BATCH)]
         images = [
-            np.asarray(Image.open(io.BytesIO(archive.read(n))).convert("RGB")) for n in chosen
+            np.asarray(Image.open(io.BytesIO(archive.read(n))).convert("RGB"))
+            for n in chosen
         ]
         labels = [classes[n.split("/")[1]] for n in chosen]
         yield {"image": np.stack(images), "label": np.array(labels, np.int32)}
@@ -103,7 +109,9 @@ def by_pillow(d: data.Data, path: pathlib.Path) -> Iterator[Any]:
 def measure(name: str, start: Callable[[], Iterator[Any]]) -> Cost:
     """One run, after a batch that does not count."""
     library = image._simplejpeg()
-    with mock.patch.object(image, "_simplejpeg", lambda: None if "Pillow" in name else library):
+    with mock.patch.object(
+        image, "_simplejpeg", lambda: None if "Pillow" in name else library
+    ):
         batches = start()
         next(batches)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -116,10 +124,16 @@ def measure(name: str, start: Callable[[], Iterator[Any]]) -> Cost:
 
 def same(starts: dict[str, Callable[[], Iterator[Any]]]) -> None:
     """Raise unless the first batches are equal, but for the echoed one's."""
-    first = {name: next(start()) for name, start in starts.items() if "echo" not in name}
+    first = {
+        name: next(start()) for name, start in starts.items() if "echo" not in name
+    }
     for name, batch in first.items():
-        np.testing.assert_array_equal(batch["image"], first[OURS]["image"], err_msg=name)
-        np.testing.assert_array_equal(batch["label"], first[OURS]["label"], err_msg=name)
+        np.testing.assert_array_equal(
+            batch["image"], first[OURS]["image"], err_msg=name
+        )
+        np.testing.assert_array_equal(
+            batch["label"], first[OURS]["label"], err_msg=name
+        )
 
 
 def table(path: pathlib.Path, rounds: int) -> _table.Table:
@@ -132,7 +146,9 @@ def table(path: pathlib.Path, rounds: int) -> _table.Table:
         for name, start in starts.items():
             costs[name].append(measure(name, start))
     base = np.array(costs[OURS])
-    return _table.make(HEADERS, [row(name, np.array(c), base) for name, c in costs.items()])
+    return _table.make(
+        HEADERS, [row(name, np.array(c), base) for name, c in costs.items()]
+    )
 
 
 def row(name: str, costs: np.ndarray, base: np.ndarray) -> tuple[Any, ...]:
@@ -141,14 +157,20 @@ def row(name: str, costs: np.ndarray, base: np.ndarray) -> tuple[Any, ...]:
     rate, work = examples / costs[:, 0], 1e6 * costs[:, 1] / examples
     slower, dearer = (costs / base).T
     parts = [(rate, 0), (work, 1), (slower, 2), (dearer, 2)]
-    numbers = (f"{f(x):.{n}f}" for x, n in parts for f in (np.mean, lambda x: np.std(x, ddof=1)))
+    numbers = (
+        f"{f(x):.{n}f}"
+        for x, n in parts
+        for f in (np.mean, lambda x: np.std(x, ddof=1))
+    )
     return name, *numbers
 
 
 def heading(command: str, rounds: int, loads: tuple[float, float]) -> str:
     """What was run, on what, how often, and what else the machine did."""
     before, after = loads
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES
+    )
     return (
         f"Decoding: `{command}`\n\n{hardware()}; {versions}.\n\n"
         f"{BATCHES} batches of {BATCH} images a run, {rounds} rounds in turn in one process: mean and\n"
@@ -164,14 +186,18 @@ def main() -> None:
     parser.add_argument(
         "--data", type=pathlib.Path, required=True, help="a zip with train/CLASS/*.jpg"
     )
-    parser.add_argument("--out", type=pathlib.Path, help="write the table here too, as Markdown")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="write the table here too, as Markdown"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
     before = os.getloadavg()[0]
     found = table(args.data, args.rounds)
     shown = [args.data.name if x == str(args.data) else x for x in sys.argv[1:]]
     command = " ".join([parser.prog, *shown])
-    common.publish([found], heading(command, args.rounds, (before, os.getloadavg()[0])), args.out)
+    common.publish(
+        [found], heading(command, args.rounds, (before, os.getloadavg()[0])), args.out
+    )
 
 
 if __name__ == "__main__":

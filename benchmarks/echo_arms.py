@@ -50,7 +50,9 @@ def arms() -> dict[str, Arm]:
     row = {"schedule": "adjacent"}
     both = {
         "adjacent": Arm("images, in a row", "each", row),
-        "pool": Arm(f"images, pool {POOL}", "each", {"schedule": "pool", "distance": POOL}),
+        "pool": Arm(
+            f"images, pool {POOL}", "each", {"schedule": "pool", "distance": POOL}
+        ),
         "spread": Arm("images, spread, the default", "each", {"batch_size": BATCH}),
         "batch": Arm("batches, in a row", "each", row, batches=True),
         "batch spread": Arm(
@@ -60,14 +62,18 @@ def arms() -> dict[str, Arm]:
     found = {
         "none": Arm("none: a quarter of the steps", "each", row, factor=1),
         "fresh": Arm("fresh images only", "each", row, factor=1, reads=FACTOR),
-        "epochs": Arm("none: read again", "each", row, factor=1, reads=FACTOR, again=True),
+        "epochs": Arm(
+            "none: read again", "each", row, factor=1, reads=FACTOR, again=True
+        ),
     }
     for key, arm in both.items():
         found[f"{key}, each"] = arm
         found[f"{key}, once"] = arm._replace(augmented="once")
     for distance in (64, 512, 2048):
         options = {"batch_size": BATCH, "distance": distance}
-        found[f"spread {distance}, each"] = Arm(f"images, spread {distance}", "each", options)
+        found[f"spread {distance}, each"] = Arm(
+            f"images, spread {distance}", "each", options
+        )
     wide = found["spread 2048, each"]
     found["spread 2048, once"] = wide._replace(augmented="once")
     large = {"schedule": "pool", "distance": 4 * POOL}
@@ -80,7 +86,9 @@ def order(arm: Arm, count: int, reads: int, seed: int) -> np.ndarray:
     if not arm.again:
         return image_task.order(count, reads * arm.reads, seed)
     first = image_task.order(count, reads, seed)
-    return np.concatenate([first, first[image_task.order(reads, reads * (arm.reads - 1), seed)]])
+    return np.concatenate(
+        [first, first[image_task.order(reads, reads * (arm.reads - 1), seed)]]
+    )
 
 
 class Reader:
@@ -129,4 +137,6 @@ def apart(ordinals: np.ndarray) -> int | None:
 
 def held(arm: Arm) -> int:
     """The most images that wait for a later copy."""
-    return jt.echo.echo([], arm.factor, **arm.options).held * (BATCH if arm.batches else 1)
+    return jt.echo.echo([], arm.factor, **arm.options).held * (
+        BATCH if arm.batches else 1
+    )

@@ -34,7 +34,10 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "echo_quality.json"
 PER_CLASS = {"train": 4900, "validation": 100, "test": 1000}
 RATE = 0.1  # the same ResNet's best in `networks`; tuned for no arm
 EVALUATED = 500  # images of one call
-BASE, LEAST = "fresh", "none"  # the arm all are compared with, and the one whose gain is 0
+BASE, LEAST = (
+    "fresh",
+    "none",
+)  # the arm all are compared with, and the one whose gain is 0
 
 
 def augmented(seed: Any, batch: Batch) -> Any:
@@ -63,7 +66,9 @@ def trainer(task: Task) -> Callable[[Arm, int, int], dict[str, Any]]:
 
         def loss_fn(params: Any) -> Any:
             logits, after = apply(params, state, x, train=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, batch.labels
+            )
             return losses.mean(), after
 
         (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -112,7 +117,13 @@ def trainer(task: Task) -> Callable[[Arm, int, int], dict[str, Any]]:
 
 
 def measure(
-    task: Task, rows: dict[str, list[Any]], save: Any, *, seeds: int, reads: int, only: Any = None
+    task: Task,
+    rows: dict[str, list[Any]],
+    save: Any,
+    *,
+    seeds: int,
+    reads: int,
+    only: Any = None,
 ) -> None:
     """Train every arm, or `only` some, with every seed that has no figures yet, seed by seed."""
     run = trainer(task)
@@ -128,12 +139,18 @@ def measure(
 def difference(runs: list[Any], base: list[Any]) -> np.ndarray:
     """Percentage points of test accuracy over the base arm's, of every seed that both have."""
     other = {r["seed"]: r["test"] for r in base}
-    return np.array([100 * (r["test"] - other[r["seed"]]) for r in runs if r["seed"] in other])
+    return np.array(
+        [100 * (r["test"] - other[r["seed"]]) for r in runs if r["seed"] in other]
+    )
 
 
 def standard_error(values: np.ndarray) -> float:
     """Of their mean."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return (
+        float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        if len(values) > 1
+        else float("nan")
+    )
 
 
 def table(rows: dict[str, list[Any]]) -> _table.Table:
@@ -177,7 +194,11 @@ def verdict(key: str, rows: dict[str, list[Any]]) -> str:
     return (
         f"{arm.name}, augmented {arm.augmented}: within two standard errors of fresh data: {met} "
         f"({points(over)} points, {reads})"
-        + (f"; {points(same)} to reading the same images again." if same is not None else ".")
+        + (
+            f"; {points(same)} to reading the same images again."
+            if same is not None
+            else "."
+        )
     )
 
 
@@ -218,7 +239,10 @@ def markdown(found: dict[str, Any]) -> str:
         "mean over the last tenth of the steps. The rate is the same for all arms and tuned for none; a "
         "small network and a short run, so this compares the arms and is no record."
     )
-    head = [f"Data echoing: `{about['command']}`", f"{about['hardware']}; {about['versions']}"]
+    head = [
+        f"Data echoing: `{about['command']}`",
+        f"{about['hardware']}; {about['versions']}",
+    ]
     return "\n\n".join([*head, text, str(given), table(rows).markdown()]) + "\n"
 
 
@@ -238,14 +262,22 @@ def main() -> None:
     """Train what is missing, print the table, save the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--only", choices=echo_arms.arms(), nargs="+", help="these arms")
+    parser.add_argument(
+        "--only", choices=echo_arms.arms(), nargs="+", help="these arms"
+    )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--reads", type=int, default=16_000, help="images an echoed arm reads")
+    parser.add_argument(
+        "--reads", type=int, default=16_000, help="images an echoed arm reads"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     given = parser.parse_args()
     shared_settings = settings(given.reads)
     rows = kept(given.out, shared_settings)
-    found = {"about": text_task.about(COMMAND), "settings": shared_settings, "rows": rows}
+    found = {
+        "about": text_task.about(COMMAND),
+        "settings": shared_settings,
+        "rows": rows,
+    }
 
     def save() -> None:
         given.out.parent.mkdir(exist_ok=True)

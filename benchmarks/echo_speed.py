@@ -34,7 +34,9 @@ WINDOW = 256
 
 def main() -> None:
     """Print both tables."""
-    command, args = common.arguments("benchmarks.echo_speed", steps=60, rounds=3, settle=100)
+    command, args = common.arguments(
+        "benchmarks.echo_speed", steps=60, rounds=3, settle=100
+    )
     heading = f"{hardware()}; `{command}`"
     tables = [overhead(args.rounds), speed_ups(args.steps, args.rounds, args.settle)]
     common.publish(tables, heading, args.out)
@@ -58,7 +60,9 @@ def speed_ups(steps: int, rounds: int, settle: int) -> _table.Table:
             for factor in FACTORS:
                 # Past the start, in which each output is read, and past the tuning.
                 first = settle if factor == "auto" else 4 * 6
-                gains[factor].append(rate(files, seconds, step, factor, steps, first) / base)
+                gains[factor].append(
+                    rate(files, seconds, step, factor, steps, first) / base
+                )
         r = statistics.median(measured)
         rows += [row(r, factor, gains[factor]) for factor in FACTORS]
     notes = (
@@ -66,7 +70,9 @@ def speed_ups(steps: int, rounds: int, settle: int) -> _table.Table:
         "min(factor, R), 1 at least; auto after "
         f"{settle} batches, its bound R or 6",
     )
-    return _table.make(("R", "factor", "speed-up", "least", "bound", "of the bound"), rows, notes)
+    return _table.make(
+        ("R", "factor", "speed-up", "least", "bound", "of the bound"), rows, notes
+    )
 
 
 def row(ratio: float, factor: Any, gains: list[float]) -> tuple[Any, ...]:
@@ -74,7 +80,14 @@ def row(ratio: float, factor: Any, gains: list[float]) -> tuple[Any, ...]:
     limit = 6 if factor == "auto" else factor
     bound = max(1.0, min(limit, ratio))
     gain = statistics.median(gains)
-    return round(ratio, 2), factor, round(gain, 2), round(min(gains), 2), bound, gain / bound
+    return (
+        round(ratio, 2),
+        factor,
+        round(gain, 2),
+        round(min(gains), 2),
+        bound,
+        gain / bound,
+    )
 
 
 def rate(
@@ -92,11 +105,15 @@ def rate(
         return image.decode(raw, "a patch")
 
     dataset = grain.MapDataset.source(files).repeat().map(read)
-    stage = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    stage = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    )
     if factor != 1:
         stage = echo.echo(stage, factor, batch_size=BATCH, distance=BATCH)
     batches = stage.batch(BATCH)
-    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+    iterator = iter(
+        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+    )
     for _ in range(first):
         step(next(iterator))
     begin = time.perf_counter()
@@ -147,7 +164,9 @@ def jpegs(n: int = 2048, size: int = 32) -> list[bytes]:
         photo = photos[i % len(photos)]
         y, x = (int(rng.integers(0, side - size)) for side in photo.shape[:2])
         file = io.BytesIO()
-        Image.fromarray(photo[y : y + size, x : x + size]).save(file, "JPEG", quality=90)
+        Image.fromarray(photo[y : y + size, x : x + size]).save(
+            file, "JPEG", quality=90
+        )
         files.append(file.getvalue())
     return files
 
@@ -183,7 +202,9 @@ def stages(factor: int) -> dict[str, Callable[[Any], Any]]:
     flat = lambda parent: grain.experimental.FlatMapIterDataset(parent, Repeat(factor))
     out["grain FlatMap"] = flat
     out[f"grain FlatMap + WindowShuffle({WINDOW})"] = lambda parent: (
-        grain.experimental.WindowShuffleIterDataset(flat(parent), window_size=WINDOW, seed=0)
+        grain.experimental.WindowShuffleIterDataset(
+            flat(parent), window_size=WINDOW, seed=0
+        )
     )
     return out
 
@@ -202,9 +223,13 @@ class Repeat(grain.experimental.FlatMapTransform):
 
 def in_parents(make: Callable[[Any], Any], factor: int) -> tuple[float, float | None]:
     """Microseconds behind each kind of parent."""
-    behind_grain = spent(make(grain_parent()), factor) - spent(grain_parent(), 1) / factor
+    behind_grain = (
+        spent(make(grain_parent()), factor) - spent(grain_parent(), 1) / factor
+    )
     try:
-        behind_generator = spent(make(generator), factor) - spent(generator(), 1) / factor
+        behind_generator = (
+            spent(make(generator), factor) - spent(generator(), 1) / factor
+        )
     except (AttributeError, TypeError):  # Grain's own stages take no generators
         return behind_grain, float("nan")
     return behind_grain, behind_generator
@@ -225,7 +250,9 @@ def grain_parent() -> Any:
     """Grain's cheapest reader."""
     shared = np.zeros((32, 32, 3), np.uint8)
     dataset = grain.MapDataset.range(10**7).map(lambda i: {"image": shared, "label": i})
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
 
 
 def generator() -> Iterator[Any]:

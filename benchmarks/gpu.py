@@ -10,7 +10,11 @@ from benchmarks import amp, amp_peers, blocks, common, optimizers, recompute
 from jaxtricks.lab.report import hardware
 
 CUDA = ("jaxlib", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "nvidia-cublas-cu12")
-QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+QUERY = (
+    "nvidia-smi",
+    "--query-gpu=name,driver_version,memory.total",
+    "--format=csv,noheader",
+)
 
 
 def packages() -> str:
@@ -27,7 +31,9 @@ def packages() -> str:
 def driver() -> str:
     """Name, driver and memory of the GPU, as nvidia-smi says."""
     try:
-        done = subprocess.run(QUERY, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            QUERY, capture_output=True, text=True, timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return "no NVIDIA driver"
     return done.stdout.strip().replace("\n", "; ")

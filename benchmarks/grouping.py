@@ -31,7 +31,9 @@ def stacked(make: Callable[..., Any]) -> optax.GradientTransformation:
         stacks, state = tx.update(_stack(updates), state, _stack(params))
         leaves, structure = jax.tree.flatten(updates)
         rows = {name: iter(list(stack)) for name, stack in stacks.items()}
-        return jax.tree.unflatten(structure, [next(rows[_name(x)]) for x in leaves]), state
+        return jax.tree.unflatten(
+            structure, [next(rows[_name(x)]) for x in leaves]
+        ), state
 
     return optax.GradientTransformation(lambda params: tx.init(_stack(params)), update)
 
@@ -49,7 +51,9 @@ def table(params: Any, rounds: int, builds: int) -> _table.Table:
         times = common.in_turn(runs, rounds)
         one, other = times["stacked"], times["leaf by leaf"]
         build = common.build_ratios(txs, params, builds, base="leaf by leaf")["stacked"]
-        rows.append((name, float(np.median(one / other)), float(one.min() / other.min()), build))
+        rows.append(
+            (name, float(np.median(one / other)), float(one.min() / other.min()), build)
+        )
     return _table.make(HEADERS, rows)
 
 

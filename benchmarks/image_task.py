@@ -92,7 +92,9 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
     chosen: dict[str, list[int]] = {name: [] for name in per_class}
     for label in range(len(stored.classes)):
         mine = stored.labels == label
-        train, test = (np.flatnonzero(mine & (stored.where == w)) for w in ("train", "test"))
+        train, test = (
+            np.flatnonzero(mine & (stored.where == w)) for w in ("train", "test")
+        )
         cut = per_class["validation"]
         chosen["validation"] += [*train[:cut]]
         chosen["train"] += [*train[cut : cut + per_class["train"]]]
@@ -136,7 +138,9 @@ def order(count: int, needed: int, seed: int) -> np.ndarray:
 
 def thinned(split: Split, counts: tuple[int, ...]) -> Split:
     """The first `counts[c]` images of every class c."""
-    index = np.concatenate([np.flatnonzero(split.labels == c)[:n] for c, n in enumerate(counts)])
+    index = np.concatenate(
+        [np.flatnonzero(split.labels == c)[:n] for c, n in enumerate(counts)]
+    )
     return Split(split.images[index], split.labels[index])
 
 
@@ -184,7 +188,9 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         _, params, state = jt.nnx.functional(arm.build(nnx.Rngs(seed)))
         params = arm.start(params)
         carry = (params, state, arm.tx(0.0).init(params))
-        index = order(len(train.labels), arm.steps * arm.batch, seed).reshape(arm.steps, -1)
+        index = order(len(train.labels), arm.steps * arm.batch, seed).reshape(
+            arm.steps, -1
+        )
         for i in range(arm.steps):
             now = np.float32(rate * arm.share(i, arm.steps))
             carry, loss = step(carry, index[i], seed, i, now)
@@ -194,7 +200,9 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
             if not np.isfinite(loss):
                 break
             if arm.target is not None and reached is None:
-                reached = i + 1 if accuracy(carry, task.validation) >= arm.target else None
+                reached = (
+                    i + 1 if accuracy(carry, task.validation) >= arm.target else None
+                )
         last = float(np.mean(losses[-max(1, round(TAIL * arm.steps)) :]))
         found = {
             "seed": seed,
@@ -216,13 +224,17 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
     return run
 
 
-def fused(arm: Arm, params: Any, state: Any, split: Split, scaled: Any) -> dict[str, Any]:
+def fused(
+    arm: Arm, params: Any, state: Any, split: Split, scaled: Any
+) -> dict[str, Any]:
     """How far the fused network's logits are from those of the network that was trained."""
     model = jt.nnx.with_variables(arm.build(nnx.Rngs(0)), params, state)
     model.eval()
     deployed, _ = jt.nnx.fuse(model)
     parts = [scaled(images) for images, _ in _parts(split)]
-    branches, plain = (np.concatenate([nnx.jit(m)(x) for x in parts]) for m in (model, deployed))
+    branches, plain = (
+        np.concatenate([nnx.jit(m)(x) for x in parts]) for m in (model, deployed)
+    )
     return {
         "difference": float(np.abs(branches - plain).max()),
         "largest": float(np.abs(branches).max()),

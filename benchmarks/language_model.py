@@ -28,7 +28,9 @@ def shapes(size: Size, stacked: bool) -> tuple[Any, Any]:
     table |= {"up_bias": (4 * d,), "down_bias": (d,), "norm1": (d,), "norm2": (d,)}
 
     def leaves(*lead: int) -> dict[str, Any]:
-        return {n: jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for n, s in table.items()}
+        return {
+            n: jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for n, s in table.items()
+        }
 
     layers = leaves(size.layers) if stacked else [leaves() for _ in range(size.layers)]
     embedding = jax.ShapeDtypeStruct((size.vocabulary, d), jnp.float32)
@@ -69,7 +71,9 @@ def loss(size: Size, form: str = "unrolled", low: Any = None) -> Loss:
 
     def norm(x: Any, scale: Any) -> Any:
         x = up(x)
-        return down(x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale)
+        return down(
+            x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+        )
 
     def attention(x: Any, p: Any) -> Any:
         b, t, d = x.shape
@@ -77,7 +81,9 @@ def loss(size: Size, form: str = "unrolled", low: Any = None) -> Loss:
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (d // size.heads) ** -0.5
         mask = jnp.tril(jnp.ones((t, t), bool))
         weights = down(jax.nn.softmax(jnp.where(mask, up(scores), -1e9)))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d) @ down(p["out"])
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d) @ down(
+            p["out"]
+        )
 
     def layer(x: Any, p: Any) -> Any:
         x = x + attention(norm(x, p["norm1"]), p)
@@ -93,7 +99,9 @@ def loss(size: Size, form: str = "unrolled", low: Any = None) -> Loss:
             step = jax.checkpoint(layer) if form == "remat" else layer
             x, _ = jax.lax.scan(lambda x, p: (step(x, p), None), x, params["layers"])
         logits = up(norm(x, params["norm"]) @ down(params["embedding"]).T)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), tokens[:, 1:, None], -1
+        )
         return -jnp.mean(picked)
 
     return run

@@ -33,12 +33,17 @@ def table(rounds: int) -> _table.Table:
     labels = jnp.asarray(rng.integers(0, CLASSES, EXAMPLES), jnp.int32)
     programs = {name: compiled(loss, logits, labels) for name, loss in losses().items()}
     runs = {
-        name: lambda f=f: jax.block_until_ready(f(logits, labels)) for name, f in programs.items()
+        name: lambda f=f: jax.block_until_ready(f(logits, labels))
+        for name, f in programs.items()
     }
     common.in_turn(runs, 3)  # warm
     times = common.in_turn(runs, rounds)
-    temp = {name: f.memory_analysis().temp_size_in_bytes for name, f in programs.items()}
-    accessed = {name: f.cost_analysis()["bytes accessed"] for name, f in programs.items()}
+    temp = {
+        name: f.memory_analysis().temp_size_in_bytes for name, f in programs.items()
+    }
+    accessed = {
+        name: f.cost_analysis()["bytes accessed"] for name, f in programs.items()
+    }
     rows = [
         (
             name,
@@ -49,13 +54,23 @@ def table(rounds: int) -> _table.Table:
         )
         for name in programs
     ]
-    headers = ("loss", "time, median of ratios", "least / least", "temp MiB", "bytes / optax")
-    return _table.make(headers, rows, (f"{rounds} rounds in turn, {EXAMPLES} x {CLASSES} logits",))
+    headers = (
+        "loss",
+        "time, median of ratios",
+        "least / least",
+        "temp MiB",
+        "bytes / optax",
+    )
+    return _table.make(
+        headers, rows, (f"{rounds} rounds in turn, {EXAMPLES} x {CLASSES} logits",)
+    )
 
 
 def losses() -> dict[str, Callable[..., Any]]:
     """The rows."""
-    counts = jnp.asarray(longtail.data.exponential_counts(1280, CLASSES, 256.0), jnp.float32)
+    counts = jnp.asarray(
+        longtail.data.exponential_counts(1280, CLASSES, 256.0), jnp.float32
+    )
     return {
         BASE: optax.softmax_cross_entropy_with_integer_labels,
         "cross_entropy": longtail.cross_entropy(),
@@ -63,7 +78,9 @@ def losses() -> dict[str, Callable[..., Any]]:
         "logit_adjusted": longtail.logit_adjusted(counts),
         "vs": longtail.vs(counts),
         "ldam, s=1": longtail.ldam(counts, s=1.0),
-        "ldam": longtail.softmax_loss(longtail.margin(counts**-0.25), longtail.scale(30.0)),
+        "ldam": longtail.softmax_loss(
+            longtail.margin(counts**-0.25), longtail.scale(30.0)
+        ),
         "focal": longtail.focal(1.0),
         "class_balanced": longtail.class_balanced(counts),
         "seesaw": longtail.seesaw(counts),

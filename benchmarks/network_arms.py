@@ -61,10 +61,16 @@ def large_batch(size: int = 24_576) -> Experiment:
     arms = {}
     for batch in (256, 1024):
         arms[f"bn {batch}"] = Arm(
-            "ResNet, batch norm", resnet(batch_norm(batch)), batch, size, rates=(0.1, 0.3)
+            "ResNet, batch norm",
+            resnet(batch_norm(batch)),
+            batch,
+            size,
+            rates=(0.1, 0.3),
         )
         tx = clipped_sgd(".*/skip_gain")
-        arms[f"nf {batch}"] = Arm("NFNet, AGC", nfnet, batch, size, rates=(0.3, 1.0), tx=tx)
+        arms[f"nf {batch}"] = Arm(
+            "NFNet, AGC", nfnet, batch, size, rates=(0.3, 1.0), tx=tx
+        )
     note = (
         "The branches' gains, which start at 0, are not clipped here: a first try on the tuning seed was "
         "better so. In `clipping` all but the classifier's kernel is clipped."
@@ -97,8 +103,12 @@ def clipping(size: int = 12_288, batch: int = 512) -> Experiment:
     """Rates from harmless to absurd, with and without clipping."""
     arms = {}
     for rate in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
-        arms[f"off {rate}"] = Arm("NFNet, no clipping", nfnet, batch, size, rates=(rate,))
-        arms[f"on {rate}"] = Arm("NFNet, AGC", nfnet, batch, size, rates=(rate,), tx=clipped_sgd())
+        arms[f"off {rate}"] = Arm(
+            "NFNet, no clipping", nfnet, batch, size, rates=(rate,)
+        )
+        arms[f"on {rate}"] = Arm(
+            "NFNet, AGC", nfnet, batch, size, rates=(rate,), tx=clipped_sgd()
+        )
     return Experiment("AGC over learning rates", arms)
 
 
@@ -118,14 +128,18 @@ def small_batches(size: int = 8_192) -> Experiment:
             scaled = {"like": (f"{name} 32", batch / 32)}
             arms[f"{name} {batch}"] = Arm(
                 f"ResNet, {name}",
-                resnet(norms[name], standardized if "standardized" in name else nnx.Conv),
+                resnet(
+                    norms[name], standardized if "standardized" in name else nnx.Conv
+                ),
                 batch,
                 size,
                 **(tuned if batch == 32 else scaled),
             )
     note = "Rates are tuned at batch 32 and scaled with the batch."
     return Experiment(
-        "ExtendedBatchNorm at small batches, against BatchNorm and GroupNorm", arms, (note,)
+        "ExtendedBatchNorm at small batches, against BatchNorm and GroupNorm",
+        arms,
+        (note,),
     )
 
 
@@ -133,7 +147,9 @@ def branches(size: int = 15_360, batch: int = 128) -> Experiment:
     """Training forms of several branches against one convolution, in a network without shortcuts."""
     norm = batch_norm(batch)
 
-    def stack(block: Any, size: tuple[tuple[int, int], ...]) -> Callable[[nnx.Rngs], RepVGG]:
+    def stack(
+        block: Any, size: tuple[tuple[int, int], ...]
+    ) -> Callable[[nnx.Rngs], RepVGG]:
         def make(i: int, o: int, *, strides: int, rngs: nnx.Rngs) -> Any:
             return block(i, o, *size, strides=strides, norm=norm, rngs=rngs)
 
@@ -144,7 +160,9 @@ def branches(size: int = 15_360, batch: int = 128) -> Experiment:
     arms = {
         "plain": Arm("convolution, batch norm", stack(ConvNorm, square), **common),
         "acblock": Arm("ACBlock", stack(jt.nnx.ACBlock, square), fuse=True, **common),
-        "repvgg": Arm("RepVGGBlock", stack(jt.nnx.RepVGGBlock, square), fuse=True, **common),
+        "repvgg": Arm(
+            "RepVGGBlock", stack(jt.nnx.RepVGGBlock, square), fuse=True, **common
+        ),
     }
     note = (
         "Fused: the largest difference of a logit between the trained and the fused network, the largest "
@@ -178,9 +196,15 @@ def cycles(size: int = 40_000, batch: int = 100) -> Experiment:
         "cosine": ("warm-up and cosine", text_task.schedule),
         "two": ("triangular, 2 cycles", triangles(2)),
     }
-    common = {"rates": (0.03, 0.1, 0.3), "target": CYCLES_TARGET, "counts": (1000,) * 10}
+    common = {
+        "rates": (0.03, 0.1, 0.3),
+        "target": CYCLES_TARGET,
+        "counts": (1000,) * 10,
+    }
     build = resnet(batch_norm(batch))
-    arms = {k: Arm(n, build, batch, size, share=s, **common) for k, (n, s) in shares.items()}
+    arms = {
+        k: Arm(n, build, batch, size, share=s, **common) for k, (n, s) in shares.items()
+    }
     note = (
         f"Steps: as above, to {CYCLES_TARGET}. 400 steps are 4 epochs of 1,000 images a class: the legs of "
         "1 cycle are of 2 epochs, the shortest that the paper advises. Rates are peaks; a triangle begins at "
@@ -193,10 +217,15 @@ def long_tail(size: int = 38_400, batch: int = 128) -> Experiment:
     """Steps to a balanced accuracy, trained on a long tail."""
     counts = tuple(map(int, jt.longtail.data.exponential_counts(2000, 10, 100.0)))
     losses = {"cross entropy": jt.longtail.cross_entropy()}
-    losses["balanced softmax"] = jt.longtail.balanced_softmax(jnp.asarray(counts, jnp.float32))
+    losses["balanced softmax"] = jt.longtail.balanced_softmax(
+        jnp.asarray(counts, jnp.float32)
+    )
     common = {"rates": (0.03, 0.1, 0.3), "target": TAIL_TARGET, "counts": counts}
     build = resnet(batch_norm(batch))
-    arms = {name: Arm(name, build, batch, size, loss=f, **common) for name, f in losses.items()}
+    arms = {
+        name: Arm(name, build, batch, size, loss=f, **common)
+        for name, f in losses.items()
+    }
     note = (
         f"Trained on {counts} images of the ten classes, tested on equally many of each. Steps: as above, to "
         f"{TAIL_TARGET}. Training losses of different kinds can't be compared."

@@ -25,18 +25,27 @@ TUNING_SEED, SEEDS = 100, 3
 
 
 def measure(
-    task: image_task.Task, arms: dict[str, Arm], rows: Any, save: Callable[[], None], *, seeds: int
+    task: image_task.Task,
+    arms: dict[str, Arm],
+    rows: Any,
+    save: Callable[[], None],
+    *,
+    seeds: int,
 ) -> None:
     """Tune and train every arm that has no row yet."""
     for key, arm in arms.items():
         if key in rows:
             continue
         run = image_task.trainer(task, arm)
-        tried = [run(TUNING_SEED, rate) for rate in arm.rates] if len(arm.rates) > 1 else []
+        tried = (
+            [run(TUNING_SEED, rate) for rate in arm.rates] if len(arm.rates) > 1 else []
+        )
         if arm.like is not None:
             rate = rows[arm.like[0]]["rate"] * arm.like[1]
         else:
-            best = max(tried, key=lambda r: (not r["diverged"], r["validation"]), default=None)
+            best = max(
+                tried, key=lambda r: (not r["diverged"], r["validation"]), default=None
+            )
             rate = arm.rates[0] if best is None else best["rate"]
         runs = [run(seed, rate) for seed in range(seeds)]
         about = {"name": arm.name, "batch": arm.batch, "steps": arm.steps, "rate": rate}
@@ -87,7 +96,9 @@ def candidates(rows: dict[str, Any]) -> list[str]:
     """A sentence for each arm whose rate was tuned."""
     return [
         f"{row['name']}, batch {row['batch']}: {row['rate']:g} was the best of "
-        + ", ".join(f"{r['rate']:g} ({100 * r['validation']:.1f} %)" for r in row["tried"])
+        + ", ".join(
+            f"{r['rate']:g} ({100 * r['validation']:.1f} %)" for r in row["tried"]
+        )
         + " on the tuning seed."
         for row in rows.values()
         if row["tried"]
@@ -112,14 +123,20 @@ def settings(seeds: int) -> dict[str, Any]:
 def markdown(found: dict[str, Any]) -> str:
     """All tables."""
     about, given = found["about"], found["settings"]
-    lines = [f"Networks: `{about['command']}`", f"{about['hardware']}; {about['versions']}"]
+    lines = [
+        f"Networks: `{about['command']}`",
+        f"{about['hardware']}; {about['versions']}",
+    ]
     lines.append(
         f"Mean +- sample standard deviation of {given['seeds']} seeds; rates tried on another one. Few "
         f"images and few steps: differences between arms, not records.\n{given}"
     )
     for name, rows in found["experiments"].items():
         experiment = EXPERIMENTS[name]()
-        lines += [f"## {experiment.title} (`--only {name}`)", table(rows, experiment).markdown()]
+        lines += [
+            f"## {experiment.title} (`--only {name}`)",
+            table(rows, experiment).markdown(),
+        ]
     return "\n\n".join(lines) + "\n"
 
 
@@ -127,10 +144,16 @@ def main() -> None:
     """Train, print the tables, save the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--only", choices=EXPERIMENTS, help="run this one again, keep the others")
-    parser.add_argument("--resume", action="store_true", help="keep the arms that are finished")
+    parser.add_argument(
+        "--only", choices=EXPERIMENTS, help="run this one again, keep the others"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the arms that are finished"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--images", type=int, help="seen in every run, to try the script")
+    parser.add_argument(
+        "--images", type=int, help="seen in every run, to try the script"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     given = parser.parse_args()
     old = json.loads(given.out.read_text())["experiments"] if given.out.exists() else {}

@@ -47,18 +47,31 @@ def rows(rounds: int, builds: int) -> list[tuple[Any, ...]]:
     ]
 
 
-def build_times(txs: Any, params: Any, builds: int) -> tuple[dict[str, float], dict[str, float]]:
+def build_times(
+    txs: Any, params: Any, builds: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios for 12 layers and for 24; int8 takes minutes: built once, and not for 24 layers."""
     plain = {name: tx for name, tx in txs.items() if "int8" not in name}
-    coded = {name: tx for name, tx in txs.items() if name not in plain or name == common.BASE}
-    ratios = common.build_ratios(coded, params, 1) | common.build_ratios(plain, params, builds)
-    return ratios, common.build_ratios(plain, common.transformer(24), max(1, builds // 2))
+    coded = {
+        name: tx for name, tx in txs.items() if name not in plain or name == common.BASE
+    }
+    ratios = common.build_ratios(coded, params, 1) | common.build_ratios(
+        plain, params, builds
+    )
+    return ratios, common.build_ratios(
+        plain, common.transformer(24), max(1, builds // 2)
+    )
 
 
-def step_times(txs: Any, compiled: Any, params: Any, rounds: int) -> dict[str, np.ndarray]:
+def step_times(
+    txs: Any, compiled: Any, params: Any, rounds: int
+) -> dict[str, np.ndarray]:
     """Seconds of every optimizer's step in every round."""
     arrays = common.draw(params)
-    runs = {name: common.stepper(compiled[name], tx, arrays, arrays) for name, tx in txs.items()}
+    runs = {
+        name: common.stepper(compiled[name], tx, arrays, arrays)
+        for name, tx in txs.items()
+    }
     return common.in_turn(runs, rounds)
 
 
@@ -84,7 +97,9 @@ def tables(rounds: int = ROUNDS, builds: int = BUILDS) -> list[_table.Table]:
 
 def main() -> None:
     """Measure and print; `--out FILE` writes the same as Markdown."""
-    command, args = common.arguments("benchmarks.optimizers", rounds=ROUNDS, builds=BUILDS)
+    command, args = common.arguments(
+        "benchmarks.optimizers", rounds=ROUNDS, builds=BUILDS
+    )
     found = tables(args.rounds, args.builds)
     common.publish(found, heading(command, args.rounds, args.builds), args.out)
 

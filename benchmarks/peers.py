@@ -81,14 +81,18 @@ def optimizers() -> Iterator[Pair]:
         found = [amp.compiled_update(tx, small) for tx in ways]
         ours, peer = name.split(" / ")
         programs = tuple(Program(run, size) for run, _, size in found)
-        yield Pair(f"amp.{ours}", f"optax.{peer}", programs, "state", "update of 6 layers")
+        yield Pair(
+            f"amp.{ours}", f"optax.{peer}", programs, "state", "update of 6 layers"
+        )
 
 
 def layers() -> Iterator[Pair]:
     """Train steps of layers; inference of a fused block."""
     channels = blocks.CHANNELS
     norms = blocks.norms(channels)
-    standardized = jt.nnx.WSConv(channels, channels, (3, 3), use_bias=True, rngs=nnx.Rngs(0))
+    standardized = jt.nnx.WSConv(
+        channels, channels, (3, 3), use_bias=True, rngs=nnx.Rngs(0)
+    )
     _, fused = blocks.branched(blocks.branch_blocks()["ACBlock"]())
     x = blocks.images(BATCH)
 
@@ -102,10 +106,18 @@ def layers() -> Iterator[Pair]:
     for ours, peer, modules, how, task in (
         ("ExtendedBatchNorm", "nnx.BatchNorm", (ebn, batch_norm), {}, "train step"),
         ("WSConv", "nnx.Conv", (standardized, blocks.convolution()), {}, "train step"),
-        ("ACBlock, fused", "nnx.Conv", (fused, blocks.convolution()), infer, "inference"),
+        (
+            "ACBlock, fused",
+            "nnx.Conv",
+            (fused, blocks.convolution()),
+            infer,
+            "inference",
+        ),
     ):
         programs = tuple(program(module, **how) for module in modules)
-        yield Pair(f"nnx.{ours}", peer, programs, "accessed", f"{task}, {BATCH} x 32 x 32 x 64")
+        yield Pair(
+            f"nnx.{ours}", peer, programs, "accessed", f"{task}, {BATCH} x 32 x 32 x 64"
+        )
 
 
 class Block(linen.Module):
@@ -130,7 +142,8 @@ def recomputation() -> Iterator[Pair]:
     def program(fn: Callable[..., Any], *args: Any) -> Program:
         step = jax.jit(fn)
         return Program(
-            lambda: jax.block_until_ready(step(*args)), jt.remat.memory_analysis(fn, *args).temp
+            lambda: jax.block_until_ready(step(*args)),
+            jt.remat.memory_analysis(fn, *args).temp,
         )
 
     ours = program(recompute.deep_mlp(jt.remat.recompute_grad), weights, x)
@@ -141,7 +154,11 @@ def recomputation() -> Iterator[Pair]:
     }
     for peer, other in peers.items():
         yield Pair(
-            "remat.recompute_grad", peer, (ours, other), "temporaries", "gradient, 16-layer MLP"
+            "remat.recompute_grad",
+            peer,
+            (ours, other),
+            "temporaries",
+            "gradient, 16-layer MLP",
         )
 
 
@@ -153,23 +170,33 @@ def precision() -> Iterator[Pair]:
         step = jax.jit(jax.grad(fn))
         try:
             jax.block_until_ready(step(*args))
-            kept = jax.eval_shape(lambda *xs: jax.vjp(lambda p: fn(p, *xs[1:]), xs[0])[1], *args)
+            kept = jax.eval_shape(
+                lambda *xs: jax.vjp(lambda p: fn(p, *xs[1:]), xs[0])[1], *args
+            )
         except Exception as e:  # a peer's; whatever it is
-            return Program(failed=f"{type(e).__name__}: {str(e)[:50]}".replace("\n", " "))
+            return Program(
+                failed=f"{type(e).__name__}: {str(e)[:50]}".replace("\n", " ")
+            )
         return Program(lambda: jax.block_until_ready(step(*args)), _tree.nbytes(kept))
 
     ours = program(jt.amp.autocast(loss))
     for name, fn in amp_peers.ways(loss, hand).items():
         if not name.startswith("amp."):
             programs = ours, program(fn)
-            yield Pair("amp.autocast", name, programs, "kept", "gradient, 2-layer transformer")
+            yield Pair(
+                "amp.autocast", name, programs, "kept", "gradient, 2-layer transformer"
+            )
 
 
 def losses() -> Iterator[Pair]:
     """Loss and gradient."""
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(longtail.EXAMPLES, longtail.CLASSES)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, longtail.CLASSES, longtail.EXAMPLES), jnp.int32)
+    logits = jnp.asarray(
+        rng.normal(size=(longtail.EXAMPLES, longtail.CLASSES)), jnp.float32
+    )
+    labels = jnp.asarray(
+        rng.integers(0, longtail.CLASSES, longtail.EXAMPLES), jnp.int32
+    )
 
     def program(name: str) -> Program:
         step = longtail.compiled(longtail.losses()[name], logits, labels)
@@ -214,7 +241,15 @@ def row(pair: Pair, rounds: int) -> tuple[Any, ...]:
     median = float(np.median(times["ours"] / times["peer"]))
     least = float(times["ours"].min() / times["peer"].min())
     nbytes = "-" if ours.nbytes is None else f"{ours.nbytes / peer.nbytes:.2f}"
-    return pair.ours, pair.peer, f"{median:.2f}", f"{least:.2f}", nbytes, pair.what, pair.task
+    return (
+        pair.ours,
+        pair.peer,
+        f"{median:.2f}",
+        f"{least:.2f}",
+        nbytes,
+        pair.what,
+        pair.task,
+    )
 
 
 def table(rounds: int) -> _table.Table:

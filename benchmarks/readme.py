@@ -38,7 +38,9 @@ def replace(name: str, text: str, path: pathlib.Path = README) -> None:
 def main() -> None:
     """Write the table of `jaxtricks ablate`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme")
-    parser.add_argument("run", type=pathlib.Path, help="run directory of `jaxtricks ablate`")
+    parser.add_argument(
+        "run", type=pathlib.Path, help="run directory of `jaxtricks ablate`"
+    )
     parser.add_argument("--name", default="ablation", help="the place in README.md")
     args = parser.parse_args()
     rows = json.loads((args.run / "results.json").read_text())

@@ -15,9 +15,12 @@ def table() -> _table.Table:
     wraps = {"plain": lambda f: f, "jax.checkpoint": jax.checkpoint}
     wraps["remat.recompute_grad"] = remat.recompute_grad
     reports = {
-        name: remat.memory_analysis(deep_mlp(wrap), weights, x) for name, wrap in wraps.items()
+        name: remat.memory_analysis(deep_mlp(wrap), weights, x)
+        for name, wrap in wraps.items()
     }
-    body = [(n, _table.format_bytes(r.temp), f"{r.flops:.3e}") for n, r in reports.items()]
+    body = [
+        (n, _table.format_bytes(r.temp), f"{r.flops:.3e}") for n, r in reports.items()
+    ]
     return _table.make(("16-layer MLP, 4 groups", "temporaries", "flops"), body)
 
 

@@ -17,7 +17,9 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
         def run(p: Any, x: Any) -> Any:
             h = jax.nn.relu(batch_norm(p["norm1"], layers.conv(x, p["conv1"], stride)))
             h = batch_norm(p["norm2"], layers.conv(h, p["conv2"]))
-            return jax.nn.relu(h + (layers.conv(x, p["skip"], stride) if "skip" in p else x))
+            return jax.nn.relu(
+                h + (layers.conv(x, p["skip"], stride) if "skip" in p else x)
+            )
 
         return run
 
@@ -27,16 +29,27 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, len(plan) + 1)
         k1, k2, k3 = jax.random.split(key, 3)
-        blocks = [_block_params(k, i, o, o) for k, (i, o, _) in zip(keys, plan, strict=True)]
-        embed = {"conv": layers.normal(k1, 3, 3, 3, width), "norm": layers.norm_params(width)}
-        params = {"embed": embed, "blocks": blocks, "head": layers.normal(k2, 4 * width, 10)}
+        blocks = [
+            _block_params(k, i, o, o) for k, (i, o, _) in zip(keys, plan, strict=True)
+        ]
+        embed = {
+            "conv": layers.normal(k1, 3, 3, 3, width),
+            "norm": layers.norm_params(width),
+        }
+        params = {
+            "embed": embed,
+            "blocks": blocks,
+            "head": layers.normal(k2, 4 * width, 10),
+        }
         return params, layers.images(k3, batch)
 
     return Model(
         "resnet",
         draw,
         tuple(block(stride) for *_, stride in plan),
-        embed=lambda p, batch: jax.nn.relu(batch_norm(p["norm"], layers.conv(batch[0], p["conv"]))),
+        embed=lambda p, batch: jax.nn.relu(
+            batch_norm(p["norm"], layers.conv(batch[0], p["conv"]))
+        ),
         head=lambda p, x, batch: layers.cross_entropy(x.mean((1, 2)) @ p, batch[1]),
     )
 
@@ -61,13 +74,22 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, len(plan) + 1)
         k1, k2, k3 = jax.random.split(key, 3)
-        blocks = [_block_params(k, i, o, i) for k, (i, o, _) in zip(keys, plan, strict=True)]
-        head = {"norm": layers.norm_params(2 * width), "w": layers.normal(k2, 2 * width, 10)}
+        blocks = [
+            _block_params(k, i, o, i) for k, (i, o, _) in zip(keys, plan, strict=True)
+        ]
+        head = {
+            "norm": layers.norm_params(2 * width),
+            "w": layers.normal(k2, 2 * width, 10),
+        }
         embed = layers.normal(k1, 3, 3, 3, width)
-        return {"embed": embed, "blocks": blocks, "head": head}, layers.images(k3, batch)
+        return {"embed": embed, "blocks": blocks, "head": head}, layers.images(
+            k3, batch
+        )
 
     def head(p: Any, x: Any, batch: Any) -> Any:
-        return layers.cross_entropy(activate(p["norm"], x).mean((1, 2)) @ p["w"], batch[1])
+        return layers.cross_entropy(
+            activate(p["norm"], x).mean((1, 2)) @ p["w"], batch[1]
+        )
 
     return Model(
         f"preact{len(plan)}",

@@ -32,15 +32,21 @@ def dense(p: Any, x: Any) -> Any:
 def conv(x: Any, kernel: Any, stride: int = 1) -> Any:
     """A convolution of images [batch, height, width, features]."""
     strides, dims = (stride, stride), ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=dims)
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, "SAME", dimension_numbers=dims
+    )
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
     """Mean negative log-likelihood of integer labels."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).mean()
+    return -jnp.take_along_axis(
+        jax.nn.log_softmax(logits), labels[..., None], -1
+    ).mean()
 
 
 def images(key: Any, batch: int) -> tuple[Any, Any]:
     """(noise [batch, 32, 32, 3], labels of ten classes)."""
     k1, k2 = jax.random.split(key)
-    return jax.random.normal(k1, (batch, 32, 32, 3)), jax.random.randint(k2, (batch,), 0, 10)
+    return jax.random.normal(k1, (batch, 32, 32, 3)), jax.random.randint(
+        k2, (batch,), 0, 10
+    )

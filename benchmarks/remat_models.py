@@ -30,7 +30,9 @@ def mlp(n: int, width: int = 128, batch: int = 1024, *, stacked: bool = False) -
 
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, n + 1)
-        cells = [{"w": layers.normal(k, width, width), "b": jnp.zeros(width)} for k in keys]
+        cells = [
+            {"w": layers.normal(k, width, width), "b": jnp.zeros(width)} for k in keys
+        ]
         blocks = jax.tree.map(lambda *a: jnp.stack(a), *cells) if stacked else cells
         x, y = jax.random.normal(key, (2, batch, width))
         return {"embed": (), "blocks": blocks, "head": ()}, (x, y)
@@ -76,9 +78,16 @@ def transformer(
             "token": layers.normal(k1, vocabulary, width),
             "place": layers.normal(k2, length, width),
         }
-        head = {"norm": layers.norm_params(width), "w": layers.normal(k3, width, vocabulary)}
+        head = {
+            "norm": layers.norm_params(width),
+            "w": layers.normal(k3, width, vocabulary),
+        }
         tokens = jax.random.randint(k4, (batch, length + 1), 0, vocabulary)
-        return {"embed": embed, "blocks": [layer_params(k) for k in keys], "head": head}, tokens
+        return {
+            "embed": embed,
+            "blocks": [layer_params(k) for k in keys],
+            "head": head,
+        }, tokens
 
     def attention(p: Any, x: Any) -> Any:
         q, k, v = jnp.split((x @ p["qkv"]).reshape(batch, length, heads, -1), 3, -1)
@@ -109,8 +118,15 @@ def rnn(steps: int = 40, width: int = 128, batch: int = 256) -> Model:
 
     def draw(key: Any) -> tuple[Any, Any]:
         k1, k2, k3, k4, k5 = jax.random.split(key, 5)
-        cell = {"gates": {"w": layers.normal(k1, 2 * width, 2 * width), "b": jnp.zeros(2 * width)}}
-        cell |= {"new": {"w": layers.normal(k2, 2 * width, width), "b": jnp.zeros(width)}}
+        cell = {
+            "gates": {
+                "w": layers.normal(k1, 2 * width, 2 * width),
+                "b": jnp.zeros(2 * width),
+            }
+        }
+        cell |= {
+            "new": {"w": layers.normal(k2, 2 * width, width), "b": jnp.zeros(width)}
+        }
         inputs = jax.random.normal(k4, (steps, batch, width))
         params = {"embed": (), "blocks": cell, "head": layers.normal(k3, width, 10)}
         return params, (inputs, jax.random.randint(k5, (batch,), 0, 10))
@@ -118,7 +134,9 @@ def rnn(steps: int = 40, width: int = 128, batch: int = 256) -> Model:
     def step(p: Any, h: Any) -> Any:
         cell, x = p
         both = jnp.concatenate([x, h], -1)
-        reset, update = jnp.split(jax.nn.sigmoid(layers.dense(cell["gates"], both)), 2, -1)
+        reset, update = jnp.split(
+            jax.nn.sigmoid(layers.dense(cell["gates"], both)), 2, -1
+        )
         new = jnp.tanh(layers.dense(cell["new"], jnp.concatenate([x, reset * h], -1)))
         return update * h + (1 - update) * new
 
@@ -138,19 +156,32 @@ def mixer(n: int = 10, width: int = 64, patches: int = 64, batch: int = 8) -> Mo
     def pair(key: Any, d: int, hidden: int) -> Any:
         up, down = jax.random.split(key)
         wide = {"w": layers.normal(up, d, hidden), "b": jnp.zeros(hidden)}
-        return {"up": wide, "down": {"w": layers.normal(down, hidden, d), "b": jnp.zeros(d)}}
+        return {
+            "up": wide,
+            "down": {"w": layers.normal(down, hidden, d), "b": jnp.zeros(d)},
+        }
 
     def layer_params(key: Any) -> Any:
         k1, k2 = jax.random.split(key)
-        p = {"patches": pair(k1, patches, 2 * patches), "features": pair(k2, width, 4 * width)}
-        return p | {"norm1": layers.norm_params(width), "norm2": layers.norm_params(width)}
+        p = {
+            "patches": pair(k1, patches, 2 * patches),
+            "features": pair(k2, width, 4 * width),
+        }
+        return p | {
+            "norm1": layers.norm_params(width),
+            "norm2": layers.norm_params(width),
+        }
 
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, n + 1)
         k1, k2, k3 = jax.random.split(key, 3)
         embed = layers.normal(k1, 3 * 32 * 32 // patches, width)
         head = {"norm": layers.norm_params(width), "w": layers.normal(k2, width, 10)}
-        params = {"embed": embed, "blocks": [layer_params(k) for k in keys], "head": head}
+        params = {
+            "embed": embed,
+            "blocks": [layer_params(k) for k in keys],
+            "head": head,
+        }
         return params, layers.images(k3, batch)
 
     def mlp(p: Any, x: Any) -> Any:

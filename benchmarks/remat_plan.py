@@ -29,7 +29,15 @@ BUDGETS = {
     "scan64": (16.5,),
 }  # MiB
 FRACTIONS = 0.5, 0.3, 0.2  # of what the plain loss needs, for the other models
-HEADERS = ("budget", "temp MiB", "planner's", "extra FLOPs", "gradient error", "compiles", "s")
+HEADERS = (
+    "budget",
+    "temp MiB",
+    "planner's",
+    "extra FLOPs",
+    "gradient error",
+    "compiles",
+    "s",
+)
 
 
 class Built(NamedTuple):
@@ -78,28 +86,51 @@ def rows(name: str) -> Iterator[tuple[Any, ...]]:
     for way, chain in by_hand(model).items():
         built = build(model.loss(chain), args)
         extra = built.report.flops / plain.report.flops - 1
-        yield (way, None, *costs(built, None, extra, plain), None, seconds(built.seconds))
+        yield (
+            way,
+            None,
+            *costs(built, None, extra, plain),
+            None,
+            seconds(built.seconds),
+        )
     for budget in BUDGETS.get(name) or [f * plain.report.temp / MB for f in FRACTIONS]:
         yield planned(model, args, budget, plain)
 
 
-def planned(model: chains.Model, args: Any, budget: float, plain: Built) -> tuple[Any, ...]:
+def planned(
+    model: chains.Model, args: Any, budget: float, plain: Built
+) -> tuple[Any, ...]:
     """The planner's row; where it fails, the least it reached stands under "planner's"."""
     loss, start = model.loss(), time.perf_counter()
     try:
         plan = remat.plan(
-            loss, *args, budget_bytes=int(budget * MB), wrt="temp", max_compiles=MAX_COMPILES
+            loss,
+            *args,
+            budget_bytes=int(budget * MB),
+            wrt="temp",
+            max_compiles=MAX_COMPILES,
         )
     except remat.BudgetInfeasible as failure:
         spent = seconds(time.perf_counter() - start)
         least = None if failure.best is None else f"{failure.best / MB:.1f}"
-        return "planner: infeasible", f"{budget:.1f}", None, least, None, None, None, spent
+        return (
+            "planner: infeasible",
+            f"{budget:.1f}",
+            None,
+            least,
+            None,
+            None,
+            None,
+            spent,
+        )
     spent = time.perf_counter() - start
     found = costs(build(plan.fn, args), plan.peak, plan.extra_flops, plain)
     return "planner", f"{budget:.1f}", *found, plan.compiles, seconds(spent)
 
 
-def costs(built: Built, peak: int | None, extra: float, plain: Built) -> tuple[Any, ...]:
+def costs(
+    built: Built, peak: int | None, extra: float, plain: Built
+) -> tuple[Any, ...]:
     """(compiled here, what the planner said, FLOPs beyond the plain, error of the gradients)."""
     said = None if peak is None else f"{peak / MB:.2f}"
     error = gradient_error(built.grads, plain.grads)
@@ -137,7 +168,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     names = list(remat_models.models())
     parser.add_argument("--models", nargs="+", choices=names, default=names)
-    parser.add_argument("--out", type=pathlib.Path, help="write the tables here too, as Markdown")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="write the tables here too, as Markdown"
+    )
     return parser.parse_args()
 
 

@@ -44,7 +44,9 @@ def measure(task: Task, *, steps: int, batch: int, seeds: int) -> list[dict[str,
     params, rows = jax.eval_shape(lambda: task.init(0)), []
     for key, arm in arms(task).items():
         run = text_task.trainer(task, arm, steps=steps, batch=batch)
-        size = sum(arm.dtype(0).dtype.itemsize * p.size for p in jax.tree.leaves(params))
+        size = sum(
+            arm.dtype(0).dtype.itemsize * p.size for p in jax.tree.leaves(params)
+        )
         for rate in RATES:
             runs = [run(seed, rate) for seed in range(seeds)]
             figures = text_task.summary(runs)
@@ -61,7 +63,14 @@ def measure(task: Task, *, steps: int, batch: int, seeds: int) -> list[dict[str,
 
 def table(rows: list[dict[str, Any]]) -> _table.Table:
     """One row an arm and rate."""
-    headers = ("peak rate", "parameters", "training", "of float32's", "validation", "of float32's")
+    headers = (
+        "peak rate",
+        "parameters",
+        "training",
+        "of float32's",
+        "validation",
+        "of float32's",
+    )
     body = [
         (
             row["rate"],
@@ -81,7 +90,9 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """The target for each rate: met or missed, beside what rounding to the nearest gives."""
     lines = []
     for rate in RATES:
-        of = {r["key"]: r["of_float32"]["validation"] for r in rows if r["rate"] == rate}
+        of = {
+            r["key"]: r["of_float32"]["validation"] for r in rows if r["rate"] == rate
+        }
         met = "met" if of["rounded"] <= LOSS_TARGET else "MISSED"
         lines.append(
             f"rate {rate:g}: stochastic_round's validation loss at most {LOSS_TARGET} of float32's: {met} "

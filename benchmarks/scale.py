@@ -73,7 +73,15 @@ ROWS = (
     Row("1 B", "v5e-16", "adamw", AUTOCAST, PLAN),
     Row("1 B", "v5p-64", "adamw", AUTOCAST, NONE),
 )
-PAPER = ("model", "slice", "optimizer", "parameters", "gradients", "state", "sum, GiB a device")
+PAPER = (
+    "model",
+    "slice",
+    "optimizer",
+    "parameters",
+    "gradients",
+    "state",
+    "sum, GiB a device",
+)
 COMPILED = (
     *Row._fields,
     "texts",
@@ -133,9 +141,18 @@ def paper() -> list[tuple[Any, ...]]:
     for size, dims in SIZES.items():
         for name, tpus in SLICES.items():
             for optimizer, tx in optimizers().items():
-                params = model.shapes(dims, jnp.bfloat16 if optimizer == ROUNDED else jnp.float32)
+                params = model.shapes(
+                    dims, jnp.bfloat16 if optimizer == ROUNDED else jnp.float32
+                )
                 p, s = (b / GIB for b in paper_bytes(params, tx, mesh(tpus.topology)))
-                found.append((size, name, optimizer, *(round(x, 3) for x in (p, p, s, 2 * p + s))))
+                found.append(
+                    (
+                        size,
+                        name,
+                        optimizer,
+                        *(round(x, 3) for x in (p, p, s, 2 * p + s)),
+                    )
+                )
     return found
 
 
@@ -166,7 +183,9 @@ def compiled(
     params = model.shapes(size, jnp.bfloat16 if policy == LOW else jnp.float32)
     tokens = jax.ShapeDtypeStruct((texts * on.size, size.length + 1), jnp.int32)
     args = model.arguments(tx, params, tokens, on)
-    fn = model.loss(size, on, *([jt.remat.recompute_grad] if recompute == LAYER else []))
+    fn = model.loss(
+        size, on, *([jt.remat.recompute_grad] if recompute == LAYER else [])
+    )
     if policy != FLOAT32:
         fn = jt.amp.autocast(fn, scan_carry="auto")
     step = model.jitted(tx, params, on)
@@ -200,7 +219,9 @@ def row(asked: Row) -> tuple[Any, ...]:
     texts = BATCH.get((asked.size, asked.slice), MOST)
     how = asked.policy, asked.recompute, texts, round(PLANNED * hbm, 2)
     report = compiled(size, topology, tx, *how)
-    args, temp, peak = rounded(*(x / GIB for x in (report.args, report.temp, report.peak)))
+    args, temp, peak = rounded(
+        *(x / GIB for x in (report.args, report.temp, report.peak))
+    )
     operations = report.flops / 1e12 / (texts * mesh(topology).size)
     if not report.args:
         return (*asked, texts, None, temp, None, round(operations, 2))
@@ -220,15 +241,21 @@ def rounded(*numbers: float) -> tuple[float, ...]:
 
 def made() -> str:
     """Versions and sizes that the rows are of."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "libtpu", "optax")
+    )
     return f"{packages}; {SIZES}; {BATCH}, else {MOST}"
 
 
 def heading(command: str) -> str:
     """What stands above the tables."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "libtpu", "optax")
+    )
     counts = {n: common.count(model.shapes(s)) / 1e9 for n, s in SIZES.items()}
-    sizes = "\n".join(f"- {n}: {counts[n]:.2f} G parameters, {s}" for n, s in SIZES.items())
+    sizes = "\n".join(
+        f"- {n}: {counts[n]:.2f} G parameters, {s}" for n, s in SIZES.items()
+    )
     slices = "\n".join(
         f"- {n}: {s.topology}, {mesh(s.topology).size} devices, {s.hbm} GiB of HBM each, "
         f"bytes are of one"
@@ -272,7 +299,9 @@ class Kept(NamedTuple):
         """All rows so far."""
         if self.path is not None:
             lines = ",\n".join(map(json.dumps, rows.values()))
-            self.path.write_text(f'{{"made": {json.dumps(self.made)}, "rows": [\n{lines}\n]}}\n')
+            self.path.write_text(
+                f'{{"made": {json.dumps(self.made)}, "rows": [\n{lines}\n]}}\n'
+            )
 
 
 def main() -> None:
@@ -284,7 +313,9 @@ def main() -> None:
         if asked not in found:
             start = time.monotonic()
             found[asked] = row(asked)
-            print(*found[asked], f"{time.monotonic() - start:.0f} s", sep=", ", flush=True)
+            print(
+                *found[asked], f"{time.monotonic() - start:.0f} s", sep=", ", flush=True
+            )
             kept.write(found)
     rows = [judged(found[asked]) for asked in sorted(ROWS, key=order)]
     tables = _table.make(PAPER, paper()), _table.make(COMPILED, rows)

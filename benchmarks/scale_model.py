@@ -20,7 +20,10 @@ AXIS = "data"
 MATRICES = "q", "k", "v", "o", "gate", "up", "down"
 ROLES = jt.roles.by_path(
     {
-        rf"layers/({'|'.join(MATRICES)})": ("in", "out"),  # the leading axis of layers is "batch"
+        rf"layers/({'|'.join(MATRICES)})": (
+            "in",
+            "out",
+        ),  # the leading axis of layers is "batch"
         "embedding|head": ("in", "out"),
         "layers/norm[12]|norm": ("none",),
     }
@@ -42,7 +45,11 @@ class Size(NamedTuple):
 def shapes(size: Size, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameters as shapes."""
     d, h, v = size.width, size.hidden, size.vocabulary
-    layer = dict.fromkeys("qkvo", (d, d)) | {"gate": (d, h), "up": (d, h), "down": (h, d)}
+    layer = dict.fromkeys("qkvo", (d, d)) | {
+        "gate": (d, h),
+        "up": (d, h),
+        "down": (h, d),
+    }
     layer |= {"norm1": (d,), "norm2": (d,)}
     table = {"embedding": (v, d), "head": (d, v), "norm": (d,)}
     made = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
@@ -66,12 +73,16 @@ def draw(size: Size, dtype: Any = jnp.float32) -> dict[str, Any]:
 def specs(params: Any) -> Any:
     """Where the parameters lie: the first axis that counts no layers is cut over all devices."""
     return {
-        name: jax.tree.map(lambda _: P(None, AXIS), leaf) if name == "layers" else P(AXIS)
+        name: jax.tree.map(lambda _: P(None, AXIS), leaf)
+        if name == "layers"
+        else P(AXIS)
         for name, leaf in params.items()
     }
 
 
-def loss(size: Size, mesh: Mesh, recompute: Callable[[Any], Any] = lambda layer: layer) -> Loss:
+def loss(
+    size: Size, mesh: Mesh, recompute: Callable[[Any], Any] = lambda layer: layer
+) -> Loss:
     """(params, tokens [batch, length + 1]) -> nats per token.
 
     Args:
@@ -85,7 +96,9 @@ def loss(size: Size, mesh: Mesh, recompute: Callable[[Any], Any] = lambda layer:
     def attention(x: Any, p: Any) -> Any:
         b, t, d = x.shape
         q, k, v = ((x @ p[name]).reshape(b, t, size.heads, -1) for name in "qkv")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", _rotated(q), _rotated(k)).astype(jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", _rotated(q), _rotated(k)).astype(
+            jnp.float32
+        )
         scores = scores * (d // size.heads) ** -0.5
         causal = jnp.tril(jnp.ones((1, 1, t, t), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(x.dtype)
@@ -133,7 +146,9 @@ def jitted(tx: Any, params: Any, mesh: Mesh) -> Callable[[Loss], Any]:
     outs = (*ins[:2], NamedSharding(mesh, P()))
 
     def within(fn: Loss) -> Any:
-        return jax.jit(step(tx, fn), in_shardings=ins, out_shardings=outs, donate_argnums=(0, 1))
+        return jax.jit(
+            step(tx, fn), in_shardings=ins, out_shardings=outs, donate_argnums=(0, 1)
+        )
 
     return within
 
@@ -155,7 +170,9 @@ def _gathering(mesh: Mesh) -> Callable[[Any], Any]:
     def gather(x: Any) -> Any:
         return _placed(x, mesh, P())
 
-    gather.defvjp(lambda x: (gather(x), None), lambda _, g: (_placed(g, mesh, P(AXIS)),))
+    gather.defvjp(
+        lambda x: (gather(x), None), lambda _, g: (_placed(g, mesh, P(AXIS)),)
+    )
     return gather
 
 

@@ -43,10 +43,14 @@ class Task(NamedTuple):
     validation: np.ndarray
 
 
-def in_float32(loss: Callable[..., Any], state: Any, **options: Any) -> Callable[..., Any]:
+def in_float32(
+    loss: Callable[..., Any], state: Any, **options: Any
+) -> Callable[..., Any]:
     """Loss and gradients, computed in float32 whatever the parameters are stored in."""
     del state
-    return jax.value_and_grad(lambda params, *rest: loss(_wide(params), *rest), **options)
+    return jax.value_and_grad(
+        lambda params, *rest: loss(_wide(params), *rest), **options
+    )
 
 
 class Arm(NamedTuple):
@@ -116,13 +120,17 @@ def batches(codes: np.ndarray, batch: int) -> Batches:
     """(seed, step) -> windows [batch, CONTEXT + 1]: the same for every arm."""
 
     def at(seed: int, step: int) -> np.ndarray:
-        starts = np.random.default_rng((seed, step)).integers(len(codes) - CONTEXT, size=batch)
+        starts = np.random.default_rng((seed, step)).integers(
+            len(codes) - CONTEXT, size=batch
+        )
         return codes[starts[:, None] + np.arange(CONTEXT + 1)]
 
     return at
 
 
-def trainer(task: Task, arm: Arm, *, steps: int, batch: int) -> Callable[[int, float], Run]:
+def trainer(
+    task: Task, arm: Arm, *, steps: int, batch: int
+) -> Callable[[int, float], Run]:
     """(seed, peak rate) -> Run; seed and rate are data, so one compiled step serves every run."""
     draw = batches(task.train, batch)
     stop = (len(task.validation) - 1) // CONTEXT
@@ -173,7 +181,10 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     return {
         "n": len(runs),
         "train": {"mean": float(np.mean(train)), "std": float(np.std(train, ddof=1))},
-        "validation": {"mean": float(np.mean(held)), "std": float(np.std(held, ddof=1))},
+        "validation": {
+            "mean": float(np.mean(held)),
+            "std": float(np.std(held, ddof=1)),
+        },
         "curve": {
             "step": [float(c.mean()) + 1 for c in chunks],
             "loss": [round(float(curve[c].mean()), 4) for c in chunks],

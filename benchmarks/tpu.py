@@ -50,7 +50,9 @@ def chip() -> SingleDeviceSharding:
 
 def place(tree: Any) -> Any:
     """The shapes, placed on the chip."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip()), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip()), tree
+    )
 
 
 def leaf() -> dict[str, Any]:
@@ -60,28 +62,35 @@ def leaf() -> dict[str, Any]:
 
 def rows(params: Any, with_int8: bool = True) -> list[tuple[Any, ...]]:
     """One row an optimizer; see `HEADERS`."""
-    txs = {n: tx for n, tx in common.optimizers().items() if with_int8 or "int8" not in n}
+    txs = {
+        n: tx for n, tx in common.optimizers().items() if with_int8 or "int8" not in n
+    }
     costs = {
         name: common.cost(common.compile_step(tx, params, place), tx, params)
         for name, tx in txs.items()
     }
     base = costs[common.BASE].accessed
     return [
-        (name, c.accessed, c.accessed / base, c.temp / 2**20, c.state) for name, c in costs.items()
+        (name, c.accessed, c.accessed / base, c.temp / 2**20, c.state)
+        for name, c in costs.items()
     ]
 
 
 def main() -> None:
     """Compile and print; `--out FILE` writes the same as Markdown."""
     command, args = common.arguments("benchmarks.tpu")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "libtpu", "optax")
+    )
     heading = (
         f"Optimizers, compiled for one chip of TPU {TOPOLOGY}: `{command}`\n\n{packages}.\n"
         "Exact counts of the compiler; nothing is run. The single leaf's are the traffic with HBM; those of\n"
         "the transformers (width 256) count copies into VMEM too."
     )
     trees = {"one leaf of 8192 x 8192": (leaf(), True)}
-    trees |= {f"transformer, {n} layers": (common.transformer(n), False) for n in (4, 12)}
+    trees |= {
+        f"transformer, {n} layers": (common.transformer(n), False) for n in (4, 12)
+    }
     tables = [
         _table.make((name, *HEADERS[1:]), rows(params, with_int8))
         for name, (params, with_int8) in trees.items()

@@ -30,7 +30,9 @@ def ways(form: str) -> dict[str, Callable[..., Any]]:
         "autocast(grad)": amp.autocast(jax.grad(loss)),
     }
     if form != "unrolled":
-        found["grad(autocast), auto carry"] = jax.grad(amp.autocast(loss, scan_carry="auto"))
+        found["grad(autocast), auto carry"] = jax.grad(
+            amp.autocast(loss, scan_carry="auto")
+        )
     return found
 
 

@@ -18,7 +18,10 @@ from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.plan_config import Plan
 
 IMAGES = {"widths": (64, 128, 256), "batch": 256}  # 32 x 32 x 3, 10 classes
-TEXT = {"text": Text(context=256, features=256, layers=4, heads=4), "batch": 64}  # 128 characters
+TEXT = {
+    "text": Text(context=256, features=256, layers=4, heads=4),
+    "batch": 64,
+}  # 128 characters
 BASELINE, ALL = "baseline", "all"
 MESHES = {
     "data=4": Parallel("data=4"),
@@ -33,7 +36,9 @@ IN_STEP = tuple(key for key in KEYS if key != "echo")
 
 def tricks(model: str) -> dict[str, Tricks]:
     """name -> those that are on: none, each alone where that tells something new, all that apply."""
-    alone = {"resnet": IN_STEP, "transformer": ("amp", "memopt", "remat")}.get(model, ())
+    alone = {"resnet": IN_STEP, "transformer": ("amp", "memopt", "remat")}.get(
+        model, ()
+    )
     every = [key for key in KEYS if model not in IDLE.get(key, {})]
     found = {BASELINE: Tricks(), **{key: Tricks.of(key) for key in alone}}
     return found | {ALL: Tricks.of(*every)}
@@ -81,9 +86,14 @@ def table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
     for name, found in costs.items():
         values = [getattr(found, field) for field in fields]
         bases = [getattr(base, field) for field in fields]
-        pairs = [(v / u, v / b) for v, u, b in zip(values, fields.values(), bases, strict=True)]
+        pairs = [
+            (v / u, v / b)
+            for v, u, b in zip(values, fields.values(), bases, strict=True)
+        ]
         rows.append((name, *(x for pair in pairs for x in pair)))
-    headers = [(h, "to first") for h in ("temp MiB", "args MiB", "GiB accessed", "GFLOP")]
+    headers = [
+        (h, "to first") for h in ("temp MiB", "args MiB", "GiB accessed", "GFLOP")
+    ]
     return _table.make((model, *(h for pair in headers for h in pair)), rows)
 
 
@@ -93,12 +103,15 @@ def sent_table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
     for name, found in costs.items():
         for kind in dict.fromkeys(kind for kind, *_ in found.sent):
             sizes = [size for k, size, _ in found.sent if k == kind]
-            rows.append((name, kind, len(sizes), sum(sizes) / 2**20, sum(sizes) / found.params))
+            rows.append(
+                (name, kind, len(sizes), sum(sizes) / 2**20, sum(sizes) / found.params)
+            )
     return _table.make((model, "collective", "how many", "MiB", "to parameters"), rows)
 
 
 def tables(
-    single: dict[str, dict[str, common.StepCost]], four: dict[str, dict[str, common.StepCost]]
+    single: dict[str, dict[str, common.StepCost]],
+    four: dict[str, dict[str, common.StepCost]],
 ) -> list[_table.Table]:
     """By model, what `one_chip` and `four_chips` found."""
     found = []
@@ -115,7 +128,9 @@ def tables(
 
 def heading(command: str) -> str:
     """What was compiled, with which versions."""
-    packages = ", ".join(f"{n} {version(n)}" for n in ("jax", "libtpu", "flax", "optax"))
+    packages = ", ".join(
+        f"{n} {version(n)}" for n in ("jax", "libtpu", "flax", "optax")
+    )
     return (
         f"Training steps of the lab, compiled for TPU {tpu.TOPOLOGY}: `{command}`\n\n{packages}.\n"
         "resnet, nfnet, repvgg: widths 64 128 256, batches of 256 images of 32 x 32 x 3. transformer: 4\n"

@@ -19,21 +19,35 @@ from jaxtricks import _table, remat
 SIZE = {"n": 3, "width": 512, "length": 512, "batch": 8, "heads": 8, "vocabulary": 1024}
 WRAPS = {"jax.checkpoint": jax.checkpoint, "recompute_grad": remat.recompute_grad}
 PLANNED = 0.2  # budget of temporaries
-HEADERS = ("way", "temp MiB", "to plain", "TFLOP", "to plain", "GiB accessed", "to plain")
+HEADERS = (
+    "way",
+    "temp MiB",
+    "to plain",
+    "TFLOP",
+    "to plain",
+    "GiB accessed",
+    "to plain",
+)
 
 
 def ways() -> dict[str, chains.Chain]:
     """name -> how the layers run, nothing recomputed first."""
     found = {"plain": chains.plain}
     found |= {f"{name} a layer": chains.each(wrap) for name, wrap in WRAPS.items()}
-    return found | {f"{name} a segment": chains.segments(wrap) for name, wrap in WRAPS.items()}
+    return found | {
+        f"{name} a segment": chains.segments(wrap) for name, wrap in WRAPS.items()
+    }
 
 
 def rows(size: dict[str, int], names: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
     """One row a way (of those named); see `HEADERS`."""
     model = models.transformer(**size)
     args = tpu.place(model.shapes())
-    found = [(n, *cost(model.loss(w), args)) for n, w in ways().items() if not names or n in names]
+    found = [
+        (n, *cost(model.loss(w), args))
+        for n, w in ways().items()
+        if not names or n in names
+    ]
     if not names:
         plan = remat.plan(
             model.loss(),

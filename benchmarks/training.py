@@ -48,7 +48,9 @@ def arms(task: Task) -> dict[str, Arm]:
     }
 
 
-def measure(task: Task, found: Any, *, steps: int, batch: int, seeds: int) -> dict[str, Any]:
+def measure(
+    task: Task, found: Any, *, steps: int, batch: int, seeds: int
+) -> dict[str, Any]:
     """Tune and train every arm that is not among those found: {key: figures}."""
     params = jax.eval_shape(lambda: task.init(0))
     for key, arm in arms(task).items():
@@ -84,7 +86,14 @@ def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> _table.Table:
     """One row an optimizer."""
-    headers = ("optimizer", "rate", "training", "of AdamW's", "validation", "of AdamW's")
+    headers = (
+        "optimizer",
+        "rate",
+        "training",
+        "of AdamW's",
+        "validation",
+        "of AdamW's",
+    )
     rows = [
         (
             row["name"],
@@ -115,7 +124,9 @@ def verdicts(found: dict[str, Any]) -> list[str]:
             )
         limit = STATE_TARGET[key.split()[0]]
         met = _met(of["state"] <= limit)
-        lines.append(f"{row['name']}: state at most {limit} of AdamW's: {met} ({of['state']:.4f})")
+        lines.append(
+            f"{row['name']}: state at most {limit} of AdamW's: {met} ({of['state']:.4f})"
+        )
     return lines
 
 
@@ -139,7 +150,9 @@ def kept(only: str | None, size: dict[str, int]) -> dict[str, Any]:
         return {}
     saved = text_task.load("training")
     if any(saved["settings"][name] != value for name, value in size.items()):
-        raise SystemExit(f"the results are of {saved['settings']}: run all of them again")
+        raise SystemExit(
+            f"the results are of {saved['settings']}: run all of them again"
+        )
     return {key: row for key, row in saved["rows"].items() if key.split()[0] != only}
 
 
@@ -149,7 +162,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", choices=RATES, help="run this one again and keep the others")
+    parser.add_argument(
+        "--only", choices=RATES, help="run this one again and keep the others"
+    )
     given = parser.parse_args()
     size = {"steps": given.steps, "batch": given.batch, "seeds": given.seeds}
     settings = {**size, "model": text_task.model_settings(), "rates": RATES}
