@@ -43,9 +43,11 @@ _LOOKED_AT = 64
 class _Kind(NamedTuple):
     """One of the types that an argument may have.
 
-    Attributes: words: what it is called in an error. holds: whether a value is one.
+    Attributes:
+      words: what it is called in an error.
+      holds: whether a value is one.
       by_type: whether the type alone decides, so that the next value of it need not be
-      looked at.
+        looked at.
     """
 
     words: str
@@ -59,9 +61,10 @@ def checked(function: Function) -> Function:
     Annotations are read at the first call. What they leave open (Any, type variables,
     pytrees) is not checked, and a wrong number of arguments stays Python's own error.
 
-    Raises: ArgumentTypeError: (from the decorated function) with the function's name,
-      the argument's, the type
-        that it has, never its contents, and the types that it may have.
+    Raises:
+      ArgumentTypeError: (from the decorated function) with the function's name, the
+        argument's, the type that it has, never its contents, and the types that it may
+        have.
     """
     parameters = list(inspect.signature(function).parameters.values())
     positional = [

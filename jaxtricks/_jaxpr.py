@@ -72,8 +72,10 @@ def is_literal(v: Any) -> bool:
 def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
     """The results of an equation on other operands (of other dtypes, say), in the caller's trace.
 
-    Args: eqn: the equation; its context (mesh, compute type) and its place in the
-      source are kept. operands: one an operand; a literal's may be a NumPy scalar.
+    Args:
+      eqn: the equation; its context (mesh, compute type) and its place in the source
+        are kept.
+      operands: one an operand; a literal's may be a NumPy scalar.
       params: parameters to replace.
     """
     if type(eqn.primitive).get_bind_params is core.Primitive.get_bind_params:
@@ -146,9 +148,11 @@ def inlined(
 ) -> ClosedJaxpr:
     """The same program with its calls written out; every variable is its own.
 
-    Args: closed: any jaxpr. calls: names of primitives; with `RULES` among them the
-      values are right and derivatives are lost. also: whether to write out an equation
-      of another primitive.
+    Args:
+      closed: any jaxpr.
+      calls: names of primitives; with `RULES` among them the values are right and
+        derivatives are lost.
+      also: whether to write out an equation of another primitive.
     """
     eqns: list[Any] = []
     consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))

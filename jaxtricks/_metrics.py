@@ -16,7 +16,8 @@ def metrics(opt_state: Any) -> dict[str, Any]:
     Args:
       opt_state: the state of any optax chain; may be traced.
 
-    Returns: {name: scalar array}; a name that occurs twice is numbered:
+    Returns:
+      {name: scalar array}; a name that occurs twice is numbered:
       "agc/clipped_fraction", "agc/clipped_fraction_1".
     """
     found: dict[str, Any] = {}

@@ -14,9 +14,12 @@ import numpy as np
 class Call:
     """A call as a function of its arrays alone.
 
-    Args: fn: the function. args, kwargs: what it is called with; leaves that are no
-      arrays stay what they are. nnx: the function of jaxtricks.nnx that carries the
-      state of modules where this one can't.
+    Args:
+      fn: the function.
+      args, kwargs: what it is called with; leaves that are no arrays stay what they
+        are.
+      nnx: the function of jaxtricks.nnx that carries the state of modules where this
+        one can't.
     """
 
     def __init__(

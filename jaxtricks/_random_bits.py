@@ -71,8 +71,9 @@ def permuted(
     Returns:
       [n] places below size.
 
-    References: Hoang, Morris, Rogaway, An enciphering scheme based on a card shuffle,
-      arXiv 1208.1176.
+    References:
+      Hoang, Morris, Rogaway, An enciphering scheme based on a card shuffle, arXiv
+      1208.1176.
     """
 
     def swap_or_not(i: Array, x: Array) -> Array:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 class Table(NamedTuple):
     """A table that prints aligned and converts to Markdown.
 
-    Attributes: headers: the column names. rows: one tuple a row; floats are printed
-      with four significant digits, None as "-". notes: sentences printed below the
-      table.
+    Attributes:
+      headers: the column names.
+      rows: one tuple a row; floats are printed with four significant digits, None as
+        "-".
+      notes: sentences printed below the table.
     """
 
     headers: tuple[str, ...]

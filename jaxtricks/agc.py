@@ -88,10 +88,11 @@ _GRADIENT_FLOOR = 1e-6
 class AgcState(NamedTuple):
     """State of `adaptive_grad_clip`: what the last update did.
 
-    Attributes: clipped_fraction: clipped units / eligible units, float32 []; 0 if no
-      unit is eligible. max_ratio: max ||G|| / max(||W||, eps) over the eligible units,
-      float32 []; inf if a gradient
-        norm is not finite.
+    Attributes:
+      clipped_fraction: clipped units / eligible units, float32 []; 0 if no unit is
+        eligible.
+      max_ratio: max ||G|| / max(||W||, eps) over the eligible units, float32 []; inf if
+        a gradient norm is not finite.
       count: updates so far, int32 []; None unless `clipping` or `eps` is a schedule.
     """
 
@@ -171,10 +172,11 @@ def unitwise_norm(
 
     ||x_i|| = sqrt(sum x^2) over the unit; float16 entries cannot overflow it, float32 ones above 1e19 do.
 
-    Args: x: [*shape], any floating dtype. roles: one word per axis; a unit is one
-      ("batch", "out") index, all other axes are reduced.
-        None = the reference's rule: an array that squeezes to rank <= 1 is one unit;
-        rank 2 and 3 reduce axis 0, rank 4 (0, 1, 2), rank 5 (0, 1, 2, 3).
+    Args:
+      x: [*shape], any floating dtype.
+      roles: one word per axis; a unit is one ("batch", "out") index, all other axes are
+        reduced. None = the reference's rule: an array that squeezes to rank <= 1 is one
+        unit; rank 2 and 3 reduce axis 0, rank 4 (0, 1, 2), rank 5 (0, 1, 2, 3).
 
     Returns:
       The norms, float32 (float64 for float64), with 1 for every reduced axis.
@@ -217,9 +219,9 @@ def adaptive_grad_clip(
     Returns:
       A GradientTransformation whose update needs `params`.
 
-    Raises: ValueError: a negative number; in `init`, a rule that does not fit the
-      parameters, or a parameter
-        that is clipped and not floating.
+    Raises:
+      ValueError: a negative number; in `init`, a rule that does not fit the parameters,
+        or a parameter that is clipped and not floating.
 
     Example:
       >>> tx = adaptive_grad_clip(0.1)
@@ -229,7 +231,8 @@ def adaptive_grad_clip(
       >>> float(state.clipped_fraction), round(float(updates["w"][0, 0]), 6)
       (0.5, 0.1)
 
-    References: Brock et al., "High-Performance Large-Scale Image Recognition Without
+    References:
+      Brock et al., "High-Performance Large-Scale Image Recognition Without
       Normalization", arXiv 2102.06171, eq. 3.
     """
     for name, x in (("clipping", clipping), ("eps", eps)):

@@ -105,18 +105,19 @@ def extended_moments(
     var = sum_ic m_ic (x_ic - mean_c)^2 / n              "channel"
     var = sum_ic m_ic (x_ic - sum_c n_c mean_c / n)^2 / n    "grand"
 
-    Args: x: [..., C], channels last. mask: which entries count (nonzero = counts).
-      Either the leading axes of x in order, each of full
-        size or 1: [N], [N, H], [N, 1, W], [N, H, W] for x [N, H, W, C]; or as many axes
-          as x, each of
-        full size or 1, the last one being the channels: [N, H, W, 1], [1, 1, 1, C].
+    Args:
+      x: [..., C], channels last.
+      mask: which entries count (nonzero = counts). Either the leading axes of x in
+        order, each of full size or 1: [N], [N, H], [N, 1, W], [N, H, W] for x [N, H, W,
+        C]; or as many axes as x, each of full size or 1, the last one being the
+        channels: [N, H, W, 1], [1, 1, 1, C].
       axis_name: mapped axes (shard_map, pmap, vmap) to sum over; sums and counts are
         added, so devices may see different counts.
       variance: about the channels' means or about the grand mean.
 
-    Returns: mean [C] and var [], float32 (float64 for float64 x). Masked entries may be
-      NaN. A channel without entries has mean 0; no entries at all give mean 0 and
-      variance 0.
+    Returns:
+      mean [C] and var [], float32 (float64 for float64 x). Masked entries may be NaN. A
+      channel without entries has mean 0; no entries at all give mean 0 and variance 0.
 
     Raises:
       ValueError: unknown `variance`, or a mask whose shape does not fit.

@@ -63,9 +63,11 @@ _LIFTED = re.compile(r"^(Vmap|Scan)[A-Z]")
 class Rule:
     """A checked rule (path, shape) -> roles; what `by_path` returns.
 
-    Attributes: patterns: (regex, roles) in order of precedence; a regex must match the
-      whole path. strict: every regex must match some leaf, and every leaf some regex,
-      checked in `init`.
+    Attributes:
+      patterns: (regex, roles) in order of precedence; a regex must match the whole
+        path.
+      strict: every regex must match some leaf, and every leaf some regex, checked in
+        `init`.
     """
 
     patterns: tuple[tuple[str, Roles], ...]
@@ -118,8 +120,10 @@ class Exact:
     def check(self, paths: Iterable[str], matrices: Iterable[str]) -> None:
         """Raise if it is of another model, and warn if it is likely to be.
 
-        Args: paths: of all parameters. matrices: of those with more than one axis; for
-          the others roles hardly matter.
+        Args:
+          paths: of all parameters.
+          matrices: of those with more than one axis; for the others roles hardly
+            matter.
 
         Raises:
           ValueError: it knows none of the paths, and a matrix is among them.
@@ -152,9 +156,10 @@ class Exact:
 def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     r"""Roles from regular expressions over paths.
 
-    Args: rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"),
-      the first match
-        wins. A leaf may have more axes than roles: the leading ones are "batch".
+    Args:
+      rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"), the
+        first match wins. A leaf may have more axes than roles: the leading ones are
+        "batch".
       strict: complain (in `init`) about a regex that matches nothing or that an earlier
         one always precedes, and about a leaf nothing matches.
 
@@ -186,9 +191,10 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
 def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
     """Rule from known paths, as a model's own layers give them; None for every other leaf.
 
-    Args: roles: {path: roles}; a leaf may have more axes, the leading ones are "batch".
+    Args:
+      roles: {path: roles}; a leaf may have more axes, the leading ones are "batch".
       assumed: paths for which the place of a "batch" axis is an assumption, for
-      `describe` to mark.
+        `describe` to mark.
 
     Example:
       >>> exact({"a/kernel": ("in", "out")})("a/kernel", (5, 3, 4))
@@ -205,8 +211,9 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
       path: "encoder/Dense_0/kernel".
       shape: shape of the leaf; only its rank is used.
 
-    Returns: Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out` and the
-      gates of recurrent cells (`hi`, `if`, `dense_h`, ...), for `embedding`, `lora_a`,
+    Returns:
+      Roles for kernels below `Dense_n`, `Conv_n`, `query|key|value|out` and the gates
+      of recurrent cells (`hi`, `if`, `dense_h`, ...), for `embedding`, `lora_a`,
       `lora_b`, and for `scale`, `bias` and `gain` of rank 1, else None. A rank that the
       name does not explain gives None as well, and so does a Conv kernel of rank 5
       (3-D, or 2-D and stacked?). Of rank 4 it is taken for a 2-D one; a stacked 1-D one
@@ -264,13 +271,15 @@ def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
 def describe(params: Params, roles: Any) -> _table.Table:
     """What a rule decided for each leaf.
 
-    Args: params: pytree of arrays, ShapeDtypeStructs or boxes around them; None leaves
-      are left out. roles: anything `roles=` takes.
+    Args:
+      params: pytree of arrays, ShapeDtypeStructs or boxes around them; None leaves are
+        left out.
+      roles: anything `roles=` takes.
 
-    Returns: A table (its `str()` is text) of path, shape and roles; "by rank and size"
-      where the rule says None and the transform falls back on its reference's own rule.
-      Notes below it count those leaves, and the ones whose stacked axis is an
-      assumption.
+    Returns:
+      A table (its `str()` is text) of path, shape and roles; "by rank and size" where
+      the rule says None and the transform falls back on its reference's own rule. Notes
+      below it count those leaves, and the ones whose stacked axis is an assumption.
 
     Raises:
       ValueError: as `leaf_roles`.
@@ -311,14 +320,15 @@ which cannot tell stacked layers and heads; take the roles from the model \
 def leaf_roles(roles: Any, params: Params) -> list[Roles | None]:
     """Roles of every leaf of params in flattening order; None = the reference's own rule.
 
-    Args: roles: None, a function (path, shape) -> roles or None, a `Rule`, or a tree of
-      roles with the
-        structure of params.
+    Args:
+      roles: None, a function (path, shape) -> roles or None, a `Rule`, or a tree of
+        roles with the structure of params.
       params: pytree of arrays (or shapes); None leaves and optax.MaskedNode have no
         entry.
 
-    Raises: ValueError: a strict rule that does not fit, an unknown role, or a wrong
-      number of roles.
+    Raises:
+      ValueError: a strict rule that does not fit, an unknown role, or a wrong number of
+        roles.
     """
     leaves = _tree.leaves_with_paths(params)
     if roles is None:

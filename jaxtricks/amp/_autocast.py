@@ -47,21 +47,23 @@ def autocast(
     cannot be looked into are left as they are: `amp.explain` lists them. It goes inside
     or outside of grad, jit, vmap, shard_map and jax.checkpoint.
 
-    Args: fn: any function of pytrees, traced as jax.jit would; leaves that are no
-      arrays are static. policy: a Policy or its text. `compute` is bfloat16 or float16
-      (float32 rewrites nothing);
-        `output` is the dtype of what was float32 in fn's results.
+    Args:
+      fn: any function of pytrees, traced as jax.jit would; leaves that are no arrays
+        are static.
+      policy: a Policy or its text. `compute` is bfloat16 or float16 (float32 rewrites
+        nothing); `output` is the dtype of what was float32 in fn's results.
       rules: {primitive: class} in place of the table's rows, e.g. {"tanh": "deny"}.
       scan_carry: "keep" holds float32 carries of lax.scan in float32. "auto" lowers
         those that a product sees and that come out low (the activations of layers under
         a scan, not an accumulator).
 
-    Returns: A function with the signature of fn. float16 needs loss scaling:
+    Returns:
+      A function with the signature of fn. float16 needs loss scaling:
       `amp.dynamic_loss_scale`.
 
-    Raises: ValueError: a policy or a rule that does not parse; (at the call) Refs, or
-      an argument that fn
-        changes in place.
+    Raises:
+      ValueError: a policy or a rule that does not parse; (at the call) Refs, or an
+        argument that fn changes in place.
 
     Example:
       >>> w, x = jnp.ones((3, 2)), jnp.ones((4, 3))

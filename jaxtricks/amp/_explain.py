@@ -46,13 +46,18 @@ class Island:
 class Explanation:
     """The census of a rewritten function; str() is the table.
 
-    Attributes: compute: name of the compute dtype. low: products and convolutions in
-      it. full: those left in float32. casts_down, casts_up: casts that the rewrite
-      adds, into the compute dtype and out of it. carries_low, carries_full: float32
-      carries of loops that were lowered, and kept. opaque: {primitive: count} of those
-      that cannot be looked into. unknown: {primitive: count} of those that the table of
-      `amp.rules` lacks: left in float32. islands: where float32 stays, the largest
-      first. notes: sentences about what will surprise.
+    Attributes:
+      compute: name of the compute dtype.
+      low: products and convolutions in it.
+      full: those left in float32.
+      casts_down, casts_up: casts that the rewrite adds, into the compute dtype and out
+        of it.
+      carries_low, carries_full: float32 carries of loops that were lowered, and kept.
+      opaque: {primitive: count} of those that cannot be looked into.
+      unknown: {primitive: count} of those that the table of `amp.rules` lacks: left in
+        float32.
+      islands: where float32 stays, the largest first.
+      notes: sentences about what will surprise.
     """
 
     compute: str
@@ -92,8 +97,10 @@ def explain(
 ) -> Explanation:
     """What `autocast` with the same settings makes of fn(*args); nothing is computed.
 
-    Args: fn: any function of pytrees: of a loss, explain `jax.grad(loss)` to see the
-      backward pass too. args: its arguments, or their shapes (jax.ShapeDtypeStruct).
+    Args:
+      fn: any function of pytrees: of a loss, explain `jax.grad(loss)` to see the
+        backward pass too.
+      args: its arguments, or their shapes (jax.ShapeDtypeStruct).
       policy, rules, scan_carry: see `autocast`.
 
     Example:

@@ -175,9 +175,11 @@ def next_scale(
 def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
     """Whether every floating and complex leaf is free of inf and NaN: bool [], True for an empty tree.
 
-    Args: tree: gradients, say. axis_name: mapped axes (of shard_map or pmap) along
-      which the leaves differ; the answer is for
-        all of them together. Under jit, arrays are whole and none is needed.
+    Args:
+      tree: gradients, say.
+      axis_name: mapped axes (of shard_map or pmap) along which the leaves differ; the
+        answer is for all of them together. Under jit, arrays are whole and none is
+        needed.
     """
     checks = [
         jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _dtypes.is_inexact(x)
@@ -274,20 +276,23 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """Unscaled loss, and gradients of scale * loss.
 
-    Args: loss_fn: (params, *args) -> loss [] (or (loss, aux)). policy: `autocast`
-      loss_fn with it; gradients come in the dtype of the arguments. None leaves
-        loss_fn as it is. float16 without a scale warns.
+    Args:
+      loss_fn: (params, *args) -> loss [] (or (loss, aux)).
+      policy: `autocast` loss_fn with it; gradients come in the dtype of the arguments.
+        None leaves loss_fn as it is. float16 without a scale warns.
       scale: float32 [] (`amp.loss_scale(opt_state)`), or any of the loss scales; None
         is 1.
       has_aux: loss_fn returns (loss, aux).
       argnums: as in jax.value_and_grad.
 
-    Returns: A function with the arguments of loss_fn that returns (loss, grads) or
-      ((loss, aux), grads). The loss is float32 or better; the gradients still carry the
-      scale, which `dynamic_loss_scale` (or `scale.unscale`) divides out.
+    Returns:
+      A function with the arguments of loss_fn that returns (loss, grads) or ((loss,
+      aux), grads). The loss is float32 or better; the gradients still carry the scale,
+      which `dynamic_loss_scale` (or `scale.unscale`) divides out.
 
-    Raises: ValueError: when called, if loss_fn changes an argument in place: the change
-      would be lost.
+    Raises:
+      ValueError: when called, if loss_fn changes an argument in place: the change would
+        be lost.
 
     Example:
       >>> value_and_grad(lambda w: w**2, scale=8.0)(jnp.float32(3.0))
@@ -339,23 +344,26 @@ def dynamic_loss_scale(
     see unscaled gradients. A skipped step returns zero updates and leaves the inner
     state as it was.
 
-    Args: inner: the transformation to protect. init: first scale. growth_interval:
-      finite steps before the scale is multiplied by `growth`. growth, backoff: factors
-      after growth_interval finite steps and after a non-finite one. min_scale: the
-      scale never falls below it. max_consecutive: more skipped steps in a row than this
-      make `check_skipped` raise. A scale that is too
-        large is halved once a step, from 2**15 to 1 in 15: more are not the scale's
-          fault.
+    Args:
+      inner: the transformation to protect.
+      init: first scale.
+      growth_interval: finite steps before the scale is multiplied by `growth`.
+      growth, backoff: factors after growth_interval finite steps and after a non-finite
+        one.
+      min_scale: the scale never falls below it.
+      max_consecutive: more skipped steps in a row than this make `check_skipped` raise.
+        A scale that is too large is halved once a step, from 2**15 to 1 in 15: more are
+        not the scale's fault.
       axis_name: see `all_finite`: devices that hold different gradients skip together.
 
     Returns:
       A GradientTransformation; read the scale with `loss_scale(opt_state)`.
 
-    Raises: ValueError: a number with which the scale runs away or stands still: `init`
-      that is not finite
-        and positive, growth or growth_interval below 1, backoff outside (0, 1),
-        min_scale not in (0, init], max_consecutive below 1; (from init) another loss
-        scale inside.
+    Raises:
+      ValueError: a number with which the scale runs away or stands still: `init` that
+        is not finite and positive, growth or growth_interval below 1, backoff outside
+        (0, 1), min_scale not in (0, init], max_consecutive below 1; (from init) another
+        loss scale inside.
 
     References:
       Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
@@ -476,8 +484,9 @@ def loss_scale(opt_state: Any) -> Array:
 def check_skipped(opt_state: Any) -> None:
     """Raise if more steps in a row were skipped than max_consecutive allows (reads from the device).
 
-    Args: opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without,
-      nothing is checked.
+    Args:
+      opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without, nothing
+        is checked.
 
     Raises:
       FloatingPointError: with the number of skipped steps.

@@ -67,10 +67,10 @@ class Policy:
     def parse(cls, text: str) -> "Policy":
         """Policy from jmp's grammar.
 
-        Args: text: "half", "full" or a dtype name for all three; or
-          "p=f32,c=bf16,o=f32" in long or
-            short names, where compute defaults to param and output to compute. "half"
-            is bfloat16.
+        Args:
+          text: "half", "full" or a dtype name for all three; or "p=f32,c=bf16,o=f32" in
+            long or short names, where compute defaults to param and output to compute.
+            "half" is bfloat16.
 
         Raises:
           ValueError: an unknown field or dtype, naming it.
@@ -125,11 +125,13 @@ def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., A
       fn: any function of pytrees.
       policy: a Policy or its text.
 
-    Returns: A function with the signature of fn; its gradients have the dtypes of the
-      uncast arguments.
+    Returns:
+      A function with the signature of fn; its gradients have the dtypes of the uncast
+      arguments.
 
-    Raises: ValueError: when called, if fn changes an argument in place: it has a copy,
-      and the change is lost.
+    Raises:
+      ValueError: when called, if fn changes an argument in place: it has a copy, and
+        the change is lost.
 
     Example:
       >>> with_policy(lambda w, x: x @ w, "p=f32,c=bf16,o=f32")(jnp.ones((3, 2)), jnp.ones((4, 3))).dtype

@@ -100,8 +100,9 @@ def known(eqn: Any) -> bool:
 def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
     """The caller's own rows, primitive -> class, checked.
 
-    Raises: ValueError: an unknown class, or a primitive with a body or without a class
-      of its own.
+    Raises:
+      ValueError: an unknown class, or a primitive with a body or without a class of its
+        own.
     """
     rules = dict(rules or {})
     for primitive, kind in rules.items():
@@ -200,11 +201,14 @@ _CALLS = (
 class Decision:
     """What becomes of one equation.
 
-    Attributes: kind: its class in the table of `rules`, or "body". why: the exception
-      that was made for it; "" if none. run: LOW or FULL: what its float32 operands are
-      brought to; None leaves operands alone. outs: states of its results. bodies: the
-      analyses of its inner jaxprs. rebuilt: whether those are rewritten; else the
-      equation stays as it is.
+    Attributes:
+      kind: its class in the table of `rules`, or "body".
+      why: the exception that was made for it; "" if none.
+      run: LOW or FULL: what its float32 operands are brought to; None leaves operands
+        alone.
+      outs: states of its results.
+      bodies: the analyses of its inner jaxprs.
+      rebuilt: whether those are rewritten; else the equation stays as it is.
     """
 
     kind: str
@@ -248,10 +252,12 @@ def is_full(v: Any) -> bool:
 class Analyzer:
     """The analysis of one traced function, with its settings.
 
-    Args: low: the compute dtype. rules: the caller's own rows of the table. scan_carry:
-      "keep" holds float32 carries of a scan in float32; "auto" lowers those that feed a
-        matrix product (or a sensitive operation) and come out low: activations, not
-        accumulators.
+    Args:
+      low: the compute dtype.
+      rules: the caller's own rows of the table.
+      scan_carry: "keep" holds float32 carries of a scan in float32; "auto" lowers those
+        that feed a matrix product (or a sensitive operation) and come out low:
+        activations, not accumulators.
     """
 
     def __init__(self, low: np.dtype, rules: Mapping[str, str], scan_carry: str):

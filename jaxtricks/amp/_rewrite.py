@@ -201,8 +201,9 @@ _FULL = np.dtype(np.float32)
 class Emitter:
     """Binds analysed jaxprs in the caller's trace; inner jaxprs are rewritten once each.
 
-    Args: analyzer: what decided; derivatives of custom rules are analysed when they are
-      traced.
+    Args:
+      analyzer: what decided; derivatives of custom rules are analysed when they are
+        traced.
     """
 
     def __init__(self, analyzer: Analyzer):

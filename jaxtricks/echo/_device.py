@@ -64,18 +64,22 @@ def echo_step(
     fold_in(fold_in(key, n), k), so that all copies differ, in every run in the same
     way.
 
-    Args: step: (carry, batch) -> (carry, metrics), a training step; carry keeps its
-      shapes and dtypes. factor: updates per batch, a whole number >= 1. augment: (key,
-      batch) -> batch, traced; None trains on equal copies. donate: let the updates
-      reuse the memory of the carry that was passed. The batch is never donated:
-        all updates read it.
+    Args:
+      step: (carry, batch) -> (carry, metrics), a training step; carry keeps its shapes
+        and dtypes.
+      factor: updates per batch, a whole number >= 1.
+      augment: (key, batch) -> batch, traced; None trains on equal copies.
+      donate: let the updates reuse the memory of the carry that was passed. The batch
+        is never donated: all updates read it.
 
-    Returns: (carry, batch, ordinal, key) -> (carry, metrics), the metrics of each
-      update stacked [factor,
+    Returns:
+      (carry, batch, ordinal, key) -> (carry, metrics), the metrics of each update
+      stacked [factor,
       ...]; ordinal is the number of the batch, an integer.
 
-    Raises: ValueError: factor below 1 or not whole; or a call with arrays that were
-      donated before.
+    Raises:
+      ValueError: factor below 1 or not whole; or a call with arrays that were donated
+        before.
 
     >>> step = lambda carry, batch: (carry + batch.sum(), carry)
     >>> noisy = lambda key, batch: batch + jax.random.bernoulli(key, shape=batch.shape)
@@ -84,8 +88,9 @@ def echo_step(
     >>> before.shape
     (3,)
 
-    References: Choi et al., Faster neural network training with data echoing, arXiv
-      1907.05550: batch echoing.
+    References:
+      Choi et al., Faster neural network training with data echoing, arXiv 1907.05550:
+      batch echoing.
     """
     copies = _checks.index(factor)
     if copies is None or copies < 1:

@@ -48,14 +48,15 @@ def echo(
     the source again and reads up to the position (the iterator's `fast_forwards` is
     True then).
 
-    Args: source: grain.IterDataset (or MapDataset), any iterable, or a function that
-      returns one. factor: e from 1 to 1000, mean copies per element; 2.5 gives 2, 3, 2,
-      3, ... Floats are taken to the
-        nearest fraction with a denominator up to 1000. [C] factors, one for every
-        class, with `class_of`. "auto" measures how much slower the source is than its
-        consumer, and follows it in quarter steps: the same on all hosts of
-        `jax.distributed`, which must read and resume alike. The `changes` of such an
-        iterator, passed as the factor, replay its stream.
+    Args:
+      source: grain.IterDataset (or MapDataset), any iterable, or a function that
+        returns one.
+      factor: e from 1 to 1000, mean copies per element; 2.5 gives 2, 3, 2, 3, ...
+        Floats are taken to the nearest fraction with a denominator up to 1000. [C]
+        factors, one for every class, with `class_of`. "auto" measures how much slower
+        the source is than its consumer, and follows it in quarter steps: the same on
+        all hosts of `jax.distributed`, which must read and resume alike. The `changes`
+        of such an iterator, passed as the factor, replay its stream.
       schedule: "spread" keeps consecutive copies of an element `distance` outputs
         apart; "adjacent" puts them in a row; "pool" draws them from a shuffle buffer,
         as the paper does.
@@ -78,16 +79,17 @@ def echo(
         a jax.Array was donated before its next copy.
       seed: of the draws of "pool"; "spread" and "adjacent" draw nothing.
 
-    Returns: The echoed dataset or iterable. Both have `distance`, `min_distance` and
-      `held` (elements that are kept for later copies, at most); their iterators have
+    Returns:
+      The echoed dataset or iterable. Both have `distance`, `min_distance` and `held`
+      (elements that are kept for later copies, at most); their iterators have
       `distance`, `min_distance` and `changes`, ((element, factor), ...) unless factors
       are per class.
 
-    Raises: ValueError: factor below 1, above 1000 or not a number, a distance or a
-      batch size that is not a
-        whole number, a distance below the batch size, a distance for "adjacent", a
-        budget that is too small (when the first element is read), or a source that
-        cannot be iterated.
+    Raises:
+      ValueError: factor below 1, above 1000 or not a number, a distance or a batch size
+        that is not a whole number, a distance below the batch size, a distance for
+        "adjacent", a budget that is too small (when the first element is read), or a
+        source that cannot be iterated.
 
     >>> list(echo("abcd", 2, distance=3))
     ['a', 'b', 'c', 'a', 'd', 'b', 'c', 'd']

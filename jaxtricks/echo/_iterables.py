@@ -38,11 +38,15 @@ Factor = Fraction | tuple[Fraction, ...] | tuple[Change, ...]
 class Recipe:
     """The settings of a stage.
 
-    Attributes: schedule: "spread", "adjacent" or "pool". factor: of all elements, of
-      each class, or (element, factor) pairs. auto: whether the pairs go on by
-      measuring. most: the most copies of an element. distance: outputs between copies,
-      or the size of the pool; less if max_bytes asks for it. least: what the distance
-      may not be less than. batch_size: outputs in a batch, as far as is known.
+    Attributes:
+      schedule: "spread", "adjacent" or "pool".
+      factor: of all elements, of each class, or (element, factor) pairs.
+      auto: whether the pairs go on by measuring.
+      most: the most copies of an element.
+      distance: outputs between copies, or the size of the pool; less if max_bytes asks
+        for it.
+      least: what the distance may not be less than.
+      batch_size: outputs in a batch, as far as is known.
       max_bytes, class_of, tag, guard, seed: as `echo` has them.
     """
 
@@ -287,9 +291,9 @@ class OneShot(Iterator[Any]):
 class EchoIterator(StreamIterator, Iterator[Any]):
     """Iterator of an echoed source: next, get_state, set_state.
 
-    Attributes: fast_forwards: whether set_state has to read and drop all elements
-      before the position,
-        because neither the source nor its iterator has a state of its own.
+    Attributes:
+      fast_forwards: whether set_state has to read and drop all elements before the
+        position, because neither the source nor its iterator has a state of its own.
     """
 
     def __init__(

@@ -79,9 +79,9 @@ def report(
     stage leaves time for it; else the stage belongs behind that work. The suggestion is
     tried out, on `steps` batches.
 
-    Args: source: an iterable, or a function that makes one, up to where the stage would
-      be. It is
-        iterated several times, from the start where it can be.
+    Args:
+      source: an iterable, or a function that makes one, up to where the stage would be.
+        It is iterated several times, from the start where it can be.
       step: batch -> anything, for example a jitted update with the transfer; it is
         waited for.
       batch_size: elements that are stacked to a batch; None if the elements are
@@ -94,8 +94,9 @@ def report(
     Returns:
       A Report; print it.
 
-    Raises: ValueError: an empty source, steps < 1, batch_size < 1, or max_factor not
-      from 1 to 1000.
+    Raises:
+      ValueError: an empty source, steps < 1, batch_size < 1, or max_factor not from 1
+        to 1000.
 
     >>> str(report(range(100), lambda batch: None, batch_size=4, steps=2)).startswith("echo")
     True

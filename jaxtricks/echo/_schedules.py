@@ -245,10 +245,12 @@ def rational(factor: object) -> Fraction:
 class Calendar:
     """The ticks of all copies.
 
-    Attributes: factor: mean number of copies e >= 1, exact. distance: least difference
-      of output indices between consecutive copies of one element. lags: ticks from the
-      reading of an element to each of its rounds; lags[0] is 0. thin: the round that
-      elements with fewer copies sit out (none does if e is whole).
+    Attributes:
+      factor: mean number of copies e >= 1, exact.
+      distance: least difference of output indices between consecutive copies of one
+        element.
+      lags: ticks from the reading of an element to each of its rounds; lags[0] is 0.
+      thin: the round that elements with fewer copies sit out (none does if e is whole).
     """
 
     factor: Fraction
@@ -325,8 +327,10 @@ class VaryingCalendar:
     has a first copy, so that the distance holds; the drain is planned when it begins,
     see `engine`.
 
-    Attributes: most: the most copies of an element. distance: least difference of
-      output indices between consecutive copies of one element.
+    Attributes:
+      most: the most copies of an element.
+      distance: least difference of output indices between consecutive copies of one
+        element.
     """
 
     most: int
@@ -384,8 +388,9 @@ def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
     Returns:
       The number of steps.
 
-    Raises: ValueError: if batch < 1, fresh < 0 or factor < 1, or if one of the first
-      two is not whole.
+    Raises:
+      ValueError: if batch < 1, fresh < 0 or factor < 1, or if one of the first two is
+        not whole.
 
     >>> num_steps(1000, 32, 2.5)
     78

@@ -28,9 +28,11 @@ from jaxtricks.echo._schedules import (
 class Echoed(NamedTuple):
     """An output with its origin (tag=True).
 
-    Attributes: element: what the source gave. ordinal: which element of the source it
-      is, from 0. copy: which of its copies, 0 is the first. (seed, ordinal, copy) is
-      the key of an augmentation.
+    Attributes:
+      element: what the source gave.
+      ordinal: which element of the source it is, from 0.
+      copy: which of its copies, 0 is the first. (seed, ordinal, copy) is the key of an
+        augmentation.
     """
 
     element: Any
@@ -219,9 +221,10 @@ class Stream:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Return to a position; elements are read again when the next output is asked for.
 
-        Raises: ValueError: if the state is damaged or of another stage, and this one
-          stays where it was; or
-            what the source raises on its way, and the next output tries again.
+        Raises:
+          ValueError: if the state is damaged or of another stage, and this one stays
+            where it was; or what the source raises on its way, and the next output
+            tries again.
         """
         with self._lock:
             self._check(state)
@@ -383,8 +386,9 @@ class StreamIterator:
     def set_state(self, state: dict[str, Any]) -> None:
         """Return to a position, in this process or another.
 
-        Raises: ValueError: if the state is of another schedule, or the source cannot
-          start again.
+        Raises:
+          ValueError: if the state is of another schedule, or the source cannot start
+            again.
         """
         self._stream.restore(state)
 

@@ -207,15 +207,19 @@ class RepVGGBlock(_Block):
 class DiverseBranchBlock(_Block):
     """KxK, 1x1, 1x1-average and 1x1-KxK branches, normalized and summed; see `jt.nnx.DiverseBranchBlock`.
 
-    Attributes: in_features: channels of the input; None = those of the input it is
-      called on. out_features: channels of the output. kernel_size: an int for one
-      spatial axis, else one int per axis. strides: an int or one per spatial axis.
+    Attributes:
+      in_features: channels of the input; None = those of the input it is called on.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis.
+      strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis. feature_group_count: groups.
-      conv: nn.Conv, this library's WSConv, or a partial of either. norm: nn.BatchNorm,
-      this library's ExtendedBatchNorm, or a partial of either. use_running_average:
-      True in evaluation; None = as the normalizations say. internal_features: channels
-      between 1x1 and KxK; None = in_features, depthwise twice that.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: nn.Conv, this library's WSConv, or a partial of either.
+      norm: nn.BatchNorm, this library's ExtendedBatchNorm, or a partial of either.
+      use_running_average: True in evaluation; None = as the normalizations say.
+      internal_features: channels between 1x1 and KxK; None = in_features, depthwise
+        twice that.
 
     Example:
       >>> import jax

@@ -30,12 +30,14 @@ class Fused(nn.Module):
     fused layer, the convolution with the kernel and bias at the layer's path runs; a
     folded normalization passes its input on.
 
-    Attributes: original: the module; wrapped, since flax would give a module that is a
-      field another path. convs: (path, strides and so on as pairs) of the layers that
-      are convolutions now. folded: (path, dtype of its output) of the normalizations
-      that are part of a layer now. biased: paths of linear layers and transposed
-      convolutions that have taken one up: they are called
-        with a bias.
+    Attributes:
+      original: the module; wrapped, since flax would give a module that is a field
+        another path.
+      convs: (path, strides and so on as pairs) of the layers that are convolutions now.
+      folded: (path, dtype of its output) of the normalizations that are part of a layer
+        now.
+      biased: paths of linear layers and transposed convolutions that have taken one up:
+        they are called with a bias.
     """
 
     original: Original
@@ -107,28 +109,29 @@ def functional(
 ) -> tuple[ApplyFn, Params, State]:
     """The module as (apply, params, state), as `jt.nnx.functional` gives it.
 
-    Args: module: any linen module. variables: what `module.init` returned.
+    Args:
+      module: any linen module.
+      variables: what `module.init` returned.
       train_kwargs: how the module is told to train: a function train -> keyword
-      arguments of its call, or
-        the flags in training ({"is_test": False}; negated in evaluation). None = those
-        of `train`, `training`, `is_training`, `is_train`, `deterministic`,
-        `use_running_average` and `inference` that the call has and the arguments of
-        `apply` leave open, else that are attributes of the module.
+        arguments of its call, or the flags in training ({"is_test": False}; negated in
+        evaluation). None = those of `train`, `training`, `is_training`, `is_train`,
+        `deterministic`, `use_running_average` and `inference` that the call has and the
+        arguments of `apply` leave open, else that are attributes of the module.
 
-    Returns: apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y,
-      state). `kwargs` are the
-        call's own; `key` is a typed PRNG key for all RNG streams and may be None only
-        if the call draws no random numbers. In training every collection of `state` is
-        mutable, in evaluation those alone that the call writes, such as a cache: a
-        module may decide by `is_mutable_collection`.
+    Returns:
+      apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y, state).
+        `kwargs` are the call's own; `key` is a typed PRNG key for all RNG streams and
+        may be None only if the call draws no random numbers. In training every
+        collection of `state` is mutable, in evaluation those alone that the call
+        writes, such as a cache: a module may decide by `is_mutable_collection`.
       params: variables["params"] as nested dicts.
       state: {collection: ...} of all other variables; the returned state has the same
         structure.
 
-    Raises: ValueError: (from apply) random numbers without `key`, or, without
-      `train_kwargs`, a `train` that
-        does not reach the module: statistics that move in evaluation, or no flag by
-          which it could.
+    Raises:
+      ValueError: (from apply) random numbers without `key`, or, without `train_kwargs`,
+        a `train` that does not reach the module: statistics that move in evaluation, or
+        no flag by which it could.
 
     Example:
       >>> import jax.numpy as jnp

@@ -75,9 +75,9 @@ def twin(module: nn.Module, variables: Mapping[str, Any], *, evaluates: bool) ->
       variables: {"params": ..., "batch_stats": ...} of this layer alone.
       evaluates: whether its normalizations use their running statistics.
 
-    Raises: ValueError: stacked variables (nn.scan, nn.vmap), a subclass that computes
-      something else, or a block
-        whose parts have no twin.
+    Raises:
+      ValueError: stacked variables (nn.scan, nn.vmap), a subclass that computes
+        something else, or a block whose parts have no twin.
     """
     kind = _overrides.kind_of(module, tuple(KINDS))
     _overrides.check(module, kind, ("_branches",) if kind in BLOCKS else ())
@@ -208,18 +208,20 @@ def fuse(
     under the paths of the layers they stand for: {"kernel", "bias"}, and no statistics
     of what was folded.
 
-    Args: module: any linen module. variables: its variables, with running statistics.
+    Args:
+      module: any linen module.
+      variables: its variables, with running statistics.
       example: an input of the module, or a tuple of them; needed, since a linen module
-      makes its layers while
-        it is called.
+        makes its layers while it is called.
       example_kwargs: keyword arguments of the module's call. Flags that neither names
         (`train`, `deterministic`, ...) are set for evaluation, also where they are
         attributes of the module.
       path_filter: path_filter(path) -> True for what to fuse; None = everything that
         can be.
 
-    Returns: (module, variables, report): fused.apply(variables, x) takes the arguments
-      of the original's call.
+    Returns:
+      (module, variables, report): fused.apply(variables, x) takes the arguments of the
+      original's call.
 
     Raises:
       ValueError: as `jt.nnx.fuse`, and for a missing example.

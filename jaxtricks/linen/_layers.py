@@ -19,16 +19,23 @@ Sizes = int | Sequence[int]
 class WSConv(nn.Module):
     """Convolution whose kernel is standardized before every use; see `jt.nnx.WSConv`.
 
-    Attributes: in_features: channels of the input; None = those of the input it is
-      called on. out_features: channels of the output. kernel_size: an int for one
-      spatial axis, else one int per axis. strides: an int or one per spatial axis.
+    Attributes:
+      in_features: channels of the input; None = those of the input it is called on.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis.
+      strides: an int or one per spatial axis.
       padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int or (low, high)
-      pairs. kernel_dilation: an int or one per spatial axis. feature_group_count:
-      groups. preset: "nfnet", "timm", "bit" or "qiao". eps: replaces the preset's
-      epsilon. use_gain: whether one factor per output channel is learned. use_bias:
-      whether a bias is added. kernel_init: initializer; None = normal with variance 1 /
-      fan_in. dtype: of the computation; None = that of input and parameters together.
-      param_dtype: of the parameters. precision: of the convolution, as in `jax.lax`.
+        pairs.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      preset: "nfnet", "timm", "bit" or "qiao".
+      eps: replaces the preset's epsilon.
+      use_gain: whether one factor per output channel is learned.
+      use_bias: whether a bias is added.
+      kernel_init: initializer; None = normal with variance 1 / fan_in.
+      dtype: of the computation; None = that of input and parameters together.
+      param_dtype: of the parameters.
+      precision: of the convolution, as in `jax.lax`.
 
     Example:
       >>> import jax
@@ -259,10 +266,14 @@ class NormedHead(_Head):
 class LWSHead(_Head):
     """Linear head with a learned factor per class; see `jt.nnx.LWSHead`.
 
-    Attributes: in_features: D; None = those of the input it is called on. out_features:
-      C. use_bias: whether there is a bias. kernel_init: initializer; None = normal with
-      variance 1 / D. dtype: of the products and the logits; None = that of input and
-      parameters together. param_dtype: of the parameters.
+    Attributes:
+      in_features: D; None = those of the input it is called on.
+      out_features: C.
+      use_bias: whether there is a bias.
+      kernel_init: initializer; None = normal with variance 1 / D.
+      dtype: of the products and the logits; None = that of input and parameters
+        together.
+      param_dtype: of the parameters.
     """
 
     use_bias: bool = True
@@ -286,11 +297,15 @@ class LWSHead(_Head):
 class DisAlignHead(_Head):
     """Linear head with adaptive calibration; see `jt.nnx.DisAlignHead`.
 
-    Attributes: in_features: D; None = those of the input it is called on. out_features:
-      C. use_bias: whether the linear head has a bias. kernel_init: initializer; None =
-      normal with variance 1 / D. compat: None starts without calibration, "reference"
-      with a = 1 and v = 0.1. dtype: of the products and the logits; None = that of
-      input and parameters together. param_dtype: of the parameters.
+    Attributes:
+      in_features: D; None = those of the input it is called on.
+      out_features: C.
+      use_bias: whether the linear head has a bias.
+      kernel_init: initializer; None = normal with variance 1 / D.
+      compat: None starts without calibration, "reference" with a = 1 and v = 0.1.
+      dtype: of the products and the logits; None = that of input and parameters
+        together.
+      param_dtype: of the parameters.
     """
 
     use_bias: bool = True

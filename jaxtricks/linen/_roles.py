@@ -75,8 +75,10 @@ def read(
 ) -> dict[str, Roles]:
     """{path: roles}, stacked axes included, from an initialization whose parameters are tagged.
 
-    Args: init: init(interceptor) -> the tree of parameters. layer_roles: (context,
-      args, kwargs) -> {name: (roles, value)} of a layer that has been called.
+    Args:
+      init: init(interceptor) -> the tree of parameters.
+      layer_roles: (context, args, kwargs) -> {name: (roles, value)} of a layer that has
+        been called.
     """
 
     def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -143,15 +145,17 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.E
     themselves. Only a module that cannot be initialized with boxed parameters leaves it
     open then: the first place that fits is taken and `roles.describe` marks the leaf.
 
-    Args: module: any linen module. *init_args: what `module.init` takes after the key:
+    Args:
+      module: any linen module. *init_args: what `module.init` takes after the key:
       example inputs (shapes suffice), flags. **init_kwargs: the same, by name.
 
-    Returns: (path, shape) -> roles for the paths of variables["params"]; None for
-      parameters of unknown layers and for those that nn.map_variables stores in another
-      shape than their layer sees. A parameter that two layers share has the roles of
-      the first that is called. Every position of nn.ConvLocal is an independent copy:
-      "batch". Below `nnx.bridge.ToLinen`, `jt.nnx.roles` decides; what it could only
-      assume is None here.
+    Returns:
+      (path, shape) -> roles for the paths of variables["params"]; None for parameters
+      of unknown layers and for those that nn.map_variables stores in another shape than
+      their layer sees. A parameter that two layers share has the roles of the first
+      that is called. Every position of nn.ConvLocal is an independent copy: "batch".
+      Below `nnx.bridge.ToLinen`, `jt.nnx.roles` decides; what it could only assume is
+      None here.
 
     Example:
       >>> import jax.numpy as jnp

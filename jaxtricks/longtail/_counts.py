@@ -35,19 +35,20 @@ def class_counts(
     directory listing sorts class "10" before class "2". Pass the class names to have
     their order checked.
 
-    Args: labels: integer class indices of any shape; values outside [0, num_classes)
-      are not counted. With
-        names, they may be names.
+    Args:
+      labels: integer class indices of any shape; values outside [0, num_classes) are
+        not counted. With names, they may be names.
       num_classes: C, the length of the result.
       names: [C] name of each logit. Integer labels and names like "0", "1", "10", "2"
         raise: label 2 is then class "10" in one place and class "2" in another.
 
-    Returns: [C] counts: NumPy int64 for host labels, int32 on device for JAX arrays
-      (works under jit).
+    Returns:
+      [C] counts: NumPy int64 for host labels, int32 on device for JAX arrays (works
+        under jit).
 
-    Raises: ValueError: if num_classes < 1, the labels are not integers, or the names
-      are not C different
-        ones, lack one that is a label, or are numbered out of order.
+    Raises:
+      ValueError: if num_classes < 1, the labels are not integers, or the names are not
+        C different ones, lack one that is a label, or are numbered out of order.
 
     >>> class_counts([0, 2, 2, 1, 2], 4).tolist()
     [1, 1, 3, 0]
@@ -266,12 +267,15 @@ def reduce_loss(
     applied here, so give it the unweighted loss: `reduce_loss(cross_entropy()(z, y),
     w[y], "weighted_mean")`; a loss that has class weights already needs none here.
 
-    Args: per_example: [...] losses of any shape. weights: [...] weight of every
-      example, a mask of the ones that count, or None for ones. kind: "mean",
-      "weighted_mean" or "sum".
+    Args:
+      per_example: [...] losses of any shape.
+      weights: [...] weight of every example, a mask of the ones that count, or None for
+        ones.
+      kind: "mean", "weighted_mean" or "sum".
 
-    Returns: A scalar in float32 or wider; 0 where there is nothing to average. An
-      example of weight 0 contributes nothing, whatever its loss.
+    Returns:
+      A scalar in float32 or wider; 0 where there is nothing to average. An example of
+      weight 0 contributes nothing, whatever its loss.
 
     Raises:
       ValueError: for another kind.

@@ -58,7 +58,8 @@ def weighted(weights: Counts) -> SoftmaxLoss:
     Args:
       weights: [C] class weights, for example `weights.inverse_frequency(counts)`.
 
-    Returns: A per-example loss; divide by N or by sum w_y with `reduce_loss`: the peers
+    Returns:
+      A per-example loss; divide by N or by sum w_y with `reduce_loss`: the peers
       disagree.
 
     The weights may be learned, as in Meta-Weight-Net: differentiate the loss on a small
@@ -86,9 +87,11 @@ def weighted(weights: Counts) -> SoftmaxLoss:
 def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
     """Softmax focal loss: -w_y (1 - p_y)^gamma log p_y.
 
-    Args: gamma: exponent, >= 0; 1 and 2 are common. Its gradient is finite for gamma <
-      1 too. weights: [C] class weights, or None. They scale the loss only, and do not
-      bend p_y.
+    Args:
+      gamma: exponent, >= 0; 1 and 2 are common. Its gradient is finite for gamma < 1
+        too.
+      weights: [C] class weights, or None. They scale the loss only, and do not bend
+        p_y.
 
     Returns:
       A per-example loss.
@@ -110,8 +113,9 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
     Returns:
       A per-example loss; its weights sum to C.
 
-    References: Cui et al., Class-balanced loss based on effective number of samples,
-      arXiv 1901.05555.
+    References:
+      Cui et al., Class-balanced loss based on effective number of samples, arXiv
+      1901.05555.
     """
     return softmax_loss(weights=class_weights.effective_number(counts, beta))
 
@@ -137,8 +141,9 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
     Returns:
       A per-example loss.
 
-    References: Cao et al., Learning imbalanced datasets with label-distribution-aware
-      margin loss, arXiv 1906.07413, equations 11-13.
+    References:
+      Cao et al., Learning imbalanced datasets with label-distribution-aware margin
+      loss, arXiv 1906.07413, equations 11-13.
     """
     n = at_least_rarest(as_vector("ldam: `counts`", counts))
     top = jnp.asarray(max_margin).astype(n.dtype)
@@ -166,8 +171,9 @@ def balanced_softmax(counts: Counts) -> SoftmaxLoss:
     >>> loss(jnp.zeros((2, 2)), jnp.array([0, 1])).round(4)
     Array([0.1054, 2.3026], dtype=float32)
 
-    References: Ren et al., Balanced meta-softmax for long-tailed visual recognition,
-      arXiv 2007.10740.
+    References:
+      Ren et al., Balanced meta-softmax for long-tailed visual recognition, arXiv
+      2007.10740.
     """
     return softmax_loss(add_log_prior(counts, 1.0))
 
@@ -179,14 +185,17 @@ def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
     Train with it and predict with the raw logits; the test-time twin is
     `posthoc.adjust`, never together with this one.
 
-    Args: counts: [C] training examples per class; may be traced. tau: strength; 0 is
-      plain cross entropy. May be traced, differentiated and vmapped.
+    Args:
+      counts: [C] training examples per class; may be traced.
+      tau: strength; 0 is plain cross entropy. May be traced, differentiated and
+        vmapped.
 
     Returns:
       A per-example loss.
 
-    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
-      equation 10.
+    References:
+      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation
+      10.
     """
     return softmax_loss(add_log_prior(counts, tau))
 
@@ -203,7 +212,8 @@ def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
     Returns:
       A per-example loss.
 
-    References: Kini et al., Label-imbalanced and group-sensitive classification under
+    References:
+      Kini et al., Label-imbalanced and group-sensitive classification under
       overparameterization, arXiv 2103.01550.
     """
     return softmax_loss(temper(counts, gamma), add_log_prior(counts, tau))
@@ -248,8 +258,9 @@ PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without 
 class LabelAwareSmoothing:
     """The loss of `label_aware_smoothing`: a pytree, and callable.
 
-    Attributes: smoothing: [C] share of the label that goes to all classes evenly, by
-      class of the label.
+    Attributes:
+      smoothing: [C] share of the label that goes to all classes evenly, by class of the
+        label.
     """
 
     smoothing: Array
@@ -526,8 +537,9 @@ def label_aware_smoothing(
       shape: "concave", "linear", "convex" or "exp".
       power: exponent of "exp", > 0.
 
-    Returns: loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example
-      [...]. A class of logit -inf has no part in the mean.
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
+      A class of logit -inf has no part in the mean.
 
     Raises:
       ValueError: for another shape.
@@ -574,8 +586,9 @@ def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
       p: exponent of the mitigation factor; 0 is none. May be traced.
       q: exponent of the compensation factor; 0 is none. May be traced.
 
-    Returns: loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example
-      [...]. Soft labels need O(C^2) memory per example, hard ones O(C).
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
+      Soft labels need O(C^2) memory per example, hard ones O(C).
 
     >>> seesaw([90, 10])(jnp.zeros((2, 2)), jnp.array([0, 1])).round(4)
     Array([0.1591, 0.6931], dtype=float32)
@@ -595,15 +608,17 @@ def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
     the logits to a log-likelihood ratio, so that any test prior can be added:
     `posthoc.shift_prior`.
 
-    Args: counts: [C] training examples per class; may be traced. A class without any
-      has no part in R. lam: weight of the squared term; 0.01 on CIFAR, 0.5 on
-      ImageNet-LT. May be traced. alpha: weight of R; 0.1 on CIFAR, 0.05 on ImageNet-LT.
-      May be traced.
+    Args:
+      counts: [C] training examples per class; may be traced. A class without any has no
+        part in R.
+      lam: weight of the squared term; 0.01 on CIFAR, 0.5 on ImageNet-LT. May be traced.
+      alpha: weight of R; 0.1 on CIFAR, 0.05 on ImageNet-LT. May be traced.
 
-    Returns: loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example
-      [...]. Every example holds all of R, so their mean is the loss of the paper; R is
-      over all leading axes and the examples that are not masked. Under vmap each slice
-      has its own.
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
+      Every example holds all of R, so their mean is the loss of the paper; R is over
+      all leading axes and the examples that are not masked. Under vmap each slice has
+      its own.
 
     >>> lade([1, 1], alpha=0.0)(jnp.zeros((1, 2)), jnp.array([0])).round(4)
     Array([0.6931], dtype=float32)
@@ -625,20 +640,24 @@ def equalization(
     from being pushed down by the others. An example whose other classes are all left
     out costs 0.
 
-    Args: counts: [C] training examples per class; may be traced. gamma: probability to
-      leave a rare class out; 0 is plain cross entropy. May be traced. threshold: share
-      of the examples below which a class is rare; 4.3e-4 on ImageNet-LT, 0.005 on
-        CIFAR-LT.
+    Args:
+      counts: [C] training examples per class; may be traced.
+      gamma: probability to leave a rare class out; 0 is plain cross entropy. May be
+        traced.
+      threshold: share of the examples below which a class is rare; 4.3e-4 on
+        ImageNet-LT, 0.005 on CIFAR-LT.
 
-    Returns: loss(logits [..., C], labels [...] or [..., C], key=, where=None) ->
-      per-example [...].
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], key=, where=None) -> per-example
+      [...].
 
     >>> import jax
     >>> loss = equalization([90, 10], gamma=1.0, threshold=0.2)
     >>> loss(jnp.zeros((2, 2)), jnp.array([0, 1]), key=jax.random.key(0)).round(4)
     Array([0.    , 0.6931], dtype=float32)
 
-    References: Tan et al., Equalization loss for long-tailed object recognition, arXiv
+    References:
+      Tan et al., Equalization loss for long-tailed object recognition, arXiv
       2003.05176.
     """
     return Equalization(as_vector("equalization: `counts`", counts), gamma, threshold)
@@ -658,10 +677,13 @@ def influence_balanced(
     with plain cross entropy first (half of the run in the paper): it is a loss for the
     second phase.
 
-    Args: weights: [C] class weights, for example `weights.inverse_frequency(counts)`,
-      or None. alpha: scale of the loss. May be traced. focal_gamma: exponent of the
-      focal factor; 0 is none. Class weights do not bend p_y. eps: bounds the factor of
-      an example that is learned already, at alpha / eps.
+    Args:
+      weights: [C] class weights, for example `weights.inverse_frequency(counts)`, or
+        None.
+      alpha: scale of the loss. May be traced.
+      focal_gamma: exponent of the focal factor; 0 is none. Class weights do not bend
+        p_y.
+      eps: bounds the factor of an example that is learned already, at alpha / eps.
 
     Returns:
       loss(logits [..., C], labels [...] or [..., C], features= [..., D], where=None) ->
@@ -672,8 +694,9 @@ def influence_balanced(
     >>> print(f"{each[0]:.3f}")
     0.231
 
-    References: Park et al., Influence-balanced loss for imbalanced visual
-      classification, arXiv 2110.02444.
+    References:
+      Park et al., Influence-balanced loss for imbalanced visual classification, arXiv
+      2110.02444.
     """
     w = None if weights is None else as_vector("influence_balanced: `weights`", weights)
     return InfluenceBalanced(w, alpha, focal_gamma, eps)

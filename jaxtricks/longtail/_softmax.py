@@ -46,8 +46,9 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
       offset: [C], finite.
       labels: [...] int32; what is outside of [0, C) gets any number.
 
-    Returns: [...]; a very low number where no other class is offered, inf where the
-      class of the label is not, NaN where a logit is NaN or inf.
+    Returns:
+      [...]; a very low number where no other class is offered, inf where the class of
+      the label is not, NaN where a logit is NaN or inf.
     """
     top = jax.lax.stop_gradient(_top(z, gain, offset))
     return _gap(z, gain, offset, top, labels)
@@ -178,8 +179,9 @@ def gaps(z: Array, left_out: Array | None = None) -> tuple[Array, Array]:
       z: [..., C] logits; -inf is a class that is not offered.
       left_out: [..., C] bool, classes that are in no sum, or None.
 
-    Returns: [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not
-      offered; [..., C] bool.
+    Returns:
+      [..., C] log sum_{j != c} exp z_j - z_c, and 0 for a class that is not offered;
+      [..., C] bool.
     """
     offered = ~jnp.isneginf(z)
     largest = jnp.max(z, axis=-1, keepdims=True)
@@ -306,8 +308,9 @@ def scale(s: Scalar) -> Transform:
 def margin(m: Counts | Scalar) -> Transform:
     """Subtract a margin from the logit of the label: z_y -> z_y - m_y.
 
-    Args: m: [C] margins in units of the logits as they are at this point, or one for
-      all classes.
+    Args:
+      m: [C] margins in units of the logits as they are at this point, or one for all
+        classes.
 
     Returns:
       A logit transform for `softmax_loss`.
@@ -322,14 +325,17 @@ def add_log_prior(counts: Counts, tau: Scalar = 1.0) -> Transform:
     A class without examples counts as one of prior 1e-12: out of the softmax, without
     an infinity.
 
-    Args: counts: [C] training examples per class; may be traced. tau: strength; 1 is
-      the calibrated choice; may be traced, differentiated and vmapped.
+    Args:
+      counts: [C] training examples per class; may be traced.
+      tau: strength; 1 is the calibrated choice; may be traced, differentiated and
+        vmapped.
 
     Returns:
       A logit transform for `softmax_loss`.
 
-    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
-      equation 10.
+    References:
+      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation
+      10.
     """
     return _AddLogPrior(as_vector("add_log_prior: `counts`", counts), tau)
 
@@ -382,19 +388,20 @@ class SoftmaxLoss:
     ) -> Float[Array, "*batch"]:
         """The loss of every example, in float32 or wider.
 
-        Args: logits: [..., C], any floating dtype; -inf means "this class is not
-          offered". labels: [...] integers in [0, C), or [..., C] probabilities. where:
-          [...] booleans; a masked example costs 0, has no gradient, and may hold any
-          label
-            and any logits, NaN included.
+        Args:
+          logits: [..., C], any floating dtype; -inf means "this class is not offered".
+          labels: [...] integers in [0, C), or [..., C] probabilities.
+          where: [...] booleans; a masked example costs 0, has no gradient, and may hold
+            any label and any logits, NaN included.
 
-        Returns: [...] unreduced losses; 0 for an integer label outside [0, C), which
-          outside of jit raises unless it is masked. NaN where a logit is NaN or inf,
-          inf where the label is a class that is not offered.
+        Returns:
+          [...] unreduced losses; 0 for an integer label outside [0, C), which outside
+          of jit raises unless it is masked. NaN where a logit is NaN or inf, inf where
+          the label is a class that is not offered.
 
-        Raises: ValueError: where the shapes do not fit each other or the counts; for a
-          label outside [0, C)
-            that is not masked, where its value is known.
+        Raises:
+          ValueError: where the shapes do not fit each other or the counts; for a label
+            outside [0, C) that is not masked, where its value is known.
         """
         logits = floating(jnp.asarray(logits))
         if (
@@ -459,9 +466,9 @@ def softmax_loss(
 
     loss = w_y (1 - p_y)^focal_gamma (-log p_y), p = softmax(t_k(... t_1(z))).
 
-    Args: *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or your own
-      function of `Affine`;
-        applied left to right.
+    Args:
+      *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or your own function of
+        `Affine`; applied left to right.
       weights: [C] class weights, or None for ones.
       focal_gamma: exponent of the focal factor; 0 is none. May be traced and
         differentiated.

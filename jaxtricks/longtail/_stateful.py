@@ -78,16 +78,18 @@ class EqualizationV2:
     ) -> tuple[Float[Array, "*batch"], EqualizationV2State]:
         """Losses weighted by the state as it was, and the state with this batch's gradients.
 
-        Args: state: of `init` or the last update. logits: [..., K], K = C, or C + 1
-          with background. labels: [...] integers in [0, K), or [..., K] targets, which
-          need not sum to 1 (several
-            classes at once).
+        Args:
+          state: of `init` or the last update.
+          logits: [..., K], K = C, or C + 1 with background.
+          labels: [...] integers in [0, K), or [..., K] targets, which need not sum to 1
+            (several classes at once).
           where: [...] booleans; a masked example costs 0 and leaves no trace in the
             state.
 
-        Returns: [...] losses, summed over the classes, and the new state. 0 for an
-          integer label outside [0, K); neither it nor an example with a NaN among its
-          logits enters the state.
+        Returns:
+          [...] losses, summed over the classes, and the new state. 0 for an integer
+          label outside [0, K); neither it nor an example with a NaN among its logits
+          enters the state.
 
         Raises:
           ValueError: where the shapes do not fit.
@@ -148,16 +150,19 @@ def equalization_v2(
     A rare class is mostly a negative: it is pushed down less and pulled up more. No
     counts are needed. Predict by sigmoid(z_c).
 
-    Args: num_classes: C. gamma: steepness of the negative weight. May be traced, as mu
-      and alpha may. mu: ratio at which the negative weight is one half. alpha: largest
-      rise of the positive weight. background: whether the logits have one more column
-      for "none of these", with label C, whose
-        weight stays 1 (detection).
+    Args:
+      num_classes: C.
+      gamma: steepness of the negative weight. May be traced, as mu and alpha may.
+      mu: ratio at which the negative weight is one half.
+      alpha: largest rise of the positive weight.
+      background: whether the logits have one more column for "none of these", with
+        label C, whose weight stays 1 (detection).
       axis_name: mapped axes to sum the gradients over, inside shard_map or a named
         vmap.
 
-    Returns: A pair: init(), update(state, logits [..., K], labels, where=None) ->
-      (per-example, state).
+    Returns:
+      A pair: init(), update(state, logits [..., K], labels, where=None) ->
+        (per-example, state).
 
     Raises:
       ValueError: if num_classes < 1.
@@ -181,8 +186,9 @@ def equalization_v2(
 class OnlineSeesawState:
     """What `online_seesaw` remembers.
 
-    Attributes: counts: [C] examples of each class so far; the sum of their
-      probabilities for soft labels.
+    Attributes:
+      counts: [C] examples of each class so far; the sum of their probabilities for soft
+        labels.
     """
 
     counts: Array
@@ -243,12 +249,15 @@ def online_seesaw(
       q: exponent of the compensation factor; 0 is none. May be traced.
       axis_name: mapped axes to sum the counts over, inside shard_map or a named vmap.
 
-    Returns: A pair: init(), update(state, logits [..., C], labels, where=None) ->
-      (per-example, state). The counts are floats: single increments are lost above 2^24
-      = 16.8 million, whole batches are not.
+    Returns:
+      A pair: init(), update(state, logits [..., C], labels, where=None) ->
+        (per-example, state). The
+      counts are floats: single increments are lost above 2^24 = 16.8 million, whole
+        batches are not.
 
-    Raises: ValueError: if num_classes < 1; in update if the logits have another number
-      of classes.
+    Raises:
+      ValueError: if num_classes < 1; in update if the logits have another number of
+        classes.
 
     >>> loss = online_seesaw(2)
     >>> each, state = loss.update(loss.init(), jnp.zeros((3, 2)), jnp.array([0, 0, 1]))
@@ -289,9 +298,12 @@ def _summed(x: Array, axis_name: Axis) -> Array:
 class ClassMeanState:
     """What `class_mean` remembers: sums that decay, and by how much they have filled up.
 
-    Attributes: sums: [C, D] decayed sum of the batch means of each class. weights: [C]
-      decayed sum of ones, so that sums / weights is a mean from the first batch on.
-      sum: [D] and weight: [] the same over all classes.
+    Attributes:
+      sums: [C, D] decayed sum of the batch means of each class.
+      weights: [C] decayed sum of ones, so that sums / weights is a mean from the first
+        batch on.
+      sum: [D] and
+      weight: [] the same over all classes.
     """
 
     sums: Array
@@ -348,10 +360,11 @@ class ClassMean:
     ) -> tuple[Float[Array, "C D"], ClassMeanState]:
         """Move the means of the classes in the batch.
 
-        Args: state: of `init` or the last update. features: [..., D]; an example with a
-          NaN is left out. labels: [...] integers, or [..., C] probabilities. An integer
-          outside [0, C) counts in the
-            mean of all only.
+        Args:
+          state: of `init` or the last update.
+          features: [..., D]; an example with a NaN is left out.
+          labels: [...] integers, or [..., C] probabilities. An integer outside [0, C)
+            counts in the mean of all only.
           where: [...] booleans; a masked example is left out.
 
         Returns:
@@ -417,8 +430,9 @@ def class_mean(
       momentum: mu in [0, 1). May be traced.
       axis_name: mapped axes to average over, inside shard_map or a named vmap.
 
-    Returns: A pair: init(), update(state, features [..., D], labels, where=None) ->
-      (means [C, D], state); the state has `.means`, `.mean` and `.seen`.
+    Returns:
+      A pair: init(), update(state, features [..., D], labels, where=None) -> (means [C,
+      D], state); the state has `.means`, `.mean` and `.seen`.
 
     Raises:
       ValueError: if num_classes or num_features is below 1.
@@ -429,8 +443,9 @@ def class_mean(
     >>> print(means[:, 0], state.mean, state.seen)
     [2. 8. 0.] [4.] [ True  True False]
 
-    References: Tang et al., Long-tailed classification by keeping the good and removing
-      the bad momentum causal effect, arXiv 2009.12991.
+    References:
+      Tang et al., Long-tailed classification by keeping the good and removing the bad
+      momentum causal effect, arXiv 2009.12991.
     """
     _at_least_one("class_mean", num_classes)
     if num_features < 1:

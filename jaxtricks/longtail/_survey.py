@@ -135,10 +135,11 @@ Weight balancing | beyond | C | weight decay and a bound on the norms | heads.ta
 def methods() -> _table.Table:
     """The methods of the survey, in its order, and some that it does not have.
 
-    Returns: A table; print it, or read its rows (method, venue, marks, what it does,
-      here, left out). `here` names what there is below `longtail`, None where the
-      method is out; `left out` says what is missing or why, None where nothing is.
-      "beyond" are methods that are not in the survey's table.
+    Returns:
+      A table; print it, or read its rows (method, venue, marks, what it does, here,
+      left out). `here` names what there is below `longtail`, None where the method is
+      out; `left out` says what is missing or why, None where nothing is. "beyond" are
+      methods that are not in the survey's table.
 
     >>> table = methods()
     >>> table.rows[2]

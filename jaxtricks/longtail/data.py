@@ -105,7 +105,8 @@ def pareto_counts(
     >>> pareto_counts(1280, 5, 256).tolist()
     [1280, 584, 301, 128, 5]
 
-    References: Liu et al., Large-scale long-tailed recognition in an open world, arXiv
+    References:
+      Liu et al., Large-scale long-tailed recognition in an open world, arXiv
       1904.05160.
     """
     _check("pareto_counts", n_max, num_classes, imbalance)
@@ -129,8 +130,9 @@ def balanced_counterpart(
     Args:
       counts: [C] of a long-tailed training set.
 
-    Returns: [C] int64 with the same sum, which differ by at most 1; the largest classes
-      have the one more.
+    Returns:
+      [C] int64 with the same sum, which differ by at most 1; the largest classes have
+      the one more.
 
     Raises:
       ValueError: if a count is negative.

@@ -184,13 +184,16 @@ def crt(
 ) -> tuple[Params, Mask]:
     """Classifier re-training: the head drawn anew, everything else kept; only the head trains.
 
-    Args: params: nested dict of the trained model. head: path of the head, see the
-      module. key: for the new kernel. init: initializer init(key, shape, dtype) of the
-      kernel; None = normal with variance 1 / D, as
-        flax's own. The bias becomes 0.
+    Args:
+      params: nested dict of the trained model.
+      head: path of the head, see the module.
+      key: for the new kernel.
+      init: initializer init(key, shape, dtype) of the kernel; None = normal with
+        variance 1 / D, as flax's own. The bias becomes 0.
 
-    Returns: (params, mask); the mask is True for the kernel, the bias, and whatever
-      else `head` matches.
+    Returns:
+      (params, mask); the mask is True for the kernel, the bias, and whatever else
+      `head` matches.
 
     Raises:
       ValueError: if `head` finds no kernel or several, or one that is not [D, C].
@@ -223,8 +226,9 @@ def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
       params: nested dict of the trained model.
       head: path of the head, see the module.
 
-    Returns: (params with "scale" [C] beside the kernel, mask); the mask is True for
-      that scale.
+    Returns:
+      (params with "scale" [C] beside the kernel, mask); the mask is True for that
+      scale.
 
     Raises:
       ValueError: as `crt`, or if the head has a scale already.
@@ -289,16 +293,19 @@ def disalign(
     `jt.linen.DisAlignHead`. Train with class weights:
     `weights.inverse_frequency(counts, rho)`.
 
-    Args: params: nested dict of the trained model. head: path of the head, see the
-      module. compat: None starts from the function of the trained model (all zeros);
-      "reference" from
-        logit_scale 1 and confidence weights 0.1, which is another one.
+    Args:
+      params: nested dict of the trained model.
+      head: path of the head, see the module.
+      compat: None starts from the function of the trained model (all zeros);
+        "reference" from logit_scale 1 and confidence weights 0.1, which is another one.
 
-    Returns: (params with logit_scale [C], logit_bias [C], confidence_kernel [D, 1] and
+    Returns:
+      (params with logit_scale [C], logit_bias [C], confidence_kernel [D, 1] and
       confidence_bias [1] beside the kernel, mask); the mask is True for these four.
 
-    Raises: ValueError: as `crt`, if the head has such parameters already, or for
-      another compat.
+    Raises:
+      ValueError: as `crt`, if the head has such parameters already, or for another
+        compat.
 
     References:
       Zhang et al., Distribution alignment, arXiv 2103.16370, section 3.3.
@@ -361,8 +368,9 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     Returns:
       Params, in the dtypes they had; the bias of a class without examples is -inf.
 
-    Raises: ValueError: as `crt`, for a head without bias, and for centroids that do not
-      fit it.
+    Raises:
+      ValueError: as `crt`, for a head without bias, and for centroids that do not fit
+        it.
 
     References:
       Kang et al., arXiv 1910.09217, section 4.1.

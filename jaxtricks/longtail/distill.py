@@ -114,20 +114,24 @@ def dive(
     labels do; what it says of a head image about tail classes stands for examples that
     are not there.
 
-    Args: base: the loss on the labels, `balanced_softmax(counts)` in the paper. alpha:
-      share of the distillation loss. May be traced. temperature: T > 0, 2 or 3 in the
-      paper. May be traced. power: that flattens the teacher's probabilities; 1 is plain
-      distillation. May be traced.
+    Args:
+      base: the loss on the labels, `balanced_softmax(counts)` in the paper.
+      alpha: share of the distillation loss. May be traced.
+      temperature: T > 0, 2 or 3 in the paper. May be traced.
+      power: that flattens the teacher's probabilities; 1 is plain distillation. May be
+        traced.
 
-    Returns: loss(logits [..., C], labels [...] or [..., C], teacher= [..., C],
-      where=None) -> per-example [...].
+    Returns:
+      loss(logits [..., C], labels [...] or [..., C], teacher= [..., C], where=None) ->
+      per-example [...].
 
     >>> from jaxtricks.longtail._losses import balanced_softmax
     >>> loss = dive(balanced_softmax([90, 10]))
     >>> loss(jnp.zeros((1, 2)), jnp.array([0]), teacher=jnp.zeros((1, 2))).round(4)
     Array([0.0527], dtype=float32)
 
-    References: He et al., Distilling virtual examples for long-tailed recognition,
-      arXiv 2103.15042.
+    References:
+      He et al., Distilling virtual examples for long-tailed recognition, arXiv
+      2103.15042.
     """
     return Dive(base, alpha, temperature, power)

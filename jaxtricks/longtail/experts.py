@@ -61,8 +61,9 @@ def aggregate(
       logits: [E, ..., C].
       weights: [E], which should sum to 1 (`fit_weights`), or None.
 
-    Returns: [..., C] logits in float32 or wider; -inf where any expert of positive
-      weight says so.
+    Returns:
+      [..., C] logits in float32 or wider; -inf where any expert of positive weight says
+      so.
 
     Raises:
       ValueError: if there is not one weight per expert.
@@ -160,10 +161,10 @@ def ride(
     reference turns that on together with the class weights of its base loss, at epoch
     160 of 200.
 
-    Args: base: loss(logits [..., C], labels, where=) of each expert, any of the room;
-      None is cross
-        entropy. The reference has LDAM on logits that its cosine heads have scaled by s
-        already: `ldam(counts, max_margin=0.5 * s, s=1.0)`.
+    Args:
+      base: loss(logits [..., C], labels, where=) of each expert, any of the room; None
+        is cross entropy. The reference has LDAM on logits that its cosine heads have
+        scaled by s already: `ldam(counts, max_margin=0.5 * s, s=1.0)`.
       counts: [C] training examples per class, or None for one temperature. May be
         traced.
       diversity: factor of the divergence; -0.2 is the reference's default, -0.45 its
@@ -171,15 +172,17 @@ def ride(
       temperature: T > 0. May be traced.
       reweight: r in [0, 1), how much the temperature follows the counts. May be traced.
 
-    Returns: loss(logits [E, ..., C], labels [...] or [..., C], where=None) ->
-      per-example [...]. It is not bounded below: a diversity of -1 diverges.
+    Returns:
+      loss(logits [E, ..., C], labels [...] or [..., C], where=None) -> per-example
+      [...]. It is not bounded below: a diversity of -1 diverges.
 
     >>> loss = ride(diversity=0.0)
     >>> loss(jnp.zeros((3, 1, 2)), jnp.array([0])).round(4)
     Array([2.0794], dtype=float32)
 
-    References: Wang et al., Long-tailed recognition by routing diverse
-      distribution-aware experts, arXiv 2010.01809.
+    References:
+      Wang et al., Long-tailed recognition by routing diverse distribution-aware
+      experts, arXiv 2010.01809.
     """
     base = cross_entropy() if base is None else base
     if counts is None:
@@ -273,13 +276,14 @@ def bbn(total: Scalar, base: Loss | None = None) -> Bbn:
     probabilities ~ 1 / n_c draws them. Training goes from the first to the second. The
     branches share the trunk but for their last block.
 
-    Args: total: steps of the run, counted as `step` is (steps or epochs). The reference
-      stretches 90
-        and 180 epochs to 100 and 200, so that the last ones are not the reversed
-        branch's alone. May be traced.
+    Args:
+      total: steps of the run, counted as `step` is (steps or epochs). The reference
+        stretches 90 and 180 epochs to 100 and 200, so that the last ones are not the
+        reversed branch's alone. May be traced.
       base: loss(logits [..., C], labels, where=) of each branch; None is cross entropy.
 
-    Returns: A pytree: `.mix(f_c, f_r, step)`, `.share(step)`, and loss(logits, labels,
+    Returns:
+      A pytree: `.mix(f_c, f_r, step)`, `.share(step)`, and loss(logits, labels,
       reversed_labels, step=, where=None) -> per-example [...].
 
     >>> branch = bbn(200)
@@ -361,11 +365,14 @@ class Paco:
     ) -> tuple[Float[Array, "B"], PacoState]:
         """Compare the batch with itself, its keys and the queue; then put the keys into the queue.
 
-        Args: state: of `init` or the last update. logits: [B, C] products of the
-          features with the learnable centres (a linear layer). labels: [B] integers in
-          [0, C). features: [B, D] of one view, of length 1. keys: [B, D] of another
-          view, of length 1, by the momentum encoder. Gradients flow into
-            them here; they end at the queue.
+        Args:
+          state: of `init` or the last update.
+          logits: [B, C] products of the features with the learnable centres (a linear
+            layer).
+          labels: [B] integers in [0, C).
+          features: [B, D] of one view, of length 1.
+          keys: [B, D] of another view, of length 1, by the momentum encoder. Gradients
+            flow into them here; they end at the queue.
           where: [B] booleans; a masked example costs 0 and is compared with nothing.
 
         Returns:
@@ -492,10 +499,12 @@ def paco(
     w is beta for the own centre and alpha for the examples of the own class, so that a
     class with few of those is not outweighed.
 
-    Args: counts: [C] training examples per class; may be traced. num_features: D.
-      queue: K, keys that are kept; may be smaller than a batch. alpha: weight of an
-      example of the same class: 0.05 on ImageNet-LT, 0.01 on CIFAR-100-LT. May
-        be traced, like beta, gamma and the temperatures.
+    Args:
+      counts: [C] training examples per class; may be traced.
+      num_features: D.
+      queue: K, keys that are kept; may be smaller than a batch.
+      alpha: weight of an example of the same class: 0.05 on ImageNet-LT, 0.01 on
+        CIFAR-100-LT. May be traced, like beta, gamma and the temperatures.
       beta: weight of the own centre.
       gamma: weight of the examples in the denominator; 0 (with alpha 0) is balanced
         softmax.
@@ -507,8 +516,9 @@ def paco(
         example with itself included, in the denominator: at low temperatures that is no
         small number.
 
-    Returns: A pair: init(), update(state, logits [B, C], labels [B], features= [B, D],
-      keys= [B, D], where=None) -> (per-example [B], state). The queue starts empty (the
+    Returns:
+      A pair: init(), update(state, logits [B, C], labels [B], features= [B, D], keys=
+      [B, D], where=None) -> (per-example [B], state). The queue starts empty (the
       reference fills it with random features and labels).
 
     Raises:
@@ -598,9 +608,9 @@ def sade(counts: Counts, *, tau: Scalar = 2.0, compat: Compat = None) -> Sade:
       tau: strength of the inverse prior. May be traced.
       compat: "reference" for log(pi + 1e-9) and pi' by position.
 
-    Returns: loss(logits [3, ..., C], labels [...] or [..., C], where=None) ->
-      per-example [...]. Predict with `aggregate`, with equal weights or those of
-      `fit_weights`.
+    Returns:
+      loss(logits [3, ..., C], labels [...] or [..., C], where=None) -> per-example
+      [...]. Predict with `aggregate`, with equal weights or those of `fit_weights`.
 
     >>> each = sade([90, 10])(jnp.zeros((3, 2, 2)), jnp.array([0, 1]))
     >>> print(" ".join(f"{x:.2f}" for x in each))  # of a head and of a tail example
@@ -691,8 +701,9 @@ def fit_weights(
     >>> bool(weights[0] > 0.9)
     True
 
-    References: Zhang et al., Self-supervised aggregation of diverse experts, arXiv
-      2107.09249, section 4.3.
+    References:
+      Zhang et al., Self-supervised aggregation of diverse experts, arXiv 2107.09249,
+      section 4.3.
     """
     first, second = (floating(jnp.asarray(z)) for z in (first, second))
     batch = first.shape[1:-1]

@@ -33,8 +33,10 @@ def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C
     For a trained kernel, whose norms follow the class counts. Choose tau in [0, 2] on
     held-out data by balanced accuracy; the reference drops the bias.
 
-    Args: kernel: [D, C], a column per class; a zero column stays zero. tau: 0 changes
-      nothing, 1 makes unit columns. May be traced, differentiated and vmapped.
+    Args:
+      kernel: [D, C], a column per class; a zero column stays zero.
+      tau: 0 changes nothing, 1 makes unit columns. May be traced, differentiated and
+        vmapped.
 
     Returns:
       [D, C] in float32 or wider.
@@ -88,8 +90,9 @@ def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]
     >>> max_norm(jnp.array([[3.0, 0.5]]), 1.0)
     Array([[1. , 0.5]], dtype=float32)
 
-    References: Alshammari et al., Long-tailed recognition via weight balancing, arXiv
-      2203.14197, equation 4.
+    References:
+      Alshammari et al., Long-tailed recognition via weight balancing, arXiv 2203.14197,
+      equation 4.
     """
     w = floating(jnp.asarray(kernel))
     norms, radius = norm(w, axis=0), jnp.asarray(radius).astype(w.dtype)
@@ -188,7 +191,8 @@ def cosine(
     >>> cosine(jnp.array([[3.0, 4.0]]), jnp.eye(2), s=6.0)
     Array([[3., 4.]], dtype=float32)
 
-    References: Liu et al., Large-scale long-tailed recognition in an open world, arXiv
+    References:
+      Liu et al., Large-scale long-tailed recognition in an open world, arXiv
       1904.05160.
     """
     x = floating(jnp.asarray(x))
@@ -270,8 +274,11 @@ def centroids(
 ) -> Centroids:
     """Mean feature of each class, for `ncm`.
 
-    Args: features: [N, D] of the training examples. labels: [N] integers; an example
-      whose label is not in [0, C) counts in the center only. num_classes: C; static.
+    Args:
+      features: [N, D] of the training examples.
+      labels: [N] integers; an example whose label is not in [0, C) counts in the center
+        only.
+      num_classes: C; static.
       kind: "un" as they are, "l2n" divided by their norm, "cl2n" centred first (the
         default of the reference).
       where: [N] booleans; a masked example is left out.
@@ -395,12 +402,15 @@ def tde(
     mu m + mean(x) with the momentum mu of the optimizer: the part of a feature that
     momentum alone explains is then subtracted.
 
-    Args: x: [..., D] features, split into K equal parts. kernel: [D, C], a column per
-      class, split likewise. direction: [D], or None for no subtraction; a zero part
-      subtracts nothing. heads: K; static. tau: scale of the logits. May be traced.
+    Args:
+      x: [..., D] features, split into K equal parts.
+      kernel: [D, C], a column per class, split likewise.
+      direction: [D], or None for no subtraction; a zero part subtracts nothing.
+      heads: K; static.
+      tau: scale of the logits. May be traced.
       gamma: keeps large norms of w from being divided out in full. May be traced.
       alpha: strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT. May be
-      traced.
+        traced.
 
     Returns:
       [..., C] logits in float32 or wider.
@@ -408,8 +418,9 @@ def tde(
     Raises:
       ValueError: if D is not a multiple of heads.
 
-    References: Tang et al., Long-tailed classification by keeping the good and removing
-      the bad momentum causal effect, arXiv 2009.12991.
+    References:
+      Tang et al., Long-tailed classification by keeping the good and removing the bad
+      momentum causal effect, arXiv 2009.12991.
     """
     x = floating(jnp.asarray(x))
     if heads < 1 or x.shape[-1] % heads:

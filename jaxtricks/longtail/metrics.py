@@ -60,9 +60,12 @@ def scores(
 ) -> dict[str, Float[Array, ""]]:
     """Means over the classes that have test examples, each class counted `weight` times.
 
-    Args: correct: [C] right predictions. total: [C] test examples. members: of
-      `groups`. weight: [C] how often a class counts: ones, or the draws of a bootstrap
-      over classes.
+    Args:
+      correct: [C] right predictions.
+      total: [C] test examples.
+      members: of `groups`.
+      weight: [C] how often a class counts: ones, or the draws of a bootstrap over
+        classes.
     """
     per_class = ratio(correct, total)
     weight = jnp.where(total > 0, weight, 0)
@@ -124,9 +127,9 @@ ECE_BINS = 15
 class State:
     """What was seen so far. States add: `merge` them, or psum them over devices (lax.psum(state, axis)).
 
-    Attributes: confusion: [C, C + 1] int32, examples of class i predicted as j; the
-      last column counts rows
-        whose logits were not numbers.
+    Attributes:
+      confusion: [C, C + 1] int32, examples of class i predicted as j; the last column
+        counts rows whose logits were not numbers.
       class_bin_count: [C, B] int32, examples per class and bin of confidence.
       class_bin_correct: [C, B] int32, correct ones among them.
       class_bin_confidence: [C, B] float32, sum of their confidences.
@@ -190,10 +193,12 @@ def update(
 ) -> State:
     """Count one batch; the prediction is the largest logit, the confidence its softmax.
 
-    Args: state: of `init` or an earlier update. logits: [..., C]. A row with a NaN
-      counts as wrong, and as of no class. labels: [...] integers; one outside [0, C)
-      counts in `out_of_range` alone. where: [...] True for the examples that count (the
-      padding of a last batch does not).
+    Args:
+      state: of `init` or an earlier update.
+      logits: [..., C]. A row with a NaN counts as wrong, and as of no class.
+      labels: [...] integers; one outside [0, C) counts in `out_of_range` alone.
+      where: [...] True for the examples that count (the padding of a last batch does
+        not).
 
     Returns:
       The new state.
@@ -308,7 +313,8 @@ def summary(
       few: threshold below which a class is few-shot.
       split: "threshold" or "rank".
 
-    Returns: float32: "accuracy", "balanced_accuracy" and "balanced_error" (1 - it),
+    Returns:
+      float32: "accuracy", "balanced_accuracy" and "balanced_error" (1 - it),
       "geometric_mean" and "harmonic_mean" of the per-class accuracies (0 as soon as one
       class is never right), "many", "medium", "few", "ece" and "ece_many",
       "ece_medium", "ece_few" (of the examples of these classes), "out_of_range" (share
@@ -319,8 +325,9 @@ def summary(
     Raises:
       ValueError: if counts does not fit the state, or for another split.
 
-    References: Calibration error: Guo et al., arXiv 1706.04599, equation 3, bins closed
-      on the right. Groups: Liu et al., arXiv 1904.05160.
+    References:
+      Calibration error: Guo et al., arXiv 1706.04599, equation 3, bins closed on the
+      right. Groups: Liu et al., arXiv 1904.05160.
     """
     correct, total = _per_class(state)
     members = groups(_fitting(counts, state), many, few, split)
@@ -367,11 +374,13 @@ def bootstrap(
       level: share of the draws inside the interval.
       many, few, split: of `summary`.
 
-    Returns: For each score of one number but the calibration errors: [2] low and high
-      end; NaN where the score is.
+    Returns:
+      For each score of one number but the calibration errors: [2] low and high end; NaN
+      where the score is.
 
-    Raises: ValueError: if counts does not fit the state, samples < 1, or level is not
-      between 0 and 1.
+    Raises:
+      ValueError: if counts does not fit the state, samples < 1, or level is not between
+        0 and 1.
 
     References:
       Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 13.
@@ -398,7 +407,8 @@ def bootstrap(
 def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
     """A_r = A_t / A_u, A_u the larger of the upper references: how much of what balance gives is reached.
 
-    Args: accuracy: A_t, of the method trained on the long-tailed set. *upper: the same
+    Args:
+      accuracy: A_t, of the method trained on the long-tailed set. *upper: the same
       backbone trained with cross entropy on `data.balanced_counterpart(counts)`, and
         the method itself trained on it.
 

@@ -38,8 +38,9 @@ def mixup(
       num_classes: C; static.
       alpha: > 0; 1 on CIFAR, 0.2 on ImageNet. May be traced.
 
-    Returns: The mixed examples (dtype of x, float32 for integers) and [N, C] soft
-      labels, which every loss of this room takes.
+    Returns:
+      The mixed examples (dtype of x, float32 for integers) and [N, C] soft labels,
+      which every loss of this room takes.
 
     Raises:
       ValueError: if alpha is a number <= 0.
@@ -68,11 +69,15 @@ def remix(
     kappa and
     1 - lam < tau, else lam. With balanced counts it is mixup (kappa > 1).
 
-    Args: key: typed PRNG key, new each step. x: [N, ...] examples. labels: [N] integers
-      in [0, C). counts: [C] training examples per class; may be traced. One without any
-      counts as the rarest. alpha: > 0, of Beta(alpha, alpha). May be traced. kappa:
-      ratio of the counts from which on a class is much rarer. May be traced. tau: bound
-      on the other one's share of the example. May be traced.
+    Args:
+      key: typed PRNG key, new each step.
+      x: [N, ...] examples.
+      labels: [N] integers in [0, C).
+      counts: [C] training examples per class; may be traced. One without any counts as
+        the rarest.
+      alpha: > 0, of Beta(alpha, alpha). May be traced.
+      kappa: ratio of the counts from which on a class is much rarer. May be traced.
+      tau: bound on the other one's share of the example. May be traced.
 
     Returns:
       The mixed examples (dtype of x, float32 for integers) and [N, C] soft labels.
@@ -106,12 +111,15 @@ def unimix(
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
     """UniMix: partners drawn by p_j ~ n_j^tau, and lam_ij = (Beta(alpha, alpha) + n_j/(n_i + n_j)) mod 1.
 
-    Args: key: typed PRNG key, new each step. x: [N, ...] examples; the partners are
-      drawn from them, with replacement. labels: [N] integers in [0, C). counts: [C]
-      training examples per class; may be traced. One without any counts as the rarest.
-      alpha: > 0, of the Beta distribution; one draw per example. May be traced. tau:
-      power of the partner's count; -0.5 on CIFAR-10-LT, -0.1 on CIFAR-100-LT. May be
-      traced.
+    Args:
+      key: typed PRNG key, new each step.
+      x: [N, ...] examples; the partners are drawn from them, with replacement.
+      labels: [N] integers in [0, C).
+      counts: [C] training examples per class; may be traced. One without any counts as
+        the rarest.
+      alpha: > 0, of the Beta distribution; one draw per example. May be traced.
+      tau: power of the partner's count; -0.5 on CIFAR-10-LT, -0.1 on CIFAR-100-LT. May
+        be traced.
 
     Returns:
       The mixed examples (dtype of x, float32 for integers) and [N, C] soft labels.
@@ -119,8 +127,9 @@ def unimix(
     Raises:
       ValueError: if alpha is a number <= 0.
 
-    References: Xu et al., Towards calibrated model for long-tailed visual recognition
-      from prior perspective, arXiv 2111.03874.
+    References:
+      Xu et al., Towards calibrated model for long-tailed visual recognition from prior
+      perspective, arXiv 2111.03874.
     """
     n = at_least_rarest(as_vector("mix.unimix: `counts`", counts))
     labels = class_indices(labels)

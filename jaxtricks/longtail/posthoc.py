@@ -128,9 +128,11 @@ def adjust(
     would win every time. It is held back instead, by tau * 27.6 (a factor of 1e-12 to
     the power tau).
 
-    Args: logits: [..., C] of a trained model. counts: [C] training examples per class;
-      may be traced. tau: strength; choose it on held-out data by balanced accuracy.
-      Traced, differentiable.
+    Args:
+      logits: [..., C] of a trained model.
+      counts: [C] training examples per class; may be traced.
+      tau: strength; choose it on held-out data by balanced accuracy. Traced,
+        differentiable.
 
     Returns:
       [..., C] adjusted logits in float32 or wider.
@@ -141,8 +143,9 @@ def adjust(
     >>> adjust(jnp.array([[2.0, 0.5]]), [90, 10]).argmax(-1)
     Array([1], dtype=int32)
 
-    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
-      equation 9.
+    References:
+      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, equation
+      9.
     """
     z = floating(jnp.asarray(logits))
     n = as_vector("posthoc.adjust: `counts`", counts).astype(z.dtype)
@@ -165,9 +168,11 @@ def shift_prior(
     A class that the source lacks is held back by 27.6 (a factor of 1e-12), as in
     `adjust`; so is one that the target lacks, beside its source prior.
 
-    Args: logits: [..., C]. source: [C] counts or probabilities, of the prior in the
-      logits; need not sum to 1. target: [C] counts or probabilities, of the prior
-      wanted. Both may be traced.
+    Args:
+      logits: [..., C].
+      source: [C] counts or probabilities, of the prior in the logits; need not sum to
+        1.
+      target: [C] counts or probabilities, of the prior wanted. Both may be traced.
 
     Returns:
       [..., C] shifted logits in float32 or wider.
@@ -205,10 +210,11 @@ def fit_tau(
     better (simulated with 300 examples of 10 classes, imbalance 100: 0.7 points of
     balanced accuracy lost against 1.9).
 
-    Args: logits: [..., C] on held-out examples, of a model trained with plain cross
-      entropy. labels: [...] integers; an example whose label is not in [0, C), or is of
-      a class without training
-        examples, does not count.
+    Args:
+      logits: [..., C] on held-out examples, of a model trained with plain cross
+        entropy.
+      labels: [...] integers; an example whose label is not in [0, C), or is of a class
+        without training examples, does not count.
       counts: [C] training examples per class; may be traced.
       taus: [T] candidates, np.linspace(0, 2, 41) say, or None.
       where: [...] booleans; a masked example does not count.
@@ -223,8 +229,9 @@ def fit_tau(
     >>> fit_tau(logits, jnp.array([0, 0, 1]), [90, 10], taus=[0.0, 0.25, 0.5, 0.75, 1.0])
     Array(0.5, dtype=float32)
 
-    References: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
-      section 5.
+    References:
+      Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314, section
+      5.
     """
     if taus is None:
         best = calibrate(logits, labels, counts, where=where)
@@ -274,21 +281,26 @@ def calibrate(
     from anywhere. Use it as `adjust(logits / c.temperature, counts, c.tau)`; for the
     classes' order alone, `adjust(logits, counts, c.tau * c.temperature)`.
 
-    Args: logits: [..., C] on held-out examples, of a model trained with plain cross
-      entropy. labels: as for `fit_tau`. counts: [C] training examples per class; may be
-      traced. A class without any is left out. where: [...] booleans; a masked example
-      does not count. max_steps: bound of the Newton steps, of which it needs some
-      twenty; static.
+    Args:
+      logits: [..., C] on held-out examples, of a model trained with plain cross
+        entropy.
+      labels: as for `fit_tau`.
+      counts: [C] training examples per class; may be traced. A class without any is
+        left out.
+      where: [...] booleans; a masked example does not count.
+      max_steps: bound of the Newton steps, of which it needs some twenty; static.
 
-    Returns: (tau, temperature), scalars; tau 0 where the counts are balanced, since any
-      would do; 0 and 1 without examples. 1/temperature is kept in [1e-3, 1e3]. Works
-      under jit.
+    Returns:
+      (tau, temperature), scalars; tau 0 where the counts are balanced, since any would
+      do; 0 and 1 without examples. 1/temperature is kept in [1e-3, 1e3]. Works under
+      jit.
 
     Raises:
       ValueError: if counts has not one entry per logit.
 
-    References: Guo et al., On calibration of modern neural networks, arXiv 1706.04599.
-      Menon et al., arXiv 2007.07314, equation 9.
+    References:
+      Guo et al., On calibration of modern neural networks, arXiv 1706.04599. Menon et
+      al., arXiv 2007.07314, equation 9.
     """
     held = held_out("calibrate", logits, labels, counts, where)
     dtype = held.logits.dtype
@@ -352,15 +364,17 @@ def estimate_prior(
     The logits must be calibrated to the source prior: overconfident ones make the
     estimate too extreme (divide by `calibrate`'s temperature first).
 
-    Args: logits: [..., C] on the test examples. source: [C] counts or probabilities, of
-      the prior in the logits; need not sum to 1. Ones for a
-        model trained with `balanced_softmax`. May be traced.
+    Args:
+      logits: [..., C] on the test examples.
+      source: [C] counts or probabilities, of the prior in the logits; need not sum to
+        1. Ones for a model trained with `balanced_softmax`. May be traced.
       where: [...] booleans; a masked example does not count.
       tolerance: largest step of a probability at which it stops. May be traced.
       max_steps: after which it stops in any case; static.
 
-    Returns: [C] probabilities that sum to 1; 0 for a class that the source lacks. The
-      source prior if there are no examples. Works under jit.
+    Returns:
+      [C] probabilities that sum to 1; 0 for a class that the source lacks. The source
+      prior if there are no examples. Works under jit.
 
     Raises:
       ValueError: if source has not one entry per logit.
@@ -369,9 +383,10 @@ def estimate_prior(
     >>> estimate_prior(logits, [1, 1]).round(2)
     Array([0.71, 0.29], dtype=float32)
 
-    References: Saerens, Latinne, Decaestecker, Adjusting the outputs of a classifier to
-      new a priori probabilities: a simple procedure, Neural Computation 14 (2002),
-      section 2.2.
+    References:
+      Saerens, Latinne, Decaestecker, Adjusting the outputs of a classifier to new a
+      priori probabilities: a simple procedure, Neural Computation 14 (2002), section
+      2.2.
     """
     z = floating(jnp.asarray(logits))
     prior = _prior("source", source, z, "estimate_prior")

@@ -55,16 +55,18 @@ class Table:
 def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
     """Sort the examples by class, once, on the host.
 
-    Args: labels: [N] integers in [0, C), a host or device array (not traced).
+    Args:
+      labels: [N] integers in [0, C), a host or device array (not traced).
       probabilities: [C] of each class, for example `class_probabilities(counts, 0)`;
-      they are
-        normalized over the classes that have examples.
+        they are normalized over the classes that have examples.
 
-    Returns: A pytree of N + 3 C numbers. `dataclasses.replace(table,
-      probabilities=...)` changes the probabilities, inside jit too.
+    Returns:
+      A pytree of N + 3 C numbers. `dataclasses.replace(table, probabilities=...)`
+      changes the probabilities, inside jit too.
 
-    Raises: ValueError: if there are no labels, one is outside [0, C), or a probability
-      negative or NaN.
+    Raises:
+      ValueError: if there are no labels, one is outside [0, C), or a probability
+        negative or NaN.
     """
     labels = np.asarray(labels).reshape(-1)
     if not labels.size:
@@ -99,15 +101,20 @@ def sample_indices(
     draw of one host, so the probabilities are exact over all of them. Probabilities are
     held in parts of 2^-31.
 
-    Args: key: typed PRNG key, the same on every host. table: of `table`; its
-      probabilities may be traced. n: how many, over all shards; static. shard: (index,
-      number) to return that part only; the index may be traced (lax.axis_index).
+    Args:
+      key: typed PRNG key, the same on every host.
+      table: of `table`; its probabilities may be traced.
+      n: how many, over all shards; static.
+      shard: (index, number) to return that part only; the index may be traced
+        (lax.axis_index).
 
-    Returns: [n] int32 indices, or [n / number] of the shard, with replacement. A class
-      without examples is never drawn; where no class can be, the indices are -1.
+    Returns:
+      [n] int32 indices, or [n / number] of the shard, with replacement. A class without
+      examples is never drawn; where no class can be, the indices are -1.
 
-    Raises: ValueError: if the shards do not divide n, or the probabilities do not fit
-      the table.
+    Raises:
+      ValueError: if the shards do not divide n, or the probabilities do not fit the
+        table.
     """
     first, m = _part("sample_indices", n, shard)
     class_key, example_key = jax.random.split(key)
@@ -157,8 +164,9 @@ def class_aware_indices(
     Raises:
       ValueError: if the shards do not divide n, or per_class < 1.
 
-    References: Kang et al., Decoupling, arXiv 1910.09217 (ClassAwareSampler of its
-      code, after Shen et al., Relay backpropagation, arXiv 1512.05830).
+    References:
+      Kang et al., Decoupling, arXiv 1910.09217 (ClassAwareSampler of its code, after
+      Shen et al., Relay backpropagation, arXiv 1512.05830).
     """
     if per_class < 1:
         raise ValueError("longtail.sampling.class_aware_indices needs `per_class` >= 1")
@@ -226,8 +234,10 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
 def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"]:
     """Probability to draw each class: p_c ~ n_c^power.
 
-    Args: counts: [C] training examples per class; may be traced. power: 1 as the data,
-      0.5 square root, 0 balanced, -1 reversed (the second branch of BBN).
+    Args:
+      counts: [C] training examples per class; may be traced.
+      power: 1 as the data, 0.5 square root, 0 balanced, -1 reversed (the second branch
+        of BBN).
 
     Returns:
       [C] probabilities; 0 for a class without examples (all zero if no class has any).
@@ -235,8 +245,9 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     >>> class_probabilities([90, 10], 0.5)[1].round(3)
     Array(0.25, dtype=float32)
 
-    References: Kang et al., Decoupling representation and classifier, arXiv 1910.09217,
-      equation 1.
+    References:
+      Kang et al., Decoupling representation and classifier, arXiv 1910.09217, equation
+      1.
     """
     n = floating(as_vector("sampling.class_probabilities: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
@@ -248,10 +259,11 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
 def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
     """From the data to balance: (1 - t) p_instance + t p_balanced.
 
-    Args: counts: [C] training examples per class; may be traced. t: share of the run
-      that is over, clipped to [0, 1]; may be traced (`weights.ramp`). Over E
-        epochs the Decoupling code takes e / (E - 1) and BagofTricks (e + 1) / E, e from
-        0.
+    Args:
+      counts: [C] training examples per class; may be traced.
+      t: share of the run that is over, clipped to [0, 1]; may be traced
+        (`weights.ramp`). Over E epochs the Decoupling code takes e / (E - 1) and
+        BagofTricks (e + 1) / E, e from 0.
 
     Returns:
       [C] probabilities; 0 for a class without examples.
@@ -334,7 +346,8 @@ def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
     >>> [round(float(rate), 3) for rate in meta_rates([90, 10], 1.0)]
     [0.1, 0.9]
 
-    References: Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its
+    References:
+      Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its
       SampleLearner.
     """
     n = at_least_rarest(as_vector("sampling.meta_rates: `counts`", counts))

@@ -44,13 +44,15 @@ def state_table(
 ) -> _table.Table:
     """What the state of every parameter costs; allocates nothing.
 
-    Args: tx: any optax transformation, chain or MultiSteps. params: pytree of arrays or
-      ShapeDtypeStructs. Where they carry NamedShardings on a mesh of
-        several devices, there is a column of what one device holds.
+    Args:
+      tx: any optax transformation, chain or MultiSteps.
+      params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on
+        a mesh of several devices, there is a column of what one device holds.
 
-    Returns: A table (its `str()` is text), largest first: parameter, shape, state in
-      bytes, state per parameter byte, and per device. Notes name the matrices whose
-      second moment Adafactor keeps whole, and what that costs.
+    Returns:
+      A table (its `str()` is text), largest first: parameter, shape, state in bytes,
+      state per parameter byte, and per device. Notes name the matrices whose second
+      moment Adafactor keeps whole, and what that costs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -284,10 +286,11 @@ def state_specs(
     read off the types of an abstract `init`, so they hold for any chain of optax and
     ours.
 
-    Args: tx: any optax transformation, chain or MultiSteps. params: pytree of arrays or
-      ShapeDtypeStructs. param_specs: a PartitionSpec or NamedSharding for every
-      parameter; None or a missing axis =
-        replicated.
+    Args:
+      tx: any optax transformation, chain or MultiSteps.
+      params: pytree of arrays or ShapeDtypeStructs.
+      param_specs: a PartitionSpec or NamedSharding for every parameter; None or a
+        missing axis = replicated.
 
     Returns:
       A tree with the structure of the state and a PartitionSpec for every array.

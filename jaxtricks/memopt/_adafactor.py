@@ -391,10 +391,12 @@ _MIN_DIM = np.int64(128)
 class AdafactorState(NamedTuple):
     """State of `adafactor` and `scale_by_adafactor`; nothing in it is a placeholder.
 
-    Attributes: count: updates so far, int32 []. v: the parameters' tree with a Factored
-      or a Full in place of every leaf, float32 or better. m: the parameters' tree of
-      moving averages of the step, each an array or an Int8; None without
-        beta1.
+    Attributes:
+      count: updates so far, int32 [].
+      v: the parameters' tree with a Factored or a Full in place of every leaf, float32
+        or better.
+      m: the parameters' tree of moving averages of the step, each an array or an Int8;
+        None without beta1.
     """
 
     count: Any
@@ -502,12 +504,13 @@ def adafactor(
     optax.inject_hyperparams name those you give, e.g. static_args=("roles",
     "min_dim_size_to_factor").
 
-    Args: learning_rate: lr_t. None = the paper's relative step min(1e-2, 1/sqrt(t)).
-      warmup_init: with learning_rate None, min(1e-6 t, 1/sqrt(t)). beta1: momentum;
-      None or 0 = none and no buffer. momentum_dtype: dtype of m: "bfloat16"; "int8",
-      with a scale for every 128 entries and rounded at
-        random (unbiased, the same at the same step and path); None = float32, float64
-        for float64 parameters.
+    Args:
+      learning_rate: lr_t. None = the paper's relative step min(1e-2, 1/sqrt(t)).
+      warmup_init: with learning_rate None, min(1e-6 t, 1/sqrt(t)).
+      beta1: momentum; None or 0 = none and no buffer.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries
+        and rounded at random (unbiased, the same at the same step and path); None =
+        float32, float64 for float64 parameters.
       momentum_before_lr: average u max(eps[1], RMS(p)) and multiply by lr_t afterwards.
       decay: "pow" as above, or "adam": beta2_t = rate (1 - rate^(t-1)) / (1 - rate^t).
       decay_rate: exponent of "pow", rate of "adam".
@@ -532,9 +535,9 @@ def adafactor(
     Returns:
       A GradientTransformation whose update needs `params`.
 
-    Raises: ValueError: an argument out of range; in `init`, a rule that does not fit or
-      a parameter that is
-        not floating; in `update`, no `params`.
+    Raises:
+      ValueError: an argument out of range; in `init`, a rule that does not fit or a
+        parameter that is not floating; in `update`, no `params`.
 
     Example:
       >>> tx = adafactor(1e-2, min_dim_size_to_factor=2)

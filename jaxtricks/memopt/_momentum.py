@@ -20,9 +20,10 @@ _LARGEST = 127
 class Int8(NamedTuple):
     """A block-scaled array: entry = values * scale of its block.
 
-    Attributes: values: int8, shaped as the leaf. scale: float32 [*leading, blocks]: a
-      block is 128 neighbours along the last axis, or along as many
-        of the last axes as it takes to have 128.
+    Attributes:
+      values: int8, shaped as the leaf.
+      scale: float32 [*leading, blocks]: a block is 128 neighbours along the last axis,
+        or along as many of the last axes as it takes to have 128.
     """
 
     values: Any

@@ -22,10 +22,11 @@ _NO_MOMENTUM = np.float32(0)
 class Sm3State(NamedTuple):
     """State of `sm3` and `scale_by_sm3`.
 
-    Attributes: count: updates so far, int32 []. v: the parameters' tree with a tuple of
-      accumulators in place of every leaf, float32 or better: one
-        per axis that is not "batch", shaped as the "batch" axes and that axis; for
-        slices of rank <= 1 a single one shaped as the leaf.
+    Attributes:
+      count: updates so far, int32 [].
+      v: the parameters' tree with a tuple of accumulators in place of every leaf,
+        float32 or better: one per axis that is not "batch", shaped as the "batch" axes
+        and that axis; for slices of rank <= 1 a single one shaped as the leaf.
       m: the parameters' tree of moving averages of the update, each an array or an
         Int8; None without momentum.
     """
@@ -63,8 +64,9 @@ def scale_by_sm3(
       >>> updates["w"][0].tolist(), [a.tolist() for a in state.v["w"]]
       ([1.0, 1.0], [[16.0, 16.0], [9.0, 16.0]])
 
-    References: Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization",
-      arXiv 1901.11150, algorithm SM3-II.
+    References:
+      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv
+      1901.11150, algorithm SM3-II.
     """
     return _transform("scale_by_sm3", None, momentum, momentum_dtype, roles, eps)
 
@@ -86,12 +88,13 @@ def sm3(
     Numbers may be arrays or schedules (step -> value); `momentum_dtype` and `roles` are
     static.
 
-    Args: learning_rate: as in Adagrad there is no decay: warm up, then keep it
-      constant. momentum: None or the number 0 = none and no buffer; an array or
-      schedule always has its buffer. momentum_dtype: dtype of m: "bfloat16"; "int8",
-      with a scale for every 128 entries and rounded at
-        random (unbiased, the same at the same step and path); None = float32, float64
-        for float64 parameters.
+    Args:
+      learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
+      momentum: None or the number 0 = none and no buffer; an array or schedule always
+        has its buffer.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries
+        and rounded at random (unbiased, the same at the same step and path); None =
+        float32, float64 for float64 parameters.
       roles: which axes are "batch" (independent slices; every other role is alike):
         None = none of them; a function (path, shape) -> roles or None; a rule of
         `roles.by_path`; a tree of roles.
@@ -100,9 +103,9 @@ def sm3(
     Returns:
       A GradientTransformation; its update does not need `params`.
 
-    Raises: ValueError: an argument out of range; in `init`, a rule that does not fit or
-      a parameter that is
-        not floating.
+    Raises:
+      ValueError: an argument out of range; in `init`, a rule that does not fit or a
+        parameter that is not floating.
 
     Example:
       >>> tx = sm3(0.1)
@@ -110,8 +113,9 @@ def sm3(
       >>> [a.shape for a in tx.init(params).v["w"]]
       [(300,), (200,)]
 
-    References: Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization",
-      arXiv 1901.11150, algorithm SM3-II.
+    References:
+      Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv
+      1901.11150, algorithm SM3-II.
     """
     return _transform("sm3", learning_rate, momentum, momentum_dtype, roles, eps)
 

@@ -15,8 +15,9 @@ from jaxtricks.memopt import _leaves
 class StochasticRoundState(NamedTuple):
     """State of `stochastic_round`.
 
-    Attributes: count: updates so far, int32 []; with the seed and the path it decides
-      every rounding.
+    Attributes:
+      count: updates so far, int32 []; with the seed and the path it decides every
+        rounding.
     """
 
     count: Any
@@ -59,8 +60,9 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       >>> new.dtype, round(float(new.astype(jnp.float32).mean()), 3)
       (dtype(bfloat16), 1.001)
 
-    References: Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited
-      Numerical Precision", arXiv 1502.02551, section 3.
+    References:
+      Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical
+      Precision", arXiv 1502.02551, section 3.
     """
 
     if not hasattr(seed, "dtype") and not isinstance(seed, int):
@@ -90,9 +92,11 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
 def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Params:
     """params + updates in the dtypes of params, rounded at random where a key is given.
 
-    Args: params: pytree of arrays. updates: the same tree of updates. key: rounds
-      leaves below float32 as `stochastic_round` does; None = to the nearest, as
-        `optax.apply_updates`.
+    Args:
+      params: pytree of arrays.
+      updates: the same tree of updates.
+      key: rounds leaves below float32 as `stochastic_round` does; None = to the
+        nearest, as `optax.apply_updates`.
 
     Returns:
       The new parameters.

@@ -19,15 +19,19 @@ class ACBlock(Branched):
     from it, so that `fused()` is exact for every stride, padding, dilation, group count
     and input size.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
       kernel_size: (kh, kw) or (kd, kh, kw), of the KxK branch and of the fused
-      convolution. strides: an int or one per spatial axis. padding: "SAME", "VALID", an
-      int or (low, high) pairs, of the KxK kernel. kernel_dilation: an int or one per
-      spatial axis. feature_group_count: groups. conv: factory of the branches'
-      convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a partial. norm: factory
-      of the normalizations, called norm(features, scale_init=..., rngs=...):
-      nnx.BatchNorm,
-        ExtendedBatchNorm, or a partial.
+        convolution.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv,
+        WSConv, or a partial.
+      norm: factory of the normalizations, called norm(features, scale_init=...,
+        rngs=...): nnx.BatchNorm, ExtendedBatchNorm, or a partial.
       gamma_init: initial scale of the branches' normalizations (online: of their
         gains).
       mode: "branches", or "online" for one convolution a step: a gain per channel in
@@ -47,9 +51,10 @@ class ACBlock(Branched):
       >>> block(jnp.ones((1, 8, 8, 3))).shape
       (1, 4, 4, 8)
 
-    References: Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3. Hu, Feng,
-      Hua, Lai, Huang, Gong, Xu, "Online Convolutional Re-parameterization", CVPR 2022
-      (the online mode).
+    References:
+      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3. Hu, Feng, Hua, Lai,
+      Huang, Gong, Xu, "Online Convolutional Re-parameterization", CVPR 2022 (the online
+      mode).
     """
 
     least_axes = 2
@@ -107,10 +112,11 @@ class RepVGGBlock(Branched):
     kernel and the identity lie at the KxK kernel's centre tap, so that `fused()` is
     exact for every stride, padding, dilation, group count and input size.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
       kernel_size: an int for one spatial axis, else one int per axis, of the KxK branch
-      and of the fused
-        convolution.
+        and of the fused convolution.
       strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
       kernel_dilation: an int or one per spatial axis.
@@ -188,14 +194,18 @@ class DiverseBranchBlock(Branched):
     with W = 0 at first where it keeps the number of channels. Depthwise (as many groups
     as outputs), there is no 1x1 branch and the average is of the input.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis. strides: an int
-      or one per spatial axis. padding: "SAME", "VALID", an int or (low, high) pairs, of
-      the KxK kernel. kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups. conv: factory of the convolutions, called like
-      nnx.Conv: nnx.Conv, WSConv, or a partial. norm: factory of the normalizations,
-      called norm(features, rngs=...), with running statistics:
-        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
+        partial.
+      norm: factory of the normalizations, called norm(features, rngs=...), with running
+        statistics: nnx.BatchNorm, ExtendedBatchNorm, or a partial.
       internal_features: channels between 1x1 and KxK; None = in_features, depthwise
         twice that.
       mode: "branches" or "online", as in `ACBlock`.
@@ -205,9 +215,9 @@ class DiverseBranchBlock(Branched):
     sequence}/first/conv/kernel, and norm/{scale, bias, mean, var} beside each kernel
     and in pool; in online mode gain in place of each norm, and norm/.
 
-    Raises: ValueError: a kernel size without one to three axes, padding that is not
-      zeros, or groups that do
-        not divide the channels.
+    Raises:
+      ValueError: a kernel size without one to three axes, padding that is not zeros, or
+        groups that do not divide the channels.
 
     Example:
       >>> import jax.numpy as jnp
@@ -278,14 +288,18 @@ class MobileOneBlock(Branched):
     K > 1, the identity where it has the shape of the others. It stands for a
     convolution *and* its normalization.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis. strides: an int
-      or one per spatial axis. padding: "SAME", "VALID", an int or (low, high) pairs, of
-      the KxK kernel. kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups. conv: factory of the convolutions, called like
-      nnx.Conv: nnx.Conv, WSConv, or a partial. norm: factory of the normalizations,
-      called norm(features, rngs=...): nnx.BatchNorm,
-        ExtendedBatchNorm, or a partial.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
+        partial.
+      norm: factory of the normalizations, called norm(features, rngs=...):
+        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
       num_branches: number of KxK branches.
       mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
@@ -294,8 +308,9 @@ class MobileOneBlock(Branched):
     identity}/norm/{scale, bias, mean, var}; in online mode gain in place of each norm,
     and norm/{scale, bias, mean, var}.
 
-    Raises: ValueError: no branches, a kernel size without one to three axes, or padding
-      that is not zeros.
+    Raises:
+      ValueError: no branches, a kernel size without one to three axes, or padding that
+        is not zeros.
 
     Example:
       >>> import jax.numpy as jnp
@@ -367,15 +382,19 @@ class DilatedReparamBlock(Branched):
     said otherwise. A dilated kernel is a large one with zeros between its taps, so that
     the sum is one KxK convolution.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
       kernel_size: an int for one spatial axis, else one int per axis, of the large
-      kernel. strides: an int or one per spatial axis. padding: "SAME", "VALID", an int
-      or (low, high) pairs, of the large kernel. kernel_dilation: of all branches, an
-      int or one per spatial axis. feature_group_count: groups; None = depthwise,
-      in_features. conv: factory of the convolutions, called like nnx.Conv: nnx.Conv,
-      WSConv, or a partial. norm: factory of the normalizations, called norm(features,
-      rngs=...): nnx.BatchNorm,
-        ExtendedBatchNorm, or a partial.
+        kernel.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the large kernel.
+      kernel_dilation: of all branches, an int or one per spatial axis.
+      feature_group_count: groups; None = depthwise, in_features.
+      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
+        partial.
+      norm: factory of the normalizations, called norm(features, rngs=...):
+        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
       kernel_sizes: of the small kernels; None = the paper's for 5, 7, 9, 11, 13, 15 and
         17.
       dilates: their dilations; None = the paper's.
@@ -385,9 +404,9 @@ class DilatedReparamBlock(Branched):
     Variables: {large, dilated_0, ...}/conv/kernel and /norm/{scale, bias, mean, var};
     in online mode gain in place of each norm, and norm/{scale, bias, mean, var}.
 
-    Raises: ValueError: small kernels that reach beyond the large one, as many dilations
-      as sizes not given, or
-        a kernel size for which the paper has none.
+    Raises:
+      ValueError: small kernels that reach beyond the large one, as many dilations as
+        sizes not given, or a kernel size for which the paper has none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -395,8 +414,9 @@ class DilatedReparamBlock(Branched):
       >>> len(block.parts()), block.fused().kernel.shape
       (4, (7, 7, 1, 4))
 
-    References: Ding, Zhang, Ge, Zhao, Song, Yue, Shan, "UniRepLKNet", arXiv 2311.15599,
-      section 3.
+    References:
+      Ding, Zhang, Ge, Zhao, Song, Yue, Shan, "UniRepLKNet", arXiv 2311.15599, section
+      3.
     """
 
     def __init__(

@@ -46,10 +46,12 @@ class First(nnx.Module):
     as they are after this step and without gradient: then branch and fused convolution
     agree at the border too.
 
-    Attributes: conv: nnx.Conv or WSConv of kernel size 1. norm: what normalizes its
-      output; None in online mode. gain: [C] in its place; None in mode "branches".
+    Attributes:
+      conv: nnx.Conv or WSConv of kernel size 1.
+      norm: what normalizes its output; None in online mode.
+      gain: [C] in its place; None in mode "branches".
       residual: whether the input is added to the convolution's output (kernel +
-      identity).
+        identity).
     """
 
     def __init__(self, conv: Any, norm: Any, gain: Any, residual: bool):
@@ -355,12 +357,18 @@ class Branched(nnx.Module):
     per channel instead, every step makes one kernel of all branches, and `norm` stands
     behind the one convolution.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
       kernel_size: one size per spatial axis, of the window and of the fused
-      convolution. strides: an int or one per spatial axis. padding: "SAME", "VALID", an
-      int or (low, high) pairs, of the window. kernel_dilation: an int or one per
-      spatial axis. feature_group_count: groups. conv: factory of the branches'
-      convolutions. norm: factory of the normalizations. mode: "branches" or "online".
+        convolution.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the window.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: factory of the branches' convolutions.
+      norm: factory of the normalizations.
+      mode: "branches" or "online".
       rngs: keys; "params" is used.
 
     Raises:
@@ -499,9 +507,9 @@ class Branched(nnx.Module):
           kernel: [*kernel_size, in / groups, out].
           bias: [out]; None = zeros.
 
-        Raises: ValueError: another shape, standardized kernels (whose mean is always
-          0), or normalizations
-            without scale, bias or running statistics.
+        Raises:
+          ValueError: another shape, standardized kernels (whose mean is always 0), or
+            normalizations without scale, bias or running statistics.
         """
         start_from(self, kernel, bias)
 

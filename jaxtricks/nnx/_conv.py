@@ -29,16 +29,23 @@ class WSConv(nnx.Module):
     y = conv(x, standardize(kernel, gain)) + bias; see `weightstd.standardize`. The
     statistics are those of the parameter, in float32 or better, whatever `dtype` is.
 
-    Args: in_features: channels of the input. out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis. strides: an int
-      or one per spatial axis. padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"
-      (one axis), an int or (low, high) pairs. kernel_dilation: an int or one per
-      spatial axis. feature_group_count: groups. preset: "nfnet", "timm", "bit" or
-      "qiao". eps: replaces the preset's epsilon. use_gain: whether one factor per
-      output channel is learned (initially 1). use_bias: whether a bias is added (NFNets
-      have one). kernel_init: initializer of the kernel; None = normal with variance 1 /
-      fan_in. dtype: of the computation; None = that of input and parameters together.
-      param_dtype: of the parameters. precision: of the convolution, as in `jax.lax`.
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one axis), an int or
+        (low, high) pairs.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      preset: "nfnet", "timm", "bit" or "qiao".
+      eps: replaces the preset's epsilon.
+      use_gain: whether one factor per output channel is learned (initially 1).
+      use_bias: whether a bias is added (NFNets have one).
+      kernel_init: initializer of the kernel; None = normal with variance 1 / fan_in.
+      dtype: of the computation; None = that of input and parameters together.
+      param_dtype: of the parameters.
+      precision: of the convolution, as in `jax.lax`.
       rngs: keys; "params" is used.
 
     Variables: kernel [*kernel_size, in / groups, out], gain [out], bias [out], all

@@ -34,9 +34,11 @@ NAMES = (
 class NormSettings:
     """Finds the settings of the normalization that a convolution of a model feeds.
 
-    Args: model: any module. example: an input, or a tuple of them: then the trace
-      knows; None = by where the layers lie. example_kwargs: keyword arguments of the
-      model's call.
+    Args:
+      model: any module.
+      example: an input, or a tuple of them: then the trace knows; None = by where the
+        layers lie.
+      example_kwargs: keyword arguments of the model's call.
     """
 
     def __init__(
@@ -134,13 +136,13 @@ def convert(
     `functools.partial(jt.nnx.ACBlock, norm=functools.partial(nnx.BatchNorm,
     momentum=0.9))`. In a model without normalizations the block's own defaults stay.
 
-    Args: model: any module; layers may lie in lists, tuples and dicts. rules: {type or
-      regex: target}. A type fits its subclasses too, unless they have methods of their
-      own
-        in place of its; a regex must match the layer's whole path ("stages/0/conv").
-        The target is a class or a factory that takes the layer's arguments by name
-        (`functools.partial(jt.nnx.WSConv, preset="qiao")`; those it does not know are
-        not passed), or None to leave the layer as it is.
+    Args:
+      model: any module; layers may lie in lists, tuples and dicts.
+      rules: {type or regex: target}. A type fits its subclasses too, unless they have
+        methods of their own in place of its; a regex must match the layer's whole path
+        ("stages/0/conv"). The target is a class or a factory that takes the layer's
+        arguments by name (`functools.partial(jt.nnx.WSConv, preset="qiao")`; those it
+        does not know are not passed), or None to leave the layer as it is.
       rngs: keys for the new layers.
       init: "preserve" = the new model computes the same function in evaluation mode;
         "fresh" = new layers begin anew.
@@ -151,11 +153,11 @@ def convert(
     Returns:
       The new model, in the mode (train or eval) of the old one.
 
-    Raises: ValueError: a rule that decides nothing, a layer that the target cannot
-      stand for, normalizations
-        that do not agree and no example, or init="preserve" for a layer whose function
-        the target cannot keep: a standardized kernel has mean zero, so WSConv keeps
-        only filters that have it already.
+    Raises:
+      ValueError: a rule that decides nothing, a layer that the target cannot stand for,
+        normalizations that do not agree and no example, or init="preserve" for a layer
+        whose function the target cannot keep: a standardized kernel has mean zero, so
+        WSConv keeps only filters that have it already.
 
     Example:
       >>> import jaxtricks as jt
@@ -191,9 +193,10 @@ def checkpoint_paths(model: nnx.Module) -> dict[str, str]:
     Args:
       model: what `convert` returned.
 
-    Returns: Paths as elsewhere ("stem/kernel"). The kernel of a convolution that became
-      a block goes to the block's largest branch. What has no place is left out: a bias
-      in front of a block's normalizations, a variance per channel. Those need the exact
+    Returns:
+      Paths as elsewhere ("stem/kernel"). The kernel of a convolution that became a
+      block goes to the block's largest branch. What has no place is left out: a bias in
+      front of a block's normalizations, a variance per channel. Those need the exact
       way: load the plain model, then `convert` it with init="preserve".
 
     Example:

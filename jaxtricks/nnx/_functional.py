@@ -32,30 +32,31 @@ def functional(
     it under jit, grad, vmap, scan and jax.checkpoint. The model itself is not changed,
     and later changes of it are not seen.
 
-    Args: model: any module. `train` sets what `model.train()` and `model.eval()` set
-      (`deterministic`,
-        `use_running_average`), attributes of the model's own such as `training`, and
-        the flags of its call.
+    Args:
+      model: any module. `train` sets what `model.train()` and `model.eval()` set
+        (`deterministic`, `use_running_average`), attributes of the model's own such as
+        `training`, and the flags of its call.
       train_kwargs: how the call is told to train: a function train -> keyword
         arguments, or the flags in training ({"is_test": False}; negated in evaluation).
         None = those of `train`, `training`, `is_training`, `is_train`, `deterministic`,
         `use_running_average` and `inference` that the call has and that the arguments
         of `apply` leave open.
 
-    Returns: apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y,
-      state). `kwargs` are the
-        call's own. `key` is a typed PRNG key that replaces the model's own RNG keys, a
-        different one for every stream, and makes the `rngs` of a call that has such an
-        argument; it may be None only if the call draws no random numbers.
+    Returns:
+      apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y, state).
+        `kwargs` are the call's own. `key` is a typed PRNG key that replaces the model's
+        own RNG keys, a different one for every stream, and makes the `rngs` of a call
+        that has such an argument; it may be None only if the call draws no random
+        numbers.
       params: nested dict of all nnx.Param arrays, {"block": {0: {"kernel": ...}}}.
       state: nested dict of all other variables: batch statistics, caches, RNG counts.
         The returned state has the same structure; variables that a call creates (sown
         intermediates) are not in it.
 
-    Raises: ValueError: (from apply) random numbers without `key`, a tree of another
-      structure, or an argument of
-        the call that looks like a flag (`is_test`) of which neither `train_kwargs` nor
-        the caller speaks.
+    Raises:
+      ValueError: (from apply) random numbers without `key`, a tree of another
+        structure, or an argument of the call that looks like a flag (`is_test`) of
+        which neither `train_kwargs` nor the caller speaks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -286,14 +287,14 @@ def recompute_grad(module: nnx.Module | Fn) -> Fn:
     statistics and RNG counts, so its variables go in as arguments and come out as
     results.
 
-    Args: module: any module, a method of one, or a function with modules (or nnx.Rngs,
-      metrics, variables)
-        among its arguments; call the result inside the transformed function, where the
-        modules live.
+    Args:
+      module: any module, a method of one, or a function with modules (or nnx.Rngs,
+        metrics, variables) among its arguments; call the result inside the transformed
+        function, where the modules live.
 
-    Returns: For a module, one that holds it as `module` and may take its place in a
-      model; else a function. Its call has the signature of the module's (or of the
-      function).
+    Returns:
+      For a module, one that holds it as `module` and may take its place in a model;
+      else a function. Its call has the signature of the module's (or of the function).
 
     Example:
       >>> import jax.numpy as jnp
@@ -317,8 +318,10 @@ def autocast(
     The modules' batch statistics and RNG counts are updated as ever, in their own
     dtypes. It goes inside `nnx.jit` and `nnx.value_and_grad`.
 
-    Args: fn: a module, a method of one, or a function; modules that it closes over are
-      not updated. policy, rules, scan_carry: see `amp.autocast`.
+    Args:
+      fn: a module, a method of one, or a function; modules that it closes over are not
+        updated.
+      policy, rules, scan_carry: see `amp.autocast`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -343,7 +346,8 @@ def checkpoint(
 ) -> Fn:
     """`remat.checkpoint` of a module or of a function with modules among its arguments.
 
-    Args: fn: a module, or a function; see `recompute_grad`. save, offload,
+    Args:
+      fn: a module, or a function; see `recompute_grad`. save, offload,
       **jax_checkpoint_arguments: see `remat.checkpoint`; `static_argnums` is not among
         them: whatever is no array is static.
 
@@ -378,16 +382,17 @@ def plan(
     Of the modules in `argnums` the nnx.Param are differentiated, as nnx.value_and_grad
     does.
 
-    Args: fn: the scalar loss. *args: its arguments: modules, arrays, shapes; nothing is
+    Args:
+      fn: the scalar loss. *args: its arguments: modules, arrays, shapes; nothing is
       run. budget_bytes, argnums, has_aux, **settings: see `remat.plan`; `within` is not
       among them.
 
     Returns:
       Plan; its `fn` goes inside nnx.jit and nnx.value_and_grad.
 
-    Raises: remat.BudgetInfeasible, ValueError: see `remat.plan`; and from `Plan.fn`,
-      for modules that were built
-        otherwise.
+    Raises:
+      remat.BudgetInfeasible, ValueError: see `remat.plan`; and from `Plan.fn`, for
+        modules that were built otherwise.
 
     Example:
       >>> import jax.numpy as jnp

@@ -430,9 +430,9 @@ Watch = Callable[[Any, str, str], Any]
 class Probed:
     """A model on an example; its layers pass what they are given and give through a function.
 
-    Args: run: run(watch, *example) -> output, where every watched layer does x =
-      watch(x, "in", path) and
-        y = watch(y, "out", path).
+    Args:
+      run: run(watch, *example) -> output, where every watched layer does x = watch(x,
+        "in", path) and y = watch(y, "out", path).
       example: an input of the model, or a tuple of them; what is not an array is passed
         as it is.
     """
@@ -491,10 +491,10 @@ class Spied:
       watched: the paths of those layers.
       kwargs: keyword arguments of the model's call.
 
-    Attributes: modes: {path: whether the layer's statistics are the running ones} of
-      all calls so far, for layers whose
-        calls have a `use_running_average`; None where neither a call nor the layer
-        says.
+    Attributes:
+      modes: {path: whether the layer's statistics are the running ones} of all calls so
+        far, for layers whose calls have a `use_running_average`; None where neither a
+        call nor the layer says.
       altered: {path: reason} of layers that are called with another kernel than the
         model holds, as far as calls outside of jit and scan show it.
     """
@@ -620,8 +620,9 @@ def whole_model(
       rows: their own comparisons.
       params: number of parameters and statistics before and after.
 
-    Raises: ValueError: they differ by more than what the layers' bounds come to at the
-      output.
+    Raises:
+      ValueError: they differ by more than what the layers' bounds come to at the
+        output.
     """
     ends = {
         one.norm_layer or one.layer: row.bound
@@ -695,24 +696,26 @@ def fuse(
     normalization and nowhere else. A subclass that changes what its layer computes is
     kept, with the reason.
 
-    Args: model: any module in evaluation mode; it is left alone. Layers may lie in
-      lists, tuples and dicts. example: an input of the model, or a tuple of them;
-      without it normalizations are never folded, since
-        bn(conv(x)) and bn(relu(conv(x))) have the same variables.
+    Args:
+      model: any module in evaluation mode; it is left alone. Layers may lie in lists,
+        tuples and dicts.
+      example: an input of the model, or a tuple of them; without it normalizations are
+        never folded, since bn(conv(x)) and bn(relu(conv(x))) have the same variables.
       example_kwargs: keyword arguments of the model's call. Flags of the call that
         neither names (`train`, `deterministic`, ...) are set for evaluation, and `rngs`
         that it insists on is None.
       path_filter: path_filter(path) -> True for what to fuse: the path of a block or
         convolution, or of the normalization; None = everything that can be.
 
-    Returns: The fused model, and a FuseReport: error against rounding bound for every
-      layer (on its own input in the example, else on random ones) and for the model,
+    Returns:
+      The fused model, and a FuseReport: error against rounding bound for every layer
+      (on its own input in the example, else on random ones) and for the model,
       parameters, FLOPs, and what was kept and why.
 
-    Raises: ValueError: training mode, statistics that were never updated, `path_filter`
-      that chooses nothing or
-        what does not fuse (by name, with the reason), or a difference that rounding
-        does not explain.
+    Raises:
+      ValueError: training mode, statistics that were never updated, `path_filter` that
+        chooses nothing or what does not fuse (by name, with the reason), or a
+        difference that rounding does not explain.
 
     Example:
       >>> import jax, jaxtricks as jt
@@ -779,8 +782,9 @@ def merged(
       path_filter: the caller's choice among the units.
       inputs: {path: input of the layer}; others are compared on a random one.
 
-    Returns: (units, the plain layers, how each compares with its unit, `kept` and what
-      turned out not to fuse).
+    Returns:
+      (units, the plain layers, how each compares with its unit, `kept` and what turned
+      out not to fuse).
     """
     kept, rows = dict(kept), []
     units = chosen(name, units, kept, path_filter)

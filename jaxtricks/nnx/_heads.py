@@ -72,10 +72,13 @@ class Head(nnx.Module):
 class CosineHead(Head):
     """Squashed cosine head: s ||x|| / (1 + ||x||) cos(x, w_c); see `longtail.heads.cosine`.
 
-    Args: in_features: D. out_features: C. s: scale of the logits. kernel_init:
-      initializer; None = normal with variance 1 / D. dtype: of the logits; None = that
-      of input and parameters together. The arithmetic is in float32
-        or wider.
+    Args:
+      in_features: D.
+      out_features: C.
+      s: scale of the logits.
+      kernel_init: initializer; None = normal with variance 1 / D.
+      dtype: of the logits; None = that of input and parameters together. The arithmetic
+        is in float32 or wider.
       param_dtype: of the kernel.
       rngs: keys; "params" is used.
 
@@ -85,8 +88,9 @@ class CosineHead(Head):
       >>> CosineHead(8, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
       (2, 3)
 
-    References: Liu et al., "Large-scale long-tailed recognition in an open world",
-      arXiv 1904.05160.
+    References:
+      Liu et al., "Large-scale long-tailed recognition in an open world", arXiv
+      1904.05160.
     """
 
     def __init__(
@@ -113,11 +117,13 @@ class CosineHead(Head):
 class NormedHead(Head):
     """Cosine head: s cos(x, w_c), the one that `longtail.ldam` needs; see `longtail.heads.normed`.
 
-    Args: in_features: D. out_features: C. s: scale of the logits; 1 for LDAM, whose
-      loss has its own. kernel_init: initializer; None = normal with variance 1 / D.
+    Args:
+      in_features: D.
+      out_features: C.
+      s: scale of the logits; 1 for LDAM, whose loss has its own.
+      kernel_init: initializer; None = normal with variance 1 / D.
       dtype: of the logits; None = that of input and parameters together. The arithmetic
-      is in float32
-        or wider.
+        is in float32 or wider.
       param_dtype: of the kernel.
       rngs: keys; "params" is used.
 
@@ -128,8 +134,9 @@ class NormedHead(Head):
       >>> bool(jnp.max(jnp.abs(z)) <= 1)
       True
 
-    References: Cao et al., "Learning imbalanced datasets with label-distribution-aware
-      margin loss", arXiv 1906.07413.
+    References:
+      Cao et al., "Learning imbalanced datasets with label-distribution-aware margin
+      loss", arXiv 1906.07413.
     """
 
     def __init__(
@@ -156,10 +163,15 @@ class NormedHead(Head):
 class LWSHead(Head):
     """Linear head with a learned factor per class: f_c (w_c . x + b_c); see `longtail.decoupling.lws`.
 
-    Args: in_features: D. out_features: C. use_bias: whether there is a bias.
-      kernel_init: initializer; None = normal with variance 1 / D. dtype: of the
-      products and the logits; None = that of input and parameters together.
-      param_dtype: of the parameters. rngs: keys; "params" is used.
+    Args:
+      in_features: D.
+      out_features: C.
+      use_bias: whether there is a bias.
+      kernel_init: initializer; None = normal with variance 1 / D.
+      dtype: of the products and the logits; None = that of input and parameters
+        together.
+      param_dtype: of the parameters.
+      rngs: keys; "params" is used.
 
     Variables: kernel [D, C], bias [C], scale [C] (initially 1), all nnx.Param. The
     second stage trains scale alone, by the mask of `longtail.decoupling.lws`.
@@ -168,8 +180,9 @@ class LWSHead(Head):
       >>> LWSHead(8, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
       (2, 3)
 
-    References: Kang et al., "Decoupling representation and classifier", arXiv
-      1910.09217, section 4.2.
+    References:
+      Kang et al., "Decoupling representation and classifier", arXiv 1910.09217, section
+      4.2.
     """
 
     def __init__(
@@ -204,11 +217,13 @@ class DisAlignHead(Head):
 
     sigma = sigmoid(x . v + v_0) says how far this example is calibrated.
 
-    Args: in_features: D. out_features: C. use_bias: whether the linear head has a bias.
-      kernel_init: initializer; None = normal with variance 1 / D. compat: as in
-      `longtail.decoupling.disalign`: None starts without calibration, "reference" with
-      a
-        = 1 and v = 0.1.
+    Args:
+      in_features: D.
+      out_features: C.
+      use_bias: whether the linear head has a bias.
+      kernel_init: initializer; None = normal with variance 1 / D.
+      compat: as in `longtail.decoupling.disalign`: None starts without calibration,
+        "reference" with a = 1 and v = 0.1.
       dtype: of the products and the logits; None = that of input and parameters
         together.
       param_dtype: of the parameters.
@@ -281,14 +296,18 @@ class CausalHead(Head):
     reference sums, m <- mu m + mean(x); this is (1 - mu) times that, and only the
     direction is used.
 
-    Args: in_features: D. out_features: C. heads: K, which divides D. tau: scale of the
-      logits. gamma: keeps large norms of w from being divided out in full. alpha:
-      strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT. momentum: mu,
-      that of the optimizer: mean = mu mean + (1 - mu) mean(x). axis_name: mapped axes
-      (shard_map, pmap, vmap) over which the mean is shared. kernel_init: initializer;
-      None = normal with variance 1 / D. dtype: of the logits; None = that of input and
-      parameters together. The arithmetic is in float32
-        or wider.
+    Args:
+      in_features: D.
+      out_features: C.
+      heads: K, which divides D.
+      tau: scale of the logits.
+      gamma: keeps large norms of w from being divided out in full.
+      alpha: strength of the subtraction; 3 on ImageNet-LT, 1.5 on CIFAR-100-LT.
+      momentum: mu, that of the optimizer: mean = mu mean + (1 - mu) mean(x).
+      axis_name: mapped axes (shard_map, pmap, vmap) over which the mean is shared.
+      kernel_init: initializer; None = normal with variance 1 / D.
+      dtype: of the logits; None = that of input and parameters together. The arithmetic
+        is in float32 or wider.
       param_dtype: of the kernel.
       use_running_average: True in evaluation; `model.train()` and `model.eval()` set
         it.
@@ -306,8 +325,9 @@ class CausalHead(Head):
       >>> round(float(head.mean[...][0]), 4)
       0.1
 
-    References: Tang et al., "Long-tailed classification by keeping the good and
-      removing the bad momentum causal effect", arXiv 2009.12991.
+    References:
+      Tang et al., "Long-tailed classification by keeping the good and removing the bad
+      momentum causal effect", arXiv 2009.12991.
     """
 
     def __init__(

@@ -30,8 +30,10 @@ def below(path: str) -> str:
 def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module:
     """The model with the modules of these ids exchanged wherever they are referred to; it is changed itself.
 
-    Args: model: any module; its submodules may be attributes or lie in lists, tuples
-      and dicts. changes: {id(old module): new module}.
+    Args:
+      model: any module; its submodules may be attributes or lie in lists, tuples and
+        dicts.
+      changes: {id(old module): new module}.
     """
     if id(model) in changes:
         return changes[id(model)]

@@ -82,16 +82,22 @@ class ExtendedBatchNorm(nnx.Module):
     `ebn.extended_moments`. In training, mean and var are the batch's and move the
     running ones; in evaluation they are the running ones.
 
-    Args: num_features: channels C, the last axis of the input. momentum: running =
-      momentum * running + (1 - momentum) * batch. epsilon: added to the variance,
-      inside the root. use_scale: whether a factor per channel is learned. use_bias:
-      whether an offset per channel is learned. variance: "channel" (about the channels'
-      means) or "grand" (about the grand mean). axis_name: mapped axes (shard_map, pmap,
-      vmap) over which statistics are shared. scale_init: initializer of scale; None =
-      ones. bias_init: initializer of bias; None = zeros. dtype: of the output; None =
-      that of input and parameters together. Statistics are float32 or better.
-      param_dtype: of scale and bias. use_running_average: True in evaluation;
-      `model.train()` and `model.eval()` set it. rngs: keys; "params" is used.
+    Args:
+      num_features: channels C, the last axis of the input.
+      momentum: running = momentum * running + (1 - momentum) * batch.
+      epsilon: added to the variance, inside the root.
+      use_scale: whether a factor per channel is learned.
+      use_bias: whether an offset per channel is learned.
+      variance: "channel" (about the channels' means) or "grand" (about the grand mean).
+      axis_name: mapped axes (shard_map, pmap, vmap) over which statistics are shared.
+      scale_init: initializer of scale; None = ones.
+      bias_init: initializer of bias; None = zeros.
+      dtype: of the output; None = that of input and parameters together. Statistics are
+        float32 or better.
+      param_dtype: of scale and bias.
+      use_running_average: True in evaluation; `model.train()` and `model.eval()` set
+        it.
+      rngs: keys; "params" is used.
 
     Variables: scale [C] and bias [C], nnx.Param; mean [C] and var [], nnx.BatchStat,
     float32 (float64 for float64 parameters).

@@ -42,7 +42,8 @@ def roles(model: nnx.Module) -> roles_lib.Exact:
     Args:
       model: any module; its parameters may be abstract (`nnx.eval_shape`).
 
-    Returns: (path, shape) -> roles, for the paths of `nnx.to_pure_dict(nnx.state(model,
+    Returns:
+      (path, shape) -> roles, for the paths of `nnx.to_pure_dict(nnx.state(model,
       nnx.Param))` and of the nnx.State itself; a shape with more axes than the model's
       parameter has them in front. None for parameters that belong to no known layer:
       your own nnx.Param, and those of `nnx.bridge.ToNNX` (below whose path

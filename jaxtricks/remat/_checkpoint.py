@@ -60,18 +60,19 @@ def checkpoint(
     occurs only inside a loop, a branch, a custom rule or another checkpoint, it is
     jax.checkpoint on every version.
 
-    Args: fn: a function of pytrees, as for `recompute_grad`. save: names of values to
-      keep; one that fn lacks is passed over if another is there, so that blocks
-        of several kinds can share a list.
+    Args:
+      fn: a function of pytrees, as for `recompute_grad`.
+      save: names of values to keep; one that fn lacks is passed over if another is
+        there, so that blocks of several kinds can share a list.
       offload: names of values to keep in the host's memory ("pinned_host").
       **jax_checkpoint_arguments: policy, prevent_cse, static_argnums and the like.
 
     Returns:
       A function with the signature of fn.
 
-    Raises: ValueError: names together with a policy; for a flax.nnx module; when
-      called, if fn has values of
-        none of the names.
+    Raises:
+      ValueError: names together with a policy; for a flax.nnx module; when called, if
+        fn has values of none of the names.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,8 +82,9 @@ def checkpoint(
       >>> print(jax.grad(lambda x: f(w, x).sum())(x))
       [[1. 1.]]
 
-    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
-      1604.06174, algorithm 1 with the mirror count of a named value 0.
+    References:
+      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174,
+      algorithm 1 with the mirror count of a named value 0.
     """
     refuse_module(fn, "checkpoint")
     keep, away = _names(save), _names(offload)
@@ -177,12 +179,14 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     It is what JAX asks for; a compiler may repeat cheap operations instead of keeping
     their results.
 
-    Args: fn: a function of pytrees of arrays. *args: arrays or ShapeDtypeStructs; all
-      of them that are floating are differentiated.
+    Args:
+      fn: a function of pytrees of arrays. *args: arrays or ShapeDtypeStructs; all of
+      them that are floating are differentiated.
 
-    Returns: Table of bytes, shape, made by (the primitive, the name that
-      `checkpoint_name` gave, "argument", or "constant" for arrays that fn closes over)
-      and where (source line, or path in args).
+    Returns:
+      Table of bytes, shape, made by (the primitive, the name that `checkpoint_name` gave,
+      "argument", or "constant" for arrays that fn closes over) and where (source line,
+      or path in args).
 
     Example:
       >>> import jax.numpy as jnp

@@ -53,8 +53,9 @@ def memory_analysis(fn: Callable[..., Any], *args: Any) -> Report:
       fn: a function, or one already jitted (its donation and shardings are respected).
       *args: arrays or ShapeDtypeStructs.
 
-    Returns: Report; the constant that some backends add to their temporaries is
-      measured with a trivial program and subtracted.
+    Returns:
+      Report; the constant that some backends add to their temporaries is measured with
+      a trivial program and subtracted.
 
     Example:
       >>> memory_analysis(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8), jnp.float32)).flops

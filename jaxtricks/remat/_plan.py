@@ -139,19 +139,24 @@ class Recipe:
 class Plan:
     """A function that meets its budget.
 
-    Attributes: fn: the planned function: arguments, results and gradients of the one
-      given. peak: bytes of the compiled program, as `wrt` counts them. baseline: the
-      same of the unplanned one. extra_flops: operations that are run twice, as a
-      fraction of the unplanned program's. budget: bytes that were asked for. wrt:
-      "peak" (arguments + results - aliases + temporaries) or "temp". recipe: what
-      `to_json` writes. report, unplanned: the compilers' figures with and without the
-      plan; None in a plan that was read. compiles: programs compiled after the
-      unplanned one. tried: (bytes, extra_flops) of each. frontier: (bytes, extra_flops)
-      that the model expects of its best schedules: float64 [schedules, 2]. timeline:
-      bytes alive at each operation by estimate, unplanned and planned. unknown:
-      {primitive: count} of the unplanned program's operations that the cost model does
-      not know
-        and prices by the bytes of their results.
+    Attributes:
+      fn: the planned function: arguments, results and gradients of the one given.
+      peak: bytes of the compiled program, as `wrt` counts them.
+      baseline: the same of the unplanned one.
+      extra_flops: operations that are run twice, as a fraction of the unplanned
+        program's.
+      budget: bytes that were asked for.
+      wrt: "peak" (arguments + results - aliases + temporaries) or "temp".
+      recipe: what `to_json` writes.
+      report, unplanned: the compilers' figures with and without the plan; None in a
+        plan that was read.
+      compiles: programs compiled after the unplanned one.
+      tried: (bytes, extra_flops) of each.
+      frontier: (bytes, extra_flops) that the model expects of its best schedules:
+        float64 [schedules, 2].
+      timeline: bytes alive at each operation by estimate, unplanned and planned.
+      unknown: {primitive: count} of the unplanned program's operations that the cost
+        model does not know and prices by the bytes of their results.
     """
 
     fn: Callable[..., Any]
@@ -209,15 +214,17 @@ class Plan:
 def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
     """The plan that `Plan.to_json` wrote, for the same function: nothing is compiled or searched.
 
-    Args: text: the text. fn: the function that was planned. Each stage is compared with
-      a hash of the one planned when the
-        result is traced.
+    Args:
+      text: the text.
+      fn: the function that was planned. Each stage is compared with a hash of the one
+        planned when the result is traced.
 
     Returns:
       Plan with the figures measured then.
 
-    Raises: ValueError: text that is no plan; and from `Plan.fn`, for another function
-      or other shapes.
+    Raises:
+      ValueError: text that is no plan; and from `Plan.fn`, for another function or
+        other shapes.
 
     Example:
       >>> import jax.numpy as jnp

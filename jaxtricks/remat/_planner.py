@@ -56,14 +56,14 @@ _CURE = 'write bytes, a size such as "4GiB" or "500 MB", or a fraction up to 1'
 def parse(budget: int | float | str, unplanned: int) -> int:
     """Bytes of a budget.
 
-    Args: budget: bytes, text such as "4GiB" or "500 MB", or a float above 0 and up to
-      1: that fraction of
-        `unplanned`.
+    Args:
+      budget: bytes, text such as "4GiB" or "500 MB", or a float above 0 and up to 1:
+        that fraction of `unplanned`.
       unplanned: bytes.
 
-    Raises: ValueError: budget is not positive, is text but not a size, is above 1 and
-      not an integer, or is
-        beyond any machine.
+    Raises:
+      ValueError: budget is not positive, is text but not a size, is above 1 and not an
+        integer, or is beyond any machine.
     """
     shown = (
         f"{budget!s:.40}"
@@ -376,13 +376,16 @@ def plan(
     the budget is met closely. A program that the compiler refuses, since the machine
     has less memory, counts as one that does not fit.
 
-    Args: fn: the scalar loss, forward only, of pytrees of arrays. *args: its arguments:
-      arrays or ShapeDtypeStructs; nothing is run. budget_bytes: bytes, "4GiB", or a
-      float up to 1: that fraction of the unplanned figure. argnums: what is
-      differentiated. has_aux: fn returns (loss, anything). within: given fn, returns
-      the jitted step that is measured in place of jit(value_and_grad(fn)):
-        a jitted function of the same arguments, or (jitted function, its arguments),
-        with optimizer, donation and shardings of your own.
+    Args:
+      fn: the scalar loss, forward only, of pytrees of arrays.
+      *args: its arguments: arrays or ShapeDtypeStructs; nothing is run.
+      budget_bytes: bytes, "4GiB", or a float up to 1: that fraction of the unplanned
+        figure.
+      argnums: what is differentiated.
+      has_aux: fn returns (loss, anything).
+      within: given fn, returns the jitted step that is measured in place of
+        jit(value_and_grad(fn)): a jitted function of the same arguments, or (jitted
+        function, its arguments), with optimizer, donation and shardings of your own.
       wrt: "peak" is arguments + results - aliases + temporaries; "temp" temporaries
         alone.
       max_compiles: how many programs may be compiled after the unplanned one.
@@ -393,9 +396,10 @@ def plan(
     Returns:
       Plan: `fn` is a drop-in to differentiate and jit; `describe()`, `to_json()`.
 
-    Raises: BudgetInfeasible: with `best`, the smallest figure reached. ValueError: fn
-      has effects or no float scalar, nothing differentiable, or changes an argument in
-        place (a flax.nnx module with statistics: `jaxtricks.nnx.plan`).
+    Raises:
+      BudgetInfeasible: with `best`, the smallest figure reached.
+      ValueError: fn has effects or no float scalar, nothing differentiable, or changes
+        an argument in place (a flax.nnx module with statistics: `jaxtricks.nnx.plan`).
 
     Example:
       >>> def loss(ws, x):
@@ -471,7 +475,8 @@ def auto_remat(
       fn: the scalar loss; what it closes over must not be traced.
       budget_bytes, **settings: of `plan`.
 
-    Returns: A function to differentiate and jit; inside jit only shapes are seen, not
+    Returns:
+      A function to differentiate and jit; inside jit only shapes are seen, not
       shardings.
 
     Example:

@@ -201,27 +201,31 @@ def recompute_grad(
     alike. Tracers that fn closes over are inputs like the others and receive gradients.
     Arguments that are no arrays (strings, booleans, None, callables) are static.
 
-    Args: fn: any function of pytrees; keyword arguments are allowed. seed: accepted for
-      the signature of TensorFlow's recompute_grad and unneeded: keys are inputs. ad:
-      "reverse" differentiates in reverse mode as often as you like, and recomputes in
-      every order.
-        "both" allows forward over reverse (`jax.hessian`, `jax.jvp` of `jax.grad`);
-        reverse over reverse then keeps what the first pass made. Forward mode alone
-        stores nothing: use fn itself.
+    Args:
+      fn: any function of pytrees; keyword arguments are allowed.
+      seed: accepted for the signature of TensorFlow's recompute_grad and unneeded: keys
+        are inputs.
+      ad: "reverse" differentiates in reverse mode as often as you like, and recomputes
+        in every order. "both" allows forward over reverse (`jax.hessian`, `jax.jvp` of
+        `jax.grad`); reverse over reverse then keeps what the first pass made. Forward
+        mode alone stores nothing: use fn itself.
 
     Returns:
       A function with the signature of fn.
 
-    Raises: ValueError: for another ad, for a flax.nnx module, or if fn changes an
-      argument in place. TypeError: in forward mode, unless ad is "both".
+    Raises:
+      ValueError: for another ad, for a flax.nnx module, or if fn changes an argument in
+        place.
+      TypeError: in forward mode, unless ad is "both".
 
     Example:
       >>> f = recompute_grad(lambda x: jnp.sin(jnp.sin(x)))
       >>> float(jax.grad(f)(jnp.float32(0.0)))
       1.0
 
-    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
-      1604.06174, algorithm 1.
+    References:
+      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174,
+      algorithm 1.
     """
     del seed
     refuse_module(fn, "recompute_grad")
@@ -256,11 +260,12 @@ def recomputed(
 ) -> Callable[..., list[Any]]:
     """The jaxpr as a function of (*constvars, *invars) that runs again in the backward pass.
 
-    Args: jaxpr: what to run; inlined if anything is saved. saved: indices of equations
-      whose results are kept and not computed again. ordered: make the second run wait
-      for the cotangent. Bodies of loops need no order: their backward
-        pass is another computation, nothing of the first pass is in it to be merged
-        with.
+    Args:
+      jaxpr: what to run; inlined if anything is saved.
+      saved: indices of equations whose results are kept and not computed again.
+      ordered: make the second run wait for the cotangent. Bodies of loops need no
+        order: their backward pass is another computation, nothing of the first pass is
+        in it to be merged with.
       ad: see `recompute_grad`.
     """
     kept = [v for i in sorted(saved) for v in jaxpr.eqns[i].outvars]

@@ -34,19 +34,22 @@ def scan(
     steps left over (13 = 4 x 3 + 1) run in a loop of their own, which costs a copy of
     xs and ys. Inner loops copy their part of xs.
 
-    Args: body: (carry, x) -> (carry, y); recomputed in every step. init: first carry, a
-      pytree. xs: pytree of arrays [n, ...], of any dtype (typed keys too), or None with
-      a length. levels: "sqrt", 2 loops; "log", loops of about 4 steps; how many; or
-      their lengths, outermost
-        first, whose product is n.
+    Args:
+      body: (carry, x) -> (carry, y); recomputed in every step.
+      init: first carry, a pytree.
+      xs: pytree of arrays [n, ...], of any dtype (typed keys too), or None with a
+        length.
+      levels: "sqrt", 2 loops; "log", loops of about 4 steps; how many; or their
+        lengths, outermost first, whose product is n.
       length, reverse, unroll: as in jax.lax.scan; unroll is that of the innermost
         loops.
 
     Returns:
       (carry, ys [n, ...]) of jax.lax.scan, differentiable in both modes.
 
-    Raises: ValueError: xs of no or different lengths; levels that are unknown, below 1,
-      or do not multiply to n.
+    Raises:
+      ValueError: xs of no or different lengths; levels that are unknown, below 1, or do
+        not multiply to n.
 
     Example:
       >>> body = lambda c, x: (jnp.sin(c * x), c)
@@ -54,8 +57,9 @@ def scan(
       >>> print(jax.grad(total)(jnp.float32(0.0)))
       13.0
 
-    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
-      1604.06174, algorithm 1 and section 4.4.
+    References:
+      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174,
+      algorithm 1 and section 4.4.
     """
     n = _length(xs, length)
     return nested(
@@ -186,20 +190,21 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
     2 sqrt(n) at k = sqrt(n), for one more forward pass. Halves of halves keep g(n) = 1
     + g(n / 2) = log2(n) inputs, for about log2(n) / 2 more forward passes.
 
-    Args: fns: n functions of one pytree, x -> x, or of parameters and a pytree, (p, x)
-      -> x; they may close
-        over traced values. One that updates a flax.nnx module is neither:
-        jaxtricks.nnx.recompute_grad.
+    Args:
+      fns: n functions of one pytree, x -> x, or of parameters and a pytree, (p, x) ->
+        x; they may close over traced values. One that updates a flax.nnx module is
+        neither: jaxtricks.nnx.recompute_grad.
       segments: "sqrt", about sqrt(n) of equal size; "log", the recursion; how many,
         sizes equal to one function; or their sizes. Functions that save much more than
         their input (attention) want more segments than sqrt(n), up to n.
 
-    Returns: run(x) = fns[-1](... fns[0](x)), or run(params, x) with a list or tuple of
-      one pytree a function. Differentiable in reverse mode, like `recompute_grad`.
+    Returns:
+      run(x) = fns[-1](... fns[0](x)), or run(params, x) with a list or tuple of one
+      pytree a function. Differentiable in reverse mode, like `recompute_grad`.
 
-    Raises: ValueError: no functions, or segments that are unknown, too many or do not
-      sum to n; when run,
-        params that are not one a function.
+    Raises:
+      ValueError: no functions, or segments that are unknown, too many or do not sum to
+        n; when run, params that are not one a function.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -207,8 +212,9 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
       >>> float(jax.grad(run, argnums=1)([jnp.float32(1.0)] * 9, jnp.float32(0.0)))
       1.0
 
-    References: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv
-      1604.06174: algorithm 1; section 4.4, g(n) = k log_{k+1}(n), at k = 1 for "log".
+    References:
+      Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174:
+      algorithm 1; section 4.4, g(n) = k log_{k+1}(n), at k = 1 for "log".
     """
     fns = list(fns)
     if not fns:

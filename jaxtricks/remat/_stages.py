@@ -302,9 +302,9 @@ _MOST_TRIED = 12  # and how many products alone
 class Choice:
     """How a stage runs.
 
-    Attributes: saved: equations whose results are kept, of the stage or of its scan's
-      body; None keeps all that
-        the derivative needs, () recomputes from the inputs.
+    Attributes:
+      saved: equations whose results are kept, of the stage or of its scan's body; None
+        keeps all that the derivative needs, () recomputes from the inputs.
       outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the
         scan alone.
     """
@@ -327,10 +327,12 @@ class Choice:
 class Option:
     """A choice and its price.
 
-    Attributes: choice: the choice. kept: bytes that stay until the backward pass,
-      inputs and outputs of the stage apart. extra: operations beyond those of keeping
-      everything. backward: bytes alive at most during its backward pass, what is kept
-      apart.
+    Attributes:
+      choice: the choice.
+      kept: bytes that stay until the backward pass, inputs and outputs of the stage
+        apart.
+      extra: operations beyond those of keeping everything.
+      backward: bytes alive at most during its backward pass, what is kept apart.
     """
 
     choice: Choice

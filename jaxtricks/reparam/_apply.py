@@ -67,19 +67,22 @@ def apply(
     it. A stride belongs to the one node of a Sequential that has a kernel larger than
     1; the input of that node is padded with what the nodes before it make of zeros.
 
-    Args: node: a tree of nodes. x: [N, *spatial, C]. strides: of the window, an int or
-      one per spatial axis. padding: "SAME", "VALID", an int, or a (low, high) pair per
-      spatial axis; negative numbers crop. dilation: distance of the window's taps; the
-      dilation of a Conv multiplies it. kernel_size: size of the window; None = the
-      largest effective kernel in the node. precision: of the convolutions, as in
-      `jax.lax`.
+    Args:
+      node: a tree of nodes.
+      x: [N, *spatial, C].
+      strides: of the window, an int or one per spatial axis.
+      padding: "SAME", "VALID", an int, or a (low, high) pair per spatial axis; negative
+        numbers crop.
+      dilation: distance of the window's taps; the dilation of a Conv multiplies it.
+      kernel_size: size of the window; None = the largest effective kernel in the node.
+      precision: of the convolutions, as in `jax.lax`.
 
     Returns:
       [N, *spatial', C'] of x's dtype, computed in float32 or better.
 
-    Raises: ValueError: two nodes with a kernel larger than 1 in a Sequential, a window
-      smaller than a branch,
-        or channels that do not fit.
+    Raises:
+      ValueError: two nodes with a kernel larger than 1 in a Sequential, a window
+        smaller than a branch, or channels that do not fit.
 
     Example:
       >>> branches = Sum(Conv(jnp.ones((3, 3, 2, 2))), Identity(2))

@@ -42,9 +42,10 @@ def mark(x: Any, side: str, layer: str) -> Any:
 class Flow(NamedTuple):
     """The marked values of a trace, one entry for every time that a layer runs.
 
-    Attributes: reads: {layer: the layer whose marked output it is given, else None}.
+    Attributes:
+      reads: {layer: the layer whose marked output it is given, else None}.
       read_by: {layer: the layers that are given its output; None for everything else
-      that uses it}.
+        that uses it}.
     """
 
     reads: Mapping[str, list[str | None]]

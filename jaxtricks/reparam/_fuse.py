@@ -47,17 +47,20 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
 
     It is differentiable: a penalty on the fused kernel is a penalty on the branches.
 
-    Args: node: a tree of nodes. kernel_size: size of the result (an int or one per
-      spatial axis), at least that of the largest branch,
-        which is the default. `padding` then refers to it.
+    Args:
+      node: a tree of nodes.
+      kernel_size: size of the result (an int or one per spatial axis), at least that of
+        the largest branch, which is the default. `padding` then refers to it.
 
-    Returns: Conv(kernel, bias or None, groups), dilation 1, float32 or better. `groups`
-      is the largest number that every branch allows (a depthwise branch beside a dense
-      one becomes dense).
+    Returns:
+      Conv(kernel, bias or None, groups), dilation 1, float32 or better. `groups` is the
+      largest number that every branch allows (a depthwise branch beside a dense one
+      becomes dense).
 
-    Raises: ValueError: two nodes with a kernel larger than 1 in a Sequential, channels
-      that do not fit, or a
-        node that does not say how many channels or spatial axes there are.
+    Raises:
+      ValueError: two nodes with a kernel larger than 1 in a Sequential, channels that
+        do not fit, or a node that does not say how many channels or spatial axes there
+        are.
 
     Example:
       >>> fused = fuse(Sum(Conv(jnp.ones((3, 3, 2, 2))), Identity(2)))
@@ -266,17 +269,19 @@ def unfuse(conv: Conv, like: Node) -> Node:
     rounding, whatever the other branches and statistics are. The factor t must not be
     0.
 
-    Args: conv: Conv(kernel [*size, in / groups, out], bias or None), of the size of the
-      branches' window. like: a Sum of branches, or one branch; the largest is a Conv,
-      with Norm and Scale behind it or not.
+    Args:
+      conv: Conv(kernel [*size, in / groups, out], bias or None), of the size of the
+        branches' window.
+      like: a Sum of branches, or one branch; the largest is a Conv, with Norm and Scale
+        behind it or not.
 
     Returns:
       A node with the structure of `like`, float32 or better.
 
-    Raises: ValueError: another kernel size or number of channels, a largest branch that
-      is grouped more finely
-        than the convolution or another branch, dilated, or has something in front of
-        its Conv, or a bias that no branch can take.
+    Raises:
+      ValueError: another kernel size or number of channels, a largest branch that is
+        grouped more finely than the convolution or another branch, dilated, or has
+        something in front of its Conv, or a bias that no branch can take.
 
     Example:
       >>> norm = Norm(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.zeros(2))

@@ -138,9 +138,12 @@ Node = Any
 class Conv:
     """Convolution with zero-padded input: y = K * x + bias.
 
-    Attributes: kernel: [*size, in / groups, out]. bias: [out] or None. groups: feature
-      groups, output channels contiguous by group as in JAX. dilation: of this branch
-      alone (an int or one per axis); multiplies the dilation of `apply`.
+    Attributes:
+      kernel: [*size, in / groups, out].
+      bias: [out] or None.
+      groups: feature groups, output channels contiguous by group as in JAX.
+      dilation: of this branch alone (an int or one per axis); multiplies the dilation
+        of `apply`.
 
     Example:
       >>> import jax.numpy as jnp

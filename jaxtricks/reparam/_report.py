@@ -37,9 +37,11 @@ class FusedLayer(NamedTuple):
 class FuseReport(NamedTuple):
     """What `fuse` returns beside the model; `str` of it is the table.
 
-    Attributes: layers: the fused layers. model: the whole model on the example; None
-      without one. Its bound is what the layers' bounds come
-        to at the output, carried there by the derivative of the model.
+    Attributes:
+      layers: the fused layers.
+      model: the whole model on the example; None without one. Its bound is what the
+        layers' bounds come to at the output, carried there by the derivative of the
+        model.
       kept: (path, reason) of the layers and normalizations that stay, though they might
         have fused.
     """

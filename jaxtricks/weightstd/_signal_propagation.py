@@ -41,12 +41,14 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
     Behind a standardized kernel of the "nfnet" or "timm" preset, whose outputs have the
     variance of its inputs, every layer then passes on the variance that it receives.
 
-    Args: fn: elementwise, of JAX arrays: jax.nn.relu, jax.nn.silu, a lambda. It is
-      evaluated once, here, in
-        float64; the variance is an integral over the normal density, not a sample.
+    Args:
+      fn: elementwise, of JAX arrays: jax.nn.relu, jax.nn.silu, a lambda. It is
+        evaluated once, here, in float64; the variance is an integral over the normal
+        density, not a sample.
 
-    Returns: A function x -> fn(x) * gain that keeps x's dtype; its attribute `gain` is
-      the number.
+    Returns:
+      A function x -> fn(x) * gain that keeps x's dtype; its attribute `gain` is the
+      number.
 
     Raises:
       ValueError: fn is constant, not finite, or not elementwise.
@@ -56,8 +58,9 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
       >>> round(relu.gain, 6), relu(jnp.ones(2, jnp.bfloat16)).dtype.name
       (1.712859, 'bfloat16')
 
-    References: Brock, De, Smith, "Characterizing signal propagation", arXiv 2101.08692,
-      section 4.1.
+    References:
+      Brock, De, Smith, "Characterizing signal propagation", arXiv 2101.08692, section
+      4.1.
     """
     z, density = _normal_quadrature()
     # float64 and concrete, whatever the caller's settings, inside any transformation:
@@ -162,9 +165,11 @@ def stochastic_depth(
     as it is and is then not the mean of training. For that mean (timm's DropPath) pass
     x / (1 - rate).
 
-    Args: key: PRNG key of this call and layer. x: the branch [N, ...]. rate:
-      probability of dropping, in [0, 1]; may be traced. Networks raise it linearly with
-      depth.
+    Args:
+      key: PRNG key of this call and layer.
+      x: the branch [N, ...].
+      rate: probability of dropping, in [0, 1]; may be traced. Networks raise it
+        linearly with depth.
 
     Returns:
       An array like x.
@@ -176,8 +181,9 @@ def stochastic_depth(
       >>> stochastic_depth(jax.random.key(0), jnp.ones((6, 1)), 0.5).ravel().tolist()
       [0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
 
-    References: Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic
-      Depth", arXiv 1603.09382.
+    References:
+      Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic Depth", arXiv
+      1603.09382.
     """
     if isinstance(rate, int | float) and not 0 <= rate <= 1:
         raise ValueError(

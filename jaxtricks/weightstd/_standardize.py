@@ -18,10 +18,12 @@ from jaxtricks._typing import Array, Params, PathRule, Roles, Scalar
 class Preset(NamedTuple):
     """One convention: how epsilon enters, whether fan-in does, and how variance is counted.
 
-    Attributes: mode: "clamp" = rsqrt(max(var * fan_in, eps)), "var" = 1 / sqrt(var +
-      eps), "std" = 1 / (std + eps). eps: the convention's own epsilon. by_fan_in:
-      whether the result is also divided by sqrt(fan_in). ddof: 1 divides the variance
-      by fan_in - 1 instead of fan_in.
+    Attributes:
+      mode: "clamp" = rsqrt(max(var * fan_in, eps)), "var" = 1 / sqrt(var + eps), "std"
+        = 1 / (std + eps).
+      eps: the convention's own epsilon.
+      by_fan_in: whether the result is also divided by sqrt(fan_in).
+      ddof: 1 divides the variance by fan_in - 1 instead of fan_in.
     """
 
     mode: Literal["clamp", "var", "std"]
@@ -57,17 +59,22 @@ def standardize(
         bit     s = 1 / (sqrt(var) + eps)             eps 1e-5
         qiao    s = 1 / (sqrt(var) + eps)             eps 1e-5, var divided by N - 1
 
-    Args: kernel: [..., out]; for grouped convolutions the input axis already holds
-      in_features / groups. gain: one factor per output channel [out], or a scalar; None
-      = 1. preset: "nfnet", "timm", "bit" or "qiao". eps: replaces the preset's epsilon,
-      in the same place of the formula. out_axis: the axis (or axes: a Keras depthwise
-      kernel (kh, kw, C, M) has two) that is not reduced.
+    Args:
+      kernel: [..., out]; for grouped convolutions the input axis already holds
+        in_features / groups.
+      gain: one factor per output channel [out], or a scalar; None = 1.
+      preset: "nfnet", "timm", "bit" or "qiao".
+      eps: replaces the preset's epsilon, in the same place of the formula.
+      out_axis: the axis (or axes: a Keras depthwise kernel (kh, kw, C, M) has two) that
+        is not reduced.
 
-    Returns: An array like the kernel. A channel whose weights are all equal gives
-      zeros, with finite gradients.
+    Returns:
+      An array like the kernel. A channel whose weights are all equal gives zeros, with
+      finite gradients.
 
-    Raises: ValueError: unknown preset, a gain of the wrong shape, or a fan-in of one
-      (depthwise 1x1).
+    Raises:
+      ValueError: unknown preset, a gain of the wrong shape, or a fan-in of one
+        (depthwise 1x1).
 
     Example:
       >>> w = standardize(jnp.arange(12.0).reshape(2, 2, 1, 3))
@@ -206,11 +213,15 @@ def standardized(
 ) -> Hook:
     """A `conv_general_dilated=` argument for flax convolutions that standardizes their kernels.
 
-    Args: gain: one fixed factor (an activation's gain, say); for learnable gains use
-      `jt.nnx.WSConv`. preset: see `standardize`. eps: see `standardize`.
+    Args:
+      gain: one fixed factor (an activation's gain, say); for learnable gains use
+        `jt.nnx.WSConv`.
+      preset: see `standardize`.
+      eps: see `standardize`.
 
-    Returns: A function with the signature of `jax.lax.conv_general_dilated`; it finds
-      the output axis from the dimension numbers.
+    Returns:
+      A function with the signature of `jax.lax.conv_general_dilated`; it finds the
+      output axis from the dimension numbers.
 
     Raises:
       ValueError: unknown preset.
@@ -241,11 +252,13 @@ def standardize_params(
 
     Call it inside the loss, in front of apply: gradients then flow to the raw kernels.
 
-    Args: params: pytree of arrays; kernels have their output axis last. path_filter:
-      path_filter(path) -> True for the kernels to standardize ("block/0/conv/kernel").
+    Args:
+      params: pytree of arrays; kernels have their output axis last.
+      path_filter: path_filter(path) -> True for the kernels to standardize
+        ("block/0/conv/kernel").
       roles: roles as elsewhere (`jt.nnx.roles(model)`): kernels with "batch" or two
-      "out" axes then
-        keep those axes apart; None = everything but the last axis is reduced.
+        "out" axes then keep those axes apart; None = everything but the last axis is
+        reduced.
       preset: see `standardize`.
       eps: see `standardize`.
 
@@ -293,9 +306,10 @@ def fold_params(
     standardize(kernel, gain) in place of the kernel and loses the gain: the parameters
     of a plain convolution, the same function.
 
-    Args: params: nested dicts (or lists) of arrays. path_filter: path_filter(path) ->
-      True for the kernels to fold ("block/0/conv/kernel"), with a gain or without;
-        None = those with one.
+    Args:
+      params: nested dicts (or lists) of arrays.
+      path_filter: path_filter(path) -> True for the kernels to fold
+        ("block/0/conv/kernel"), with a gain or without; None = those with one.
       roles: roles as in `standardize_params`; None = everything but the last axis is
         reduced.
       preset: see `standardize`; the one that the model was trained with.
@@ -366,8 +380,11 @@ def l2(
     Under plain SGD its gradient equals `optax.add_decayed_weights(2 * scale)` with the
     same mask.
 
-    Args: params: pytree of arrays. scale: factor of the sum of squares. path_filter:
-      path_filter(path) -> True for the leaves to penalize; None = `roles.is_kernel`.
+    Args:
+      params: pytree of arrays.
+      scale: factor of the sum of squares.
+      path_filter: path_filter(path) -> True for the leaves to penalize; None =
+        `roles.is_kernel`.
 
     Returns:
       A scalar, float32 or better; zero if nothing is chosen.
