@@ -1,63 +1,38 @@
-"""Adaptive gradient clipping: gradients bounded relative to the weights they move.
+"""Adaptive gradient clipping: clip gradients relative to the weights that they move.
 
-What. For every unit i (the weights into one output), if ||G_i|| > clipping *
-max(||W_i||, eps) the gradient is scaled down to that bound: G_i * clipping *
-max(||W_i||, eps) / max(||G_i||, 1e-6). It is what lets normalizer-free networks train
-with large batches and learning rates.
+What. For every unit i (the weights into one output), a gradient with
+||G_i|| > clipping * max(||W_i||, eps) is scaled down to that bound. This lets networks
+without normalization train with large batches and high learning rates.
 
 Use.
 
     import jaxtricks as jt, optax
-    tx = optax.chain(
-        jt.agc.adaptive_grad_clip(0.01, roles=jt.roles.infer,
-        path_filter=jt.agc.exclude("head/kernel")), optax.sgd(0.1, momentum=0.9,
-        nesterov=True),
+    clip = jt.agc.adaptive_grad_clip(
+        0.01,
+        roles=jt.nnx.roles(model),
+        path_filter=jt.agc.exclude("head/kernel"),
     )
+    tx = optax.chain(clip, optax.sgd(0.1, momentum=0.9, nesterov=True))
     updates, state = tx.update(grads, state, params)
     jt.metrics(state)  # {"agc/clipped_fraction": ..., "agc/max_ratio": ...}
 
-Settings to start from. clipping 0.01 for batches of thousands, 0.02-0.16 for smaller
-ones; eps 1e-3 (it is what lets zero-initialised gains move at all). Leave the
-classifier's kernel out, as the paper's experiments do (its bias, and all gains and
-biases, are clipped). If `agc/clipped_fraction` stays near 0 or near 1, clipping is too
+Settings to start from. clipping 0.01 for batches of thousands, 0.02 to 0.16 for smaller
+ones; eps 1e-3, without which gains that start at zero could never move. Leave out the
+classifier's kernel. If `agc/clipped_fraction` stays near 0 or near 1, the bound is too
 large or too small.
 
-When it helps and when not. Networks without normalization, large batches, high learning
-rates. With batch normalization and moderate rates it rarely does anything: the clipped
-fraction will say so. CIFAR-10 at 16 x 16, NFNet of 8 layers, batch 512, 24 steps, n = 3
-seeds: at rates 0.03 to 0.3 clipping 0.08 costs 0.3 to 1.2 points of test accuracy; at 1
-it gives 28.0 +- 0.4 % against 23.2 +- 5.6 %; at 3 no run diverges (16.6 +- 3.4 %),
-without it 3 of 3 do; at 10 all do. The best with it (28.0, rate 1) and without (26.8 +-
-0.1, rate 0.3) are close: it widens the range of rates. A ResNet of that size with batch
-normalization is far better in so few steps (two rates tried for each): 45.1 +- 0.6
-against 36.5 +- 0.7 % (batch 256, 96 steps), 38.3 +- 0.8 against 28.5 +- 1.5 (batch
-1024, 24 steps). Long schedules are not shown. `python -m benchmarks.networks --data
-cifar10.zip`.
+When it helps and when not. It widens the range of learning rates of networks without
+normalization. With batch normalization and moderate rates it rarely does anything.
 
-Cost. Two norms per leaf; the state is two scalars. No buffers. With SGD and momentum
-0.76 of AdamW's step on two CPU cores (optax's 0.75), 32 bytes a parameter against 40,
-trace and compile 1.23 of AdamW's (optax's 1.30); benchmarks/results/optimizers.md has
-the versions.
+Cost. Two norms per leaf; the state is two scalars. Figures: docs/techniques/agc.md.
 
-Composes with. First in the chain, on the raw gradient: agc -> weight decay -> momentum.
-Under `amp.dynamic_loss_scale` it belongs inside, where gradients are unscaled. As in
-the reference, a unit whose norm overflows (float32 gradients above 1e19) gets no
-update, an infinite gradient becomes NaN, and NaN is passed on, so that a guard further
-out sees it; other units are clipped as usual, and `max_ratio` is inf.
+Composes with. Put it first in the chain, on the raw gradient: agc -> weight decay ->
+momentum, and inside `amp.dynamic_loss_scale`. Without `roles=` the units follow the
+reference code's rule by rank, which is wrong for stacked layers and attention outputs.
 
 Differences from the paper and from optax/flax. With `roles=None` the units are the
-reference code's, by rank alone (rank 5 as in optax); that is wrong for scanned layers,
-attention outputs (H, K, D), 1-D convolutions and stacked biases: pass `roles=`. Norms
-are float32 or better. The state reports what was clipped.
-
-What optax 0.2.8 does otherwise. Each is a test in tests/test_differences.py that fails
-when optax mends it.
-
-    units    by rank (optax#906, #1340, #1576): wrong for scanned Dense and Conv, attention output
-             (H, K, D), 1-D convolutions and stacked biases; its axis= is one for the
-             whole tree
-    float16  a norm that overflows makes the update 0, silently
-    report   no clipped fraction
+reference code's, by rank alone. Norms are float32 or better, and the state reports what
+was clipped.
 
 References. Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition
 Without Normalization", arXiv 2102.06171, eq. 3. Reference code:

@@ -1,15 +1,15 @@
-"""Extended batch normalization: a mean per channel, one variance for the whole layer.
+"""Normalize batches by a mean per channel and one variance for the whole layer.
 
-What. mean_c over batch and space, as in batch normalization; the variance is one
-scalar, over batch, space and channels. With few examples a single variance is estimated
-from C times as many numbers.
+What. mean_c is taken over batch and space, as in batch normalization; the variance is
+one scalar over batch, space and channels. With few examples a single variance is
+estimated from C times as many numbers.
 
 Use.
 
     import jax.numpy as jnp
     from flax import nnx
     import jaxtricks as jt
-    norm = jt.nnx.ExtendedBatchNorm(16, rngs=nnx.Rngs(0))       # in place of nnx.BatchNorm
+    norm = jt.nnx.ExtendedBatchNorm(16, rngs=nnx.Rngs(0))  # in place of nnx.BatchNorm
     # or the two functions
     x = jnp.arange(32.0).reshape(2, 2, 2, 4)
     mean, var = jt.ebn.extended_moments(x)
@@ -18,42 +18,19 @@ Use.
 Settings to start from. momentum 0.99, epsilon 1e-3, variance "channel". Momentum 0.99
 remembers about a hundred steps; take 0.9 for short runs.
 
-When it helps and when not. Batches of a few images per device. With large batches the
-statistics of every channel are good already. One channel of high variance shrinks all
-the others, since they share the divisor: look at the ratio of the channels' variances
-to the scalar if training stalls. With a single value per channel (batch 1, no space)
-mean_c is the value itself and the output is the bias, as in batch normalization. On
-CIFAR-10 at 16 x 16 (ResNet of 8 layers, 8192 images seen, n = 3 seeds, rates tuned at
-batch 32 and scaled with the batch) we saw no gain over nnx.BatchNorm: 39.1 +- 2.0
-against 39.4 +- 1.4 % at batch 32, 40.1 +- 0.5 against 40.4 +- 1.1 at 8, 37.9 +- 0.9
-against 38.6 +- 1.1 at 4, 36.0 +- 1.0 against 37.5 +- 1.2 at 2. Even at batch 2 a
-channel has 32 values or more here; long training and rates tuned for every batch are
-not shown. `python -m benchmarks.networks --data cifar10.zip --only small_batches`.
-Where a channel has one value an example, a dense net on digits (6400 images seen, n =
-3, the best of 6 rates for each), there is a gain: 94.9 +- 1.2 against 73.0 +- 1.2 % at
-batch 2, 97.4 +- 0.5 against 96.6 +- 0.3 at 4, none from 8 on (notebooks/07_ebn.ipynb).
+When it helps and when not. Batches of a few images per device, or channels with one
+value per example. With large batches the statistics of every channel are good already.
+A channel of high variance shrinks all the others, since they share the divisor.
 
-Cost. Less than batch normalization: one pass over x for both sums, about a mean taken
-from 1/16 of it, where Flax makes two or three. Bytes accessed by the train step (value
-and gradients) of a norm on [64, 32, 32, 64], in sizes of x: 9.3 (13.3 on jax 0.10.2),
-nnx.BatchNorm 17, with use_fast_variance=False 20 (tests/test_cost.py). With a mask a
-whole pass takes the sample's place. The running variance is a scalar.
+Cost. One pass over x for both sums; the running variance is a scalar. Figures:
+docs/techniques/ebn.md.
 
-Composes with. jit under SPMD needs nothing; inside shard_map or pmap give `axis_name`.
-Masks may leave different counts on every device, or none. It folds into a convolution
-in front of it (`reparam.Norm` takes a scalar variance). vmap, scan and remat: the
-functions are pure, the module's statistics are state.
+Composes with. jit under SPMD needs nothing; inside shard_map give `axis_name`. Masks may
+leave different counts on every device. It folds into the convolution in front of it
+(`reparam.Norm`). vmap, scan and remat: the functions are pure.
 
-Differences from the paper and from optax/flax. "Variance over (N, C, H, W)" can be
-taken about the channel means (variance="channel": the variance that is left after
-centering, the default) or about the grand mean (variance="grand"); they differ by the
-variance of the channel means. Moments are taken about a mean of a sample: E[x^2] -
-E[x]^2 in float32 loses everything at mean 1e4, variance 1. Across devices Flax averages
-the devices' means, which is wrong once masks leave unequal counts and NaN for an empty
-shard; here sums and counts are summed. nnx.BatchNorm casts running statistics to the
-output's dtype, which in bfloat16 loses the mean; here they stay float32
-(tests/test_ebn_modules.py). Renormalization and constraints on scale and bias are not
-offered.
+Differences from the paper and from optax/flax. Sums and counts are added up across
+devices, where Flax averages the means; statistics stay float32.
 
 References. Luo, Peng, "Extended Batch Normalization", arXiv 2003.05569.
 """

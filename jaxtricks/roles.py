@@ -1,21 +1,21 @@
-"""What each axis of a parameter means: the vocabulary that memopt and agc share.
+"""Describe what each axis of a parameter means, for memopt, agc and weightstd.
 
 What. A leaf's roles are one word per axis: "batch" (independent copies: scanned or
-vmapped layers, experts), "in" (fan-in and the spatial axes of a kernel), "out"
-(fan-out), "none" (everything else). A kernel of 3x3 convolution is ("in", "in", "in",
-"out"); five of them scanned over are ("batch", "in", "in", "in", "out"); biases and
-scales are ("none",) after any "batch".
+vmapped layers, experts), "in" (fan-in, and the spatial axes of a kernel), "out"
+(fan-out) or "none" (everything else). The kernel of a 3x3 convolution is ("in", "in",
+"in", "out"); five of them scanned over are ("batch", "in", "in", "in", "out"); biases
+and scales are ("none",) after any "batch".
 
-Use. Exact rules come from the model's own layers: `jt.nnx.roles(model)`,
-`jt.linen.roles(module, *init_args)`. For anything else write
-`by_path({r"attn/.*kernel": ("in", "out", "out")})`, or pass a function (path, shape) ->
-roles, or a tree of roles. Paths are keys joined by "/".
+Use. Exact rules come from the model's own layers: `jt.nnx.roles(model)` and
+`jt.linen.roles(module, *init_args)`. For anything else write a rule, pass a function
+(path, shape) -> roles, or pass a tree of roles. Paths are keys joined by "/".
 
-    tx = jt.memopt.adafactor(1e-3, roles=jt.roles.by_path({r"stack/kernel": ("batch",
-    "in", "out")})) print(jt.roles.describe(params, jt.roles.infer))
+    rule = jt.roles.by_path({r"stack/kernel": ("batch", "in", "out")})
+    tx = jt.memopt.adafactor(1e-3, roles=rule)
+    print(jt.roles.describe(params, jt.roles.infer))
 
-Differences from optax. optax decides by rank and size alone, so scanned layers,
-attention kernels and stacked biases are clipped and factored over the wrong axes.
+optax decides by rank and size alone, so it clips and factors scanned layers, attention
+kernels and stacked biases over the wrong axes.
 """
 
 import dataclasses

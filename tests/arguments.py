@@ -26,7 +26,17 @@ from jaxtricks import (
     roles,
     weightstd,
 )
-from jaxtricks.longtail import decoupling, distill, experts, heads, metrics, mix, posthoc, sampling
+from jaxtricks.longtail import (
+    contrib,
+    decoupling,
+    distill,
+    experts,
+    heads,
+    metrics,
+    mix,
+    posthoc,
+    sampling,
+)
 from jaxtricks.longtail import weights as class_weights
 
 PARAMS = {"head": {"kernel": np.ones((3, 4), np.float32), "bias": np.zeros(4, np.float32)}}
@@ -210,7 +220,7 @@ CALLS = {
     "longtail.equalization": (longtail.equalization, {"counts": N, "gamma": 0.9, "threshold": 0.1}),
     "longtail.reduce_loss": (longtail.reduce_loss, {"per_example": Z[:, 0], "weights": None, "kind": "mean"}),
     "longtail.equalization_v2": (longtail.equalization_v2, {"num_classes": 4, "gamma": 12.0}),
-    "longtail.online_seesaw": (longtail.online_seesaw, {"num_classes": 4, "p": 0.8, "q": 2.0}),
+    "contrib.online_seesaw": (longtail.contrib.online_seesaw, {"num_classes": 4, "p": 0.8, "q": 2.0}),
     "longtail.class_mean": (longtail.class_mean, {"num_classes": 4, "num_features": 3, "momentum": 0.9}),
     "a loss": (longtail.cross_entropy(), {"logits": Z, "labels": Y, "where": None}),
     "a seesaw loss": (longtail.seesaw(N), {"logits": Z, "labels": Y, "where": None}),
@@ -238,7 +248,7 @@ CALLS = {
     "experts.sade": (experts.sade, {"counts": N, "tau": 2.0, "compat": None}),
     "experts.aggregate": (experts.aggregate, {"logits": Z[None], "weights": None}),
     "distill.kd": (distill.kd, {"logits": Z, "teacher": Z, "temperature": 3.0, "power": 1.0}),
-    "distill.dive": (distill.dive, {"base": longtail.cross_entropy(), "alpha": 0.5}),
+    "contrib.dive": (contrib.dive, {"base": longtail.cross_entropy(), "alpha": 0.5}),
     "decoupling.tau_norm": (decoupling.tau_norm, {"params": PARAMS, "head": "head", "tau": 1.0}),
     "metrics.init": (metrics.init, {"num_classes": 4, "bins": 15}),
     "metrics.update": (metrics.update, {"state": None, "logits": Z, "labels": Y, "where": None}),

@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtricks import _jaxpr, agc, memopt
 from jaxtricks.cyclical import cyclical, lr_range_test, one_cycle, warm_restarts
 
-MEMOPT = "optax fixed this: remove the row from the memopt card"
-AGC = "optax fixed this: remove the row from the agc card"
-CYCLICAL = "optax fixed this: remove the row from the cyclical card"
+MEMOPT = "optax fixed this: remove the row from docs/techniques/memopt.md"
+AGC = "optax fixed this: remove the row from docs/techniques/agc.md"
+CYCLICAL = "optax fixed this: remove the row from docs/techniques/cyclical.md"
 
 
 @contextlib.contextmanager

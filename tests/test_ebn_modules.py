@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.test_ebn import KERAS, close, part
 
-FLAX = "flax fixed this: remove the sentence from the ebn card"
+FLAX = "flax fixed this: remove the sentence from docs/techniques/ebn.md"
 
 
 def layer(framework, features, **how):

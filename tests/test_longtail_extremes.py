@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtricks import longtail
-from jaxtricks.longtail import distill, experts, heads, metrics, mix, posthoc
+from jaxtricks.longtail import contrib, experts, heads, metrics, mix, posthoc
 
 pytestmark = pytest.mark.usefixtures("ours")
 
@@ -29,12 +29,12 @@ LOSSES = {
         longtail.equalization(n, 0.5, 0.1), key=jax.random.key(0)
     ),
     "influence": lambda n: lambda z, y: longtail.influence_balanced()(z, y, features=z[:, :2]),
-    "dive": lambda n: lambda z, y: distill.dive(longtail.balanced_softmax(n))(z, y, teacher=z),
+    "dive": lambda n: lambda z, y: contrib.dive(longtail.balanced_softmax(n))(z, y, teacher=z),
     "bbn": lambda n: lambda z, y: experts.bbn(10)(z, y, y[::-1], step=4),
     "ride": lambda n: lambda z, y: experts.ride(None, n)(jnp.stack([z, z]), y),
     "sade": lambda n: lambda z, y: experts.sade(n)(jnp.stack([z, z, z]), y),
     "equalization_v2": lambda n: lambda z, y: _first(longtail.equalization_v2(len(n)), z, y),
-    "online_seesaw": lambda n: lambda z, y: _first(longtail.online_seesaw(len(n)), z, y),
+    "online_seesaw": lambda n: lambda z, y: _first(longtail.contrib.online_seesaw(len(n)), z, y),
     "paco": lambda n: (
         lambda z, y: _first(experts.paco(n, 2, queue=4), z, y, features=z[:, :2], keys=z[:, :2])
     ),

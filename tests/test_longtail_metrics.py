@@ -233,7 +233,7 @@ def test_the_balanced_counterpart_is_even_and_as_large(seed):
         longtail.weights.inverse_frequency,
         longtail.sampling.class_probabilities,
         longtail.sampling.effective_number,
-        longtail.sampling.meta_rates,
+        longtail.contrib.meta_rates,
         lambda n: longtail.posthoc.adjust(jnp.zeros((2, 3)), n),
         lambda n: metrics.summary(metrics.init(3), n),
     ],

@@ -20,7 +20,7 @@ from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail._counts import as_mask, class_indices, floating
-from jaxtricks.longtail._losses import Seesaw, _finished, _inputs
+from jaxtricks.longtail._losses import _finished, _inputs
 from jaxtricks.longtail._softmax import _are_hard, is_label
 
 Axis = str | tuple[str, ...] | None
@@ -180,95 +180,6 @@ def equalization_v2(
     """
     _at_least_one("equalization_v2", num_classes)
     return EqualizationV2(gamma, mu, alpha, int(num_classes), background, axis_name)
-
-
-@node
-class OnlineSeesawState:
-    """What `online_seesaw` remembers.
-
-    Attributes:
-      counts: [C] examples of each class so far; the sum of their probabilities for soft
-        labels.
-    """
-
-    counts: Array
-
-
-@node
-class OnlineSeesaw:
-    """The pair of `online_seesaw`: a pytree.
-
-    Attributes:
-      p: exponent of the mitigation factor.
-      q: exponent of the compensation factor.
-      num_classes: C.
-      axis_name: mapped axes to sum over, or None.
-    """
-
-    p: Scalar
-    q: Scalar
-    num_classes: int = static()
-    axis_name: Axis = static()
-
-    def init(self) -> OnlineSeesawState:
-        """The state before the first batch."""
-        return OnlineSeesawState(jnp.zeros(self.num_classes, float))
-
-    @checked
-    def update(
-        self,
-        state: OnlineSeesawState,
-        logits: Float[Array, "*batch C"],
-        labels: Integer[Array, "*batch"] | Float[Array, "*batch C"],
-        *,
-        where: Bool[Array, "*batch"] | None = None,
-    ) -> tuple[Float[Array, "*batch"], OnlineSeesawState]:
-        """Count the batch, then `seesaw` with the counts; the arguments are those of a loss."""
-        _, target, _ = _inputs(logits, labels, where)
-        batch = jnp.sum(target.reshape(-1, target.shape[-1]), axis=0)
-        batch = _summed(batch, self.axis_name).astype(state.counts.dtype)
-        if batch.shape != state.counts.shape:
-            raise ValueError(
-                f"longtail.online_seesaw: `logits` have {batch.shape[0]} classes where the state "
-                f"has {state.counts.shape[0]}: pass another `num_classes`"
-            )
-        counts = state.counts + jax.lax.stop_gradient(batch)
-        loss = Seesaw(counts, self.p, self.q)(logits, labels, where=where)
-        return loss, OnlineSeesawState(counts)
-
-
-@checked
-def online_seesaw(
-    num_classes: int, *, p: Scalar = 0.8, q: Scalar = 2.0, axis_name: Axis = None
-) -> OnlineSeesaw:
-    """`seesaw` with the counts of the examples seen so far, those of the batch included.
-
-    Args:
-      num_classes: C.
-      p: exponent of the mitigation factor; 0 is none. May be traced.
-      q: exponent of the compensation factor; 0 is none. May be traced.
-      axis_name: mapped axes to sum the counts over, inside shard_map or a named vmap.
-
-    Returns:
-      A pair: init(), update(state, logits [..., C], labels, where=None) ->
-        (per-example, state). The
-      counts are floats: single increments are lost above 2^24 = 16.8 million, whole
-        batches are not.
-
-    Raises:
-      ValueError: if num_classes < 1; in update if the logits have another number of
-        classes.
-
-    >>> loss = online_seesaw(2)
-    >>> each, state = loss.update(loss.init(), jnp.zeros((3, 2)), jnp.array([0, 0, 1]))
-    >>> print(each.round(4), state.counts)
-    [0.4538 0.4538 0.6931] [2. 1.]
-
-    References:
-      Wang et al., Seesaw loss for long-tailed instance segmentation, arXiv 2008.10032.
-    """
-    _at_least_one("online_seesaw", num_classes)
-    return OnlineSeesaw(p, q, int(num_classes), axis_name)
 
 
 def _at_least_one(name: str, num_classes: int) -> None:

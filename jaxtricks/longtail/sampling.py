@@ -13,7 +13,6 @@ from jaxtricks.longtail import weights
 from jaxtricks.longtail._counts import (
     Counts,
     as_vector,
-    at_least_rarest,
     floating,
     seen,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "class_probabilities",
     "deferred",
     "effective_number",
-    "meta_rates",
     "progressive",
     "sample_indices",
     "table",
@@ -326,36 +324,6 @@ def deferred(
     """
     data, after = class_probabilities(counts, 1.0), class_probabilities(counts, power)
     return weights.deferred(step, start, data, after)
-
-
-@checked
-def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
-    """Where the meta sampler starts: r_c = n_c^-power / (n_max^-power + n_min^-power).
-
-    The rate at which each example of the class is kept; largest and smallest sum to 1.
-    The learned parameters are the logits log(r / (1 - r)); a class is drawn with p_c ~
-    n_c r_c, as `class_probabilities(counts, 1 - power)`.
-
-    Args:
-      counts: [C] training examples per class; may be traced.
-      power: 0 starts as the data, 0.5 square root, 1 balanced.
-
-    Returns:
-      [C] rates in (0, 1); a class without examples has that of the rarest.
-
-    >>> [round(float(rate), 3) for rate in meta_rates([90, 10], 1.0)]
-    [0.1, 0.9]
-
-    References:
-      Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its
-      SampleLearner.
-    """
-    n = at_least_rarest(as_vector("sampling.meta_rates: `counts`", counts))
-    power = jnp.asarray(power).astype(n.dtype)
-    # Relative to the mean of the extreme logarithms, so that no power overflows.
-    log_n = jnp.log(n)
-    log_rate = -power * (log_n - (jnp.max(log_n) + jnp.min(log_n)) / 2)
-    return jnp.exp(log_rate) / (jnp.exp(jnp.max(log_rate)) + jnp.exp(jnp.min(log_rate)))
 
 
 def _normalized(raw: Array) -> Float[Array, "C"]:
