@@ -76,7 +76,7 @@ class AgcState(NamedTuple):
     count: Any = None
 
     def metrics(self) -> dict[str, Any]:
-        """What `jaxtricks.metrics` collects."""
+        """Return what `jaxtricks.metrics` collects."""
         return {
             "agc/clipped_fraction": self.clipped_fraction,
             "agc/max_ratio": self.max_ratio,
@@ -85,7 +85,7 @@ class AgcState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exclude:
-    """A predicate over paths, made by `exclude`.
+    """Choose the paths that no pattern matches; the result of `exclude`.
 
     Attributes:
       patterns: regular expressions of what is not clipped.
@@ -94,7 +94,7 @@ class Exclude:
     patterns: tuple[str, ...]
 
     def __call__(self, path: str) -> bool:
-        """Whether the parameter is clipped."""
+        """Return whether the parameter is clipped."""
         return not any(_matches(pattern, path) for pattern in self.patterns)
 
     def check(self, paths: Iterable[str]) -> None:
@@ -110,7 +110,7 @@ class Exclude:
 
 @checked
 def exclude(*regex: str) -> Exclude:
-    r"""A `path_filter=` predicate: clip everything but these parameters.
+    r"""Build a `path_filter=` that clips everything but these parameters.
 
     A regex must match the whole path of a parameter, or the whole path of a module
     above it ("head" leaves out all below head). One that matches nothing raises in
@@ -128,13 +128,13 @@ def exclude(*regex: str) -> Exclude:
     Example:
       >>> path_filter = exclude("head/kernel", r".*/scale")
       >>> [path_filter(path) for path in ("head/kernel", "head/bias", "norm/scale")]
-      (False, True, False)
+      [False, True, False]
     """
     for pattern in regex:
         try:
             re.compile(pattern)
         except re.error as error:
-            message = f"agc.exclude: {pattern!r} is no regular expression: {error}"
+            message = f"agc.exclude: {pattern!r} is not a regular expression: {error}"
             raise ValueError(message) from None
     return Exclude(tuple(regex))
 
@@ -143,9 +143,10 @@ def exclude(*regex: str) -> Exclude:
 def unitwise_norm(
     x: Float[Array, "*shape"], roles: Roles | None = None
 ) -> Float[Array, "*units"]:
-    """Euclidean norm of every unit, in float32 or better.
+    """Compute the Euclidean norm of every unit, in float32 or better.
 
-    ||x_i|| = sqrt(sum x^2) over the unit; float16 entries cannot overflow it, float32 ones above 1e19 do.
+    ||x_i|| = sqrt(sum x^2) over the unit. float16 entries cannot overflow it; float32
+    entries above 1e19 do.
 
     Args:
       x: [*shape], any floating dtype.
@@ -220,15 +221,14 @@ def adaptive_grad_clip(
 
     def init_fn(params: Params) -> AgcState:
         leaves = _tree.by_path(params)
-        # A tree without leaves is optax's, which asks where in a state the parameters'
-        # trees stand.
+        # optax calls init with an empty tree to locate the parameters' trees in a state.
         if isinstance(path_filter, Exclude) and leaves and not _tree.has_masked(params):
             path_filter.check(leaves)
         leaf_roles = roles_lib.leaf_roles(roles, params)
         for (path, leaf), axis_roles in zip(leaves.items(), leaf_roles, strict=True):
             _unit_axes(path, tuple(jnp.shape(leaf)), axis_roles)
             _check_dtype(path, leaf, path_filter)
-        # Two arrays, not one twice: a donated state may not hold a buffer twice.
+        # Two arrays, because a donated state must not hold one buffer twice.
         fraction, ratio = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
         return AgcState(
             fraction, ratio, jnp.zeros([], jnp.int32) if scheduled else None
@@ -245,8 +245,10 @@ def adaptive_grad_clip(
         leaf_roles = dict(
             zip(weights, roles_lib.leaf_roles(roles, params), strict=True)
         )
-        clip, floor = (x(state.count) if callable(x) else x for x in (clipping, eps))
-        grads, reports = _tree.by_path(updates), []
+        clip = clipping(state.count) if callable(clipping) else clipping
+        floor = eps(state.count) if callable(eps) else eps
+        grads = _tree.by_path(updates)
+        reports: list[_Units] = []
         for path, g in grads.items():
             if jnp.size(g) == 0 or (path_filter is not None and not path_filter(path)):
                 continue
@@ -274,9 +276,8 @@ class _Units(NamedTuple):
 def _check_dtype(
     path: str, leaf: Any, path_filter: Callable[[str], bool] | None
 ) -> None:
-    if _dtypes.is_floating(jnp.asarray(leaf)) or not (
-        path_filter is None or path_filter(path)
-    ):
+    is_clipped = path_filter is None or path_filter(path)
+    if not is_clipped or _dtypes.is_floating(jnp.asarray(leaf)):
         return
     raise ValueError(
         f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it out by `path_filter`, or hide "
@@ -296,6 +297,7 @@ def _unit_axes(
 ) -> tuple[int, ...]:
     if roles is not None:
         return roles_lib.positions(roles, "in", "none")
+    # The reference squeezes first: (1, n), (n, 1) and (1, 1, 1, C) are one unit.
     rank = len(shape)
     if sum(n != 1 for n in shape) <= 1:
         return tuple(range(rank))
@@ -313,7 +315,7 @@ def _norm(x: Any, axes: tuple[int, ...]) -> Array:
 
 
 def _floored(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
-    """(norm of the weights or eps, the bound on the norm of the gradient)."""
+    """Return (the weights' norm or eps, the bound on the gradient's norm)."""
     dtype = units.w.dtype
     size = jnp.maximum(units.w, jnp.asarray(eps).astype(dtype))
     return size, jnp.asarray(clipping).astype(dtype) * size
@@ -329,41 +331,39 @@ def _clip_leaf(
     units = _Units(g_norm.astype(dtype), w_norm.astype(dtype))
     _, bound = _floored(units, clipping, eps)
     factor = bound / jnp.maximum(units.g, _GRADIENT_FLOOR)
+    # Strictly greater, as in the reference: a norm at the bound is left alone.
     factor = jnp.where(units.g > bound, factor, jnp.ones_like(factor))
     return (g.astype(dtype) * factor).astype(g.dtype), units
 
 
 def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Array]:
-    """(fraction of units clipped, largest ratio) of all leaves, float32 []."""
+    """Return (fraction of units clipped, largest ratio) of all leaves, float32 []."""
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
     total = sum(units.g.size for units in leaves)
-    # Once over the units of all leaves: for every leaf it would dominate the compile
-    # time of large trees. Not of shards: joined, they would be gathered, and drag the
-    # leaves to where the others' units are.
+    # One reduction over the units of all leaves: one per leaf would dominate the compile
+    # time of large trees. Sharded units stay apart, because joining would gather them.
     if not _sharding.on_mesh(*(x for units in leaves for x in units)):
         leaves = [_joined(leaves)]
-    counts, ratios = zip(
-        *(_of_leaf(units, clipping, eps) for units in leaves), strict=True
-    )
-    return jnp.sum(jnp.stack(counts)) / total, jnp.max(jnp.stack(ratios))
+    per_leaf = [_count_clipped(units, clipping, eps) for units in leaves]
+    counts = jnp.stack([count for count, _ in per_leaf])
+    ratios = jnp.stack([ratio for _, ratio in per_leaf])
+    return jnp.sum(counts) / total, jnp.max(ratios)
 
 
 def _joined(leaves: list[_Units]) -> _Units:
     dtype = _dtypes.common_dtype(*(units.g for units in leaves))
-    return _Units(
-        *(
-            jnp.concatenate([x.astype(dtype).ravel() for x in xs])
-            for xs in zip(*leaves, strict=True)
-        )
-    )
+    gradients = [units.g.astype(dtype).ravel() for units in leaves]
+    weights = [units.w.astype(dtype).ravel() for units in leaves]
+    return _Units(jnp.concatenate(gradients), jnp.concatenate(weights))
 
 
 @jax.jit
-def _of_leaf(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
-    """(units clipped, largest ratio), float32 []."""
+def _count_clipped(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
+    """Return (number of clipped units, largest ratio), float32 []."""
     size, bound = _floored(units, clipping, eps)
     ratio = units.g / jnp.maximum(size, jnp.finfo(units.g.dtype).tiny)
+    # A gradient that is not finite must show, also where a maximum would drop NaN.
     ratio = jnp.where(jnp.isnan(ratio), jnp.full_like(ratio, jnp.inf), ratio)
     clipped = jnp.sum(units.g > bound, dtype=jnp.float32)
     return clipped, jnp.max(ratio).astype(jnp.float32)

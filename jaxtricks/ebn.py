@@ -52,12 +52,12 @@ AxisName = str | tuple[str, ...]
 
 
 class Moments(NamedTuple):
-    """What one batch says.
+    """Moments of one batch.
 
     Attributes:
       mean: [C].
       var: [] shared by the channels.
-      count: [] how many numbers var was taken over; 0 if the mask left nothing.
+      count: [] number of entries behind var; 0 if the mask left none.
     """
 
     mean: Float[Array, " C"]
@@ -76,7 +76,7 @@ def extended_moments(
     axis_name: AxisName | None = None,
     variance: Literal["channel", "grand"] = "channel",
 ) -> tuple[Float[Array, " C"], Float[Array, ""]]:
-    """Mean per channel and one variance for all channels.
+    """Compute a mean per channel and one variance for all channels.
 
     n_c = sum_i m_ic;   mean_c = sum_i m_ic x_ic / n_c;   n = sum_c n_c
     var = sum_ic m_ic (x_ic - mean_c)^2 / n              "channel"
@@ -107,8 +107,8 @@ def extended_moments(
     References:
       Luo, Peng, arXiv 2003.05569.
     """
-    found = moments(x, mask=mask, axis_name=axis_name, variance=variance)
-    return found.mean, found.var
+    batch = moments(x, mask=mask, axis_name=axis_name, variance=variance)
+    return batch.mean, batch.var
 
 
 @checked
@@ -122,7 +122,7 @@ def moments(
     axis_name: AxisName | None = None,
     variance: Literal["channel", "grand"] = "channel",
 ) -> Moments:
-    """`extended_moments` with the count, for callers that must know whether the mask was empty.
+    """Compute `extended_moments` and the count, which tells whether the mask was empty.
 
     Args:
       x: see `extended_moments`.
@@ -155,22 +155,22 @@ def moments(
     def only(values: Array) -> Array:
         return values if keep is None else jnp.where(keep, values, 0)
 
-    # The sums are taken about a first estimate of the mean and corrected by what it
-    # missed. The result does not depend on that estimate, so no gradient needs to flow
-    # through it.
+    # Sums are taken about a first estimate of the mean and corrected by its error. The
+    # result does not depend on the estimate, so no gradient needs to flow through it.
     guess = jax.lax.stop_gradient(x)
     guess = _sample(guess) if keep is None else only(guess)
-    seen = count * (guess.size / x.size) if x.size else count
-    count, seen, first = _psum(
-        jnp.stack([count, seen, jnp.sum(guess, axis=over)]), axis_name
-    )
-    safe = jnp.maximum(count, 1)
-    shift = first / jnp.maximum(seen, 1)
-    rest, squares = _psum(jnp.stack(_sums(only(x - _row(shift, x)))), axis_name)
-    miss = rest / safe
-    mean = shift + miss
+    sampled = count * (guess.size / x.size) if x.size else count
+    # One collective for the three sums.
+    local = jnp.stack([count, sampled, jnp.sum(guess, axis=over)])
+    count, sampled, first = _psum(local, axis_name)
+    shift = first / jnp.maximum(sampled, 1)
+    centred = only(x - _row(shift, x))
+    rest, squares = _psum(jnp.stack(_sums(centred)), axis_name)
+    error = rest / jnp.maximum(count, 1)
+    mean = shift + error
     n = jnp.sum(count)
-    within = jnp.maximum(squares - count * miss * miss, 0)
+    # Rounding may take the difference of squares below zero.
+    within = jnp.maximum(squares - count * error * error, 0)
     if variance == "grand":
         grand = jnp.sum(count * mean) / jnp.maximum(n, 1)
         within = within + count * jnp.square(mean - grand)
@@ -187,7 +187,7 @@ def normalize(
     *,
     epsilon: float = 1e-3,
 ) -> Float[Array, "*batch C"]:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias.
+    """Compute (x - mean) / sqrt(var + epsilon) * scale + bias.
 
     Args:
       x: [..., C].
@@ -212,9 +212,8 @@ def normalize(
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
     mean = jnp.asarray(mean, dtype)
-    # The same function of mean, but its gradient is sent through the offset: with that
-    # of bias it is one sum over the cotangents, where (x - mean) * factor would need a
-    # second.
+    # The gradient of mean goes through the offset: with that of bias it is one sum over
+    # the cotangents, where (x - mean) * factor would need a second.
     fixed = jax.lax.stop_gradient(mean)
     offset = (fixed - mean) * factor
     if bias is not None:
@@ -224,11 +223,11 @@ def normalize(
 
 @jax.custom_jvp
 def _affine(x: Array, shift: Array, factor: Array, offset: Array) -> Array:
-    """(x - shift) * factor + offset, of which the backward pass shares nothing with the forward pass.
+    """Compute (x - shift) * factor + offset, sharing nothing between the two passes.
 
-    What both read (x - shift, and factor spread over x) XLA's CPU backend would compute
-    once, write at the size of x and read back twice. Behind barriers around the small
-    vectors the two passes are not the same to it, and each is fused into its reader.
+    XLA's CPU backend would compute the common part (x - shift, and factor broadcast to
+    x) once, write it at the size of x and read it twice. Barriers around the small
+    vectors make the two passes differ, so each is fused into its reader.
     """
     shift, factor, offset = map(jax.lax.optimization_barrier, (shift, factor, offset))
     return (x - _row(shift, x)) * _row(factor, x) + _row(offset, x)
@@ -250,7 +249,9 @@ def _affine_jvp(
 
 
 def _sample(x: Array) -> Array:
-    """A lattice of at least 1/16 of the positions, by strides along space (the batch may be sharded).
+    """Take at least 1/16 of the positions, by strides along space.
+
+    The batch axis stays whole, because it may be sharded.
 
     Its mean m is as good as the true one to take squares about. With a share p of every
     channel's entries in the sample, n var >= sum over the sample of (x - mean)^2 >= p n
@@ -261,15 +262,16 @@ def _sample(x: Array) -> Array:
     space = x.ndim - 2
     if space < 1:
         return x
-    return x[(slice(None), *[slice(None, None, int(16 ** (1 / space)))] * space)]
+    stride = slice(None, None, int(16 ** (1 / space)))
+    return x[(slice(None), *[stride] * space)]
 
 
 @jax.custom_jvp
 def _sums(x: Array) -> tuple[Array, Array]:
-    """(sum of x, sum of x^2) over all axes but the last, in one reading of x.
+    """Compute (sum of x, sum of x^2) over all axes but the last, reading x once.
 
-    A reduction of a pair, which has no derivative of its own in JAX. Over one axis
-    first: over all of them at once the CPU backend does not vectorize it.
+    JAX has no derivative for the reduction of a pair, so this function defines it. One
+    axis is reduced first: the CPU backend does not vectorize a reduction over all axes.
     """
     pair = (x, x * x)
     if x.ndim > 1:
@@ -289,8 +291,10 @@ def _sums_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
 
 
 def _row(values: Array, x: Array) -> Array:
-    """[C] -> [1, ..., 1, C] with the rank of x; scalars stay scalars."""
-    return values.reshape((1,) * (x.ndim - 1) + (-1,)) if values.ndim else values
+    """Reshape [C] to [1, ..., 1, C] with the rank of x; leave scalars alone."""
+    if not values.ndim:
+        return values
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _mask_like(mask: Array, x: Array) -> Array:
@@ -304,7 +308,8 @@ def _mask_like(mask: Array, x: Array) -> Array:
             "axes of x in order, or as many axes as x has, each of full size or 1"
         )
     mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return jnp.broadcast_to(mask if mask.dtype == bool else mask != 0, x.shape)
+    keep = mask if mask.dtype == bool else mask != 0
+    return jnp.broadcast_to(keep, x.shape)
 
 
 def _psum(values: Array, axis_name: AxisName | None) -> Array:

@@ -48,20 +48,18 @@ __all__ = [
 ROLES = ("batch", "in", "out", "none")
 
 _DENSE: Roles = ("in", "out")
-# Names that fix the meaning in Flax: "Dense_3/kernel" is a matrix whatever the rest of
-# the path.
+# Names that fix the meaning in Flax: "Dense_3/kernel" is a matrix whatever precedes it.
 _LAYERS = re.compile(r"^(Dense|Conv|WSConv|Embed)(_\d+)?$")
 # The matrices of recurrent cells: "hi" (linen; "if_" in nnx, since "if" is Python's),
 # "dense_h" (nnx).
 _GATES = re.compile(r"^([ih][ifgornz]_?|dense_[ih])$")
-# What nn.vmap and nn.scan put before the name of a class: the parameters below have
-# further axes.
+# Prefixes that nn.vmap and nn.scan give a class: its parameters have further axes.
 _LIFTED = re.compile(r"^(Vmap|Scan)[A-Z]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A checked rule (path, shape) -> roles; what `by_path` returns.
+    """Map (path, shape) to roles by regular expressions; the result of `by_path`.
 
     Attributes:
       patterns: (regex, roles) in order of precedence; a regex must match the whole
@@ -74,14 +72,14 @@ class Rule:
     strict: bool = True
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> Roles | None:
-        """Roles of the first pattern that matches; leading axes beyond them are "batch"."""
+        """Return the roles of the first match; further leading axes are "batch"."""
         for pattern, roles in self.patterns:
             if re.fullmatch(pattern, path):
                 return _stacked(path, shape, roles)
         return None
 
     def check(self, paths: Iterable[str]) -> None:
-        """Raise if a pattern matches none of the paths or is never the first, or a path has none."""
+        """Raise if a pattern is of no use, or if a path matches none."""
         paths = list(paths)
         matching = {path: self._matching(path) for path in paths}
         for pattern, _ in self.patterns:
@@ -107,26 +105,28 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exact:
-    """A rule (path, shape) -> roles from known paths; what `exact` and the two `roles` return.
+    """Map (path, shape) to roles by exact paths; the result of `exact`.
+
+    `jt.nnx.roles` and `jt.linen.roles` return one.
 
     Attributes:
       table: {path: roles}.
-      assumed: paths whose stacked axis could not be known; `describe` marks them.
+      assumed: paths whose stacked axis is an assumption; `describe` marks them.
     """
 
     table: Mapping[str, Roles]
     assumed: frozenset[str] = frozenset()
 
     def check(self, paths: Iterable[str], matrices: Iterable[str]) -> None:
-        """Raise if it is of another model, and warn if it is likely to be.
+        """Raise if the roles belong to another model; warn if they are likely to.
 
         Args:
           paths: of all parameters.
-          matrices: of those with more than one axis; for the others roles hardly
-            matter.
+          matrices: paths of parameters with more than one axis; roles hardly matter
+            for the others.
 
         Raises:
-          ValueError: it knows none of the paths, and a matrix is among them.
+          ValueError: none of the paths is in the table, and a matrix is among them.
         """
         paths = list(paths)
         unknown = [path for path in matrices if path not in self.table]
@@ -143,25 +143,27 @@ class Exact:
             unused = next(path for path in self.table if path not in paths)
             warnings.warn(
                 f"roles: the roles do not know the parameter {unknown[0]!r}, and know {unused!r}, which "
-                "is not there: are they of the model before a change (converted, fused)?",
+                "is not there: do they describe the model before a change (convert, fuse)?",
                 stacklevel=4,
             )
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> Roles | None:
-        """Roles of the path, None for an unknown one; leading axes beyond them are "batch"."""
-        return _stacked(path, shape, self.table[path]) if path in self.table else None
+        """Return the roles of the path, or None if the table lacks it."""
+        if path not in self.table:
+            return None
+        return _stacked(path, shape, self.table[path])
 
 
 @checked
 def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
-    r"""Roles from regular expressions over paths.
+    r"""Build a rule from regular expressions over paths.
 
     Args:
       rules: {regex: roles}; the regex must match the whole path ("a/b/0/kernel"), the
         first match wins. A leaf may have more axes than roles: the leading ones are
         "batch".
-      strict: complain (in `init`) about a regex that matches nothing or that an earlier
-        one always precedes, and about a leaf nothing matches.
+      strict: raise (in `init`) for a regex that matches nothing or that an earlier one
+        always precedes, and for a leaf that nothing matches.
 
     Returns:
       A rule for `roles=`.
@@ -180,21 +182,20 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"roles: the rule {pattern!r} is no regular expression: {error}"
+                f"roles: the rule {pattern!r} is not a regular expression: {error}"
             ) from None
-    return Rule(
-        tuple((pattern, tuple(roles)) for pattern, roles in rules.items()), strict
-    )
+    patterns = tuple((pattern, tuple(roles)) for pattern, roles in rules.items())
+    return Rule(patterns, strict)
 
 
 @checked
 def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
-    """Rule from known paths, as a model's own layers give them; None for every other leaf.
+    """Build a rule from exact paths; it returns None for every other leaf.
 
     Args:
       roles: {path: roles}; a leaf may have more axes, the leading ones are "batch".
-      assumed: paths for which the place of a "batch" axis is an assumption, for
-        `describe` to mark.
+      assumed: paths for which the position of a "batch" axis is an assumption;
+        `describe` marks them.
 
     Example:
       >>> exact({"a/kernel": ("in", "out")})("a/kernel", (5, 3, 4))
@@ -205,7 +206,7 @@ def exact(roles: Mapping[str, Roles], assumed: Iterable[str] = ()) -> Exact:
 
 @checked
 def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
-    """Roles where a Flax name fixes the meaning, None where it does not; it never guesses.
+    """Return roles where a Flax name fixes the meaning, else None; never guess.
 
     Args:
       path: "encoder/Dense_0/kernel".
@@ -216,8 +217,8 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
       of recurrent cells (`hi`, `if`, `dense_h`, ...), for `embedding`, `lora_a`,
       `lora_b`, and for `scale`, `bias` and `gain` of rank 1, else None. A rank that the
       name does not explain gives None as well, and so does a Conv kernel of rank 5
-      (3-D, or 2-D and stacked?). Of rank 4 it is taken for a 2-D one; a stacked 1-D one
-      looks the same unless flax has named it ("VmapConv_0"): use the model's `roles`.
+      (3-D, or 2-D and stacked?). Rank 4 is read as a 2-D convolution; a stacked 1-D one
+      looks the same unless Flax named it ("VmapConv_0"): use the model's `roles`.
 
     Example:
       >>> infer("Dense_0/kernel", (3, 4)), infer("mystery/kernel", (3, 4, 5))
@@ -246,9 +247,12 @@ def infer(path: str, shape: tuple[int, ...]) -> Roles | None:
     return None
 
 
+_NOT_KERNELS = ("bias", "scale", "gain", "mean", "var")
+
+
 @checked
 def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether weight decay usually applies: a kernel or embedding, not a bias, scale or gain.
+    """Return whether weight decay usually applies: to kernels and embeddings.
 
     Args:
       path: "block/0/conv/kernel"; only the last key counts.
@@ -258,18 +262,13 @@ def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
       >>> is_kernel("conv/kernel", (3, 3, 8, 8)), is_kernel("norm/scale", (8,))
       (True, False)
     """
-    return len(shape) >= 2 and path.rsplit("/", 1)[-1] not in (
-        "bias",
-        "scale",
-        "gain",
-        "mean",
-        "var",
-    )
+    name = path.rsplit("/", 1)[-1]
+    return len(shape) >= 2 and name not in _NOT_KERNELS
 
 
 @checked
 def describe(params: Params, roles: Any) -> _table.Table:
-    """What a rule decided for each leaf.
+    """Tabulate what a rule decides for each leaf.
 
     Args:
       params: pytree of arrays, ShapeDtypeStructs or boxes around them; None leaves are
@@ -278,8 +277,8 @@ def describe(params: Params, roles: Any) -> _table.Table:
 
     Returns:
       A table (its `str()` is text) of path, shape and roles; "by rank and size" where
-      the rule says None and the transform falls back on its reference's own rule. Notes
-      below it count those leaves, and the ones whose stacked axis is an assumption.
+      the rule returns None, so that the transform follows its reference. Notes count
+      those leaves, and the ones whose stacked axis is an assumption.
 
     Raises:
       ValueError: as `leaf_roles`.
@@ -290,8 +289,7 @@ def describe(params: Params, roles: Any) -> _table.Table:
       --------------  -----  ----------------
       Dense_0/kernel  3x4    in out
       w               2x3x4  by rank and size
-      1 of 2 leaves: by rank and size, as the transform's reference does without
-        `roles`, \
+      1 of 2 leaves: by rank and size, as the transform's reference does without `roles`, \
 which cannot tell stacked layers and heads; take the roles from the model \
 (jt.nnx.roles, jt.linen.roles) or write roles.by_path
     """
@@ -301,24 +299,22 @@ which cannot tell stacked layers and heads; take the roles from the model \
         )
     leaves = _tree.leaves_with_paths(params)
     assumed = roles.assumed if isinstance(roles, Exact) else frozenset()
-    rows = [
-        (
-            path,
-            "x".join(map(str, np.shape(x))) or "scalar",
-            _words(x, r, path in assumed),
-        )
-        for (path, x), r in zip(leaves, leaf_roles(roles, params), strict=True)
-    ]
-    undecided = [
-        x for (_, x), row in zip(leaves, rows, strict=True) if row[2] == _BY_RANK
-    ]
-    notes = _notes([row[2] for row in rows], undecided, isinstance(roles, Exact))
+    rows = []
+    undecided = []
+    for (path, leaf), axis_roles in zip(leaves, leaf_roles(roles, params), strict=True):
+        shape = "x".join(map(str, np.shape(leaf))) or "scalar"
+        decision = _decision(leaf, axis_roles, path in assumed)
+        rows.append((path, shape, decision))
+        if decision == _BY_RANK:
+            undecided.append(leaf)
+    decisions = [decision for _, _, decision in rows]
+    notes = _notes(decisions, undecided, isinstance(roles, Exact))
     return _table.make(("parameter", "shape", "roles"), rows, notes)
 
 
 @checked
 def leaf_roles(roles: Any, params: Params) -> list[Roles | None]:
-    """Roles of every leaf of params in flattening order; None = the reference's own rule.
+    """Return the roles of every leaf in flattening order; None = the reference's rule.
 
     Args:
       roles: None, a function (path, shape) -> roles or None, a `Rule`, or a tree of
@@ -334,29 +330,29 @@ def leaf_roles(roles: Any, params: Params) -> list[Roles | None]:
     if roles is None:
         return [None] * len(leaves)
     _check_rule(roles)
-    paths, whole = [path for path, _ in leaves], leaves and not _tree.has_masked(params)
-    if isinstance(roles, Rule) and roles.strict and whole:
+    paths = [path for path, _ in leaves]
+    # Under optax.masked a rule sees a part of the parameters and cannot be judged.
+    is_whole = leaves and not _tree.has_masked(params)
+    if isinstance(roles, Rule) and roles.strict and is_whole:
         roles.check(paths)
-    if isinstance(roles, Exact) and whole:
+    if isinstance(roles, Exact) and is_whole:
         roles.check(paths, [path for path, leaf in leaves if np.ndim(leaf) > 1])
     if callable(roles):
-        found = [roles(path, np.shape(leaf)) for path, leaf in leaves]
+        per_leaf = [roles(path, np.shape(leaf)) for path, leaf in leaves]
     else:
-        # A tree without leaves is optax's, which asks where in a state the parameters'
-        # trees stand.
-        found = _flatten_like(params, roles) if leaves else []
+        # optax calls init with an empty tree to locate the parameters in a state.
+        per_leaf = _flatten_like(params, roles) if leaves else []
     return [
-        _checked(p, np.shape(x), r) for (p, x), r in zip(leaves, found, strict=True)
+        _checked(path, np.shape(leaf), axis_roles)
+        for (path, leaf), axis_roles in zip(leaves, per_leaf, strict=True)
     ]
 
 
-@checked
 def _check_rule(roles: Any) -> None:
     """Raise for what is neither a function, a rule nor a tree of roles."""
-    is_model = any(
-        c.__module__.startswith("flax.") for c in type(roles).__mro__
-    ) and callable(roles)
-    if is_model:
+    # Flax is not imported here, so a module is recognized by where its class lives.
+    bases = type(roles).__mro__
+    if callable(roles) and any(c.__module__.startswith("flax.") for c in bases):
         raise ValueError(
             "roles: `roles` is a model: pass its roles, jt.nnx.roles(model) or jt.linen.roles(module, x)"
         )
@@ -368,7 +364,7 @@ def _check_rule(roles: Any) -> None:
 
 
 def positions(roles: Roles, *words: str) -> tuple[int, ...]:
-    """Indices of the axes whose role is one of the words."""
+    """Return the indices of the axes whose role is one of the words."""
     return tuple(i for i, role in enumerate(roles) if role in words)
 
 
@@ -376,14 +372,13 @@ def _flatten_like(params: Params, roles: Any) -> list[Any]:
     def empty(x: Any) -> bool:
         return x is None or _tree.is_masked(x)
 
-    # A tree of roles may say something where params has None or where optax.masked
-    # hides a leaf.
+    # A tree of roles may have an entry where params has None or a masked leaf.
     leaves, structure = jax.tree.flatten(params, is_leaf=empty)
     try:
         roles = structure.flatten_up_to(roles)
     except ValueError:
         raise ValueError(
-            f"roles: `roles` is a {type(roles).__name__} of another structure than the parameters: give "
+            f"roles: `roles` is a {type(roles).__name__} whose structure is not that of the parameters: give "
             "a tuple of roles in place of every parameter, or a function or a rule"
         ) from None
     return [r for x, r in zip(leaves, roles, strict=True) if not empty(x)]
@@ -401,9 +396,8 @@ def _checked(path: str, shape: tuple[int, ...], roles: Any) -> Roles | None:
 
 
 def _check_words(name: str, roles: Any) -> None:
-    if not isinstance(roles, tuple | list) or not all(
-        isinstance(role, str) for role in roles
-    ):
+    is_sequence = isinstance(roles, tuple | list)
+    if not is_sequence or not all(isinstance(role, str) for role in roles):
         what = repr(roles) if isinstance(roles, str) else described(roles)
         raise ValueError(
             f"roles: roles of {name!r} are {what}; use a tuple of {', '.join(ROLES)}"
@@ -427,32 +421,33 @@ _BY_RANK = "by rank and size"
 _ASSUMED = " (assumed)"
 
 
-def _words(leaf: Any, roles: Roles | None, assumed: bool) -> str:
+def _decision(leaf: Any, roles: Roles | None, assumed: bool) -> str:
     if np.ndim(leaf) == 0:
         return "scalar"
-    return _BY_RANK if roles is None else " ".join(roles) + _ASSUMED * assumed
+    if roles is None:
+        return _BY_RANK
+    return " ".join(roles) + (_ASSUMED if assumed else "")
 
 
-def _notes(words: list[str], by_rank: list[Any], exact: bool) -> list[str]:
-    """What to do about leaves without roles, and about those whose roles are an assumption."""
-    # A vector is one unit whatever its axis means, so those of a model's own parameters
-    # do not count.
+def _notes(decisions: list[str], by_rank: list[Any], exact: bool) -> list[str]:
+    """Say what to do about leaves without roles, and about assumptions."""
+    # Roles change nothing for a vector, so exact rules count matrices alone.
     undecided = sum(np.ndim(x) > 1 or not exact for x in by_rank)
-    assumed = sum(w.endswith(_ASSUMED) for w in words)
+    assumed = sum(decision.endswith(_ASSUMED) for decision in decisions)
     notes = []
     if undecided:
         cure = (
-            "they are not of a layer that the model's roles know; write roles.by_path for them"
+            "no layer that the model's roles know has them; write roles.by_path for them"
             if exact
             else "take the roles from the model (jt.nnx.roles, jt.linen.roles) or write roles.by_path"
         )
         notes.append(
-            f"{undecided} of {len(words)} leaves: {_BY_RANK}, as the transform's reference does "
+            f"{undecided} of {len(decisions)} leaves: {_BY_RANK}, as the transform's reference does "
             f"without `roles`, which cannot tell stacked layers and heads; {cure}"
         )
     if assumed:
         notes.append(
-            f"{assumed} of {len(words)} leaves{_ASSUMED}: their sizes do not show which axis was "
+            f"{assumed} of {len(decisions)} leaves{_ASSUMED}: their sizes do not show which axis was "
             "stacked, so the first that fits is taken; if it is another one, write roles.by_path"
         )
     return notes

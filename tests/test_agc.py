@@ -166,7 +166,7 @@ def test_exclude_matches_whole_paths_and_modules():
     assert [
         where(p) for p in ("head/kernel", "overhead/kernel", "block/0/norm/scale", "x/head/bias")
     ] == [False, True, False, True]
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         agc.exclude("(")
 
 

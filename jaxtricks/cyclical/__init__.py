@@ -20,8 +20,9 @@ Settings to start from. step_size_up of 2 to 10 epochs; base a third or a quarte
 peak; peak where a range test turns ragged. End training after a whole number of cycles.
 one_cycle: the defaults, with momentum 0.85 to 0.95.
 
-When it helps and when not. When you do not want to tune a rate: the cycle passes through
-a good one. A well tuned decay is hard to beat. Compare models at the ends of cycles.
+When it helps and when not. When you do not want to tune a rate: the cycle passes
+through a good one. A well tuned decay is hard to beat. Compare models at the ends of
+cycles.
 
 Cost. A few scalar operations per step; the range test trains for num_steps. Figures:
 docs/techniques/cyclical.md.

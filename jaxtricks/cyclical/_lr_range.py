@@ -1,4 +1,4 @@
-"""The learning-rate range test: a short training whose rate sweeps from tiny to too large."""
+"""Test a range of learning rates: train briefly while the rate sweeps from lo to hi."""
 
 import itertools
 import math
@@ -15,15 +15,15 @@ from jaxtricks._typing import Array
 
 
 class RangeTest(NamedTuple):
-    """What `lr_range_test` saw, step by step.
+    """Losses over a sweep of learning rates; the result of `lr_range_test`.
 
     Attributes:
       lrs: rates [n].
       losses: the losses at them [n], before the update with that rate.
       smoothed: their bias-corrected exponential moving average [n].
-      suggestion: the rate at which `smoothed` falls most steeply over log(rate) within its longest
-        unbroken fall (the first averages are of few losses and jump about); NaN if it never falls. See
-        `still_falling` for one that did not end.
+      suggestion: the rate at which `smoothed` falls most steeply over log(rate) within
+        its longest unbroken fall (the first averages are over few losses and noisy);
+        NaN if it never falls. See `still_falling` for a fall that did not end.
     """
 
     lrs: Array
@@ -33,17 +33,17 @@ class RangeTest(NamedTuple):
 
     @property
     def still_falling(self) -> bool:
-        """Whether the smoothed loss was lowest at the last rate.
+        """Return whether the smoothed loss was lowest at the last rate.
 
-        The suggestion is then the steepest point of a fall that had not ended: raise `hi`, unless a loss
-        that was NaN ended the test below it.
+        The suggestion then lies in a fall that had not ended: raise `hi`, unless a NaN
+        loss ended the test below it.
         """
         smoothed = np.asarray(self.smoothed)
-        seen = smoothed[~np.isnan(smoothed)]
+        averages = smoothed[~np.isnan(smoothed)]
         return bool(
-            seen.size == len(self.lrs)
-            and seen.size > 1
-            and seen[-1] <= np.min(seen[:-1])
+            averages.size == len(self.lrs)
+            and averages.size > 1
+            and averages[-1] <= np.min(averages[:-1])
         )
 
 
@@ -51,7 +51,9 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """step(carry, batch, lr) -> (carry, loss)."""
 
 
-class _Seen(NamedTuple):
+class _Curve(NamedTuple):
+    """The curve so far; entries from `count` on are NaN."""
+
     count: jax.Array
     stopped: jax.Array
     average: jax.Array
@@ -77,32 +79,38 @@ def lr_range_test(
 
     lr_i = lo (hi / lo)^(i / (num_steps - 1)), or evenly spaced
     smoothed_i = (1 - s) / (1 - s^(i+1)) * sum_j s^(i-j) loss_j
-    stop after the first i where smoothed_i - best > (stop_factor - 1) |best|, best = min smoothed
 
-    For a positive loss that is smoothed > stop_factor * best. A loss that is NaN or infinite stops the
-    test too and is not in the result. It also ends, at a lower rate, where the batches end.
+    It stops after the first i where smoothed_i - best > (stop_factor - 1) |best|, with
+    best = min smoothed.
+
+    For a positive loss this means smoothed > stop_factor * best. A loss that is NaN or
+    infinite also stops the test and is not in the result. The test ends at a lower rate
+    if the batches run out.
 
     Args:
-      step: step(carry, batch, lr) -> (carry, loss []), lr a floating array []; jit it yourself if
-        batches is an iterable.
-      carry: pytree of arrays that step updates (parameters, optimizer state); step gets a copy.
-      batches: an iterable of batches (a list, a generator, a loader), or all of them stacked: an array
-        or a dict, tuple or other pytree of arrays [batches, ...]. An iterable is looped over on the
-        host; stacked batches make one `lax.while_loop`, also under jit.
+      step: step(carry, batch, lr) -> (carry, loss []), lr a floating array []; jit it
+        yourself if batches is an iterable.
+      carry: pytree of arrays that step updates (parameters, optimizer state); step gets
+        a copy.
+      batches: an iterable of batches (a list, a generator, a loader), or all of them
+        stacked: an array or a dict, tuple or other pytree of arrays [batches, ...]. An
+        iterable is looped over on the host; stacked batches make one `lax.while_loop`,
+        also under jit.
       lo: first rate, > 0.
       hi: last rate, > lo.
-      num_steps: how many rates, at least 2.
+      num_steps: number of rates, at least 2.
       spacing: "exp" (evenly in log(lr)) or "linear".
       smoothing: s of the average, in [0, 1); 0 = none.
-      stop_factor: how many times the best smoothed loss ends the test, > 1; infinity = never.
+      stop_factor: multiple of the best smoothed loss that ends the test, > 1; infinity
+        = never.
 
     Returns:
-      RangeTest of n <= num_steps entries, on the host. Under jit the arrays have num_steps entries,
-      and losses and smoothed are NaN from where the test stopped.
+      RangeTest of n <= num_steps entries, on the host. Under jit the arrays have
+      num_steps entries, and losses and smoothed are NaN from where the test stopped.
 
     Raises:
-      ValueError: lo, hi, num_steps, spacing, smoothing or stop_factor as above; no batches, or stacked
-        ones of different number; a loss that is not a scalar.
+      ValueError: lo, hi, num_steps, spacing, smoothing or stop_factor as above; no
+        batches, or stacked ones of different number; a loss that is not a scalar.
 
     Example:
       >>> def step(w, batch, lr):
@@ -112,23 +120,23 @@ def lr_range_test(
       (True, True)
 
     References:
-      Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.3.
+      Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186,
+      section 3.3.
     """
     lrs = _rates(lo, hi, num_steps, spacing)
     weights = _weights(smoothing, stop_factor, num_steps)
     carry = jax.tree.map(lambda x: x.copy() if isinstance(x, Array) else x, carry)
-    stacked = _stacked(batches)
-    sweep = _on_device if stacked else _on_host
-    seen = sweep(step, carry, batches, lrs, weights, stop_factor)
-    suggestion = _steepest(lrs, seen.smoothed, seen.count)
-    if isinstance(seen.count, jax.core.Tracer):
-        return RangeTest(lrs, seen.losses, seen.smoothed, suggestion)
-    n = int(seen.count)
-    if n == 0 and not seen.stopped:
+    sweep = _on_device if _is_stacked(batches) else _on_host
+    curve = sweep(step, carry, batches, lrs, weights, stop_factor)
+    suggestion = _steepest(lrs, curve.smoothed, curve.count)
+    if isinstance(curve.count, jax.core.Tracer):
+        return RangeTest(lrs, curve.losses, curve.smoothed, suggestion)
+    n = int(curve.count)
+    if n == 0 and not curve.stopped:
         raise ValueError(
             "cyclical.lr_range_test: `batches` is empty: give at least one batch"
         )
-    host = (np.asarray(x)[:n] for x in (lrs, seen.losses, seen.smoothed))
+    host = (np.asarray(x)[:n] for x in (lrs, curve.losses, curve.smoothed))
     return RangeTest(*host, suggestion=float(suggestion))
 
 
@@ -145,7 +153,7 @@ def _rates(lo: Any, hi: Any, num_steps: int, spacing: str) -> Array:
 
 
 def _weights(smoothing: float, stop_factor: float, num_steps: int) -> Array:
-    """What loss i weighs in the corrected average: average += weight (loss - average)."""
+    """Return the weights of average += weight (loss - average), with bias correction."""
     if not 0 <= smoothing < 1:
         raise ValueError(
             f"cyclical.lr_range_test: `smoothing` is {smoothing}: give a number in [0, 1)"
@@ -158,9 +166,9 @@ def _weights(smoothing: float, stop_factor: float, num_steps: int) -> Array:
     return jnp.asarray(weights, jnp.result_type(float))
 
 
-def _stacked(batches: Any) -> bool:
-    """Whether it is a pytree of arrays [batches, ...]; a list is always an iterable."""
-    leaves = jax.tree.leaves(batches, is_leaf=_loader)
+def _is_stacked(batches: Any) -> bool:
+    """Return whether it is a pytree of arrays [batches, ...]; a list never is."""
+    leaves = jax.tree.leaves(batches, is_leaf=_is_loader)
     if not hasattr(batches, "__iter__") and (not leaves or leaves[0] is batches):
         raise ValueError(
             f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: give an iterable of "
@@ -178,48 +186,50 @@ def _stacked(batches: Any) -> bool:
     return bool(leaves)
 
 
-def _loader(x: Any) -> bool:
-    # JAX warns of iterators in trees, and is to refuse them.
+def _is_loader(x: Any) -> bool:
+    # JAX warns of iterators in trees and will refuse them, so they count as leaves.
     return isinstance(x, Iterable) and not isinstance(x, tuple | list | Mapping)
 
 
 def _on_host(
     step: Step, carry: Any, batches: Any, lrs: Array, weights: Array, stop_factor: float
-) -> _Seen:
-    seen, observe = _nothing(lrs), jax.jit(_observe)
+) -> _Curve:
+    curve = _empty_curve(lrs)
+    observe = jax.jit(_observe)
     for batch, lr in zip(itertools.islice(batches, len(lrs)), lrs, strict=False):
         carry, loss = step(carry, batch, lr)
-        seen = observe(seen, _scalar(loss), weights, stop_factor)
-        if seen.stopped:
+        curve = observe(curve, _scalar(loss), weights, stop_factor)
+        if curve.stopped:
             break
-    return seen
+    return curve
 
 
 def _on_device(
     step: Step, carry: Any, batches: Any, lrs: Array, weights: Array, stop_factor: float
-) -> _Seen:
+) -> _Curve:
     batches = jax.tree.map(jnp.asarray, batches)
     limit = min(len(lrs), len(jax.tree.leaves(batches)[0]))
 
-    def body(state: tuple[Any, _Seen]) -> tuple[Any, _Seen]:
-        carry, seen = state
-        batch = jax.tree.map(lambda x: x[seen.count], batches)
-        carry, loss = step(carry, batch, lrs[seen.count])
-        return carry, _observe(seen, _scalar(loss), weights, stop_factor)
+    def body(state: tuple[Any, _Curve]) -> tuple[Any, _Curve]:
+        carry, curve = state
+        batch = jax.tree.map(lambda x: x[curve.count], batches)
+        carry, loss = step(carry, batch, lrs[curve.count])
+        return carry, _observe(curve, _scalar(loss), weights, stop_factor)
 
-    def going(state: tuple[Any, _Seen]) -> Array:
+    def is_running(state: tuple[Any, _Curve]) -> Array:
         return ~state[1].stopped & (state[1].count < limit)
 
     if limit == 0:
-        return _nothing(lrs)
-    return lax.while_loop(
-        going, body, (jax.tree.map(jnp.asarray, carry), _nothing(lrs))
-    )[1]
+        return _empty_curve(lrs)
+    start = (jax.tree.map(jnp.asarray, carry), _empty_curve(lrs))
+    _, curve = lax.while_loop(is_running, body, start)
+    return curve
 
 
-def _nothing(lrs: Array) -> _Seen:
-    zero, empty = jnp.zeros([], lrs.dtype), jnp.full(lrs.shape, jnp.nan, lrs.dtype)
-    return _Seen(jnp.int32(0), jnp.bool_(False), zero, zero + jnp.inf, empty, empty)
+def _empty_curve(lrs: Array) -> _Curve:
+    zero = jnp.zeros([], lrs.dtype)
+    blank = jnp.full(lrs.shape, jnp.nan, lrs.dtype)
+    return _Curve(jnp.int32(0), jnp.bool_(False), zero, zero + jnp.inf, blank, blank)
 
 
 def _scalar(loss: Any) -> Array:
@@ -230,34 +240,38 @@ def _scalar(loss: Any) -> Array:
     return jnp.asarray(loss).astype(jnp.result_type(float))
 
 
-def _observe(seen: _Seen, loss: Array, weights: Array, stop_factor: Any) -> _Seen:
-    i, finite = seen.count, jnp.isfinite(loss)
-    average = seen.average + weights[i] * (loss - seen.average)
-    best = jnp.minimum(seen.best, average)
+def _observe(curve: _Curve, loss: Array, weights: Array, stop_factor: Any) -> _Curve:
+    i, finite = curve.count, jnp.isfinite(loss)
+    average = curve.average + weights[i] * (loss - curve.average)
+    best = jnp.minimum(curve.best, average)
     diverged = average - best > (stop_factor - 1.0) * jnp.abs(best)
-    after = _Seen(
+    after = _Curve(
         i + np.int32(1),
         diverged,
         average,
         best,
-        seen.losses.at[i].set(loss),
-        seen.smoothed.at[i].set(average),
+        curve.losses.at[i].set(loss),
+        curve.smoothed.at[i].set(average),
     )
-    # Not where(finite, ...) on the loss: a lost step must leave no trace in the averages.
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, seen)
-    return kept._replace(stopped=diverged | ~finite)
+    # A step with a loss that is not finite must leave no trace in the averages, so the
+    # whole curve is selected rather than the loss.
+    latest = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, curve)
+    return latest._replace(stopped=diverged | ~finite)
 
 
 @jax.jit
 def _steepest(lrs: Array, smoothed: Array, count: Array) -> Array:
-    """The rate in the longest fall where the second-order difference quotient over log(rate) is least."""
+    """Return the rate in the longest fall where the slope over log(rate) is least.
+
+    Slopes are second-order difference quotients.
+    """
     step = jnp.diff(jnp.log(lrs))
     slope = jnp.diff(smoothed) / step
-    # A point between two has the mean of both slopes, the nearer neighbour counting more.
+    # An inner point has the mean of both slopes; the nearer neighbour counts more.
     inner = (slope[:-1] * step[1:] + slope[1:] * step[:-1]) / (step[:-1] + step[1:])
     slopes = jnp.concatenate([slope[:1], inner, slope[-1:]])
     index = jnp.arange(len(lrs))
-    # Where the test has stopped early, its last point has only the slope before it.
+    # After an early stop the last point has only the slope before it.
     before = jnp.concatenate([slope[:1], slope])
     slopes = jnp.where(index == count - 1, before, slopes)
     falls = (jnp.diff(smoothed) < 0) & (index[1:] < count)

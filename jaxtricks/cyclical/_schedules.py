@@ -1,4 +1,7 @@
-"""The position in a cycle, in integers: float32 never sees the step itself."""
+"""Schedule rates in cycles, exact at any step.
+
+The position in a cycle is computed in integers, so that float32 never sees the step.
+"""
 
 import itertools
 import math
@@ -21,40 +24,44 @@ _LAST_STEP = 2**32 - 1
 
 
 def plain(name: str, x: Any) -> float:
-    """A static number; `name` is "function: `argument`" for the message."""
+    """Return a static number; `name` is "function: `argument`" for the message."""
     if isinstance(x, jax.core.Tracer):
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
-    is_number = isinstance(
-        x, numbers.Real | np.ndarray | jax.Array
-    ) and not np.iscomplexobj(x)
-    if not is_number or np.ndim(x) != 0:
+    is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
+    if not is_number or np.iscomplexobj(x) or np.ndim(x) != 0:
         raise ValueError(f"cyclical.{name} is {described(x)}: give a plain number")
     return float(x)
 
 
 def check_number(name: str, x: Any, low: float = -math.inf) -> None:
-    """Raise unless a number is finite and above `low`; device arrays pass, they may be traced."""
+    """Raise unless a number is finite and above `low`.
+
+    Device arrays pass unread, because reading them would wait for the device.
+    """
     if isinstance(x, jax.Array):
         return
     values = np.asarray(x)
-    wanted = "finite number" if low == -math.inf else f"number > {low:g}"
+    expected = "finite number" if low == -math.inf else f"number > {low:g}"
     if values.ndim or values.dtype.kind not in "iuf":
-        raise ValueError(f"cyclical.{name} is {described(x)}: give a {wanted}")
+        raise ValueError(f"cyclical.{name} is {described(x)}: give a {expected}")
     if not low < values < math.inf:
-        raise ValueError(f"cyclical.{name} is {x}: give a {wanted}")
+        raise ValueError(f"cyclical.{name} is {x}: give a {expected}")
 
 
 def exact(name: str, x: Any) -> Fraction:
-    """The nearest rational of small denominator."""
+    """Return the nearest rational of small denominator."""
     if not 0 < plain(name, x) < _LIMIT / 2:
         raise ValueError(f"cyclical.{name} is {x}: give a number in (0, 2^30)")
-    # Through float, because a NumPy float32 or an integer array is no Rational.
+    # Through float, because a NumPy float32 or an integer array is not a Rational.
     nearest = Fraction(float(x)).limit_denominator(_MAX_DENOMINATOR)
     return nearest or Fraction(1, _MAX_DENOMINATOR)
 
 
 def representable(name: str, period: Fraction) -> Fraction:
-    """The period as a fraction whose numerator fits int32; `name` is the argument to lengthen."""
+    """Return the period as a fraction whose numerator fits int32.
+
+    `name` is the argument to lengthen.
+    """
     if period < 1:
         raise ValueError(
             f"cyclical.{name} makes cycles of {float(period):g} iterations: lengthen it, to 1 or more"
@@ -64,12 +71,10 @@ def representable(name: str, period: Fraction) -> Fraction:
 
 
 def iteration(step: Any) -> Array:
-    """The step as uint32; below 0 counts as 0, above 2^32 - 1 as that."""
-    if (
-        isinstance(step, int | np.generic | np.ndarray)
-        and np.asarray(step).dtype.kind in "iu"
-    ):
-        # On the host: without x64 JAX takes 2^31 for a negative number.
+    """Return the step as uint32, clipped to [0, 2^32 - 1]."""
+    on_host = isinstance(step, int | np.generic | np.ndarray)
+    if on_host and np.asarray(step).dtype.kind in "iu":
+        # Clip with NumPy: without x64 JAX reads 2^31 as a negative number.
         step = np.clip(np.asarray(step), 0, _LAST_STEP).astype(np.uint32)
     step = jnp.asarray(step)
     if not jnp.issubdtype(step.dtype, jnp.integer):
@@ -80,10 +85,10 @@ def iteration(step: Any) -> Array:
 
 
 def phase(n: Array, period: Fraction) -> tuple[Array, Array]:
-    """(cycles completed, position in the cycle in units of 1 / period.denominator), exact.
+    """Return (cycles completed, position in units of 1 / period.denominator), exactly.
 
-    With period = a/b: n = q a + r, so q b cycles are over, and floor(r b / a) more. r b may leave 32
-    bits; it is divided by a digit after digit of b, as by hand.
+    With period = a/b and n = q a + r, q b cycles are over, and floor(r b / a) more. r b
+    may leave 32 bits, so it is divided by a digit by digit of b (long division).
     """
     a, b = period.numerator, period.denominator
     q, r = _divmod(n, a)
@@ -112,10 +117,10 @@ def _divmod_sum(
 
 
 def blend(start: Any, end: Any, done: Array, left: Array, *, cos: bool) -> Array:
-    """From start (done 0, left 1) to end (done 1, left 0), along half a cosine or a line.
+    """Interpolate from start (done 0, left 1) to end (done 1, left 0).
 
-    Both fractions are given, so that nothing cancels: each end is met exactly, however small, and what
-    is added to the nearer end is at most half the way, however narrow.
+    Two fractions instead of one, so that nothing cancels: each end is met exactly,
+    however small, and what is added to the nearer end is at most half the way.
     """
     if cos:
         done, left = (jnp.square(jnp.sin(x * (np.pi / 2))) for x in (done, left))
@@ -125,7 +130,7 @@ def blend(start: Any, end: Any, done: Array, left: Array, *, cos: bool) -> Array
 
 
 def cast(x: Any, dtype: Any) -> Array:
-    """A number or array of any dtype as a floating array."""
+    """Return a number or array of any dtype as a floating array."""
     return jnp.asarray(x).astype(dtype)
 
 
@@ -147,33 +152,38 @@ def cyclical(
     scale_fn: Callable[[Any], Any] | None = None,
     scale_by: str = "cycle",
 ) -> Schedule:
-    """Triangles from base to peak and back, for ever.
+    """Rise linearly from base to peak and fall back, in endless cycles.
 
-    pos = step mod (up + down);  x = pos / up if pos <= up else (up + down - pos) / down
+    pos = step mod (up + down)
+    x = pos / up if pos <= up else (up + down - pos) / down
     rate = base + (peak - base) * x * scale
-    scale = 1 ("triangular"), 1 / 2^(cycle - 1) ("triangular2"), gamma^step ("exp_range")
+
+    scale is 1 ("triangular"), 1 / 2^(cycle - 1) ("triangular2") or gamma^step
+    ("exp_range").
 
     Args:
       base: rate at step 0 and between cycles; a number or array [].
-      peak: rate in the middle of the first cycle, below base for a valley; a number or array [].
-      step_size_up: iterations from base to peak, > 0. Fractions whose denominator is at most 1000 are
-        exact; others are rounded to the nearest of those.
+      peak: rate in the middle of the first cycle, below base for a valley; a number or
+        array [].
+      step_size_up: iterations from base to peak, > 0. Fractions whose denominator is at
+        most 1000 are exact; others are rounded to the nearest of those.
       step_size_down: iterations from peak to base; None = step_size_up.
       mode: how the amplitude shrinks.
-      gamma: factor per iteration of "exp_range", > 0; a number (which keeps its digits near 1) or array
-        []. Above 1 the amplitude grows, up to the largest float.
-      scale_fn: scale as a function of your own instead of `mode`; it gets a floating array shaped as
-        the step (in float32 whole numbers beyond 2^24 are rounded).
-      scale_by: what scale_fn gets: "cycle" (1, 2, ...) or "iteration" (0, 1, ...).
+      gamma: factor per iteration of "exp_range", > 0; a number (which keeps its digits
+        near 1) or array []. Above 1 the amplitude grows, up to the largest float.
+      scale_fn: a function that computes scale, instead of `mode`; its argument is a
+        floating array shaped as the step (float32 rounds whole numbers beyond 2^24).
+      scale_by: the argument of scale_fn: "cycle" (1, 2, ...) or "iteration" (0, 1, ...).
 
     Returns:
-      schedule(step) -> rate; step is an integer or an array of integers of any shape (below 0 counts
-      as 0), the rate is float32 (float64 under jax_enable_x64) of the same shape.
+      schedule(step) -> rate; step is an integer or an array of integers of any shape
+      (below 0 counts as 0), the rate is float32 (float64 under jax_enable_x64) of the
+      same shape.
 
     Raises:
-      ValueError: an unknown mode or scale_by, a step size that is not positive, is traced or too large,
-        a cycle below one iteration, gamma not positive, a bound that is not finite; when called, a
-        step that is not an integer.
+      ValueError: an unknown mode or scale_by, a step size that is not positive, is
+        traced or too large, a cycle below one iteration, gamma not positive, a bound
+        that is not finite; when called, a step that is not an integer.
 
     Example:
       >>> rate = cyclical(0.0, 1.0, 4, mode="triangular2")
@@ -181,7 +191,8 @@ def cyclical(
       [0.0, 0.5, 1.0, 0.5, 0.0, 0.5]
 
     References:
-      Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.
+      Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186,
+      section 3.
     """
     return _triangles(
         "cyclical", ("base", base), ("peak", peak), (step_size_up, step_size_down), mode, gamma,
@@ -201,20 +212,20 @@ def cyclical_momentum(
     scale_fn: Callable[[Any], Any] | None = None,
     scale_by: str = "cycle",
 ) -> Schedule:
-    """The momentum that goes with `cyclical`: at peak where the rate is at base, and the reverse.
+    """Cycle momentum against `cyclical`: at peak where the rate is at base.
 
     momentum = peak - (peak - base) * x * scale, with the x and scale of `cyclical`
 
     Args:
       base: momentum in the middle of the first cycle; a number or array [].
       peak: momentum at step 0 and between cycles; a number or array [].
-      step_size_up: iterations while the rate rises and the momentum falls; give all that follow the
-        values that `cyclical` got.
+      step_size_up: iterations in which the rate rises and the momentum falls; pass the
+        same values as to `cyclical`, here and below.
       step_size_down: iterations back; None = step_size_up.
       mode: how the amplitude shrinks.
       gamma: factor per iteration of "exp_range".
-      scale_fn: scale as a function of your own.
-      scale_by: what scale_fn gets.
+      scale_fn: a function that computes scale.
+      scale_by: the argument of scale_fn.
 
     Returns:
       schedule(step) -> momentum, as for `cyclical`.
@@ -231,7 +242,7 @@ def cyclical_momentum(
       Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186;
       torch.optim.lr_scheduler.CyclicLR (cycle_momentum).
     """
-    # It is the same triangle upside down.
+    # The same triangle upside down.
     return _triangles(
         "cyclical_momentum", ("peak", peak), ("base", base), (step_size_up, step_size_down), mode,
         gamma, scale_fn, scale_by,
@@ -252,19 +263,17 @@ def _triangles(
         check_number(f"{name}: `{argument}`", x)
     _check_scale(name, mode, gamma, scale_by)
     up = exact(f"{name}: `step_size_up`", step_sizes[0])
-    down = (
-        up
-        if step_sizes[1] is None
-        else exact(f"{name}: `step_size_down`", step_sizes[1])
-    )
+    down = up
+    if step_sizes[1] is not None:
+        down = exact(f"{name}: `step_size_down`", step_sizes[1])
     period = representable(f"{name}: `step_size_up`", up + down)
 
     def schedule(step: Any) -> Array:
         n, dtype = iteration(step), jnp.result_type(float)
         cycle, position = phase(n, period)
         if scale_fn is not None:
-            seen = n if scale_by == "iteration" else cycle + np.uint32(1)
-            scale = jnp.asarray(scale_fn(seen.astype(dtype))).astype(dtype)
+            position_of_scale = n if scale_by == "iteration" else cycle + np.uint32(1)
+            scale = jnp.asarray(scale_fn(position_of_scale.astype(dtype))).astype(dtype)
         else:
             scale = _scale(mode, gamma, n, cycle, dtype)
         x = _triangle(position, up, down, period, dtype) * scale
@@ -274,7 +283,7 @@ def _triangles(
 
 
 def _span(low: Any, high: Any, dtype: Any) -> Array:
-    # Python numbers are subtracted in double precision, before rounding.
+    # Subtract Python numbers in double precision, before they are rounded.
     if isinstance(low, int | float) and isinstance(high, int | float):
         return cast(high - low, dtype)
     return cast(high, dtype) - cast(low, dtype)
@@ -305,19 +314,17 @@ def _scale(mode: str, gamma: Scalar, n: Array, cycle: Array, dtype: Any) -> Arra
         halvings = jnp.minimum(cycle, np.uint32(1000)).astype(jnp.int32)
         return jnp.ldexp(jnp.ones(n.shape, dtype), -halvings)
     if mode == "exp_range":
-        # The exponent loses digits as it grows, but e^x has shrunk by then: at most 1e-7 of 1.
-        log = (
-            np.log(gamma)
-            if isinstance(gamma, int | float | np.generic)
-            else jnp.log(gamma)
-        )
+        # The exponent loses digits as it grows, but e^x has shrunk by then: the error is
+        # at most 1e-7 of 1. A host number takes its logarithm in double precision.
+        on_host = isinstance(gamma, int | float | np.generic)
+        log = np.log(gamma) if on_host else jnp.log(gamma)
         growth = jnp.exp(n.astype(dtype) * jnp.asarray(log).astype(dtype))
-        # Not inf: at the ends of a cycle it is multiplied by 0.
+        # Finite, because the ends of a cycle multiply it by 0.
         return jnp.minimum(growth, jnp.finfo(dtype).max)
     return jnp.ones(n.shape, dtype)
 
 
-# One cycle over the whole training: up, down, and out.
+# One cycle over the whole training.
 
 
 _MAX_STEPS = 2**30
@@ -334,29 +341,36 @@ def one_cycle(
     final_div_factor: Scalar = 1e4,
     three_phase: bool = False,
 ) -> Schedule:
-    """One rise to peak and one fall to nearly nothing, as PyTorch's OneCycleLR.
+    """Rise once to peak and fall to nearly nothing, as PyTorch's OneCycleLR.
 
-    initial = peak / div_factor;  final = initial / final_div_factor;  summit = pct_start total_steps - 1
+    initial = peak / div_factor
+    final = initial / final_div_factor
+    summit = pct_start total_steps - 1
+
     two phases: initial -> peak at summit -> final at total_steps - 1
-    three phases: initial -> peak at summit -> initial at 2 summit -> final at total_steps - 1
+    three phases: initial -> peak at summit -> initial at 2 summit -> final at
+    total_steps - 1
 
     Args:
       peak: highest rate; a number or array [].
-      total_steps: iterations in all, a positive integer below 2^30; the last one is total_steps - 1.
-      pct_start: fraction of the iterations that rise, in [0, 1]; summit need not be whole.
+      total_steps: iterations in all, a positive integer below 2^30; the last one is
+        total_steps - 1.
+      pct_start: fraction of the iterations that rise, in [0, 1]; summit need not be
+        whole.
       anneal: shape of the legs: "cos" (half a cosine each) or "linear".
       div_factor: peak / initial, > 0; a number or array [].
       final_div_factor: initial / final, > 0; a number or array [].
       three_phase: the paper's form: come back to initial first, then annihilate.
 
     Returns:
-      schedule(step) -> rate; step is an integer or an array of integers of any shape (below 0 counts
-      as 0, from total_steps on as the last), the rate is float32 (float64 under jax_enable_x64).
+      schedule(step) -> rate; step is an integer or an array of integers of any shape
+      (below 0 counts as 0, from total_steps on as the last), the rate is float32
+      (float64 under jax_enable_x64).
 
     Raises:
-      ValueError: an unknown anneal, total_steps no positive integer, pct_start outside [0, 1] or, with
-        three phases, outside (1 / total_steps, 1/2], a factor that is not positive; when called, a
-        step that is not an integer.
+      ValueError: an unknown anneal, a total_steps that is not a positive integer, pct_start outside
+        [0, 1] or, with three phases, outside (1 / total_steps, 1/2], a factor that is
+        not positive; when called, a step that is not an integer.
 
     Example:
       >>> rate = one_cycle(1.0, 9, pct_start=5 / 9, anneal="linear", div_factor=4.0)
@@ -364,8 +378,8 @@ def one_cycle(
       [0.25, 0.625, 1.0, 0.5, 0.0]
 
     References:
-      Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
-      Rates", arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR.
+      Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using
+      Large Learning Rates", arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR.
     """
     check_number("one_cycle: `peak`", peak)
     check_number("one_cycle: `div_factor`", div_factor, 0)
@@ -376,9 +390,9 @@ def one_cycle(
         high = cast(peak, dtype)
         initial = high / cast(div_factor, dtype)
         final = initial / cast(final_div_factor, dtype)
-        return (
-            [initial, high, initial, final] if three_phase else [initial, high, final]
-        )
+        if three_phase:
+            return [initial, high, initial, final]
+        return [initial, high, final]
 
     return _path(ends, values, anneal)
 
@@ -393,14 +407,15 @@ def one_cycle_momentum(
     anneal: str = "cos",
     three_phase: bool = False,
 ) -> Schedule:
-    """The momentum that goes with `one_cycle`: it falls to base as the rate rises, and comes back.
+    """Move momentum against `one_cycle`: down to base as the rate rises, and back.
 
-    two phases: peak -> base at summit -> peak; three phases: it stays at peak in the last
+    two phases: peak -> base at summit -> peak
+    three phases: the same, and peak throughout the last phase
 
     Args:
       base: lowest momentum, where the rate is highest; a number or array [].
       peak: momentum at both ends; a number or array [].
-      total_steps: as for `one_cycle`, and so are the others.
+      total_steps: as for `one_cycle`.
       pct_start: fraction of the iterations in which the momentum falls.
       anneal: "cos" or "linear".
       three_phase: whether the rate has three phases.
@@ -417,7 +432,8 @@ def one_cycle_momentum(
       [0.95, 0.9, 0.85, 0.95]
 
     References:
-      Smith and Topin, arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR (cycle_momentum).
+      Smith and Topin, arXiv 1708.07120; torch.optim.lr_scheduler.OneCycleLR
+      (cycle_momentum).
     """
     check_number("one_cycle_momentum: `base`", base)
     check_number("one_cycle_momentum: `peak`", peak)
@@ -433,7 +449,7 @@ def one_cycle_momentum(
 def _ends(
     function: str, total_steps: Any, pct_start: Any, anneal: str, three_phase: bool
 ) -> list[float]:
-    """Where the phases end, in iterations; not whole, and before 0 if nothing rises."""
+    """Return where the phases end, in iterations; fractional, and below 0 for no rise."""
     total = plain(f"{function}: `total_steps`", total_steps)
     if not (0 < total < _MAX_STEPS and total.is_integer()):
         raise ValueError(
@@ -454,16 +470,22 @@ def _ends(
         raise ValueError(
             f"cyclical.{function}: `pct_start` is {rise}: give a number in [0, 1]"
         )
-    return [summit, *([2 * summit] if three_phase else []), total - 1]
+    if three_phase:
+        return [summit, 2 * summit, total - 1]
+    return [summit, total - 1]
 
 
 def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
-    """Through values[i] at ends[i - 1], from step 0 on; legs that no step falls on are left out."""
+    """Build a schedule through values[i] at ends[i - 1], starting at step 0.
+
+    Legs that contain no step are left out.
+    """
     last = int(ends[-1])
     spans = list(zip([0.0, *ends], ends, strict=False))
     legs = [i for i, (start, end) in enumerate(spans) if end > start and end >= 0]
-    if not legs:  # One step, and all of it should rise: it is the last one.
-        legs, spans[-1] = [len(spans) - 1], (-1.0, 0.0)
+    if not legs:  # A single step that should rise: it is the last one.
+        legs = [len(spans) - 1]
+        spans[-1] = (-1.0, 0.0)
 
     def schedule(step: Any) -> Array:
         n = jnp.minimum(iteration(step), np.uint32(last)).astype(jnp.int32)
@@ -471,8 +493,8 @@ def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
         points = values(dtype)
         rate = _leg(n, *spans[legs[-1]], points[legs[-1] :], anneal, dtype)
         for i in legs[-2::-1]:
-            here = _leg(n, *spans[i], points[i:], anneal, dtype)
-            rate = jnp.where(n <= math.floor(spans[i][1]), here, rate)
+            earlier = _leg(n, *spans[i], points[i:], anneal, dtype)
+            rate = jnp.where(n <= math.floor(spans[i][1]), earlier, rate)
         return rate
 
     return schedule
@@ -481,18 +503,17 @@ def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
 def _leg(
     n: Array, start: float, end: float, points: Any, anneal: str, dtype: Any
 ) -> Array:
-    # From the first whole iteration on and up to the last: integers and a positive rest, which add up
-    # without cancelling. Outside the leg both are meaningless, and not used.
+    # Distances from the first whole iteration and to the last: integers plus a positive
+    # remainder, which add up without cancelling. Outside the leg they are not used.
     first, final = math.ceil(start), math.floor(end)
     done = (n - first).astype(dtype) + (first - start)
     left = (final - n).astype(dtype) + (end - final)
     length = end - start
-    return blend(
-        points[0], points[1], done / length, left / length, cos=anneal == "cos"
-    )
+    is_cosine = anneal == "cos"
+    return blend(points[0], points[1], done / length, left / length, cos=is_cosine)
 
 
-# Cosine annealing with warm restarts, however many of them, in a graph of one size.
+# Cosine annealing with warm restarts: any number of them in a graph of one size.
 
 
 _STEPS = 2**32 - 1
@@ -504,27 +525,31 @@ _GRAIN = 2**128
 def warm_restarts(
     peak: Scalar, first_period: Scalar, *, period_mult: Scalar = 1, floor: Scalar = 0.0
 ) -> Schedule:
-    """Half a cosine from peak to floor, then from peak again, in ever longer cycles.
+    """Fall along half a cosine from peak to floor, and restart, in ever longer cycles.
 
-    rate = floor + (peak - floor) (1 + cos(pi t / T)) / 2, t iterations into a cycle of T iterations;
-    T = first_period period_mult^k in cycle k = 0, 1, ...
+    rate = floor + (peak - floor) (1 + cos(pi t / T)) / 2
+
+    at t iterations into a cycle of T = first_period period_mult^k iterations, in cycle
+    k = 0, 1, ...
 
     Args:
       peak: rate at the start of every cycle; a number or array [].
-      first_period: iterations of the first cycle, >= 1. Fractions whose denominator is at most 1000
-        are exact; others are rounded to the nearest of those.
-      period_mult: length of a cycle over that of the one before, 1 or more (not so near 1 that there
-        would be more than 1000 different cycles in 2^32 iterations); exact as first_period is.
-      floor: rate that a cycle falls to (the restart comes when it would be reached); a number or
-        array [].
+      first_period: iterations of the first cycle, >= 1. Fractions whose denominator is
+        at most 1000 are exact; others are rounded to the nearest of those.
+      period_mult: length of a cycle over that of the one before, 1 or more (not so near
+        1 that there would be more than 1000 different cycles in 2^32 iterations); exact
+        as first_period is.
+      floor: rate that a cycle falls to (the restart comes when it would be reached); a
+        number or array [].
 
     Returns:
-      schedule(step) -> rate; step is an integer or an array of integers of any shape (below 0 counts
-      as 0), the rate is float32 (float64 under jax_enable_x64) of the same shape.
+      schedule(step) -> rate; step is an integer or an array of integers of any shape
+      (below 0 counts as 0), the rate is float32 (float64 under jax_enable_x64) of the
+      same shape.
 
     Raises:
-      ValueError: first_period below 1, traced or too large, period_mult below 1, traced or too near 1;
-        when called, a step that is not an integer.
+      ValueError: first_period below 1, traced or too large, period_mult below 1, traced
+        or too near 1; when called, a step that is not an integer.
 
     Example:
       >>> rate = warm_restarts(1.0, 2, period_mult=2)
@@ -532,8 +557,9 @@ def warm_restarts(
       [1.0, 0.5, 1.0, 0.854, 0.5, 0.146, 1.0]
 
     References:
-      Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983,
-      equation 5; torch.optim.lr_scheduler.CosineAnnealingWarmRestarts.
+      Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts",
+      arXiv 1608.03983, equation 5;
+      torch.optim.lr_scheduler.CosineAnnealingWarmRestarts.
     """
     check_number("warm_restarts: `peak`", peak)
     check_number("warm_restarts: `floor`", floor)
@@ -558,8 +584,9 @@ def warm_restarts(
 
 
 def _starts(period: Fraction, mult: float) -> list[Fraction]:
-    """Where the cycles start, up to the first start that no step reaches."""
-    # A float that is the nearest one to 4/3 or 1.1 means that, so that cycles end on whole iterations.
+    """Return where the cycles start, up to the first start that no step reaches."""
+    # A float next to 4/3 or 1.1 is read as that fraction, so that cycles end on whole
+    # iterations.
     rational = Fraction(mult).limit_denominator(1000)
     ratio = rational if float(rational) == mult else Fraction(mult)
     starts, length = [Fraction(0)], period
@@ -567,7 +594,8 @@ def _starts(period: Fraction, mult: float) -> list[Fraction]:
         starts.append(starts[-1] + length)
         length *= ratio
         if length.denominator > _GRAIN:
-            # Exact powers of a fraction grow without end; by now no cycle can end on a whole iteration.
+            # Exact powers of a fraction would grow without end, and no later cycle can
+            # end on a whole iteration.
             length = Fraction(round(length * _GRAIN), _GRAIN)
         if len(starts) > _MAX_CYCLES:
             raise ValueError(
@@ -578,8 +606,8 @@ def _starts(period: Fraction, mult: float) -> list[Fraction]:
 
 
 def _growing(n: Array, starts: list[Fraction], dtype: Any) -> tuple[Array, Array]:
-    """(iterations into the cycle, its length) from the table of starts."""
-    # Step n is in the last cycle whose start, rounded up, is not after it.
+    """Return (iterations into the cycle, its length) from the table of starts."""
+    # Step n is in the last cycle whose start, rounded up, is not after n.
     bounds = np.asarray([math.ceil(s) for s in starts[1:-1]], np.uint32)
     bounds = bounds.reshape((1,) * n.ndim + (-1,))
     cycle = jnp.sum(n[..., None] >= bounds, axis=-1, dtype=jnp.int32)

@@ -64,8 +64,7 @@ def state_table(
       q          1024x16x64  4.0 MiB            1
       others     -           4 B                -
       total      -           4.0 MiB            1
-      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass roles=, or lower
-        min_dim_size_to_factor
+      q is not factored: 4.0 MiB, where 8.0 KiB would do: pass roles=, or lower min_dim_size_to_factor
     """
     table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))

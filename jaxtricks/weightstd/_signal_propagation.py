@@ -1,4 +1,4 @@
-"""Networks without normalization: gains of activations, scales of residual blocks, stochastic depth."""
+"""Propagate unit variance through networks without normalization."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from jaxtricks._typing import Array, Key, Scalar
 
 @dataclasses.dataclass(frozen=True)
 class ScaledActivation:
-    """An activation times a constant; equal settings are equal, so jit caches hit.
+    """Multiply an activation by a constant; hashable, so that jit caches hit.
 
     Attributes:
       fn: the activation.
@@ -28,18 +28,18 @@ class ScaledActivation:
     gain: float
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """fn(x) * gain, in the dtype of fn(x)."""
+        """Return fn(x) * gain, in the dtype of fn(x)."""
         return self.fn(x) * self.gain
 
 
 @checked
 def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
-    """The activation scaled so that standard normal inputs give outputs of variance one.
+    """Scale an activation so that standard normal inputs give outputs of variance one.
 
     gain = 1 / sqrt(Var[fn(z)]), z ~ N(0, 1); relu: sqrt(2 / (1 - 1/pi)) = 1.71285855...
 
-    Behind a standardized kernel of the "nfnet" or "timm" preset, whose outputs have the
-    variance of its inputs, every layer then passes on the variance that it receives.
+    A kernel standardized by the "nfnet" or "timm" preset preserves variance, so every
+    layer then passes on the variance that it receives.
 
     Args:
       fn: elementwise, of JAX arrays: jax.nn.relu, jax.nn.silu, a lambda. It is
@@ -63,8 +63,8 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
       4.1.
     """
     z, density = _normal_quadrature()
-    # float64 and concrete, whatever the caller's settings, inside any transformation:
-    # jit(fn) because a function with a derivative of its own would be traced there.
+    # Evaluate in float64 at once, whatever the caller's settings and transformations.
+    # jit is needed because custom_jvp functions would otherwise be traced there.
     with jax.ensure_compile_time_eval(), _compat.enable_x64():
         y = np.asarray(jax.jit(fn)(jnp.asarray(z)), np.float64)
     if y.shape != z.shape:
@@ -81,11 +81,11 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
 
 
 def _normal_quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes [n] and weights [n] (their sum is 1) of integrals against the normal density.
+    """Return nodes [n] and weights [n] of integrals against the normal density.
 
-    Gauss-Legendre on panels of width 1/32. Activations have kinks and jumps at 0, 1, 3
-    or 6, which are panel ends, so that each panel sees a smooth function; Gauss-Hermite
-    would not converge there. A kink inside a panel costs 1e-7.
+    Gauss-Legendre on panels of width 1/32; the weights sum to 1. Activations have kinks
+    and jumps at 0, 1, 3 or 6, which are panel ends, so that each panel sees a smooth
+    function; Gauss-Hermite would not converge there. A kink inside a panel costs 1e-7.
     """
     nodes, weights = np.polynomial.legendre.leggauss(16)
     width = 1 / 32
@@ -111,14 +111,15 @@ class ResidualScale(NamedTuple):
 def residual_scales(
     depths: Sequence[int], alpha: float = 0.2
 ) -> list[tuple[ResidualScale, ...]]:
-    """alpha and beta of every block of a normalizer-free residual network.
+    """Compute alpha and beta of every block of a normalizer-free residual network.
 
-    The first block of a stage is its transition: its shortcut is a convolution of beta
-    * act(x), so that the variance after it is 1 + alpha^2 whatever came before. Every
-    other block adds alpha^2:
+    The first block of a stage is its transition: its shortcut is a convolution of
+    beta * act(x), so that the variance after it is 1 + alpha^2 whatever came before.
+    Every other block adds alpha^2:
 
-        variance = 1 block i of a stage: beta = 1 / sqrt(variance); then variance = (1
-        if i == 0 else variance) + alpha^2
+        variance = 1
+        block i of a stage: beta = 1 / sqrt(variance)
+                            variance = (1 if i == 0 else variance) + alpha^2
 
     The transition block itself is scaled by the variance that it receives.
 
@@ -141,7 +142,7 @@ def residual_scales(
     """
     if min(depths, default=0) < 0:
         raise ValueError(
-            f"weightstd.residual_scales: `depths` is {depths}; give blocks a stage"
+            f"weightstd.residual_scales: `depths` is {depths}; give the number of blocks per stage"
         )
     variance, stages = 1.0, []
     for depth in depths:
@@ -157,12 +158,12 @@ def residual_scales(
 def stochastic_depth(
     key: Key, x: Float[Array, "N ..."], rate: Scalar
 ) -> Float[Array, "N ..."]:
-    """The residual branch in training, with whole examples of it dropped: y = shortcut + result.
+    """Drop whole examples of a residual branch in training: y = shortcut + result.
 
     result_n = x_n with probability 1 - rate, else 0, independently for every example.
 
-    What is kept is not divided by 1 - rate, as in DeepMind's nfnets: evaluation adds x
-    as it is and is then not the mean of training. For that mean (timm's DropPath) pass
+    The result is not divided by 1 - rate, as in DeepMind's nfnets: evaluation adds x as
+    it is, which is then not the mean of training. For that mean (timm's DropPath) pass
     x / (1 - rate).
 
     Args:

@@ -1,4 +1,4 @@
-"""One kernel, standardized: the four conventions in circulation."""
+"""Standardize kernels: one, those of a Flax layer, or those of a parameter tree."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ from jaxtricks._typing import Array, Params, PathRule, Roles, Scalar
 
 
 class Preset(NamedTuple):
-    """One convention: how epsilon enters, whether fan-in does, and how variance is counted.
+    """One of the conventions in circulation for epsilon, fan-in and variance.
 
     Attributes:
       mode: "clamp" = rsqrt(max(var * fan_in, eps)), "var" = 1 / sqrt(var + eps), "std"
         = 1 / (std + eps).
-      eps: the convention's own epsilon.
+      eps: the convention's epsilon.
       by_fan_in: whether the result is also divided by sqrt(fan_in).
       ddof: 1 divides the variance by fan_in - 1 instead of fan_in.
     """
@@ -49,10 +49,10 @@ def standardize(
     eps: float | None = None,
     out_axis: int | Sequence[int] = -1,
 ) -> Float[Array, "..."]:
-    """Kernel with zero mean and fixed variance per output channel.
+    """Standardize a kernel to zero mean and fixed variance per output channel.
 
-    w_hat = (w - mean) * s * gain, mean and var over everything but the output axis, N =
-    fan_in:
+    w_hat = (w - mean) * s * gain, with mean and var over all axes but the output axis
+    and N = fan_in:
 
         nfnet   s = 1 / sqrt(max(var * N, eps))       eps 1e-4, a clamp
         timm    s = 1 / (sqrt(var + eps) * sqrt(N))   eps 1e-6 (ScaledStdConv2d)
@@ -64,7 +64,7 @@ def standardize(
         in_features / groups.
       gain: one factor per output channel [out], or a scalar; None = 1.
       preset: "nfnet", "timm", "bit" or "qiao".
-      eps: replaces the preset's epsilon, in the same place of the formula.
+      eps: replaces the preset's epsilon.
       out_axis: the axis (or axes: a Keras depthwise kernel (kh, kw, C, M) has two) that
         is not reduced.
 
@@ -87,8 +87,8 @@ def standardize(
     rule = checked_preset(preset, eps)
     kernel = jnp.asarray(kernel)
     _dtypes.check_floating("weightstd.standardize: `kernel`", kernel)
-    kept = _kept_axes(kernel, out_axis)
-    reduced = tuple(i for i in range(kernel.ndim) if i not in kept)
+    out_axes = _positive_axes(kernel, out_axis)
+    reduced = tuple(i for i in range(kernel.ndim) if i not in out_axes)
     fan_in = math.prod(kernel.shape[i] for i in reduced)
     if fan_in < 2:
         raise ValueError(
@@ -96,20 +96,20 @@ def standardize(
             "standardizing would turn to zero; leave it out (a depthwise 1x1 convolution?)"
         )
     w = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
-    # Relative to one of its own weights a constant channel is exactly zero, and a large
-    # mean costs nothing. The result does not depend on that weight, so no gradient
-    # needs to flow through it.
-    one = tuple(slice(None) if i in kept else slice(1) for i in range(w.ndim))
-    w = w - jax.lax.stop_gradient(w[one])
+    # Relative to its first weight a constant channel is exactly zero, and a large mean
+    # costs no digits. The result does not depend on that weight, so no gradient needs
+    # to flow through it.
+    first = tuple(slice(None) if i in out_axes else slice(1) for i in range(w.ndim))
+    w = w - jax.lax.stop_gradient(w[first])
     w = w - jnp.mean(w, axis=reduced, keepdims=True)
     factor = _factor(jnp.sum(w * w, axis=reduced, keepdims=True), fan_in, rule)
     if gain is not None:
-        factor = factor * _gain_like(gain, kernel, kept, w.dtype)
+        factor = factor * _gain_like(gain, kernel, out_axes, w.dtype)
     return (w * factor).astype(kernel.dtype)
 
 
 def checked_preset(name: str, eps: float | None) -> Preset:
-    """The preset with this name and its epsilon, or an error that lists the names."""
+    """Return the preset of this name; raise with the names if there is none."""
     if name not in PRESETS:
         raise ValueError(
             f"weightstd: `preset` is {name!r}; use one of {', '.join(PRESETS)}"
@@ -117,34 +117,37 @@ def checked_preset(name: str, eps: float | None) -> Preset:
     return PRESETS[name] if eps is None else PRESETS[name]._replace(eps=eps)
 
 
-def _kept_axes(kernel: Array, out_axis: int | Sequence[int]) -> tuple[int, ...]:
+def _positive_axes(kernel: Array, out_axis: int | Sequence[int]) -> tuple[int, ...]:
     axes = _integers.listed(out_axis)
     if any(not -kernel.ndim <= i < kernel.ndim for i in axes):
         raise ValueError(
-            f"weightstd.standardize: `out_axis` {out_axis} is no axis of a kernel of shape "
+            f"weightstd.standardize: `out_axis` {out_axis} is not an axis of a kernel of shape "
             f"{tuple(kernel.shape)}"
         )
     return tuple(sorted(i % kernel.ndim for i in axes))
 
 
 def _factor(squares: Array, fan_in: int, rule: Preset) -> Array:
-    """Scale per output channel from the sum of squared deviations (= var * fan_in)."""
+    """Compute the factor per channel from the sum of squared deviations."""
     if rule.mode == "clamp":
         return jax.lax.rsqrt(jnp.maximum(squares, rule.eps))
     var = squares / (fan_in - rule.ddof)
     if rule.mode == "var":
         factor = jax.lax.rsqrt(var + rule.eps)
     else:
-        # sqrt has no derivative at 0: a constant channel takes the branch without one.
+        # sqrt has no derivative at 0, so a constant channel avoids it twice: by the
+        # inner where for the gradient, by the outer one for the value.
         positive = var > 0
         std = jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1.0)), 0.0)
         factor = 1 / (std + rule.eps)
     return factor / math.sqrt(fan_in) if rule.by_fan_in else factor
 
 
-def _gain_like(gain: Any, kernel: Array, kept: tuple[int, ...], dtype: Any) -> Array:
+def _gain_like(
+    gain: Any, kernel: Array, out_axes: tuple[int, ...], dtype: Any
+) -> Array:
     gain = jnp.asarray(gain, dtype)
-    expected = tuple(kernel.shape[i] for i in kept)
+    expected = tuple(kernel.shape[i] for i in out_axes)
     if gain.shape not in ((), expected):
         raise ValueError(
             f"weightstd.standardize: `gain` has shape {gain.shape}; give one factor per output "
@@ -152,15 +155,16 @@ def _gain_like(gain: Any, kernel: Array, kept: tuple[int, ...], dtype: Any) -> A
         )
     if gain.ndim == 0:
         return gain
-    return gain.reshape([n if i in kept else 1 for i, n in enumerate(kernel.shape)])
+    shape = [n if i in out_axes else 1 for i, n in enumerate(kernel.shape)]
+    return gain.reshape(shape)
 
 
-# The hook that standardizes the kernels of flax's own convolutions.
+# A hook for the convolutions of Flax.
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """A convolution that standardizes its kernel; equal settings are equal, so jit caches hit.
+    """Convolve with a standardized kernel; hashable, so that jit caches hit.
 
     Attributes:
       gain: see `standardized`.
@@ -183,7 +187,7 @@ class Hook:
         dimension_numbers: Any = None,
         **kwargs: Any,
     ) -> Array:
-        """`lax.conv_general_dilated` of the standardized kernel."""
+        """Call `lax.conv_general_dilated` with the standardized kernel."""
         numbers = jax.lax.conv_dimension_numbers(
             lhs.shape, rhs.shape, dimension_numbers
         )
@@ -201,7 +205,7 @@ class Hook:
         )
 
     def kernel(self, kernel: Array, out_axis: int = -1) -> Array:
-        """What the convolution uses in place of `kernel`."""
+        """Return what the convolution uses in place of `kernel`."""
         return standardize(
             kernel, self.gain, preset=self.preset, eps=self.eps, out_axis=out_axis
         )
@@ -211,16 +215,16 @@ class Hook:
 def standardized(
     *, gain: float | None = None, preset: str = "nfnet", eps: float | None = None
 ) -> Hook:
-    """A `conv_general_dilated=` argument for flax convolutions that standardizes their kernels.
+    """Build a `conv_general_dilated=` for Flax layers that standardizes their kernels.
 
     Args:
-      gain: one fixed factor (an activation's gain, say); for learnable gains use
-        `jt.nnx.WSConv`.
+      gain: one fixed factor, such as an activation's gain; `jt.nnx.WSConv` has
+        learnable ones.
       preset: see `standardize`.
       eps: see `standardize`.
 
     Returns:
-      A function with the signature of `jax.lax.conv_general_dilated`; it finds the
+      A function with the signature of `jax.lax.conv_general_dilated`; it takes the
       output axis from the dimension numbers.
 
     Raises:
@@ -236,7 +240,7 @@ def standardized(
     return Hook(gain, preset, eps)
 
 
-# Standardization and the kernel penalty over whole parameter trees.
+# Functions of whole parameter trees.
 
 
 @checked
@@ -248,17 +252,17 @@ def standardize_params(
     preset: str = "nfnet",
     eps: float | None = None,
 ) -> Params:
-    """The parameter tree with the chosen kernels standardized: for models that are left as they are.
+    """Standardize the chosen kernels of a parameter tree.
 
-    Call it inside the loss, in front of apply: gradients then flow to the raw kernels.
+    It serves models that stay as they are: call it inside the loss, before apply, so
+    that gradients flow to the raw kernels.
 
     Args:
       params: pytree of arrays; kernels have their output axis last.
       path_filter: path_filter(path) -> True for the kernels to standardize
         ("block/0/conv/kernel").
       roles: roles as elsewhere (`jt.nnx.roles(model)`): kernels with "batch" or two
-        "out" axes then keep those axes apart; None = everything but the last axis is
-        reduced.
+        "out" axes keep those axes apart; None = reduce all axes but the last.
       preset: see `standardize`.
       eps: see `standardize`.
 
@@ -274,9 +278,7 @@ def standardize_params(
       >>> out["conv"]["bias"] is tree["conv"]["bias"]
       True
     """
-    leaf_roles = dict(
-        zip(_tree.by_path(params), roles_lib.leaf_roles(roles, params), strict=True)
-    )
+    leaf_roles = _roles_by_path(roles, params)
     if not any(map(path_filter, leaf_roles)):
         raise ValueError(
             "weightstd.standardize_params: `path_filter` chooses no parameter: check its paths"
@@ -300,18 +302,17 @@ def fold_params(
     preset: str = "nfnet",
     eps: float | None = None,
 ) -> Params:
-    """Parameters of plain convolutions from those of standardized ones, for inference.
+    """Fold standardized kernels and gains into plain kernels, for inference.
 
-    Every dict that holds a `kernel` and a `gain`, as a `WSConv`'s does, gets
-    standardize(kernel, gain) in place of the kernel and loses the gain: the parameters
-    of a plain convolution, the same function.
+    In every dict with a `kernel` and a `gain`, such as that of a `WSConv`, the kernel
+    becomes standardize(kernel, gain) and the gain is dropped: these are the parameters
+    of a plain convolution that computes the same function.
 
     Args:
       params: nested dicts (or lists) of arrays.
       path_filter: path_filter(path) -> True for the kernels to fold
         ("block/0/conv/kernel"), with a gain or without; None = those with one.
-      roles: roles as in `standardize_params`; None = everything but the last axis is
-        reduced.
+      roles: roles as in `standardize_params`; None = reduce all axes but the last.
       preset: see `standardize`; the one that the model was trained with.
       eps: see `standardize`.
 
@@ -323,49 +324,49 @@ def fold_params(
 
     Example:
       >>> conv = {"kernel": jnp.arange(6.0).reshape(3, 2), "gain": jnp.full(2, 2.0), "bias": jnp.ones(2)}
-      >>> baked = fold_params({"conv": conv})["conv"]
-      >>> sorted(baked), bool(jnp.allclose((baked["kernel"] ** 2).sum(0), 4.0))
+      >>> plain = fold_params({"conv": conv})["conv"]
+      >>> sorted(plain), bool(jnp.allclose((plain["kernel"] ** 2).sum(0), 4.0))
       (['bias', 'kernel'], True)
     """
-    leaf_roles = dict(
-        zip(_tree.by_path(params), roles_lib.leaf_roles(roles, params), strict=True)
-    )
-    found = []
+    leaf_roles = _roles_by_path(roles, params)
+    folded_paths = []
 
-    def change(node: Any, at: str) -> Any:
+    def is_chosen(path: str, node: Mapping[str, Any]) -> bool:
+        kernel = node.get("kernel")
+        if kernel is None or isinstance(kernel, Mapping):
+            return False
+        if path_filter is None:
+            return node.get("gain") is not None
+        return path_filter(path)
+
+    def fold(node: Any, prefix: str) -> Any:
         if isinstance(node, list | tuple):
-            return type(node)(
-                change(child, f"{at}{i}/") for i, child in enumerate(node)
-            )
+            items = [fold(child, f"{prefix}{i}/") for i, child in enumerate(node)]
+            return type(node)(items)
         if not isinstance(node, Mapping):
             return node
-        path, new = f"{at}kernel", dict(node)
-        chosen = (
-            node.get("gain") is not None if path_filter is None else path_filter(path)
-        )
-        if (
-            node.get("kernel") is not None
-            and not isinstance(node["kernel"], Mapping)
-            and chosen
-        ):
-            found.append(path)
-            rule = {
-                "preset": preset,
-                "eps": eps,
-                "out_axis": _out_axes(leaf_roles[path]),
-            }
+        path = f"{prefix}kernel"
+        new = dict(node)
+        if is_chosen(path, node):
+            folded_paths.append(path)
             new["kernel"] = _at(
-                path, standardize, node["kernel"], new.pop("gain", None), **rule
+                path,
+                standardize,
+                node["kernel"],
+                new.pop("gain", None),
+                preset=preset,
+                eps=eps,
+                out_axis=_out_axes(leaf_roles[path]),
             )
-        return {key: change(child, f"{at}{key}/") for key, child in new.items()}
+        return {key: fold(child, f"{prefix}{key}/") for key, child in new.items()}
 
-    baked = change(params, "")
-    if not found:
+    folded = fold(params, "")
+    if not folded_paths:
         cure = "is chosen by `path_filter`"
         if path_filter is None:
             cure = "with a `gain` beside it: choose kernels by `path_filter`"
         raise ValueError(f"weightstd.fold_params: no `kernel` {cure}")
-    return baked
+    return folded
 
 
 @checked
@@ -375,7 +376,7 @@ def l2(
     *,
     path_filter: Callable[[str], bool] | None = None,
 ) -> Float[Array, ""]:
-    """The penalty scale * sum of w^2 over kernels, to add to a loss.
+    """Compute the penalty scale * sum of w^2 over kernels, to add to a loss.
 
     Under plain SGD its gradient equals `optax.add_decayed_weights(2 * scale)` with the
     same mask.
@@ -398,28 +399,29 @@ def l2(
         raise ValueError(
             "weightstd.l2: `params` has a leaf that is not an array: give a tree of arrays"
         )
-    chosen = [
-        (path, leaf)
-        for path, leaf in leaves
-        if (
-            roles_lib.is_kernel(path, tuple(leaf.shape))
-            if path_filter is None
-            else path_filter(path)
-        )
-    ]
-    for path, leaf in chosen:
-        _dtypes.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
-    leaves = [leaf for _, leaf in chosen]
-    dtype = _dtypes.wide_dtype(*leaves)
-    total = sum(
-        (jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves),
-        jnp.zeros((), dtype),
-    )
+    penalized = []
+    for path, leaf in leaves:
+        if path_filter is None:
+            is_chosen = roles_lib.is_kernel(path, tuple(leaf.shape))
+        else:
+            is_chosen = path_filter(path)
+        if is_chosen:
+            _dtypes.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
+            penalized.append(leaf)
+    dtype = _dtypes.wide_dtype(*penalized)
+    total = jnp.zeros((), dtype)
+    for leaf in penalized:
+        total += jnp.sum(jnp.square(jnp.asarray(leaf, dtype)))
     return jnp.asarray(scale, dtype) * total
 
 
+def _roles_by_path(roles: PathRule | Any, params: Params) -> dict[str, Roles | None]:
+    per_leaf = roles_lib.leaf_roles(roles, params)
+    return dict(zip(_tree.by_path(params), per_leaf, strict=True))
+
+
 def _at(path: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """fn(*args, **kwargs), whose errors say where they arose."""
+    """Call fn and name the path in its errors."""
     try:
         return fn(*args, **kwargs)
     except ValueError as error:
