@@ -105,7 +105,7 @@ def test_both_ways_to_take_two_means_agree(axes, x64, ours):
 
 
 def test_reread_is_the_identity(ours):
-    x, y = _leaves.reread(jnp.arange(3.0), jnp.ones(2))
+    x, y = _leaves.opaque_copies(jnp.arange(3.0), jnp.ones(2))
     np.testing.assert_array_equal(x, [0, 1, 2])
     np.testing.assert_array_equal(y, 1)
 

@@ -294,7 +294,7 @@ def test_average_and_parameter_are_mapped_together():
 
 
 @pytest.mark.parametrize(
-    "roles",
+    "axes",
     [
         {"w": ("in", "out"), "b": ("none",)},
         jt.roles.by_path({"w": ("in", "out"), "b": ("none",)}),

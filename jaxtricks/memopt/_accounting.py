@@ -1,4 +1,4 @@
-"""What an optimizer's state costs, from shapes alone."""
+"""Account for an optimizer's state: bytes, and shardings, from shapes alone."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from jaxtricks.memopt._adafactor import AdafactorState, Full, is_second_moment
 def state_bytes(
     tx: optax.GradientTransformation | optax.MultiSteps, params: Params
 ) -> int:
-    """Bytes of the state that `tx.init(params)` would make; allocates nothing.
+    """Count the bytes of the state of `tx.init(params)`, without allocating it.
 
     Args:
       tx: any optax transformation, chain or MultiSteps.
@@ -42,17 +42,17 @@ def state_bytes(
 def state_table(
     tx: optax.GradientTransformation | optax.MultiSteps, params: Params
 ) -> _table.Table:
-    """What the state of every parameter costs; allocates nothing.
+    """Tabulate the bytes of state per parameter, from shapes alone.
 
     Args:
       tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on
-        a mesh of several devices, there is a column of what one device holds.
+        a mesh of several devices, a column shows the bytes per device.
 
     Returns:
       A table (its `str()` is text), largest first: parameter, shape, state in bytes,
-      state per parameter byte, and per device. Notes name the matrices whose second
-      moment Adafactor keeps whole, and what that costs.
+      state per parameter byte, and per device. Notes name the matrices that Adafactor
+      does not factor, and what that costs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,39 +85,38 @@ def state_table(
 
 
 def _shapes(params: Params) -> Params:
-    """The parameters as shapes on one device."""
+    """Return the parameters as shapes on one device."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), params)
 
 
 def _dtype(x: Any) -> Any:
-    return (
-        x.dtype
-        if hasattr(x, "dtype")
-        else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
-    )
+    if hasattr(x, "dtype"):
+        return x.dtype
+    return jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
 
 
 def _by_owner(
     sizes: Any, owners: list[str | None], table: dict[str, Any]
 ) -> dict[str | None, int]:
-    """{path: bytes of the state of that parameter}, None = what belongs to no parameter."""
-    owned: dict[str | None, int] = dict.fromkeys([*table, None], 0)
+    """Return {path: bytes of its state}; None = bytes that belong to no parameter."""
+    totals: dict[str | None, int] = dict.fromkeys([*table, None], 0)
     for owner, size in zip(owners, jax.tree.leaves(sizes), strict=True):
-        owned[owner] += size
-    return owned
+        totals[owner] += size
+    return totals
 
 
 @dataclasses.dataclass(frozen=True)
 class _Owner:
-    """A path as a leaf of a tree; None would be none."""
+    """A path as a leaf of a tree, because None is not a leaf."""
 
     path: str | None
 
 
 def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
-    """Of every array of the state the path of the parameter that it belongs to."""
+    """Return the path of the parameter that each array of the state belongs to."""
 
-    def mark(tree: Any) -> Any:  # stands where the parameters' tree does
+    # Called with every subtree of the state that has the parameters' structure.
+    def mark(tree: Any) -> Any:
         return _tree.map_with_path(lambda path, _: _Owner(_prefix(path, table)), tree)
 
     def leave(tree: Any) -> Any:
@@ -127,36 +126,35 @@ def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
         marked = optax.tree_utils.tree_map_params(
             tx, mark, state, transform_non_params=leave, is_leaf=lambda _: True
         )
-    except (
-        Exception
-    ):  # a transformation whose state is no tree of that kind fails in its own way
+    # A transformation whose state is no such tree may fail in any way. Then the paths
+    # inside the state decide.
+    except Exception:
         return [_owner(path, table) for path, _ in _tree.leaves_with_paths(state)]
     return [owner.path for owner in jax.tree.leaves(marked)]
 
 
 def _prefix(path: str, table: dict[str, Any]) -> str | None:
-    """The longest parameter path that the path begins with."""
+    """Return the longest parameter path that the path begins with."""
     keys = path.split("/")
     starts = ("/".join(keys[:width]) for width in range(len(keys), -1, -1))
     return next((start for start in starts if start in table), None)
 
 
 def _owner(path: str, table: dict[str, Any]) -> str | None:
-    """The longest parameter path that stands in a path of the state."""
+    """Return the longest parameter path inside a path of the state."""
     keys = path.split("/")
     for width in range(len(keys), 0, -1):
         for start in range(len(keys) - width + 1):
-            found = "/".join(keys[start : start + width])
-            if found in table:
-                return found
+            candidate = "/".join(keys[start : start + width])
+            if candidate in table:
+                return candidate
     return None
 
 
 def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
     specs = state_specs(tx, params, shardings)
-    mesh = next(
-        s.mesh for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding)
-    )
+    named = (s for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding))
+    mesh = next(named).mesh
 
     def local(x: Any, spec: PartitionSpec) -> int:
         shape = NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -168,7 +166,7 @@ def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
 def _row(
     name: str, params: Any, key: str | None, owned: Any, local: Any
 ) -> tuple[Any, ...]:
-    """One line: the state under `key`, beside the parameters (one, all, or None) that it serves."""
+    """Format the state under `key` beside its parameters (one, all, or None)."""
     shape = None
     if hasattr(params, "shape"):
         shape = "x".join(map(str, params.shape)) or "scalar"
@@ -187,21 +185,14 @@ def _with_total(sizes: dict[str | None, int] | None) -> dict[str | None, int] | 
 
 
 def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[str]:
-    """A sentence for every leaf that Adafactor keeps whole because of its size, and the cure.
+    """Say for each matrix that is too small to factor what that costs, and the cure.
 
-    What the arguments of a transformation were cannot be asked in a chain, so its init
-    is: of leaves whose axes are as long as one likes, rising and falling. What stays
-    whole there is whole by its roles, and where the sides change places with the
-    lengths, it is the lengths that decide them.
+    A chain does not reveal the arguments of its links, so init is probed with very long
+    axes, of rising and of falling length. What is not factored there is so by its
+    roles; where the sides swap with the lengths, it is the lengths that decide them.
     """
     table = _tree.by_path(_shapes(params))
-    whole = [
-        path
-        for path in paths
-        if len(table[path].shape) > 1
-        and 0 not in table[path].shape
-        and any(isinstance(v, Full) for v in _second_moments(state, path))
-    ]
+    whole = [path for path in paths if _is_whole_matrix(state, path, table[path].shape)]
     if not whole:
         return []
     rising, falling = (_long(tx, params, order) for order in (1, -1))
@@ -210,35 +201,42 @@ def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[s
         up, down = (_sides(*long, path) for long in (rising, falling))
         if not up or not down:
             continue
-        leaf, by_length = table[path], len(table[path].shape) > 2 and up != down
-        itemsize = next(v.v.dtype.itemsize for v in _second_moments(state, path))
-        cuts = [
-            (range(c), range(c, len(leaf.shape))) for c in range(1, len(leaf.shape))
-        ]
+        shape = table[path].shape
+        rank = len(shape)
+        by_length = rank > 2 and up != down
+        # With roles any cut of the axes into two sides is possible.
+        cuts = [(range(c), range(c, rank)) for c in range(1, rank)]
         sides = cuts if by_length else [up]
-        least = min(
-            sum(math.prod(leaf.shape[i] for i in side) for side in pair)
-            for pair in sides
-        )
-        if least < math.prod(leaf.shape):
-            size, least = (
-                _table.format_bytes(itemsize * n)
-                for n in (math.prod(leaf.shape), least)
-            )
-            cure = "pass roles=, or lower min_dim_size_to_factor"
-            notes.append(
-                f"{path} is not factored: {size}, where {least} would do: "
-                + (cure if by_length else cure.removeprefix("pass roles=, or "))
-            )
+        fewest = min(_factored_size(shape, pair) for pair in sides)
+        if fewest >= math.prod(shape):
+            continue
+        itemsize = next(v.v.dtype.itemsize for v in _second_moments(state, path))
+        size = _table.format_bytes(itemsize * math.prod(shape))
+        enough = _table.format_bytes(itemsize * fewest)
+        cure = "lower min_dim_size_to_factor"
+        if by_length:
+            cure = f"pass roles=, or {cure}"
+        notes.append(f"{path} is not factored: {size}, where {enough} would do: {cure}")
     return notes
 
 
+def _is_whole_matrix(state: Any, path: str, shape: tuple[int, ...]) -> bool:
+    if len(shape) < 2 or 0 in shape:
+        return False
+    return any(isinstance(v, Full) for v in _second_moments(state, path))
+
+
+def _factored_size(shape: tuple[int, ...], sides: Any) -> int:
+    """Return the number of entries of the second moment with these two sides."""
+    return sum(math.prod(shape[i] for i in side) for side in sides)
+
+
 _LENGTH = 2**14
-"""Longer than any `min_dim_size_to_factor` that is of use."""
+"""Longer than any useful `min_dim_size_to_factor`."""
 
 
 def _long(tx: Any, params: Params, order: int) -> tuple[Any, dict[str, Any]]:
-    """(state, {path: shape}) of leaves with the same axes, whose lengths rise (1) or fall (-1)."""
+    """Return (state, {path: shape}) for axes of rising (1) or falling (-1) length."""
 
     def longer(x: Any) -> Any:
         lengths = [_LENGTH * (i + 1) for i in range(len(x.shape))][::order]
@@ -251,11 +249,11 @@ def _long(tx: Any, params: Params, order: int) -> tuple[Any, dict[str, Any]]:
 def _sides(
     state: Any, shapes: dict[str, Any], path: str
 ) -> tuple[list[int], ...] | None:
-    """Axes that each factor of the second moment has; None where it is not factored."""
+    """Return the axes of each factor of the second moment; None if not factored."""
     moments = _second_moments(state, path)
     if not moments or any(isinstance(v, Full) for v in moments):
         return None
-    lengths = shapes[path].shape  # all different
+    lengths = shapes[path].shape  # all different, so they identify the axes
     return tuple([lengths.index(n) for n in factor.shape] for factor in moments[0])
 
 
@@ -269,7 +267,7 @@ def _second_moments(state: Any, path: str) -> list[Any]:
     return [table[path] for table in tables if path in table]
 
 
-# Where an optimizer's state lies on a mesh, given where the parameters lie.
+# Shardings of an optimizer's state.
 
 
 @checked
@@ -278,12 +276,11 @@ def state_specs(
     params: Params,
     param_specs: Any,
 ) -> Any:
-    """PartitionSpecs of the state that `tx.init(params)` makes.
+    """Return PartitionSpecs for the state of `tx.init(params)`.
 
-    What is shaped as a parameter takes its spec; a mean over some axes takes the spec
-    without them (v_in, v_out, the accumulators of SM3); counts are replicated. They are
-    read off the types of an abstract `init`, so they hold for any chain of optax and
-    ours.
+    An array shaped as a parameter takes its spec; a mean over some axes takes the spec
+    without them (v_in, v_out, the accumulators of SM3); counts are replicated. An
+    abstract `init` decides, so the specs hold for any chain.
 
     Args:
       tx: any optax transformation, chain or MultiSteps.
@@ -295,7 +292,7 @@ def state_specs(
       A tree with the structure of the state and a PartitionSpec for every array.
 
     Raises:
-      ValueError: another structure than params, or more axes than a parameter has.
+      ValueError: a structure unlike params, or more axes than a parameter has.
 
     Example:
       >>> import jax.numpy as jnp
@@ -307,26 +304,23 @@ def state_specs(
     """
     leaves, structure = jax.tree.flatten(params)
     specs = _specs_like(params, param_specs)
-    mesh = _explicit_mesh(
-        specs, [*leaves, *jax.tree.leaves(param_specs, is_leaf=_is_spec)]
-    )
-    placed = [
-        jax.ShapeDtypeStruct(
-            jax.numpy.shape(x), x.dtype, sharding=NamedSharding(mesh, spec)
-        )
-        for x, spec in zip(leaves, specs, strict=True)
-    ]
-    # Since jax 0.12 zeros_like forgets the sharding of a shape whose mesh is not in
-    # force.
+    hints = [*leaves, *jax.tree.leaves(param_specs, is_leaf=_is_spec)]
+    mesh = _explicit_mesh(specs, hints)
+    sharded = []
+    for x, spec in zip(leaves, specs, strict=True):
+        sharding = NamedSharding(mesh, spec)
+        shape = jax.numpy.shape(x)
+        sharded.append(jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding))
+    # Since jax 0.12 zeros_like forgets a sharding whose mesh is not in force.
     with jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, placed))
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, sharded))
     return jax.tree.map(_spec_of, state)
 
 
 def _explicit_mesh(specs: list[PartitionSpec], hints: list[Any]) -> AbstractMesh:
-    """A mesh with the axes that the specs name, of the sizes that any of the shardings gives them."""
+    """Build a mesh with the axes that the specs name; shardings give their sizes."""
     names = tuple(dict.fromkeys(name for spec in specs for name in _names(spec)))
-    sizes = dict.fromkeys(names, 1)  # divides everything
+    sizes = dict.fromkeys(names, 1)  # 1 divides every axis
     for x in hints:
         sharding = getattr(x, "sharding", x)
         sizes.update(sharding.mesh.shape if isinstance(sharding, NamedSharding) else {})
@@ -335,22 +329,22 @@ def _explicit_mesh(specs: list[PartitionSpec], hints: list[Any]) -> AbstractMesh
 
 
 def shardings_of(params: Params) -> Any | None:
-    """The NamedShardings of params on a mesh of several devices; None where they are on one."""
+    """Return the NamedShardings of params; None unless they span several devices."""
     shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
     on_mesh = [s for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding)]
     return shardings if any(s.mesh.size > 1 for s in on_mesh) else None
 
 
 def _specs_like(params: Params, param_specs: Any) -> list[PartitionSpec]:
-    """One spec per leaf of params, checked."""
-    given = jax.tree.leaves(param_specs, is_leaf=_is_spec)
+    """Return one checked spec per leaf of params."""
+    leaf_specs = jax.tree.leaves(param_specs, is_leaf=_is_spec)
     table = _tree.by_path(params)
-    if len(given) != len(table):
+    if len(leaf_specs) != len(table):
         raise ValueError(
-            f"memopt.state_specs: `param_specs` has {len(given)} specs for {len(table)} parameters: "
+            f"memopt.state_specs: `param_specs` has {len(leaf_specs)} specs for {len(table)} parameters: "
             "give one for each"
         )
-    specs = [_as_spec(spec) for spec in given]
+    specs = [_as_spec(spec) for spec in leaf_specs]
     for (path, leaf), spec in zip(table.items(), specs, strict=True):
         if len(spec) > len(jax.numpy.shape(leaf)):
             raise ValueError(
@@ -371,12 +365,11 @@ def _as_spec(x: Any) -> PartitionSpec:
 
 
 def _names(spec: PartitionSpec) -> tuple[str, ...]:
-    parts = (
-        part if isinstance(part, tuple) else (part,)
-        for part in spec
-        if part is not None
-    )
-    return tuple(name for part in parts for name in part)
+    names: list[str] = []
+    for part in spec:
+        if part is not None:
+            names.extend(part if isinstance(part, tuple) else (part,))
+    return tuple(names)
 
 
 def _spec_of(x: Any) -> PartitionSpec:

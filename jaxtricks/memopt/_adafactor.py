@@ -1,9 +1,9 @@
-"""The arithmetic of Adafactor on one leaf: which axes are factored, moments, clipping, the step.
+"""Optimize with Adafactor: the arithmetic of one leaf, the schedules, the transforms.
 
-Every pass over a leaf costs its size in memory traffic, so there are four, and nothing
-of the leaf's size is written but the result: mean of g^2 over one side; over the other
-side, together with the weighted mean that gives RMS(u) without forming u; RMS(p); the
-step.
+Every pass over a leaf costs its size in memory traffic. There are four, and only the
+last writes an array of that size: the mean of g^2 over one side; the same over the
+other side, together with the weighted mean that gives RMS(u) without forming u; RMS(p);
+the step.
 """
 
 import functools
@@ -23,15 +23,15 @@ from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import _leaves, _momentum
 
-_MANY = 4096  # from here on XLA's CPU backend sums in one kernel
+_ONE_KERNEL_SUM = 4096  # from here on XLA's CPU backend sums in one kernel
 
 
 class Factored(NamedTuple):
     """Second moment of a factored leaf, V = v_in v_out / mean(v_in).
 
     Attributes:
-      v_in: mean of g^2 over the "out" axes, which are gone.
-      v_out: mean of g^2 over the "in" axes, which are gone.
+      v_in: mean of g^2 over the "out" axes, without these axes.
+      v_out: mean of g^2 over the "in" axes, without these axes.
     """
 
     v_in: Any
@@ -49,12 +49,12 @@ class Full(NamedTuple):
 
 
 def is_second_moment(x: Any) -> bool:
-    """Whether x is the second moment of one leaf."""
+    """Return whether x is the second moment of one leaf."""
     return isinstance(x, Factored | Full)
 
 
 class Config(NamedTuple):
-    """Arguments that do not depend on the step; hashable, so that equal leaves share one trace."""
+    """Static arguments; hashable, so that leaves of one shape share one trace."""
 
     factored: bool
     parameter_scale: bool
@@ -63,7 +63,7 @@ class Config(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which axes of a leaf are factored against which, and which number independent slices."""
+    """Axes of a leaf by purpose: factored (rows, columns), independent, all others."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """Arguments at one step, as arrays [] in the dtype of the leaf's state; None = off."""
+    """Arguments at one step, as arrays [] in the dtype of the state; None = off."""
 
     one_minus_beta2: Any
     clip: Any
@@ -85,7 +85,7 @@ class Hyper(NamedTuple):
 
 
 class _Direction(NamedTuple):
-    """u = g times size times the factors, all of which broadcast; means over slices, None if unasked."""
+    """u = g * size * factors, which all broadcast, and means over slices or None."""
 
     size: Array | None
     factors: tuple[Array, ...]
@@ -94,40 +94,39 @@ class _Direction(NamedTuple):
 
 
 def layout(shape: tuple[int, ...], roles: Roles | None) -> Layout:
-    """Axes of a leaf by role, or by the rule of Mesh TensorFlow: the two largest, ties to the earlier."""
+    """Sort the axes of a leaf by role, or by the rule of Mesh TensorFlow.
+
+    That rule factors the two largest axes; ties go to the earlier axis.
+    """
     rank = len(shape)
     if roles is None:
         order = sorted(range(rank), key=lambda i: -shape[i])
         pair = tuple((i,) for i in order[:2]) if rank >= 2 else ((), ())
         return Layout(pair[1], pair[0], (), tuple(range(rank)))
-    rows, columns = roles_lib.positions(roles, "in"), roles_lib.positions(roles, "out")
     batch = roles_lib.positions(roles, "batch")
-    return Layout(rows, columns, batch, tuple(i for i in range(rank) if i not in batch))
+    return Layout(
+        rows=roles_lib.positions(roles, "in"),
+        columns=roles_lib.positions(roles, "out"),
+        batch=batch,
+        others=tuple(i for i in range(rank) if i not in batch),
+    )
 
 
 def zeros(
     leaf: Any, leaf_layout: Layout, factored: bool, min_dim: int
 ) -> Factored | Full:
-    """Second moment of a leaf before the first update, placed as the leaf is."""
+    """Create the second moment of a leaf, sharded as the leaf is."""
     shape = tuple(leaf.shape)
-    sides = [
-        math.prod(shape[i] for i in side)
-        for side in (leaf_layout.rows, leaf_layout.columns)
-    ]
-    if not (
-        factored
-        and leaf_layout.rows
-        and leaf_layout.columns
-        and 0 not in shape
-        and min(sides) >= min_dim
-    ):
-        return Full(_leaves.zeros(leaf))
-    return Factored(
-        *(
-            _leaves.zeros(leaf, without=side)
-            for side in (leaf_layout.columns, leaf_layout.rows)
-        )
+    rows, columns = leaf_layout.rows, leaf_layout.columns
+    smaller_side = min(
+        math.prod(shape[i] for i in rows), math.prod(shape[i] for i in columns)
     )
+    has_sides = rows and columns and 0 not in shape
+    if not (factored and has_sides and smaller_side >= min_dim):
+        return Full(_leaves.zeros(leaf))
+    v_in = _leaves.zeros(leaf, without=columns)
+    v_out = _leaves.zeros(leaf, without=rows)
+    return Factored(v_in, v_out)
 
 
 @functools.partial(jax.jit, static_argnames=("leaf_layout", "config"))
@@ -142,12 +141,15 @@ def step(
     leaf_layout: Layout,
     config: Config,
 ) -> Any:
-    """(update, v, m) of one leaf; without `rate` the update is the scaled gradient, not negated."""
-    dtype, result = v[0].dtype, _leaves.update_dtype(g, p)
+    """Return (update, v, m) of one leaf.
+
+    Without `rate` the update is the scaled gradient, not negated.
+    """
+    dtype = v[0].dtype
+    result = _leaves.update_dtype(g, p)
     moments = _factored if isinstance(v, Factored) else _full
     v, direction = moments(g, p, v, hyper, leaf_layout, config)
-    # Numbers are multiplied with numbers, the product with the smallest factor, and
-    # only that with the leaf.
+    # Multiply small operands first: numbers, then the smaller factor, then the leaf.
     scale = _scale(direction, hyper, config)
     small, *factors = direction.factors
     u = functools.reduce(jnp.multiply, [small * scale, *factors], g.astype(dtype))
@@ -169,14 +171,14 @@ def _full(
     square = jnp.square(g.astype(v.v.dtype))
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
     slices = _slices(hyper, leaf_layout, config)
-    ratio, weights = square / new, jnp.square(p.astype(new.dtype))
+    ratio = square / new
     if slices is not None and config.parameter_scale and slices == leaf_layout.others:
-        means = _means(ratio, weights, slices)
+        # Both means are over the same axes: one reduction computes them.
+        means = _means(ratio, jnp.square(p.astype(new.dtype)), slices)
     else:
-        means = (
-            _optional_mean(ratio, slices),
-            _parameter_square(p, new.dtype, leaf_layout, config),
-        )
+        mean_square = _optional_mean(ratio, slices)
+        parameter_square = _parameter_square(p, new.dtype, leaf_layout, config)
+        means = (mean_square, parameter_square)
     return Full(new), _Direction(None, (jax.lax.rsqrt(new),), *means)
 
 
@@ -184,12 +186,10 @@ def _factored(
     g: Any, p: Any, v: Factored, hyper: Hyper, leaf_layout: Layout, config: Config
 ) -> tuple[Factored, _Direction]:
     dtype = v.v_in.dtype
-    sides = (
-        leaf_layout.columns,
-        leaf_layout.rows,
-    )  # what v_in and v_out are means over
-    # The side with the last axis comes second: two means at once are cheap where memory
-    # is contiguous.
+    # v_in and v_out are means over these axes.
+    sides = (leaf_layout.columns, leaf_layout.rows)
+    # The side with the last axis comes second, because two means at once are cheap
+    # where memory is contiguous.
     first = int(max(leaf_layout.rows) < max(leaf_layout.columns))
     second = 1 - first
     new = list(v)
@@ -202,30 +202,29 @@ def _factored(
     early = accumulate(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
     plain, weighted = _two_means(g, early, sides[second])
     late = accumulate(second, plain)
-    # mean(v_in) = mean(v_out), averages of the same mean of g^2: take the one that is
-    # at hand. It and what it multiplies vary with "batch" and "none" axes only.
+    # mean(v_in) = mean(v_out), averages of the same mean of g^2, so take the cheaper.
+    # It varies along "batch" and "none" axes alone, as does its cofactor.
     norm, square = _means(late, weighted / late, sides[first])
     mean_square = _optional_mean(norm * square, _slices(hyper, leaf_layout, config))
-    # V itself is never formed: the product of the two means may leave the range of the
-    # dtype.
-    factors = (jax.lax.rsqrt(late), jax.lax.rsqrt(early))
-    parameter_square = _parameter_square(p, dtype, leaf_layout, config)
-    return Factored(*new), _Direction(
-        jnp.sqrt(norm), factors, mean_square, parameter_square
+    # V is never formed: the product of the two means may leave the range of the dtype.
+    direction = _Direction(
+        size=jnp.sqrt(norm),
+        factors=(jax.lax.rsqrt(late), jax.lax.rsqrt(early)),
+        mean_square=mean_square,
+        parameter_square=_parameter_square(p, dtype, leaf_layout, config),
     )
+    return Factored(*new), direction
 
 
 def _slices(
     hyper: Hyper, leaf_layout: Layout, config: Config
 ) -> tuple[int, ...] | None:
-    """Axes over which RMS(u) is taken; None without clipping."""
+    """Return the axes over which RMS(u) is taken; None without clipping."""
     if hyper.clip is None:
         return None
-    return (
-        leaf_layout.others
-        if config.clip_per_slice
-        else tuple(sorted(leaf_layout.batch + leaf_layout.others))
-    )
+    if config.clip_per_slice:
+        return leaf_layout.others
+    return tuple(sorted(leaf_layout.batch + leaf_layout.others))
 
 
 def _parameter_square(
@@ -236,10 +235,10 @@ def _parameter_square(
 
 
 def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """(mean of g^2, mean of g^2 / v) over the axes, in one pass over g on every backend."""
+    """Compute (mean of g^2, mean of g^2 / v) over the axes, in one pass over g."""
     if _sharding.is_explicit(g, v):
-        # Where g and v are sharded differently, so are the results of the two forms;
-        # branches must agree.
+        # With explicit shardings the two forms may differ in that of their results,
+        # and the branches of platform_dependent must agree.
         return two_means_separate(g, v, axes)
     return jax.lax.platform_dependent(
         g,
@@ -252,17 +251,19 @@ def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]
 def two_means_separate(
     g: Array, v: Array, axes: tuple[int, ...]
 ) -> tuple[Array, Array]:
-    """The two means as they are written: the compilers for accelerators make one pass of them."""
+    """Compute the two means one by one; accelerators' compilers fuse them."""
     square = jnp.square(g.astype(v.dtype))
     return _mean(square, axes), _mean(square * (1 / v), axes)
 
 
 def two_means_stacked(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """One reduction with an axis more: XLA's CPU backend has none with two results."""
+    """Compute both means by one reduction with an additional axis.
+
+    XLA's CPU backend vectorizes no reduction with two results.
+    """
     share = 1 / _count(g, axes)
     weights = jnp.stack([jnp.full_like(v, share), share / v])
-    # Without the barrier g^2 would be shared with the other pass, and written to memory
-    # for that.
+    # Without the barrier g^2 would be shared with the other pass and written to memory.
     square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
     later = tuple(i + 1 for i in axes)
     means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
@@ -270,28 +271,29 @@ def two_means_stacked(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array,
 
 
 def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
-    """What multiplies u, per slice: its own size, RMS(p), the rate if it comes here, and clipping."""
-    factors = [] if direction.size is None else [direction.size]
+    """Compute the factor of u per slice: its size, RMS(p), the rate and clipping."""
+    factors = []
+    if direction.size is not None:
+        factors.append(direction.size)
     if direction.parameter_square is not None:
         size = jnp.maximum(jnp.sqrt(direction.parameter_square), hyper.eps_scale)
-        factors.append(
-            size if hyper.max_scale is None else jnp.minimum(size, hyper.max_scale)
-        )
+        if hyper.max_scale is not None:
+            size = jnp.minimum(size, hyper.max_scale)
+        factors.append(size)
     if hyper.rate is not None and not config.momentum_before_rate:
         factors.append(hyper.rate)
-    scale = (
-        functools.reduce(jnp.multiply, factors)
-        if factors
-        else jnp.ones_like(hyper.eps_square)
-    )
+    if factors:
+        scale = functools.reduce(jnp.multiply, factors)
+    else:
+        scale = jnp.ones_like(hyper.eps_square)
     if direction.mean_square is None:
         return scale
     return scale / jnp.maximum(jnp.sqrt(direction.mean_square) / hyper.clip, 1)
 
 
 def _lerp(old: Array, new: Array, weight: Any) -> Array:
-    # Not old + weight (new - old): at weight 1, before decay_offset, that loses what is
-    # much below old.
+    # old + weight (new - old) would lose digits at weight 1, before decay_offset, where
+    # new is much smaller than old.
     return (1 - weight) * old + weight * new
 
 
@@ -304,37 +306,34 @@ def _optional_mean(x: Array, axes: tuple[int, ...] | None) -> Array | None:
 
 
 def _means(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """The means of two arrays of one shape.
+    """Compute the means of two arrays of one shape.
 
-    Few numbers are summed in one reduction with two results: of each small sum alone
-    XLA's CPU backend makes three kernels, which is what the compile time of large trees
-    is spent on. Of shards it is made by gathering what every device has, so on a mesh
-    the sums are apart, which are all-reduced.
+    Small sums go into one reduction with two results: XLA's CPU backend compiles three
+    kernels for each small sum, which dominate the compile time of large trees. On a mesh
+    such a reduction would gather its operands, so there the sums are separate.
     """
     n = _count(a, axes)
-    if n >= _MANY or _sharding.on_mesh(a):
+    if n >= _ONE_KERNEL_SUM or _sharding.on_mesh(a):
         return _mean(a, axes), _mean(b, axes)
     zero = jnp.zeros([], a.dtype)
-    sums = jax.lax.reduce(
-        (a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes
-    )
-    return jnp.expand_dims(sums[0], axes) / n, jnp.expand_dims(sums[1], axes) / n
+    add_pairs = lambda x, y: (x[0] + y[0], x[1] + y[1])  # noqa: E731
+    first, second = jax.lax.reduce((a, b), (zero, zero), add_pairs, axes)
+    return jnp.expand_dims(first, axes) / n, jnp.expand_dims(second, axes) / n
 
 
 def _count(x: Array, axes: tuple[int, ...]) -> int:
-    # One for a leaf without elements: its mean is zero.
+    # At least one, so that a leaf without elements has mean zero.
     return max(1, math.prod(x.shape[i] for i in axes))
 
 
-# Adafactor's own schedules: the relative step and the decay of the second moment.
+# Schedules: the relative step and the decay of the second moment.
 
 
 def relative_step(count: Any, warmup_init: bool, dtype: Any) -> Array:
-    """min(1e-2, 1/sqrt(t)), or min(1e-6 t, 1/sqrt(t)); t = count + 1."""
+    """Compute min(1e-2, 1/sqrt(t)), or min(1e-6 t, 1/sqrt(t)); t = count + 1."""
     t = count.astype(dtype) + 1
-    return jnp.minimum(
-        1e-6 * t if warmup_init else jnp.asarray(1e-2, dtype), 1 / jnp.sqrt(t)
-    )
+    ceiling = 1e-6 * t if warmup_init else jnp.asarray(1e-2, dtype)
+    return jnp.minimum(ceiling, 1 / jnp.sqrt(t))
 
 
 def check_decay(
@@ -357,25 +356,25 @@ def one_minus_beta2(
     offset: ScalarOrSchedule,
     cap: ScalarOrSchedule,
 ) -> Array:
-    """1 - beta2_t, which keeps its digits where beta2_t is near 1.
+    """Compute 1 - beta2_t, exactly also where beta2_t is near 1.
 
-    "pow": t^-rate. "adam": 1 - rate (1 - rate^(t-1)) / (1 - rate^t) = (1 - rate) / (1 -
-    rate^t). t = max(count + 1 - offset, 1): before the offset, and on a fresh state,
-    beta2_t is 0.
+    "pow": t^-rate
+    "adam": 1 - rate (1 - rate^(t-1)) / (1 - rate^t) = (1 - rate) / (1 - rate^t)
+
+    with t = max(count + 1 - offset, 1), so beta2_t is 0 before the offset.
     """
     t = count + 1 - _leaves.value(offset, count, count.dtype)
     t = jnp.maximum(t, 1).astype(dtype)
     floor = _complement(cap, count, dtype)
     if decay == "pow":
         return jnp.maximum(t ** -_leaves.value(rate, count, dtype), floor)
-    # Not below one rounding error: the limit of the quotient at rate 1 is 1 / t, not 0
-    # / 0.
+    # At least one rounding error, so that rate 1 gives the limit 1 / t, not 0 / 0.
     complement = jnp.maximum(_complement(rate, count, dtype), jnp.finfo(dtype).eps)
     return jnp.maximum(complement / -jnp.expm1(t * jnp.log1p(-complement)), floor)
 
 
 def _complement(x: Any, count: Any, dtype: Any) -> Array:
-    # A Python number is subtracted in double precision, before rounding.
+    # Subtract a Python number in double precision, before it is rounded.
     x = x(count) if callable(x) else x
     return jnp.asarray(1 - x).astype(dtype)
 
@@ -383,13 +382,13 @@ def _complement(x: Any, count: Any, dtype: Any) -> Array:
 # Adafactor as GradientTransformations.
 
 
-# optax.inject_hyperparams turns every Python int into an array, and under jit into a
-# tracer, which cannot decide a shape; a NumPy integer it leaves alone.
+# optax.inject_hyperparams turns a Python int into an array, and under jit into a tracer,
+# which cannot decide a shape. It leaves a NumPy integer alone.
 _MIN_DIM = np.int64(128)
 
 
 class AdafactorState(NamedTuple):
-    """State of `adafactor` and `scale_by_adafactor`; nothing in it is a placeholder.
+    """State of `adafactor` and `scale_by_adafactor`, without placeholders.
 
     Attributes:
       count: updates so far, int32 [].
@@ -420,12 +419,13 @@ def scale_by_adafactor(
     roles: Any = None,
     clip_per_slice: bool = True,
 ) -> optax.GradientTransformation:
-    """The clipped update of Adafactor times the parameter scale; not negated, no learning rate.
+    """Compute Adafactor's clipped update times the parameter scale.
 
-    u = g / sqrt(V) / max(1, RMS(g / sqrt(V)) / clipping_threshold) * max(eps[1],
-    RMS(p))
+    u = g / sqrt(V)
+    u <- u / max(1, RMS(u) / clipping_threshold) * max(eps[1], RMS(p))
 
-    Args: as in `adafactor`.
+    The update is not negated and has no learning rate. The arguments are those of
+    `adafactor`.
 
     Returns:
       A GradientTransformation whose update needs `params`.
@@ -464,7 +464,7 @@ def scale_by_adafactor(
         return _init(name, params, roles, config, min_dim_size_to_factor)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
-        return _update(name, updates, state, params, roles, config, hyper, frozenset())
+        return _update(name, updates, state, params, roles, config, hyper, set())
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -492,12 +492,16 @@ def adafactor(
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformation:
-    """Adafactor with everything its implementations differ in as an argument.
+    """Optimize with Adafactor; its implementations differ in arguments here.
 
-    t = count + 1, beta2_t = min(1 - max(t - decay_offset, 1)^-decay_rate, decay_cap) R
-    = beta2_t R + (1 - beta2_t) mean_out(g^2 + eps[0]); C likewise with mean_in; V = R C
-    / mean(R) u = g / sqrt(V);  u = u / max(1, RMS(u) / clipping_threshold);  a = lr_t
-    max(eps[1], RMS(p)) m = beta1 m + (1 - beta1) a u;  p <- p - m - lr_t weight_decay p
+    t = count + 1
+    beta2_t = min(1 - max(t - decay_offset, 1)^-decay_rate, decay_cap)
+    R = beta2_t R + (1 - beta2_t) mean_out(g^2 + eps[0]), C likewise with mean_in
+    V = R C / mean(R)
+    u = g / sqrt(V)
+    u <- u / max(1, RMS(u) / clipping_threshold)
+    m = beta1 m + (1 - beta1) lr_t max(eps[1], RMS(p)) u
+    p <- p - m - lr_t weight_decay p
 
     Numbers may be arrays or schedules (step -> value). Strings, bools, `roles`,
     `weight_decay_mask` and `min_dim_size_to_factor` are static: under
@@ -528,9 +532,9 @@ def adafactor(
       clip_per_slice: RMS(u) per "batch" slice; False = over the whole leaf. RMS(p) is
         per slice.
       weight_decay: decoupled, times the learning rate, not times RMS(p).
-      weight_decay_mask: what decays: a tree of bools (or a prefix), a function params
-        -> tree, or a function (path, shape) -> bool such as `roles.is_kernel`. None =
-        everything.
+      weight_decay_mask: which parameters decay: a tree of bools (or a prefix), a
+        function params -> tree, or a function (path, shape) -> bool such as
+        `roles.is_kernel`. None = all.
 
     Returns:
       A GradientTransformation whose update needs `params`.
@@ -589,11 +593,12 @@ def adafactor(
             return state
         table = _leaves.checked("adafactor", params)
         m = [_momentum.zeros(x, momentum_dtype) for x in table.values()]
-        return state._replace(m=_leaves.arranged(m, params))
+        return state._replace(m=_leaves.tree_like(m, params))
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
-        off = _leaves.is_zero(weight_decay) or params is None
-        decayed = frozenset() if off else _leaves.decayed(weight_decay_mask, params)
+        decayed = set()
+        if params is not None and not _leaves.is_zero(weight_decay):
+            decayed = _leaves.decayed_paths(weight_decay_mask, params)
         return _update(
             "adafactor", updates, state, params, roles, config, hyper, decayed
         )
@@ -608,9 +613,8 @@ def _check(name: str, decay: Any, eps: Any, clip: Any, max_scale: Any) -> None:
             f"memopt.{name}: `eps` is a {type(eps).__name__}: give two numbers, (added to g^2, scale floor)"
         )
     tiny = float(np.finfo(np.float32).tiny)
-    _leaves.check_number(
-        name, "eps[0]", eps[0], tiny
-    )  # 0 / 0 for a row of zero gradients
+    # A smaller eps would give 0 / 0 for a row of zero gradients.
+    _leaves.check_number(name, "eps[0]", eps[0], tiny)
     _leaves.check_number(name, "eps[1]", eps[1], 0)
     _leaves.check_number(name, "clipping_threshold", clip, tiny)
     _leaves.check_number(name, "max_parameter_scale", max_scale, 0)
@@ -637,16 +641,12 @@ def _init(
             "static_args='min_dim_size_to_factor' to optax.inject_hyperparams"
         )
     leaf_roles = _leaves.roles_by_path(roles, params)
-    v = [
-        zeros(
-            leaf,
-            layout(tuple(leaf.shape), leaf_roles[path]),
-            config.factored,
-            int(min_dim),
-        )
-        for path, leaf in _leaves.checked(name, params).items()
-    ]
-    return AdafactorState(jnp.zeros([], jnp.int32), _leaves.arranged(v, params), None)
+    moments = []
+    for path, leaf in _leaves.checked(name, params).items():
+        leaf_layout = layout(tuple(leaf.shape), leaf_roles[path])
+        moments.append(zeros(leaf, leaf_layout, config.factored, int(min_dim)))
+    v = _leaves.tree_like(moments, params)
+    return AdafactorState(jnp.zeros([], jnp.int32), v, None)
 
 
 def _update(
@@ -657,7 +657,7 @@ def _update(
     roles: Any,
     config: Config,
     hyper: Callable[[Any, Any], Hyper],
-    decayed: frozenset[str] | set[str],
+    decayed: set[str],
 ) -> tuple[Any, AdafactorState]:
     if params is None:
         raise ValueError(
@@ -665,51 +665,55 @@ def _update(
         )
     weights = _leaves.checked(name, params)
     leaf_roles = _leaves.roles_by_path(roles, params)
-    at_step: dict[Any, Hyper] = {}
+    hyper_by_dtype: dict[Any, Hyper] = {}
     new_v = _leaves.nodes_by_path(state.v, is_second_moment)
     new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
-    seeds, out = _momentum.seeds(new_m, state.count), []
+    seeds = _momentum.seeds(new_m, state.count)
+    out = []
     for path, g in _leaves.checked(name, updates).items():
         v = _leaves.lookup(name, new_v, path, "the state")
         p = _leaves.lookup(name, weights, path, "`params`")
         dtype = v[0].dtype
-        if dtype not in at_step:
-            at_step[dtype] = hyper(state.count, dtype)
-        h = (
-            at_step[dtype]
-            if path in decayed
-            else at_step[dtype]._replace(weight_decay=None)
-        )
+        if dtype not in hyper_by_dtype:
+            hyper_by_dtype[dtype] = hyper(state.count, dtype)
+        h = hyper_by_dtype[dtype]
+        if path not in decayed:
+            h = h._replace(weight_decay=None)
         leaf_layout = layout(tuple(p.shape), leaf_roles[path])
         m = new_m.get(path)
         u, new_v[path], m = step(
             g, p, v, m, seeds.get(path), h, leaf_layout=leaf_layout, config=config
         )
         if m is not None:
-            new_m[path] = _momentum.kept(m, new_m[path])
+            new_m[path] = _momentum.sharded_like(m, new_m[path])
         out.append(u)
     new_state = AdafactorState(
         optax.safe_increment(state.count),
-        _leaves.replaced(state.v, is_second_moment, new_v),
-        _leaves.replaced(state.m, _momentum.is_int8, new_m),
+        _leaves.with_nodes(state.v, is_second_moment, new_v),
+        _leaves.with_nodes(state.m, _momentum.is_int8, new_m),
     )
     return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
 
 
-# Settings under which `adafactor` equals other implementations.
+# Settings that reproduce other implementations.
 
 
 def _last_two(path: str, shape: tuple[int, ...]) -> Roles:
-    """Transformers: the last two axes of everything of rank >= 2."""
+    """Factor the last two axes, as Transformers does."""
     rank = len(shape)
-    return ("none",) * (rank - 2) + ("in", "out") if rank >= 2 else ("none",) * rank
+    if rank < 2:
+        return ("none",) * rank
+    return ("none",) * (rank - 2) + ("in", "out")
 
 
 def _largest_late(path: str, shape: tuple[int, ...]) -> Roles:
-    """optax, hence Big Vision: the two largest axes, ties to the later."""
-    order = sorted(range(len(shape)), key=lambda i: shape[i])
-    names = dict(zip(order[-2:], ("in", "out"), strict=True)) if len(shape) >= 2 else {}
-    return tuple(names.get(i, "none") for i in range(len(shape)))
+    """Factor the two largest axes, ties to the later, as optax and Big Vision do."""
+    if len(shape) < 2:
+        return ("none",) * len(shape)
+    *_, second, largest = sorted(range(len(shape)), key=lambda i: shape[i])
+    roles = ["none"] * len(shape)
+    roles[second], roles[largest] = "in", "out"
+    return tuple(roles)
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -731,8 +735,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
-"""Keyword arguments of `adafactor`: "mesh" (Mesh TensorFlow), "t5x", "hf" (Transformers), "big_vision".
+"""Keyword arguments of `adafactor` for Mesh TensorFlow, t5x, Transformers, Big Vision.
 
-What they leave to you: the learning rate (t5x and Big Vision have no default), the axes of "mesh" and
-"t5x" where layers are stacked, and weight decay, which t5x and Big Vision do not multiply by the
-learning rate (divide theirs by it)."""
+They leave to you the learning rate (t5x and Big Vision have no default), the roles of
+"mesh" and "t5x" where layers are stacked, and weight decay (t5x and Big Vision do not
+multiply it by the learning rate, so divide theirs by it)."""

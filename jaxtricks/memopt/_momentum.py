@@ -1,4 +1,4 @@
-"""The moving average of the step: in a floating dtype, or in int8 with a scale for every 128 entries."""
+"""Store moving averages in a floating dtype, or in int8 with a scale per 128 entries."""
 
 import functools
 import math
@@ -31,44 +31,44 @@ class Int8(NamedTuple):
 
 
 def checked_dtype(name: str, dtype: Any) -> Any:
-    """The dtype that an argument `momentum_dtype` names, int8 included; None stays None."""
+    """Return the dtype that `momentum_dtype` names, or None; int8 is allowed."""
     if dtype is None:
         return None
     try:
-        found = jnp.dtype(dtype)
+        parsed = jnp.dtype(dtype)
     except (TypeError, ValueError):
-        found = None
-    if found is None or not (jnp.issubdtype(found, jnp.floating) or found == jnp.int8):
-        given = (
-            repr(dtype)
-            if isinstance(dtype, str)
-            else found or f"a {type(dtype).__name__}"
-        )
-        raise ValueError(
-            f"memopt.{name}: `momentum_dtype` is {given}: give 'float32', 'bfloat16', 'int8' or None"
-        )
-    return found
+        parsed = None
+    if parsed is not None and (
+        jnp.issubdtype(parsed, jnp.floating) or parsed == jnp.int8
+    ):
+        return parsed
+    description = parsed or f"a {type(dtype).__name__}"
+    if isinstance(dtype, str):
+        description = repr(dtype)
+    raise ValueError(
+        f"memopt.{name}: `momentum_dtype` is {description}: give 'float32', 'bfloat16', 'int8' or None"
+    )
 
 
 def zeros(leaf: Any, dtype: Any) -> Array | Int8:
-    """An empty average for one leaf, placed as the leaf is; None = float32 or better."""
+    """Create a zero average, sharded as the leaf; dtype None = float32 or better."""
     if dtype != jnp.int8:
         return _leaves.zeros(leaf, dtype=dtype)
     if _leaves.on_one_device(leaf):
         *leading, width = _merged(leaf.shape)
         scale = jnp.zeros((*leading, math.ceil(width / BLOCK)), jnp.float32)
     else:
-        scale = _no_scale(leaf)
+        scale = _zero_scale(leaf)
     return Int8(_leaves.zeros(leaf, dtype=jnp.int8), scale)
 
 
 def is_int8(x: Any) -> bool:
-    """Whether x is the average of one leaf, in int8."""
+    """Return whether x is the int8 average of one leaf."""
     return isinstance(x, Int8)
 
 
 def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
-    """{path: seed} for the averages that are rounded at random; the same at the same (step, path)."""
+    """Return {path: seed} of the int8 averages, a function of (step, path)."""
     paths = [path for path, x in table.items() if is_int8(x)]
     if not paths:
         return {}
@@ -77,36 +77,35 @@ def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
 
 
 def read(m: Any, dtype: Any) -> Array:
-    """The average as an array of the dtype."""
+    """Decode an average to an array of the dtype."""
     if not isinstance(m, Int8):
         return m.astype(dtype)
 
     def decode(values: Array, scale: Array) -> Array:
-        return _join(
-            _split(values.astype(dtype)) * scale.astype(dtype)[..., None], values.shape
-        )
+        blocks = _split(values.astype(dtype)) * scale.astype(dtype)[..., None]
+        return _join(blocks, values.shape)
 
     return _regrouped(decode, lambda whole, scale: whole, *m)
 
 
 def write(x: Array, like: Any, seed: Any) -> Any:
-    """x in the form of `like`; int8 is rounded up with the probability of the remainder (unbiased)."""
+    """Encode x in the form of `like`; int8 rounds at random, without bias."""
     if not isinstance(like, Int8):
         return x.astype(like.dtype)
     return Int8(*_regrouped(_encode, lambda whole, scale: (whole, scale), x, seed))
 
 
-def kept(new: Any, old: Any) -> Any:
-    """`new` in the shards where `old` is: left alone, the compiler may find another place for a scale.
+def sharded_like(new: Any, old: Any) -> Any:
+    """Return `new` sharded as `old`; else the compiler may reshard the scales.
 
-    Called outside of the jitted step, which leaves of one shape share wherever they
-    lie.
+    It is called outside the jitted step, because leaves of one shape share that step
+    wherever they lie.
     """
     if not isinstance(new, Int8):
         return new
     if isinstance(new.values, jax.core.Tracer):
         return jax.tree.map(_sharding.placed_like, new, old)
-    if not all(isinstance(x, jax.Array) for x in old):  # from a checkpoint, say
+    if not all(isinstance(x, jax.Array) for x in old):  # NumPy, from a checkpoint
         return new
     return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
 
@@ -116,13 +115,14 @@ def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
     scale = jnp.max(jnp.abs(blocks), axis=-1) / _LARGEST
     steps = blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
     lower = jnp.floor(steps)
+    # Up with the probability of the remainder: the expectation is x.
     up = _split(_random_bits.uniform(seed, x.shape)).astype(x.dtype) < steps - lower
     rounded = jnp.clip(lower + up.astype(x.dtype), -_LARGEST, _LARGEST)
     return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, inline=True)
-def _no_scale(leaf: Any) -> Array:
+def _zero_scale(leaf: Any) -> Array:
     zeros = _sharding.zeros_like(leaf, jnp.float32)
     return _regrouped(
         lambda x: jnp.sum(_split(x), axis=-1), lambda whole, scale: scale, zeros
@@ -130,7 +130,7 @@ def _no_scale(leaf: Any) -> Array:
 
 
 def _merged(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with its last axes merged into one, as many as a block needs to be full."""
+    """Return the shape with as many last axes merged as it takes to fill a block."""
     cut = max(0, len(shape) - 1)
     while cut and math.prod(shape[cut:]) < BLOCK:
         cut -= 1
@@ -153,18 +153,17 @@ def _join(blocks: Array, shape: tuple[int, ...]) -> Array:
 def _regrouped(
     fn: Callable[..., Any], out: Callable[..., Any], x: Array, *rest: Array
 ) -> Any:
-    """fn(x, *rest), which reshapes; out(sharding of x, that of its scales) says how the results lie.
+    """Run fn(x, *rest), which reshapes x into blocks, on any kind of mesh.
 
-    On a mesh of Explicit axes a reshape asks how its result lies, so fn runs with them
-    Auto.
+    A reshape on Explicit axes needs the sharding of its result, so fn runs with Auto
+    axes, and out(sharding of x, sharding of its scales) gives that of the results.
     """
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return fn(x, *rest)
     *leading, width = _merged(x.shape)
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    # Of axes that are merged the first may stay split, if every part of it holds whole
-    # blocks.
+    # The first of the merged axes may stay sharded if every shard holds whole blocks.
     last = spec[len(leading)] if x.ndim else None
     last = None if width % (BLOCK * _shards(sharding.mesh, last)) else last
     scale = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(leading)], last))

@@ -1,4 +1,4 @@
-"""SM3: second moments as one accumulator per axis."""
+"""Optimize with SM3, whose second moment is one accumulator per axis."""
 
 import functools
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 from jaxtricks.memopt import _leaves, _momentum
 
-# A NumPy number, because optax.inject_hyperparams makes arrays of Python floats, and an
-# array may become nonzero later: its buffer could not be left out.
+# optax.inject_hyperparams turns Python floats into arrays, which may become nonzero and
+# would need a buffer. It leaves a NumPy number alone.
 _NO_MOMENTUM = np.float32(0)
 
 
@@ -44,12 +44,14 @@ def scale_by_sm3(
     roles: Any = None,
     eps: ScalarOrSchedule = 1e-30,
 ) -> optax.GradientTransformation:
-    """The update of SM3-II; not negated, no learning rate.
+    """Compute the update of SM3-II, not negated and without learning rate.
 
-    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu +
-    eps) m = momentum m + (1 - momentum) s
+    nu = min_r mu_r + g^2
+    mu_r = max over all other axes of nu
+    s = g / sqrt(nu + eps)
+    m = momentum m + (1 - momentum) s
 
-    Args: as in `sm3`.
+    The arguments are those of `sm3`.
 
     Returns:
       A GradientTransformation; its update does not need `params`.
@@ -80,10 +82,13 @@ def sm3(
     roles: Any = None,
     eps: ScalarOrSchedule = 1e-30,
 ) -> optax.GradientTransformation:
-    """SM3-II: Adagrad whose accumulators cover the rows and columns of a leaf.
+    """Optimize with SM3-II: Adagrad whose accumulators cover rows and columns.
 
-    nu = min_r mu_r + g^2;  mu_r = max over all other axes of nu;  s = g / sqrt(nu +
-    eps) m = momentum m + (1 - momentum) s;  p <- p - learning_rate m;  0 / sqrt(0) is 0
+    nu = min_r mu_r + g^2
+    mu_r = max over all other axes of nu
+    s = g / sqrt(nu + eps), with 0 / sqrt(0) = 0
+    m = momentum m + (1 - momentum) s
+    p <- p - learning_rate m
 
     Numbers may be arrays or schedules (step -> value); `momentum_dtype` and `roles` are
     static.
@@ -131,13 +136,15 @@ def _transform(
     def init_fn(params: Params) -> Any:
         weights = _leaves.checked(name, params)
         leaf_roles = _leaves.roles_by_path(roles, params)
-        v = [_zeros(x, _axes(x.shape, leaf_roles[path])) for path, x in weights.items()]
+        accumulators = [
+            _zeros(x, _axes(x.shape, leaf_roles[path])) for path, x in weights.items()
+        ]
+        v = _leaves.tree_like(accumulators, params)
         m = None
         if not _leaves.is_zero(momentum):
-            m = _leaves.arranged(
-                [_momentum.zeros(x, momentum_dtype) for x in weights.values()], params
-            )
-        return Sm3State(jnp.zeros([], jnp.int32), _leaves.arranged(v, params), m)
+            averages = [_momentum.zeros(x, momentum_dtype) for x in weights.values()]
+            m = _leaves.tree_like(averages, params)
+        return Sm3State(jnp.zeros([], jnp.int32), v, m)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
         tree = updates if params is None else params
@@ -145,7 +152,8 @@ def _transform(
         leaf_roles = _leaves.roles_by_path(roles, tree)
         new_v = _leaves.nodes_by_path(state.v, _is_accumulators)
         new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
-        seeds, out = _momentum.seeds(new_m, state.count), []
+        seeds = _momentum.seeds(new_m, state.count)
+        out = []
         for path, g in _leaves.checked(name, updates).items():
             v = _leaves.lookup(name, new_v, path, "the state")
             p = _leaves.lookup(name, weights, path, "`params`")
@@ -154,16 +162,15 @@ def _transform(
                 _leaves.optional(x, state.count, v[0].dtype)
                 for x in (rate, momentum, eps)
             ]
-            u, new_v[path], m = _step(
-                g, v, m, seeds.get(path), *hyper, axes=_axes(g.shape, leaf_roles[path])
-            )
+            axes = _axes(g.shape, leaf_roles[path])
+            u, new_v[path], m = _step(g, v, m, seeds.get(path), *hyper, axes=axes)
             if m is not None:
-                new_m[path] = _momentum.kept(m, new_m[path])
+                new_m[path] = _momentum.sharded_like(m, new_m[path])
             out.append(u.astype(_leaves.update_dtype(g, p)))
         new_state = Sm3State(
             optax.safe_increment(state.count),
-            _leaves.replaced(state.v, _is_accumulators, new_v),
-            _leaves.replaced(state.m, _momentum.is_int8, new_m),
+            _leaves.with_nodes(state.v, _is_accumulators, new_v),
+            _leaves.with_nodes(state.m, _momentum.is_int8, new_m),
         )
         return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
 
@@ -171,41 +178,43 @@ def _transform(
 
 
 def _is_accumulators(x: Any) -> bool:
-    """Whether x is the tuple of one leaf: a tuple that parameters are in holds such tuples."""
+    """Return whether x is the tuple of one leaf, not a tuple in the parameters' tree."""
     return isinstance(x, tuple) and bool(x) and jax.tree_util.all_leaves(x)
 
 
 def _axes(shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...] | None:
-    """Axes that have an accumulator each; None = the leaf keeps a whole one."""
+    """Return the axes that have an accumulator each; None = one for the whole leaf."""
     batch = () if roles is None else roles_lib.positions(roles, "batch")
-    own = tuple(i for i in range(len(shape)) if i not in batch)
-    return None if len(own) <= 1 or 0 in shape else own
+    sliced_axes = tuple(i for i in range(len(shape)) if i not in batch)
+    return None if len(sliced_axes) <= 1 or 0 in shape else sliced_axes
 
 
-def _others(axis: int, own: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(i for i in own if i != axis)
+def _others(axis: int, sliced_axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i for i in sliced_axes if i != axis)
 
 
-def _zeros(leaf: Any, own: tuple[int, ...] | None) -> tuple[Array, ...]:
-    if own is None:
+def _zeros(leaf: Any, sliced_axes: tuple[int, ...] | None) -> tuple[Array, ...]:
+    if sliced_axes is None:
         return (_leaves.zeros(leaf),)
-    return tuple(_leaves.zeros(leaf, without=_others(axis, own)) for axis in own)
+    return tuple(
+        _leaves.zeros(leaf, without=_others(axis, sliced_axes)) for axis in sliced_axes
+    )
 
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _step(
     g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, axes: Any
 ) -> Any:
-    """(update, v, m) of one leaf in the dtype of its state."""
+    """Return (update, v, m) of one leaf in the dtype of its state."""
     maxima = []
-    for axis in (
-        axes or ()
-    ):  # each maximum and the update read g; none of them writes nu
+    # Each maximum and the update read g; none of them writes nu to memory.
+    for axis in axes or ():
         maxima.append(jnp.max(_bound(g, v, axes), axis=_others(axis, axes)))
-        g, *v = _leaves.reread(g, *v)
-    nu, g = _bound(g, v, axes), g.astype(v[0].dtype)
+        g, *v = _leaves.opaque_copies(g, *v)
+    nu = _bound(g, v, axes)
+    g = g.astype(v[0].dtype)
     v = tuple(maxima) or (nu,)
-    # Nothing seen yet and eps lost to a small dtype: the step is 0, not 0 / 0.
+    # With no gradient so far and eps lost to a small dtype, the step is 0, not 0 / 0.
     total = nu + eps
     u = g * jnp.where(total == 0, 0, jax.lax.rsqrt(total))
     if m is not None:
@@ -215,7 +224,7 @@ def _step(
 
 
 def _bound(g: Array, v: Sequence[Array], axes: tuple[int, ...] | None) -> Array:
-    """nu: the smallest of the accumulators that cover an entry, plus g^2."""
+    """Compute nu: the smallest accumulator that covers an entry, plus g^2."""
     square = jnp.square(g.astype(v[0].dtype))
     if axes is None:
         return v[0] + square

@@ -1,4 +1,4 @@
-"""Updates of low-precision parameters that are not lost to rounding."""
+"""Round updates of low-precision parameters at random, so that none is lost."""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ class StochasticRoundState(NamedTuple):
     """State of `stochastic_round`.
 
     Attributes:
-      count: updates so far, int32 []; with the seed and the path it decides every
-        rounding.
+      count: updates so far, int32 []; every rounding is a function of it, the seed and
+        the path.
     """
 
     count: Any
@@ -25,22 +25,20 @@ class StochasticRoundState(NamedTuple):
 
 @checked
 def stochastic_round(seed: Any) -> optax.GradientTransformation:
-    """Round parameters below float32 up or down at random, without bias; the last link of a chain.
+    """Round parameters below float32 at random, without bias; last in a chain.
 
-    update <- SR(p + u) - p in float32, where SR rounds to one of the two neighbours of
-    p + u in the dtype of p, to the upper one with probability (p + u - lower) / (upper
-    - lower)
+    update <- SR(p + u) - p in float32, where SR rounds to a neighbour of p + u in the
+    dtype of p: to the upper one with probability (p + u - lower) / (upper - lower).
 
-    A bfloat16 weight keeps 8 bits: to the nearest, a step below 1/512 of the weight is
-    no step at all. Rounded at random it arrives on average. `optax.apply_updates` and
+    A bfloat16 weight has 8 bits: rounding to the nearest loses a step below 1/512 of
+    the weight, while random rounding takes it on average. `optax.apply_updates` and
     `nnx.Optimizer`, which add the update and cast, land exactly on the rounded value.
     Leaves of float32 and float64 pass unchanged.
 
     The bits are a hash of seed, step, path and place: they do not depend on how a leaf
-    is sharded, and cost no memory. Under `jax.vmap` over members of an ensemble one
-    seed means the same bits for all of
-    them: make the transformation inside, `stochastic_round(key)`, and map over the keys
-      too.
+    is sharded, and cost no memory. Under `jax.vmap` over an ensemble one seed means the
+    same bits for all members: build the transformation inside, `stochastic_round(key)`,
+    and map over the keys too.
 
     Args:
       seed: an int, or a key of `jax.random.key`.
@@ -49,7 +47,7 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
       A GradientTransformation whose update needs `params`.
 
     Raises:
-      ValueError: a seed that is none; in `update`, no `params`.
+      ValueError: a seed that is neither; in `update`, no `params`.
 
     Example:
       >>> tx = optax.chain(optax.sgd(1.0), stochastic_round(0))
@@ -90,7 +88,7 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
 
 @checked
 def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Params:
-    """params + updates in the dtypes of params, rounded at random where a key is given.
+    """Return params + updates in the dtypes of params, rounded at random with a key.
 
     Args:
       params: pytree of arrays.
@@ -117,10 +115,10 @@ def _key(seed: Any) -> Key:
 
 
 def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
-    """The updates that land on rounded values, in float32."""
+    """Return float32 updates that land on rounded values."""
     weights = _tree.by_path(params)
 
-    def one(path: str, u: Any) -> Any:
+    def round_leaf(path: str, u: Any) -> Any:
         p = _leaves.lookup("stochastic_round", weights, path, "`params`")
         if not _dtypes.is_floating(p) or p.dtype.itemsize > 2:
             return u
@@ -128,14 +126,14 @@ def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
         chance = _random_bits.uniform(_random_bits.of_leaf(at_step, path), p.shape)
         return to_neighbour(wide + u.astype(jnp.float32), p.dtype, chance) - wide
 
-    return _tree.map_with_path(one, updates)
+    return _tree.map_with_path(round_leaf, updates)
 
 
 def to_neighbour(x: Array, dtype: Any, chance: Array) -> Array:
-    """x (float32), rounded up to a value of the dtype where `chance` is below the remainder, else down.
+    """Round x (float32) up where `chance` is below the remainder, else down.
 
-    `chance` is uniform over the multiples of 2^-16 in [0, 1). What lies between two
-    bfloat16 numbers has exactly 16 bits, so there the probability is exact.
+    `chance` is uniform over the multiples of 2^-16 in [0, 1). Between two bfloat16
+    numbers there are exactly 16 bits, so the probability is exact for bfloat16.
     """
     info = jnp.finfo(dtype)
     _, exponent = jnp.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
@@ -144,7 +142,6 @@ def to_neighbour(x: Array, dtype: Any, chance: Array) -> Array:
     lower = jnp.floor(steps)
     up = chance < steps - lower
     rounded = jnp.ldexp(lower + up.astype(jnp.float32), spacing)
-    inside = jnp.abs(x) <= float(
-        info.max
-    )  # false for NaN too: beyond the range, to the nearest
+    # Beyond the range, and for NaN, round to the nearest.
+    inside = jnp.abs(x) <= float(info.max)
     return jnp.where(inside, rounded, x.astype(dtype).astype(jnp.float32))
