@@ -228,7 +228,7 @@ def test_what_is_no_rule_is_named_and_never_printed(make):
     for wrong in (model, nn.Dense(3)):
         with pytest.raises(ValueError, match=r"is a model: pass its roles, jt\.nnx\.roles"):
             make(wrong).init(params)
-    with pytest.raises(ValueError, match=r"describe\(params, rule\)"):
+    with pytest.raises(ValueError, match=r"describe\(params, roles\)"):
         roles_lib.describe(roles_lib.infer, params)
 
 

@@ -123,14 +123,14 @@ def test_class_mean_is_its_equation_and_gives_tde_its_direction(x64):
     steps = [(x, np.minimum(y, t)) for t, (x, y) in enumerate(STEPS)]  # a new class each step
     pair = longtail.class_mean(4, 4, momentum=0.7)
     state, w = pair.init(), RNG.normal(size=(4, 3))
-    assert not np.any(state.means) and not np.any(state.mean) and not np.any(state.seen)
+    assert not np.any(state.means) and not np.any(state.mean) and not np.any(state.present)
     for t, ((x, y), (means, total)) in enumerate(
         zip(steps, reference.class_means(steps, 4, 0.7), strict=True)
     ):
         got, state = pair.update(state, x, y)
         close(got, means, 1e-13)
         close(state.means, means, 1e-13)
-        assert np.asarray(state.seen).tolist() == [c <= t for c in range(4)]
+        assert np.asarray(state.present).tolist() == [c <= t for c in range(4)]
         close(heads.tde(x, w, state.mean), heads.tde(x, w, total), 1e-12)
 
 

@@ -1,4 +1,4 @@
-"""How many examples each class has, and what follows from it alone."""
+"""Count the examples of each class, and read labels, masks and class vectors."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ def class_counts(
     *,
     names: Sequence[str] | None = None,
 ) -> Integer[Array, "C"]:
-    """Number of examples of each class: n_c = #{i : labels_i = c}.
+    """Count the examples of each class: n_c = #{i : labels_i = c}.
 
     Counting by label value is what keeps the prior in the order of the logits; a
     directory listing sorts class "10" before class "2". Pass the class names to have
@@ -88,12 +88,12 @@ def _counted(labels: Array, *, num_classes: int) -> Array:
 
 
 def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
-    """Labels as indices into the names, which are checked."""
+    """Return labels as indices into the names, which are checked."""
     names = [str(name) for name in names]
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise ValueError(
             f"longtail.class_counts: `names` are {len(names)}, {len(set(names))} of them different, for "
-            f"{num_classes} classes: give each class its own"
+            f"{num_classes} classes: give every class a number"
         )
     if not isinstance(labels, jnp.ndarray) and np.asarray(labels).dtype.kind in "USO":
         index = {name: c for c, name in enumerate(names)}
@@ -114,7 +114,7 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
 
 
 def _in_order(names: list[str]) -> list[str]:
-    """Numbered names by number; all others as they are, for their order is the user's choice."""
+    """Order numbered names by number; leave others in the user's order."""
     parts = [re.split(r"(\d+)", name) for name in names]
     # "class_7": what stands around the number is the same in all of them.
     numbered = all(len(p) == 3 and p[::2] == parts[0][::2] for p in parts)
@@ -126,7 +126,10 @@ def _in_order(names: list[str]) -> list[str]:
 
 
 def as_vector(name: str, values: object) -> Array:
-    """Any [C] sequence or array: one-dimensional, and nothing negative or NaN where that can be seen."""
+    """Check a [C] sequence or array: one-dimensional, nothing negative or NaN.
+
+    Values inside jit are not checked.
+    """
     vector = jnp.asarray(values)
     if vector.ndim != 1:
         raise ValueError(
@@ -143,7 +146,7 @@ def as_vector(name: str, values: object) -> Array:
 
 
 def known(values: Any) -> np.ndarray | None:
-    """The values on the host, or None inside jit and where other hosts hold a part of them."""
+    """Return the values on the host, or None inside jit and for global arrays."""
     if isinstance(values, jax.core.Tracer):
         return None
     if isinstance(values, jax.Array) and not values.is_fully_addressable:
@@ -152,7 +155,7 @@ def known(values: Any) -> np.ndarray | None:
 
 
 def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
-    """Raise for a label that is no class and not masked, where that can be seen: not inside jit.
+    """Raise for a label that is neither a class nor masked; inside jit nothing is checked.
 
     Raises:
       ValueError: there is one.
@@ -169,7 +172,7 @@ def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
 
 
 def class_indices(labels: Any) -> Array:
-    """Integer labels as int32, which holds every class number; -1 where int32 cannot hold the label.
+    """Return labels as int32; -1 where int32 cannot hold the label.
 
     Of a narrower dtype the number of classes may be out of range: uint8 labels of 256
       classes.
@@ -183,7 +186,7 @@ def class_indices(labels: Any) -> Array:
 
 
 def as_mask(where: Any, batch: tuple[int, ...]) -> Array:
-    """Which examples count, as booleans; of integers those that are not 0.
+    """Return which examples count, as booleans; of integers those that are not 0.
 
     Raises:
       ValueError: there is not one per example: broadcast, it would change the loss.
@@ -192,7 +195,7 @@ def as_mask(where: Any, batch: tuple[int, ...]) -> Array:
 
 
 def same_shape(name: str, values: Any, shape: tuple[int, ...]) -> Array:
-    """The values as an array, which must have this shape.
+    """Return the values as an array; raise unless they have this shape.
 
     Raises:
       ValueError: it has another one.
@@ -207,7 +210,7 @@ def same_shape(name: str, values: Any, shape: tuple[int, ...]) -> Array:
 
 
 def are_classes(labels: Any, num_classes: int) -> Array:
-    """[...] bool, integer labels in [0, C); [] True for probabilities."""
+    """Return which integer labels are in [0, C), bool [...]; [] True for probabilities."""
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return jnp.ones((), bool)
@@ -216,7 +219,7 @@ def are_classes(labels: Any, num_classes: int) -> Array:
 
 
 def floating(values: Array) -> Array:
-    """float32, or float64 where the values have it already.
+    """Convert to float32, or keep float64.
 
     Raises:
       ValueError: the values are not real numbers.
@@ -228,27 +231,27 @@ def floating(values: Array) -> Array:
     return values.astype(values.dtype if values.dtype == jnp.float64 else jnp.float32)
 
 
-def seen(counts: Real[Array, "C"]) -> Bool[Array, "C"]:
-    """Classes that have examples."""
+def has_examples(counts: Real[Array, "C"]) -> Bool[Array, "C"]:
+    """Return which classes have examples."""
     return counts > 0
 
 
 def log_prior(counts: Real[Array, "C"]) -> Float[Array, "C"]:
-    """log(n_c / sum n), and UNSEEN_LOG_PRIOR for a class without examples."""
+    """Compute log(n_c / sum n), and UNSEEN_LOG_PRIOR for a class without examples."""
     counts = floating(counts)
-    positive = jnp.where(seen(counts), counts, 1)
+    positive = jnp.where(has_examples(counts), counts, 1)
     log_share = jnp.log(positive) - jnp.log(
-        jnp.maximum(jnp.sum(jnp.where(seen(counts), counts, 0)), 1)
+        jnp.maximum(jnp.sum(jnp.where(has_examples(counts), counts, 0)), 1)
     )
-    return jnp.where(seen(counts), log_share, UNSEEN_LOG_PRIOR)
+    return jnp.where(has_examples(counts), log_share, UNSEEN_LOG_PRIOR)
 
 
 def at_least_rarest(counts: Real[Array, "C"]) -> Float[Array, "C"]:
-    """The counts, where a class without examples is treated like the rarest class that has some."""
+    """Give classes without examples the count of the rarest class that has some."""
     counts = floating(counts)
-    rarest = jnp.min(jnp.where(seen(counts), counts, jnp.inf))
+    rarest = jnp.min(jnp.where(has_examples(counts), counts, jnp.inf))
     rarest = jnp.where(jnp.isfinite(rarest), rarest, 1)
-    return jnp.where(seen(counts), counts, rarest)
+    return jnp.where(has_examples(counts), counts, rarest)
 
 
 # From per-example losses to one number, with the denominator said out loud.

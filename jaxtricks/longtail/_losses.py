@@ -1,4 +1,4 @@
-"""The losses of the literature, each one line of the algebra."""
+"""Build the losses of the literature: presets of `softmax_loss`, and others."""
 
 from typing import Any, Literal
 
@@ -23,8 +23,8 @@ from jaxtricks.longtail._counts import (
 )
 from jaxtricks.longtail._softmax import (
     SoftmaxLoss,
-    _are_hard,
     add_log_prior,
+    are_hard,
     expected,
     gaps,
     is_label,
@@ -40,7 +40,9 @@ from jaxtricks.longtail.heads import check_normed
 
 @checked
 def cross_entropy() -> SoftmaxLoss:
-    """Plain softmax cross entropy: -log softmax(z)_y.
+    """Build plain softmax cross entropy.
+
+    -log softmax(z)_y
 
     Returns:
       loss(logits [..., C], labels [...] or [..., C], where=None) -> per-example [...].
@@ -53,7 +55,9 @@ def cross_entropy() -> SoftmaxLoss:
 
 @checked
 def weighted(weights: Counts) -> SoftmaxLoss:
-    """Cross entropy times the weight of the label's class: -w_y log softmax(z)_y.
+    """Build cross entropy weighted by the label's class.
+
+    -w_y log softmax(z)_y
 
     Args:
       weights: [C] class weights, for example `weights.inverse_frequency(counts)`.
@@ -85,7 +89,9 @@ def weighted(weights: Counts) -> SoftmaxLoss:
 
 @checked
 def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
-    """Softmax focal loss: -w_y (1 - p_y)^gamma log p_y.
+    """Build the softmax focal loss.
+
+    -w_y (1 - p_y)^gamma log p_y
 
     Args:
       gamma: exponent, >= 0; 1 and 2 are common. Its gradient is finite for gamma < 1
@@ -104,7 +110,9 @@ def focal(gamma: Scalar, weights: Counts | None = None) -> SoftmaxLoss:
 
 @checked
 def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
-    """Cross entropy weighted by the inverse effective number of examples, (1-beta)/(1-beta^n).
+    """Build cross entropy weighted by inverse effective numbers of examples.
+
+    w_c ~ (1 - beta) / (1 - beta^n_c)
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -122,7 +130,9 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
 
 @checked
 def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxLoss:
-    """Label-distribution-aware margin: CE(s (z - m_y e_y)), m_c = max_margin (n_min/n_c)^(1/4).
+    """Build the label-distribution-aware margin loss.
+
+    CE(s (z - m_y e_y)), m_c = max_margin (n_min / n_c)^(1/4)
 
     The logits must be cosines in [-1, 1] (a head with normalised rows and no bias): on
     plain logits s = 30 is far too large, and eager calls with s > 1 warn. Inside jit
@@ -156,7 +166,9 @@ def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxL
 
 @checked
 def balanced_softmax(counts: Counts) -> SoftmaxLoss:
-    """Balanced softmax: CE(z + log n), which is `logit_adjusted` at tau = 1.
+    """Build balanced softmax, which is `logit_adjusted` at tau = 1.
+
+    CE(z + log n)
 
     Train with it and predict with the raw logits: adjusting them again with
     `posthoc.adjust` would count the prior twice.
@@ -180,7 +192,9 @@ def balanced_softmax(counts: Counts) -> SoftmaxLoss:
 
 @checked
 def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
-    """Logit-adjusted cross entropy: CE(z + tau log pi), pi = n / sum n.
+    """Build logit-adjusted cross entropy.
+
+    CE(z + tau log pi), pi = n / sum n
 
     Train with it and predict with the raw logits; the test-time twin is
     `posthoc.adjust`, never together with this one.
@@ -202,7 +216,9 @@ def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
 
 @checked
 def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
-    """Vector scaling: CE(z / Delta + tau log pi), Delta_c = (n_max / n_c)^gamma.
+    """Build the vector-scaling loss.
+
+    CE(z / Delta + tau log pi), Delta_c = (n_max / n_c)^gamma
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -221,7 +237,9 @@ def vs(counts: Counts, gamma: Scalar = 0.3, tau: Scalar = 1.0) -> SoftmaxLoss:
 
 @checked
 def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
-    """Class-dependent temperatures: CE(z / Delta), Delta_c = (n_max / n_c)^gamma.
+    """Build the loss with class-dependent temperatures.
+
+    CE(z / Delta), Delta_c = (n_max / n_c)^gamma
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -238,7 +256,7 @@ def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
 
 @node
 class _OfCosines(SoftmaxLoss):
-    """A loss that warns where what it is given cannot be cosines."""
+    """A loss that warns of logits that cannot be cosines."""
 
     def __call__(self, logits: Array, labels: Array, *, where: Any = None) -> Array:
         loss = super().__call__(logits, labels, where=where)
@@ -273,8 +291,8 @@ class LabelAwareSmoothing:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example; as `SoftmaxLoss`."""
-        z, q, inside = _inputs(logits, labels, where)
+        """Compute the loss of every example, as `SoftmaxLoss` does."""
+        z, q, inside = read_inputs(logits, labels, where)
         e = _vector("label_aware_smoothing: `counts`", self.smoothing, z)
         each, offered = _cross_entropies(z)
         number = jnp.maximum(jnp.sum(offered, axis=-1, keepdims=True), 1).astype(
@@ -282,7 +300,7 @@ class LabelAwareSmoothing:
         )
         mean = jnp.sum(jnp.where(offered, each / number, 0), axis=-1)
         loss = expected(q * (1 - e), each, offered) + jnp.sum(q * e, axis=-1) * mean
-        return _finished(loss, inside, where)
+        return finish(loss, inside, where)
 
 
 @node
@@ -307,29 +325,29 @@ class Seesaw:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example; as `SoftmaxLoss`."""
-        z, target, inside = _inputs(logits, labels, where)
+        """Compute the loss of every example, as `SoftmaxLoss` does."""
+        z, target, inside = read_inputs(logits, labels, where)
         n = _vector("seesaw: `counts`", jnp.maximum(self.counts, 1), z)
         if inside is not None:
-            return _finished(self._of_label(z, n, target), inside, where)
+            return finish(self._of_label(z, n, target), inside, where)
         one_hot = jnp.eye(z.shape[-1], dtype=z.dtype)
         each = jax.vmap(
             lambda label: self._of_label(z, n, rows(label, z)), out_axes=-1
         )(one_hot)
-        return _finished(expected(target, each, ~jnp.isneginf(z)), None, where)
+        return finish(expected(target, each, ~jnp.isneginf(z)), None, where)
 
     def _of_label(self, z: Array, n: Array, one_hot: Array) -> Array:
         log_n, log_p = jnp.log(n), jax.lax.stop_gradient(jax.nn.log_softmax(z, axis=-1))
 
-        def own(x: Array) -> Array:
+        def at_label(x: Array) -> Array:
             return jnp.sum(jnp.where(one_hot > 0, x, 0), axis=-1, keepdims=True)
 
         p, q = (jnp.asarray(x).astype(z.dtype) for x in (self.p, self.q))
-        mitigation = p * jnp.minimum(log_n - own(log_n), 0)
+        mitigation = p * jnp.minimum(log_n - at_label(log_n), 0)
         least = jnp.log(jnp.asarray(0.01, z.dtype))
-        compensation = q * jnp.maximum(log_p - jnp.maximum(own(log_p), least), 0)
+        compensation = q * jnp.maximum(log_p - jnp.maximum(at_label(log_p), least), 0)
         others = jnp.where(one_hot > 0, lowest(z), z + mitigation + compensation)
-        return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1) - own(z)[..., 0])
+        return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1) - at_label(z)[..., 0])
 
 
 @node
@@ -354,17 +372,19 @@ class Lade:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example, each with the same regulariser of the whole batch added."""
-        z, q, inside = _inputs(logits, labels, where)
+        """Compute the loss of every example plus the regulariser of the batch."""
+        z, q, inside = read_inputs(logits, labels, where)
         n = _vector("lade: `counts`", self.counts, z)
         prior = n / jnp.maximum(jnp.sum(n), 1)
-        own = expected(q, *_cross_entropies(z + jnp.log(prior + PRIOR_EPS)))
-        keep = jnp.ones(own.shape, bool) if where is None else as_mask(where, own.shape)
+        each = expected(q, *_cross_entropies(z + jnp.log(prior + PRIOR_EPS)))
+        keep = (
+            jnp.ones(each.shape, bool) if where is None else as_mask(where, each.shape)
+        )
         keep = keep if inside is None else keep & inside
         rows = z.reshape(-1, z.shape[-1]), q.reshape(-1, z.shape[-1]), keep.reshape(-1)
         alpha = jnp.asarray(self.alpha).astype(z.dtype)
-        return _finished(
-            own + alpha * self._regulariser(*rows, prior.reshape(-1)), inside, where
+        return finish(
+            each + alpha * self._regulariser(*rows, prior.reshape(-1)), inside, where
         )
 
     def _regulariser(self, z: Array, q: Array, keep: Array, prior: Array) -> Array:
@@ -404,14 +424,14 @@ class Equalization:
         key: Key,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example; as `SoftmaxLoss`, and `key` a typed PRNG key, new each step."""
-        z, q, inside = _inputs(logits, labels, where)
+        """Compute the loss of every example; `key` is a PRNG key, new in each step."""
+        z, q, inside = read_inputs(logits, labels, where)
         n = _vector("equalization: `counts`", self.counts, z)
         rare = n < jnp.asarray(self.threshold).astype(z.dtype) * jnp.sum(n)
         gamma = jnp.asarray(self.gamma).astype(z.dtype)
         left_out = rare & jax.random.bernoulli(key, gamma, z.shape)
         distance, offered = gaps(z, left_out)
-        return _finished(expected(q, jax.nn.softplus(distance), offered), inside, where)
+        return finish(expected(q, jax.nn.softplus(distance), offered), inside, where)
 
 
 @node
@@ -439,8 +459,8 @@ class InfluenceBalanced:
         features: Float[Array, "*batch D"],
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example; as `SoftmaxLoss`, and `features` [..., D] the head's input."""
-        z, q, inside = _inputs(logits, labels, where)
+        """Compute the loss of every example; `features` [..., D] are the head's input."""
+        z, q, inside = read_inputs(logits, labels, where)
         h = jnp.asarray(features).astype(z.dtype)
         h = same_shape("features", h, (*z.shape[:-1], h.shape[-1]))
         if where is not None:
@@ -458,20 +478,20 @@ class InfluenceBalanced:
         each *= alpha / (influence + self.eps)
         if self.weights is not None:
             each *= _vector("influence_balanced: `weights`", self.weights, z)
-        return _finished(expected(q, each, offered), inside, where)
+        return finish(expected(q, each, offered), inside, where)
 
 
-def _inputs(
+def read_inputs(
     logits: Array, labels: Array, where: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """The logits, the labels as probabilities, and which integer labels are classes at all."""
+    """Return logits, labels as probabilities, and which labels are classes at all."""
     z = floating(jnp.asarray(logits))
     z = jnp.where(
         jnp.isposinf(z), jnp.nan, z
     )  # certain of a class, and beyond correction
     labels = jnp.asarray(labels)
     where = None if where is None else as_mask(where, z.shape[:-1])
-    if hard := _are_hard(labels, z):
+    if hard := are_hard(labels, z):
         check_labels(labels, z.shape[-1], where)
         q = is_label(class_indices(labels), z)
     else:
@@ -485,20 +505,23 @@ def _inputs(
     return z, q.astype(z.dtype), inside
 
 
-def _finished(loss: Array, inside: Array | None, where: Array | None) -> Array:
+def finish(loss: Array, inside: Array | None, where: Array | None) -> Array:
     if inside is not None:
         loss = jnp.where(inside, loss, 0)
     return loss if where is None else jnp.where(jnp.asarray(where), loss, 0)
 
 
 def _cross_entropies(z: Array) -> tuple[Array, Array]:
-    """-log softmax(z)_c for every c, exact where p_c rounds to 1, and where a class is offered."""
+    """Return -log softmax(z)_c for every c, and which classes are offered.
+
+    It is exact where p_c rounds to 1.
+    """
     distance, offered = gaps(z)
     return jax.nn.softplus(distance), offered
 
 
 def _vector(name: str, values: Array, z: Array) -> Array:
-    """[C] values in the dtype of the logits, with a leading axis for each of theirs."""
+    """Return [C] values in the logits' dtype, with their leading axes."""
     if values.shape != z.shape[-1:]:
         raise ValueError(
             f"longtail.{name} has shape {values.shape} where the logits have {z.shape[-1]} "
@@ -522,7 +545,9 @@ def label_aware_smoothing(
     shape: Shape = "concave",
     power: Scalar = 1.0,
 ) -> LabelAwareSmoothing:
-    """Label smoothing by class of the label: (1 - e_y)(-log p_y) + e_y mean_c(-log p_c).
+    """Build label smoothing whose strength depends on the class of the label.
+
+    (1 - e_y)(-log p_y) + e_y mean_c(-log p_c)
 
     e rises from tail to head with r = (n - n_min) / (n_max - n_min): concave tail +
     (head - tail) sin(pi r / 2), linear r, convex 1 - cos(pi r / 2), exp r^power. For
@@ -574,7 +599,9 @@ def label_aware_smoothing(
 
 @checked
 def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
-    """Seesaw loss: -log(e^z_y / (e^z_y + sum_{j != y} S_yj e^z_j)).
+    """Build the seesaw loss.
+
+    -log(e^z_y / (e^z_y + sum_{j != y} S_yj e^z_j))
 
     S_yj = min(1, n_j / n_y)^p max(1, s_j / max(s_y, 0.01))^q with s = softmax(z), held
     constant. The first factor spares rare classes, the second one takes that back where
@@ -582,7 +609,7 @@ def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
     second factor is left.
 
     Args:
-      counts: [C] training examples per class, or those seen so far; may be traced.
+      counts: [C] training examples per class, or those so far; may be traced.
       p: exponent of the mitigation factor; 0 is none. May be traced.
       q: exponent of the compensation factor; 0 is none. May be traced.
 
@@ -601,7 +628,9 @@ def seesaw(counts: Counts, p: Scalar = 0.8, q: Scalar = 2.0) -> Seesaw:
 
 @checked
 def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
-    """LADE: CE(z + log(pi + 1e-9)) + alpha R, R a regulariser of the whole batch.
+    """Build the LADE loss, with a regulariser R of the whole batch.
+
+    CE(z + log(pi + 1e-9)) + alpha R
 
     R = -sum_c pi_c (E_c - S_c - lam S_c^2), E_c the mean of z_c over the examples of
     class c, S_c = log mean_i exp z_ic - log(pi_c + 1e-9) + log(1/C + 1e-9). It drives
@@ -634,7 +663,9 @@ def lade(counts: Counts, lam: Scalar = 0.01, alpha: Scalar = 0.1) -> Lade:
 def equalization(
     counts: Counts, gamma: Scalar = 0.9, threshold: Scalar = 4.3e-4
 ) -> Equalization:
-    """Softmax equalization: -log(e^z_y / sum_j w_j e^z_j), w_j = 1 - b_j [pi_j < threshold][j != y].
+    """Build the softmax equalization loss.
+
+    -log(e^z_y / sum_j w_j e^z_j), w_j = 1 - b_j [pi_j < threshold][j != y]
 
     b ~ Bernoulli(gamma) for every example and class: rare classes are mostly spared
     from being pushed down by the others. An example whose other classes are all left
@@ -671,7 +702,9 @@ def influence_balanced(
     focal_gamma: Scalar = 0.0,
     eps: float = 1e-3,
 ) -> InfluenceBalanced:
-    """Influence-balanced loss: w_y (1 - p_y)^focal_gamma (-log p_y) alpha / (||p - y||_1 ||h||_1 + eps).
+    """Build the influence-balanced loss.
+
+    w_y (1 - p_y)^focal_gamma (-log p_y) alpha / (||p - y||_1 ||h||_1 + eps)
 
     h is the input of the last layer. The divisor is differentiated like the rest. Train
     with plain cross entropy first (half of the run in the paper): it is a loss for the

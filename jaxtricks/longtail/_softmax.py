@@ -1,4 +1,4 @@
-"""How far all other classes are above the label: what every softmax loss of the room is made of.
+"""Compute softmax losses of transformed logits, through the gap above the label.
 
 gap = log sum_{j != y} exp(z'_j) - z'_y with z' = gain z + offset. The label is left out
 of the sum, so that softplus(gap) = -log p_y and softplus(-gap) = -log(1 - p_y) are
@@ -38,7 +38,9 @@ _SLACK = 100.0
 
 
 def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
-    """log sum_{j != y} exp(gain_j z_j + offset_j) - (gain_y z_y + offset_y).
+    """Compute how far all other classes are above the label.
+
+    log sum_{j != y} exp(gain_j z_j + offset_j) - (gain_y z_y + offset_y)
 
     Args:
       z: [..., C] logits; -inf is a class that is not offered.
@@ -55,7 +57,7 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
 
 
 def _top(z: Array, gain: Array, offset: Array) -> Array:
-    """Close to the largest of gain z + offset, within _SLACK / 2."""
+    """Return nearly the largest of gain z + offset, within _SLACK / 2."""
     largest = jnp.max(z, axis=-1)
     largest = jnp.where(jnp.isneginf(largest), 0, largest)  # a row without any class
     ends = jnp.min(gain) * largest, jnp.max(gain) * largest
@@ -101,39 +103,37 @@ _gap.defjvp(_gap_jvp, symbolic_zeros=True)
 def _parts(
     z: Array, gain: Array, offset: Array, top: Array, labels: Array
 ) -> tuple[Array, Array, Array]:
-    """(gap, exp(z' - top) of the other classes, their sum)."""
+    """Return (gap, exp(z' - top) of the other classes, their sum)."""
     terms = jnp.exp(_affine(z, gain, offset) - top[..., None])
-    if _sharding.on_mesh(
-        z
-    ):  # indices into sharded logits would gather the logits, or the indices
-        terms, own = _by_mask(terms, z, labels)
+    # Indices into sharded logits would gather the logits or the indices.
+    if _sharding.on_mesh(z):
+        terms, at_label = _by_mask(terms, z, labels)
     else:
-        terms, own = jax.lax.platform_dependent(
+        terms, at_label = jax.lax.platform_dependent(
             terms, z, labels, cpu=_by_index, default=_by_mask
         )
     total = jnp.sum(terms, axis=-1)
-    own_gain = gain if gain.ndim == 0 else of_label(gain, labels, z)
-    own = own_gain * own + of_label(offset, labels, z)
-    # Asked as == 0, so that the sum of a NaN is not taken for that of no class.
+    gain_at_label = gain if gain.ndim == 0 else of_label(gain, labels, z)
+    at_label = gain_at_label * at_label + of_label(offset, labels, z)
+    # == 0 and not <= 0 or ~(> 0): a NaN total must not count as no other class.
     alone = total == 0
-    # In this order: the log 2 of two equal logits is lost beside 1e30.
-    distance = (top - own) + jnp.log(jnp.where(alone, 1, total))
-    distance = jnp.where(
-        alone, jnp.where(jnp.isfinite(own), floor(z), jnp.nan), distance
-    )
+    # Subtract first: the log 2 of two equal logits would be lost beside 1e30.
+    distance = (top - at_label) + jnp.log(jnp.where(alone, 1, total))
+    when_alone = jnp.where(jnp.isfinite(at_label), floor(z), jnp.nan)
+    distance = jnp.where(alone, when_alone, distance)
     return distance, terms, total
 
 
 def of_label(vector: Array, labels: Array, z: Array) -> Array:
-    """vector[labels] of a [C] vector, for the labels [...] of the logits z [..., C]."""
-    if _sharding.is_explicit(z):  # a gather does not propagate the sharding
+    """Return vector[labels] of a [C] vector, for labels [...] of logits z [..., C]."""
+    if _sharding.is_explicit(z):  # because a gather does not propagate the sharding
         zero = jnp.zeros((), vector.dtype)
         return jnp.sum(jnp.where(is_label(labels, z), rows(vector, z), zero), axis=-1)
     return vector[jnp.clip(labels, 0, z.shape[-1] - 1)]
 
 
 def _by_index(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
-    """(terms without that of the label, logit of the label), by a scatter and a gather."""
+    """Return (terms of the other classes, label's logit), by scatter and gather."""
     at = jnp.clip(labels, 0, z.shape[-1] - 1)[..., None]
     others = jnp.put_along_axis(
         terms, at, jnp.zeros((), z.dtype), axis=-1, inplace=False
@@ -142,14 +142,16 @@ def _by_index(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def _by_mask(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
-    """The same by a mask, which accelerators fuse and which needs no indices on a sharded axis."""
-    own = is_label(labels, z)
+    """Return the same by a mask, which accelerators fuse and sharded axes need."""
+    at_label = is_label(labels, z)
     zero = jnp.zeros((), z.dtype)
-    return jnp.where(own, zero, terms), jnp.sum(jnp.where(own, z, zero), axis=-1)
+    return jnp.where(at_label, zero, terms), jnp.sum(
+        jnp.where(at_label, z, zero), axis=-1
+    )
 
 
 def is_label(labels: Array, z: Array) -> Array:
-    """[..., C] bool, the class of each label [...] int32; none for a label outside [0, C)."""
+    """Return the one-hot classes of labels, bool [..., C]; none outside [0, C)."""
     return labels[..., None] == rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
 
 
@@ -158,22 +160,22 @@ def _affine(z: Array, gain: Array, offset: Array) -> Array:
 
 
 def rows(vector: Array, like: Array) -> Array:
-    """[C] or [] with a leading axis of 1 for each of those of `like` [..., C]."""
+    """Give a [C] or [] vector the leading axes of `like` [..., C]."""
     return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
 def floor(z: Array) -> Array:
-    """What stands for a logit of -inf: low, but so that differences of two are finite."""
+    """Return a low stand-in for a logit of -inf; differences of two are finite."""
     return jnp.asarray(jnp.finfo(z.dtype).min / 8, z.dtype)
 
 
 def lowest(z: Array) -> Array:
-    """The lowest finite number of the logits' dtype."""
+    """Return the lowest finite number of the logits' dtype."""
     return jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)
 
 
 def gaps(z: Array, left_out: Array | None = None) -> tuple[Array, Array]:
-    """`gap` of every class at once, and where a class is offered.
+    """Compute `gap` of every class at once, and which classes are offered.
 
     Args:
       z: [..., C] logits; -inf is a class that is not offered.
@@ -197,7 +199,10 @@ def gaps(z: Array, left_out: Array | None = None) -> tuple[Array, Array]:
 
 
 def _logsumexp_of_others(z: Array) -> Array:
-    """log sum_{j != c} exp z_j for every c at once, without cancellation; -inf is not in the sum."""
+    """Compute log sum_{j != c} exp z_j for every c at once, without cancellation.
+
+    Logits of -inf are not in the sum.
+    """
     top = jnp.argmax(z, axis=-1, keepdims=True) == rows(jnp.arange(z.shape[-1]), z)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     # The lowest float adds nothing to the others, and has a gradient where there are
@@ -208,7 +213,10 @@ def _logsumexp_of_others(z: Array) -> Array:
 
 
 def expected(q: Array, each: Array, offered: Array) -> Array:
-    """sum_c q_c each_c [...]: a class that is not offered costs inf where q_c > 0, else nothing."""
+    """Compute sum_c q_c each_c [...].
+
+    A class that is not offered costs inf where q_c > 0, else nothing.
+    """
     # A class without a share may cost inf, and 0 times that would be NaN.
     counts = offered & ((q != 0) | jnp.isnan(each))
     total = jnp.sum(jnp.where(counts, q * each, 0), axis=-1)
@@ -366,7 +374,7 @@ class SoftmaxLoss:
     Pass it through jit as an argument and new counts, weights, tau or gamma need no new
     trace. The loss of a soft label q is the expectation of the loss of a hard one,
     sum_c q_c loss(c): the usual mixup rule, with margins, weights and the focal factor
-    of each class its own.
+    one per class.
 
     Attributes:
       transforms: the logit transforms, applied left to right.
@@ -386,7 +394,7 @@ class SoftmaxLoss:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example, in float32 or wider.
+        """Compute the loss of every example, in float32 or wider.
 
         Args:
           logits: [..., C], any floating dtype; -inf means "this class is not offered".
@@ -410,7 +418,7 @@ class SoftmaxLoss:
             where = as_mask(where, logits.shape[:-1])
             logits = jnp.where(where[..., None], logits, 0)
         form = self._form(logits)
-        if _are_hard(labels, logits):
+        if are_hard(labels, logits):
             check_labels(labels, logits.shape[-1], where)
             loss = self._hard(logits, class_indices(labels), form)
         else:
@@ -462,12 +470,12 @@ class SoftmaxLoss:
 def softmax_loss(
     *transforms: Transform, weights: Counts | None = None, focal_gamma: Scalar = 0.0
 ) -> SoftmaxLoss:
-    """Cross entropy of transformed logits, weighted and focused: the algebra behind every preset.
+    """Build cross entropy of transformed logits, the algebra behind every preset.
 
     loss = w_y (1 - p_y)^focal_gamma (-log p_y), p = softmax(t_k(... t_1(z))).
 
     Args:
-      *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or your own function of
+      *transforms: `scale`, `margin`, `add_log_prior`, `temper`, or a function of
         `Affine`; applied left to right.
       weights: [C] class weights, or None for ones.
       focal_gamma: exponent of the focal factor; 0 is none. May be traced and
@@ -484,7 +492,7 @@ def softmax_loss(
     return SoftmaxLoss(tuple(transforms), w, focal_gamma)
 
 
-def _are_hard(labels: Real[Array, "..."], logits: Array) -> bool:
+def are_hard(labels: Real[Array, "..."], logits: Array) -> bool:
     labels = jnp.asarray(labels)
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
     if labels.shape == logits.shape[:-1] and integers:

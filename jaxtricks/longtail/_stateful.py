@@ -1,4 +1,4 @@
-"""Losses and statistics that remember earlier batches, as init/update pairs.
+"""Remember earlier batches in losses and class means, as init/update pairs.
 
 All of them have one shape. A factory makes a pair, whose hyper-parameters may be
 traced; `init()` makes the state, a pytree of arrays to keep in the training state and
@@ -20,8 +20,8 @@ from jaxtricks._arguments import checked
 from jaxtricks._tree import node, static
 from jaxtricks._typing import Array, Scalar
 from jaxtricks.longtail._counts import as_mask, class_indices, floating
-from jaxtricks.longtail._losses import _finished, _inputs
-from jaxtricks.longtail._softmax import _are_hard, is_label
+from jaxtricks.longtail._losses import finish, read_inputs
+from jaxtricks.longtail._softmax import are_hard, is_label
 
 Axis = str | tuple[str, ...] | None
 """Name or names of mapped axes to sum over; None where there is nothing to sum."""
@@ -63,7 +63,7 @@ class EqualizationV2:
     axis_name: Axis = static()
 
     def init(self) -> EqualizationV2State:
-        """The state before the first batch, in which every weight is 1."""
+        """Return the state before the first batch, in which every weight is 1."""
         zeros = jnp.zeros(self.num_classes, float)
         return EqualizationV2State(zeros, zeros)
 
@@ -76,7 +76,7 @@ class EqualizationV2:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "*batch"], EqualizationV2State]:
-        """Losses weighted by the state as it was, and the state with this batch's gradients.
+        """Return losses weighted by the old state, and the state with this batch.
 
         Args:
           state: of `init` or the last update.
@@ -94,7 +94,7 @@ class EqualizationV2:
         Raises:
           ValueError: where the shapes do not fit.
         """
-        z, q, inside = _inputs(logits, labels, where)
+        z, q, inside = read_inputs(logits, labels, where)
         if z.shape[-1] != self.num_classes + self.background:
             raise ValueError(
                 f"longtail.equalization_v2: `logits` have {z.shape[-1]} classes where the pair has "
@@ -102,12 +102,12 @@ class EqualizationV2:
             )
         down = self._negative_weight(state, z)
         up = 1 + jnp.asarray(self.alpha).astype(z.dtype) * (1 - down)
-        # Of a class that is not offered softplus(-z) is inf, which counts for its own
+        # Of a class that is not offered softplus(-z) is inf, which counts for its
         # examples only.
         pull = jnp.where(q == 0, 0, q * up * jax.nn.softplus(-z))
         each = pull + (1 - q) * down * jax.nn.softplus(z)
-        loss = _finished(jnp.sum(each, axis=-1), inside, where)
-        keep = _counted(z, inside, where)
+        loss = finish(jnp.sum(each, axis=-1), inside, where)
+        keep = usable(z, inside, where)
         return loss, EqualizationV2State(
             self._add(state.positive, q * up * jax.nn.sigmoid(-z), keep),
             self._add(state.negative, (1 - q) * down * jax.nn.sigmoid(z), keep),
@@ -129,7 +129,7 @@ class EqualizationV2:
         batch = jnp.sum(gradient.reshape(-1, gradient.shape[-1]), axis=0)[
             : self.num_classes
         ]
-        return total + _summed(batch, self.axis_name).astype(total.dtype)
+        return total + sum_over_devices(batch, self.axis_name).astype(total.dtype)
 
 
 @checked
@@ -142,7 +142,7 @@ def equalization_v2(
     background: bool = False,
     axis_name: Axis = None,
 ) -> EqualizationV2:
-    """Equalization v2: binary cross entropies, weighted so that both signs of gradient balance.
+    """Build equalization v2: binary losses that balance both signs of gradient.
 
     loss = sum_c y_c u_c log(1 + e^-z_c) + (1 - y_c) d_c log(1 + e^z_c), d_c =
     sigmoid(gamma (g_c - mu)), u_c = 1 + alpha (1 - d_c), g_c the ratio of the weighted
@@ -178,26 +178,26 @@ def equalization_v2(
     References:
       Tan et al., Equalization loss v2, arXiv 2012.08548.
     """
-    _at_least_one("equalization_v2", num_classes)
+    check_num_classes("equalization_v2", num_classes)
     return EqualizationV2(gamma, mu, alpha, int(num_classes), background, axis_name)
 
 
-def _at_least_one(name: str, num_classes: int) -> None:
+def check_num_classes(name: str, num_classes: int) -> None:
     if num_classes < 1:
         raise ValueError(
             f"longtail.{name} needs `num_classes` >= 1, got {num_classes}: pass the number of classes"
         )
 
 
-def _counted(z: Array, inside: Array | None, where: Array | None) -> Array:
-    """Which examples may enter a state: one NaN would stay in it for good."""
+def usable(z: Array, inside: Array | None, where: Array | None) -> Array:
+    """Return which examples may enter a state; one NaN would stay for good."""
     keep = ~jnp.any(jnp.isnan(z), axis=-1)
     if inside is not None:
         keep &= inside
     return keep if where is None else keep & as_mask(where, keep.shape)
 
 
-def _summed(x: Array, axis_name: Axis) -> Array:
+def sum_over_devices(x: Array, axis_name: Axis) -> Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
@@ -224,17 +224,17 @@ class ClassMeanState:
 
     @property
     def means(self) -> Float[Array, "C D"]:
-        """Mean feature of each class; 0 for a class that was not seen."""
+        """Return the mean feature of each class; 0 for a class without examples."""
         return _ratio(self.sums, self.weights[:, None])
 
     @property
     def mean(self) -> Float[Array, "D"]:
-        """Mean feature of all examples: the `direction` of `heads.tde`."""
+        """Return the mean feature of all examples: the `direction` of `heads.tde`."""
         return _ratio(self.sum, self.weight)
 
     @property
-    def seen(self) -> Bool[Array, "C"]:
-        """Classes that had examples."""
+    def present(self) -> Bool[Array, "C"]:
+        """Return which classes had examples."""
         return self.weights > 0
 
 
@@ -243,7 +243,7 @@ class ClassMean:
     """The pair of `class_mean`: a pytree.
 
     Attributes:
-      momentum: what is kept of the old mean.
+      momentum: weight of the old mean.
       num_classes: C.
       num_features: D.
       axis_name: mapped axes to average over, or None.
@@ -255,7 +255,7 @@ class ClassMean:
     axis_name: Axis = static()
 
     def init(self) -> ClassMeanState:
-        """The state before the first batch."""
+        """Return the state before the first batch."""
         shape = self.num_classes, self.num_features
         zeros = [jnp.zeros(s, float) for s in (shape, shape[:1], shape[1:], ())]
         return ClassMeanState(*zeros)
@@ -290,7 +290,7 @@ class ClassMean:
                 f"{self.num_features}: pass another `num_features`"
             )
         x = floating(jax.lax.stop_gradient(jnp.asarray(features)))
-        keep = _counted(x, None, where)
+        keep = usable(x, None, where)
         x = jnp.where(keep[..., None], x, 0).reshape(-1, x.shape[-1])
         member = jnp.where(keep[..., None], self._members(labels, features, x), 0)
         member, keep = (
@@ -310,7 +310,7 @@ class ClassMean:
     def _members(self, labels: Array, features: Array, x: Array) -> Array:
         labels = jax.lax.stop_gradient(jnp.asarray(labels))
         like = jnp.zeros((*features.shape[:-1], self.num_classes), x.dtype)
-        if not _are_hard(labels, like):
+        if not are_hard(labels, like):
             return labels.astype(x.dtype)
         return is_label(class_indices(labels), like).astype(x.dtype)
 
@@ -327,7 +327,7 @@ def class_mean(
     momentum: Scalar = 0.9,
     axis_name: Axis = None,
 ) -> ClassMean:
-    """Exponential moving average of the features of each class, and of all.
+    """Average the features of each class, and of all, exponentially.
 
     m_c <- mu m_c + (1 - mu) mean{x_i : y_i = c}, only where the batch has examples of
     class c, divided by the share 1 - mu^k that k such batches have filled: an average
@@ -343,7 +343,7 @@ def class_mean(
 
     Returns:
       A pair: init(), update(state, features [..., D], labels, where=None) -> (means [C,
-      D], state); the state has `.means`, `.mean` and `.seen`.
+      D], state); the state has `.means`, `.mean` and `.present`.
 
     Raises:
       ValueError: if num_classes or num_features is below 1.
@@ -351,14 +351,14 @@ def class_mean(
     >>> centres = class_mean(3, 1, momentum=0.5)
     >>> x, y = jnp.array([[1.0], [3.0], [8.0]]), jnp.array([0, 0, 1])
     >>> means, state = centres.update(centres.init(), x, y)
-    >>> print(means[:, 0], state.mean, state.seen)
+    >>> print(means[:, 0], state.mean, state.present)
     [2. 8. 0.] [4.] [ True  True False]
 
     References:
       Tang et al., Long-tailed classification by keeping the good and removing the bad
       momentum causal effect, arXiv 2009.12991.
     """
-    _at_least_one("class_mean", num_classes)
+    check_num_classes("class_mean", num_classes)
     if num_features < 1:
         raise ValueError(
             f"longtail.class_mean needs `num_features` >= 1, got {num_features}: pass the width of "
@@ -368,7 +368,7 @@ def class_mean(
 
 
 def _summed_all(xs: tuple[Array, ...], axis_name: Axis) -> tuple[Array, ...]:
-    return tuple(_summed(x, axis_name) for x in xs)
+    return tuple(sum_over_devices(x, axis_name) for x in xs)
 
 
 def _ratio(a: Array, b: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Methods of single papers that few models use: an online seesaw loss, DiVE, and a learned sampler."""
+"""Offer methods of single papers that few models use."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from jaxtricks.longtail._counts import (
     as_vector,
     at_least_rarest,
 )
-from jaxtricks.longtail._losses import Seesaw, _inputs
-from jaxtricks.longtail._stateful import Axis, _at_least_one, _summed
+from jaxtricks.longtail._losses import Seesaw, read_inputs
+from jaxtricks.longtail._stateful import Axis, check_num_classes, sum_over_devices
 from jaxtricks.longtail.distill import Loss, kd
 
 __all__ = [
@@ -56,7 +56,7 @@ class OnlineSeesaw:
     axis_name: Axis = static()
 
     def init(self) -> OnlineSeesawState:
-        """The state before the first batch."""
+        """Return the state before the first batch."""
         return OnlineSeesawState(jnp.zeros(self.num_classes, float))
 
     @checked
@@ -69,9 +69,9 @@ class OnlineSeesaw:
         where: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "*batch"], OnlineSeesawState]:
         """Count the batch, then `seesaw` with the counts; the arguments are those of a loss."""
-        _, target, _ = _inputs(logits, labels, where)
+        _, target, _ = read_inputs(logits, labels, where)
         batch = jnp.sum(target.reshape(-1, target.shape[-1]), axis=0)
-        batch = _summed(batch, self.axis_name).astype(state.counts.dtype)
+        batch = sum_over_devices(batch, self.axis_name).astype(state.counts.dtype)
         if batch.shape != state.counts.shape:
             raise ValueError(
                 f"longtail.online_seesaw: `logits` have {batch.shape[0]} classes where the state "
@@ -86,7 +86,7 @@ class OnlineSeesaw:
 def online_seesaw(
     num_classes: int, *, p: Scalar = 0.8, q: Scalar = 2.0, axis_name: Axis = None
 ) -> OnlineSeesaw:
-    """`seesaw` with the counts of the examples seen so far, those of the batch included.
+    """Build `seesaw` with running counts, which include the batch.
 
     Args:
       num_classes: C.
@@ -112,7 +112,7 @@ def online_seesaw(
     References:
       Wang et al., Seesaw loss for long-tailed instance segmentation, arXiv 2008.10032.
     """
-    _at_least_one("online_seesaw", num_classes)
+    check_num_classes("online_seesaw", num_classes)
     return OnlineSeesaw(p, q, int(num_classes), axis_name)
 
 
@@ -141,19 +141,21 @@ class Dive:
         teacher: Float[Array, "*batch C"],
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example; as `SoftmaxLoss`, and `teacher` [..., C] the teacher's logits."""
-        own = self.base(logits, labels, where=where)
-        other = kd(logits, teacher, self.temperature, self.power, where=where)
-        other = jnp.where(are_classes(labels, logits.shape[-1]), other, 0)
-        alpha = jnp.asarray(self.alpha).astype(own.dtype)
-        return alpha * other.astype(own.dtype) + (1 - alpha) * own
+        """Compute the loss of every example; `teacher` [..., C] are logits."""
+        hard = self.base(logits, labels, where=where)
+        soft = kd(logits, teacher, self.temperature, self.power, where=where)
+        soft = jnp.where(are_classes(labels, logits.shape[-1]), soft, 0)
+        alpha = jnp.asarray(self.alpha).astype(hard.dtype)
+        return alpha * soft.astype(hard.dtype) + (1 - alpha) * hard
 
 
 @checked
 def dive(
     base: Loss, *, alpha: Scalar = 0.5, temperature: Scalar = 3.0, power: Scalar = 0.5
 ) -> Dive:
-    """Distilling virtual examples: alpha kd(z, teacher; T, power) + (1 - alpha) base(z, y).
+    """Build the loss of distilling virtual examples.
+
+    alpha kd(z, teacher; T, power) + (1 - alpha) base(z, y)
 
     A teacher trained with `balanced_softmax` gives the tail more probability than its
     labels do; what it says of a head image about tail classes stands for examples that
@@ -184,9 +186,11 @@ def dive(
 
 @checked
 def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
-    """Where the meta sampler starts: r_c = n_c^-power / (n_max^-power + n_min^-power).
+    """Return the rates where the meta sampler starts.
 
-    The rate at which each example of the class is kept; largest and smallest sum to 1.
+    r_c = n_c^-power / (n_max^-power + n_min^-power)
+
+    The rate at which an example of the class is sampled; largest and smallest sum to 1.
     The learned parameters are the logits log(r / (1 - r)); a class is drawn with p_c ~
     n_c r_c, as `class_probabilities(counts, 1 - power)`.
 

@@ -1,4 +1,4 @@
-"""Long-tailed splits of balanced data, on the host and byte-exact with the literature's."""
+"""Make long-tailed splits of balanced data on the host, as the literature does."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,9 @@ Whole = int | np.integer
 def exponential_counts(
     n_max: Real, num_classes: Whole, imbalance: Real
 ) -> Integer[np.ndarray, "C"]:
-    """Exponential profile: n_c = int(n_max imbalance^(-c / (C-1))), at least 1.
+    """Return the exponential profile.
+
+    n_c = int(n_max imbalance^(-c / (C-1))), at least 1
 
     Args:
       n_max: examples of the largest class.
@@ -55,7 +57,7 @@ def exponential_counts(
 def step_counts(
     n_max: Real, num_classes: Whole, imbalance: Real
 ) -> Integer[np.ndarray, "C"]:
-    """Step profile: the first C // 2 classes keep n_max, the others have int(n_max / imbalance).
+    """Return the step profile: n_max for the first C // 2 classes, then n_max / imbalance.
 
     Args:
       n_max: examples of a large class.
@@ -81,7 +83,7 @@ def step_counts(
 def pareto_counts(
     n_max: Real, num_classes: Whole, imbalance: Real, *, alpha: Real = 6.0
 ) -> Integer[np.ndarray, "C"]:
-    """Pareto profile: the quantiles of a Pareto law, stretched to end at n_max and n_max/imbalance.
+    """Return the Pareto profile: quantiles from n_max to n_max / imbalance.
 
     q_c = ((c + 1/2) / C)^(-1/alpha); n_c = n_min + (n_max - n_min) (q_c - q_last)/(q_0
     - q_last).
@@ -125,7 +127,7 @@ def pareto_counts(
 def balanced_counterpart(
     counts: Integer[Array, "C"] | Sequence[Any],
 ) -> Integer[np.ndarray, "C"]:
-    """As many examples in all, as evenly as they go: the training set behind the upper reference A_u.
+    """Return equal counts with the same total, behind the upper reference A_u.
 
     Args:
       counts: [C] of a long-tailed training set.
@@ -160,10 +162,10 @@ def longtail_indices(
     counts: Integer[Array, "C"] | Sequence[Any],
     seed: int,
 ) -> Integer[np.ndarray, "M"]:
-    """Which examples of a balanced set make a long-tailed one, in the order of LDAM-DRW.
+    """Choose examples of a balanced set for a long-tailed one, as LDAM-DRW does.
 
     For each class in turn the indices are shuffled by NumPy's legacy generator and the
-    first n_c are kept; the same seed gives the same split as the published code, byte
+    first n_c remain; the same seed gives the same split as the published code, byte
     for byte.
 
     Args:
@@ -185,7 +187,7 @@ def longtail_indices(
     """
     labels = np.asarray(labels).reshape(-1)
     random = np.random.RandomState(seed)
-    kept = []
+    subset = []
     for c, n in enumerate(np.asarray(counts).tolist()):
         indices = np.flatnonzero(labels == c)
         if len(indices) < n:
@@ -194,8 +196,8 @@ def longtail_indices(
                 f"which has {len(indices)}: lower n_max"
             )
         random.shuffle(indices)
-        kept.append(indices[:n])
-    return np.concatenate(kept) if kept else np.zeros(0, np.int64)
+        subset.append(indices[:n])
+    return np.concatenate(subset) if subset else np.zeros(0, np.int64)
 
 
 def _check(name: str, n_max: Real, num_classes: Whole, imbalance: Real) -> None:

@@ -1,4 +1,4 @@
-"""Where the head of a model is among its parameters, and copies of them with other leaves there."""
+"""Train the classifier in a second stage: params -> params, and optax masks."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -41,12 +41,12 @@ class Head(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """C."""
+        """Return C."""
         return self.value.shape[1]
 
 
 def find(name: str, params: Params, head: str) -> Head:
-    """The one kernel that `head` names, [D, C], or an error with the paths there are."""
+    """Return the one kernel [D, C] that `head` names; raise with the paths there are."""
     leaves = _named_leaves(name, params)
     inside = [keys for keys in leaves if _matches(head, keys)]
     kernels = [
@@ -100,7 +100,7 @@ def _matches(pattern: str, keys: Keys) -> bool:
 
 
 def path_of(keys: Keys) -> str:
-    """Keys joined by "/"."""
+    """Return the keys joined by "/"."""
     return "/".join(map(str, keys))
 
 
@@ -112,14 +112,14 @@ def _listed(paths: list[Keys], most: int = 12) -> str:
 
 
 def get(tree: Any, keys: Keys) -> Any:
-    """The subtree at a key path."""
+    """Return the subtree at a key path."""
     for key in keys:
         tree = tree[key]
     return tree
 
 
 def replaced(tree: Any, new: Mapping[Keys, Any]) -> Any:
-    """The tree with other subtrees at some key paths; nothing is changed in place."""
+    """Return the tree with other subtrees at some key paths."""
     if () in new:
         return new[()]
     out = dict(tree)
@@ -130,22 +130,22 @@ def replaced(tree: Any, new: Mapping[Keys, Any]) -> Any:
 
 
 def beside(
-    name: str, params: Params, found: Head, new: dict[str, Array]
+    name: str, params: Params, classifier: Head, new: dict[str, Array]
 ) -> tuple[Params, KernelMask]:
-    """(params with new leaves in the head's layer, mask of those); none may be there already."""
+    """Add leaves to the head's layer and return them with their mask."""
     for key in new:
-        if key in get(params, found.layer):
+        if key in get(params, classifier.layer):
             raise ValueError(
-                f"longtail.decoupling.{name}: there is a {key!r} beside {path_of(found.kernel)!r} "
+                f"longtail.decoupling.{name}: there is a {key!r} beside {path_of(classifier.kernel)!r} "
                 "already: pass the params of the first stage"
             )
-    paths = {(*found.layer, key): value for key, value in new.items()}
+    paths = {(*classifier.layer, key): value for key, value in new.items()}
     out = replaced(params, paths)
     return out, mask(out, frozenset(paths))
 
 
 def mask(params: Params, train: frozenset[Keys]) -> KernelMask:
-    """True at some key paths, False elsewhere."""
+    """Return a tree of bools that is True at some key paths."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: tuple(key.key for key in path) in train, params
     )
@@ -182,14 +182,14 @@ Compat = Literal["reference"] | None
 def crt(
     params: Params, *, head: str, key: Key, init: Callable[..., Any] | None = None
 ) -> tuple[Params, Mask]:
-    """Classifier re-training: the head drawn anew, everything else kept; only the head trains.
+    """Re-initialize the classifier and train the head alone (cRT).
 
     Args:
       params: nested dict of the trained model.
       head: path of the head, see the module.
       key: for the new kernel.
       init: initializer init(key, shape, dtype) of the kernel; None = normal with
-        variance 1 / D, as flax's own. The bias becomes 0.
+        variance 1 / D, as in Flax. The bias becomes 0.
 
     Returns:
       (params, mask); the mask is True for the kernel, the bias, and whatever else
@@ -206,17 +206,17 @@ def crt(
     References:
       Kang et al., arXiv 1910.09217, section 4.2.
     """
-    found = find("crt", params, head)
+    classifier = find("crt", params, head)
     draw = init or jax.nn.initializers.lecun_normal()
-    new = {found.kernel: draw(key, found.value.shape, found.value.dtype)}
-    if found.bias is not None:
-        new[found.bias] = jnp.zeros_like(get(params, found.bias))
-    return replaced(params, new), mask(params, found.all)
+    new = {classifier.kernel: draw(key, classifier.value.shape, classifier.value.dtype)}
+    if classifier.bias is not None:
+        new[classifier.bias] = jnp.zeros_like(get(params, classifier.bias))
+    return replaced(params, new), mask(params, classifier.all)
 
 
 @checked
 def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
-    """Learnable weight scaling: a factor per class, initially 1, beside the head's kernel; it trains alone.
+    """Add a factor per class, initially 1, which trains alone (LWS).
 
     The result fits a model whose head is `jt.nnx.LWSHead` or `jt.linen.LWSHead`. To
     train the model as it is, put `fold_lws` in front of it: apply(fold_lws(params,
@@ -240,15 +240,18 @@ def lws(params: Params, *, head: str) -> tuple[Params, Mask]:
     References:
       Kang et al., arXiv 1910.09217, section 4.2.
     """
-    found = find("lws", params, head)
+    classifier = find("lws", params, head)
     return beside(
-        "lws", params, found, {"scale": jnp.ones(found.classes, found.value.dtype)}
+        "lws",
+        params,
+        classifier,
+        {"scale": jnp.ones(classifier.classes, classifier.value.dtype)},
     )
 
 
 @checked
 def fold_lws(params: Params, *, head: str) -> Params:
-    """The parameters of the plain model that computes what `lws` has trained: f_c w_c, f_c b_c.
+    """Fold the factors of `lws` into the kernel and bias: f_c w_c, f_c b_c.
 
     Differentiable in the scale.
 
@@ -265,29 +268,33 @@ def fold_lws(params: Params, *, head: str) -> Params:
     References:
       Kang et al., arXiv 1910.09217, equation 6.
     """
-    found = find("fold_lws", params, head)
-    own = get(params, found.layer)
-    if not isinstance(own.get("scale"), Array):
+    classifier = find("fold_lws", params, head)
+    layer = get(params, classifier.layer)
+    if not isinstance(layer.get("scale"), Array):
         raise ValueError(
-            f"longtail.decoupling.fold_lws: there is no scale beside {path_of(found.kernel)!r}: pass "
+            f"longtail.decoupling.fold_lws: there is no scale beside {path_of(classifier.kernel)!r}: pass "
             "the params that decoupling.lws returned"
         )
-    paths = [found.kernel] if found.bias is None else [found.kernel, found.bias]
+    paths = (
+        [classifier.kernel]
+        if classifier.bias is None
+        else [classifier.kernel, classifier.bias]
+    )
     folded: dict[Keys, Any] = {}
     for path in paths:
         leaf = jnp.asarray(get(params, path))
-        wide = heads.lws(jnp.atleast_2d(leaf), own["scale"]).reshape(leaf.shape)
+        wide = heads.lws(jnp.atleast_2d(leaf), layer["scale"]).reshape(leaf.shape)
         folded[path] = wide.astype(leaf.dtype)
     whole = replaced(params, folded)
-    rest = {k: v for k, v in get(whole, found.layer).items() if k != "scale"}
-    return replaced(whole, {found.layer: rest})
+    rest = {k: v for k, v in get(whole, classifier.layer).items() if k != "scale"}
+    return replaced(whole, {classifier.layer: rest})
 
 
 @checked
 def disalign(
     params: Params, *, head: str, compat: Compat = None
 ) -> tuple[Params, Mask]:
-    """Distribution alignment: calibration parameters beside the head's kernel; they train alone.
+    """Add calibration parameters to the head, which train alone (DisAlign).
 
     The result fits a model whose head is `jt.nnx.DisAlignHead` or
     `jt.linen.DisAlignHead`. Train with class weights:
@@ -310,9 +317,9 @@ def disalign(
     References:
       Zhang et al., Distribution alignment, arXiv 2103.16370, section 3.3.
     """
-    found = find("disalign", params, head)
-    start = disalign_start(found.value.shape, found.value.dtype, compat)
-    return beside("disalign", params, found, start)
+    classifier = find("disalign", params, head)
+    start = disalign_start(classifier.value.shape, classifier.value.dtype, compat)
+    return beside("disalign", params, classifier, start)
 
 
 @checked
@@ -343,18 +350,22 @@ def tau_norm(
       Kang et al., arXiv 1910.09217, equation 4.
     """
     check_compat("tau_norm", compat)
-    found = find("tau_norm", params, head)
+    classifier = find("tau_norm", params, head)
     new = {
-        found.kernel: heads.tau_normalize(found.value, tau).astype(found.value.dtype)
+        classifier.kernel: heads.tau_normalize(classifier.value, tau).astype(
+            classifier.value.dtype
+        )
     }
-    if compat == "reference" and found.bias is not None:
-        new[found.bias] = jnp.zeros_like(get(params, found.bias))
+    if compat == "reference" and classifier.bias is not None:
+        new[classifier.bias] = jnp.zeros_like(get(params, classifier.bias))
     return replaced(params, new)
 
 
 @checked
 def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
-    """Nearest class mean as a linear head: w_c = 2 mu_c, b_c = -||mu_c||^2. Trains nothing.
+    """Make a linear head of class means; nothing trains.
+
+    w_c = 2 mu_c, b_c = -||mu_c||^2
 
     x . w_c + b_c = -||x - mu_c||^2 + ||x||^2: the classes' order and probabilities are
     those of `heads.ncm`, for features that are not normalised. Others are no linear
@@ -375,21 +386,21 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     References:
       Kang et al., arXiv 1910.09217, section 4.1.
     """
-    found = find("ncm", params, head)
-    if found.bias is None:
+    classifier = find("ncm", params, head)
+    if classifier.bias is None:
         raise ValueError(
-            f"longtail.decoupling.ncm: there is no bias beside {path_of(found.kernel)!r}: give the "
+            f"longtail.decoupling.ncm: there is no bias beside {path_of(classifier.kernel)!r}: give the "
             "head one, or use heads.ncm on the features"
         )
-    if centroids.kind != "un" or centroids.means.shape != found.value.shape[::-1]:
+    if centroids.kind != "un" or centroids.means.shape != classifier.value.shape[::-1]:
         raise ValueError(
             f"longtail.decoupling.ncm: `centroids` of kind {centroids.kind!r} and shape "
-            f"{centroids.means.shape} do not fit the kernel {found.value.shape}: pass those of kind "
+            f"{centroids.means.shape} do not fit the kernel {classifier.value.shape}: pass those of kind "
             '"un", [C, D], or use heads.ncm on the features'
         )
     means = floating(jnp.asarray(centroids.means))
-    bias = jnp.where(centroids.seen, -jnp.sum(means**2, axis=-1), -jnp.inf)
-    new = {found.kernel: 2 * means.T, found.bias: bias}
+    bias = jnp.where(centroids.present, -jnp.sum(means**2, axis=-1), -jnp.inf)
+    new = {classifier.kernel: 2 * means.T, classifier.bias: bias}
     return replaced(
         params, {path: x.astype(get(params, path).dtype) for path, x in new.items()}
     )
@@ -397,7 +408,7 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
 
 @checked
 def head_mask(params: Params, *, head: str) -> Mask:
-    """True for the head's kernel, its bias, and whatever else `head` matches; False elsewhere.
+    """Return a mask that is True for the leaves that `head` matches.
 
     Args:
       params: nested dict; shapes suffice.
@@ -416,7 +427,7 @@ def head_mask(params: Params, *, head: str) -> Mask:
 def disalign_start(
     shape: tuple[int, ...], dtype: Any, compat: Compat
 ) -> dict[str, Array]:
-    """{parameter: initial value} of DisAlign's calibration of a head of shape [D, C]."""
+    """Return DisAlign's initial parameters for a head of shape [D, C]."""
     features, classes = shape
     check_compat("disalign", compat)
     scale, confidence = (1.0, 0.1) if compat == "reference" else (0.0, 0.0)
@@ -430,7 +441,7 @@ def disalign_start(
 
 @checked
 def check_compat(name: str, compat: Any) -> None:
-    """An error for anything but None and "reference"."""
+    """Raise for anything but None and "reference"."""
     if compat not in (None, "reference"):
         raise ValueError(
             f'longtail.decoupling.{name}: `compat` is {compat!r}: pass None or "reference"'

@@ -1,4 +1,4 @@
-"""Distillation for long-tailed data: the targets of a teacher, flattened towards the tail."""
+"""Distill a teacher's targets, flattened towards the tail."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,9 @@ def kd(
     *,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Distillation loss: T^2 KL(t || softmax(z / T)), t ~ softmax(teacher / T)^power.
+    """Compute the distillation loss.
+
+    T^2 KL(t || softmax(z / T)), t ~ softmax(teacher / T)^power
 
     Args:
       logits: [..., C] of the student.
@@ -62,7 +64,7 @@ def kd(
 def kl_divergence(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"]
 ) -> Float[Array, "*batch"]:
-    """KL(softmax(p) || softmax(q)) of logits, finite where both say -inf."""
+    """Compute KL(softmax(p) || softmax(q)) of logits, finite where both are -inf."""
     p, q = (jnp.maximum(x, floor(x)) for x in (p, q))
     log_p, log_q = jax.nn.log_softmax(p, axis=-1), jax.nn.log_softmax(q, axis=-1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

@@ -1,6 +1,6 @@
-"""Several classifiers over one trunk, and losses with more than one branch.
+"""Train several classifiers over one trunk, and losses with several branches.
 
-Experts are heads with an axis of their own in front. Any trunk serves, and any head,
+Experts are heads with a leading axis. Any trunk serves, and any head,
 vmapped over parameters that were stacked:
 
     logits = jax.vmap(heads.normed, in_axes=(None, 0))(features, kernels)  # [E, ..., C]
@@ -55,7 +55,7 @@ __all__ = [
 def aggregate(
     logits: Float[Array, "E *batch C"], weights: Float[Array, "E"] | None = None
 ) -> Float[Array, "*batch C"]:
-    """One prediction of all experts: sum_e w_e z_e, the mean without weights.
+    """Average the experts' logits: sum_e w_e z_e, or their mean.
 
     Args:
       logits: [E, ..., C].
@@ -91,7 +91,9 @@ def divergence(
     *,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """How far the experts are from their mean: mean(T)^2 sum_e KL(softmax(zbar/T) || softmax(z_e/T)).
+    """Measure how far the experts are from their mean.
+
+    mean(T)^2 sum_e KL(softmax(zbar/T) || softmax(z_e/T))
 
     zbar is the mean of the logits. It is held constant; the gradient through it sums to
     zero anyway.
@@ -136,13 +138,13 @@ class Ride:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example, summed over the experts; `logits` are [E, ..., C]."""
-        own = jnp.sum(
+        """Compute the loss of every example, summed over experts; `logits` [E, ..., C]."""
+        total = jnp.sum(
             jax.vmap(lambda z: self.base(z, labels, where=where))(logits), axis=0
         )
-        apart = divergence(logits, self.temperature, where=where).astype(own.dtype)
+        apart = divergence(logits, self.temperature, where=where).astype(total.dtype)
         apart = jnp.where(are_classes(labels, logits.shape[-1]), apart, 0)
-        return own + jnp.asarray(self.diversity).astype(own.dtype) * apart
+        return total + jnp.asarray(self.diversity).astype(total.dtype) * apart
 
 
 @checked
@@ -154,7 +156,9 @@ def ride(
     temperature: Scalar = 1.0,
     reweight: Scalar = 0.05,
 ) -> Ride:
-    """RIDE: sum_e base(z_e, y) + diversity mean(T)^2 KL(softmax(zbar / T) || softmax(z_e / T)).
+    """Build the RIDE loss.
+
+    sum_e base(z_e, y) + diversity mean(T)^2 KL(softmax(zbar / T) || softmax(z_e / T))
 
     With counts the temperature of class c is T_c = temperature v_c / max v, v_c = C
     pi_c r + 1 - r, r = reweight: the experts may differ more on rare classes. The
@@ -210,7 +214,7 @@ class Bbn:
     base: Loss
 
     def share(self, step: Scalar) -> Float[Array, ""]:
-        """a = 1 - (step / total)^2 of the conventional branch, 0 from `total` on; step from 0."""
+        """Return a = 1 - (step / total)^2 of the conventional branch; 0 from total on."""
         return weights.bbn(step, self.total)
 
     @checked
@@ -220,7 +224,7 @@ class Bbn:
         reversed_: Float[Array, "*batch D"],
         step: Scalar | None = None,
     ) -> Float[Array, "*batch F"]:
-        """What the classifier sees: 2 [a f_c, (1 - a) f_r], one after the other.
+        """Concatenate the branches' features: 2 [a f_c, (1 - a) f_r].
 
         A linear head on it is the sum of two heads, 2 a W_c f_c + 2 (1 - a) W_r f_r.
 
@@ -249,7 +253,7 @@ class Bbn:
         step: Scalar,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """a base(z, y_c) + (1 - a) base(z, y_r) of every pair of examples.
+        """Compute a base(z, y_c) + (1 - a) base(z, y_r) of every pair of examples.
 
         Args:
           logits: [..., C] of the mixed features.
@@ -270,7 +274,9 @@ class Bbn:
 
 @checked
 def bbn(total: Scalar, base: Loss | None = None) -> Bbn:
-    """Bilateral-branch network: the mixer of two branches and their loss, a = 1 - (t / total)^2.
+    """Build the mixer and loss of a bilateral-branch network.
+
+    a = 1 - (t / total)^2
 
     One branch sees examples as they come, the other as a sampler with class
     probabilities ~ 1 / n_c draws them. Training goes from the first to the second. The
@@ -348,7 +354,7 @@ class Paco:
     compat: Literal["reference"] | None = static()
 
     def init(self) -> PacoState:
-        """An empty queue."""
+        """Return an empty queue."""
         labels = jnp.full(self.queue, NOBODY, jnp.int32)
         return PacoState(jnp.zeros((self.queue, self.num_features), float), labels)
 
@@ -404,7 +410,7 @@ class Paco:
     def _loss(
         self, z: Array, f: Array, y: Array, others: Array, theirs: Array
     ) -> Array:
-        """sum_j w_ij (lse_i - s_ij) / sum_j w_ij over centres and examples, without oneself."""
+        """Compute sum_j w_ij (lse_i - s_ij) / sum_j w_ij over centres and examples."""
         parameters = (
             self.alpha,
             self.beta,
@@ -422,10 +428,10 @@ class Paco:
         mine = jnp.arange(len(y))[:, None] == jnp.arange(len(theirs))[None]
         somebody = (theirs[None] != NOBODY) & ~mine
         same = jnp.where(somebody & (y[:, None] == theirs[None]), alpha, 0)
-        own = jnp.where(
+        centre_weights = jnp.where(
             y[:, None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None], beta, 0
         )
-        weights = jnp.concatenate([own, same], axis=1)
+        weights = jnp.concatenate([centre_weights, same], axis=1)
         offset = jnp.where(somebody, jnp.log(gamma), floor(z))
         offset = jnp.concatenate(
             [jnp.zeros_like(z), jnp.maximum(offset, floor(z))], axis=1
@@ -452,7 +458,7 @@ class Paco:
         )
 
     def _with_epsilon(self, terms: Array, scores: Array) -> Array:
-        """The terms of the denominator; the reference adds 1e-12 of the largest score to them."""
+        """Add the reference's 1e-12 of the largest score to the denominator's terms."""
         if self.compat is None:
             return terms
         top = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
@@ -491,21 +497,21 @@ def paco(
     axis_name: Axis = None,
     compat: Literal["reference"] | None = None,
 ) -> Paco:
-    """PaCo: cross entropy over the classes' centres and the other examples at once.
+    """Build PaCo: cross entropy over class centres and other examples at once.
 
     loss_i = -sum_j w_ij log(e^s_ij / (sum_c e^s_ic + gamma sum_{k != i} e^s_ik)) /
     sum_j w_ij, with s_ic = (z_ic + log pi_c) / center_temperature for the centres and
     s_ik = f_i . f_k / temperature for the examples: the batch, its keys and the queue.
-    w is beta for the own centre and alpha for the examples of the own class, so that a
+    w is beta for the centre of the example's class and alpha for its other examples, so that a
     class with few of those is not outweighed.
 
     Args:
       counts: [C] training examples per class; may be traced.
       num_features: D.
-      queue: K, keys that are kept; may be smaller than a batch.
+      queue: K, number of stored keys; may be smaller than a batch.
       alpha: weight of an example of the same class: 0.05 on ImageNet-LT, 0.01 on
         CIFAR-100-LT. May be traced, like beta, gamma and the temperatures.
-      beta: weight of the own centre.
+      beta: weight of the class centre.
       gamma: weight of the examples in the denominator; 0 (with alpha 0) is balanced
         softmax.
       temperature: of the features: 0.2 on ImageNet-LT, 0.05 on CIFAR-LT.
@@ -545,7 +551,10 @@ def paco(
 
 
 def _gathered(x: Array, axis_name: Axis) -> Array:
-    """[n B, ...] of all devices. By a sum, so that shard_map knows the result is the same everywhere."""
+    """Return [n B, ...] of all devices.
+
+    A sum, so that shard_map knows that the result is replicated.
+    """
     size = jax.lax.psum(1, axis_name)
     mine = jnp.arange(size) == jax.lax.axis_index(axis_name)
     mine = mine.reshape((-1,) + (1,) * x.ndim)
@@ -578,7 +587,7 @@ class Sade:
         *,
         where: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """The loss of every example, summed over the experts; `logits` are [3, ..., C]."""
+        """Compute the loss of every example, summed over experts; `logits` [3, ..., C]."""
         z = floating(jnp.asarray(logits))
         offsets = self.offsets.astype(z.dtype)
         if (z.shape[0], z.shape[-1]) != offsets.shape:
@@ -595,7 +604,9 @@ class Sade:
 
 @checked
 def sade(counts: Counts, *, tau: Scalar = 2.0, compat: Compat = None) -> Sade:
-    """SADE: CE(z_1) + CE(z_2 + log pi) + CE(z_3 + log pi - tau log pi').
+    """Build the SADE loss.
+
+    CE(z_1) + CE(z_2 + log pi) + CE(z_3 + log pi - tau log pi')
 
     The first expert learns the prior of the training set, the second a uniform one, the
     third an inverse one: pi' has the counts in reverse, the most frequent class that of
@@ -622,21 +633,23 @@ def sade(counts: Counts, *, tau: Scalar = 2.0, compat: Compat = None) -> Sade:
     n = floating(as_vector("experts.sade: `counts`", counts))
     if compat == "reference":
         share = n / jnp.sum(n)
-        own, inverse = (jnp.log(x + 1e-9) for x in (share, _by_position(share)))
+        prior = jnp.log(share + 1e-9)
+        inverse = jnp.log(_by_position(share) + 1e-9)
     else:
-        own, inverse = log_prior(n), jnp.log(_reversed(at_least_rarest(n)))
+        prior = log_prior(n)
+        inverse = jnp.log(_reversed(at_least_rarest(n)))
     inverse = jnp.asarray(tau).astype(n.dtype) * inverse
-    return Sade(jnp.stack([jnp.zeros_like(own), own, own - inverse]))
+    return Sade(jnp.stack([jnp.zeros_like(prior), prior, prior - inverse]))
 
 
 def _by_position(share: Array) -> Array:
-    """What the reference does: of equal counts the later class is the rarer one."""
+    """Reverse the shares as the reference does: of equal counts the later is rarer."""
     rank = jnp.argsort(jnp.argsort(share[::-1], stable=True), stable=True)[::-1]
     return jnp.sort(share)[share.shape[0] - 1 - rank]
 
 
 def _reversed(n: Array) -> Array:
-    """The shares in reverse order of size, the mean of theirs for classes with equal counts."""
+    """Reverse the shares by size; classes of equal counts share their mean."""
     rising = jnp.sort(n)
     falling = rising[::-1]
     start, stop = (jnp.searchsorted(rising, n, side=side) for side in ("left", "right"))
@@ -652,7 +665,7 @@ def agreement(
     first: Float[Array, "E *batch C"],
     second: Float[Array, "E *batch C"],
 ) -> Float[Array, "*batch"]:
-    """How far two views of an example agree: the cosine of the two aggregated softmax outputs.
+    """Measure how far two views of an example agree: the cosine of their softmax.
 
     Args:
       weights: [E] of the experts.
@@ -677,7 +690,7 @@ def fit_weights(
     least: Scalar = 0.05,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "E"]:
-    """Weights of the experts for an unlabelled test set: those under which two views agree most.
+    """Fit the experts' weights on unlabelled data, so that two views agree most.
 
     The expert that fits the classes that occur is the most stable one on them. Gradient
     ascent on the mean `agreement` from equal weights, w = softmax(v), momentum 0.9,

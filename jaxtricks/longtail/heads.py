@@ -1,4 +1,4 @@
-"""What classifier heads do to their kernels, and a check of what they give; reached as `heads.*`."""
+"""Compute the logits of classifier heads from features and kernels."""
 
 import warnings
 from typing import Any, Literal
@@ -57,7 +57,9 @@ def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C
 def max_norm_radius(
     kernel: Float[Array, "D C"], threshold: Scalar = 0.1
 ) -> Float[Array, ""]:
-    """The radius for `max_norm`: r = min_c ||w_c|| + threshold (max_c ||w_c|| - min_c ||w_c||).
+    """Return the radius for `max_norm`.
+
+    r = min_c ||w_c|| + threshold (max_c ||w_c|| - min_c ||w_c||)
 
     Taken once, from the kernel that training starts with, as the reference does.
 
@@ -78,7 +80,9 @@ def max_norm_radius(
 
 @checked
 def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]:
-    """Project each class's weights into a ball: w_c min(1, radius / ||w_c||). After every update.
+    """Project each class's weights into a ball, after every update.
+
+    w_c min(1, radius / ||w_c||)
 
     Args:
       kernel: [D, C], a column per class.
@@ -108,7 +112,7 @@ def check_normed(
 
     LDAM multiplies its logits by s = 30. On those of a plain linear layer that
     saturates the softmax, the loss jumps and the weights soon are NaN. A loss sees
-    arrays, not layers: so `ldam` checks what it is given eagerly, and a jitted step can
+    arrays, not layers: so `ldam` checks its arguments eagerly, and a jitted step can
     call this. There the check is a callback on the host (jax.debug.callback), in every
     step in which a logit is out of range.
 
@@ -155,14 +159,14 @@ def _warn(largest: Any) -> None:
 
 @checked
 def norm(x: Array, axis: int = -1) -> Array:
-    """The norm along an axis, kept; its gradient at 0 is 0, not NaN."""
+    """Compute the norm along an axis of size 1 after it; its gradient at 0 is 0."""
     square = jnp.sum(x**2, axis=axis, keepdims=True)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 @checked
 def unit(x: Array, axis: int = -1) -> Array:
-    """x divided by its norm along an axis; 0 stays 0."""
+    """Divide x by its norm along an axis; 0 stays 0."""
     length = norm(x, axis)
     return x / jnp.where(length > 0, length, 1)
 
@@ -178,7 +182,7 @@ Kind = Literal["un", "l2n", "cl2n"]
 def cosine(
     x: Float[Array, "*batch D"], kernel: Float[Array, "D C"], s: Scalar = 16.0
 ) -> Float[Array, "*batch C"]:
-    """Squashed cosine head: s ||x|| / (1 + ||x||) cos(x, w_c) = s x/(1 + ||x||) . w_c/||w_c||.
+    """Compute squashed cosine logits: s ||x|| / (1 + ||x||) cos(x, w_c).
 
     Args:
       x: [..., D] features.
@@ -206,7 +210,9 @@ def cosine(
 def normed(
     x: Float[Array, "*batch D"], kernel: Float[Array, "D C"], s: Scalar = 1.0
 ) -> Float[Array, "*batch C"]:
-    """Cosine head: s cos(x, w_c). With s = 1 what `ldam` wants, whose own s scales it.
+    """Compute cosine logits: s cos(x, w_c).
+
+    Use s = 1 with `ldam`, which has its scale.
 
     Args:
       x: [..., D] features; a zero row has logits 0.
@@ -231,7 +237,9 @@ def normed(
 def lws(
     logits: Float[Array, "*batch C"], scales: Float[Array, "C"]
 ) -> Float[Array, "*batch C"]:
-    """Learnable weight scaling: f_c z_c. Train f alone, from ones, on class-balanced batches.
+    """Scale logits per class: f_c z_c.
+
+    Train f alone, from ones, on class-balanced batches.
 
     Args:
       logits: [..., C] of the frozen head, its bias included.
@@ -253,13 +261,13 @@ class Centroids:
 
     Attributes:
       means: [C, D] mean feature of each class, after the normalisation.
-      seen: [C] classes that have examples.
+      present: [C] classes that have examples.
       center: [D] mean of all features, before it.
       kind: "un", "l2n" or "cl2n".
     """
 
     means: Array
-    seen: Array
+    present: Array
     center: Array
     kind: Kind = static()
 
@@ -272,7 +280,7 @@ def centroids(
     kind: Kind = "cl2n",
     where: Bool[Array, "N"] | None = None,
 ) -> Centroids:
-    """Mean feature of each class, for `ncm`.
+    """Compute the mean feature of each class, for `ncm`.
 
     Args:
       features: [N, D] of the training examples.
@@ -316,7 +324,9 @@ def ncm(
     centroids: Centroids,
     metric: Literal["l2", "dot"] = "l2",
 ) -> Float[Array, "*batch C"]:
-    """Nearest class mean: z_c = -||x' - mu_c||^2, or x' . mu_c / D; x' normalised as the means were.
+    """Compute nearest-class-mean logits.
+
+    z_c = -||x' - mu_c||^2, or x' . mu_c / D, with x' normalized as the means were
 
     Args:
       x: [..., D] features.
@@ -351,7 +361,9 @@ def ncm(
         )
     else:
         z = x @ means.T / x.shape[-1]
-    return jnp.where(centroids.seen.reshape((1,) * (z.ndim - 1) + (-1,)), z, -jnp.inf)
+    return jnp.where(
+        centroids.present.reshape((1,) * (z.ndim - 1) + (-1,)), z, -jnp.inf
+    )
 
 
 @checked
@@ -361,7 +373,9 @@ def disalign(
     scale: Float[Array, "C"],
     bias: Float[Array, "C"],
 ) -> Float[Array, "*batch C"]:
-    """Adaptive calibration: (1 + sigma a_c) z_c + sigma b_c, sigma = sigmoid(confidence).
+    """Calibrate logits adaptively.
+
+    (1 + sigma a_c) z_c + sigma b_c, sigma = sigmoid(confidence)
 
     Train a, b and the confidence layer alone, on top of a frozen model. With a = b = 0
     it changes nothing; the reference starts from a = 1, b = 0 and confidence weights
@@ -396,7 +410,9 @@ def tde(
     gamma: Scalar = 1 / 32,
     alpha: Scalar = 3.0,
 ) -> Float[Array, "*batch C"]:
-    """De-confounded head: tau/K sum_k (x_k/|x_k| - alpha cos(x_k, d_k) d_k/|d_k|) . w_k/(|w_k| + gamma).
+    """Compute the logits of a de-confounded head.
+
+    tau/K sum_k (x_k/|x_k| - alpha cos(x_k, d_k) d_k/|d_k|) . w_k/(|w_k| + gamma)
 
     Train without `direction`; at test time pass the running mean of the features, m <-
     mu m + mean(x) with the momentum mu of the optimizer: the part of a feature that

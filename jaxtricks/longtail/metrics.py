@@ -1,4 +1,4 @@
-"""Accuracies of classes -> the one-number scores of long-tailed classification."""
+"""Measure accuracy per class, in one jitted confusion state."""
 
 import functools
 from typing import Literal
@@ -32,7 +32,7 @@ Split = Literal["threshold", "rank"]
 def groups(
     counts: Float[Array, "C"], many: Scalar, few: Scalar, split: Split
 ) -> dict[str, Bool[Array, "C"]]:
-    """Which classes are many-, medium- and few-shot.
+    """Return which classes are many-, medium- and few-shot.
 
     Raises:
       ValueError: for another split.
@@ -58,7 +58,7 @@ def scores(
     members: dict[str, Bool[Array, "C"]],
     weight: Float[Array, "C"],
 ) -> dict[str, Float[Array, ""]]:
-    """Means over the classes that have test examples, each class counted `weight` times.
+    """Average over the classes that have test examples, each counted `weight` times.
 
     Args:
       correct: [C] right predictions.
@@ -103,7 +103,10 @@ def calibration_error(
     confidence: Float[Array, "C B"],
     member: Bool[Array, "C"],
 ) -> Float[Array, ""]:
-    """sum_b |right predictions - confidences| / examples, over the examples of the member classes."""
+    """Compute the calibration error over examples of the member classes.
+
+    sum_b |correct predictions - confidences| / examples
+    """
     count, correct, confidence = (
         jnp.sum(jnp.where(member[:, None], x, 0), axis=0).astype(jnp.float32)
         for x in (count, correct, confidence)
@@ -113,7 +116,7 @@ def calibration_error(
 
 @checked
 def ratio(a: Array, b: Array) -> Array:
-    """a / b, NaN where b is 0."""
+    """Return a / b, NaN where b is 0."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)
 
 
@@ -125,7 +128,7 @@ ECE_BINS = 15
 
 @node
 class State:
-    """What was seen so far. States add: `merge` them, or psum them over devices (lax.psum(state, axis)).
+    """Counts over the examples so far; add states by `merge` or lax.psum.
 
     Attributes:
       confusion: [C, C + 1] int32, examples of class i predicted as j; the last column
@@ -144,23 +147,23 @@ class State:
 
     @property
     def bin_count(self) -> Integer[Array, "B"]:
-        """[B] examples per bin of confidence."""
+        """Return the number of examples per confidence bin, [B]."""
         return jnp.sum(self.class_bin_count, axis=0)
 
     @property
     def bin_correct(self) -> Integer[Array, "B"]:
-        """[B] correct ones among them."""
+        """Return the number of correct ones among them, [B]."""
         return jnp.sum(self.class_bin_correct, axis=0)
 
     @property
     def bin_confidence(self) -> Float[Array, "B"]:
-        """[B] sum of their confidences."""
+        """Return the sum of their confidences, [B]."""
         return jnp.sum(self.class_bin_confidence, axis=0)
 
 
 @checked
 def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
-    """Empty state: C (C + 1) + 3 C B numbers.
+    """Return an empty state: C (C + 1) + 3 C B numbers.
 
     Args:
       num_classes: C.
@@ -231,7 +234,7 @@ def update_predictions(
     labels: Integer[Array, "*batch"],
     where: Bool[Array, "*batch"] | None = None,
 ) -> State:
-    """`update` for predictions that are no argmax of logits (ensembles, nearest class mean).
+    """Update the state with predictions that are not an argmax of logits.
 
     Args:
       state: of `init` or an earlier update.
@@ -279,7 +282,7 @@ def _updated(
 
 @checked
 def merge(*states: State) -> State:
-    """The state of all that these have seen: of several hosts, or parts of a test set.
+    """Add states, of several hosts or parts of a test set.
 
     Args:
       *states: of the same number of classes and bins; device or host arrays.
@@ -298,7 +301,7 @@ def summary(
     few: Scalar = 20,
     split: Split = "threshold",
 ) -> dict[str, Float[Array, "..."]]:
-    """Accuracies per class and per group of classes, and the calibration error.
+    """Compute accuracy per class and per group, and the calibration error.
 
     Groups are means of per-class accuracies. split="threshold": many has more than
     `many` training examples, few has fewer than `few`, medium is the rest. With few
@@ -359,7 +362,7 @@ def bootstrap(
     few: Scalar = 20,
     split: Split = "threshold",
 ) -> dict[str, Float[Array, "2"]]:
-    """Percentile bootstrap intervals of the scores of `summary`, from the counts alone.
+    """Compute percentile bootstrap intervals of `summary`, from the counts alone.
 
     unit="example" draws the test examples of each class again (right predictions are
     binomial): how far a new test set of these classes would move the score.
@@ -405,7 +408,7 @@ def bootstrap(
 
 @checked
 def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
-    """A_r = A_t / A_u, A_u the larger of the upper references: how much of what balance gives is reached.
+    """Return A_r = A_t / A_u, with A_u the larger of the upper references.
 
     Args:
       accuracy: A_t, of the method trained on the long-tailed set. *upper: the same
@@ -435,7 +438,7 @@ def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
 
 
 def _per_class(state: State) -> tuple[Array, Array]:
-    """(right predictions, test examples) of each class."""
+    """Return (correct predictions, test examples) per class."""
     correct = jnp.diagonal(state.confusion).astype(jnp.float32)
     return correct, jnp.sum(state.confusion, axis=1).astype(jnp.float32)
 
@@ -451,7 +454,7 @@ def _fitting(counts: Counts, state: State) -> Float[Array, "C"]:
 
 
 def _class_draws(key: Key, present: Array, samples: int) -> Float[Array, "samples C"]:
-    """How often each class is drawn when as many as are present are drawn with replacement."""
+    """Draw as many examples as there are, with replacement; count them by class."""
     num_classes = present.shape[0]
     many = jnp.sum(present, dtype=jnp.int32)
     draws = jax.random.randint(key, (samples, num_classes), 0, jnp.maximum(many, 1))

@@ -1,4 +1,4 @@
-"""Mixing of examples, inside jit: mixup, and the two variants that favour rare classes."""
+"""Mix examples inside jit: mixup, and two variants that favour rare classes."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ def mixup(
     num_classes: int,
     alpha: Scalar = 1.0,
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
-    """Mixup: lam x_i + (1 - lam) x_j, and the labels likewise; lam ~ Beta(alpha, alpha) per batch.
+    """Mix examples and labels by one share per batch.
+
+    lam x_i + (1 - lam) x_j, lam ~ Beta(alpha, alpha)
 
     Args:
       key: typed PRNG key, new each step.
@@ -63,7 +65,7 @@ def remix(
     kappa: Scalar = 3.0,
     tau: Scalar = 0.5,
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
-    """Remix: examples as in mixup; the label goes to the rarer class where that is much rarer.
+    """Mix examples as `mixup`, and give the label to a much rarer class.
 
     The share of label i is 0 if n_i / n_j >= kappa and lam < tau, 1 if n_i / n_j <= 1 /
     kappa and
@@ -92,11 +94,11 @@ def remix(
     labels = class_indices(labels)
     lam, partner = _draw("remix", key, labels.shape[0], alpha)
     kappa, tau = (jnp.asarray(a).astype(jnp.float32) for a in (kappa, tau))
-    own, other = n[labels], n[labels[partner]]
-    kappa = kappa.astype(own.dtype)
-    to_partner = (own >= kappa * other) & (lam < tau)
-    to_own = (kappa * own <= other) & (1 - lam < tau)
-    share = jnp.where(to_partner, 0, jnp.where(to_own, 1, lam))
+    count, partner_count = n[labels], n[labels[partner]]
+    kappa = kappa.astype(count.dtype)
+    to_partner = (count >= kappa * partner_count) & (lam < tau)
+    to_first = (kappa * count <= partner_count) & (1 - lam < tau)
+    share = jnp.where(to_partner, 0, jnp.where(to_first, 1, lam))
     return _blend(x, partner, lam), _blend(_soft(labels, n.shape[0]), partner, share)
 
 
@@ -109,7 +111,9 @@ def unimix(
     alpha: Scalar = 0.8,
     tau: Scalar = -0.1,
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
-    """UniMix: partners drawn by p_j ~ n_j^tau, and lam_ij = (Beta(alpha, alpha) + n_j/(n_i + n_j)) mod 1.
+    """Mix with partners of rare classes.
+
+    p_j ~ n_j^tau, lam_ij = (Beta(alpha, alpha) + n_j / (n_i + n_j)) mod 1
 
     Args:
       key: typed PRNG key, new each step.
@@ -135,12 +139,12 @@ def unimix(
     labels = class_indices(labels)
     alpha = _checked("unimix", alpha)
     beta_key, partner_key = jax.random.split(key)
-    own = n[labels]
-    log_p = jnp.asarray(tau).astype(n.dtype) * jnp.log(own)
+    count = n[labels]
+    log_p = jnp.asarray(tau).astype(n.dtype) * jnp.log(count)
     partner = jax.random.categorical(partner_key, log_p, shape=labels.shape)
     draws = jax.random.beta(beta_key, alpha, alpha, labels.shape).astype(n.dtype)
-    other = own[partner]
-    lam = draws + other / (own + other)
+    partner_count = count[partner]
+    lam = draws + partner_count / (count + partner_count)
     lam = jnp.where(lam > 1, lam - 1, lam)
     return _blend(x, partner, lam), _blend(_soft(labels, n.shape[0]), partner, lam)
 
@@ -168,7 +172,7 @@ def _soft(labels: Array, num_classes: int) -> Array:
 
 
 def _blend(x: Array, partner: Array, share: Array) -> Array:
-    """share x_i + (1 - share) x_partner, for one share or one of each example."""
+    """Return share x_i + (1 - share) x_partner, with one share or one per example."""
     x = jnp.asarray(x)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     wide = floating(x)

@@ -1,4 +1,4 @@
-"""Held-out examples and losses of them in which every class weighs the same; what `posthoc` fits by."""
+"""Adjust the logits of a trained model to another class prior."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ from jaxtricks.longtail._counts import (
     as_vector,
     class_indices,
     floating,
+    has_examples,
     log_prior,
-    seen,
 )
 
 __all__ = [
@@ -43,7 +43,7 @@ class HeldOut(NamedTuple):
 def held_out(
     name: str, logits: Array, labels: Array, counts: Counts, where: Array | None
 ) -> HeldOut:
-    """The examples that count; what the others hold is replaced."""
+    """Return the held-out examples that count; replace the rest."""
     z, y = floating(jnp.asarray(logits)), class_indices(labels).reshape(-1)
     n = as_vector(f"posthoc.{name}: `counts`", counts).astype(z.dtype)
     check_classes(name, "counts", n, z)
@@ -51,49 +51,55 @@ def held_out(
     z = z.reshape(-1, z.shape[-1])
     inside = are_classes(y, z.shape[-1])
     y = jnp.where(inside, y, 0)
-    keep = inside & seen(n)[y]
+    keep = inside & has_examples(n)[y]
     keep = keep if where is None else keep & as_mask(where, batch).reshape(-1)
     return HeldOut(jnp.where(keep[:, None], z, 0), y, keep, n)
 
 
 def balanced(values: Array, held: HeldOut) -> Array:
-    """The mean over the classes that have examples of the mean value of their examples."""
+    """Average per class, then over the classes that have examples."""
     size = held.counts.shape[0]
-    kept = held.member.astype(values.dtype)
+    member = held.member.astype(values.dtype)
     total = (
         jnp.zeros(size, values.dtype)
         .at[held.labels]
         .add(jnp.where(held.member, values, 0))
     )
-    members = jnp.zeros(size, values.dtype).at[held.labels].add(kept)
+    members = jnp.zeros(size, values.dtype).at[held.labels].add(member)
     means = total / jnp.maximum(members, 1)
     return jnp.sum(means) / jnp.maximum(jnp.sum(members > 0), 1).astype(values.dtype)
 
 
 def centered_shift(counts: Array) -> tuple[Array, Array]:
-    """(classes that take part, -log prior less its mean): balanced counts leave tau nothing to do."""
-    known = seen(counts)
-    offered = known | ~jnp.any(known)
-    shift = jnp.where(known, -log_prior(counts), 0)
-    center = jnp.sum(shift) / jnp.maximum(jnp.sum(known), 1).astype(shift.dtype)
-    return offered, jnp.where(known, shift - center, 0)
+    """Return (classes that take part, -log prior less its mean).
+
+    Centered, balanced counts leave tau without effect.
+    """
+    present = has_examples(counts)
+    offered = present | ~jnp.any(present)
+    shift = jnp.where(present, -log_prior(counts), 0)
+    center = jnp.sum(shift) / jnp.maximum(jnp.sum(present), 1).astype(shift.dtype)
+    return offered, jnp.where(present, shift - center, 0)
 
 
 def balanced_cross_entropy(
     theta: Array, z: Array, shift: Array, offered: Array, held: HeldOut
 ) -> tuple[Array, Array, Array]:
-    """Value, gradient and Hessian by theta of the balanced cross entropy of theta_0 z + theta_1 shift."""
+    """Return value, gradient and Hessian by theta of the balanced cross entropy.
+
+    The scores are theta_0 z + theta_1 shift.
+    """
     scores = jnp.where(offered[None], theta[0] * z + theta[1] * shift[None], -jnp.inf)
-    log_p, own = jax.nn.log_softmax(scores, axis=-1), held.labels[:, None]
+    log_p, label_index = jax.nn.log_softmax(scores, axis=-1), held.labels[:, None]
     p, a = jnp.exp(log_p), shift[None]
     mean_z, mean_a = jnp.sum(p * z, -1), jnp.sum(p * a, -1)
     dz, da = (
         z - mean_z[:, None],
         a - mean_a[:, None],
     )  # centred: no difference of large squares
-    at_label = jnp.take_along_axis(z, own, -1)[:, 0], shift[held.labels]
+    at_label = jnp.take_along_axis(z, label_index, -1)[:, 0], shift[held.labels]
     terms = (
-        -jnp.take_along_axis(log_p, own, -1)[:, 0],
+        -jnp.take_along_axis(log_p, label_index, -1)[:, 0],
         mean_z - at_label[0],
         mean_a - at_label[1],
         *(jnp.sum(p * x, -1) for x in (dz * dz, dz * da, da * da)),
@@ -103,7 +109,7 @@ def balanced_cross_entropy(
 
 
 def check_classes(function: str, name: str, values: Array, z: Array) -> None:
-    """An error unless there is one number per logit."""
+    """Raise unless there is one number per logit."""
     if values.shape[0] != z.shape[-1]:
         raise ValueError(
             f"longtail.posthoc.{function}: `{name}` has {values.shape[0]} classes where the logits "
@@ -118,7 +124,7 @@ def check_classes(function: str, name: str, values: Array, z: Array) -> None:
 def adjust(
     logits: Float[Array, "*batch C"], counts: Counts, tau: Scalar = 1.0
 ) -> Float[Array, "*batch C"]:
-    """Post-hoc logit adjustment: z_c - tau log(n_c / sum n).
+    """Adjust logits after training: z_c - tau log(n_c / sum n).
 
     For logits of a model trained with plain cross entropy. Never together with a loss
     that knows the prior already (`balanced_softmax`, `logit_adjusted`, `vs`): that
@@ -150,7 +156,7 @@ def adjust(
     z = floating(jnp.asarray(logits))
     n = as_vector("posthoc.adjust: `counts`", counts).astype(z.dtype)
     check_classes("adjust", "counts", n, z)
-    shift = jnp.where(seen(n), -log_prior(n), UNSEEN_LOG_PRIOR)
+    shift = jnp.where(has_examples(n), -log_prior(n), UNSEEN_LOG_PRIOR)
     shift = jnp.asarray(tau).astype(z.dtype) * shift
     return z + shift.reshape((1,) * (z.ndim - 1) + shift.shape)
 
@@ -159,7 +165,7 @@ def adjust(
 def shift_prior(
     logits: Float[Array, "*batch C"], source: Counts, target: Counts
 ) -> Float[Array, "*batch C"]:
-    """From one class prior to another: z_c - log source_c + log target_c.
+    """Shift logits between class priors: z_c - log source_c + log target_c.
 
     For logits calibrated to the source prior. Those of a model trained with a
     prior-adjusted loss (`balanced_softmax`, `lade`) are calibrated to a uniform one:
@@ -188,7 +194,9 @@ def shift_prior(
     """
     z = floating(jnp.asarray(logits))
     old, new = _prior("source", source, z), _prior("target", target, z)
-    shift = jnp.where(seen(old), log_prior(new) - log_prior(old), UNSEEN_LOG_PRIOR)
+    shift = jnp.where(
+        has_examples(old), log_prior(new) - log_prior(old), UNSEEN_LOG_PRIOR
+    )
     return z + shift.reshape((1,) * (z.ndim - 1) + shift.shape)
 
 
@@ -201,7 +209,7 @@ def fit_tau(
     taus: Sequence[Any] | Float[Array, "T"] | None = None,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, ""]:
-    """tau for `adjust`, by which the logits of held-out data predict all classes best.
+    """Fit tau of `adjust` so that held-out data are predicted best, all classes alike.
 
     By default the minimum of the smooth loss of `calibrate`, tau * temperature of it;
     with `taus` the one of them with the best balanced accuracy. The held-out data may
@@ -274,7 +282,9 @@ def calibrate(
     where: Bool[Array, "*batch"] | None = None,
     max_steps: int = 100,
 ) -> Calibration:
-    """tau and temperature together: the least mean_c CE_c(adjust(logits / temperature, counts, tau)).
+    """Fit tau and temperature together.
+
+    They minimize mean_c CE_c(adjust(logits / temperature, counts, tau)).
 
     CE_c is the mean cross entropy of the held-out examples of class c. In
     (1/temperature, tau) it is convex, so a damped Newton method finds the one best pair
@@ -292,7 +302,7 @@ def calibrate(
 
     Returns:
       (tau, temperature), scalars; tau 0 where the counts are balanced, since any would
-      do; 0 and 1 without examples. 1/temperature is kept in [1e-3, 1e3]. Works under
+      do; 0 and 1 without examples. 1/temperature stays in [1e-3, 1e3]. Works under
       jit.
 
     Raises:
@@ -356,7 +366,7 @@ def estimate_prior(
     tolerance: Scalar = 1e-6,
     max_steps: int = 1000,
 ) -> Float[Array, "C"]:
-    """The class prior of unlabelled test data, by expectation maximisation; for `shift_prior`.
+    """Estimate the class prior of unlabelled data by expectation maximization.
 
     q_c <- mean_i r_ic, r_ic ~ q_c / source_c softmax(z_i)_c, from q = source until no
     q_c moves by more than the tolerance. The likelihood that it climbs is concave in q.
@@ -390,7 +400,7 @@ def estimate_prior(
     """
     z = floating(jnp.asarray(logits))
     prior = _prior("source", source, z, "estimate_prior")
-    offered = seen(prior)
+    offered = has_examples(prior)
     prior = jnp.where(jnp.any(offered), prior, 1 / z.shape[-1])
     keep = (
         jnp.ones(z.shape[:-1], bool) if where is None else as_mask(where, z.shape[:-1])

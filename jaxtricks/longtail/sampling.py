@@ -1,4 +1,4 @@
-"""Drawing example indices inside jit: with replacement by class probability, or class by class in cycles."""
+"""Sample example indices inside jit, by class probability or in cycles."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtricks.longtail._counts import (
     Counts,
     as_vector,
     floating,
-    seen,
+    has_examples,
 )
 
 __all__ = [
@@ -140,7 +140,7 @@ def class_aware_indices(
     per_class: int = 1,
     shard: Shard | None = None,
 ) -> Integer[Array, "m"]:
-    """Class after class, `per_class` examples of each, without replacement within a class.
+    """Sample `per_class` examples of class after class, without replacement.
 
     The classes that have examples come in a new order each time all have had their
     turn, and the examples of each in a new order each time all have been drawn: over
@@ -191,7 +191,10 @@ def class_aware_indices(
 
 
 def _parts(table: Table) -> UInt32[Array, "C"]:
-    """Probabilities in parts of 2^-31, uint32: their running sums are exact, those of floats are not."""
+    """Return probabilities in units of 2^-31, uint32.
+
+    Their running sums are exact; those of floats are not.
+    """
     if table.probabilities.shape != table.counts.shape:
         raise ValueError(
             f"longtail.sampling: `table` has {table.counts.shape[0]} classes and probabilities of shape "
@@ -206,7 +209,7 @@ def _parts(table: Table) -> UInt32[Array, "C"]:
 
 
 def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
-    """(first position, how many) of the shard."""
+    """Return (first position, number of positions) of the shard."""
     index, number = (0, 1) if shard is None else shard
     if number < 1 or n % number:
         raise ValueError(
@@ -230,7 +233,7 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
 
 @checked
 def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"]:
-    """Probability to draw each class: p_c ~ n_c^power.
+    """Return the probability to draw each class: p_c ~ n_c^power.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -249,13 +252,15 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     """
     n = floating(as_vector("sampling.class_probabilities: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
-    raw = jnp.where(seen(n), jnp.exp(power * jnp.log(jnp.where(seen(n), n, 1))), 0)
+    raw = jnp.where(
+        has_examples(n), jnp.exp(power * jnp.log(jnp.where(has_examples(n), n, 1))), 0
+    )
     return _normalized(raw)
 
 
 @checked
 def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
-    """From the data to balance: (1 - t) p_instance + t p_balanced.
+    """Move from the data's distribution to balance: (1 - t) p_instance + t p_balanced.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -279,7 +284,9 @@ def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
 
 @checked
 def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
-    """Each example drawn by its class's inverse effective number: p_c ~ n_c (1 - beta) / (1 - beta^n_c).
+    """Return class probabilities by inverse effective numbers.
+
+    p_c ~ n_c (1 - beta) / (1 - beta^n_c)
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -298,14 +305,16 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
       Cao et al., LDAM, arXiv 1906.07413 (the "Resample" rule of its code).
     """
     n = floating(as_vector("sampling.effective_number: `counts`", counts))
-    return _normalized(jnp.where(seen(n), n, 0) * weights.effective_number(n, beta))
+    return _normalized(
+        jnp.where(has_examples(n), n, 0) * weights.effective_number(n, beta)
+    )
 
 
 @checked
 def deferred(
     counts: Counts, step: Scalar, start: Scalar, power: Scalar = 0.0
 ) -> Float[Array, "C"]:
-    """Deferred re-sampling: as the data while step < start, p_c ~ n_c^power from there on.
+    """Sample as the data until `start`, then by p_c ~ n_c^power.
 
     Args:
       counts: [C] training examples per class; may be traced.

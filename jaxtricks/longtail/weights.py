@@ -1,4 +1,4 @@
-"""Class weights from counts, and schedules by step, all inside jit.
+"""Weight classes by their counts, and schedule weights, all inside jit.
 
 Weights sum to the number of classes, and an empty class weighs nothing.
 """
@@ -10,7 +10,7 @@ from jaxtyping import Float, Real
 
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Scalar
-from jaxtricks.longtail._counts import Counts, as_vector, floating, seen
+from jaxtricks.longtail._counts import Counts, as_vector, floating, has_examples
 
 __all__ = [
     "bbn",
@@ -24,7 +24,9 @@ __all__ = [
 
 @checked
 def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
-    """Inverse effective number of examples: w_c ~ (1 - beta) / (1 - beta^n_c), sum w = C.
+    """Return inverse effective numbers of examples.
+
+    w_c ~ (1 - beta) / (1 - beta^n_c), sum w = C
 
     1 - beta^n is computed as -expm1(n log1p(-(1-beta))): the plain form loses every
     digit in float32 where n (1 - beta) is small.
@@ -55,13 +57,13 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
     # of n.
     rest = 1 - beta if isinstance(beta, int | float) else 1 - jnp.asarray(beta)
     rest = jnp.asarray(rest).astype(n.dtype)
-    inverse = 1 / -jnp.expm1(jnp.where(seen(n), n, 1) * jnp.log1p(-rest))
+    inverse = 1 / -jnp.expm1(jnp.where(has_examples(n), n, 1) * jnp.log1p(-rest))
     return _sum_to_classes(n, inverse)
 
 
 @checked
 def inverse_frequency(counts: Counts, power: Scalar = 1.0) -> Float[Array, "C"]:
-    """Inverse frequency to a power: w_c ~ n_c^-power, sum w = C.
+    """Return inverse frequencies to a power: w_c ~ n_c^-power, sum w = C.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -75,14 +77,16 @@ def inverse_frequency(counts: Counts, power: Scalar = 1.0) -> Float[Array, "C"]:
     """
     n = floating(as_vector("inverse_frequency: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
-    return _sum_to_classes(n, jnp.exp(-power * jnp.log(jnp.where(seen(n), n, 1))))
+    return _sum_to_classes(
+        n, jnp.exp(-power * jnp.log(jnp.where(has_examples(n), n, 1)))
+    )
 
 
 @checked
 def deferred(
     step: Scalar, start: Scalar, before: Counts, after: Counts
 ) -> Float[Array, "C"]:
-    """Deferred re-weighting: `before` while step < start, `after` from there on.
+    """Return `before` while step < start, then `after`.
 
     Usually ones first and `effective_number(counts)` for the last fifth of the run.
 
@@ -116,7 +120,7 @@ def ramp(
     *,
     shape: Literal["linear", "cosine"] = "linear",
 ) -> Float[Array, ""]:
-    """From 0 at step `start` to 1 at step `stop`, constant outside; a smooth alternative to `deferred`.
+    """Rise from 0 at `start` to 1 at `stop`: a smooth alternative to `deferred`.
 
     linear: x = (step - start) / (stop - start); cosine: (1 - cos(pi x)) / 2.
 
@@ -141,7 +145,7 @@ def ramp(
 
 @checked
 def blend(t: Scalar, before: Counts, after: Counts) -> Float[Array, "C"]:
-    """(1 - t) before + t after: weights or probabilities on the way, with t of `ramp`.
+    """Return (1 - t) before + t after, with t of `ramp`.
 
     Args:
       t: in [0, 1]; may be traced.
@@ -198,6 +202,6 @@ def _pair(name: str, before: Counts, after: Counts) -> tuple[Array, Array]:
 
 
 def _sum_to_classes(n: Real[Array, "C"], raw: Float[Array, "C"]) -> Float[Array, "C"]:
-    raw = jnp.where(seen(n), raw, 0)
+    raw = jnp.where(has_examples(n), raw, 0)
     total = jnp.sum(raw)
     return raw * (n.shape[0] / jnp.where(total > 0, total, 1))
