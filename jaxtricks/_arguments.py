@@ -1,4 +1,4 @@
-"""Types of arguments, checked where a call enters the library, by what the annotations say.
+"""Check the types of arguments by their annotations where a call enters the library.
 
 Without a check a wrong type ends where it first does harm: "'str' object is not
 callable" names neither the function nor the argument. Values are checked by the
@@ -56,7 +56,7 @@ class _Kind(NamedTuple):
 
 
 def checked(function: Function) -> Function:
-    """Decorate a public function: an argument of a wrong type raises one sentence that names it.
+    """Decorate a public function to raise a sentence for an argument of a wrong type.
 
     Annotations are read at the first call. What they leave open (Any, type variables,
     pytrees) is not checked, and a wrong number of arguments stays Python's own error.
@@ -112,7 +112,7 @@ def checked(function: Function) -> Function:
 
 
 def known_number(x: Any) -> float | None:
-    """The value of a number, also of an array []; None of what is traced, lies elsewhere or is none."""
+    """Return the value of a number or array []; None if traced, elsewhere or neither."""
     if isinstance(x, bool | jax.core.Tracer):
         return None
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -121,14 +121,14 @@ def known_number(x: Any) -> float | None:
 
 
 def _read(function: Callable[..., Any]) -> dict[str, list[_Kind]]:
-    """{argument: what it may be}, of the arguments whose annotations say it."""
+    """Return {argument: allowed kinds} where the annotations say so."""
     hints = typing.get_type_hints(function)
     kinds = {name: _kinds(hint) for name, hint in hints.items() if name != "return"}
-    return {name: found for name, found in kinds.items() if found is not None}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _kinds(hint: Any) -> list[_Kind] | None:
-    """The kinds of values that an annotation names; None for an annotation of anything."""
+    """Return the kinds of values that an annotation names; None for anything."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments)
@@ -159,7 +159,7 @@ def _kinds(hint: Any) -> list[_Kind] | None:
 
 def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
     if {jax.Array, np.ndarray} <= set(hints):
-        # Beside numbers it is a scalar: a number, or an array that JAX has made of one.
+        # Beside numbers it is a scalar: a number, or an array from one.
         array = [] if float in hints else [np.ndarray]
         hints = (
             *(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray)),
@@ -169,15 +169,17 @@ def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
         hints = tuple(
             h for h in hints if h != collections.abc.Sequence[Any]
         )  # lists are arrays
-    found: list[_Kind] = []
+    unique: list[_Kind] = []
     for hint in hints:
         kinds = _kinds(hint)
         if kinds is None:
             return None
-        found += [
-            kind for kind in kinds if kind.words not in [other.words for other in found]
+        unique += [
+            kind
+            for kind in kinds
+            if kind.words not in [other.words for other in unique]
         ]
-    return found
+    return unique
 
 
 def _instance(*classes: type) -> Callable[[Any], bool]:
@@ -200,14 +202,14 @@ def _is_integer(x: Any) -> bool:
 
 
 def _is_key(x: Any) -> bool:
-    """Whether it is a key, typed or of the legacy kind."""
+    """Return whether it is a PRNG key, typed or legacy."""
     return hasattr(x, "dtype") and (_dtype_kind(x.dtype) == "k" or x.dtype == np.uint32)
 
 
 def _is_array(
     x: Any, letters: Container[str] = "ifcbk", ranks: Container[int] = range(99)
 ) -> bool:
-    """Whether it is an array of these kinds and ranks, the shape of one, or what makes one."""
+    """Return whether it is an array, or a shape, of these kinds and ranks."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return _dtype_kind(x.dtype) in letters and len(x.shape) in ranks
     if _is_sequence(x):
@@ -233,14 +235,14 @@ def _is_sequence(x: Any) -> bool:
 
 
 def _rank(x: Any) -> int:
-    """Axes of an array, or of a list by its first items."""
+    """Return the rank of an array, or of a list by its first items."""
     if _is_sequence(x):
         return 1 + (_rank(x[0]) if len(x) else 0)
     return len(getattr(x, "shape", ()))
 
 
 def _array_of(hint: Any) -> _Kind:
-    """An array of the dtypes and the rank of a jaxtyping annotation."""
+    """Return the kind of a jaxtyping annotation: dtypes and rank."""
     listed = isinstance(hint.dtypes, list | tuple)
     letters = {_letter(name) for name in hint.dtypes} if listed else set("ifcbk")
     if letters == {"b"}:
@@ -257,7 +259,7 @@ def _array_of(hint: Any) -> _Kind:
 
 
 def _sequence_of(hint: Any) -> _Kind:
-    """A sequence whose items may be what an annotation says."""
+    """Return the kind of a sequence whose items follow an annotation."""
     items = _kinds(hint)
 
     def holds(x: Any) -> bool:
@@ -296,7 +298,7 @@ def _letter(dtype: str) -> str:
 
 @functools.cache
 def _dtype_kind(dtype: Any) -> str:
-    """One letter: integer, floating, complex, bool, key, or ? for strings and objects."""
+    """Return a letter: integer, floating, complex, bool, key, or ? for the rest."""
     return _letter(str(dtype))
 
 
@@ -334,13 +336,13 @@ _GENERIC = {
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """The room and what its user calls: "longtail.balanced_softmax"."""
+    """Return the room and the function: "longtail.balanced_softmax"."""
     room = function.__module__.removeprefix("jaxtricks.").split(".")[0]
     return f"{room}.{function.__qualname__.removesuffix('.__call__').lstrip('_')}"
 
 
 def described(x: Any) -> str:
-    """The type of a value, and of an array its dtype and shape; never what is in it."""
+    """Describe a value by its type, dtype and shape, never by its contents."""
     if x is None:
         return "None"
     if hasattr(x, "dtype") and hasattr(x, "shape"):

@@ -1,4 +1,4 @@
-"""Dtypes of arrays: which are floating, and which one to compute statistics in."""
+"""Decide on dtypes: which are floating, and which one to compute statistics in."""
 
 import functools
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def is_floating(x: Any) -> bool:
-    """Whether x is an array (or its shape) of a floating dtype; Python numbers are not."""
+    """Return whether x is an array (or shape) of a floating dtype."""
     # float8_e8m0fnu holds scales: it has neither a sign nor a zero.
     return (
         hasattr(x, "dtype")
@@ -19,7 +19,7 @@ def is_floating(x: Any) -> bool:
 
 
 def is_inexact(x: Any) -> bool:
-    """Whether x is an array (or its shape) of a floating or complex dtype, or such a Python number."""
+    """Return whether x is an inexact array (or shape), float or complex."""
     if isinstance(x, float | complex):
         return True
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
@@ -37,12 +37,12 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def wide_dtype(*xs: Any) -> np.dtype:
-    """The dtype to compute statistics in: that of all the arrays together, float32 at least."""
+    """Return the dtype for statistics: that of all the arrays, float32 at least."""
     return common_dtype(*xs, np.zeros((), np.float32))
 
 
 def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
-    """The dtype that holds all the arrays (None has none), unless one is given.
+    """Return the dtype that holds all the arrays; `override` replaces it.
 
     `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an
     explicit choice: this is ours.
@@ -59,6 +59,6 @@ def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
 
 
 def _promotable(dtype: Any) -> Any:
-    """The dtype, or bfloat16 for floats of 8 and 4 bits, which JAX promotes to nothing else."""
+    """Return the dtype, or bfloat16 for floats of 8 and 4 bits, which JAX never promotes."""
     tiny = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
     return np.dtype(jnp.bfloat16) if tiny else dtype

@@ -26,7 +26,7 @@ class Meeting:
             self._name = f"jaxtricks/{purpose}/{number}"
 
     def exchange(self, text: str, timeout: float) -> list[str]:
-        """The texts of all processes; waits for them, for `timeout` seconds at most, then raises."""
+        """Return the texts of all processes; wait at most `timeout` seconds, then raise."""
         if self._client is None or self._size == 1:
             return [text]
         self._count += 1

@@ -1,4 +1,4 @@
-"""Integers of every type as Python's: NumPy's, and arrays without axes."""
+"""Convert integers of every type, NumPy's and arrays [], to Python's."""
 
 import operator
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
-    """An integer as a Python int, a sequence of them as a tuple.
+    """Return an integer as a Python int, a sequence of them as a tuple.
 
     Raises:
       TypeError: an item that is not an integer.
@@ -22,13 +22,13 @@ def plain(value: int | Sequence[int]) -> int | tuple[int, ...]:
 
 
 def listed(value: int | Sequence[int]) -> tuple[int, ...]:
-    """As `plain`, and an integer as a tuple of one."""
+    """Return integers as a tuple, also a single one."""
     numbers = plain(value)
     return (numbers,) if isinstance(numbers, int) else numbers
 
 
 def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Positions of the differentiated arguments among `count`; negative ones count from the end.
+    """Return the positions of differentiated arguments; negative ones count back.
 
     Raises:
       ValueError: a position of no argument.
@@ -42,7 +42,7 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def is_integer(value: object) -> "TypeIs[int]":
-    """Whether it can serve as an index; arrays with axes can't."""
+    """Return whether it can serve as an index; arrays with axes cannot."""
     try:
         operator.index(value)  # pyrefly: ignore
     except TypeError:

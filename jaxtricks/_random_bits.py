@@ -1,4 +1,4 @@
-"""Random bits for rounding: a hash of seed, step, path and place, made where it is used.
+"""Hash random bits for rounding from seed, step, path and position.
 
 `jax.random.bits` writes its counters and results to memory: several times the leaf, for
 bits that are read once. A hash of the entry's index is fused into the rounding, and
@@ -22,17 +22,17 @@ _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 
 
 def of_step(key: Key, count: Any) -> Array:
-    """The seed of a step, uint32 [2]."""
+    """Return the seed of a step, uint32 [2]."""
     return jax.random.bits(jax.random.fold_in(key, count), (2,), jnp.uint32)
 
 
 def of_leaf(seed: Array, path: str) -> Array:
-    """A leaf's own seed: of its path, so that hiding other leaves does not change it."""
+    """Return a leaf's seed, a function of its path and so independent of other leaves."""
     return seed ^ jnp.uint32(zlib.crc32(path.encode()))
 
 
 def uniform(seed: Array, shape: tuple[int, ...]) -> Array:
-    """Multiples of 2^-16 in [0, 1), float32, for every entry of a leaf."""
+    """Return multiples of 2^-16 in [0, 1), float32, for every entry of a leaf."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -58,7 +58,7 @@ _GOLDEN = np.uint32(0x9E3779B9)
 def permuted(
     place: UInt32[Array, "*n"], size: UInt32[Array, "*_"], seed: UInt32[Array, "*_"]
 ) -> UInt32[Array, "*n"]:
-    """Where a place goes under the permutation of `size` places that the seed names (swap-or-not).
+    """Permute `size` places by a seed (swap-or-not): return where a place goes.
 
     Each round pairs every place x with k - x and swaps the pair by a bit that both
     agree on, so every round is a permutation, whatever the size.
@@ -86,7 +86,7 @@ def permuted(
 
 
 def mixed(a: UInt32[Array, "*_"], b: UInt32[Array, "*_"]) -> UInt32[Array, "*_"]:
-    """A hash of two words in which every bit depends on all of both (MurmurHash3's finalizer, twice)."""
+    """Hash two words so that every bit depends on both (MurmurHash3 twice)."""
     return _finalized(a ^ _finalized(b + _GOLDEN))
 
 

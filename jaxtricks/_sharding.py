@@ -1,4 +1,4 @@
-"""Arrays that lie on a mesh where another array lies, whatever sharding the compiler finds for that one."""
+"""Place arrays as another array is placed on a mesh, also inside jit."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
-    """Zeros shaped and sharded as x, which may hold NaN; call it inside of jax.jit.
+    """Create zeros shaped and sharded as x, inside jax.jit; x may hold NaN.
 
     Zeros of jnp.zeros_like depend on nothing, so the compiler puts all of them on every
     device, and arithmetic that it can fold (x & 0) ends the same way. No array has more
@@ -23,12 +23,12 @@ def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def placed_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, sharded as the other is: an array of the same shape. Inside of jax.jit a hint to the compiler."""
+    """Shard x as another array of its shape; inside jax.jit a hint to the compiler."""
     return x + zeros_like(other, x.dtype)
 
 
 def on_mesh(*xs: Any) -> bool:
-    """Whether the compiler may have split one of the arrays over devices, as far as their types say.
+    """Return whether the compiler may have sharded one of the arrays.
 
     Inside shard_map it has not: an array there is one device's part.
     """
@@ -40,12 +40,12 @@ def on_mesh(*xs: Any) -> bool:
 
 
 def is_explicit(*xs: Any) -> bool:
-    """Whether one of the arrays is sharded over Explicit axes of a mesh, so that its type says how."""
+    """Return whether one of the arrays is sharded over Explicit axes of a mesh."""
     return any(any(jax.typeof(x).sharding.spec) for x in xs)
 
 
 def replicated(fn: Any, *args: Any) -> Any:
-    """fn(*args), the same on every device: for scatters and reshapes, on which Explicit axes are silent."""
+    """Run fn(*args) alike on every device: for scatters and reshapes on Explicit axes."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
     mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
     if mesh is None:

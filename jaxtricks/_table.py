@@ -1,4 +1,4 @@
-"""Rows of text as an aligned table; what `str()` of a room's reports prints."""
+"""Format rows as an aligned table; `str()` of the rooms' reports prints it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Table(NamedTuple):
         return "\n".join([*lines, *self.notes])
 
     def markdown(self) -> str:
-        """The same rows as a Markdown table."""
+        """Format the rows as a Markdown table."""
         lines = [
             self.headers,
             ("---",) * len(self.headers),
@@ -42,12 +42,12 @@ class Table(NamedTuple):
 def make(
     headers: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()
 ) -> Table:
-    """Table from any sequences."""
+    """Build a table from any sequences."""
     return Table(tuple(headers), tuple(map(tuple, rows)), tuple(notes))
 
 
 def cell(x: Any) -> str:
-    """One value as text."""
+    """Format one value."""
     if x is None:
         return "-"
     if isinstance(x, float):
@@ -56,7 +56,7 @@ def cell(x: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with what a terminal would obey or can't show as an escape sequence."""
+    """Escape what a terminal would obey or cannot show, on one line."""
     if text.isprintable():
         return text
     return "".join(
@@ -65,7 +65,7 @@ def printable(text: str) -> str:
 
 
 def format_bytes(n: float) -> str:
-    """12_345_678 -> "11.8 MiB"; integers below 1 KiB stay exact."""
+    """Format bytes: 12_345_678 -> "11.8 MiB"; integers below 1 KiB stay exact."""
     if abs(n) < 1024:
         return f"{n:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):

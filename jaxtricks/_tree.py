@@ -1,4 +1,4 @@
-"""Pytrees: paths, sizes, and small frozen dataclasses that are pytrees."""
+"""Handle pytrees: paths, sizes, and small frozen dataclasses that are pytrees."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ STATIC = {"static": True}
 
 
 def path_str(key_path: tuple[Any, ...]) -> str:
-    """Key path of JAX -> "a/b/0/kernel"; a final "value" (an nnx Variable's) is dropped."""
+    """Join a key path as "a/b/0/kernel"; drop a final "value" (of an nnx Variable)."""
     names = [_name(key) for key in key_path]
     if names and names[-1] == "value":
         names.pop()
@@ -32,20 +32,20 @@ def _name(key: Any) -> str:
 
 
 def is_masked(x: Any) -> bool:
-    """Whether x is the placeholder that optax.masked puts in place of a leaf."""
+    """Return whether x is the placeholder of optax.masked."""
     return isinstance(x, optax.MaskedNode)
 
 
 def leaves_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, Any]]:
-    """[(path, leaf)] in flattening order; None and MaskedNode are no leaves."""
+    """List (path, leaf) in flattening order; None and MaskedNode are not leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(path_str(path), leaf) for path, leaf in leaves]
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """{path: leaf} in flattening order.
+    """Return {path: leaf} in flattening order.
 
     Raises:
       ValueError: two leaves have the same path (a key that contains "/").
@@ -62,19 +62,19 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 
 
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """tree.map of fn(path, leaf, *others), with the paths of `leaves_with_paths`."""
+    """Map fn(path, leaf, *others) over trees, with the paths of `leaves_with_paths`."""
     return jax.tree_util.tree_map_with_path(
         lambda p, *xs: fn(path_str(p), *xs), tree, *rest
     )
 
 
 def has_masked(tree: Any) -> bool:
-    """Whether any leaf of the tree is hidden by optax.masked."""
+    """Return whether optax.masked hides a leaf of the tree."""
     return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all array leaves, from their shapes alone (ShapeDtypeStruct is fine)."""
+    """Count the bytes of all array leaves, from their shapes alone."""
     return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
@@ -87,13 +87,13 @@ def _leaf_bytes(x: Any) -> int:
 
 
 def static(**kwargs: Any) -> Any:
-    """A dataclass field that belongs to the tree's structure (hashable, no leaf)."""
+    """Declare a dataclass field as part of the tree's structure (hashable, not a leaf)."""
     return dataclasses.field(metadata=STATIC, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def node(cls: type[T]) -> type[T]:
-    """Make cls a frozen dataclass and a pytree; fields made with `static()` are structure.
+    """Make cls a frozen dataclass and a pytree; fields declared by `static()` are structure.
 
     Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and
     would break tree.map and vmap, which put shapes, None and objects where arrays were.

@@ -1,4 +1,4 @@
-"""Types that the rooms share; the shapes of arrays stand in the annotations (jaxtyping)."""
+"""Name the types that the rooms share; array shapes stand in the annotations."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable

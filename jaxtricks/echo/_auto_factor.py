@@ -1,6 +1,6 @@
-"""`factor="auto"`: follow how much slower the source is than what consumes its outputs.
+"""Follow how much slower the source is than its consumer (`factor="auto"`).
 
-The source is read by a thread of its own. While it is at work all the time, it is what
+A thread reads the source. While it is at work all the time, it is what
 everything waits for, and the factor goes up. While it has to pause, the share of time
 in which it is at work times the outputs per read is how far the factor could go down:
 the time of a read over the time of an output, R. Both hold however much runs in
@@ -25,7 +25,7 @@ DEAD_BAND = Fraction(1, 2)
 WINDOW = 16
 """Batches of outputs between two decisions."""
 PATIENCE = 4, 64
-"""Least and most windows that have to contradict what was seen before; buffers must run dry in them."""
+"""Least and most windows that must contradict the factor; buffers run dry in them."""
 AGREES = 0.8
 """Share of a factor that was too small which R must reach, or it cannot be measured."""
 TRUSTED = 3
@@ -39,7 +39,7 @@ class Tuner:
     """Decides on the factor, at elements that are the same on all hosts.
 
     A move is a quarter, or twice the move before if that went the same way, and never
-    below R. A source with a buffer of its own looks idle wherever it isn't the
+    below R. A source with a buffer looks idle wherever it isn't the
     bottleneck; it is known by an R that contradicts a factor that was too small just
     before. Then a move to such a factor waits for `_patience` windows that ask for it,
     which doubles whenever the move had to be mended.
@@ -67,7 +67,7 @@ class Tuner:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all measurements, as after a jump to another position."""
+        """Discard all measurements, as after a jump to another position."""
         self._next: int | None = None
         self._warm = False
         self._run = 0  # moves in the same direction so far, negative for down
@@ -79,7 +79,7 @@ class Tuner:
         self._low = 0  # windows that have
 
     def __call__(self, read: int, outputs: int) -> None:
-        """Note that so many elements have been read and outputs made; decide if it is time to."""
+        """Count elements read and outputs; decide when it is time to."""
         if self._next is None:
             self._begin(read, outputs)
         elif read >= self._next:

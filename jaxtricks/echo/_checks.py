@@ -1,4 +1,4 @@
-"""Numbers of callers and states from elsewhere: each is what it has to be, or one sentence says so."""
+"""Check callers' numbers and restored states; name what is wrong in one sentence."""
 
 import contextlib
 import operator
@@ -17,7 +17,7 @@ _SHOWN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """The argument as an int from `least` to `most`.
+    """Return the argument as an int from `least` to `most`.
 
     Args:
       name: the function and its argument, as in "echo.echo: `distance`".
@@ -40,7 +40,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
 
 
 def index(value: Any) -> int | None:
-    """The value as an int, if it is a whole number of an integer type."""
+    """Return the value as an int if it is a whole number of an integer type."""
     if isinstance(value, bool | np.bool_):
         return None
     try:
@@ -50,7 +50,7 @@ def index(value: Any) -> int | None:
 
 
 def spell(value: Any) -> str:
-    """A scalar as it is written, and the type of anything else: an error prints no array."""
+    """Spell a scalar, and the type of anything else: errors never print an array."""
     if not isinstance(value, _SHOWN):
         return f"of type {type(value).__name__}"
     if isinstance(value, int) and value.bit_length() > 200:
@@ -62,7 +62,7 @@ def spell(value: Any) -> str:
 def field(
     state: Mapping[str, Any], name: str, least: int = 0, most: int = MOST_READ
 ) -> int:
-    """A whole number of a state.
+    """Return a whole number of a state.
 
     Raises:
       ValueError: if it is not there, or not from `least` to `most`.
@@ -76,7 +76,7 @@ def field(
 def numbers(
     state: Mapping[str, Any], name: str, allowed: Callable[[int], bool]
 ) -> list[int]:
-    """A list of whole numbers of a state; ValueError if it is not one."""
+    """Return a list of whole numbers of a state; raise ValueError for anything else."""
     values = state[name]
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         raise damaged(name, values)
@@ -90,7 +90,7 @@ def numbers(
 
 
 def damaged(name: str, value: Any) -> ValueError:
-    """What to raise where a state has a value that `get_state` never gives."""
+    """Build the error for a value that `get_state` never writes."""
     return ValueError(
         f"echo: the state is damaged, its `{name}` is {spell(value)}: pass one that get_state() returned"
     )
@@ -98,11 +98,11 @@ def damaged(name: str, value: Any) -> ValueError:
 
 @contextlib.contextmanager
 def states_of_others() -> Iterator[None]:
-    """Name the state where the source's own `set_state` fails over its contents."""
+    """Name the state where the source's `set_state` fails over its contents."""
     try:
         yield
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"echo: `source` can't go to its own state ({type(error).__name__}: {error}): pass a state "
+            f"echo: `source` cannot return to its state ({type(error).__name__}: {error}): pass a state "
             "that get_state() returned for this source"
         ) from error

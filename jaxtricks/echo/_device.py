@@ -1,4 +1,4 @@
-"""Echoing on the device: one transfer of a batch, several updates, each with its own augmentation."""
+"""Echo on the device: one transfer of a batch, several augmented updates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,9 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 @checked
 def augmentation_keys(key: Key, ordinal: Array | int, copy: Array | int) -> Array:
-    """The key of an augmentation: fold_in(fold_in(key, ordinal), copy), elementwise.
+    """Derive the key of an augmentation, elementwise.
+
+    fold_in(fold_in(key, ordinal), copy)
 
     It does not depend on the order of the stream, on the schedule or on the number of
     workers.
@@ -36,10 +38,12 @@ def augmentation_keys(key: Key, ordinal: Array | int, copy: Array | int) -> Arra
     """
     typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed or jnp.shape(key):
-        given = f"an array of {jnp.shape(key)} keys" if typed else "not a typed key"
+        description = (
+            f"an array of {jnp.shape(key)} keys" if typed else "not a typed key"
+        )
         raise ValueError(
-            f"echo.augmentation_keys: `key` is {given}: pass one key of jax.random.key, or for a legacy "
-            "jax.random.PRNGKey its jax.random.wrap_key_data"
+            f"echo.augmentation_keys: `key` is {description}: pass one key of "
+            "jax.random.key, or for a legacy jax.random.PRNGKey its jax.random.wrap_key_data"
         )
     ordinal, copy = jnp.broadcast_arrays(jnp.asarray(ordinal), jnp.asarray(copy))
 
@@ -103,12 +107,12 @@ def echo_step(
         key = jax.random.fold_in(key, ordinal)
 
         def update(carry: Any, copy: Array) -> tuple[Any, Any]:
-            seen = (
+            augmented = (
                 batch
                 if augment is None
                 else augment(jax.random.fold_in(key, copy), batch)
             )
-            return step(carry, seen)
+            return step(carry, augmented)
 
         return jax.lax.scan(update, carry, jnp.arange(copies))
 

@@ -1,4 +1,4 @@
-"""The public function."""
+"""Echo a source of elements: the public function."""
 
 import itertools
 import sys
@@ -42,7 +42,7 @@ def echo(
     A Grain dataset gives a `grain.IterDataset`, to be mapped, batched and prefetched
     on. Any other iterable, a tf.data.Dataset, or a function that makes an iterable,
     gives an iterable whose iterators have `get_state()` and `set_state(state)`: exact
-    at every position, a small dict of fixed shape, JSON if the source's own state is.
+    at every position, a small dict of fixed shape, JSON if the source's state is.
     The source's state is used where its iterator, or the source itself, has
     get_state/set_state or state_dict/load_state_dict. Without one, `set_state` starts
     the source again and reads up to the position (the iterator's `fast_forwards` is
@@ -63,13 +63,13 @@ def echo(
       distance: for "spread", the least difference of output indices between consecutive
         copies of one element, over the whole stream. A finite source that is too short
         for it gets less at its end, as does one whose factor is not constant;
-        `min_distance` says how much: exact on an iterator that has seen the end, and
+        `min_distance` says how much: exact on an iterator that has reached the end, and
         beforehand where len(source) is known and the factor constant. For "pool", the
         copies that the buffer holds; nothing is promised then.
       batch_size: outputs per batch later on; the distance is then 4 batches unless
-        given. 1 if the elements are batches. Without either the distance is 512.
+        passed. 1 if the elements are batches. Without either the distance is 512.
       max_bytes: budget for the elements that are held for later copies, by the size of
-        the first one; the distance becomes as large as it allows, if one was not given.
+        the first one; the distance becomes as large as it allows, unless one is passed.
       class_of: element -> class 0 to C - 1; with [C] factors.
       max_factor: a limit for "auto", whole.
       tag: give `Echoed(element, ordinal, copy)` tuples: the key of an augmentation.
@@ -81,7 +81,7 @@ def echo(
 
     Returns:
       The echoed dataset or iterable. Both have `distance`, `min_distance` and `held`
-      (elements that are kept for later copies, at most); their iterators have
+      (the most elements that wait for later copies); their iterators have
       `distance`, `min_distance` and `changes`, ((element, factor), ...) unless factors
       are per class.
 
@@ -141,7 +141,7 @@ def echo(
 
 
 def _grain_dataset(source: Any, recipe: Recipe) -> Any:
-    """A Grain dataset, if the source is one."""
+    """Return the source as a Grain dataset if it is one, else None."""
     if (
         "grain" not in sys.modules
     ):  # then it cannot be one, and the import would be for nothing
@@ -201,7 +201,7 @@ def _budget(max_bytes: int | None, schedule: str) -> int | None:
 def _distance(
     schedule: str, distance: int | None, batch_size: int | None
 ) -> tuple[int, int]:
-    """(the distance, what it may not be less than)."""
+    """Return (the distance, its lower limit)."""
     if schedule == "adjacent":
         if distance is not None:
             raise ValueError(

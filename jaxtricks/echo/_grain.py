@@ -1,4 +1,4 @@
-"""The same as a Grain dataset. Nothing imports this module unless Grain has been imported before."""
+"""Serve the same stream as a Grain dataset; imported once Grain has been."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,11 +27,11 @@ class _GrainSource:
     def check(self, snapshot: Any, first: int) -> None:
         # Grain takes a state of fewer workers as it is, and loses what the others were
         # to read.
-        made, here = sorted(_workers(snapshot)), self._workers
-        if made != here:
+        saved, current = sorted(_workers(snapshot)), self._workers
+        if saved != current:
             raise ValueError(
-                f"echo: the state was made with {_spell(made)}, this pipeline has {_spell(here)}: use the "
-                "same number of workers (mp_prefetch) and the same steps"
+                f"echo: the state was saved with {_spell(saved)}, this pipeline has "
+                f"{_spell(current)}: use the same number of workers (mp_prefetch) and the same steps"
             )
 
     def rewind(self, snapshot: Any) -> None:
@@ -40,7 +40,7 @@ class _GrainSource:
 
 
 def _workers(state: Any) -> Iterator[int]:
-    """How many iterators run side by side, wherever they do."""
+    """Return how many iterators run side by side."""
     if isinstance(state, dict):
         for key, value in state.items():
             if key == "iterators_in_use_indices":
@@ -59,7 +59,7 @@ def _spell(workers: list[int]) -> str:
 
 
 def as_iter_dataset(source: Any) -> Any | None:
-    """The source as a grain.IterDataset if it is a Grain dataset, else None."""
+    """Return the source as a grain.IterDataset if it is a Grain dataset, else None."""
     if isinstance(source, grain.MapDataset):
         return source.to_iter_dataset()
     return source if isinstance(source, grain.IterDataset) else None
@@ -73,7 +73,7 @@ class EchoDatasetIterator(StreamIterator, grain.DatasetIterator):
         self._stream = recipe.stream(_GrainSource(parent), elements)
 
     def close(self) -> None:
-        """End the threads and workers of the pipeline."""
+        """Stop the threads and workers of the pipeline."""
         if hasattr(self, "_stream"):  # Grain closes what could not be built, too
             self._stream.close()
         super().close()
@@ -98,7 +98,7 @@ class EchoIterDataset(grain.IterDataset):
 
 
 def _length(dataset: Any) -> int:
-    """Elements of the first MapDataset below, -1 if there is none."""
+    """Return the length of the first MapDataset below, or -1."""
     while not isinstance(dataset, grain.MapDataset):
         if not dataset.parents:
             return -1

@@ -1,4 +1,4 @@
-"""What `echo` was asked for, checked, and the streams it makes."""
+"""Check the arguments of `echo` and build streams over any iterable."""
 
 import base64
 import copy
@@ -74,7 +74,7 @@ class Recipe:
         return ", ".join(parts)
 
     def stream(self, source: Source, elements: int = -1) -> Stream:
-        """A stream of its outputs; elements is the length of the source, where that is to be checked."""
+        """Build a stream; `elements` is the length of the source where it is checked."""
         copies, tuner = self._copies(), None
         if self.auto and isinstance(copies, Changing):
             source = ahead = ReadAhead(source)
@@ -93,7 +93,7 @@ class Recipe:
         return CalendarStream(source, copies, calendar=self.calendar, **shared)
 
     def calendar(self, distance: int) -> Calendar | VaryingCalendar:
-        """The calendar of "spread" or "adjacent"."""
+        """Build the calendar of "spread" or "adjacent"."""
         if not isinstance(self.factor, Fraction):
             return VaryingCalendar(self.most, distance)
         if self.schedule == "adjacent":
@@ -102,11 +102,11 @@ class Recipe:
 
     @property
     def held(self) -> int:
-        """The most elements that are kept for later copies."""
+        """Return the largest number of elements that wait for later copies."""
         return self._held(self.distance)
 
     def total(self, n: int) -> int | None:
-        """Outputs of a source of n elements, if that is known beforehand."""
+        """Return the number of outputs of n elements, if known beforehand."""
         return (
             schedules.total(self.factor, n)
             if isinstance(self.factor, Fraction)
@@ -114,7 +114,7 @@ class Recipe:
         )
 
     def min_distance(self, n: int | None) -> int:
-        """Least distance of a source of n elements, as far as it is known beforehand.
+        """Return the least distance over n elements, as far as known beforehand.
 
         None stands for a source that is long enough.
         """
@@ -142,7 +142,7 @@ class Recipe:
         return distance if self.schedule == "pool" else self.calendar(distance).held
 
     def _choose(self, nbytes: int) -> int:
-        """The distance for elements of this size, which 0 leaves open."""
+        """Choose the distance for elements of this size, where 0 leaves it open."""
         if self.max_bytes is None or not nbytes:
             return self.distance
         room = self.max_bytes // nbytes
@@ -162,20 +162,20 @@ class Recipe:
 
 
 def most_copies(factor: Factor) -> int:
-    """The most copies of an element."""
+    """Return the largest number of copies of an element."""
     if isinstance(factor, Fraction):
         return math.ceil(factor)
     return max(math.ceil(f[1] if isinstance(f, tuple) else f) for f in factor)
 
 
-# Sources that are not Grain's: any iterable, resumed by its own state or by counting.
+# Sources that are not Grain's: any iterable, resumed by its state or by counting.
 
 
 _PAIRS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 
 
 class IterableSource:
-    """An iterator with a state: its own, its loader's, or the number of elements read so far.
+    """An iterator with a state: its loader's or its own, else the number of reads.
 
     Attributes:
       fast_forwards: whether a resume reads and drops everything before the position.
@@ -191,7 +191,7 @@ class IterableSource:
         self.fast_forwards = not (self._of_iterator or self._of_source)
 
     def read(self) -> tuple[Any, Any]:
-        """(the state from which this can be repeated, the next element), or StopIteration."""
+        """Return (state to repeat the read from, next element), or raise StopIteration."""
         if self._broken is not None:
             self._mend(self._broken)
         snapshot = self._read if self.fast_forwards else self.snapshot()
@@ -215,7 +215,7 @@ class IterableSource:
             raise
 
     def snapshot(self) -> Any:
-        """The state from which the next read can be repeated."""
+        """Return the state from which the next read can be repeated."""
         if self._of_iterator:
             return _encode(getattr(self._iterator, self._of_iterator[0])())
         if self._of_source:
@@ -284,7 +284,7 @@ class OneShot(Iterator[Any]):
         return element
 
     def read_by_others(self, mine: int) -> bool:
-        """Whether more was read than the reader who asks has, as far as can be known."""
+        """Return whether another reader took elements, as far as can be known."""
         return self._begun or self._read > mine
 
 
@@ -293,7 +293,7 @@ class EchoIterator(StreamIterator, Iterator[Any]):
 
     Attributes:
       fast_forwards: whether set_state has to read and drop all elements before the
-        position, because neither the source nor its iterator has a state of its own.
+        position, because neither the source nor its iterator has a state.
     """
 
     def __init__(
@@ -332,13 +332,13 @@ class EchoIterable(Iterable[Any]):
 
     @property
     def min_distance(self) -> int:
-        """Least distance over the whole stream, drain included, if the source has a length."""
+        """Return the least distance over the stream if the source has a length."""
         length = _length(self._source)
         return self._recipe.min_distance(None if length < 0 else length)
 
 
 def start(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """A new iterator over the source, which may be a function that makes one."""
+    """Return a new iterator over the source, or over what it makes if callable."""
     if hasattr(source, "as_numpy_iterator"):  # a tf.data.Dataset
         return iter(source.as_numpy_iterator())
     if isinstance(source, Iterable):
@@ -347,7 +347,7 @@ def start(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
 
 
 def _length(source: Any) -> int:
-    """How many elements it has, -1 if it does not say."""
+    """Return the number of elements, or -1 if the source does not say."""
     try:
         return len(source)
     except (

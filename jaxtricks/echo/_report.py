@@ -1,4 +1,4 @@
-"""What echoing would gain: the source and the step, timed."""
+"""Time a source and a step, and report what echoing would gain."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from jaxtricks.echo import _checks, _echo
 from jaxtricks.echo._iterables import start
 from jaxtricks.echo._streams import ReadAhead
 
-_KEPT = 4  # batches that the step is timed on
+_STORED_BATCHES = 4  # batches that the step is timed on
 _WARM = 2  # steps before the clock: compilation
 
 Placement = Literal["before augmentation", "after augmentation", "batch", "none"]
@@ -144,7 +144,7 @@ def report(
 def _suggest(
     upstream: float, host: float, stack: float, step: float, limit: float
 ) -> tuple[Placement, float]:
-    """The earliest place behind which the host keeps up with the step, and the factor there."""
+    """Suggest the earliest stage behind which the host keeps up, and its factor."""
     places: list[tuple[Placement, float, float]] = [
         ("before augmentation", upstream, host + stack),
         ("after augmentation", upstream + host, stack),
@@ -159,7 +159,7 @@ def _suggest(
 
 
 def _elements(source: Any) -> Iterator[Any]:
-    """Endless: a source that ends starts again."""
+    """Iterate without end: a source that ends starts again."""
     while True:
         empty = True
         for element in start(source):
@@ -174,9 +174,12 @@ def _elements(source: Any) -> Iterator[Any]:
 def _time_reading(source: Any, size: int, steps: int) -> tuple[float, list[list[Any]]]:
     elements = _elements(source)
     next(elements)  # what is opened, is opened once
-    kept = [list(itertools.islice(elements, size)) for _ in range(min(_KEPT, steps))]
+    batches = [
+        list(itertools.islice(elements, size))
+        for _ in range(min(_STORED_BATCHES, steps))
+    ]
     _, seconds = _timed(lambda: [next(elements) for _ in range(size * steps)] and None)
-    return seconds / steps, kept
+    return seconds / steps, batches
 
 
 def _time_step(step: Callable[[Any], Any], batches: list[Any], steps: int) -> float:
@@ -198,7 +201,7 @@ def _rate(
     factor: float,
     placement: Placement,
 ) -> float:
-    """Steps per second of a loop whose reading runs beside it."""
+    """Compute steps per second of a loop that reads in parallel."""
     ahead = ReadAhead(_Batches(source, batch_size, work, factor, placement))
     for _ in range(_WARM):
         jax.block_until_ready(step(ahead.read()[1]))

@@ -1,4 +1,4 @@
-"""How many copies each element makes: a mean factor, one for every class, or one that changes."""
+"""Schedule copies: how many per element, and at which outputs."""
 
 import collections
 import dataclasses
@@ -29,15 +29,15 @@ class Copies(Protocol):
     most: int
 
     def take(self, i: int, element: Any) -> int:
-        """Copies of the element read as number i; asked once each, in order."""
+        """Return the copies of element i; called once per element, in order."""
         ...
 
     def forget(self) -> None:
-        """A resume will begin one element later than before."""
+        """Move the start of a resume one element later."""
         ...
 
     def state(self) -> Any:
-        """What `take` needs to know where a resume begins; JSON of a fixed shape."""
+        """Return what `take` needs where a resume begins; JSON of a fixed shape."""
         ...
 
     def check(self, state: Any, first: int) -> None:
@@ -61,24 +61,24 @@ class Constant:
         return f"factor {self.factor}"
 
     def take(self, i: int, element: Any = None) -> int:
-        """Copies of element i."""
+        """Return the copies of element i."""
         if self._down == 1:
             return self._up
         return (i + 1) * self._up // self._down - i * self._up // self._down
 
     def forget(self) -> None:
-        """Nothing is counted."""
+        """Do nothing: nothing is counted."""
 
     def state(self) -> None:
-        """Nothing is counted."""
+        """Return nothing: nothing is counted."""
 
     def check(self, state: Any, first: int) -> None:
-        """Nothing is counted."""
+        """Do nothing: nothing is counted."""
         if state is not None:
             raise _checks.damaged("copies", state)
 
     def restore(self, state: Any) -> None:
-        """Nothing is counted."""
+        """Do nothing: nothing is counted."""
 
 
 class PerClass:
@@ -94,7 +94,7 @@ class PerClass:
         return f"factors {', '.join(str(rule.factor) for rule in self._rules)}"
 
     def take(self, i: int, element: Any) -> int:
-        """Copies of the element, which is of class class_of(element)."""
+        """Return the copies of the element, of class class_of(element)."""
         c = self._class_of(element)
         if not 0 <= c < len(self._rules):
             raise ValueError(
@@ -111,11 +111,11 @@ class PerClass:
         self._gone[self._classes.popleft()] += 1
 
     def state(self) -> list[int]:
-        """Elements of each class before the one where a resume begins."""
+        """Return the elements per class before the one where a resume begins."""
         return list(self._gone)
 
     def check(self, state: Any, first: int) -> None:
-        """A count for each class, of all elements before the first one."""
+        """Check a count per class, of all elements before the first one."""
         counts = _checks.numbers({"copies": state}, "copies", lambda count: count >= 0)
         if len(counts) != len(self._rules) or sum(counts) != first:
             raise _checks.damaged("copies", state)
@@ -139,11 +139,11 @@ class Changing:
 
     @property
     def factor(self) -> Fraction:
-        """The newest factor."""
+        """Return the newest factor."""
         return self.changes[-1][1]
 
     def take(self, i: int, element: Any = None) -> int:
-        """Copies of element i."""
+        """Return the copies of element i."""
         while self._at + 1 < len(self.changes) and i >= self.changes[self._at + 1][0]:
             self._enter(self._at + 1)
         return self._rule.take(i - self._since)
@@ -153,15 +153,15 @@ class Changing:
         self.changes = (*self.changes, (i, factor))
 
     def forget(self) -> None:
-        """All changes are kept until there are too many."""
+        """Do nothing: changes stay until there are too many."""
 
     def state(self) -> list[list[int]]:
-        """The newest changes as [element, numerator, denominator], filled up with -1."""
+        """Return the newest changes as [element, numerator, denominator], padded with -1."""
         rows = [[i, f.numerator, f.denominator] for i, f in self.changes[-CHANGES:]]
         return rows + [[-1, -1, -1]] * (CHANGES - len(rows))
 
     def check(self, state: Any, first: int) -> None:
-        """Rows as `state` gives them: elements that go up, factors from 1 to the most."""
+        """Check rows as `state` returns them: rising elements, factors in range."""
         rows = (
             state if isinstance(state, Sequence) and len(state) == CHANGES else [state]
         )
@@ -190,7 +190,7 @@ class Changing:
 
 
 def rational(factor: object) -> Fraction:
-    """The factor as an exact fraction: 2.5 is 5/2, and a float like 1.1 the nearest of 1/1000 parts."""
+    """Return the factor as an exact fraction; a float is read to 1/1000."""
     if isinstance(factor, float | np.floating):
         if not math.isfinite(factor):
             raise ValueError(
@@ -259,26 +259,26 @@ class Calendar:
     thin: int
 
     def lags_of(self, copies: int) -> tuple[int, ...]:
-        """Ticks from the reading of an element that makes so many copies to each of them."""
+        """Return the ticks from reading an element to each of its copies."""
         if copies == len(self.lags):
             return self.lags
         return self.lags[: self.thin] + self.lags[self.thin + 1 :]
 
     @property
     def age(self) -> int:
-        """Ticks from reading an element to its last round; a resume reads so many again, and one."""
+        """Return the ticks from reading an element to its last round, which a resume reads."""
         return self.lags[-1]
 
     @property
     def held(self) -> int:
-        """The most elements that wait for a later copy at one time."""
+        """Return the largest number of elements that wait for a copy."""
         thin_last = self.factor < 2
         return (
             math.ceil(self.lags[-1] * (self.factor - 1)) if thin_last else self.lags[-1]
         )
 
     def least_distance(self, n: int) -> int:
-        """The least distance over the whole stream of a source of n elements, its drain included.
+        """Return the least distance over a source of n elements, drain included.
 
         Equal to `distance`, or smaller where the source is too short for it; `distance`
         itself where no element has a second copy.
@@ -302,7 +302,7 @@ class Calendar:
         return int(min(gaps.min(initial=self.distance), self.distance))
 
     def _position(self, i: np.ndarray, r: int, n: int) -> np.ndarray:
-        """Output index of the elements i in round r, in which they must take part."""
+        """Return the output index of element i in round r."""
         tick = i + self.lags[r]
         out = np.zeros_like(i)
         for other, lag in enumerate(self.lags):
@@ -312,7 +312,7 @@ class Calendar:
         return out
 
     def _takers(self, n: np.ndarray, r: int) -> np.ndarray:
-        """How many of the first n elements take part in round r."""
+        """Return how many of the first n elements take part in round r."""
         if r != self.thin:
             return n
         short = len(self.lags) - 1
@@ -337,28 +337,28 @@ class VaryingCalendar:
     distance: int
 
     def lags_of(self, copies: int) -> tuple[int, ...]:
-        """Ticks from the reading of an element that makes so many copies to each of them."""
+        """Return the ticks from reading an element to each of its copies."""
         return tuple(k * (self.distance - 1) for k in range(copies))
 
     @property
     def age(self) -> int:
-        """Ticks from reading an element to the last copy that it can have."""
+        """Return the ticks from reading an element to its last possible copy."""
         return (self.most - 1) * (self.distance - 1)
 
     @property
     def held(self) -> int:
-        """The most elements that wait for a later copy at one time."""
+        """Return the largest number of elements that wait for a copy."""
         return self.age
 
 
 def adjacent(factor: Fraction) -> Calendar:
-    """All copies of an element in a row: what flat_map(repeat) does."""
+    """Repeat every element in a row, as flat_map(repeat) does."""
     rounds = math.ceil(factor)
     return Calendar(factor, 1, (0,) * rounds, thin=rounds - 1)
 
 
 def spread(factor: Fraction, distance: int) -> Calendar:
-    """Consecutive copies of an element at least `distance` outputs apart."""
+    """Place consecutive copies of an element at least `distance` outputs apart."""
     rounds = math.ceil(factor)
     if 1 < factor < 2:
         lags = (0, math.ceil((distance - 1) / (factor - 1)))
@@ -370,13 +370,13 @@ def spread(factor: Fraction, distance: int) -> Calendar:
 
 
 def total(factor: Fraction, n: int) -> int:
-    """Outputs that n elements make: floor(n e)."""
+    """Return the number of outputs of n elements: floor(n e)."""
     return n * factor.numerator // factor.denominator
 
 
 @checked
 def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
-    """Full batches that an echoed epoch makes: floor(fresh e) // batch.
+    """Return the full batches of an echoed epoch: floor(fresh e) // batch.
 
     Build learning-rate schedules from this, not from the size of the data set.
 

@@ -1,4 +1,4 @@
-"""What all schedules share: reading, the state of the source at every element, and exact resume."""
+"""Stream echoed elements: reading, the source's state, schedules, exact resume."""
 
 import collections
 import heapq
@@ -45,11 +45,11 @@ class Source(Protocol):
     """What a stream needs to know of a source."""
 
     def read(self) -> tuple[Any, Any]:
-        """(the state from which this can be repeated, the next element), or StopIteration."""
+        """Return (state to repeat the read from, next element), or raise StopIteration."""
         ...
 
     def snapshot(self) -> Any:
-        """The state from which the next read can be repeated."""
+        """Return the state from which the next read can be repeated."""
         ...
 
     def check(self, snapshot: Any, first: int) -> None:
@@ -137,23 +137,23 @@ class Stream:
 
     @property
     def min_distance(self) -> int:
-        """The least distance of this stream, drain included."""
+        """Return the least distance of this stream, drain included."""
         raise NotImplementedError
 
     def _clear(self) -> None:
-        """Forget all positions."""
+        """Discard all positions."""
         raise NotImplementedError
 
     def _decide(self) -> list[Output]:
-        """What goes out next, one or more, last first; or StopIteration."""
+        """Return the next outputs, last first, or raise StopIteration."""
         raise NotImplementedError
 
     def _position(self) -> dict[str, Any]:
-        """The integers of the state."""
+        """Return the integers of the state."""
         raise NotImplementedError
 
     def _check_position(self, state: Mapping[str, Any], first: int) -> None:
-        """Raise ValueError unless `_position` may have given this."""
+        """Raise ValueError unless `_position` may have returned this."""
         raise NotImplementedError
 
     def _replay_to(self, position: Mapping[str, Any]) -> list[Output]:
@@ -178,7 +178,7 @@ class Stream:
         self._clear()
 
     def next(self) -> Any:
-        """The next output, or StopIteration."""
+        """Return the next output, or raise StopIteration."""
         try:
             output = self._ready.pop() if self._ready else None
         except IndexError:  # another thread was faster
@@ -205,7 +205,7 @@ class Stream:
         return Echoed(element, i, k) if self._tag else element
 
     def state(self) -> dict[str, Any]:
-        """The position, fixed in shape and JSON if the source's own state is."""
+        """Return the position: of fixed shape, and JSON if the source's state is."""
         with self._lock:
             if self._pending is not None:
                 return dict(self._pending)
@@ -234,7 +234,7 @@ class Stream:
             self._rewind()
 
     def close(self) -> None:
-        """End the thread of the source, if it has one."""
+        """Stop the thread of the source, if it has one."""
         end = getattr(self._source, "close", None)
         if end is not None:
             with self._lock:
@@ -248,14 +248,14 @@ class Stream:
 
     @property
     def changes(self) -> tuple[tuple[int, Fraction], ...]:
-        """(element, factor) pairs: from which element on which factor holds; empty if per class."""
+        """Return (element, factor) pairs: the factor from which element on."""
         self.settle()
         if isinstance(self._copies, Changing):
             return self._copies.changes
         return ((0, self._copies.factor),) if isinstance(self._copies, Constant) else ()
 
     def _snapshot(self) -> Any:
-        """Of the source, before the oldest element that is still needed."""
+        """Return the source's state before the oldest element that is still needed."""
         if self._snapshots:
             return self._snapshots[0]
         return (
@@ -263,17 +263,17 @@ class Stream:
         )
 
     def _check(self, state: Any) -> None:
-        """Raise ValueError unless `state` may have given this, in another process."""
+        """Raise ValueError unless `state` may have returned this, in any process."""
         if not isinstance(state, Mapping):
             raise ValueError(
                 f"echo: the state is {_checks.spell(state)}: pass the dict that get_state() returned"
             )
-        made = state.get("schedule", self._name)
-        if not isinstance(made, str):
-            raise _checks.damaged("schedule", made)
-        if made != self._name:
+        saved = state.get("schedule", self._name)
+        if not isinstance(saved, str):
+            raise _checks.damaged("schedule", saved)
+        if saved != self._name:
             raise ValueError(
-                f"echo: the state was made by ({repr(made)[1:-1]:.200}), this is ({self._name}): "
+                f"echo: the state was saved by ({repr(saved)[1:-1]:.200}), this is ({self._name}): "
                 "use the same factor, schedule and distance"
             )
         for name in (
@@ -291,7 +291,7 @@ class Stream:
         elements = _checks.field(state, "elements", least=-1)
         if min(elements, self._elements) >= 0 and elements != self._elements:
             raise ValueError(
-                f"echo: the state was made over {elements} elements, this source has "
+                f"echo: the state was saved over {elements} elements, this source has "
                 f"{self._elements}: use the same data, and in Grain the same number of workers"
             )
         first = _checks.field(
@@ -328,7 +328,7 @@ class Stream:
         self._pending, self._ready = None, ready
 
     def _pull(self) -> tuple[int, int, Any] | None:
-        """(ordinal, copies, element) of the next element, or None at the end of the source."""
+        """Return (ordinal, copies, element) of the next element, or None at the end."""
         if self._end is not None:
             return None
         try:
@@ -357,7 +357,7 @@ class Stream:
         return i, copies, element
 
     def _forget_until(self, first: int) -> None:
-        """A resume no longer needs what comes before this element."""
+        """Drop states before this element, which no resume needs."""
         while self._first < first:
             self._snapshots.popleft()
             self._copies.forget()
@@ -380,7 +380,7 @@ class StreamIterator:
         return self._stream.next()
 
     def get_state(self) -> dict[str, Any]:
-        """The position as a small dict; JSON if the source's own state is."""
+        """Return the position as a small dict, JSON if the source's state is."""
         return self._stream.state()
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -394,21 +394,21 @@ class StreamIterator:
 
     @property
     def distance(self) -> int:
-        """The distance of this stream; 0 while `max_bytes` waits for the first element."""
+        """Return the distance; 0 while `max_bytes` waits for the first element."""
         return self._stream.distance
 
     @property
     def min_distance(self) -> int:
-        """Least distance of this stream; the promised one until the end of the source is seen."""
+        """Return the least distance; the promised one until the source ends."""
         return self._stream.min_distance
 
     @property
     def changes(self) -> tuple[tuple[int, Fraction], ...]:
-        """((element, factor), ...): from which element on which factor holds; empty if per class."""
+        """Return ((element, factor), ...): the factor from which element on."""
         return self._stream.changes
 
 
-# What keeps the copies of an element equal: read-only leaves, containers of their own,
+# Copies of an element stay equal through read-only leaves and new containers,
 # checks.
 
 
@@ -417,7 +417,10 @@ _ATOMS = frozenset((int, float, complex, bool, str, bytes, type(None)))
 
 
 def freeze(x: Any) -> Any:
-    """The element with read-only views of its numpy leaves: a change would reach later copies."""
+    """Return the element with read-only views of its NumPy leaves.
+
+    A change in place would reach later copies.
+    """
     kind = type(x)
     if kind in _ATOMS:
         return x
@@ -429,7 +432,7 @@ def freeze(x: Any) -> Any:
 
 
 def fresh(x: Any) -> Any:
-    """The same leaves in dicts and lists of its own, so that each copy may fill them anew."""
+    """Copy dicts and lists, not leaves, so that each copy can be refilled."""
     kind = type(x)
     if kind is np.ndarray or kind in _ATOMS:
         return x
@@ -446,7 +449,7 @@ def fresh(x: Any) -> Any:
 
 
 def nbytes(x: Any) -> int:
-    """Bytes of an element's leaves."""
+    """Return the bytes of an element's leaves."""
     leaves = jax.tree.leaves(x)
     return sum(
         leaf.nbytes if hasattr(leaf, "nbytes") else sys.getsizeof(leaf)
@@ -499,7 +502,7 @@ def _freeze_leaf(x: Any) -> Any:
     return x
 
 
-# Reading in a thread of its own, which is how `factor="auto"` sees how busy the source
+# Reading in a thread, by which `factor="auto"` measures how busy the source
 # is.
 
 
@@ -519,7 +522,7 @@ class ReadAhead:
         self._busy = 0.0  # of threads that have ended
 
     def read(self) -> tuple[Any, Any]:
-        """(state, element), or what the source raised."""
+        """Return (state, element), or raise what the source raised."""
         if self._thread is None:
             self._thread = _Thread(self._source)
         item = self._thread.items.get()
@@ -529,7 +532,7 @@ class ReadAhead:
         return item
 
     def snapshot(self) -> Any:
-        """The state before the first element."""
+        """Return the state before the first element."""
         return self._begin
 
     def check(self, snapshot: Any, first: int) -> None:
@@ -544,11 +547,11 @@ class ReadAhead:
 
     @property
     def busy(self) -> float:
-        """Seconds in which the source was at work, so far."""
+        """Return the seconds in which the source was at work so far."""
         return self._busy + (self._thread.busy if self._thread else 0.0)
 
     def close(self) -> None:
-        """End the thread, after the read it is in."""
+        """Stop the thread after its current read."""
         if self._thread is not None:
             self._busy = self.busy
             self._thread.end()
@@ -606,7 +609,7 @@ class _Thread:
 # stays.
 
 
-_DRAWS = 1024  # random numbers made at a time
+_DRAWS = 1024  # random numbers per block
 _AGE = 4  # an element is drawn at the latest when so many times the pool's size have been read after it
 
 
@@ -615,7 +618,7 @@ class PoolStream(Stream):
 
     While the pool fills, what is read goes out at once and leaves its other copies
     there: the first outputs wait for nothing and are all different. Then each draw is
-    made up for by reading.
+    compensated by reading.
     """
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
@@ -625,7 +628,7 @@ class PoolStream(Stream):
 
     @property
     def min_distance(self) -> int:
-        """Nothing is promised."""
+        """Return 0: nothing is promised."""
         return 1
 
     def _clear(self) -> None:
@@ -687,7 +690,7 @@ class PoolStream(Stream):
         self._forget_until(first)
 
     def _draw_numbers(self) -> list[float]:
-        """The numbers of this block of draws that are left, last first."""
+        """Return the random numbers left in this block of draws, last first."""
         block, at = divmod(self._drawn, _DRAWS)
         # A step of the counter makes four numbers: blocks must lie further apart than
         # that.
@@ -761,7 +764,7 @@ class CalendarStream(Stream):
 
     @property
     def min_distance(self) -> int:
-        """The least distance of this stream, drain included; the promised one until its end is seen."""
+        """Return the least distance, drain included; the promised one until the end."""
         self.settle()
         if self._end is None or not self.distance:
             return self.distance
@@ -805,7 +808,7 @@ class CalendarStream(Stream):
         return ready
 
     def _next_of_drain(self) -> int:
-        """The next tick that has outputs: a source that is too short leaves gaps."""
+        """Return the next tick with outputs; a source too short leaves gaps."""
         if not self._due:
             raise StopIteration
         if self._tick == self._read - 1 and isinstance(self._calendar, VaryingCalendar):

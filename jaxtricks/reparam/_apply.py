@@ -1,4 +1,4 @@
-"""Branches as they are: every node computed, none fused."""
+"""Apply branches one by one, with frozen statistics."""
 
 import functools
 import operator
@@ -60,7 +60,7 @@ def apply(
     kernel_size: int | Sequence[int] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    """Output of the branches, with frozen statistics.
+    """Apply the branches, with frozen statistics.
 
     All branches are centred on the centre tap (k // 2) of one window of size
     `kernel_size`; `padding` is that of the window, and each branch derives its own from
@@ -159,7 +159,7 @@ def _conv(node: Conv, x: Array, place: _Place) -> Array:
 
 
 def _pick(x: Array, place: _Place) -> Array:
-    """What a 1x1 kernel of this placement reads."""
+    """Return what a 1x1 kernel of this placement reads."""
     x = _nodes.zero_pad(x, place.of((1,) * len(place.kernel)))
     return x[(slice(None), *(slice(None, None, s) for s in place.strides))]
 
@@ -181,14 +181,14 @@ def _affine(node: Node, x: Array) -> Array:
 
 
 def norm_factor(node: Norm) -> tuple[Array, Array | None]:
-    """scale / sqrt(var + epsilon) of shape [C], and the bias."""
+    """Return scale / sqrt(var + epsilon) of shape [C], and the bias."""
     root = jnp.sqrt(node.var + node.epsilon)
     scale = jnp.ones_like(node.mean) if node.scale is None else node.scale
     return scale / (root if root.ndim else root.reshape(1)), node.bias
 
 
 def pool_kernel(node: AvgPool, features: int, axes: int, dtype: Any) -> Conv:
-    """The depthwise convolution that an average pooling is."""
+    """Return an average pooling as a depthwise convolution."""
     size = _nodes.per_axis("size", node.size, axes)
     count = functools.reduce(operator.mul, size)
     return Conv(jnp.full((*size, 1, features), 1 / count, dtype), groups=features)
@@ -199,7 +199,7 @@ def check_features(node: Node, features: int) -> None:
     known = features_in(node)
     if known is not None and known != features:
         raise ValueError(
-            f"reparam: {type(node).__name__} takes {known} channels but is given {features}"
+            f"reparam: {type(node).__name__} takes {known} channels but receives {features}"
         )
 
 

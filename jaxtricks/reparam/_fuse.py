@@ -1,4 +1,4 @@
-"""Branches into one convolution."""
+"""Fuse branches into one convolution, solve for branches, and bound the error."""
 
 import dataclasses
 import functools
@@ -36,7 +36,9 @@ from jaxtricks.reparam._nodes import reference as window_of
 
 @checked
 def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
-    """The one convolution that equals the branches, for any stride, padding and dilation.
+    """Fuse the branches into the one convolution that equals them.
+
+    It is equal for any stride, padding and dilation.
 
     apply(node, x, **how) == apply(fuse(node), x, **how), up to rounding. With t = scale
     / sqrt(var + eps):
@@ -141,7 +143,7 @@ def _normalized(conv: Conv, norm: Norm) -> Conv:
 
 
 def _compose(a: Conv, b: Conv) -> Conv:
-    """b after a; one of them is 1x1, and b's input is padded with a's value on zeros."""
+    """Compose b after a: one of them is 1x1, and b pads with a's value on zeros."""
     if _is_diagonal(b):
         factor = b.kernel.reshape(-1)
         bias = None if a.bias is None else a.bias * factor
@@ -165,7 +167,7 @@ def _compose(a: Conv, b: Conv) -> Conv:
 
 
 def _bias_through(bias: Array | None, conv: Conv) -> Array | None:
-    """What a convolution makes of a constant input."""
+    """Return what a convolution computes from a constant input."""
     if bias is None:
         return None
     kernel = _by_group(conv)
@@ -189,7 +191,7 @@ def _add(convs: Sequence[Conv]) -> Conv:
 
 
 def _embed(conv: Conv, size: tuple[int, ...]) -> Conv:
-    """Zeros around the kernel, centre tap on centre tap."""
+    """Pad the kernel with zeros, centre tap on centre tap."""
     small = conv.kernel.shape[:-2]
     if small == size:
         return conv
@@ -201,14 +203,14 @@ def _embed(conv: Conv, size: tuple[int, ...]) -> Conv:
 
 
 def _spread(conv: Conv, axes: int) -> Array:
-    """The kernel with its own dilation written out as zeros."""
+    """Write out the kernel's dilation as zeros."""
     inner = _nodes.per_axis("dilation", conv.dilation, axes)
     config = [(0, 0, d - 1) for d in inner] + [(0, 0, 0)] * 2
     return jax.lax.pad(conv.kernel, jnp.zeros((), conv.kernel.dtype), config)
 
 
 def _regroup(conv: Conv, groups: int) -> Conv:
-    """The same convolution with fewer groups: block-diagonal inside each."""
+    """Return the same convolution with fewer groups: block-diagonal inside each."""
     if conv.groups == groups:
         return conv
     ratio = conv.groups // groups
@@ -221,7 +223,7 @@ def _regroup(conv: Conv, groups: int) -> Conv:
 
 
 def _by_group(conv: Conv) -> Array:
-    """[*size, in / groups, groups, out / groups]."""
+    """Reshape to [*size, in / groups, groups, out / groups]."""
     *size, fan_in, out = conv.kernel.shape
     return conv.kernel.reshape(*size, fan_in, conv.groups, out // conv.groups)
 
@@ -258,7 +260,9 @@ _AFFINE = (Norm, Scale, Identity)
 
 @checked
 def unfuse(conv: Conv, like: Node) -> Node:
-    """Branches of the structure of `like` that compute a given convolution: where re-training starts.
+    """Return branches of the structure of `like` that compute a convolution.
+
+    Re-training starts from them.
 
     Every branch of `like` stays as it is except the one with the largest kernel: its
       convolution becomes
@@ -308,15 +312,15 @@ def unfuse(conv: Conv, like: Node) -> Node:
     _check(conv, first, rest)
     minus = Scale(-jnp.ones(rest.kernel.shape[-1], dtype))
     missing = fuse(Sum(conv, Sequential(rest, minus)))
-    made = _solve(missing, first, behind)
+    solved = _solve(missing, first, behind)
     branches[at] = (
-        Sequential(*made) if isinstance(branches[at], Sequential) else made[0]
+        Sequential(*solved) if isinstance(branches[at], Sequential) else solved[0]
     )
     return Sum(*branches) if isinstance(like, Sum) else branches[0]
 
 
 def _free(branches: Sequence[Node]) -> int:
-    """Position of the branch to solve for: most taps, then least groups, then the first."""
+    """Return the position of the branch to solve for: most taps, least groups, first."""
 
     def reach(i: int) -> tuple[int, int]:
         node = branches[i]
@@ -359,12 +363,12 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
     if conv.groups % first.groups or rest.groups != first.groups:
         raise ValueError(
             f"reparam.unfuse: the largest branch has {first.groups} groups, `conv` {conv.groups} and all "
-            f"branches together {rest.groups}; it can only make up for what has its own groups"
+            f"branches together {rest.groups}; it can only compensate for branches of its groups"
         )
 
 
 def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
-    """The branch whose kernel and last bias give what is missing."""
+    """Solve for the branch whose kernel and last bias give the remainder."""
     nodes, after = [], jnp.ones(first.kernel.shape[-1], first.kernel.dtype)
     lack = missing.bias
     for node in reversed(behind):
@@ -412,7 +416,9 @@ def error_bound(
     kernel_size: int | Sequence[int] | None = None,
     fused: Conv | None = None,
 ) -> Float[Array, ""]:
-    """How far apart branches and fused convolution may be on this input: more is a mistake, not rounding.
+    """Bound how far branches and fused convolution may differ on this input.
+
+    A larger difference is a mistake, not rounding.
 
     16 u (S_fused + sum_b S_b), u the unit roundoff of x's dtype (float32 2^-24,
     bfloat16 2^-8). S of a convolution is the largest entry of conv(|x|, |K|) + |b|; S
@@ -462,7 +468,7 @@ def error_bound(
 
 
 def magnitude(node: Node) -> Node:
-    """The node whose output on |x| is the sum of the absolute values of all terms."""
+    """Return the node whose output on |x| sums the absolute values of all terms."""
 
     def size(values: Array | None) -> Array | None:
         return None if values is None else jnp.abs(values)

@@ -1,4 +1,4 @@
-"""Where the taps of a small kernel lie in a large one, and convolutions placed by that rule."""
+"""Describe branches as nodes, and place small kernels inside large ones."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ Padding = str | int | Sequence[int | Sequence[int]]
 
 
 def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """One positive integer per spatial axis."""
+    """Return one positive integer per spatial axis."""
     values = _integers.plain(value)
     values = (values,) * rank if isinstance(values, int) else values
     if len(values) != rank or any(v < 1 for v in values):
@@ -33,7 +33,7 @@ def resolve(
     strides: Sequence[int],
     dilation: Sequence[int],
 ) -> Pads:
-    """Padding as explicit (low, high) pairs for a kernel of the given size on this input size."""
+    """Return explicit (low, high) padding for a kernel size and an input size."""
     rank = len(kernel)
     extents = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     if isinstance(padding, str):
@@ -59,7 +59,7 @@ def resolve(
 def place(
     pads: Pads, outer: Sequence[int], inner: Sequence[int], dilation: Sequence[int]
 ) -> Pads:
-    """Padding of a kernel of size `inner` whose centre tap coincides with that of `outer`.
+    """Return the padding that puts the inner kernel's centre tap on the outer's.
 
     low' = low - d (K//2 - k//2),   high' = high - d ((K-1-K//2) - (k-1-k//2)): then both see the same
     input under the same output, for every stride. Negative numbers crop.
@@ -75,7 +75,7 @@ def place(
 
 
 def zero_pad(x: Array, pads: Pads) -> Array:
-    """x [..., *spatial, C] with zeros around its spatial axes; negative pads crop."""
+    """Pad the spatial axes of x [..., *spatial, C] with zeros; negative pads crop."""
     if all(p == (0, 0) for p in pads):
         return x
     lead = x.ndim - len(pads) - 1
@@ -94,7 +94,7 @@ def convolve(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Array:
-    """Convolution of x [..., *spatial, I] with a kernel [*size, I / groups, O], channels last.
+    """Convolve x [..., *spatial, I] with a kernel [*size, I / groups, O].
 
     Any number of leading axes; negative pads crop.
     """
@@ -120,13 +120,13 @@ def convolve(
 
 
 def channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:
-    """Layouts N..C and ..IO for `rank` spatial axes."""
+    """Return the layouts N..C and ..IO for `rank` spatial axes."""
     images = (0, rank + 1, *range(1, rank + 1))
     kernels = (rank + 1, rank, *range(rank))
     return jax.lax.ConvDimensionNumbers(images, kernels, images)
 
 
-# The branch algebra: what a branch may be made of, and what each node says about its
+# The branch algebra: the nodes of a branch, and what each says about its
 # shape.
 
 
@@ -258,24 +258,24 @@ class Sum:
 
 
 def rank(node: Node) -> int | None:
-    """Number of spatial axes; None where no node says."""
+    """Return the number of spatial axes; None where no node says."""
     match node:
         case Conv():
             return node.kernel.ndim - 2
         case AvgPool() if not isinstance(node.size, int):
             return len(node.size)
         case Sequential() | Sum():
-            found = {r for r in map(rank, node.nodes) if r is not None}
-            if len(found) > 1:
+            candidates = {r for r in map(rank, node.nodes) if r is not None}
+            if len(candidates) > 1:
                 raise ValueError(
-                    f"reparam: nodes with {sorted(found)} spatial axes in one {_name(node)}"
+                    f"reparam: nodes with {sorted(candidates)} spatial axes in one {_name(node)}"
                 )
-            return found.pop() if found else None
+            return candidates.pop() if candidates else None
     return None
 
 
 def extent(node: Node, axes: int) -> tuple[int, ...]:
-    """Effective kernel size, inner dilation included, per spatial axis."""
+    """Return the effective kernel size, inner dilation included, per axis."""
     match node:
         case Conv():
             inner = per_axis("dilation", node.dilation, axes)
@@ -296,19 +296,19 @@ def extent(node: Node, axes: int) -> tuple[int, ...]:
 
 
 def spatial_index(node: Sequential, axes: int) -> int | None:
-    """Position of the one node with a kernel larger than 1; None if there is none."""
-    found = [i for i, n in enumerate(node.nodes) if math.prod(extent(n, axes)) > 1]
-    if len(found) > 1:
-        names = " and ".join(_name(node.nodes[i]) for i in found)
+    """Return the position of the one node with a kernel above 1, or None."""
+    candidates = [i for i, n in enumerate(node.nodes) if math.prod(extent(n, axes)) > 1]
+    if len(candidates) > 1:
+        names = " and ".join(_name(node.nodes[i]) for i in candidates)
         raise ValueError(
             f"reparam.Sequential: {names} both have a kernel larger than 1; such a pair is no "
             "convolution of either size under padding: keep them apart"
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def features_in(node: Node) -> int | None:
-    """Channels that the node takes; None where it takes any number."""
+    """Return the channels that the node takes; None for any number."""
     match node:
         case Conv():
             return node.kernel.shape[-2] * node.groups
@@ -329,21 +329,21 @@ def features_in(node: Node) -> int | None:
 
 
 def largest(sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Largest size per axis."""
+    """Return the largest size per axis."""
     return functools.reduce(lambda a, b: tuple(map(max, a, b)), sizes)
 
 
 def reference(
     node: Node, axes: int, kernel_size: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    """The kernel size that padding refers to: the one given, or the node's own extent."""
-    own = extent(node, axes)
+    """Return the kernel size that padding refers to, by default the node's extent."""
+    node_extent = extent(node, axes)
     if kernel_size is None:
-        return own
+        return node_extent
     size = per_axis("kernel_size", kernel_size, axes)
-    if largest([own, size]) != size:
+    if largest([node_extent, size]) != size:
         raise ValueError(
-            f"reparam: `kernel_size` {size} is smaller than a branch's kernel, {own}"
+            f"reparam: `kernel_size` {size} is smaller than a branch's kernel, {node_extent}"
         )
     return size
 

@@ -1,4 +1,4 @@
-"""What fusing a model did, with the proof that it is the same function."""
+"""Report what fusing a model did, and the proof that its function is the same."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class FusedLayer(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Error over bound; at most 1."""
+        """Return error over bound; at most 1."""
         return self.max_error / self.bound if self.bound else 0.0
 
 
@@ -54,7 +54,7 @@ class FuseReport(NamedTuple):
         return str(self.table())
 
     def table(self) -> _table.Table:
-        """One row a fused layer, and one for the model."""
+        """Tabulate one row per fused layer, and one for the model."""
         headers = ("layer", "branches", "max error", "bound", "ratio")
         headers += ("parameters", "fused", "FLOPs", "fused")
         rows = [_row(layer.layer or ".", layer) for layer in self.layers]
