@@ -52,7 +52,7 @@ def nfnet(rngs: nnx.Rngs) -> NFNet:
 def clipped_sgd(*left_out: str) -> Callable[[Any], optax.GradientTransformation]:
     """Adaptive clipping before the momentum, of all but the classifier's kernel and what is named."""
     where = jt.agc.exclude("head/kernel", *left_out)
-    clip = jt.agc.adaptive_grad_clip(CLIPPING, where=where)
+    clip = jt.agc.adaptive_grad_clip(CLIPPING, path_filter=where)
     return lambda rate: optax.chain(clip, optax.sgd(rate, momentum=0.9, nesterov=True))
 
 

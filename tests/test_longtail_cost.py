@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from benchmarks import longtail as bench
+from benchmarks import longtail_losses as bench
 from jaxtricks import _compat, longtail
 
 pytestmark = pytest.mark.stock

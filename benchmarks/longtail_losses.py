@@ -22,7 +22,7 @@ EXAMPLES, CLASSES = 4096, 1000
 
 def main() -> None:
     """Print the table."""
-    command, args = common.arguments("benchmarks.longtail", rounds=60)
+    command, args = common.arguments("benchmarks.longtail_losses", rounds=60)
     common.publish([table(args.rounds)], f"{hardware()}; `{command}`", args.out)
 
 
