@@ -129,7 +129,8 @@ def _read(function: Callable[..., Any]) -> dict[str, list[_Kind]]:
 
 def _kinds(hint: Any) -> list[_Kind] | None:
     """Return the kinds of values that an annotation names; None for anything."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments)
     if hint in _SIMPLE:

@@ -229,7 +229,8 @@ def adaptive_grad_clip(
             _unit_axes(path, tuple(jnp.shape(leaf)), axis_roles)
             _check_dtype(path, leaf, path_filter)
         # Two arrays, because a donated state must not hold one buffer twice.
-        fraction, ratio = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+        fraction = jnp.zeros([], jnp.float32)
+        ratio = jnp.zeros([], jnp.float32)
         return AgcState(
             fraction, ratio, jnp.zeros([], jnp.int32) if scheduled else None
         )
@@ -326,7 +327,8 @@ def _clip_leaf(
     g: Any, w: Any, clipping: Any, eps: Any, *, axes: tuple[int, ...]
 ) -> Any:
     g = jnp.asarray(g)
-    g_norm, w_norm = _norm(g, axes), _norm(w, axes)
+    g_norm = _norm(g, axes)
+    w_norm = _norm(w, axes)
     dtype = _dtypes.wide_dtype(g_norm, w_norm)
     units = _Units(g_norm.astype(dtype), w_norm.astype(dtype))
     _, bound = _floored(units, clipping, eps)

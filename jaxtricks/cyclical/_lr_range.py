@@ -241,7 +241,8 @@ def _scalar(loss: Any) -> Array:
 
 
 def _observe(curve: _Curve, loss: Array, weights: Array, stop_factor: Any) -> _Curve:
-    i, finite = curve.count, jnp.isfinite(loss)
+    i = curve.count
+    finite = jnp.isfinite(loss)
     average = curve.average + weights[i] * (loss - curve.average)
     best = jnp.minimum(curve.best, average)
     diverged = average - best > (stop_factor - 1.0) * jnp.abs(best)

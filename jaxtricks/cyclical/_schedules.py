@@ -90,11 +90,13 @@ def phase(n: Array, period: Fraction) -> tuple[Array, Array]:
     With period = a/b and n = q a + r, q b cycles are over, and floor(r b / a) more. r b
     may leave 32 bits, so it is divided by a digit by digit of b (long division).
     """
-    a, b = period.numerator, period.denominator
+    a = period.numerator
+    b = period.denominator
     q, r = _divmod(n, a)
     shift = 32 - a.bit_length()
     digits = [b >> i & (1 << shift) - 1 for i in range(0, b.bit_length(), shift)][::-1]
-    cycle, position = jnp.zeros_like(n), jnp.zeros_like(n)
+    cycle = jnp.zeros_like(n)
+    position = jnp.zeros_like(n)
     for digit in digits:
         whole, position = _divmod_sum(position, shift, r, digit, a)
         cycle = (cycle << np.uint32(shift)) + whole
@@ -123,8 +125,10 @@ def blend(start: Any, end: Any, done: Array, left: Array, *, cos: bool) -> Array
     however small, and what is added to the nearer end is at most half the way.
     """
     if cos:
-        done, left = (jnp.square(jnp.sin(x * (np.pi / 2))) for x in (done, left))
-    start, end = cast(start, done.dtype), cast(end, done.dtype)
+        done = jnp.square(jnp.sin(done * (np.pi / 2)))
+        left = jnp.square(jnp.sin(left * (np.pi / 2)))
+    start = cast(start, done.dtype)
+    end = cast(end, done.dtype)
     span = end - start
     return jnp.where(done < left, start + span * done, end - span * left)
 
@@ -269,7 +273,8 @@ def _triangles(
     period = representable(f"{name}: `step_size_up`", up + down)
 
     def schedule(step: Any) -> Array:
-        n, dtype = iteration(step), jnp.result_type(float)
+        n = iteration(step)
+        dtype = jnp.result_type(float)
         cycle, position = phase(n, period)
         if scale_fn is not None:
             position_of_scale = n if scale_by == "iteration" else cycle + np.uint32(1)
@@ -440,7 +445,8 @@ def one_cycle_momentum(
     ends = _ends("one_cycle_momentum", total_steps, pct_start, anneal, three_phase)
 
     def values(dtype: Any) -> list[Array]:
-        low, high = cast(base, dtype), cast(peak, dtype)
+        low = cast(base, dtype)
+        high = cast(peak, dtype)
         return [high, low, high, high] if three_phase else [high, low, high]
 
     return _path(ends, values, anneal)
@@ -505,7 +511,8 @@ def _leg(
 ) -> Array:
     # Distances from the first whole iteration and to the last: integers plus a positive
     # remainder, which add up without cancelling. Outside the leg they are not used.
-    first, final = math.ceil(start), math.floor(end)
+    first = math.ceil(start)
+    final = math.floor(end)
     done = (n - first).astype(dtype) + (first - start)
     left = (final - n).astype(dtype) + (end - final)
     length = end - start
@@ -573,11 +580,13 @@ def warm_restarts(
     starts = _starts(period, mult) if mult > 1 else []
 
     def schedule(step: Any) -> Array:
-        n, dtype = iteration(step), jnp.result_type(float)
+        n = iteration(step)
+        dtype = jnp.result_type(float)
         if starts:
             t, length = _growing(n, starts, dtype)
         else:
-            t, length = phase(n, period)[1].astype(dtype), float(period.numerator)
+            t = phase(n, period)[1].astype(dtype)
+            length = float(period.numerator)
         return blend(peak, floor, t / length, (length - t) / length, cos=True)
 
     return schedule
@@ -589,7 +598,8 @@ def _starts(period: Fraction, mult: float) -> list[Fraction]:
     # iterations.
     rational = Fraction(mult).limit_denominator(1000)
     ratio = rational if float(rational) == mult else Fraction(mult)
-    starts, length = [Fraction(0)], period
+    starts = [Fraction(0)]
+    length = period
     while starts[-1] < _STEPS:
         starts.append(starts[-1] + length)
         length *= ratio

@@ -121,7 +121,8 @@ class Tuner:
         reads, outs, clock, busy = self._start
         share = (self._busy() - busy) / max(self._clock() - clock, 1e-9)
         gain = (outputs - outs) / (read - reads)
-        factor, step = self._copies.factor, QUARTER * 2 ** abs(self._run)
+        factor = self._copies.factor
+        step = QUARTER * 2 ** abs(self._run)
         if share >= SATURATED:
             self._low = 0
             if gain < SETTLED * factor:

@@ -27,7 +27,8 @@ class _GrainSource:
     def check(self, snapshot: Any, first: int) -> None:
         # Grain takes a state of fewer workers as it is, and loses what the others were
         # to read.
-        saved, current = sorted(_workers(snapshot)), self._workers
+        saved = sorted(_workers(snapshot))
+        current = self._workers
         if saved != current:
             raise ValueError(
                 f"echo: the state was saved with {_spell(saved)}, this pipeline has "

@@ -75,7 +75,8 @@ class Recipe:
 
     def stream(self, source: Source, elements: int = -1) -> Stream:
         """Build a stream; `elements` is the length of the source where it is checked."""
-        copies, tuner = self._copies(), None
+        copies = self._copies()
+        tuner = None
         if self.auto and isinstance(copies, Changing):
             source = ahead = ReadAhead(source)
             tuner = Tuner(copies, lambda: ahead.busy, batch_size=self.batch_size)

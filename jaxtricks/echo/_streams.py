@@ -710,7 +710,8 @@ class PoolStream(Stream):
         }
 
     def _check_position(self, state: Mapping[str, Any], first: int) -> None:
-        most, room = self._copies.most, self._choose(0) + self._copies.most
+        most = self._copies.most
+        room = self._choose(0) + self._copies.most
         length = self._elements if self._elements >= 0 else _checks.MOST_READ
         read = _checks.field(state, "read", least=first, most=length)
         _checks.field(state, "drawn")
@@ -874,7 +875,9 @@ def drain(due: Due, end: int, distance: int) -> tuple[Due, int]:
             left.setdefault(output[0], []).append(output)
     heapq.heapify(waiting)
     ready: list[tuple[int, int, int]] = []  # (minus copies left, that tick, ordinal)
-    plan, least, now = {}, distance, end
+    plan = {}
+    least = distance
+    now = end
     while waiting or ready:
         while waiting and waiting[0][0] <= now:
             when, i = heapq.heappop(waiting)

@@ -62,7 +62,8 @@ def class_counts(
     if names is not None:
         labels = _by_name(labels, names, int(num_classes))
     xp = np if isinstance(labels, Sequence | np.ndarray) else jnp
-    labels, num_classes = xp.asarray(labels), int(num_classes)
+    labels = xp.asarray(labels)
+    num_classes = int(num_classes)
     if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"longtail.class_counts needs integer `labels`, got {labels.dtype}: cast them"
@@ -160,7 +161,8 @@ def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
     Raises:
       ValueError: there is one.
     """
-    values, mask = known(labels), True if where is None else known(where)
+    values = known(labels)
+    mask = True if where is None else known(where)
     if values is None or mask is None:
         return
     outside = ((values < 0) | (values >= num_classes)) & mask

@@ -337,12 +337,14 @@ class Seesaw:
         return finish(expected(target, each, ~jnp.isneginf(z)), None, where)
 
     def _of_label(self, z: Array, n: Array, one_hot: Array) -> Array:
-        log_n, log_p = jnp.log(n), jax.lax.stop_gradient(jax.nn.log_softmax(z, axis=-1))
+        log_n = jnp.log(n)
+        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(z, axis=-1))
 
         def at_label(x: Array) -> Array:
             return jnp.sum(jnp.where(one_hot > 0, x, 0), axis=-1, keepdims=True)
 
-        p, q = (jnp.asarray(x).astype(z.dtype) for x in (self.p, self.q))
+        p = jnp.asarray(self.p).astype(z.dtype)
+        q = jnp.asarray(self.q).astype(z.dtype)
         mitigation = p * jnp.minimum(log_n - at_label(log_n), 0)
         least = jnp.log(jnp.asarray(0.01, z.dtype))
         compensation = q * jnp.maximum(log_p - jnp.maximum(at_label(log_p), least), 0)
@@ -471,9 +473,8 @@ class InfluenceBalanced:
         influence = (
             2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
         )
-        alpha, gamma = (
-            jnp.asarray(x).astype(z.dtype) for x in (self.alpha, self.focal_gamma)
-        )
+        alpha = jnp.asarray(self.alpha).astype(z.dtype)
+        gamma = jnp.asarray(self.focal_gamma).astype(z.dtype)
         each = jax.nn.softplus(gap) * jnp.exp(-gamma * jax.nn.softplus(-gap))
         each *= alpha / (influence + self.eps)
         if self.weights is not None:
@@ -501,7 +502,8 @@ def read_inputs(
         where is not None
     ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
         keep = where[..., None]
-        z, q = jnp.where(keep, z, 0), jnp.where(keep, q, jnp.zeros((), q.dtype))
+        z = jnp.where(keep, z, 0)
+        q = jnp.where(keep, q, jnp.zeros((), q.dtype))
     return z, q.astype(z.dtype), inside
 
 
@@ -593,7 +595,8 @@ def label_aware_smoothing(
             f'longtail.label_aware_smoothing: `shape` is {shape!r}: pass "concave", "linear", '
             '"convex" or "exp"'
         )
-    low, high = (jnp.asarray(x).astype(n.dtype) for x in (tail, head))
+    low = jnp.asarray(tail).astype(n.dtype)
+    high = jnp.asarray(head).astype(n.dtype)
     return LabelAwareSmoothing(low + (high - low) * rise)
 
 

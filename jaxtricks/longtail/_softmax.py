@@ -427,7 +427,8 @@ class SoftmaxLoss:
         return loss if where is None else jnp.where(where, loss, 0)
 
     def _form(self, logits: Array) -> Affine:
-        num_classes, dtype = logits.shape[-1], logits.dtype
+        num_classes = logits.shape[-1]
+        dtype = logits.dtype
         form = Affine(jnp.ones((), dtype), *[jnp.zeros(num_classes, dtype)] * 2)
         for transform in self.transforms:
             form = transform(form)

@@ -114,10 +114,10 @@ class EqualizationV2:
         )
 
     def _negative_weight(self, state: EqualizationV2State, z: Array) -> Array:
-        positive, negative = (
-            x.astype(z.dtype) for x in (state.positive, state.negative)
-        )
-        gamma, mu = (jnp.asarray(x).astype(z.dtype) for x in (self.gamma, self.mu))
+        positive = state.positive.astype(z.dtype)
+        negative = state.negative.astype(z.dtype)
+        gamma = jnp.asarray(self.gamma).astype(z.dtype)
+        mu = jnp.asarray(self.mu).astype(z.dtype)
         weight = jax.nn.sigmoid(gamma * (positive / (negative + RATIO_EPS) - mu))
         weight = jnp.where(positive + negative > 0, weight, 1)  # nothing is known yet
         if self.background:
@@ -293,10 +293,8 @@ class ClassMean:
         keep = usable(x, None, where)
         x = jnp.where(keep[..., None], x, 0).reshape(-1, x.shape[-1])
         member = jnp.where(keep[..., None], self._members(labels, features, x), 0)
-        member, keep = (
-            member.reshape(-1, self.num_classes),
-            keep.reshape(-1).astype(x.dtype),
-        )
+        member = member.reshape(-1, self.num_classes)
+        keep = keep.reshape(-1).astype(x.dtype)
         batch = (member.T @ x, jnp.sum(member, axis=0), keep @ x, jnp.sum(keep))
         sums, total, sum_, number = _summed_all(batch, self.axis_name)
         new = ClassMeanState(

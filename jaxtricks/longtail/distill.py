@@ -55,8 +55,10 @@ def kd(
         where is not None
     ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
         keep = as_mask(where, z.shape[:-1])[..., None]
-        z, t = jnp.where(keep, z, 0), jnp.where(keep, t, 0)
-    temperature, power = (jnp.asarray(x).astype(z.dtype) for x in (temperature, power))
+        z = jnp.where(keep, z, 0)
+        t = jnp.where(keep, t, 0)
+    temperature = jnp.asarray(temperature).astype(z.dtype)
+    power = jnp.asarray(power).astype(z.dtype)
     return temperature**2 * kl_divergence(power * t / temperature, z / temperature)
 
 
@@ -65,6 +67,8 @@ def kl_divergence(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"]
 ) -> Float[Array, "*batch"]:
     """Compute KL(softmax(p) || softmax(q)) of logits, finite where both are -inf."""
-    p, q = (jnp.maximum(x, floor(x)) for x in (p, q))
-    log_p, log_q = jax.nn.log_softmax(p, axis=-1), jax.nn.log_softmax(q, axis=-1)
+    p = jnp.maximum(p, floor(p))
+    q = jnp.maximum(q, floor(q))
+    log_p = jax.nn.log_softmax(p, axis=-1)
+    log_q = jax.nn.log_softmax(q, axis=-1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

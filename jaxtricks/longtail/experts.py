@@ -192,7 +192,8 @@ def ride(
     if counts is None:
         return Ride(base, diversity, temperature)
     n = floating(as_vector("experts.ride: `counts`", counts))
-    r, top = (jnp.asarray(x).astype(n.dtype) for x in (reweight, temperature))
+    r = jnp.asarray(reweight).astype(n.dtype)
+    top = jnp.asarray(temperature).astype(n.dtype)
     v = n.shape[0] * r * n / jnp.maximum(jnp.sum(n), 1) + 1 - r
     return Ride(base, diversity, top * v / jnp.max(v))
 
@@ -265,9 +266,8 @@ class Bbn:
         Returns:
           [...] losses in float32 or wider.
         """
-        first, second = (
-            self.base(logits, y, where=where) for y in (labels, reversed_labels)
-        )
+        first = self.base(logits, labels, where=where)
+        second = self.base(logits, reversed_labels, where=where)
         a = self.share(step).astype(first.dtype)
         return a * first + (1 - a) * second
 
@@ -467,7 +467,8 @@ class Paco:
     def _enqueue(self, state: PacoState, keys: Array, labels: Array) -> PacoState:
         keys = jax.lax.stop_gradient(keys).astype(state.features.dtype)
         if self.axis_name is not None:
-            keys, labels = (_gathered(x, self.axis_name) for x in (keys, labels))
+            keys = _gathered(keys, self.axis_name)
+            labels = _gathered(labels, self.axis_name)
         features = jnp.concatenate([keys, state.features])[: self.queue]
         return PacoState(
             features, jnp.concatenate([labels, state.labels])[: self.queue]
@@ -652,7 +653,8 @@ def _reversed(n: Array) -> Array:
     """Reverse the shares by size; classes of equal counts share their mean."""
     rising = jnp.sort(n)
     falling = rising[::-1]
-    start, stop = (jnp.searchsorted(rising, n, side=side) for side in ("left", "right"))
+    start = jnp.searchsorted(rising, n, side="left")
+    stop = jnp.searchsorted(rising, n, side="right")
     until = jnp.append(jnp.zeros((), n.dtype), jnp.cumsum(falling))
     mean = (until[stop] - until[start]) / (stop - start).astype(n.dtype)
     alone = stop - start == 1  # exact there: the difference of two large sums is not
@@ -675,7 +677,8 @@ def agreement(
     Returns:
       [...] cosines in (0, 1], float32 or wider.
     """
-    p, q = (jax.nn.softmax(aggregate(z, weights), axis=-1) for z in (first, second))
+    p = jax.nn.softmax(aggregate(first, weights), axis=-1)
+    q = jax.nn.softmax(aggregate(second, weights), axis=-1)
     norms = jnp.sum(p**2, axis=-1) * jnp.sum(q**2, axis=-1)
     return jnp.sum(p * q, axis=-1) / jnp.sqrt(norms)
 
@@ -718,12 +721,15 @@ def fit_weights(
       Zhang et al., Self-supervised aggregation of diverse experts, arXiv 2107.09249,
       section 4.3.
     """
-    first, second = (floating(jnp.asarray(z)) for z in (first, second))
+    first = floating(jnp.asarray(first))
+    second = floating(jnp.asarray(second))
     batch = first.shape[1:-1]
     keep = jnp.ones(batch, bool) if where is None else as_mask(where, batch)
-    first, second = (jnp.where(keep[None, ..., None], z, 0) for z in (first, second))
+    first = jnp.where(keep[None, ..., None], first, 0)
+    second = jnp.where(keep[None, ..., None], second, 0)
     number = jnp.maximum(jnp.sum(keep), 1).astype(first.dtype)
-    rate, least = (jnp.asarray(x).astype(first.dtype) for x in (learning_rate, least))
+    rate = jnp.asarray(learning_rate).astype(first.dtype)
+    least = jnp.asarray(least).astype(first.dtype)
 
     def loss(v: Array) -> Array:
         each = agreement(jax.nn.softmax(v), first, second)

@@ -74,7 +74,8 @@ def max_norm_radius(
       Alshammari et al., Long-tailed recognition via weight balancing, arXiv 2203.14197.
     """
     norms = norm(floating(jnp.asarray(kernel)), axis=0)
-    low, high = jnp.min(norms), jnp.max(norms)
+    low = jnp.min(norms)
+    high = jnp.max(norms)
     return low + jnp.asarray(threshold).astype(norms.dtype) * (high - low)
 
 
@@ -99,7 +100,8 @@ def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]
       equation 4.
     """
     w = floating(jnp.asarray(kernel))
-    norms, radius = norm(w, axis=0), jnp.asarray(radius).astype(w.dtype)
+    norms = norm(w, axis=0)
+    radius = jnp.asarray(radius).astype(w.dtype)
     outside = norms > radius
     return w * jnp.where(outside, radius / jnp.where(outside, norms, 1), 1)
 
@@ -304,7 +306,8 @@ def centroids(
         raise ValueError(
             f'longtail.heads.centroids: `kind` is {kind!r}: pass "un", "l2n" or "cl2n"'
         )
-    x, y = floating(jnp.asarray(features)), class_indices(labels)
+    x = floating(jnp.asarray(features))
+    y = class_indices(labels)
     keep = jnp.ones(y.shape, bool) if where is None else as_mask(where, y.shape)
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)
@@ -352,7 +355,8 @@ def ncm(
             f'longtail.heads.ncm: `metric` is {metric!r}: pass "l2" or "dot"'
         )
     x = floating(jnp.asarray(x))
-    means, center = (m.astype(x.dtype) for m in (centroids.means, centroids.center))
+    means = centroids.means.astype(x.dtype)
+    center = centroids.center.astype(x.dtype)
     x = _normalized(x, center, centroids.kind)
     if metric == "l2":
         z = -jnp.sum(
@@ -395,7 +399,8 @@ def disalign(
     """
     z = floating(jnp.asarray(logits))
     sigma = jax.nn.sigmoid(jnp.asarray(confidence).astype(z.dtype))[..., None]
-    a, b = _row("disalign: `scale`", scale, z), _row("disalign: `bias`", bias, z)
+    a = _row("disalign: `scale`", scale, z)
+    b = _row("disalign: `bias`", bias, z)
     return (1 + sigma * a) * z + sigma * b
 
 
@@ -444,7 +449,9 @@ def tde(
             f"longtail.heads.tde: `heads` is {heads}, which does not divide the {x.shape[-1]} "
             "features: pass a divisor"
         )
-    tau, gamma, alpha = (jnp.asarray(a).astype(x.dtype) for a in (tau, gamma, alpha))
+    tau = jnp.asarray(tau).astype(x.dtype)
+    gamma = jnp.asarray(gamma).astype(x.dtype)
+    alpha = jnp.asarray(alpha).astype(x.dtype)
     part = unit(x.reshape((*x.shape[:-1], heads, -1)))
     if direction is not None:
         d = unit(jnp.asarray(direction).astype(x.dtype).reshape(heads, -1))

@@ -38,12 +38,15 @@ def groups(
       ValueError: for another split.
     """
     if split == "threshold":
-        high, low = (jnp.asarray(x).astype(counts.dtype) for x in (many, few))
-        is_many, is_few = counts > high, counts < low
+        high = jnp.asarray(many).astype(counts.dtype)
+        low = jnp.asarray(few).astype(counts.dtype)
+        is_many = counts > high
+        is_few = counts < low
     elif split == "rank":
         rank = jnp.argsort(jnp.argsort(-counts, stable=True), stable=True)
         third = counts.shape[0] // 3
-        is_many, is_few = rank < third, rank >= counts.shape[0] - third
+        is_many = rank < third
+        is_few = rank >= counts.shape[0] - third
     else:
         raise ValueError(
             f'longtail.metrics: `split` is {split!r}: pass "threshold" or "rank"'
@@ -69,7 +72,8 @@ def scores(
     """
     per_class = ratio(correct, total)
     weight = jnp.where(total > 0, weight, 0)
-    counted, all_classes = weight > 0, jnp.sum(weight)
+    counted = weight > 0
+    all_classes = jnp.sum(weight)
     balanced = ratio(jnp.sum(jnp.where(counted, weight * per_class, 0)), all_classes)
     log_mean = ratio(
         jnp.sum(jnp.where(counted, weight * jnp.log(per_class), 0)), all_classes
@@ -107,9 +111,12 @@ def calibration_error(
 
     sum_b |correct predictions - confidences| / examples
     """
-    count, correct, confidence = (
-        jnp.sum(jnp.where(member[:, None], x, 0), axis=0).astype(jnp.float32)
-        for x in (count, correct, confidence)
+    count = jnp.sum(jnp.where(member[:, None], count, 0), axis=0).astype(jnp.float32)
+    correct = jnp.sum(jnp.where(member[:, None], correct, 0), axis=0).astype(
+        jnp.float32
+    )
+    confidence = jnp.sum(jnp.where(member[:, None], confidence, 0), axis=0).astype(
+        jnp.float32
     )
     return ratio(jnp.sum(jnp.abs(correct - confidence)), jnp.sum(count))
 
@@ -256,7 +263,8 @@ def _updated(
     state: State, predictions: Array, confidence: Array, labels: Array, wanted: Array
 ) -> State:
     num_classes, bins = state.class_bin_count.shape
-    labels, predictions = (class_indices(x).reshape(-1) for x in (labels, predictions))
+    labels = class_indices(labels).reshape(-1)
+    predictions = class_indices(predictions).reshape(-1)
     wanted = jnp.broadcast_to(wanted, jnp.shape(confidence)).reshape(-1)
     inside = (labels >= 0) & (labels < num_classes)
     row = jnp.where(

@@ -93,8 +93,10 @@ def remix(
     n = at_least_rarest(as_vector("mix.remix: `counts`", counts))
     labels = class_indices(labels)
     lam, partner = _draw("remix", key, labels.shape[0], alpha)
-    kappa, tau = (jnp.asarray(a).astype(jnp.float32) for a in (kappa, tau))
-    count, partner_count = n[labels], n[labels[partner]]
+    kappa = jnp.asarray(kappa).astype(jnp.float32)
+    tau = jnp.asarray(tau).astype(jnp.float32)
+    count = n[labels]
+    partner_count = n[labels[partner]]
     kappa = kappa.astype(count.dtype)
     to_partner = (count >= kappa * partner_count) & (lam < tau)
     to_first = (kappa * count <= partner_count) & (1 - lam < tau)

@@ -44,7 +44,8 @@ def held_out(
     name: str, logits: Array, labels: Array, counts: Counts, where: Array | None
 ) -> HeldOut:
     """Return the held-out examples that count; replace the rest."""
-    z, y = floating(jnp.asarray(logits)), class_indices(labels).reshape(-1)
+    z = floating(jnp.asarray(logits))
+    y = class_indices(labels).reshape(-1)
     n = as_vector(f"posthoc.{name}: `counts`", counts).astype(z.dtype)
     check_classes(name, "counts", n, z)
     batch = z.shape[:-1]
@@ -90,13 +91,14 @@ def balanced_cross_entropy(
     The scores are theta_0 z + theta_1 shift.
     """
     scores = jnp.where(offered[None], theta[0] * z + theta[1] * shift[None], -jnp.inf)
-    log_p, label_index = jax.nn.log_softmax(scores, axis=-1), held.labels[:, None]
-    p, a = jnp.exp(log_p), shift[None]
-    mean_z, mean_a = jnp.sum(p * z, -1), jnp.sum(p * a, -1)
-    dz, da = (
-        z - mean_z[:, None],
-        a - mean_a[:, None],
-    )  # centred: no difference of large squares
+    log_p = jax.nn.log_softmax(scores, axis=-1)
+    label_index = held.labels[:, None]
+    p = jnp.exp(log_p)
+    a = shift[None]
+    mean_z = jnp.sum(p * z, -1)
+    mean_a = jnp.sum(p * a, -1)
+    dz = z - mean_z[:, None]
+    da = a - mean_a[:, None]  # centred: no difference of large squares
     at_label = jnp.take_along_axis(z, label_index, -1)[:, 0], shift[held.labels]
     terms = (
         -jnp.take_along_axis(log_p, label_index, -1)[:, 0],
@@ -193,7 +195,8 @@ def shift_prior(
       Hong et al., LADE, arXiv 2012.00321.
     """
     z = floating(jnp.asarray(logits))
-    old, new = _prior("source", source, z), _prior("target", target, z)
+    old = _prior("source", source, z)
+    new = _prior("target", target, z)
     shift = jnp.where(
         has_examples(old), log_prior(new) - log_prior(old), UNSEEN_LOG_PRIOR
     )
@@ -348,7 +351,8 @@ def calibrate(
             state.moved > float(jnp.finfo(dtype).eps) ** 0.7
         )
 
-    first, one = jnp.array([1, 0], dtype), jnp.ones((), dtype)
+    first = jnp.array([1, 0], dtype)
+    one = jnp.ones((), dtype)
     value, gradient, hessian = balanced_cross_entropy(first, z, shift, offered, held)
     start = _Newton(
         first, value, gradient, hessian, one * 1e-3, one, jnp.zeros((), jnp.int32)
@@ -405,7 +409,8 @@ def estimate_prior(
     keep = (
         jnp.ones(z.shape[:-1], bool) if where is None else as_mask(where, z.shape[:-1])
     )
-    z, keep = z.reshape(-1, z.shape[-1]), keep.reshape(-1)
+    z = z.reshape(-1, z.shape[-1])
+    keep = keep.reshape(-1)
     z = jnp.where(keep[:, None], z, 0) - log_prior(prior)[None]
     z = jnp.where((offered | ~jnp.any(offered))[None], z, -jnp.inf)
     total = jnp.maximum(jnp.sum(keep), 1).astype(z.dtype)

@@ -82,9 +82,9 @@ def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Tabl
     counts = np.bincount(labels, minlength=num_classes)
     starts = np.cumsum(counts) - counts
     order = np.argsort(labels, kind="stable")
-    order, starts, counts = (
-        jnp.asarray(x.astype(np.int32)) for x in (order, starts, counts)
-    )
+    order = jnp.asarray(order.astype(np.int32))
+    starts = jnp.asarray(starts.astype(np.int32))
+    counts = jnp.asarray(counts.astype(np.int32))
     return Table(order, starts, counts, probabilities)
 
 
@@ -277,7 +277,8 @@ def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
     References:
       Kang et al., Decoupling representation and classifier, arXiv 1910.09217.
     """
-    data, balanced = class_probabilities(counts, 1.0), class_probabilities(counts, 0.0)
+    data = class_probabilities(counts, 1.0)
+    balanced = class_probabilities(counts, 0.0)
     t = jnp.clip(jnp.asarray(t).astype(data.dtype), 0, 1)
     return (1 - t) * data + t * balanced
 
@@ -331,7 +332,8 @@ def deferred(
     References:
       Cao et al., LDAM, arXiv 1906.07413; Zhang et al., Bag of tricks, AAAI 2021.
     """
-    data, after = class_probabilities(counts, 1.0), class_probabilities(counts, power)
+    data = class_probabilities(counts, 1.0)
+    after = class_probabilities(counts, power)
     return weights.deferred(step, start, data, after)
 
 

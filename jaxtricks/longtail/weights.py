@@ -136,7 +136,9 @@ def ramp(
     >>> ramp(75, 0, 100)
     Array(0.75, dtype=float32)
     """
-    step, start, stop = (jnp.asarray(x) for x in (step, start, stop))
+    step = jnp.asarray(step)
+    start = jnp.asarray(start)
+    stop = jnp.asarray(stop)
     # Differences before the cast: float32 would round large steps.
     over = (step - start).astype(jnp.float32)
     x = jnp.clip(over / jnp.maximum((stop - start).astype(jnp.float32), 1e-30), 0, 1)

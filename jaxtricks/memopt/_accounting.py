@@ -66,7 +66,8 @@ def state_table(
       total      -           4.0 MiB            1
       q is not factored: 4.0 MiB, where 8.0 KiB would do: pass roles=, or lower min_dim_size_to_factor
     """
-    table, shardings = _tree.by_path(_shapes(params)), shardings_of(params)
+    table = _tree.by_path(_shapes(params))
+    shardings = shardings_of(params)
     state = jax.eval_shape(tx.init, _shapes(params))
     owners = _owners(tx, state, table)
     owned = _by_owner(jax.tree.map(_tree.nbytes, state), owners, table)
@@ -198,7 +199,8 @@ def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[s
     rising, falling = (_long(tx, params, order) for order in (1, -1))
     notes = []
     for path in whole:
-        up, down = (_sides(*long, path) for long in (rising, falling))
+        up = _sides(*rising, path)
+        down = _sides(*falling, path)
         if not up or not down:
             continue
         shape = table[path].shape

@@ -117,7 +117,8 @@ def zeros(
 ) -> Factored | Full:
     """Create the second moment of a leaf, sharded as the leaf is."""
     shape = tuple(leaf.shape)
-    rows, columns = leaf_layout.rows, leaf_layout.columns
+    rows = leaf_layout.rows
+    columns = leaf_layout.columns
     smaller_side = min(
         math.prod(shape[i] for i in rows), math.prod(shape[i] for i in columns)
     )

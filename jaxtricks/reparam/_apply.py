@@ -92,7 +92,8 @@ def apply(
     References:
       Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3.
     """
-    x, axes = jnp.asarray(x), rank(node)
+    x = jnp.asarray(x)
+    axes = rank(node)
     axes = x.ndim - 2 if axes is None else axes
     if x.ndim != axes + 2:
         raise ValueError(

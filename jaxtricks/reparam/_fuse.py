@@ -154,8 +154,10 @@ def _compose(a: Conv, b: Conv) -> Conv:
         scaled = (kernel * _lift(factor, kernel)).reshape(b.kernel.shape)
         return Conv(scaled, _plus(_bias_through(a.bias, b), b.bias), b.groups)
     groups = math.gcd(a.groups, b.groups)
-    a, b = _regroup(a, groups), _regroup(b, groups)
-    ka, kb = _by_group(a), _by_group(b)
+    a = _regroup(a, groups)
+    b = _regroup(b, groups)
+    ka = _by_group(a)
+    kb = _by_group(b)
     # One of the two has spatial axes of length 1, which broadcast.
     size = largest([ka.shape[:-3], kb.shape[:-3]])
     ka = jnp.broadcast_to(ka, size + ka.shape[-3:])
@@ -340,7 +342,8 @@ def _free(branches: Sequence[Node]) -> int:
 
 def _check(conv: Conv, first: Conv, rest: Conv) -> None:
     axes = first.kernel.ndim - 2
-    window, size = rest.kernel.shape[:-2], first.kernel.shape[:-2]
+    window = rest.kernel.shape[:-2]
+    size = first.kernel.shape[:-2]
     if conv.kernel.ndim - 2 != axes or extent(conv, axes) != window:
         raise ValueError(
             f"reparam.unfuse: `conv` has the kernel {tuple(conv.kernel.shape[:-2])} (dilation "
@@ -369,7 +372,8 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
 
 def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
     """Solve for the branch whose kernel and last bias give the remainder."""
-    nodes, after = [], jnp.ones(first.kernel.shape[-1], first.kernel.dtype)
+    nodes = []
+    after = jnp.ones(first.kernel.shape[-1], first.kernel.dtype)
     lack = missing.bias
     for node in reversed(behind):
         if isinstance(node, Norm) and node.bias is not None and lack is not None:
@@ -379,7 +383,8 @@ def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
         nodes.append(node)
     bias = first.bias
     if lack is not None and bias is not None:
-        bias, lack = bias + lack / after, None
+        bias = bias + lack / after
+        lack = None
     if lack is not None:
         raise ValueError(
             "reparam.unfuse: neither the Conv nor a Norm of the largest branch has a bias, which the "

@@ -103,8 +103,10 @@ def convolve(
         # Backends are not agreed on negative padding inside a convolution. Both sides
         # at once: a small branch of a cropped window may read nothing but the padding
         # of the other side.
-        x, pads = zero_pad(x, pads), ((0, 0),) * rank
-    lead, spatial = x.shape[: x.ndim - rank - 1], x.shape[x.ndim - rank - 1 :]
+        x = zero_pad(x, pads)
+        pads = ((0, 0),) * rank
+    lead = x.shape[: x.ndim - rank - 1]
+    spatial = x.shape[x.ndim - rank - 1 :]
     y = jax.lax.conv_general_dilated(
         jnp.reshape(x, (-1, *spatial)) if len(lead) != 1 else jnp.asarray(x),
         jnp.asarray(kernel),

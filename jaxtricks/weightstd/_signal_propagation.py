@@ -144,7 +144,8 @@ def residual_scales(
         raise ValueError(
             f"weightstd.residual_scales: `depths` is {depths}; give the number of blocks per stage"
         )
-    variance, stages = 1.0, []
+    variance = 1.0
+    stages = []
     for depth in depths:
         blocks = []
         for i in range(depth):

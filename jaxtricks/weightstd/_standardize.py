@@ -192,7 +192,8 @@ class Hook:
             lhs.shape, rhs.shape, dimension_numbers
         )
         out_axis = numbers.rhs_spec[0]
-        lhs, rhs = jnp.asarray(lhs), jnp.asarray(self.kernel(rhs, out_axis))
+        lhs = jnp.asarray(lhs)
+        rhs = jnp.asarray(self.kernel(rhs, out_axis))
         return jax.lax.conv_general_dilated(
             lhs,
             rhs,
