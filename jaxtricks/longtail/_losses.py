@@ -532,7 +532,7 @@ def _vector(name: str, values: Array, z: Array) -> Array:
     return rows(values.astype(z.dtype), z)
 
 
-# Losses that are no logit transform: smoothing, seesaw, LADE, equalization, influence
+# Losses that are not a logit transform: smoothing, seesaw, LADE, equalization, influence
 # balance.
 
 

@@ -81,7 +81,7 @@ def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not all(isinstance(key, jax.tree_util.DictKey) for key in path):
             raise ValueError(
-                f"longtail.decoupling.{name}: `params` is no nested dict at {_tree.path_str(path)!r}: "
+                f"longtail.decoupling.{name}: `params` is not a nested dict at {_tree.path_str(path)!r}: "
                 'pass variables["params"] of linen or the params of jt.nnx.functional'
             )
         if not path or not hasattr(leaf, "shape"):
@@ -368,7 +368,7 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     w_c = 2 mu_c, b_c = -||mu_c||^2
 
     x . w_c + b_c = -||x - mu_c||^2 + ||x||^2: the classes' order and probabilities are
-    those of `heads.ncm`, for features that are not normalised. Others are no linear
+    those of `heads.ncm`, for features that are not normalised. Others are not a linear
     head: use `heads.ncm`.
 
     Args:

@@ -143,7 +143,7 @@ class State:
       class_bin_count: [C, B] int32, examples per class and bin of confidence.
       class_bin_correct: [C, B] int32, correct ones among them.
       class_bin_confidence: [C, B] float32, sum of their confidences.
-      out_of_range: [] int32, labels that were no class, where they should count.
+      out_of_range: [] int32, unmasked labels that are not a class.
     """
 
     confusion: Array
@@ -205,7 +205,7 @@ def update(
 
     Args:
       state: of `init` or an earlier update.
-      logits: [..., C]. A row with a NaN counts as wrong, and as of no class.
+      logits: [..., C]. A row with a NaN counts as wrong.
       labels: [...] integers; one outside [0, C) counts in `out_of_range` alone.
       where: [...] True for the examples that count (the padding of a last batch does
         not).
@@ -269,7 +269,7 @@ def _updated(
     inside = (labels >= 0) & (labels < num_classes)
     row = jnp.where(
         inside & wanted, labels, num_classes
-    )  # what is no row is dropped by the scatter
+    )  # the scatter drops rows out of range
     confidence = jnp.asarray(confidence).astype(jnp.float32).reshape(-1)
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)
     column = jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
@@ -329,7 +329,7 @@ def summary(
       "geometric_mean" and "harmonic_mean" of the per-class accuracies (0 as soon as one
       class is never right), "many", "medium", "few", "ece" and "ece_many",
       "ece_medium", "ece_few" (of the examples of these classes), "out_of_range" (share
-      of the rows whose label was no class): scalars; "per_class": [C]. A class without
+      of the rows whose label was not a class): scalars; "per_class": [C]. A class without
       test examples is NaN and in no mean; an empty group is NaN, and so is everything
       before the first update.
 

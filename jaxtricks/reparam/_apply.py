@@ -177,7 +177,7 @@ def _affine(node: Node, x: Array) -> Array:
             y = (x - _row(node.mean, x)) * _row(factor, x)
             return y if bias is None else y + _row(bias, x)
     raise ValueError(
-        f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ..."
+        f"reparam: {type(node).__name__} is not a node; use Conv, Norm, AvgPool, ..."
     )
 
 

@@ -73,11 +73,8 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
       Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
     """
     axes = rank(node)
-    if (
-        axes is None
-        and kernel_size is not None
-        and not _integers.is_integer(kernel_size)
-    ):
+    has_sizes = kernel_size is not None and not _integers.is_integer(kernel_size)
+    if axes is None and has_sizes:
         axes = len(tuple(kernel_size))
     features = features_in(node)
     if axes is None or features is None:
@@ -86,6 +83,7 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
             f"{'spatial axes' if axes is None else 'channels'} there are; give `kernel_size` as a tuple, "
             "and put an Identity(features) in front"
         )
+    # Fuse in float32 at least: rounding then stays below that of the convolution.
     dtype = _dtypes.wide_dtype(*jax.tree.leaves(node))
     node = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), node)
     size = reference(node, axes, kernel_size)
@@ -93,7 +91,7 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
 
 
 class _Kind(NamedTuple):
-    """What every convolution of one fusion has in common."""
+    """Number of spatial axes and dtype of all convolutions in one fusion."""
 
     axes: int
     dtype: Any
@@ -115,9 +113,10 @@ def _fold(node: Node, features: int, kind: _Kind) -> Conv:
         case Scale():
             return _diagonal(node.gain, kind.axes)
         case Norm():
+            # Frozen statistics make it a depthwise 1x1 convolution.
             return _normalized(_diagonal(jnp.ones_like(node.mean), kind.axes), node)
     raise ValueError(
-        f"reparam.fuse: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ..."
+        f"reparam.fuse: {type(node).__name__} is not a node; use Conv, Norm, AvgPool, ..."
     )
 
 
@@ -137,22 +136,25 @@ def _chain(node: Sequential, features: int, kind: _Kind) -> Conv:
 
 def _normalized(conv: Conv, norm: Norm) -> Conv:
     factor, bias = norm_factor(norm)
-    # (b - mean) t, not b t - mean t: the two may be large and close.
+    # (b - mean) t and not b t - mean t, whose terms may be large and close.
     shift = (-norm.mean if conv.bias is None else conv.bias - norm.mean) * factor
     return Conv(_scaled(conv.kernel, factor), _plus(shift, bias), conv.groups)
 
 
 def _compose(a: Conv, b: Conv) -> Conv:
     """Compose b after a: one of them is 1x1, and b pads with a's value on zeros."""
+    # A factor per channel needs no product of kernels, and keeps the groups of a.
     if _is_diagonal(b):
         factor = b.kernel.reshape(-1)
         bias = None if a.bias is None else a.bias * factor
         return Conv(_scaled(a.kernel, factor), _plus(bias, b.bias), a.groups)
+    # Before b a factor scales the input channels of its kernel.
     if _is_diagonal(a):
         kernel = _by_group(b)
         factor = a.kernel.reshape(b.groups, -1).T[..., None]
         scaled = (kernel * _lift(factor, kernel)).reshape(b.kernel.shape)
         return Conv(scaled, _plus(_bias_through(a.bias, b), b.bias), b.groups)
+    # Two different groupings have a common one: the greatest common divisor.
     groups = math.gcd(a.groups, b.groups)
     a = _regroup(a, groups)
     b = _regroup(b, groups)
@@ -162,6 +164,7 @@ def _compose(a: Conv, b: Conv) -> Conv:
     size = largest([ka.shape[:-3], kb.shape[:-3]])
     ka = jnp.broadcast_to(ka, size + ka.shape[-3:])
     kb = jnp.broadcast_to(kb, size + kb.shape[-3:])
+    # Accelerators would round the factors to bfloat16 otherwise.
     highest = jax.lax.Precision.HIGHEST
     kernel = jnp.einsum("...igm,...mgo->...igo", ka, kb, precision=highest)
     kernel = kernel.reshape(*size, kernel.shape[-3], -1)
@@ -173,6 +176,8 @@ def _bias_through(bias: Array | None, conv: Conv) -> Array | None:
     if bias is None:
         return None
     kernel = _by_group(conv)
+    # A constant input meets the sum of the taps at every position, because the border
+    # is padded with the constant too.
     total = jnp.sum(kernel, axis=tuple(range(kernel.ndim - 3)))
     highest = jax.lax.Precision.HIGHEST
     parts = bias.reshape(conv.groups, -1)
@@ -219,6 +224,7 @@ def _regroup(conv: Conv, groups: int) -> Conv:
     kernel = conv.kernel
     *size, fan_in, out = kernel.shape
     blocks = kernel.reshape(*size, 1, fan_in, groups, ratio, out // conv.groups)
+    # Zeros between the merged groups keep them independent.
     eye = jnp.eye(ratio, dtype=kernel.dtype).reshape(ratio, 1, 1, ratio, 1)
     blocks = blocks * _lift(eye, blocks)
     return Conv(blocks.reshape(*size, ratio * fan_in, out), conv.bias, groups)
@@ -257,6 +263,7 @@ def _plus(a: Array | None, b: Array | None) -> Array | None:
 # One convolution into branches that compute it.
 
 
+# Nodes that a kernel can be solved through: a factor and an offset per channel.
 _AFFINE = (Norm, Scale, Identity)
 
 
@@ -266,14 +273,14 @@ def unfuse(conv: Conv, like: Node) -> Node:
 
     Re-training starts from them.
 
-    Every branch of `like` stays as it is except the one with the largest kernel: its
-      convolution becomes
+    Every branch of `like` stays as it is except the one with the largest kernel, whose
+    convolution becomes
 
-        kernel = (K - fuse(others).kernel) / t,   t the factor of the normalization behind it,
+        kernel = (K - fuse(others).kernel) / t
 
-    and its last bias takes what is missing. fuse(unfuse(conv, like)) == conv, up to
-    rounding, whatever the other branches and statistics are. The factor t must not be
-    0.
+    with t the factor of the normalization behind it; its last bias takes the remainder.
+    fuse(unfuse(conv, like)) == conv, up to rounding, whatever the other branches and
+    statistics are. The factor t must not be 0.
 
     Args:
       conv: Conv(kernel [*size, in / groups, out], bias or None), of the size of the
@@ -303,21 +310,16 @@ def unfuse(conv: Conv, like: Node) -> Node:
     conv, like = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (conv, like))
     branches = list(like.nodes) if isinstance(like, Sum) else [like]
     at = _free(branches)
-    whole = (
-        branches[at]
-        if isinstance(branches[at], Sequential)
-        else Sequential(branches[at])
-    )
-    first, *behind = whole.nodes
+    is_sequence = isinstance(branches[at], Sequential)
+    first, *behind = branches[at].nodes if is_sequence else [branches[at]]
+    # The other branches, and what the free one adds with a kernel of zeros.
     empty = Conv(jnp.zeros_like(first.kernel), first.bias, first.groups)
     rest = fuse(Sum(*branches[:at], Sequential(empty, *behind), *branches[at + 1 :]))
     _check(conv, first, rest)
     minus = Scale(-jnp.ones(rest.kernel.shape[-1], dtype))
     missing = fuse(Sum(conv, Sequential(rest, minus)))
     solved = _solve(missing, first, behind)
-    branches[at] = (
-        Sequential(*solved) if isinstance(branches[at], Sequential) else solved[0]
-    )
+    branches[at] = Sequential(*solved) if is_sequence else solved[0]
     return Sum(*branches) if isinstance(like, Sum) else branches[0]
 
 
@@ -373,6 +375,8 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
 def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
     """Solve for the branch whose kernel and last bias give the remainder."""
     nodes = []
+    # From the output to the input: the last bias there is takes the missing bias, and
+    # the factors behind the Conv divide the missing kernel.
     after = jnp.ones(first.kernel.shape[-1], first.kernel.dtype)
     lack = missing.bias
     for node in reversed(behind):
@@ -403,11 +407,11 @@ def _factor(node: Node) -> Array | float:
     return 1.0
 
 
-# How far a fused convolution may lie from its branches by rounding alone.
+# A bound on the rounding between branches and their fused convolution.
 
 
 FACTOR = 16
-"""Measured errors are 0.4 to 4.8 times u S; the rest is room for other orders of summation."""
+"""Measured errors are 0.4 to 4.8 times u S; the rest allows other summation orders."""
 
 
 @checked
@@ -434,7 +438,7 @@ def error_bound(
     Args:
       node: a tree of nodes.
       x: [N, *spatial, C], the input on which the two are compared.
-      strides: as in `apply`, and so are the next three.
+      strides: as in `apply`.
       padding: of the window.
       dilation: of the window.
       kernel_size: of the window; None = the largest effective kernel in the node.
@@ -466,9 +470,8 @@ def error_bound(
     def largest(part: Node) -> Array:
         return jnp.max(apply(magnitude(part), wide, kernel_size=size, **how))
 
-    total = sum(
-        map(largest, node.nodes if isinstance(node, Sum) else (node,)), largest(fused)
-    )
+    branches = node.nodes if isinstance(node, Sum) else (node,)
+    total = sum(map(largest, branches), largest(fused))
     return FACTOR * float(jnp.finfo(x.dtype).eps) / 2 * total
 
 
@@ -495,5 +498,5 @@ def magnitude(node: Node) -> Node:
         case AvgPool() | Identity():
             return node
     raise ValueError(
-        f"reparam: {type(node).__name__} is no node; use Conv, Norm, AvgPool, ..."
+        f"reparam: {type(node).__name__} is not a node; use Conv, Norm, AvgPool, ..."
     )

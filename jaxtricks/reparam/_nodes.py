@@ -61,8 +61,11 @@ def place(
 ) -> Pads:
     """Return the padding that puts the inner kernel's centre tap on the outer's.
 
-    low' = low - d (K//2 - k//2),   high' = high - d ((K-1-K//2) - (k-1-k//2)): then both see the same
-    input under the same output, for every stride. Negative numbers crop.
+    low' = low - d (K//2 - k//2)
+    high' = high - d ((K-1-K//2) - (k-1-k//2))
+
+    Both kernels then read the same input under the same output, for every stride.
+    Negative numbers crop.
     """
 
     def after(size: int) -> int:
@@ -100,11 +103,12 @@ def convolve(
     """
     rank = kernel.ndim - 2
     if any(side < 0 for pair in pads for side in pair):
-        # Backends are not agreed on negative padding inside a convolution. Both sides
-        # at once: a small branch of a cropped window may read nothing but the padding
-        # of the other side.
+        # Backends disagree on negative padding inside a convolution. Pad both sides at
+        # once, because a small branch of a cropped window may read nothing but the
+        # padding of the other side.
         x = zero_pad(x, pads)
         pads = ((0, 0),) * rank
+    # A convolution takes one batch axis: merge the leading ones, and split them after.
     lead = x.shape[: x.ndim - rank - 1]
     spatial = x.shape[x.ndim - rank - 1 :]
     y = jax.lax.conv_general_dilated(
@@ -264,6 +268,7 @@ def rank(node: Node) -> int | None:
     match node:
         case Conv():
             return node.kernel.ndim - 2
+        # A single integer fits any number of axes.
         case AvgPool() if not isinstance(node.size, int):
             return len(node.size)
         case Sequential() | Sum():
@@ -288,12 +293,12 @@ def extent(node: Node, axes: int) -> tuple[int, ...]:
         case Sum():
             return largest([extent(n, axes) for n in node.nodes])
         case Sequential():
-            spatial_index(node, axes)
+            spatial_index(node, axes)  # refuse two nodes with large kernels
             return largest([extent(n, axes) for n in node.nodes])
         case Norm() | Identity() | Scale():
             return (1,) * axes
     raise ValueError(
-        f"reparam: {_name(node)} is no node; use Conv, Norm, AvgPool, Identity, ..."
+        f"reparam: {_name(node)} is not a node; use Conv, Norm, AvgPool, Identity, ..."
     )
 
 
@@ -303,7 +308,7 @@ def spatial_index(node: Sequential, axes: int) -> int | None:
     if len(candidates) > 1:
         names = " and ".join(_name(node.nodes[i]) for i in candidates)
         raise ValueError(
-            f"reparam.Sequential: {names} both have a kernel larger than 1; such a pair is no "
+            f"reparam.Sequential: {names} both have a kernel larger than 1; such a pair is not a "
             "convolution of either size under padding: keep them apart"
         )
     return candidates[0] if candidates else None
@@ -325,8 +330,9 @@ def features_in(node: Node) -> int | None:
         case Sequential():
             # Nodes that keep the number of channels pass the question on to the next.
             for n in node.nodes:
-                if (known := features_in(n)) is not None:
-                    return known
+                features = features_in(n)
+                if features is not None:
+                    return features
     return None
 
 
