@@ -34,7 +34,7 @@ from jaxtricks.longtail._counts import (
 )
 
 _SLACK = 100.0
-"""How far apart the bounds of the largest logit may be: e^50 and a sum of many e^50 are finite."""
+"""Largest distance of the bounds on the largest logit: sums of many e^50 are finite."""
 
 
 def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
@@ -63,8 +63,8 @@ def _top(z: Array, gain: Array, offset: Array) -> Array:
     ends = jnp.min(gain) * largest, jnp.max(gain) * largest
     low = jnp.minimum(*ends) + jnp.min(offset)
     high = jnp.maximum(*ends) + jnp.max(offset)
-    # Of a single gain the bounds are apart by what only [C] decides: no look at the
-    # batch.
+    # With a single gain the offsets [C] alone decide how far apart the bounds are, so
+    # the batch need not be reduced.
     apart = jnp.max(offset) - jnp.min(offset) if gain.ndim == 0 else jnp.max(high - low)
     return jax.lax.cond(
         apart <= _SLACK,
@@ -82,9 +82,11 @@ def _gap(z: Array, gain: Array, offset: Array, top: Array, labels: Array) -> Arr
 def _gap_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     z, gain, _, _, labels = primals
     out, terms, total = _parts(*primals)
+    # The derivative is the softmax over the other classes, and -1 at the label.
     share = terms * (1 / jnp.where(total == 0, 1, total))[..., None]
     share = jnp.where(is_label(labels, z), -1, share)
     dz, dgain, doffset = tangents[:3]
+    # Symbolic zeros: constants such as counts cost nothing in the backward pass.
     moves = []
     if not isinstance(dz, SymbolicZero):
         moves.append(rows(gain, z) * dz)
@@ -187,14 +189,13 @@ def gaps(z: Array, left_out: Array | None = None) -> tuple[Array, Array]:
     """
     offered = ~jnp.isneginf(z)
     largest = jnp.max(z, axis=-1, keepdims=True)
-    # Relative to the largest one, so that no log is added to 1e30.
+    # Relative to the largest logit, so that no logarithm is added to 1e30.
     z = z - jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0, largest))
     others = _logsumexp_of_others(
         z if left_out is None else jnp.where(left_out, lowest(z), z)
     )
     distance = others - jnp.where(offered, z, 0)
-    # Finite where no other class is offered, so that a focal factor of it has a
-    # derivative.
+    # Finite where no other class is offered, so that its focal factor has a derivative.
     return jnp.where(offered, jnp.maximum(distance, floor(z)), 0), offered
 
 
@@ -205,8 +206,7 @@ def _logsumexp_of_others(z: Array) -> Array:
     """
     top = jnp.argmax(z, axis=-1, keepdims=True) == rows(jnp.arange(z.shape[-1]), z)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-    # The lowest float adds nothing to the others, and has a gradient where there are
-    # none.
+    # The lowest float adds nothing to the others, and has a gradient if there are none.
     without_top = jax.nn.logsumexp(jnp.where(top, lowest(z), z), axis=-1, keepdims=True)
     share = jnp.exp(jnp.where(top, total - 1, z) - total)  # <= 1/2 wherever it is used
     return jnp.where(top, without_top, total + jnp.log1p(-share))

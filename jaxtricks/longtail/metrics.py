@@ -253,23 +253,22 @@ def update_predictions(
     Returns:
       The new state.
     """
-    wanted = np.ones((), bool) if where is None else where
+    counted = np.ones((), bool) if where is None else where
     return _sharding.replicated(
-        _updated, state, predictions, confidence, labels, wanted
+        _updated, state, predictions, confidence, labels, counted
     )
 
 
 def _updated(
-    state: State, predictions: Array, confidence: Array, labels: Array, wanted: Array
+    state: State, predictions: Array, confidence: Array, labels: Array, counted: Array
 ) -> State:
     num_classes, bins = state.class_bin_count.shape
     labels = class_indices(labels).reshape(-1)
     predictions = class_indices(predictions).reshape(-1)
-    wanted = jnp.broadcast_to(wanted, jnp.shape(confidence)).reshape(-1)
+    counted = jnp.broadcast_to(counted, jnp.shape(confidence)).reshape(-1)
     inside = (labels >= 0) & (labels < num_classes)
-    row = jnp.where(
-        inside & wanted, labels, num_classes
-    )  # the scatter drops rows out of range
+    # The scatter drops rows out of range.
+    row = jnp.where(inside & counted, labels, num_classes)
     confidence = jnp.asarray(confidence).astype(jnp.float32).reshape(-1)
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)
     column = jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
@@ -284,7 +283,7 @@ def _updated(
         class_bin_count=add(state.class_bin_count, column, 1),
         class_bin_correct=add(state.class_bin_correct, column, correct),
         class_bin_confidence=add(state.class_bin_confidence, column, confidence),
-        out_of_range=state.out_of_range + jnp.sum(~inside & wanted, dtype=jnp.int32),
+        out_of_range=state.out_of_range + jnp.sum(~inside & counted, dtype=jnp.int32),
     )
 
 

@@ -97,14 +97,18 @@ def balanced_cross_entropy(
     a = shift[None]
     mean_z = jnp.sum(p * z, -1)
     mean_a = jnp.sum(p * a, -1)
+    # Centred, so that variances are not differences of large squares.
     dz = z - mean_z[:, None]
-    da = a - mean_a[:, None]  # centred: no difference of large squares
-    at_label = jnp.take_along_axis(z, label_index, -1)[:, 0], shift[held.labels]
+    da = a - mean_a[:, None]
+    log_p_label = jnp.take_along_axis(log_p, label_index, -1)[:, 0]
+    z_label = jnp.take_along_axis(z, label_index, -1)[:, 0]
     terms = (
-        -jnp.take_along_axis(log_p, label_index, -1)[:, 0],
-        mean_z - at_label[0],
-        mean_a - at_label[1],
-        *(jnp.sum(p * x, -1) for x in (dz * dz, dz * da, da * da)),
+        -log_p_label,
+        mean_z - z_label,
+        mean_a - shift[held.labels],
+        jnp.sum(p * dz * dz, -1),
+        jnp.sum(p * dz * da, -1),
+        jnp.sum(p * da * da, -1),
     )
     value, *gradient, zz, za, aa = (balanced(term, held) for term in terms)
     return value, jnp.stack(gradient), jnp.stack([zz, za, za, aa]).reshape(2, 2)

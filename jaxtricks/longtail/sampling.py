@@ -183,9 +183,9 @@ def class_aware_indices(
     classes = jnp.argsort(~present, stable=True)[place]
     size = jnp.maximum(table.counts[classes], 1).astype(jnp.uint32)
     pass_, within = jnp.divmod(cycle * np.uint32(per_class) + draw, size)
-    within = permuted(
-        within, size, mixed(mixed(seeds[1], classes.astype(jnp.uint32)), pass_)
-    )
+    # A new permutation per class and pass, so that no order repeats.
+    class_seed = mixed(seeds[1], classes.astype(jnp.uint32))
+    within = permuted(within, size, mixed(class_seed, pass_))
     indices = table.order[table.starts[classes] + within.astype(jnp.int32)]
     return jnp.where(num_present > 0, indices, -1)
 
@@ -200,12 +200,12 @@ def _parts(table: Table) -> UInt32[Array, "C"]:
             f"longtail.sampling: `table` has {table.counts.shape[0]} classes and probabilities of shape "
             f"{table.probabilities.shape}: give one per class"
         )
-    p = jnp.where(
-        (table.counts > 0) & (table.probabilities > 0), table.probabilities, 0
-    )
+    is_possible = (table.counts > 0) & (table.probabilities > 0)
+    p = jnp.where(is_possible, table.probabilities, 0)
     total = jnp.sum(p)
     parts = (p / jnp.where(total > 0, total, 1) * 2.0**31).astype(jnp.uint32)
-    return jnp.where(p > 0, jnp.maximum(parts, 1), 0)  # rare is not never
+    # At least one unit, so that a rare class can be drawn.
+    return jnp.where(p > 0, jnp.maximum(parts, 1), 0)
 
 
 def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
@@ -224,10 +224,7 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
     return jnp.asarray(index).astype(jnp.int32) * m, m
 
 
-# Class-balanced sampling inside jit: how likely each class is, and the draws
-# themselves.
-#
-# Probabilities are functions of the counts and of the step; `table` and
+# Class probabilities, as functions of the counts and of the step; `table` and
 # `sample_indices` draw by them.
 
 

@@ -150,6 +150,7 @@ def residual_scales(
         blocks = []
         for i in range(depth):
             blocks.append(ResidualScale(alpha, 1 / math.sqrt(variance)))
+            # The transition's shortcut is normalized, so its variance starts again.
             variance = (1.0 if i == 0 else variance) + alpha * alpha
         stages.append(tuple(blocks))
     return stages
@@ -191,6 +192,7 @@ def stochastic_depth(
         raise ValueError(
             f"weightstd.stochastic_depth: `rate` is {rate}; give one in [0, 1]"
         )
+    # One draw per example, broadcast over its other axes.
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     keep = jax.random.bernoulli(key, 1 - jnp.asarray(rate, jnp.float32), shape)
     return jnp.where(keep, x, jnp.zeros((), x.dtype))
