@@ -7,7 +7,7 @@ unscale, skip and count.
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtricks._typing import Array, Params, Scalar
 from jaxtricks.amp._autocast import autocast
 from jaxtricks.amp._policy import Policy, as_policy
 
+P = ParamSpec("P")
 T = TypeVar("T")
 AxisName = str | tuple[str, ...] | None
 
@@ -295,13 +296,13 @@ class SkipNonfiniteState(NamedTuple):
 
 @checked
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[P, Any],
     policy: Policy | str | None = None,
     *,
     scale: Scalar | LossScale | None = None,
     has_aux: bool = False,
     argnums: int | tuple[int, ...] = 0,
-) -> Callable[..., Any]:
+) -> Callable[P, tuple[Any, Any]]:
     """Return a function of the unscaled loss and the gradients of scale * loss.
 
     Args:
@@ -339,7 +340,7 @@ def value_and_grad(
         fn = autocast(loss_fn, policy)
     factor = jnp.float32(1 if scale is None else getattr(scale, "value", scale))
 
-    def scaled(*args: Any, **kwargs: Any) -> Any:
+    def scaled(*args: P.args, **kwargs: P.kwargs) -> Any:
         out = fn(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
         # A float16 loss times 2**15 would overflow: scale in float32 at least.
@@ -348,7 +349,7 @@ def value_and_grad(
 
     differentiated = jax.value_and_grad(scaled, argnums, has_aux=True)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> tuple[Any, Any]:
         (_, (loss, aux)), grads = differentiated(*args, **kwargs)
         return ((loss, aux) if has_aux else loss), grads
 
