@@ -1,7 +1,8 @@
-"""Every difference between the jax versions we support, in one place (tests/test_compat.py).
+"""Hide the differences between the jax versions we support, all of them in this file.
 
 Names that moved, primitives that were renamed, and where an equation holds its bodies
-and counts. Versions are never compared: what differs is looked for.
+and counts. Versions are never compared: the code looks for what differs. Rooms read
+equations through `_jaxpr`, which builds on this module (tests/test_compat.py).
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend import core
 
 NEWEST_TESTED = "0.12.0.1"
@@ -18,19 +20,36 @@ NEWEST_TESTED = "0.12.0.1"
 
 
 def enable_x64() -> contextlib.AbstractContextManager[Any]:
-    """A context in which float64 exists: a public name of jax since 0.8, an experimental one before."""
-    home: Any = (
-        jax
-        if hasattr(jax, "enable_x64")
-        else importlib.import_module("jax.experimental")
-    )
-    return home.enable_x64(True)
+    """Return a context manager in which float64 exists."""
+    # A public name of jax since 0.8, an experimental one before.
+    module: Any = jax
+    if not hasattr(jax, "enable_x64"):
+        module = importlib.import_module("jax.experimental")
+    return module.enable_x64(True)
 
 
 def varying(x: Any) -> frozenset[str]:
-    """Axes of shard_map over which x differs; two names of it in two years."""
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    """Return the axes of shard_map over which x differs."""
+    # jax has renamed the attribute once.
+    aval = jax.typeof(x)
+    if hasattr(aval, "vma"):
+        return aval.vma
+    return aval.manual_axis_type.varying
+
+
+def weakly_typed(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return x with a weak type, which no public function gives a traced value."""
+    return lax.convert_element_type_p.bind(
+        x, new_dtype=dtype, weak_type=True, sharding=None
+    )
+
+
+def distributed_state() -> Any:
+    """Return the state of `jax.distributed`: client, process_id and num_processes.
+
+    Its key-value store has no public name. The client is None in a single process.
+    """
+    return importlib.import_module("jax._src.distributed").global_state
 
 
 # One spelling for primitives that have or had several. Names in capitals are classes of
@@ -60,83 +79,103 @@ _SPELLING = MappingProxyType(
 
 
 def primitive(eqn: Any) -> str:
-    """Name of an equation's primitive, spelled alike on all versions."""
-    name = type(eqn.params["_prim"]).__name__ if is_high(eqn) else eqn.primitive.name
+    """Return the name of an equation's primitive, spelled alike on all versions."""
+    if is_high(eqn):
+        name = type(eqn.params["_prim"]).__name__
+    else:
+        name = eqn.primitive.name
     return _SPELLING.get(name, name)
 
 
 def is_high(eqn: Any) -> bool:
-    """Whether an equation is an object with rules of its own, rather than a primitive."""
+    """Return whether an equation holds an object with rules, not a primitive."""
     return eqn.primitive.name == "call_hi_primitive"
 
 
 def params(eqn: Any) -> Mapping[str, Any]:
-    """Parameters of an equation; those of a `call_hi_primitive` lie one level down."""
+    """Return the parameters of an equation."""
+    # Those of a `call_hi_primitive` lie one level down.
     return eqn.params["_prim"].params if is_high(eqn) else eqn.params
 
 
-# Where an equation keeps what runs when it runs; what differentiates it lies elsewhere.
+# Where an equation holds what runs when it runs; what differentiates it lies elsewhere.
 _BODY_KEYS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "traced")
-WITH_BODIES = frozenset(
-    ("jit", "call", "checkpoint", "custom_jvp_call", "custom_vjp_call", "shard_map")
-    + ("scan", "cond", "while")
+CALLS = frozenset(
+    ("jit", "call", "checkpoint", "shard_map", "custom_jvp_call", "custom_vjp_call")
 )
+"""Primitives whose one body takes the operands as they are and returns the results."""
+WITH_BODIES = CALLS | {"scan", "cond", "while"}
 
 
 def has_bodies(eqn: Any) -> bool:
-    """Whether `bodies` knows the equation."""
+    """Return whether `bodies` can read the equation."""
     return primitive(eqn) in WITH_BODIES
 
 
 def body_keys(eqn: Any) -> tuple[str, ...]:
-    """The parameters that hold the bodies of an equation."""
-    name, there = primitive(eqn), params(eqn)
+    """Return the names of the parameters that hold the bodies of an equation.
+
+    Raises:
+      NotImplementedError: jax writes the equation in a way that we have not met.
+    """
+    name = primitive(eqn)
+    parameters = params(eqn)
+    keys: Sequence[str]
     if name == "cond":
-        keys: Sequence[str] = ("branches",)
+        keys = ("branches",)
     elif name == "while":
         keys = ("cond_jaxpr", "body_jaxpr")
     else:
-        keys = [key for key in _BODY_KEYS if key in there][:1]
-    if not keys or not all(key in there for key in keys):
+        keys = [key for key in _BODY_KEYS if key in parameters][:1]
+    if not keys or not all(key in parameters for key in keys):
         raise _unknown_layout(eqn)
     return tuple(keys)
 
 
 def bodies(eqn: Any) -> list[core.ClosedJaxpr]:
-    """The jaxprs that run when the equation does: branches of cond, (condition, body) of while, else one."""
-    there = params(eqn)
-    values = [there[key] for key in body_keys(eqn)]
-    return [
-        closed(body) for body in (values[0] if primitive(eqn) == "cond" else values)
-    ]
+    """Return the jaxprs that run when the equation does.
 
-
-def with_bodies(eqn: Any, new: Sequence[core.ClosedJaxpr]) -> dict[str, Any]:
-    """Parameters of the equation with other bodies, in the form it holds them in."""
-    there, keys = dict(params(eqn)), body_keys(eqn)
+    The branches of a cond, (condition, body) of a while loop, else a single one.
+    """
+    parameters = params(eqn)
+    values = [parameters[key] for key in body_keys(eqn)]
     if primitive(eqn) == "cond":
-        return {**there, keys[0]: tuple(new)}
-    return there | {
-        key: _like(there[key], body) for key, body in zip(keys, new, strict=True)
-    }
+        (values,) = values
+    return [closed(body) for body in values]
+
+
+def with_bodies(
+    eqn: Any,
+    new: Sequence[core.ClosedJaxpr],
+) -> dict[str, Any]:
+    """Return the parameters of the equation with other bodies in their places."""
+    parameters = dict(params(eqn))
+    keys = body_keys(eqn)
+    if primitive(eqn) == "cond":
+        parameters[keys[0]] = tuple(new)
+        return parameters
+    for key, body in zip(keys, new, strict=True):
+        is_closed = isinstance(parameters[key], core.ClosedJaxpr)
+        parameters[key] = body if is_closed else body.jaxpr
+    return parameters
 
 
 def closed(jaxpr: Any) -> core.ClosedJaxpr:
-    """A parameter that is a jaxpr, with its constants: since 0.11 one class of jaxprs is for both.
+    """Return a parameter that is a jaxpr as a ClosedJaxpr.
 
-    jax_custom_jvp3 and jax_custom_vjp3 hold the traced function around it.
+    Since 0.11 one class of jaxprs serves for both. jax_custom_jvp3 and jax_custom_vjp3
+    wrap it in the traced function.
     """
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, jax.stages.Traced) else jaxpr
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+    if isinstance(jaxpr, jax.stages.Traced):
+        jaxpr = jaxpr.jaxpr
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr
+    return core.ClosedJaxpr(jaxpr, ())
 
 
 def is_jaxpr(value: Any) -> bool:
-    """Whether `closed` takes a parameter."""
+    """Return whether a parameter is a jaxpr, which `closed` accepts."""
     return isinstance(value, core.Jaxpr | core.ClosedJaxpr | jax.stages.Traced)
-
-
-def _like(old: Any, new: core.ClosedJaxpr) -> Any:
-    return new if isinstance(old, core.ClosedJaxpr) else new.jaxpr
 
 
 class ScanParts(NamedTuple):
@@ -156,48 +195,73 @@ class ScanParts(NamedTuple):
 
 
 def scan_parts(eqn: Any) -> ScanParts:
-    """The parts of a scan: counts before jax 0.11, trees of its operands since."""
-    there = params(eqn)
+    """Return the parts of a scan.
+
+    Raises:
+      NotImplementedError: jax writes scans in a way that we have not met.
+    """
+    parameters = params(eqn)
     try:
-        if "ft_in" in there:
-            consts, carry, _ = there["ft_in"].unpack()
+        # Counts before jax 0.11, trees of the operands since.
+        if "ft_in" in parameters:
+            consts, carry, _ = parameters["ft_in"].unpack()
             counts = len(consts), len(carry)
         else:
-            counts = there["num_consts"], there["num_carry"]
-        return ScanParts(*counts, there["length"], there["reverse"])
+            counts = parameters["num_consts"], parameters["num_carry"]
+        return ScanParts(*counts, parameters["length"], parameters["reverse"])
     except KeyError as error:
         raise _unknown_layout(eqn) from error
 
 
-def scan_outputs(eqn: Any, used: Sequence[bool], body: core.ClosedJaxpr) -> Any:
-    """The scan without the stacked results that are not used, and with the body that lacks them."""
-    there = with_bodies(eqn, [body])
-    if "ft_out" in there:
-        there["ft_out"] = there["ft_out"].filter_with_mask(list(used))
-    outs = [v for v, keep in zip(eqn.outvars, used, strict=True) if keep]
-    return eqn.replace(outvars=outs, params=there)
+def scan_outputs(
+    eqn: Any,
+    used: Sequence[bool],
+    body: core.ClosedJaxpr,
+) -> Any:
+    """Return the scan without the stacked results that are not used.
+
+    Args:
+      eqn: a scan.
+      used: for each result, whether it stays.
+      body: the body of the new scan, which lacks the same results.
+    """
+    parameters = with_bodies(eqn, [body])
+    if "ft_out" in parameters:
+        parameters["ft_out"] = parameters["ft_out"].filter_with_mask(list(used))
+    outvars = [v for v, is_used in zip(eqn.outvars, used, strict=True) if is_used]
+    return eqn.replace(outvars=outvars, params=parameters)
 
 
 def while_consts(eqn: Any) -> tuple[int, int]:
-    """Numbers of operands that the condition and the body of a while loop read; the carry follows."""
-    there = params(eqn)
+    """Return how many operands only the condition and only the body of a loop read.
+
+    The carry follows them.
+
+    Raises:
+      NotImplementedError: jax writes loops in a way that we have not met.
+    """
+    parameters = params(eqn)
     try:
-        return there["cond_nconsts"], there["body_nconsts"]
+        return parameters["cond_nconsts"], parameters["body_nconsts"]
     except KeyError as error:
         raise _unknown_layout(eqn) from error
 
 
 def shard_map_arguments(eqn: Any) -> dict[str, Any]:
-    """What jax.shard_map was called with."""
-    there = params(eqn)
-    axes = there.get("manual_axes", there.get("newly_manual_axes", ()))
+    """Return the keyword arguments that jax.shard_map was called with.
+
+    Raises:
+      NotImplementedError: jax writes shard_map in a way that we have not met.
+    """
+    parameters = params(eqn)
+    axes = parameters.get("manual_axes", parameters.get("newly_manual_axes", ()))
     try:
         return dict(
-            mesh=there["mesh"],
-            in_specs=there["in_specs"],
-            out_specs=list(there["out_specs"]),
+            mesh=parameters["mesh"],
+            in_specs=parameters["in_specs"],
+            out_specs=list(parameters["out_specs"]),
             axis_names=set(axes),
-            check_vma=there["check_vma"],
+            check_vma=parameters["check_vma"],
         )
     except KeyError as error:
         raise _unknown_layout(eqn) from error
@@ -205,6 +269,7 @@ def shard_map_arguments(eqn: Any) -> dict[str, Any]:
 
 def _unknown_layout(eqn: Any) -> NotImplementedError:
     return NotImplementedError(
-        f"jaxtricks does not know how jax {jax.__version__} writes a {primitive(eqn)!r} equation (the newest "
-        f"version tested is {NEWEST_TESTED}): install that one, or a newer jaxtricks"
+        f"jaxtricks does not know how jax {jax.__version__} writes a "
+        f"{primitive(eqn)!r} equation (the newest version tested is {NEWEST_TESTED}): "
+        "install that one, or a newer jaxtricks"
     )

@@ -1,6 +1,6 @@
 """Exchange short texts between the processes of `jax.distributed`."""
 
-import importlib
+from jaxtricks import _compat
 
 
 class Meeting:
@@ -11,7 +11,7 @@ class Meeting:
     """
 
     def __init__(self, purpose: str):
-        state = importlib.import_module("jax._src.distributed").global_state
+        state = _compat.distributed_state()
         self._client, self._id, self._size = (
             state.client,
             state.process_id,

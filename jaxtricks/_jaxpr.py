@@ -1,4 +1,8 @@
-"""Jaxprs: trace, walk, count. The one place that looks inside equations (amp and remat share it)."""
+"""Trace, walk, rewrite and compare jaxprs: the only place that looks inside equations.
+
+amp, remat, reparam and nnx call it. What differs between jax versions is read through
+`_compat`; what an equation costs is in `_flops`.
+"""
 
 import contextlib
 import functools
@@ -6,31 +10,50 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core, source_info_util
+from jax.extend.core import primitives
 
-from jaxtricks import _compat, _jaxpr
+from jaxtricks import _compat
 
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
 Var = core.Var
 
+Equations = Sequence[Any]
+"""Equations of one jaxpr (their class has no public name)."""
 
-def trace(fn: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
-    """Jaxpr of fn(*args) and the structure of its output.
+# `_compat` hides how each version of jax writes an equation. This is what rooms use.
+CALLS = _compat.CALLS
+WITH_BODIES = _compat.WITH_BODIES
+primitive = _compat.primitive
+params = _compat.params
+is_high = _compat.is_high
+has_bodies = _compat.has_bodies
+bodies = _compat.bodies
+scan_parts = _compat.scan_parts
+while_consts = _compat.while_consts
+shard_map_arguments = _compat.shard_map_arguments
+
+
+def trace(
+    fn: Callable[..., Any],
+    *args: Any,
+) -> tuple[ClosedJaxpr, Any]:
+    """Return the jaxpr of fn(*args) and the structure of its output.
 
     Tracers that fn closes over become `consts` of the result, whatever their type.
     """
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    make = jax.make_jaxpr(fn, return_shape=True)
+    closed, shapes = make(*args)
     return closed, jax.tree.structure(shapes)
 
 
 def as_fun(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
-    """fn(consts, *flat_args) -> flat outputs, evaluated in the caller's trace."""
+    """Return fn(consts, *flat_args) -> flat outputs, in the caller's trace."""
 
     def run(consts: Any, *args: Any) -> list[Any]:
         return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(*args)
@@ -39,89 +62,214 @@ def as_fun(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
 
 
 def sub_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
-    """The jaxprs among the parameters of an equation, those of its derivative rules included."""
-    for value in _compat.params(eqn).values():
-        for item in value if isinstance(value, tuple | list) else (value,):
+    """Yield the jaxprs of an equation's parameters, those of derivative rules too."""
+    for value in params(eqn).values():
+        items = value if isinstance(value, tuple | list) else (value,)
+        for item in items:
             if _compat.is_jaxpr(item):
                 yield _compat.closed(item).jaxpr
 
 
 def walk(jaxpr: Jaxpr) -> Iterator[Any]:
-    """Every equation, inner ones after the one that holds them."""
+    """Yield every equation, inner ones after the one that holds them."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in sub_jaxprs(eqn):
             yield from walk(inner)
 
 
-def census(fn: Callable[..., Any], *args: Any) -> Counter[tuple[str, str]]:
-    """How often each (primitive, dtype of its first output) occurs in the trace of fn(*args)."""
+def census(
+    fn: Callable[..., Any],
+    *args: Any,
+) -> Counter[tuple[str, str]]:
+    """Count each (primitive, dtype of its first output) in the trace of fn(*args)."""
     closed, _ = trace(fn, *args)
-    return Counter(
-        (_compat.primitive(eqn), str(eqn.outvars[0].aval.dtype))
-        for eqn in walk(closed.jaxpr)
-        if eqn.outvars and hasattr(eqn.outvars[0].aval, "dtype")
-    )
+    counts: Counter[tuple[str, str]] = Counter()
+    for eqn in walk(closed.jaxpr):
+        if not eqn.outvars:
+            continue
+        dtype = getattr(eqn.outvars[0].aval, "dtype", None)
+        if dtype is not None:
+            counts[primitive(eqn), str(dtype)] += 1
+    return counts
 
 
 def is_literal(v: Any) -> bool:
-    """Whether an operand is a constant written into the equation."""
+    """Return whether an operand is a constant written into the equation."""
     return isinstance(v, core.Literal)
 
 
-def bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
-    """The results of an equation on other operands (of other dtypes, say), in the caller's trace.
+def shape_of(v: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of a variable."""
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+
+
+def var_bytes(v: Any) -> int:
+    """Return the bytes of a variable; 0 for tokens and other values without a size."""
+    aval = v.aval
+    if not hasattr(aval, "shape") or not hasattr(aval.dtype, "itemsize"):
+        return 0
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def output_bytes(eqn: Any) -> int:
+    """Return the bytes of all results of an equation."""
+    return sum(map(var_bytes, eqn.outvars))
+
+
+# What the parameters of particular primitives say.
+
+
+def label_of(eqn: Any) -> str | None:
+    """Return the label that a `checkpoint_name` equation attaches, else None."""
+    return params(eqn)["name"] if primitive(eqn) == "name" else None
+
+
+def function_name(eqn: Any) -> str | None:
+    """Return the name of the function that a call wraps, None where there is none."""
+    return params(eqn).get("name")
+
+
+def precisions(eqn: Any) -> tuple[Any, ...]:
+    """Return the `precision=` of a product, of both operands where they differ."""
+    precision = params(eqn).get("precision")
+    return precision if isinstance(precision, tuple) else (precision,)
+
+
+def is_inner_product(eqn: Any) -> bool:
+    """Return whether a product has no free axis: each result is one inner product."""
+    if primitive(eqn) != "dot_general":
+        return False
+    contracting, batch = params(eqn)["dimension_numbers"]
+    operands = zip(
+        eqn.invars,
+        contracting,
+        batch,
+        strict=True,
+    )
+    return all(v.aval.ndim == len(c) + len(b) for v, c, b in operands)
+
+
+def with_plain_names(jaxpr: Jaxpr) -> Jaxpr:
+    """Replace the name objects of jax_remat3 by plain primitives, which vmap knows."""
+    eqns = []
+    for eqn in jaxpr.eqns:
+        label = label_of(eqn)
+        if is_high(eqn) and label is not None:
+            eqn = eqn.replace(primitive=primitives.name_p, params={"name": label})
+        eqns.append(eqn)
+    return build(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
+
+
+# Equations bound anew, and jaxprs of other equations.
+
+
+def bind(
+    eqn: Any,
+    operands: Sequence[Any],
+    **changes: Any,
+) -> list[Any]:
+    """Return the results of an equation on other operands, in the caller's trace.
 
     Args:
       eqn: the equation; its context (mesh, compute type) and its place in the source
-        are kept.
-      operands: one an operand; a literal's may be a NumPy scalar.
-      params: parameters to replace.
+        stay.
+      operands: one per operand, of other dtypes perhaps; that of a literal may be a
+        NumPy scalar.
+      changes: parameters to replace.
     """
-    if type(eqn.primitive).get_bind_params is core.Primitive.get_bind_params:
+    new_params = {**eqn.params, **changes}
+    prim = eqn.primitive
+    if type(prim).get_bind_params is core.Primitive.get_bind_params:
         # No bodies and no rules among its parameters: nothing has to be evaluated
         # around it.
-        with place_of(eqn), eqn.ctx.manager:
-            results = eqn.primitive.bind(*operands, **{**eqn.params, **params})
-        return list(results) if eqn.primitive.multiple_results else [results]
-    literal = [
-        is_literal(v) and not hasattr(x, "dtype")
-        for v, x in zip(eqn.invars, operands, strict=True)
-    ]
-    invars = [
-        v if kept else core.Var(v.aval)
-        for v, kept in zip(eqn.invars, literal, strict=True)
-    ]
-    eqn = eqn.replace(invars=invars, params={**eqn.params, **params})
-    given = [v for v, kept in zip(invars, literal, strict=True) if not kept]
-    one = made((), given, eqn.outvars, [eqn])
-    values = [x for x, kept in zip(operands, literal, strict=True) if not kept]
-    return core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*values)
+        with source_context(eqn), eqn.ctx.manager:
+            results = prim.bind(*operands, **new_params)
+        return list(results) if prim.multiple_results else [results]
+    # Else a jaxpr of this one equation is evaluated, which unpacks its bodies. Literals
+    # stay literals, unless a traced value has taken their place.
+    invars: list[Any] = []
+    free_invars: list[Any] = []
+    values: list[Any] = []
+    for v, operand in zip(eqn.invars, operands, strict=True):
+        if is_literal(v) and not hasattr(operand, "dtype"):
+            invars.append(v)
+            continue
+        variable = Var(v.aval)
+        invars.append(variable)
+        free_invars.append(variable)
+        values.append(operand)
+    eqn = eqn.replace(invars=invars, params=new_params)
+    single = build((), free_invars, eqn.outvars, [eqn])
+    return core.jaxpr_as_fun(ClosedJaxpr(single, ()))(*values)
 
 
-def made(
-    consts: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], eqns: Any
+def bind_with_bodies(
+    eqn: Any,
+    operands: Sequence[Any],
+    new_bodies: Sequence[ClosedJaxpr],
+) -> list[Any]:
+    """Return the results of an equation with other bodies, on fitting operands."""
+    if not is_high(eqn):
+        return bind(eqn, operands, **_compat.with_bodies(eqn, new_bodies))
+    # A checkpoint of jax_remat3 is built anew: the equation's object has the dtypes of
+    # the old body.
+    parameters = params(eqn)
+    run = jax.checkpoint(
+        core.jaxpr_as_fun(new_bodies[0]),
+        policy=parameters["policy"],
+        prevent_cse=parameters.get("prevent_cse", True),  # jax 0.10.2 omits it
+    )
+    return run(*operands)
+
+
+def replace_bodies(
+    eqn: Any,
+    new_bodies: Sequence[ClosedJaxpr],
+) -> Any:
+    """Return the equation with other bodies of the same signature."""
+    return eqn.replace(params=_compat.with_bodies(eqn, new_bodies))
+
+
+def build(
+    constvars: Sequence[Any],
+    invars: Sequence[Any],
+    outvars: Sequence[Any],
+    eqns: Iterable[Any],
 ) -> Jaxpr:
-    """A jaxpr of these variables and equations."""
+    """Return the jaxpr of these variables and equations."""
     eqns = list(eqns)
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    names = _anonymous(len(consts) + len(ins), len(outs))
-    is_high = any(
-        _compat.is_high(eqn) or any(j.is_high for j in sub_jaxprs(eqn)) for eqn in eqns
+    names = _anonymous(len(constvars) + len(invars), len(outvars))
+    high = any(map(_is_high_inside, eqns))
+    return Jaxpr(
+        tuple(constvars),
+        list(invars),
+        list(outvars),
+        eqns,
+        effects,
+        names,
+        high,
     )
-    return Jaxpr(tuple(consts), list(ins), list(outs), eqns, effects, names, is_high)
+
+
+def _is_high_inside(eqn: Any) -> bool:
+    return is_high(eqn) or any(jaxpr.is_high for jaxpr in sub_jaxprs(eqn))
 
 
 @functools.cache
 def _anonymous(inputs: int, outputs: int) -> Any:
-    """Names that the constructor of a jaxpr asks for; they appear nowhere."""
+    """Return the names that a jaxpr's constructor asks for; they appear nowhere."""
     info = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
     return info._replace(arg_names=("",) * inputs, result_paths=("",) * outputs)
 
 
 @contextlib.contextmanager
-def place_of(eqn: Any) -> Iterator[Any]:
-    """Under it, operations carry the equation's names and source line; yields the bare equation."""
+def source_context(eqn: Any) -> Iterator[Any]:
+    """Let operations inside carry the equation's names and source line.
+
+    Yields the equation without them.
+    """
     source = eqn.source_info
     names = source_info_util.current_name_stack() + source.name_stack
     bare = source.replace(name_stack=source_info_util.new_name_stack())
@@ -130,80 +278,107 @@ def place_of(eqn: Any) -> Iterator[Any]:
 
 
 def source_line(eqn: Any) -> str:
-    """ "file.py:12:4 (function)" of an equation; "" where only libraries were at work."""
+    """Return "file.py:12:4 (function)"; "" where no frame is the user's."""
     return source_info_util.summarize(eqn.source_info).rpartition("/")[2]
 
 
-# Jaxprs as flat lists of equations: inline, cut, prune, fingerprint.
+# Jaxprs as flat lists of equations: inline, slice, prune.
 
 
-CALLS = ("jit", "call")
+PLAIN_CALLS = ("jit", "call")
+"""Calls that change nothing when they are written out."""
 RULES = ("custom_jvp_call", "custom_vjp_call", "checkpoint")
+"""Calls that say how to differentiate: written out, their rules are lost."""
 
 
-def inlined(
+def inline(
     closed: ClosedJaxpr,
-    calls: Sequence[str] = CALLS,
+    calls: Sequence[str] = PLAIN_CALLS,
     also: Callable[[Any], bool] = lambda eqn: False,
 ) -> ClosedJaxpr:
-    """The same program with its calls written out; every variable is its own.
+    """Return the same program with its calls written out, every variable unique.
 
     Args:
       closed: any jaxpr.
-      calls: names of primitives; with `RULES` among them the values are right and
+      calls: names of primitives; with `RULES` among them the values are right and the
         derivatives are lost.
       also: whether to write out an equation of another primitive.
     """
     eqns: list[Any] = []
-    consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    constvars = closed.jaxpr.constvars
+    consts = dict(zip(constvars, closed.consts, strict=True))
+
+    def is_written_out(eqn: Any) -> bool:
+        is_call = primitive(eqn) in calls and not _sets_shardings(eqn)
+        return is_call or also(eqn)
 
     def write(jaxpr: Jaxpr, env: dict[Any, Any]) -> list[Any]:
         for eqn in jaxpr.eqns:
-            operands = [_read(env, v) for v in eqn.invars]
-            if _stays(eqn):
+            operands = [_renamed(env, v) for v in eqn.invars]
+            if _is_identity(eqn):
                 outs = operands
-            elif (
-                _compat.primitive(eqn) in calls and not _means_shardings(eqn)
-            ) or also(eqn):
-                (inner,) = _compat.bodies(eqn)
-                consts.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
-                outs = write(
-                    inner.jaxpr, dict(zip(inner.jaxpr.invars, operands, strict=True))
-                )
+            elif is_written_out(eqn):
+                (inner,) = bodies(eqn)
+                body = inner.jaxpr
+                consts.update(zip(body.constvars, inner.consts, strict=True))
+                arguments = zip(body.invars, operands, strict=True)
+                outs = write(body, dict(arguments))
             else:
+                # A body that is called twice is written twice.
                 outs = [Var(v.aval) for v in eqn.outvars]
-                eqns.append(eqn.replace(invars=operands, outvars=outs))
+                new_eqn = eqn.replace(invars=operands, outvars=outs)
+                eqns.append(new_eqn)
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [_read(env, v) for v in jaxpr.outvars]
+        return [_renamed(env, v) for v in jaxpr.outvars]
 
-    outs = write(closed.jaxpr, {})
-    flat = made(tuple(consts), closed.jaxpr.invars, outs, eqns)
+    program = closed.jaxpr
+    outs = write(program, {})
+    # The constants of the bodies are now those of the program.
+    flat = build(tuple(consts), program.invars, outs, eqns)
     return ClosedJaxpr(flat, list(consts.values()))
 
 
-def _read(env: dict[Any, Any], v: Any) -> Any:
+def _renamed(env: dict[Any, Any], v: Any) -> Any:
     return v if is_literal(v) else env.get(v, v)
 
 
-def _stays(eqn: Any) -> bool:
-    """Whether it moves nothing: jax writes it where a mesh is in force, and not elsewhere."""
-    if _compat.primitive(eqn) not in ("reshard", "broadcast_in_dim"):
+def _is_identity(eqn: Any) -> bool:
+    """Return whether it moves nothing: jax writes such equations only under a mesh."""
+    if primitive(eqn) not in ("reshard", "broadcast_in_dim"):
         return False
     return eqn.invars[0].aval.str_short() == eqn.outvars[0].aval.str_short()
 
 
-def _means_shardings(eqn: Any) -> bool:
-    given = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
-    return any(isinstance(s, jax.sharding.Sharding) for s in given)
+def _sets_shardings(eqn: Any) -> bool:
+    parameters = params(eqn)
+    for key in ("in_shardings", "out_shardings"):
+        # The others are marked as unspecified.
+        for sharding in parameters.get(key, ()):
+            if isinstance(sharding, jax.sharding.Sharding):
+                return True
+    return False
 
 
 def straight(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The program as the planner cuts it: its calls written out, its inputs' parts where they are read."""
-    return _sunk(inlined(closed))
+    """Return the program as the planner cuts it.
+
+    Its calls are written out, and slices of its inputs stand where they are first read.
+    """
+    return _sink_slices(inline(closed))
 
 
-def _sunk(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program with parts of its inputs taken where they are first read.
+_SLICING = (
+    "slice",
+    "squeeze",
+    "reshape",
+    "dynamic_slice",
+    "convert_element_type",
+    "broadcast_in_dim",
+)
+
+
+def _sink_slices(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """Return the same program with slices of its inputs moved to their first reader.
 
     Code that walks over a sequence or stacked weights slices all of it first; those
     slices would be alive across the whole program.
@@ -221,91 +396,127 @@ def _sunk(closed: ClosedJaxpr) -> ClosedJaxpr:
                 eqns.append(eqn)
 
     for eqn in program.eqns:
-        reads = [v for v in eqn.invars if isinstance(v, Var)]
-        if _compat.primitive(eqn) in _PARTS and all(
-            v in inputs or v in waiting for v in reads
-        ):
+        reads = _variables(eqn.invars)
+        from_inputs = all(v in inputs or v in waiting for v in reads)
+        if primitive(eqn) in _SLICING and from_inputs:
             waiting[eqn.outvars[0]] = eqn
         else:
             fetch(reads)
             eqns.append(eqn)
     fetch(program.outvars)
-    flat = made(program.constvars, program.invars, program.outvars, eqns)
+    flat = build(
+        program.constvars,
+        program.invars,
+        program.outvars,
+        eqns,
+    )
     return ClosedJaxpr(flat, closed.consts)
 
 
-_PARTS = (
-    "slice",
-    "squeeze",
-    "reshape",
-    "dynamic_slice",
-    "convert_element_type",
-    "broadcast_in_dim",
-)
+def _variables(operands: Iterable[Any]) -> list[Any]:
+    return [v for v in operands if isinstance(v, Var)]
 
 
-def read(variables: Sequence[Any], env: Mapping[Any, Any]) -> list[Any]:
-    """Values of variables and literals."""
+def read_values(
+    variables: Sequence[Any],
+    env: Mapping[Any, Any],
+) -> list[Any]:
+    """Return the values of variables and literals."""
     return [v.val if is_literal(v) else env[v] for v in variables]
 
 
-def read_by(eqns: Sequence[Any]) -> list[Any]:
-    """Variables that the equations read and do not make, in order of use."""
-    made = {v for eqn in eqns for v in eqn.outvars}
-    read = [
-        v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made
-    ]
-    return list(dict.fromkeys(read))
+def free_variables(eqns: Equations) -> list[Any]:
+    """Return what the equations read and do not compute, in order of use."""
+    computed = set(computed_variables(eqns))
+    free: dict[Any, None] = {}
+    for eqn in eqns:
+        for v in _variables(eqn.invars):
+            if v not in computed:
+                free[v] = None
+    return list(free)
 
 
-def piece(eqns: Sequence[Any], outs: Sequence[Any]) -> Jaxpr:
-    """The equations as a jaxpr of what they read."""
-    return made((), read_by(eqns), outs, eqns)
+def computed_variables(eqns: Equations) -> list[Any]:
+    """Return the results of the equations in order."""
+    return [v for eqn in eqns for v in eqn.outvars]
 
 
-def replaced(
-    jaxpr: Jaxpr, saved: Collection[int]
+def extract(
+    eqns: Equations,
+    outs: Sequence[Any] | None = None,
+) -> Jaxpr:
+    """Return the equations as a jaxpr of what they read.
+
+    Args:
+      eqns: consecutive equations.
+      outs: variables to return; None is all that they compute.
+    """
+    if outs is None:
+        outs = computed_variables(eqns)
+    return build((), free_variables(eqns), outs, eqns)
+
+
+def needed_after(
+    parts: Sequence[Equations],
+    outvars: Sequence[Any],
+) -> list[set[Any]]:
+    """Return, for each part of a program, the variables that later parts read.
+
+    The results of the program count as read.
+    """
+    needed = set(_variables(outvars))
+    after = []
+    for eqns in reversed(parts):
+        after.append(set(needed))
+        needed |= set(free_variables(eqns))
+    return after[::-1]
+
+
+def with_saved_values(
+    jaxpr: Jaxpr,
+    saved: Collection[int],
 ) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
-    """fn(inputs, values): the results of the saved equations are values, differentiated as if computed.
+    """Return fn(inputs, values) that computes all but the results of some equations.
+
+    Those are replaced by the values, and differentiated as if they were computed.
 
     Args:
       jaxpr: an inlined one; inputs are its constvars, then its invars.
       saved: indices of equations; values are all of their outputs in order.
     """
-    ends = [*sorted(i + 1 for i in saved), len(jaxpr.eqns)]
-    parts = [jaxpr.eqns[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-    swaps = [list(eqns[-1].outvars) for eqns in parts[:-1]] + [[]]
+    # The program is cut behind each saved equation, whose results are then replaced.
+    parts: list[Equations] = []
+    start = 0
+    for i in sorted(saved):
+        parts.append(jaxpr.eqns[start : i + 1])
+        start = i + 1
+    saved_outvars = [part[-1].outvars for part in parts]
+    # Nothing is saved behind the last part.
+    parts.append(jaxpr.eqns[start:])
+    saved_outvars.append([])
     runs = []
-    for eqns, needed in zip(parts, needed_after(parts, jaxpr.outvars), strict=True):
-        runs.append(
-            piece(eqns, [v for eqn in eqns for v in eqn.outvars if v in needed])
-        )
+    needed_variables = needed_after(parts, jaxpr.outvars)
+    for eqns, needed in zip(parts, needed_variables, strict=True):
+        outs = [v for v in computed_variables(eqns) if v in needed]
+        runs.append(extract(eqns, outs))
+    variables = (*jaxpr.constvars, *jaxpr.invars)
 
     def run(inputs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(
-            zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True)
-        )
-        given = iter(values)
-        for part, swapped in zip(runs, swaps, strict=True):
-            results = as_fun(part)((), *[env[v] for v in part.invars])
+        env: dict[Any, Any] = dict(zip(variables, inputs, strict=True))
+        remaining = iter(values)
+        for part, outvars in zip(runs, saved_outvars, strict=True):
+            operands = read_values(part.invars, env)
+            results = as_fun(part)((), *operands)
             env.update(zip(part.outvars, results, strict=True))
-            for v, value in zip(swapped, given, strict=False):
-                env[v] = _swap(env[v], value) if v in env else value
-        return read(jaxpr.outvars, env)
+            for v in outvars:
+                value = next(remaining)
+                # Absent: what computes it is needed for nothing but its value.
+                if v in env:
+                    value = _swap(env[v], value)
+                env[v] = value
+        return read_values(jaxpr.outvars, env)
 
     return run
-
-
-def needed_after(
-    parts: Sequence[Sequence[Any]], outvars: Sequence[Any]
-) -> list[set[Any]]:
-    """For each run of equations, the variables that later runs or the results read."""
-    needed = {v for v in outvars if isinstance(v, Var)}
-    after = []
-    for eqns in reversed(parts):
-        after.append(set(needed))
-        needed |= set(read_by(eqns))
-    return after[::-1]
 
 
 @jax.custom_jvp
@@ -322,240 +533,102 @@ def _swap_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def live(closed: ClosedJaxpr) -> Jaxpr:
-    """What of a program runs: its calls written out, without dead code."""
-    return pruned(inlined(closed).jaxpr)
+    """Return what of a program runs: its calls written out, without dead code."""
+    return prune(inline(closed).jaxpr)
 
 
-def pruned(jaxpr: Jaxpr, used: Sequence[bool] | None = None) -> Jaxpr:
-    """The jaxpr without equations whose results nobody reads.
+def prune(
+    jaxpr: Jaxpr,
+    used: Sequence[bool] | None = None,
+) -> Jaxpr:
+    """Return the jaxpr without the equations whose results nothing reads.
 
     Args:
       jaxpr: any; its inputs stay.
       used: which outputs are read; None is all.
     """
-    outs = [v for i, v in enumerate(jaxpr.outvars) if used is None or used[i]]
-    needed = {v for v in outs if isinstance(v, Var)}
-    kept = []
+    outs = jaxpr.outvars
+    if used is not None:
+        outs = list(itertools.compress(outs, used))
+    needed = set(_variables(outs))
+    reversed_eqns = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
-            kept.append(_pruned_body(eqn, needed))
-            needed.update(v for v in eqn.invars if isinstance(v, Var))
-    return made(jaxpr.constvars, jaxpr.invars, outs, kept[::-1])
+            reversed_eqns.append(_prune_body(eqn, needed))
+            needed.update(_variables(eqn.invars))
+    return build(
+        jaxpr.constvars,
+        jaxpr.invars,
+        outs,
+        reversed_eqns[::-1],
+    )
 
 
-def _pruned_body(eqn: Any, needed: set[Any]) -> Any:
-    """A scan without the stacked outputs that nobody reads (counted, never run)."""
-    if _compat.primitive(eqn) != "scan":
+def _prune_body(eqn: Any, needed: set[Any]) -> Any:
+    """Return a scan without the stacked outputs that nothing reads.
+
+    The result is for counting; it is never run.
+    """
+    if primitive(eqn) != "scan":
         return eqn
-    carry = _compat.scan_parts(eqn).carry
-    used = [i < carry or v in needed for i, v in enumerate(eqn.outvars)]
-    (body,) = _compat.bodies(eqn)
-    slim = ClosedJaxpr(pruned(body.jaxpr, used), body.consts)
-    return _compat.scan_outputs(eqn, used, slim)
+    carry = scan_parts(eqn).carry
+    # Carries stay: the next step reads them.
+    used = [True] * carry
+    used += [v in needed for v in eqn.outvars[carry:]]
+    (body,) = bodies(eqn)
+    pruned = prune(body.jaxpr, used)
+    new_body = ClosedJaxpr(pruned, body.consts)
+    return _compat.scan_outputs(eqn, used, new_body)
+
+
+# Whether two jaxprs are the same program.
 
 
 def fingerprint(jaxpr: Jaxpr) -> str:
-    """Twelve hexadecimal digits: equal for equal operations on equal shapes, wherever they stand."""
-    return hashlib.sha256(repr(_written(jaxpr)).encode()).hexdigest()[:12]
+    """Return twelve hexadecimal digits, equal for equal operations on equal shapes.
+
+    Names of variables and lines of source play no part.
+    """
+    return hashlib.sha256(repr(_canonical(jaxpr)).encode()).hexdigest()[:12]
 
 
-def _written(jaxpr: Jaxpr) -> Any:
+def _canonical(jaxpr: Jaxpr) -> Any:
+    """Return nested tuples that describe the jaxpr, its variables as numbers."""
     inputs = (*jaxpr.constvars, *jaxpr.invars)
-    fresh = itertools.count()
-    number: dict[Any, int] = {v: next(fresh) for v in inputs}
-    shapes = [v.aval.str_short() for v in inputs]
+    counter = itertools.count()
+    number: dict[Any, int] = {v: next(counter) for v in inputs}
+
+    def reference(v: Any) -> Any:
+        return str(v) if is_literal(v) else number[v]
+
     lines = []
     for eqn in jaxpr.eqns:
-        if _stays(eqn) and eqn.invars[0] in number:
+        if _is_identity(eqn) and eqn.invars[0] in number:
             number[eqn.outvars[0]] = number[eqn.invars[0]]
             continue
-        number |= {v: next(fresh) for v in eqn.outvars}
-        reads = [str(v) if is_literal(v) else number[v] for v in eqn.invars]
-        outs = [v.aval.str_short() for v in eqn.outvars]
-        params = sorted((k, v) for k, v in _compat.params(eqn).items() if _is_plain(v))
-        inner = [_written(j) for j in sub_jaxprs(eqn)]
-        lines.append((_compat.primitive(eqn), reads, outs, params, inner))
+        number |= {v: next(counter) for v in eqn.outvars}
+        # Functions, meshes and the like have texts that differ from run to run.
+        settings = [item for item in params(eqn).items() if _is_plain(item[1])]
+        line = (
+            primitive(eqn),
+            list(map(reference, eqn.invars)),
+            list(map(_type_of, eqn.outvars)),
+            sorted(settings),
+            list(map(_canonical, sub_jaxprs(eqn))),
+        )
+        lines.append(line)
     return (
-        shapes,
+        list(map(_type_of, inputs)),
         lines,
-        [str(v) if is_literal(v) else number[v] for v in jaxpr.outvars],
+        list(map(reference, jaxpr.outvars)),
     )
+
+
+def _type_of(v: Any) -> str:
+    return v.aval.str_short()
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):  # dimension numbers and paddings, too
         return all(map(_is_plain, value))
     return isinstance(value, bool | int | float | str)
-
-
-def flops(jaxpr: _jaxpr.Jaxpr) -> int:
-    """Floating-point operations: 2 per multiply-add of matrix products, 1 per element elsewhere.
-
-    Matrix factorizations and Fourier transforms count the order of magnitude. The body
-    of a scan counts as often as it runs, the dearest branch of a cond once, the body of
-    a while loop once (its trip count is not in the program).
-    """
-    return sum(map(eqn_flops, jaxpr.eqns))
-
-
-def eqn_flops(eqn: Any) -> int:
-    """Floating-point operations of one equation; see `flops`. Unknown primitives count none."""
-    name, inner = _compat.primitive(eqn), list(_jaxpr.sub_jaxprs(eqn))
-    if name == "scan":
-        return _compat.scan_parts(eqn).length * flops(inner[0])
-    if name == "cond":
-        return max(map(flops, inner))
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        return sum(
-            flops(body.jaxpr) for body in _compat.bodies(eqn)
-        )  # the rest are rules
-    if inner:
-        return sum(map(flops, inner))
-    return _COUNT.get(name, _none)(eqn)
-
-
-def known(eqn: Any) -> bool:
-    """Whether the table (or the code for bodies) says what an equation costs."""
-    return _compat.primitive(eqn) in _COUNT or _compat.has_bodies(eqn)
-
-
-def unknown(jaxpr: _jaxpr.Jaxpr) -> Counter[str]:
-    """{primitive: count} of the equations that the table lacks; kernels are not looked into."""
-    counts: Counter[str] = Counter()
-    for eqn in jaxpr.eqns:
-        if _compat.has_bodies(eqn):
-            for body in _compat.bodies(eqn):
-                counts += unknown(body.jaxpr)
-        elif not known(eqn):
-            counts[_compat.primitive(eqn)] += 1
-    return counts
-
-
-def _dot(eqn: Any) -> int:
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2 * _size(eqn.outvars[0]) * math.prod(lhs[i] for i in contract)
-
-
-def _ragged_dot(eqn: Any) -> int:
-    """Each row of the left side meets one group of the right side."""
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (_, contract), (_, batch) = numbers.dot_dimension_numbers
-    lhs, rhs = eqn.invars[:2]
-    sides = {*contract, *batch, *numbers.rhs_group_dimensions}
-    columns = math.prod(n for i, n in enumerate(rhs.aval.shape) if i not in sides)
-    return 2 * _size(lhs) * columns
-
-
-def _scaled_matmul(eqn: Any) -> int:
-    return 2 * _size(eqn.outvars[0]) * eqn.invars[0].aval.shape[-1]
-
-
-def _convolution(eqn: Any) -> int:
-    rhs_spec = eqn.params["dimension_numbers"].rhs_spec
-    kernel = eqn.invars[1].aval.shape
-    sums = 2 * _size(eqn.outvars[0]) * math.prod(kernel) // max(1, kernel[rhs_spec[0]])
-    # The gradient of a strided convolution reads zeros between its inputs: no work.
-    return sums // math.prod(eqn.params["lhs_dilation"])
-
-
-def _factorization(eqn: Any) -> int:
-    """Order of magnitude: a product of the matrix with itself."""
-    *_, rows, columns = eqn.invars[0].aval.shape
-    return 2 * _size(eqn.invars[0]) * min(rows, columns)
-
-
-def _triangular_solve(eqn: Any) -> int:
-    return _size(eqn.outvars[0]) * eqn.invars[0].aval.shape[-1]
-
-
-def _fft(eqn: Any) -> int:
-    points = math.prod(eqn.params["fft_lengths"])
-    size = max(map(_size, (*eqn.invars, *eqn.outvars)))
-    return round(5 * size * math.log2(max(points, 1)))
-
-
-def _polynomial(eqn: Any) -> int:
-    return 2 * (len(eqn.invars) - 2) * _float_size(eqn.outvars[0])
-
-
-def _elementwise(eqn: Any) -> int:
-    return sum(map(_float_size, eqn.outvars))
-
-
-def _reduction(eqn: Any) -> int:
-    return max(map(_float_size, eqn.invars))
-
-
-def _none(eqn: Any) -> int:
-    return 0
-
-
-# What counts the operations -> primitives of jax 0.7 to 0.12; tests/test_primitives.py
-# says which one is missing. Equations that hold jaxprs (reduce, scatter-add, composite)
-# count what these do.
-_ROWS = {
-    _dot: "dot_general scaled_dot",
-    _ragged_dot: "ragged_dot ragged_dot_general",
-    _scaled_matmul: "scaled_matmul_wrapper",
-    _convolution: "conv_general_dilated",
-    _factorization: """
-        cholesky cholesky_update lu qr geqrf geqp3 householder_product ormqr eig eigh svd schur hessenberg
-        tridiagonal symmetric_product""",
-    _triangular_solve: "triangular_solve",
-    _fft: "fft",
-    _polynomial: "polynomial",
-    # One per element of the result.
-    _elementwise: """
-        add sub mul div rem neg abs sign max min square one_minus_square integer_pow pow sqrt rsqrt cbrt
-        add_any floor ceil round exp exp2 expm1 log log1p log2 tanh logistic erf erfc erf_inv
-        sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh
-        cumsum cumprod cummax cummin cumlogsumexp lgamma digamma polygamma zeta igamma igammac
-        igamma_grad_a regularized_incomplete_beta bessel_i0e bessel_i1e random_gamma random_gamma_grad
-        Frexp Ldexp tridiagonal_solve""",
-    # One per element of the operand.
-    _reduction: """
-        reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or reduce_xor reduce_precision
-        reduce reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_scatter
-        reduce_scatter_start select_and_scatter select_and_scatter_add select_and_gather_add""",
-    # Data movement, comparison, conversion, integers, random bits; and what cannot be
-    # looked into.
-    _none: """
-        reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice gather scatter
-        scatter-add scatter-sub scatter-mul scatter-max scatter-min concatenate pad rev squeeze expand_dims
-        copy tile split stack unstack select_n clamp sort top_k approx_top_k argmax argmin
-        eq ne lt le gt ge eq_to lt_to le_to is_finite nextafter Nonzero SearchSorted
-        convert_element_type bitcast_convert_type complex real imag conj iota empty empty2
-        and or xor not clz population_count mulhi shift_left shift_right_arithmetic shift_right_logical
-        lu_pivots_to_permutation rng_uniform rng_bit_generator random_bits random_fold_in random_seed
-        random_split random_wrap random_unwrap threefry2x32
-        psum pmax pmin ppermute pbroadcast pvary pcast all_gather all_gather_invariant
-        all_gather_reduced all_to_all ragged_all_to_all reduce_scatter_done unreduced_psum
-        unreduced_reduce_scatter psend precv axis_index platform_index
-        name stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint
-        device_put stage dce_sink after_all create_token get swap
-        custom_linear_solve CustomRoot _RootLinearMap linear_call custom_vmap_call custom_lin composite
-        remat_opt custom_partitioning custom_partitioning_call
-        pallas_call ffi_call tpu_custom_call xla_pmap pure_callback io_callback debug_callback debug_print
-        python_callback debug_partitioning""",
-}
-
-
-_COUNT = {name: count for count, names in _ROWS.items() for name in names.split()}
-
-
-def _size(var: Any) -> int:
-    return math.prod(var.aval.shape)
-
-
-def _float_size(var: Any) -> int:
-    dtype = getattr(var.aval, "dtype", None)
-    return _size(var) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else 0
-
-
-def var_bytes(var: Any) -> int:
-    """Bytes of a variable; 0 for tokens, keys' wrappers and other values without a size."""
-    aval = var.aval
-    if not hasattr(aval, "shape") or not hasattr(aval.dtype, "itemsize"):
-        return 0
-    return math.prod(aval.shape) * aval.dtype.itemsize

@@ -253,7 +253,7 @@ def test_skip_nonfinite_and_check():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="found 0 loss scales"):
+    with pytest.raises(ValueError, match="has 0 loss scales"):
         amp.loss_scale(optax.sgd(1.0).init(jnp.ones(2)))
     twice = amp.dynamic_loss_scale(amp.dynamic_loss_scale(optax.sgd(1.0)))
     with pytest.raises(ValueError, match="`growth`"):
@@ -265,7 +265,7 @@ def test_a_scale_inside_a_scale_is_refused():
     tx = amp.dynamic_loss_scale(
         optax.chain(optax.clip(1.0), amp.dynamic_loss_scale(optax.sgd(1.0)))
     )
-    with pytest.raises(ValueError, match="loss scale of its own"):
+    with pytest.raises(ValueError, match="has a loss scale too"):
         tx.init({"w": jnp.ones(2)})
 
 

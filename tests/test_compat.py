@@ -1,5 +1,6 @@
 """What differs between the jax versions we support: names, spellings, and where equations keep things."""
 
+import ast
 import pathlib
 import re
 
@@ -79,7 +80,7 @@ def program(name, op=jax.lax.sin):
 
 
 def with_equations(jaxpr, eqns):
-    return _jaxpr.made(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
+    return _jaxpr.build(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
 
 
 def cosines(bodies):
@@ -153,10 +154,10 @@ def test_a_scan_without_some_of_its_results():
     (body,) = _compat.bodies(eqn)
     used = [True, False, True]
     outs = [v for v, use in zip(body.jaxpr.outvars, used, strict=True) if use]
-    slim = _jaxpr.made(body.jaxpr.constvars, body.jaxpr.invars, outs, body.jaxpr.eqns)
+    slim = _jaxpr.build(body.jaxpr.constvars, body.jaxpr.invars, outs, body.jaxpr.eqns)
     new = _compat.scan_outputs(eqn, used, core.ClosedJaxpr(slim, body.consts))
     inputs = [v for v in new.invars if not _jaxpr.is_literal(v)]
-    run = _jaxpr.made((), inputs, new.outvars, [new])
+    run = _jaxpr.build((), inputs, new.outvars, [new])
     total, doubled = _jaxpr.as_fun(run)((), *[jnp.zeros(())] * (len(inputs) - 1), jnp.asarray(X))
     np.testing.assert_allclose(doubled, 2 * X, rtol=1e-6)
     np.testing.assert_allclose(total, X.sum(), atol=1e-6)
@@ -217,6 +218,63 @@ def test_nothing_else_looks_at_versions():
         if private.search(path.read_text())
     ]
     assert places == ["jaxtricks/_compat.py"]
+
+
+# The modules that look inside equations; the others ask `_jaxpr`.
+READERS = ("_compat.py", "_jaxpr.py", "_flops.py")
+# What other modules may use of `_compat`: nothing about equations.
+OF_COMPAT = {"enable_x64", "varying", "weakly_typed", "distributed_state"}
+
+
+def names_of(node):
+    """The dotted names that a node of a syntax tree imports or reads."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+
+
+def looks_inside(source):
+    """Lines of a module that read an equation's parts, or that import what does."""
+    for node in ast.walk(ast.parse(source)):
+        for name in names_of(node):
+            owner, _, attribute = name.rpartition(".")
+            of_equation = attribute in ("params", "primitive") and owner.endswith("eqn")
+            of_jaxpr = owner.endswith("_jaxpr") and attribute == "params"
+            of_compat = owner in ("_compat", "jaxtricks._compat") and attribute not in OF_COMPAT
+            if of_equation or of_jaxpr or of_compat or name.startswith("jax.extend.core"):
+                yield f"{node.lineno}: {name}"
+
+
+def test_nothing_else_looks_inside_equations():
+    package = ROOT / "jaxtricks"
+    places = {}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        source = path.read_text()
+        if name.startswith("nnx/"):  # its `_compat` is about Flax
+            source = re.sub(r"\b_compat\.", "nnx_compat.", source)
+        if name not in READERS:
+            places[name] = list(looks_inside(source))
+    assert {name: lines for name, lines in places.items() if lines} == {}
+
+
+def test_looks_inside_sees_every_way():
+    ways = (
+        "from jax.extend.core import Var",
+        "from jax.extend import core",
+        "import jax.extend.core",
+        "eqn.params['name']",
+        "self.eqn.primitive.name",
+        "_compat.bodies(eqn)",
+        "_jaxpr.params(eqn)",
+        "from jaxtricks._compat import primitive",
+    )
+    for way in ways:
+        assert list(looks_inside(way)), way
+    for fine in ("_compat.varying(x)", "_jaxpr.primitive(eqn)", "model.params", "jax.extend.x"):
+        assert not list(looks_inside(fine)), fine
 
 
 def test_float64_exists_only_inside():

@@ -34,4 +34,4 @@ def test_argnums_count_from_the_end():
         remat.plan(_loss, jnp.ones((64, 8)), jnp.eye(8), budget_bytes=1.0, argnums=n)
         for n in (-1, 1)
     )
-    assert last.peak == second.peak and last.recipe == second.recipe
+    assert last.peak == second.peak and last.schedule == second.schedule

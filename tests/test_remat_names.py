@@ -237,17 +237,17 @@ def test_table_of_residuals(remat3):
     assert ("512 B", "f32[16,8]", "argument", "args[2]") in table.rows
     assert ("2.0 KiB", "f32[8,64]", "argument", "args[0]['w']") in table.rows
     sizes = [row[0] for row in table.rows]
-    assert sizes[0] == "4.0 KiB" and "kept" in table.notes[0]
+    assert sizes[0] == "4.0 KiB" and "saved" in table.notes[0]
     assert all("test_remat_names.py" in row[3] for row in table.rows if row[2] == slope)
     assert len(table.rows) == len(set(table.rows))
 
     # A wrapper that recomputes keeps its arguments and the names it is told to.
     table = remat.saved_residuals(remat.recompute_grad(fn), params, n, x)
     assert {row[2] for row in table.rows} == {"argument"}
-    assert table.notes[0].startswith("0 B kept")
+    assert table.notes[0].startswith("0 B saved")
     table = remat.saved_residuals(remat.checkpoint(fn, save="hidden"), params, n, x)
     assert {row[2] for row in table.rows} == {"argument", "hidden"}
-    assert table.notes[0].startswith("4.0 KiB kept")
+    assert table.notes[0].startswith("4.0 KiB saved")
 
 
 def blocks(wrap):

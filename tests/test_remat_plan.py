@@ -2,6 +2,7 @@
 
 import fractions
 import functools
+import importlib.util
 import json
 
 import jax
@@ -11,9 +12,8 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
-from jaxtricks import _compat, _jaxpr, remat
-from jaxtricks.remat import _planner as budgets
-from jaxtricks.remat import _stages
+from jaxtricks import _jaxpr, remat
+from jaxtricks.remat import _planner, _stages
 
 from tests.flags import remat3
 
@@ -227,6 +227,18 @@ def test_mistakes_are_one_sentence():
         refused(loss, params, x, topology="v5e")
 
 
+def test_without_libtpu_the_error_says_what_to_install_and_to_set():
+    if importlib.util.find_spec("libtpu"):
+        pytest.skip("libtpu is installed")
+    loss, params, x = mlp(3)
+    with pytest.raises(ValueError, match=r"install jaxtricks\[tpu\].*set TPU_") as caught:
+        remat.plan(loss, params, x, budget_bytes=0.5, topology="v5e:2x2")
+    names = remat.libtpu_environment("v5e:2x2")
+    assert all(name in str(caught.value) for name in names)
+    with pytest.raises(ValueError, match="topology must be like"):
+        remat.libtpu_environment("v5e")
+
+
 @pytest.mark.devices
 def test_collectives_are_never_run_twice():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -245,8 +257,8 @@ def test_collectives_are_never_run_twice():
     plan = remat.plan(loss, ws, x, budget_bytes=0.98, wrt="temp")
 
     def collectives(fn):
-        program = _jaxpr.inlined(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
-        names = map(_compat.primitive, _jaxpr.walk(_jaxpr.pruned(program)))
+        program = _jaxpr.inline(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
+        names = map(_jaxpr.primitive, _jaxpr.walk(_jaxpr.prune(program)))
         return sum(name in _stages.COLLECTIVES for name in names)
 
     assert 0 < collectives(plan.fn) <= collectives(loss)
@@ -329,9 +341,9 @@ def unchecked():
 
 def test_budgets_of_every_kind(unchecked):
     for value, size in SIZES:
-        assert budgets.parse(value, 1000) == size
+        assert _planner.parse_budget(value, 1000) == size
     for value in FRACTIONS:
-        assert budgets.parse(value, 1000) == 500
+        assert _planner.parse_budget(value, 1000) == 500
 
 
 @pytest.mark.parametrize("value", NO_SIZES, ids=lambda value: repr(value)[:20])
@@ -339,7 +351,7 @@ def test_what_is_no_budget_is_refused_in_a_sentence(value, unchecked):
     with pytest.raises(
         ValueError, match=r"^budget_bytes is .{1,90}: write bytes, a size"
     ) as caught:
-        budgets.parse(value, 1000)
+        _planner.parse_budget(value, 1000)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 

@@ -84,8 +84,10 @@ def test_one_device_of_sixteen_holds_the_bytes_on_paper():
 
 GENERATIONS = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
 PLANNED = f"""
-import json, jax, jax.numpy as jnp
+import json, os, jax, jax.numpy as jnp
 from jaxtricks import remat
+
+os.environ.update(remat.libtpu_environment({GENERATIONS[0]!r}))
 
 def loss(ws, x):
     for w in ws:

@@ -1,13 +1,15 @@
-"""Mixed precision as a rewrite of the traced function: which operation runs in which dtype."""
+"""Mixed precision as a rewrite of the traced function.
+
+`_precision_analysis` decides which operation runs in which dtype, `_rewrite` binds it.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxtricks import _compat, _jaxpr
 from jaxtricks._arguments import checked
@@ -26,30 +28,37 @@ from jaxtricks.amp._precision_analysis import (
 )
 from jaxtricks.amp._rewrite import Emitter
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Rules = Mapping[str, str]
+"""{primitive: class in the table of `_precision_analysis`}."""
+ScanCarry = Literal["keep", "auto"]
+
 DEFAULT = "p=f32,c=bf16,o=f32"
 
 
 @checked
 def autocast(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     policy: Policy | str = DEFAULT,
     *,
-    rules: Mapping[str, str] | None = None,
-    scan_carry: Literal["keep", "auto"] = "keep",
-) -> Callable[..., Any]:
-    """fn with its matrix products and convolutions in the compute dtype, sensitive operations in float32.
+    rules: Rules | None = None,
+    scan_carry: ScanCarry = "keep",
+) -> Callable[P, R]:
+    """Run the products of fn in the compute dtype, its sensitive operations in float32.
 
-    fn is traced at every call, and its float32 operations are rewritten by the table in
-    `amp.rules`: products in the compute dtype; sums, exponentials, logarithms, powers
-    and linear algebra in float32; the rest where their operands are. Parameters stay
-    float32 and so do their gradients. Other dtypes (float64, integers, what is already
-    16-bit), products with a `precision=` above DEFAULT, inner products and kernels that
-    cannot be looked into are left as they are: `amp.explain` lists them. It goes inside
-    or outside of grad, jit, vmap, shard_map and jax.checkpoint.
+    fn is traced at every call, and its float32 operations are rewritten by a table of
+    primitives: matrix products and convolutions in the compute dtype; sums,
+    exponentials, logarithms, powers and linear algebra in float32; the rest where their
+    operands are. Parameters stay float32 and so do their gradients. Other dtypes
+    (float64, integers, what is already 16-bit), products with a `precision=` above
+    DEFAULT, inner products and kernels that cannot be looked into are left as they are:
+    `amp.explain` lists them. It goes inside or outside of grad, jit, vmap, shard_map
+    and jax.checkpoint.
 
     Args:
-      fn: any function of pytrees, traced as jax.jit would; leaves that are no arrays
-        are static.
+      fn: any function of pytrees, traced as jax.jit would; leaves that are not
+        arrays are static.
       policy: a Policy or its text. `compute` is bfloat16 or float16 (float32 rewrites
         nothing); `output` is the dtype of what was float32 in fn's results.
       rules: {primitive: class} in place of the table's rows, e.g. {"tanh": "deny"}.
@@ -76,21 +85,21 @@ def autocast(
     settings = Settings.of(policy, rules, scan_carry)
 
     @functools.wraps(fn)
-    def cast(*args: Any, **kwargs: Any) -> Any:
+    def cast(*args: P.args, **kwargs: P.kwargs) -> R:
         traced = settings.trace(fn, args, kwargs)
-        outs = Emitter(traced.analyzer).run(
-            traced.analysis, traced.jaxpr.consts, traced.call.arrays
-        )
-        return traced.call.assemble(settings.leave(outs, traced.jaxpr.jaxpr.outvars))
+        program, call = traced.jaxpr, traced.call
+        emitter = Emitter(traced.analyzer)
+        outs = emitter.run(traced.analysis, program.consts, call.arrays)
+        return call.assemble(settings.leave(outs, program.jaxpr.outvars))
 
     return cast
 
 
 @checked
-def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """fn, left in float32 by a surrounding `autocast`, its derivatives included.
+def full_precision(fn: Callable[P, R]) -> Callable[P, R]:
+    """Let a surrounding `autocast` leave fn and its derivatives in float32.
 
-    Outside of autocast it is jax.jit(fn); leaves that are no arrays are static.
+    Outside of autocast it is jax.jit(fn); leaves that are not arrays are static.
 
     Example:
       >>> logits = jnp.ones((2, 2))
@@ -99,9 +108,10 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(fn)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         call = Call(fn, args, kwargs)
         region = lambda *arrays: call.run(*arrays)  # noqa: E731
+        # The analysis looks for this name.
         region.__name__ = FULL_PRECISION
         return call.assemble(jax.jit(region)(*call.arrays))
 
@@ -113,31 +123,37 @@ class Traced(NamedTuple):
 
     Attributes:
       call: the call.
-      jaxpr: its trace, closed.
-      analyzer: the settings.
-      analysis: what becomes of every equation.
+      jaxpr: its trace.
+      analyzer: what made the analysis.
+      analysis: how every equation runs.
     """
 
     call: Call
-    jaxpr: Any
+    jaxpr: _jaxpr.ClosedJaxpr
     analyzer: Analyzer
     analysis: Analysis
 
 
 class Settings(NamedTuple):
-    """What `autocast` and `explain` are told, checked."""
+    """The checked arguments of `autocast` and `explain`."""
 
     policy: Policy
     rules: dict[str, str]
     scan_carry: str
 
     @classmethod
-    def of(cls, policy: Policy | str, rules: Any, scan_carry: str) -> "Settings":
-        """Raises ValueError: see `autocast`."""
+    def of(
+        cls,
+        policy: Policy | str,
+        rules: Rules | None,
+        scan_carry: str,
+    ) -> "Settings":
+        """Check the arguments of `autocast`, which says what raises ValueError."""
         policy = as_policy(policy)
         if policy.compute not in (np.float32, np.float16, jnp.bfloat16):
             raise ValueError(
-                f"amp.autocast: the policy computes in {policy.compute}; use bfloat16, float16 or float32"
+                f"amp.autocast: the policy computes in {policy.compute}; use bfloat16, "
+                "float16 or float32"
             )
         if scan_carry not in ("keep", "auto"):
             raise ValueError(
@@ -145,47 +161,72 @@ class Settings(NamedTuple):
             )
         return cls(policy, check_rules(rules), scan_carry)
 
-    def trace(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Traced:
-        """Trace and analyse fn(*args, **kwargs)."""
+    def trace(
+        self,
+        fn: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Traced:
+        """Trace and analyse fn(*args, **kwargs).
+
+        Raises:
+          ValueError: the function uses Refs.
+        """
         call = Call(fn, args, kwargs)
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
         _refuse_refs(closed.jaxpr)
         analyzer = Analyzer(self.policy.compute, self.rules, self.scan_carry)
+        # Results that leave low anyway need not be raised first.
         leaving = LOW if self.policy.output == self.policy.compute else FULL
         outs = [held(v, leaving) for v in closed.jaxpr.outvars]
         ins = [held(v, FREE) for v in closed.jaxpr.invars]
-        analysis = analyzer.analyse(
-            closed.jaxpr, ins, [s == FULL for s in outs]
-        ).leaving(outs)
-        return Traced(call, closed, analyzer, analysis)
+        demanded = [state == FULL for state in outs]
+        analysis = analyzer.analyse(closed.jaxpr, ins, demanded)
+        return Traced(call, closed, analyzer, analysis.leaving(outs))
 
-    def leave(self, outs: list[Any], like: list[Any]) -> list[Any]:
-        """Results in the dtype (and as weak) as the function's own, float32 ones in the policy's."""
+    def leave(
+        self,
+        outs: list[Any],
+        like: list[Any],
+    ) -> list[Any]:
+        """Return results in the dtypes (and weak types) of the function's.
+
+        Those that were float32 are in the output dtype of the policy.
+
+        Args:
+          outs: results of the rewritten function.
+          like: variables of the original one.
+        """
         return [
             self._leave(x, v.aval) if is_full(v) else x
             for x, v in zip(outs, like, strict=True)
         ]
 
-    def _leave(self, x: Any, aval: Any) -> Any:
+    def _leave(
+        self,
+        x: Any,
+        aval: Any,
+    ) -> Any:
         if self.policy.output != np.float32:
             return x.astype(self.policy.output)
+        # A loss that is weakly typed must not promote what it meets now.
         if aval.weak_type and not jax.typeof(x).weak_type:
-            return lax.convert_element_type_p.bind(
-                x, new_dtype=aval.dtype, weak_type=True, sharding=None
-            )
+            return _compat.weakly_typed(x, aval.dtype)
         return x
 
 
-def _refuse_refs(jaxpr: Any) -> None:
+def _refuse_refs(jaxpr: _jaxpr.Jaxpr) -> None:
     for eqn in jaxpr.eqns:
-        if eqn.params.get("name") == FULL_PRECISION:
+        if _jaxpr.function_name(eqn) == FULL_PRECISION:
             continue
         if any(map(_is_ref, eqn.invars)):
             raise ValueError(
-                f"amp.autocast: the function uses a Ref at {_jaxpr.source_line(eqn)}, which has a fixed "
-                "dtype; pass and return arrays instead, or wrap that part in amp.full_precision"
+                "amp.autocast: the function uses a Ref at "
+                f"{_jaxpr.source_line(eqn)}, which has a fixed dtype; pass and return "
+                "arrays instead, or wrap that part in amp.full_precision"
             )
-        if _compat.has_bodies(eqn):  # the Refs of a Pallas kernel are its own
+        # The Refs of a Pallas kernel stay inside it.
+        if _jaxpr.has_bodies(eqn):
             for inner in _jaxpr.sub_jaxprs(eqn):
                 _refuse_refs(inner)
 

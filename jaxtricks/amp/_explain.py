@@ -1,17 +1,17 @@
-"""What autocast makes of a function, and why what stays in float32 stays there."""
+"""List what autocast rewrites of a function, and why the rest stays in float32."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
 from jaxtricks.amp import _precision_analysis as table
-from jaxtricks.amp._autocast import DEFAULT, Settings
+from jaxtricks.amp._autocast import DEFAULT, Rules, ScanCarry, Settings, Traced
 from jaxtricks.amp._policy import Policy
 from jaxtricks.amp._precision_analysis import (
     BODY,
@@ -27,11 +27,11 @@ from jaxtricks.amp._rewrite import Emitter
 
 @dataclasses.dataclass(frozen=True)
 class Island:
-    """Equations that keep float32.
+    """Equations that stay in float32.
 
     Attributes:
       primitive: which.
-      why: its class in `amp.rules`, or the exception.
+      why: its class in the table of primitives, or the reason for an exception.
       where: source line.
       count: how many there are; those under a scan count once.
     """
@@ -52,9 +52,10 @@ class Explanation:
       full: those left in float32.
       casts_down, casts_up: casts that the rewrite adds, into the compute dtype and out
         of it.
-      carries_low, carries_full: float32 carries of loops that were lowered, and kept.
+      carries_low, carries_full: float32 carries of loops that were lowered, and those
+        that stay.
       opaque: {primitive: count} of those that cannot be looked into.
-      unknown: {primitive: count} of those that the table of `amp.rules` lacks: left in
+      unknown: {primitive: count} of those that the table of primitives lacks: left in
         float32.
       islands: where float32 stays, the largest first.
       notes: sentences about what will surprise.
@@ -79,12 +80,11 @@ class Explanation:
             f"carries: {self.carries_low} low, {self.carries_full} float32"
         )
         rows = [(i.primitive, i.count, i.why, i.where) for i in self.islands]
-        islands = (
-            str(_table.make(("in float32", "count", "why", "where"), rows))
-            if rows
-            else ""
-        )
-        return "\n".join(x for x in (heading, *self.notes, islands) if x)
+        paragraphs = [heading, *self.notes]
+        if rows:
+            table = _table.make(("in float32", "count", "why", "where"), rows)
+            paragraphs.append(str(table))
+        return "\n".join(paragraphs)
 
 
 @checked
@@ -92,10 +92,12 @@ def explain(
     fn: Callable[..., Any],
     *args: Any,
     policy: Policy | str = DEFAULT,
-    rules: Mapping[str, str] | None = None,
-    scan_carry: Literal["keep", "auto"] = "keep",
+    rules: Rules | None = None,
+    scan_carry: ScanCarry = "keep",
 ) -> Explanation:
-    """What `autocast` with the same settings makes of fn(*args); nothing is computed.
+    """Explain what `autocast` with the same settings does to fn(*args).
+
+    Nothing is computed.
 
     Args:
       fn: any function of pytrees: of a loss, explain `jax.grad(loss)` to see the
@@ -106,40 +108,58 @@ def explain(
     Example:
       >>> import jax.numpy as jnp
       >>> w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
-      >>> found = explain(lambda w, x: jax.nn.softmax(x @ w), w, x)
-      >>> found.low, sorted({i.primitive for i in found.islands})
+      >>> census = explain(lambda w, x: jax.nn.softmax(x @ w), w, x)
+      >>> census.low, sorted({i.primitive for i in census.islands})
       (1, ['exp', 'reduce_sum'])
     """
     settings = Settings.of(policy, rules, scan_carry)
     traced = settings.trace(fn, args, {})
-    places = list(_steps(traced.analysis, ""))
-    steps = [(eqn, decision) for eqn, decision, _ in places]
     low = settings.policy.compute
+    products: Counter[bool] = Counter()
+    carries: Counter[Any] = Counter()
+    islands: Counter[tuple[str, str, str]] = Counter()
+    opaque: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    casting_products = 0
+    for eqn, decision, line in _steps(traced.analysis, ""):
+        name = _jaxpr.primitive(eqn)
+        if name in table.PRODUCTS:
+            # Of float32 operands it could run low.
+            if any(map(is_full, eqn.invars)):
+                products[decision.run == LOW] += 1
+            casting_products += eqn.outvars[0].aval.dtype == low
+        # None counts values that are not float32, which nothing reports.
+        carries.update(_carries(eqn, decision))
+        if decision.kind == table.OPAQUE:
+            counts = opaque if table.is_classified(eqn) else unknown
+            counts[name] += 1
+        if _is_island(eqn, decision):
+            islands[_name(eqn, decision), _why(decision), line] += 1
     casts = _added_casts(traced, low)
-    products = Counter(d.run == LOW for e, d in steps if _is_product(e))
-    carries = Counter(s for e, d in steps for s in _carries(e, d) if s is not None)
-    named = lambda kept: Counter(_compat.primitive(e) for e, d in steps if kept(e, d))  # noqa: E731
-    unknown = named(lambda e, d: d.kind == table.OPAQUE and not table.known(e))
-    counted = Counter(
-        (_name(e, d), _why(d), line) for e, d, line in places if _is_island(e, d)
-    )
+    notes = [_note(products, casting_products, low), _unknown_note(unknown)]
     return Explanation(
-        low.name,
-        products[True],
-        products[False],
-        casts["down"],
-        casts["up"],
-        carries[LOW],
-        carries[FULL],
-        named(lambda e, d: d.kind == table.OPAQUE and table.known(e)),
-        unknown,
-        tuple(Island(*where, count) for where, count in counted.most_common()),
-        (*_notes(steps, products, low), *_unknown_note(unknown)),
+        compute=low.name,
+        low=products[True],
+        full=products[False],
+        casts_down=casts["down"],
+        casts_up=casts["up"],
+        carries_low=carries[LOW],
+        carries_full=carries[FULL],
+        opaque=opaque,
+        unknown=unknown,
+        islands=tuple(Island(*key, count) for key, count in islands.most_common()),
+        notes=tuple(filter(None, notes)),
     )
 
 
-def _steps(analysis: Analysis, outer: str) -> Iterator[tuple[Any, Decision, str]]:
-    """(equation, decision, source line); what a library made has the line that called it."""
+def _steps(
+    analysis: Analysis,
+    outer: str,
+) -> Iterator[tuple[Any, Decision, str]]:
+    """Yield (equation, decision, source line), inner equations after theirs.
+
+    Equations of a library have the line that called it.
+    """
     for eqn, decision in zip(analysis.jaxpr.eqns, analysis.decisions, strict=True):
         line = _jaxpr.source_line(eqn) or outer
         yield eqn, decision, line
@@ -147,80 +167,100 @@ def _steps(analysis: Analysis, outer: str) -> Iterator[tuple[Any, Decision, str]
             yield from _steps(body, line)
 
 
-def _is_product(eqn: Any) -> bool:
-    """One that could run low: of float32 operands."""
-    return _compat.primitive(eqn) in table.PRODUCTS and any(map(is_full, eqn.invars))
-
-
 def _is_island(eqn: Any, decision: Decision) -> bool:
+    # Other classes stay in float32 only because an operand does.
     if decision.kind in (table.DENY, FULL_PRECISION, table.OPAQUE):
         return decision.run == FULL or any(map(is_full, eqn.outvars))
+    # A cast up that the function asks for itself.
     if decision.kind == table.CONVERT:
         return decision.outs[0] == FULL and not is_full(eqn.invars[0])
     return FULL in _carries(eqn, decision)
 
 
 def _carries(eqn: Any, decision: Decision) -> tuple[Any, ...]:
-    if _compat.primitive(eqn) == "scan":
-        return decision.outs[: _compat.scan_parts(eqn).carry]
-    return decision.outs if _compat.primitive(eqn) == "while" else ()
+    """Return the states of the carries of a loop; none for other equations."""
+    name = _jaxpr.primitive(eqn)
+    # The results of a scan after its carries are stacked outputs.
+    if name == "scan":
+        return decision.outs[: _jaxpr.scan_parts(eqn).carry]
+    return decision.outs if name == "while" else ()
 
 
 def _name(eqn: Any, decision: Decision) -> str:
-    return (
-        "full_precision" if decision.kind == FULL_PRECISION else _compat.primitive(eqn)
-    )
+    is_region = decision.kind == FULL_PRECISION
+    return "full_precision" if is_region else _jaxpr.primitive(eqn)
 
 
 def _why(decision: Decision) -> str:
-    words = {
+    reasons = {
         table.CONVERT: "raised by the function itself",
         FULL_PRECISION: "asked for",
         BODY: "carry kept in float32",
     }
-    return decision.why or words.get(decision.kind, decision.kind)
+    return decision.why or reasons.get(decision.kind, decision.kind)
 
 
-def _added_casts(traced: Any, low: np.dtype) -> Counter[str]:
+def _added_casts(
+    traced: Traced,
+    low: np.dtype,
+) -> Counter[str]:
+    """Count the casts of the rewritten program that the original lacks."""
+    # Counted, not derived from the decisions: the rewrite shares some casts.
     emitter = Emitter(traced.analyzer)
     jaxpr = traced.jaxpr.jaxpr
-    run = lambda consts, args: emitter.run(traced.analysis, consts, args)  # noqa: E731
-    consts, args = ([v.aval for v in vs] for vs in (jaxpr.constvars, jaxpr.invars))
-    new = _casts(jax.make_jaxpr(run)(consts, args).jaxpr, low)
-    return new - _casts(jaxpr, low)
+
+    def run(consts: Any, args: Any) -> Any:
+        return emitter.run(traced.analysis, consts, args)
+
+    consts = [v.aval for v in jaxpr.constvars]
+    args = [v.aval for v in jaxpr.invars]
+    rewritten = jax.make_jaxpr(run)(consts, args)
+    return _casts(rewritten.jaxpr, low) - _casts(jaxpr, low)
 
 
-def _casts(jaxpr: Any, low: np.dtype) -> Counter[str]:
-    ways = {(np.dtype(np.float32), low): "down", (low, np.dtype(np.float32)): "up"}
-    found: Counter[str] = Counter()
+def _casts(
+    jaxpr: _jaxpr.Jaxpr,
+    low: np.dtype,
+) -> Counter[str]:
+    full = np.dtype(np.float32)
+    directions = {(full, low): "down", (low, full): "up"}
+    counts: Counter[str] = Counter()
     for eqn in _jaxpr.walk(jaxpr):
-        if _compat.primitive(eqn) == table.CONVERT:
-            way = ways.get((eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype))
-            found.update([way] if way else [])
-    return found
+        if _jaxpr.primitive(eqn) == table.CONVERT:
+            dtypes = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            if dtypes in directions:
+                counts[directions[dtypes]] += 1
+    return counts
 
 
-def _notes(steps: Any, products: Counter[bool], low: np.dtype) -> Iterator[str]:
+def _note(
+    products: Counter[bool],
+    casting_products: int,
+    low: np.dtype,
+) -> str:
+    """Return a sentence about products that will surprise; "" if there is none."""
     if low == np.float32:
-        yield "The policy computes in float32: nothing is rewritten."
-    elif not products[True]:
-        own = sum(
-            _compat.primitive(e) in table.PRODUCTS and e.outvars[0].aval.dtype == low
-            for e, _ in steps
+        return "The policy computes in float32: nothing is rewritten."
+    if products[True]:
+        return ""
+    # The most frequent surprise: a model that has `dtype=bfloat16` already.
+    if casting_products:
+        return (
+            f"Nothing to do: the function casts its {casting_products} products to "
+            f"{low.name} itself. autocast respects that, its sums in that dtype "
+            "included; give it the float32 model instead."
         )
-        if own:
-            yield (
-                f"Nothing to do: the function casts its {own} products to {low.name} itself. autocast "
-                "respects that, its sums in that dtype included; give it the float32 model instead."
-            )
-        elif products[False]:
-            yield "No product is rewritten: the table says why each stays in float32."
-        else:
-            yield "The function has no matrix product or convolution in float32: autocast changes nothing."
+    if products[False]:
+        return "No product is rewritten: the table says why each stays in float32."
+    return (
+        "The function has no matrix product or convolution in float32: autocast "
+        "changes nothing."
+    )
 
 
-def _unknown_note(unknown: Mapping[str, int]) -> Iterator[str]:
-    if unknown:
-        counts = ", ".join(f"{name} ({n})" for name, n in sorted(unknown.items()))
-        stay = "they stay" if len(unknown) > 1 else "it stays"
-        yield f"amp does not know {counts}: {stay} in float32; `rules=` can say otherwise."
+def _unknown_note(unknown: Mapping[str, int]) -> str:
+    if not unknown:
+        return ""
+    counts = ", ".join(f"{name} ({n})" for name, n in sorted(unknown.items()))
+    stay = "they stay" if len(unknown) > 1 else "it stays"
+    return f"amp does not know {counts}: {stay} in float32; `rules=` can say otherwise."

@@ -1,9 +1,13 @@
-"""Loss scales as pytrees, and the finiteness check."""
+"""Scale the loss, and skip the steps whose gradients overflow.
+
+Loss scales as pytrees, scaled differentiation, and the optax transformations that
+unscale, skip and count.
+"""
 
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from jaxtricks._typing import Array, Params, Scalar
 from jaxtricks.amp._autocast import autocast
 from jaxtricks.amp._policy import Policy, as_policy
 
+P = ParamSpec("P")
 T = TypeVar("T")
 AxisName = str | tuple[str, ...] | None
 
@@ -31,15 +36,15 @@ class NoOpLossScale:
         return jnp.float32(1)
 
     def scale(self, tree: T) -> T:
-        """The tree as it is."""
+        """Return the tree unchanged."""
         return tree
 
     def unscale(self, tree: T) -> T:
-        """The tree as it is."""
+        """Return the tree unchanged."""
         return tree
 
     def adjust(self, grads_finite: Array) -> "NoOpLossScale":
-        """Itself."""
+        """Return itself."""
         return self
 
 
@@ -54,15 +59,15 @@ class StaticLossScale:
     value: Scalar
 
     def scale(self, tree: T) -> T:
-        """Floating and complex leaves times the scale, in float32 or better."""
+        """Multiply floating and complex leaves by the scale, in float32 or better."""
         return _multiply(tree, jnp.float32(self.value))
 
     def unscale(self, tree: T) -> T:
-        """Floating and complex leaves divided by the scale, in float32 or better."""
+        """Divide floating and complex leaves by the scale, in float32 or better."""
         return _multiply(tree, 1 / jnp.float32(self.value))
 
     def adjust(self, grads_finite: Array) -> "StaticLossScale":
-        """Itself."""
+        """Return itself."""
         return self
 
 
@@ -92,18 +97,18 @@ class DynamicLossScale:
         check_settings("DynamicLossScale", ("value", self.value), *rules)
 
     def scale(self, tree: T) -> T:
-        """Floating and complex leaves times the scale, in float32 or better."""
+        """Multiply floating and complex leaves by the scale, in float32 or better."""
         return StaticLossScale(self.value).scale(tree)
 
     def unscale(self, tree: T) -> T:
-        """Floating and complex leaves divided by the scale, in float32 or better."""
+        """Divide floating and complex leaves by the scale, in float32 or better."""
         return StaticLossScale(self.value).unscale(tree)
 
     def adjust(self, grads_finite: Array) -> "DynamicLossScale":
-        """The scale for the next step.
+        """Return the scale for the next step.
 
         Args:
-          grads_finite: bool [], what `all_finite` said of this step's gradients.
+          grads_finite: bool [], `all_finite` of this step's gradients.
         """
         rules = self.growth_interval, self.growth, self.backoff, self.min_scale
         value, clean = next_scale(self.value, self.clean, grads_finite, *rules)
@@ -119,7 +124,10 @@ def check_settings(
     backoff: Scalar,
     min_scale: Scalar,
 ) -> None:
-    """Raise for numbers with which the scale runs away or stands still; arrays may be traced."""
+    """Raise ValueError for numbers with which the scale runs away or stands still.
+
+    Traced arrays are not checked.
+    """
     rules = [
         (*init, "a finite number > 0", lambda x: 0 < x < math.inf),
         (
@@ -132,24 +140,29 @@ def check_settings(
         ("backoff", backoff, "a number between 0 and 1", lambda x: 0 < x < 1),
         ("min_scale", min_scale, "a finite number > 0", lambda x: 0 < x < math.inf),
     ]
-    for argument, value, wanted, holds in rules:
+    for argument, value, requirement, holds in rules:
         number = known_number(value)
         if number is not None and not holds(number):
-            raise ValueError(f"amp.{name}: `{argument}` is {value}: give {wanted}")
+            raise ValueError(f"amp.{name}: `{argument}` is {value}: give {requirement}")
     argument, first = init
     low, high = known_number(min_scale), known_number(first)
     if low is not None and high is not None and low > high:
         raise ValueError(
-            f"amp.{name}: `min_scale` is {min_scale}, above `{argument}`, {first}: give a smaller one"
+            f"amp.{name}: `min_scale` is {min_scale}, above `{argument}`, {first}: "
+            "give a smaller one"
         )
 
 
-def check_most(name: str, max_consecutive: Scalar) -> None:
-    """Raise for a number of skipped steps that no training could stay below."""
-    most = known_number(max_consecutive)
-    if most is not None and not (most >= 1 and most % 1 == 0):
+def check_max_consecutive(
+    name: str,
+    max_consecutive: Scalar,
+) -> None:
+    """Raise ValueError for a limit that is not a positive whole number."""
+    limit = known_number(max_consecutive)
+    if limit is not None and not (limit >= 1 and limit % 1 == 0):
         raise ValueError(
-            f"amp.{name}: `max_consecutive` is {max_consecutive}: give a whole number >= 1"
+            f"amp.{name}: `max_consecutive` is {max_consecutive}: give a whole number "
+            ">= 1"
         )
 
 
@@ -162,18 +175,30 @@ def next_scale(
     backoff: Scalar,
     min_scale: Scalar,
 ) -> tuple[Array, Array]:
-    """(scale float32 [], clean steps int32 []) after a step; see `DynamicLossScale`."""
-    value, clean = jnp.float32(value), jnp.int32(clean) + 1
-    grow = clean >= jnp.asarray(growth_interval)
-    grown = jnp.where(grow, value * jnp.float32(growth), value)
-    grown = jnp.where(jnp.isfinite(grown), grown, value)
+    """Return the scale and the clean steps after a step; see `DynamicLossScale`.
+
+    float32 [] and int32 [].
+    """
+    value = jnp.float32(value)
+    clean = jnp.int32(clean) + 1
+    grows = clean >= jnp.asarray(growth_interval)
+    larger = jnp.where(grows, value * jnp.float32(growth), value)
+    # The scale itself must not overflow.
+    larger = jnp.where(jnp.isfinite(larger), larger, value)
     smaller = jnp.maximum(value * jnp.float32(backoff), jnp.float32(min_scale))
-    return jnp.where(finite, grown, smaller), jnp.where(finite & ~grow, clean, 0)
+    new_value = jnp.where(finite, larger, smaller)
+    new_clean = jnp.where(finite & ~grows, clean, 0)
+    return new_value, new_clean
 
 
 @checked
-def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
-    """Whether every floating and complex leaf is free of inf and NaN: bool [], True for an empty tree.
+def all_finite(
+    tree: Any,
+    axis_name: AxisName = None,
+) -> Array:
+    """Return whether no floating or complex leaf has an inf or NaN.
+
+    bool [], True for an empty tree.
 
     Args:
       tree: gradients, say.
@@ -185,16 +210,21 @@ def all_finite(tree: Any, axis_name: AxisName = None) -> Array:
         jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _dtypes.is_inexact(x)
     ]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
-    return (
-        finite
-        if axis_name is None
-        else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
-    )
+    if axis_name is None:
+        return finite
+    return jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
 
 
 @checked
-def select_tree(pred: Array, on_true: T, on_false: T) -> T:
-    """Leaf by leaf `where(pred, on_true, on_false)`; pred is bool [], keys and integers included."""
+def select_tree(
+    pred: Array,
+    on_true: T,
+    on_false: T,
+) -> T:
+    """Return `where(pred, on_true, on_false)` leaf by leaf, keys and integers included.
+
+    pred is bool [].
+    """
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)
 
 
@@ -207,15 +237,14 @@ def _multiply(tree: T, factor: Array) -> T:
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # Part by part: as a complex number the factor would make NaN of an infinite
             # part.
-            return jax.lax.complex(
-                *(part * factor.astype(part.dtype) for part in (x.real, x.imag))
-            )
+            real, imag = (part * factor.astype(part.dtype) for part in (x.real, x.imag))
+            return jax.lax.complex(real, imag)
         return x * factor.astype(x.dtype)
 
     return jax.tree.map(leaf, tree)
 
 
-# Scaled differentiation, and the optax links that unscale, skip and count.
+# Scaled differentiation, and the transformations that unscale, skip and count.
 
 
 LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
@@ -241,7 +270,7 @@ class DynamicLossScaleState(NamedTuple):
     inner_state: Any
 
     def metrics(self) -> dict[str, Any]:
-        """What `jt.metrics` reports."""
+        """Return what `jt.metrics` reports."""
         return {"amp/loss_scale": self.scale, "amp/skipped_steps": self.skipped}
 
 
@@ -261,20 +290,20 @@ class SkipNonfiniteState(NamedTuple):
     inner_state: Any
 
     def metrics(self) -> dict[str, Any]:
-        """What `jt.metrics` reports."""
+        """Return what `jt.metrics` reports."""
         return {"amp/skipped_steps": self.skipped}
 
 
 @checked
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[P, Any],
     policy: Policy | str | None = None,
     *,
     scale: Scalar | LossScale | None = None,
     has_aux: bool = False,
     argnums: int | tuple[int, ...] = 0,
-) -> Callable[..., Any]:
-    """Unscaled loss, and gradients of scale * loss.
+) -> Callable[P, tuple[Any, Any]]:
+    """Return a function of the unscaled loss and the gradients of scale * loss.
 
     Args:
       loss_fn: (params, *args) -> loss [] (or (loss, aux)).
@@ -303,14 +332,15 @@ def value_and_grad(
         policy = as_policy(policy)
         if policy.compute == jnp.float16 and scale is None:
             warnings.warn(
-                "amp.value_and_grad: float16 gradients below 6e-8 become zero without loss scaling; pass "
-                "scale=amp.loss_scale(opt_state) and wrap the optimizer in amp.dynamic_loss_scale",
+                "amp.value_and_grad: float16 gradients below 6e-8 become zero without "
+                "loss scaling; pass scale=amp.loss_scale(opt_state) and wrap the "
+                "optimizer in amp.dynamic_loss_scale",
                 stacklevel=2,
             )
         fn = autocast(loss_fn, policy)
     factor = jnp.float32(1 if scale is None else getattr(scale, "value", scale))
 
-    def scaled(*args: Any, **kwargs: Any) -> Any:
+    def scaled(*args: P.args, **kwargs: P.kwargs) -> Any:
         out = fn(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
         # A float16 loss times 2**15 would overflow: scale in float32 at least.
@@ -319,7 +349,7 @@ def value_and_grad(
 
     differentiated = jax.value_and_grad(scaled, argnums, has_aux=True)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> tuple[Any, Any]:
         (_, (loss, aux)), grads = differentiated(*args, **kwargs)
         return ((loss, aux) if has_aux else loss), grads
 
@@ -338,7 +368,7 @@ def dynamic_loss_scale(
     max_consecutive: Scalar = 50,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide gradients by the loss scale, skip the step if they are not finite, adapt the scale.
+    """Divide gradients by the loss scale, skip non-finite steps, adapt the scale.
 
     Outermost in a chain (around `optax.MultiSteps` too), so that clipping and moments
     see unscaled gradients. A skipped step returns zero updates and leaves the inner
@@ -370,15 +400,16 @@ def dynamic_loss_scale(
     """
     name = "dynamic_loss_scale"
     check_settings(name, ("init", init), growth_interval, growth, backoff, min_scale)
-    check_most(name, max_consecutive)
+    check_max_consecutive(name, max_consecutive)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> DynamicLossScaleState:
+        # Two scales would divide twice.
         inner_state = inner.init(params)
         if _states(inner_state, DynamicLossScaleState):
             raise ValueError(
-                "amp.dynamic_loss_scale: `inner` has a loss scale of its own, which would divide again; "
-                "keep the outermost one"
+                "amp.dynamic_loss_scale: `inner` has a loss scale too, which would "
+                "divide again; keep the outermost one"
             )
         counters = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(max_consecutive)
         return DynamicLossScaleState(jnp.float32(init), *counters, inner_state)
@@ -436,7 +467,7 @@ def skip_nonfinite(
     Raises:
       ValueError: max_consecutive below 1.
     """
-    check_most("skip_nonfinite", max_consecutive)
+    check_max_consecutive("skip_nonfinite", max_consecutive)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> SkipNonfiniteState:
@@ -466,23 +497,27 @@ def skip_nonfinite(
 
 @checked
 def loss_scale(opt_state: Any) -> Array:
-    """The scale of the one `dynamic_loss_scale` in an optimizer state, float32 [].
+    """Return the scale of the one `dynamic_loss_scale` in an optimizer state.
+
+    float32 [].
 
     Raises:
       ValueError: no or several loss scales.
     """
-    found = _states(opt_state, DynamicLossScaleState)
-    if len(found) != 1:
+    states = _states(opt_state, DynamicLossScaleState)
+    if len(states) != 1:
         raise ValueError(
-            f"amp.loss_scale found {len(found)} loss scales in `opt_state`; "
+            f"amp.loss_scale: `opt_state` has {len(states)} loss scales; "
             "wrap the whole chain in amp.dynamic_loss_scale once"
         )
-    return jnp.asarray(found[0].scale)  # an nnx.Optimizer holds Variables
+    return jnp.asarray(states[0].scale)  # an nnx.Optimizer holds Variables
 
 
 @checked
 def check_skipped(opt_state: Any) -> None:
-    """Raise if more steps in a row were skipped than max_consecutive allows (reads from the device).
+    """Raise if more steps in a row were skipped than max_consecutive allows.
+
+    Reads from the device.
 
     Args:
       opt_state: with a `dynamic_loss_scale` or `skip_nonfinite` in it; without, nothing
@@ -494,17 +529,18 @@ def check_skipped(opt_state: Any) -> None:
     for state in _states(opt_state, _SKIPPING):
         if state.consecutive > state.max_consecutive:
             raise FloatingPointError(
-                f"amp.check_skipped: gradients were not finite for {int(state.consecutive)} steps in a row; "
-                "lower the learning rate or look for the first NaN with jax_debug_nans"
+                "amp.check_skipped: gradients were not finite for "
+                f"{int(state.consecutive)} steps in a row; lower the learning rate or "
+                "look for the first NaN with jax_debug_nans"
             )
 
 
 @checked
 def step_applied(before: Any, after: Any) -> Array:
-    """Whether the step between two optimizer states was applied, not skipped: bool [].
+    """Return whether the step between two optimizer states was applied: bool [].
 
     What a step changes besides parameters, such as the statistics of a batch
-    normalization, is to be kept as it was when the step is skipped:
+    normalization, must stay as it was when the step is skipped:
 
         applied = amp.step_applied(opt_state, new_opt_state)
         model_state = amp.select_tree(applied, new_model_state, model_state)
@@ -518,38 +554,41 @@ def step_applied(before: Any, after: Any) -> Array:
     Example:
       >>> tx = dynamic_loss_scale(optax.sgd(1.0))
       >>> state = tx.init(jnp.ones(2))
-      >>> bool(applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
+      >>> bool(step_applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
       False
     """
-    pairs = list(
-        zip(_states(before, _SKIPPING), _states(after, _SKIPPING), strict=False)
-    )
-    if not pairs:
+    old_states, new_states = _states(before, _SKIPPING), _states(after, _SKIPPING)
+    if not old_states or not new_states:
         raise ValueError(
-            "amp.step_applied found neither dynamic_loss_scale nor skip_nonfinite in `before`: wrap the "
-            "optimizer in one of them"
+            "amp.step_applied: `before` has neither dynamic_loss_scale nor "
+            "skip_nonfinite: wrap the optimizer in one of them"
         )
-    return jnp.stack(
-        [jnp.asarray(new.skipped) == jnp.asarray(old.skipped) for old, new in pairs]
-    ).all()
+    are_applied = [
+        jnp.asarray(new.skipped) == jnp.asarray(old.skipped)
+        for old, new in zip(old_states, new_states, strict=False)
+    ]
+    return jnp.stack(are_applied).all()
 
 
 _SKIPPING = (DynamicLossScaleState, SkipNonfiniteState)
 
 
-def _counted(finite: Array, state: Any) -> tuple[Array, Array]:
-    """(skipped, consecutive) after a step."""
-    return state.skipped + (~finite).astype(jnp.int32), jnp.where(
-        finite, 0, state.consecutive + 1
-    )
+def _counted(
+    finite: Array,
+    state: Any,
+) -> tuple[Array, Array]:
+    """Return (skipped, consecutive) after a step."""
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    consecutive = jnp.where(finite, 0, state.consecutive + 1)
+    return skipped, consecutive
 
 
 def _as_before(new: Any, old: Any) -> Any:
-    """A leaf of a new state, in the dtype of the old one."""
-    same_kind = any(
-        kind(new) and kind(old) for kind in (_dtypes.is_floating, _is_complex)
-    )
-    return new.astype(old.dtype) if same_kind else new
+    """Return a leaf of a new state in the dtype of the old one."""
+    for is_kind in (_dtypes.is_floating, _is_complex):
+        if is_kind(new) and is_kind(old):
+            return new.astype(old.dtype)
+    return new
 
 
 def _is_complex(x: Any) -> bool:
@@ -557,9 +596,12 @@ def _is_complex(x: Any) -> bool:
 
 
 def _guarded(
-    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any
+    step: Callable[[Any, Any], Any],
+    finite: Array,
+    grads: Any,
+    state: Any,
 ) -> tuple[Any, Any]:
-    """step(grads, state) -> (updates, state); zeros and the state as it was where not finite."""
+    """Return step(grads, state), or zeros and the old state where not finite."""
     if _may_branch(finite):
         return _branched(step, finite, grads, state)
     # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans
@@ -571,7 +613,7 @@ def _guarded(
 
 
 def _may_branch(finite: Array) -> bool:
-    """Whether the step may be a branch.
+    """Return whether the step may be a branch.
 
     It is not where nothing is compiled, where one device could skip what others wait
     for (in shard_map), and where both branches would have to say how their results are
@@ -582,9 +624,12 @@ def _may_branch(finite: Array) -> bool:
 
 
 def _branched(
-    step: Callable[[Any, Any], Any], finite: Array, grads: Any, state: Any
+    step: Callable[[Any, Any], Any],
+    finite: Array,
+    grads: Any,
+    state: Any,
 ) -> tuple[Any, Any]:
-    """As `_guarded`: in a branch the step is the compiler's as it is without a guard.
+    """Guard the step by a branch, inside which it compiles as without a guard.
 
     With `where` around it XLA computes new moments twice, for the updates and for the
     state.
@@ -593,9 +638,8 @@ def _branched(
     structure = jax.tree.structure((updates, new_state))
 
     def apply(grads: Any, state: Any) -> list[Any]:
-        return _jaxpr.as_fun(closed.jaxpr)(
-            closed.consts, *jax.tree.leaves((grads, state))
-        )
+        leaves = jax.tree.leaves((grads, state))
+        return _jaxpr.as_fun(closed.jaxpr)(closed.consts, *leaves)
 
     def skip(grads: Any, state: Any) -> list[Any]:
         zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
@@ -610,11 +654,14 @@ def _branched(
             return jnp.asarray(old).astype(new.dtype)
         return jnp.where(finite, jnp.zeros_like(old), old).astype(new.dtype)
 
-    return jax.tree.unflatten(
-        structure, jax.lax.cond(finite, apply, skip, grads, state)
-    )
+    leaves = jax.lax.cond(finite, apply, skip, grads, state)
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _states(opt_state: Any, kind: type | tuple[type, ...]) -> list[Any]:
+def _states(
+    opt_state: Any,
+    kind: type | tuple[type, ...],
+) -> list[Any]:
+    # The states of optax.chain, masked and nnx.Optimizer are pytrees all the way down.
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [x for x in nodes if isinstance(x, kind)]

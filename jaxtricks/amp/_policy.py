@@ -1,9 +1,9 @@
-"""Which dtype parameters, computation and outputs have."""
+"""Say which dtypes parameters, computation and outputs have, and cast to them."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ import numpy as np
 from jaxtricks._arguments import checked
 from jaxtricks._partition import without_changes
 
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+# The names of jmp. "half" means bfloat16 on every backend.
 _DTYPES = {
     "f16": jnp.float16,
     "float16": jnp.float16,
@@ -31,8 +36,9 @@ _FIELDS = {
     "param": "param",
     "c": "compute",
     "compute": "compute",
+    "o": "output",
+    "output": "output",
 }
-_FIELDS |= {"o": "output", "output": "output"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Policy:
     """dtypes of parameters, computation and outputs.
 
     Attributes:
-      param: dtype the parameters are kept in.
+      param: dtype of the parameters.
       compute: dtype that arguments are cast to before a function runs.
       output: dtype of what the function returns.
 
@@ -60,12 +66,13 @@ class Policy:
                 raise ValueError(
                     f"amp.Policy: `{field.name}` is {dtype}; use a floating dtype"
                 )
+            # The dataclass is frozen; any spelling of a dtype becomes a NumPy dtype.
             object.__setattr__(self, field.name, dtype)
 
     @classmethod
     @checked
     def parse(cls, text: str) -> "Policy":
-        """Policy from jmp's grammar.
+        """Return the policy that a text in jmp's grammar means.
 
         Args:
           text: "half", "full" or a dtype name for all three; or "p=f32,c=bf16,o=f32" in
@@ -76,48 +83,52 @@ class Policy:
           ValueError: an unknown field or dtype, naming it.
         """
         if "=" not in text:
-            return cls(*[_dtype(text)] * 3)
-        given: dict[str, Any] = {}
+            dtype = _dtype(text)
+            return cls(dtype, dtype, dtype)
+        dtypes: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = part.partition("=")
             if name.strip() not in _FIELDS:
                 raise ValueError(
                     f"amp.Policy: unknown field {name!r} in {text!r}; use p, c and o"
                 )
-            given[_FIELDS[name.strip()]] = _dtype(value)
-        param = given.get("param", jnp.float32)
-        compute = given.get("compute", param)
-        return cls(param, compute, given.get("output", compute))
+            dtypes[_FIELDS[name.strip()]] = _dtype(value)
+        param = dtypes.get("param", jnp.float32)
+        compute = dtypes.get("compute", param)
+        output = dtypes.get("output", compute)
+        return cls(param, compute, output)
 
-    def cast_to_param(self, tree: Any) -> Any:
-        """The tree with its floating arrays in the dtype of the parameters."""
+    def cast_to_param(self, tree: T) -> T:
+        """Return the tree with its floating arrays in the dtype of the parameters."""
         return _cast(tree, self.param)
 
-    def cast_to_compute(self, tree: Any) -> Any:
-        """The tree with its floating arrays in the dtype of the computation."""
+    def cast_to_compute(self, tree: T) -> T:
+        """Return the tree with its floating arrays in the dtype of the computation."""
         return _cast(tree, self.compute)
 
-    def cast_to_output(self, tree: Any) -> Any:
-        """The tree with its floating arrays in the dtype of outputs."""
+    def cast_to_output(self, tree: T) -> T:
+        """Return the tree with its floating arrays in the dtype of outputs."""
         return _cast(tree, self.output)
 
     def __str__(self) -> str:
-        names = [
-            _SHORT.get(d.name, d.name) for d in (self.param, self.compute, self.output)
-        ]
-        return "p={},c={},o={}".format(*names)
+        dtypes = self.param, self.compute, self.output
+        p, c, o = (_SHORT.get(dtype.name, dtype.name) for dtype in dtypes)
+        return f"p={p},c={c},o={o}"
 
 
 def as_policy(policy: Policy | str) -> Policy:
-    """A policy, parsed if it is text."""
+    """Return a policy, parsed if it is text."""
     return Policy.parse(policy) if isinstance(policy, str) else policy
 
 
 @checked
-def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., Any]:
-    """fn with arguments cast to `policy.compute` and results cast to `policy.output`.
+def with_policy(
+    fn: Callable[P, R],
+    policy: Policy | str,
+) -> Callable[P, R]:
+    """Cast the arguments of fn to `policy.compute` and its results to `policy.output`.
 
-    This is the hand cast: every floating array goes in low, running statistics
+    This is the manual cast: every floating array goes in low, running statistics
     included, so pass only what should (parameters and inputs). Integers, booleans,
     keys, Python numbers and callables pass through.
 
@@ -141,7 +152,7 @@ def with_policy(fn: Callable[..., Any], policy: Policy | str) -> Callable[..., A
     run = without_changes(fn, "autocast")
 
     @functools.wraps(fn)
-    def cast(*args: Any, **kwargs: Any) -> Any:
+    def cast(*args: P.args, **kwargs: P.kwargs) -> R:
         args, kwargs = policy.cast_to_compute((args, kwargs))
         return policy.cast_to_output(run(*args, **kwargs))
 
@@ -156,14 +167,14 @@ def _dtype(name: str) -> Any:
     return _DTYPES[name.strip()]
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def _cast(tree: T, dtype: Any) -> T:
     def leaf(x: Any) -> Any:
+        # Python numbers have no dtype: they adapt to what they meet.
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return (
-            x.update(dtype=dtype)
-            if isinstance(x, jax.ShapeDtypeStruct)
-            else x.astype(dtype)
-        )
+        # Under jax.eval_shape, say.
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x.update(dtype=dtype)
+        return x.astype(dtype)
 
     return jax.tree.map(leaf, tree)

@@ -1,5 +1,6 @@
 """The plan of a run with a budget: what its training step recomputes."""
 
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,9 @@ def plan(
         return jitted, (state, batch)
 
     try:
+        if topology is not None and jax.default_backend() != "tpu":
+            for name, value in remat.libtpu_environment(topology).items():
+                os.environ.setdefault(name, value)
         return remat.plan(
             program.loss,
             *jax.eval_shape(program.inputs, state, batch),

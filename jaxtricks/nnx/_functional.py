@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtricks import _compat, _integers, _jaxpr, _tree, amp, remat
+from jaxtricks import _integers, _jaxpr, _tree, amp, remat
 from jaxtricks._arguments import checked
 from jaxtricks._partition import positional
 from jaxtricks._typing import ApplyFn, Key, Params, State
@@ -229,7 +229,7 @@ def _check(name: str, tree: Any, like: Any) -> None:
 
 
 def _draws(eqn: Any) -> bool:
-    return _compat.primitive(eqn).startswith(
+    return _jaxpr.primitive(eqn).startswith(
         ("random_bits", "random_fold_in", "random_split")
     )
 

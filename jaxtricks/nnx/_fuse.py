@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtricks import _dtypes, _jaxpr, reparam, weightstd
+from jaxtricks import _dtypes, _flops, _jaxpr, reparam, weightstd
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat, _flags, _functional, _module_tree, _overrides
@@ -399,7 +399,7 @@ def count(tree: Any) -> int:
 
 def flops(fn: Any, *inputs: Any) -> int:
     """Floating-point operations of fn(*inputs)."""
-    return _jaxpr.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
+    return _flops.flops(_jaxpr.trace(fn, *inputs)[0].jaxpr)
 
 
 def _untouched(norm: Any) -> bool:
@@ -632,7 +632,7 @@ def whole_model(
         y, z = probed(*probed.example), fused(*probed.example)
         others = [probed.disturbed(ends, seed) for seed in range(_DRAWS)]
     carried = max(largest_difference(y, other) for other in others)
-    costs = [_jaxpr.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
+    costs = [_flops.flops(traced(fn, probed.example).jaxpr) for fn in (probed, fused)]
     branches, error = sum(row.branches for row in rows), largest_difference(y, z)
     found = reparam.FusedLayer(
         "", branches, error, carried + _rounding(y), *params, *costs

@@ -40,7 +40,13 @@ References. Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv
 """
 
 from jaxtricks.remat._checkpoint import checkpoint, checkpoint_name, saved_residuals
-from jaxtricks.remat._memory import Effect, Report, check_effective, memory_analysis
+from jaxtricks.remat._memory import (
+    Effect,
+    Report,
+    check_effective,
+    libtpu_environment,
+    memory_analysis,
+)
 from jaxtricks.remat._plan import Plan, plan_from_json
 from jaxtricks.remat._planner import BudgetInfeasible, auto_remat, plan
 from jaxtricks.remat._recompute import recompute_grad
@@ -55,6 +61,7 @@ __all__ = [
     "check_effective",
     "checkpoint",
     "checkpoint_name",
+    "libtpu_environment",
     "memory_analysis",
     "plan",
     "plan_from_json",

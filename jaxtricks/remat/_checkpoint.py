@@ -1,23 +1,25 @@
-"""Recompute all but the values that have a name."""
+"""Recompute everything but the values that have a name, and list what is saved."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from jax import ad_checkpoint
 from jax.extend import source_info_util
-from jax.extend.core import primitives
 
-from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
+from jaxtricks._jaxpr import label_of
 from jaxtricks._partition import Call, refuse_module
 from jaxtricks.remat import _recompute
 from jaxtricks.remat._recompute import recomputed
 
-source_info_util.register_exclusion(
-    __file__
-)  # a named value is where the user named it
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# A named value is where the user named it, not here.
+source_info_util.register_exclusion(__file__)
 
 
 @checked
@@ -41,17 +43,17 @@ def checkpoint_name(x: Any, label: str) -> Any:
 
 @checked
 def checkpoint(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     *,
     save: str | Iterable[str] = (),
     offload: str | Iterable[str] = (),
     **jax_checkpoint_arguments: Any,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
     """Run fn again in the backward pass, except for the values of these names.
 
-    Name what is dear and whose own derivative does not read it, as the results of
-    products: tanh or exp behind a saved product is cheap to repeat, but a saved tanh
-    does not spare the product before it, which its derivative needs again.
+    Name what is expensive and whose own derivative does not read it, such as the
+    results of products: tanh or exp behind a saved product is cheap to repeat, but a
+    saved tanh does not spare the product before it, which its derivative needs again.
 
     Since jaxlib 0.11.2 this is jax.checkpoint with a policy of jax.checkpoint_policies.
     Before, XLA's CPU backend undoes jax.checkpoint in code that is not in a loop
@@ -62,17 +64,17 @@ def checkpoint(
 
     Args:
       fn: a function of pytrees, as for `recompute_grad`.
-      save: names of values to keep; one that fn lacks is passed over if another is
+      save: names of values to save; one that fn lacks is passed over if another is
         there, so that blocks of several kinds can share a list.
-      offload: names of values to keep in the host's memory ("pinned_host").
+      offload: names of values to save in the host's memory ("pinned_host").
       **jax_checkpoint_arguments: policy, prevent_cse, static_argnums and the like.
 
     Returns:
       A function with the signature of fn.
 
     Raises:
-      ValueError: names together with a policy; for a flax.nnx module; when called, if
-        fn has values of none of the names.
+      ValueError: names together with a policy; a flax.nnx module; when called, if fn
+        has values of none of the names.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,106 +89,120 @@ def checkpoint(
       algorithm 1 with the mirror count of a named value 0.
     """
     refuse_module(fn, "checkpoint")
-    keep, away = _names(save), _names(offload)
-    if (keep or away) and jax_checkpoint_arguments.get("policy") is not None:
+    saved_names = _as_names(save)
+    offloaded_names = _as_names(offload)
+    names = (*saved_names, *offloaded_names)
+    if names and jax_checkpoint_arguments.get("policy") is not None:
         raise ValueError(
-            "remat.checkpoint: `policy` and names exclude each other: give `policy`, or `save` and `offload`"
+            "remat.checkpoint: `policy` and names exclude each other: give `policy`, "
+            "or `save` and `offload`"
         )
-    delegate = functools.partial(
-        jax.checkpoint, **(jax_checkpoint_arguments | _policy(keep, away))
-    )
-    whole = delegate(fn) if away or jax_checkpoint_arguments else None
+    settings = jax_checkpoint_arguments | _policy(saved_names, offloaded_names)
+    jax_checkpoint = functools.partial(jax.checkpoint, **settings)
+    # jax.checkpoint around fn itself: its arguments are about those of fn.
+    whole = None
+    if offloaded_names or jax_checkpoint_arguments:
+        whole = jax_checkpoint(fn)
 
     @functools.wraps(fn)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        call = Call(whole or fn, args, kwargs, nnx="checkpoint")
-        closed, _ = _jaxpr.trace(call.run, *call.arrays)
-        _refuse_unknown((*keep, *away), closed.jaxpr)
-        if whole:
-            return call.assemble(
-                _jaxpr.as_fun(closed.jaxpr)(closed.consts, *call.arrays)
-            )
-        program = _jaxpr.inlined(closed)
-        jaxpr = _with_plain_names(program.jaxpr)
-        inner = set(keep) & set(_labels(_jaxpr.walk(jaxpr))) - set(_labels(jaxpr.eqns))
-        if inner or _recompute.barriers_hold():
-            run = delegate(_jaxpr.as_fun(closed.jaxpr))
-            return call.assemble(run(closed.consts, *call.arrays))
-        saved = [i for i, eqn in enumerate(jaxpr.eqns) if label_of(eqn) in keep]
-        return call.assemble(
-            recomputed(jaxpr, saved=saved)(*program.consts, *call.arrays)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        call = Call(
+            whole or fn,
+            args,
+            kwargs,
+            nnx="checkpoint",
         )
+        closed, _ = _jaxpr.trace(call.run, *call.arrays)
+        _refuse_unknown(names, closed.jaxpr)
+        run = _jaxpr.as_fun(closed.jaxpr)
+        if whole:
+            outs = run(closed.consts, *call.arrays)
+            return call.assemble(outs)
+        program = _jaxpr.inline(closed)
+        # A name of jax_remat3 does not survive vmap once its equation is bound again.
+        jaxpr = _jaxpr.with_plain_names(program.jaxpr)
+        only_inside = _labels(_jaxpr.walk(jaxpr)) - _labels(jaxpr.eqns)
+        if only_inside & set(saved_names) or _recompute.barriers_hold():
+            outs = jax_checkpoint(run)(closed.consts, *call.arrays)
+            return call.assemble(outs)
+        labels = map(label_of, jaxpr.eqns)
+        saved = [i for i, label in enumerate(labels) if label in saved_names]
+        rerun = recomputed(jaxpr, saved=saved)
+        outs = rerun(*program.consts, *call.arrays)
+        return call.assemble(outs)
 
     return wrapped
 
 
-def label_of(eqn: Any) -> str | None:
-    """The name that an equation gives, if it gives one."""
-    return _compat.params(eqn)["name"] if _compat.primitive(eqn) == "name" else None
+def _labels(eqns: Iterable[Any]) -> set[str]:
+    return {label for label in map(label_of, eqns) if label is not None}
 
 
-def _labels(eqns: Iterable[Any]) -> list[str]:
-    return [label for label in map(label_of, eqns) if label is not None]
+def _as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _names(given: str | Iterable[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _policy(keep: Sequence[str], away: Sequence[str]) -> dict[str, Any]:
+def _policy(
+    saved: Sequence[str],
+    offloaded: Sequence[str],
+) -> dict[str, Any]:
     policies = jax.checkpoint_policies
-    if away:
+    if offloaded:
         policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=keep,
-            names_which_can_be_offloaded=away,
+            names_which_can_be_saved=saved,
+            names_which_can_be_offloaded=offloaded,
             offload_src="device",
             offload_dst="pinned_host",
         )
         return {"policy": policy}
-    return {"policy": policies.save_only_these_names(*keep)} if keep else {}
+    return {"policy": policies.save_only_these_names(*saved)} if saved else {}
 
 
-def _refuse_unknown(names: Sequence[str], jaxpr: _jaxpr.Jaxpr) -> None:
-    found = sorted(set(_labels(_jaxpr.walk(jaxpr))))
-    if names and not set(names) & set(found):
-        there = (
-            f"those in it are {', '.join(map(repr, found))}" if found else "it has none"
-        )
-        raise ValueError(
-            f"remat.checkpoint: no value in the function has a name of {list(names)}: {there}; "
-            "give names with jaxtricks.remat.checkpoint_name"
-        )
+def _refuse_unknown(
+    names: Sequence[str],
+    jaxpr: _jaxpr.Jaxpr,
+) -> None:
+    labels = sorted(_labels(_jaxpr.walk(jaxpr)))
+    if not names or set(names) & set(labels):
+        return
+    present = "it has none"
+    if labels:
+        present = f"those in it are {', '.join(map(repr, labels))}"
+    raise ValueError(
+        "remat.checkpoint: no value in the function has a name of "
+        f"{list(names)}: {present}; give names with jaxtricks.remat.checkpoint_name"
+    )
 
 
-def _with_plain_names(jaxpr: _jaxpr.Jaxpr) -> _jaxpr.Jaxpr:
-    """Names of jax_remat3 as those without it, which vmap knows."""
-    eqns = [
-        eqn.replace(primitive=primitives.name_p, params={"name": label_of(eqn)})
-        if _compat.is_high(eqn) and label_of(eqn) is not None
-        else eqn
-        for eqn in jaxpr.eqns
-    ]
-    return _jaxpr.made(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
+# What the forward pass saves for the backward pass.
 
 
-# What the forward pass keeps for the backward pass.
+class _Origin(NamedTuple):
+    """Where a residual comes from: a primitive or a name, and a line or a path."""
+
+    kind: str
+    place: str
 
 
 @checked
-def saved_residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
-    """What the forward pass of fn(*args) keeps for the backward pass, largest first; nothing is run.
+def saved_residuals(
+    fn: Callable[..., Any],
+    *args: Any,
+) -> _table.Table:
+    """List what the forward pass of fn(*args) saves for the backward pass.
 
-    It is what JAX asks for; a compiler may repeat cheap operations instead of keeping
-    their results.
+    It is what JAX asks for; a compiler may repeat cheap operations instead of saving
+    their results. Nothing is run.
 
     Args:
-      fn: a function of pytrees of arrays. *args: arrays or ShapeDtypeStructs; all of
-      them that are floating are differentiated.
+      fn: a function of pytrees of arrays.
+      *args: arrays or ShapeDtypeStructs; all of them that are floating are
+        differentiated.
 
     Returns:
-      Table of bytes, shape, made by (the primitive, the name that `checkpoint_name` gave,
-      "argument", or "constant" for arrays that fn closes over) and where (source line,
-      or path in args).
+      Table, largest first, of bytes, shape, made by (the primitive, the name that
+      `checkpoint_name` attached, "argument", or "constant" for arrays that fn closes
+      over) and where (source line, or path in args).
 
     Example:
       >>> import jax.numpy as jnp
@@ -195,46 +211,64 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> _table.Table:
     """
 
     def forward(*args: Any) -> list[Any]:
-        return jax.tree.leaves(jax.vjp(fn, *args)[1])
+        _, pullback = jax.vjp(fn, *args)
+        return jax.tree.leaves(pullback)
 
     closed, _ = _jaxpr.trace(forward, *args)
-    jaxpr = _jaxpr.inlined(closed).jaxpr
-    paths = [
-        "args" + jax.tree_util.keystr(p)
-        for p, _ in jax.tree_util.tree_leaves_with_path(args)
-    ]
-    origin: dict[Any, tuple[str, str]] = dict.fromkeys(
-        jaxpr.constvars, ("constant", "")
-    )
-    origin |= {v: ("argument", p) for v, p in zip(jaxpr.invars, paths, strict=True)}
-    same: dict[Any, Any] = {}
-    for eqn in jaxpr.eqns:
-        place = (label_of(eqn) or _compat.primitive(eqn), _jaxpr.source_line(eqn))
-        origin |= dict.fromkeys(eqn.outvars, place)
-        # JAX rounds what a policy saves; a name is no value of its own.
-        if label_of(eqn) or _compat.primitive(eqn) == "reduce_precision":
-            (x,), (y,) = eqn.invars, eqn.outvars
-            same[y] = same.get(x, x) if not _jaxpr.is_literal(x) else y
-            if label_of(eqn) and same[y] not in jaxpr.invars:
-                origin[same[y]] = place
-    kept = [same.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)]
-    found = [
-        (_jaxpr.var_bytes(v), v) for v in dict.fromkeys(kept) if _jaxpr.var_bytes(v)
-    ]
-    found.sort(key=lambda pair: -pair[0])
+    jaxpr = _jaxpr.inline(closed).jaxpr
+    origins, sources = _trace_origins(jaxpr, args)
+    residuals = [sources.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)]
+    sizes = {v: _jaxpr.var_bytes(v) for v in residuals}
+    # Without a size they are keys' wrappers and the like.
+    largest_first = sorted(filter(sizes.get, sizes), key=lambda v: -sizes[v])
     rows = [
-        (_table.format_bytes(n), v.aval.str_short(short_dtypes=True), *origin[v])
-        for n, v in found
+        (
+            _table.format_bytes(sizes[v]),
+            v.aval.str_short(short_dtypes=True),
+            *origins[v],
+        )
+        for v in largest_first
     ]
-    return _table.make(
-        ("bytes", "shape", "made by", "where"), rows, [_total(found, origin)]
+    note = _total([(sizes[v], origins[v]) for v in largest_first])
+    return _table.make(("bytes", "shape", "made by", "where"), rows, [note])
+
+
+def _trace_origins(
+    jaxpr: _jaxpr.Jaxpr,
+    args: Any,
+) -> tuple[Mapping[Any, _Origin], Mapping[Any, Any]]:
+    """Return {variable: origin} and {variable: the variable that it is a copy of}."""
+    origins = dict.fromkeys(jaxpr.constvars, _Origin("constant", ""))
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    for v, (path, _) in zip(jaxpr.invars, leaves, strict=True):
+        origins[v] = _Origin("argument", f"args{jax.tree_util.keystr(path)}")
+    sources: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        label = label_of(eqn)
+        primitive = _jaxpr.primitive(eqn)
+        origin = _Origin(label or primitive, _jaxpr.source_line(eqn))
+        origins |= dict.fromkeys(eqn.outvars, origin)
+        is_copy = label or primitive == "reduce_precision"
+        # JAX rounds what a policy saves; a name does not make a new value.
+        if is_copy:
+            (x,) = eqn.invars
+            (y,) = eqn.outvars
+            source = y if _jaxpr.is_literal(x) else sources.get(x, x)
+            sources[y] = source
+            # The label says more than the primitive that it is attached to.
+            if label and source not in jaxpr.invars:
+                origins[source] = origin
+    return origins, sources
+
+
+def _total(residuals: Sequence[tuple[int, _Origin]]) -> str:
+    existing = sum(
+        nbytes
+        for nbytes, origin in residuals
+        if origin.kind in ("argument", "constant")
     )
-
-
-def _total(found: Sequence[tuple[int, Any]], origin: dict[Any, tuple[str, str]]) -> str:
-    there = sum(n for n, v in found if origin[v][0] in ("argument", "constant"))
-    made = sum(n for n, _ in found) - there
+    added = sum(nbytes for nbytes, _ in residuals) - existing
     return (
-        f"{_table.format_bytes(made)} kept, and {_table.format_bytes(there)} of arguments and constants, "
-        "which are there in any case"
+        f"{_table.format_bytes(added)} saved, and {_table.format_bytes(existing)} of "
+        "arguments and constants, which are there in any case"
     )

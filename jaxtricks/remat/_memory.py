@@ -1,9 +1,12 @@
-"""What a compiled program needs: bytes from XLA's buffer assignment, FLOPs from the jaxpr."""
+"""Measure what a compiled program needs: bytes by XLA's buffer assignment, and FLOPs.
+
+Also for a TPU that is not attached: `trace` places a program on a topology, for which
+libtpu compiles it.
+"""
 
 import dataclasses
 import functools
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxtricks import _compat, _jaxpr, _table
+from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
-from jaxtricks._jaxpr import flops
+from jaxtricks._flops import flops
 from jaxtricks.remat._recompute import is_recomputed
 
 
@@ -39,58 +42,87 @@ class Report(NamedTuple):
     flops: int
 
     def __str__(self) -> str:
-        rows = [(f, _table.format_bytes(getattr(self, f))) for f in self._fields[:-1]]
-        return str(
-            _table.make(("memory", "bytes"), [*rows, ("flops", f"{self.flops:.3e}")])
-        )
+        rows = [
+            (field, _table.format_bytes(getattr(self, field)))
+            for field in self._fields
+            if field != "flops"
+        ]
+        rows.append(("flops", f"{self.flops:.3e}"))
+        return str(_table.make(("memory", "bytes"), rows))
 
 
 @checked
-def memory_analysis(fn: Callable[..., Any], *args: Any) -> Report:
-    """Bytes and FLOPs of fn(*args), compiled for the default backend; nothing is run.
+def memory_analysis(
+    fn: Callable[..., Any],
+    *args: Any,
+) -> Report:
+    """Measure the bytes and FLOPs of fn(*args), compiled for the default backend.
+
+    Nothing is run. The constant that some backends add to their temporaries is measured
+    with a trivial program and subtracted.
 
     Args:
       fn: a function, or one already jitted (its donation and shardings are respected).
       *args: arrays or ShapeDtypeStructs.
 
-    Returns:
-      Report; the constant that some backends add to their temporaries is measured with
-      a trivial program and subtracted.
-
     Example:
       >>> memory_analysis(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8), jnp.float32)).flops
       1024
     """
-    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
-    traced = jitted.trace(*args)
+    traced = _as_jitted(fn).trace(*args)
     return report(traced.lower().compile(), traced.jaxpr)
 
 
-def report(compiled: Any, program: _jaxpr.ClosedJaxpr) -> Report:
-    """Report of an executable and the jaxpr it was made from; dead code counts no operations."""
-    m = compiled.memory_analysis()
-    temp = max(0, m.temp_size_in_bytes - _constant_temp())
-    args, outs, alias = (
-        m.argument_size_in_bytes,
-        m.output_size_in_bytes,
-        m.alias_size_in_bytes,
+def _as_jitted(fn: Callable[..., Any]) -> Any:
+    return fn if hasattr(fn, "trace") else jax.jit(fn)
+
+
+def report(
+    compiled: Any,
+    program: _jaxpr.ClosedJaxpr,
+) -> Report:
+    """Return the report of an executable and its jaxpr, without dead code."""
+    sizes = compiled.memory_analysis()
+    temp = max(0, sizes.temp_size_in_bytes - _constant_temp())
+    args = sizes.argument_size_in_bytes
+    outs = sizes.output_size_in_bytes
+    alias = sizes.alias_size_in_bytes
+    # XLA's own count takes the body of a loop once.
+    operations = flops(_jaxpr.live(program))
+    return Report(
+        temp,
+        args,
+        outs,
+        alias,
+        args + outs - alias + temp,
+        operations,
     )
-    needed = flops(_jaxpr.live(program))
-    return Report(temp, args, outs, alias, args + outs - alias + temp, needed)
 
 
-def refusal(error: Exception, program: _jaxpr.ClosedJaxpr) -> Report | None:
-    """Report of a program that the compiler refused for want of memory; None if that is not what it said.
+def refusal(
+    error: Exception,
+    program: _jaxpr.ClosedJaxpr,
+) -> Report | None:
+    """Return the report of a program that the compiler refused for want of memory.
 
     TPU's compiler names what the program would need; arguments and results stay
-    uncounted.
+    uncounted. None if the error says something else.
     """
     text = str(error)
-    found = re.search(r"(?:temporaries \(|Used )([0-9.]+)([KMG]?)", text)
-    if "RESOURCE_EXHAUSTED" not in text or found is None:
+    match = re.search(r"(?:temporaries \(|Used )([0-9.]+)([KMG]?)", text)
+    if "RESOURCE_EXHAUSTED" not in text or match is None:
         return None
-    temp = int(float(found[1]) * 1024 ** " KMG".index(found[2] or " "))
-    return Report(temp, 0, 0, 0, temp, flops(_jaxpr.live(program)))
+    # In units of 1024.
+    power = " KMG".index(match[2] or " ")
+    temp = int(float(match[1]) * 1024**power)
+    return Report(
+        temp,
+        0,
+        0,
+        0,
+        temp,
+        flops(_jaxpr.live(program)),
+    )
 
 
 def _constant_temp() -> int:
@@ -99,10 +131,7 @@ def _constant_temp() -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-# Whether recomputation lowers the memory of a compiled step.
-
-
-_BODIES = ("scan", "while", "cond", "jit")
+# Whether checkpoints lower the memory of a compiled step.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,35 +148,32 @@ class Effect:
 
     @property
     def saved(self) -> int:
-        """Bytes of temporaries that the checkpoints save; negative where they cost memory."""
+        """Bytes of temporaries that the checkpoints save; negative if they add some."""
         return self.without.temp - self.with_.temp
 
     def __bool__(self) -> bool:
         return self.saved > 0
 
     def __str__(self) -> str:
-        rows = [
-            (
-                label,
-                _table.format_bytes(r.temp),
-                _table.format_bytes(r.peak),
-                f"{r.flops:.3e}",
-            )
-            for label, r in (("with", self.with_), ("without", self.without))
-        ]
+        rows = []
+        for label, report in (("with", self.with_), ("without", self.without)):
+            temp, peak = map(_table.format_bytes, (report.temp, report.peak))
+            rows.append((label, temp, peak, f"{report.flops:.3e}"))
         return str(_table.make(("checkpoints", "temp", "peak", "flops"), rows))
 
 
 @checked
 def check_effective(
-    fn: Callable[..., Any], *args: Any, argnums: int | Sequence[int] = 0
+    fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
 ) -> Effect:
-    """Whether the checkpoints in a loss make jit(value_and_grad(fn)) need less memory; warns if not.
+    """Check that the checkpoints in a loss lower its memory; warn if they do not.
 
-    Compiles fn as it is and with every checkpoint (jax.checkpoint, flax's remat,
-    `recompute_grad` and what builds on it) replaced by what it wraps; nothing is run.
-    Checkpoints in the bodies of loops and branches count; those inside custom rules of
-    others are left alone.
+    Compiles jit(value_and_grad(fn)) as it is and with every checkpoint (jax.checkpoint,
+    flax's remat, `recompute_grad` and what builds on it) replaced by what it wraps;
+    nothing is run. Checkpoints in the bodies of loops and branches count; those inside
+    custom rules of others are left alone.
 
     Args:
       fn: function with one floating scalar as its result.
@@ -158,7 +184,7 @@ def check_effective(
       Effect; true if the bytes of temporaries fall.
 
     Raises:
-      ValueError: fn has no checkpoint, or its result is no scalar.
+      ValueError: fn has no checkpoint, or its result is not a scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,119 +199,156 @@ def check_effective(
         raise ValueError("remat.check_effective: `fn` must return one scalar, the loss")
     if not any(map(_is_checkpoint, _jaxpr.walk(closed.jaxpr))):
         raise ValueError(
-            "remat.check_effective: `fn` has no checkpoint: wrap its blocks in jaxtricks.remat.recompute_grad"
+            "remat.check_effective: `fn` has no checkpoint: wrap its blocks in "
+            "jaxtricks.remat.recompute_grad"
         )
     bare = _without_checkpoints(closed)
 
+    # Positional arguments only: keywords would need fn's signature.
     def plain(*args: Any) -> Any:
-        return _jaxpr.as_fun(bare.jaxpr)(bare.consts, *jax.tree.leaves(args))[0]
+        leaves = jax.tree.leaves(args)
+        return _jaxpr.as_fun(bare.jaxpr)(bare.consts, *leaves)[0]
 
     reports = [
         memory_analysis(jax.value_and_grad(f, argnums), *args) for f in (fn, plain)
     ]
     effect = Effect(*reports)
     if not effect:
-        after, before = (_table.format_bytes(r.temp) for r in reports)
+        after, before = (_table.format_bytes(report.temp) for report in reports)
         warnings.warn(
-            f"the checkpoints save no memory: {after} of temporaries with them, {before} without; "
-            "use jaxtricks.remat.recompute_grad, one wrapper a block",
+            f"the checkpoints save no memory: {after} of temporaries with them, "
+            f"{before} without; use jaxtricks.remat.recompute_grad, one wrapper per "
+            "block",
             stacklevel=2,
         )
     return effect
 
 
 def _is_checkpoint(eqn: Any) -> bool:
-    return _compat.primitive(eqn) == "checkpoint" or is_recomputed(eqn)
+    return _jaxpr.primitive(eqn) == "checkpoint" or is_recomputed(eqn)
 
 
 def _without_checkpoints(closed: _jaxpr.ClosedJaxpr) -> _jaxpr.ClosedJaxpr:
-    program = _jaxpr.inlined(closed, also=_is_checkpoint)
+    program = _jaxpr.inline(closed, also=_is_checkpoint)
     jaxpr = program.jaxpr
-    eqns = [
-        eqn.replace(
-            params=_compat.with_bodies(
-                eqn, [*map(_without_checkpoints, _compat.bodies(eqn))]
-            )
-        )
-        if _compat.primitive(eqn) in _BODIES
-        else eqn
-        for eqn in jaxpr.eqns
-    ]
-    flat_ = _jaxpr.made(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
-    return _jaxpr.ClosedJaxpr(flat_, program.consts)
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if _jaxpr.primitive(eqn) in ("scan", "while", "cond", "jit"):
+            inner = map(_without_checkpoints, _jaxpr.bodies(eqn))
+            eqn = _jaxpr.replace_bodies(eqn, list(inner))
+        eqns.append(eqn)
+    bare = _jaxpr.build(
+        jaxpr.constvars,
+        jaxpr.invars,
+        jaxpr.outvars,
+        eqns,
+    )
+    return _jaxpr.ClosedJaxpr(bare, program.consts)
 
 
-# The machine that a plan is compiled for: the one at hand, or a TPU that is not
+# The machine that a program is compiled for: the present one, or a TPU that is not
 # attached.
 
 
-# libtpu asks a metadata server what it runs on, and waits for it, unless it is told;
-# and lets one process at a time use it, as if it held a chip.
-_NO_SERVER = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
+def libtpu_environment(topology: str) -> dict[str, str]:
+    """Return environment variables with which libtpu compiles where there is no TPU.
+
+    Set them before the process first uses libtpu. Without them libtpu asks a
+    metadata server what it runs on, and waits for it; and it lets one process at a time
+    use it, as if it held a chip.
+
+    Args:
+      topology: "v5e:2x2" and the like; see `plan`.
+
+    Raises:
+      ValueError: text that is not like "v5e:2x2".
+
+    Example:
+      >>> libtpu_environment("v5e:2x2")["TPU_ACCELERATOR_TYPE"]
+      'v5litepod-4'
+    """
+    kind, bounds = _parse_topology(topology)
+    accelerator = {"v5e": "v5litepod"}.get(kind, kind)
+    return {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{accelerator}-{math.prod(bounds)}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 
 def platform(topology: str | None) -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """Return "cpu", "gpu" or "tpu"."""
     return jax.default_backend() if topology is None else "tpu"
 
 
-def shape(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array, a tracer or a shape, weak types kept; placed if there is a sharding."""
+def shape(
+    x: Any,
+    sharding: Any = None,
+) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of an array, a tracer or a shape; weak types stay weak."""
     aval = jax.typeof(x)
     return jax.ShapeDtypeStruct(
-        aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type
+        aval.shape,
+        aval.dtype,
+        sharding=sharding,
+        weak_type=aval.weak_type,
     )
 
 
-def placed(tree: Any, topology: str | None) -> Any:
-    """The shapes of a tree on the target; leaves that have a sharding of their own keep it."""
+def trace(
+    program: Callable[..., Any],
+    args: Any,
+    topology: str | None,
+) -> jax.stages.Traced:
+    """Trace a jitted (or plain) function on its arguments' shapes, on the target."""
+    return _as_jitted(program).trace(*_placed(args, topology))
+
+
+def _placed(tree: Any, topology: str | None) -> Any:
+    """Return the shapes of a tree on the target; leaves with a sharding keep theirs."""
     if topology is None:
         return tree
-    chip = first_chip(topology)
-    return jax.tree.map(lambda x: x if _has_place(x) else shape(x, chip), tree)
+    chip = _first_chip(topology)
+
+    def place(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None:
+            return x
+        return shape(x, chip)
+
+    return jax.tree.map(place, tree)
 
 
-def _has_place(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+def _parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
+    """Split "v5e:2x2" into the kind of chip and the bounds of their grid."""
+    kind, _, grid = topology.partition(":")
+    bounds = tuple(int(n) if n.isdigit() else 0 for n in grid.split("x"))
+    if not grid or not all(bounds):
+        raise ValueError(f'topology must be like "v5e:2x2", not {topology!r}')
+    return kind, bounds
 
 
 @functools.cache
-def first_chip(topology: str) -> SingleDeviceSharding:
-    """The first chip of a TPU topology ("v5e:2x2"; "v5e:1x1" is one chip) that need not be attached.
+def _first_chip(topology: str) -> SingleDeviceSharding:
+    """Return the first chip of a TPU topology that need not be attached.
 
     Raises:
-      ValueError: libtpu is not installed, or does not know the topology.
+      ValueError: libtpu is not installed, cannot start, or does not know the topology.
     """
-    kind, _, shape = topology.partition(":")
-    bounds = tuple(int(n) if n.isdigit() else 0 for n in shape.split("x"))
-    if not shape or not all(bounds):
-        raise ValueError(f'topology must be like "v5e:2x2", not {topology!r}')
-    if jax.default_backend() != "tpu":
-        accelerator = {"v5e": "v5litepod"}.get(kind, kind)
-        chips = {"TPU_ACCELERATOR_TYPE": f"{accelerator}-{math.prod(bounds)}"}
-        for key, value in (_NO_SERVER | chips).items():
-            os.environ.setdefault(key, value)
-    per_host = (*bounds, 1, 1)[:3]
+    _, bounds = _parse_topology(topology)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, chips_per_host_bounds=per_host
+        description = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=topology,
+            chips_per_host_bounds=(*bounds, 1, 1)[:3],
         )
     except Exception as error:  # whatever a missing or older libtpu makes of it
+        variables = ", ".join(libtpu_environment(topology))
+        first_line = str(error).partition("\n")[0]
         raise ValueError(
             f"topology={topology!r} cannot be compiled for ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}): install jaxtricks[tpu], which brings libtpu"
+            f"{first_line}): install jaxtricks[tpu], which brings libtpu, and without "
+            f"a TPU set {variables} to what jaxtricks.remat.libtpu_environment returns"
         ) from error
-    return SingleDeviceSharding(found.devices[0])
-
-
-def trace(
-    program: Callable[..., Any], args: Any, topology: str | None
-) -> jax.stages.Traced:
-    """A jitted (or plain) function traced on the shapes of its arguments, on the target."""
-    jitted: Any = program if hasattr(program, "trace") else jax.jit(program)
-    return jitted.trace(*placed(args, topology))
+    return SingleDeviceSharding(description.devices[0])

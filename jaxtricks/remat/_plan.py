@@ -1,153 +1,51 @@
-"""A schedule as a program."""
+"""Hold a planned function and its figures; write it as a table or as JSON."""
 
 import dataclasses
-import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
 
-import jax
 import numpy as np
 
 from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
-from jaxtricks._partition import positional, without_changes
-from jaxtricks.remat import _stages
 from jaxtricks.remat._memory import Report
-from jaxtricks.remat._recompute import recompute_grad
-from jaxtricks.remat._solver import Again, Run, Schedule, runs_of, stages_of
-from jaxtricks.remat._stages import Choice, Stage
+from jaxtricks.remat._schedule import Rerun, Run, Schedule, Steps, stages_of
+from jaxtricks.remat._stages import Stage
 
-
-def scheduled(
-    program: _jaxpr.Jaxpr, stages: Sequence[Stage], schedule: Schedule
-) -> Callable[..., list[Any]]:
-    """The program as a function of (*constvars, *invars), its stages run by the schedule."""
-    needed = _jaxpr.needed_after(
-        [stage.jaxpr.eqns for stage in stages], program.outvars
-    )
-
-    def go(*xs: Any) -> list[Any]:
-        env: dict[Any, Any] = dict(
-            zip((*program.constvars, *program.invars), xs, strict=True)
-        )
-        _run(schedule, env)
-        return _jaxpr.read(program.outvars, env)
-
-    def _run(steps: Schedule, env: dict[Any, Any]) -> None:
-        for step in steps:
-            if isinstance(step, Run):
-                jaxpr = stages[step.stage].jaxpr
-                ins, outs = (*jaxpr.constvars, *jaxpr.invars), jaxpr.outvars
-                fn = _stages.run(jaxpr, step.choice)
-            else:
-                ins, outs, fn = _group(step.steps)
-            env.update(zip(outs, fn(*[env[v] for v in ins]), strict=True))
-
-    def _group(
-        steps: Schedule,
-    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., list[Any]]]:
-        held = list(stages_of(steps))
-        ins = _jaxpr.read_by([eqn for i in held for eqn in stages[i].jaxpr.eqns])
-        made = [v for i in held for v in stages[i].jaxpr.outvars]
-        outs = [v for v in made if v in needed[held[-1]]]
-
-        def inner(*xs: Any) -> list[Any]:
-            env = dict(zip(ins, xs, strict=True))
-            _run(steps, env)
-            return [env[v] for v in outs]
-
-        return ins, outs, recompute_grad(inner)
-
-    return go
-
-
-# What the planner returns: a function, its figures, and a text that brings it back.
-
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _FORMAT = 1
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("peak", "baseline", "budget", "compiles"), int),
+# Fields of a plan in its text, and their types there.
+_FIGURES: dict[str, Any] = {
+    "peak": int,
+    "baseline": int,
+    "budget": int,
+    "compiles": int,
     "extra_flops": (int, float),
     "wrt": str,
     "rows": list,
 }
-
-
-_HEADERS = (
-    "stages",
-    "operations",
-    "carry",
-    "what",
-    "inside",
-    "first line",
-)  # of `Plan.describe`
+_HEADERS = ("stages", "operations", "carry", "what", "inside", "first line")
+_MAX_INTEGER = 2**63
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A schedule and the program that it is for, apart from the function itself.
-
-    Attributes:
-      ends: where the stages end.
-      prints: fingerprint of each stage.
-      schedule: how they run; None leaves the function as it is.
-    """
-
-    ends: tuple[int, ...]
-    prints: tuple[str, ...]
-    schedule: Schedule | None
-
-    def applied(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """fn with its activations recomputed as the schedule says; same arguments, same results."""
-        if self.schedule is None:
-            return fn
-        schedule, checked = self.schedule, without_changes(fn, "plan")
-
-        @functools.wraps(fn)
-        def planned(*args: Any, **kwargs: Any) -> Any:
-            args = positional(fn, args, kwargs, "remat.plan")
-            closed, structure = _jaxpr.trace(checked, *args)
-            program = _jaxpr.straight(closed)
-            stages = self._matched(program.jaxpr)
-            for step in runs_of(schedule):
-                _stages.check(stages[step.stage].jaxpr, step.choice)
-            run = scheduled(program.jaxpr, stages, schedule)
-            outs = run(*program.consts, *jax.tree.leaves(args))
-            return jax.tree.unflatten(structure, outs)
-
-        return planned
-
-    def _matched(self, program: _jaxpr.Jaxpr) -> list[_stages.Stage]:
-        if len(program.eqns) == self.ends[-1]:
-            stages = _stages.stages(program, self.ends)
-            prints = [_jaxpr.fingerprint(stage.jaxpr) for stage in stages]
-            wrong = [i for i, p in enumerate(prints) if p != self.prints[i]]
-            if not wrong:
-                return stages
-            where = f"stage {wrong[0]} of {len(stages)} differs"
-        else:
-            where = f"it has {len(program.eqns)} operations where the plan has {self.ends[-1]}"
-        raise ValueError(
-            f"this plan was made for another function, other shapes or dtypes ({where}): plan again, or "
-            "use auto_remat, which plans once for each signature"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Generic[P, R]):
     """A function that meets its budget.
 
     Attributes:
-      fn: the planned function: arguments, results and gradients of the one given.
+      fn: the planned function, with the arguments, results and gradients of the one
+        that was planned.
       peak: bytes of the compiled program, as `wrt` counts them.
       baseline: the same of the unplanned one.
       extra_flops: operations that are run twice, as a fraction of the unplanned
         program's.
       budget: bytes that were asked for.
       wrt: "peak" (arguments + results - aliases + temporaries) or "temp".
-      recipe: what `to_json` writes.
+      schedule: how its stages run, which `to_json` writes.
       report, unplanned: the compilers' figures with and without the plan; None in a
         plan that was read.
       compiles: programs compiled after the unplanned one.
@@ -155,17 +53,18 @@ class Plan:
       frontier: (bytes, extra_flops) that the model expects of its best schedules:
         float64 [schedules, 2].
       timeline: bytes alive at each operation by estimate, unplanned and planned.
+      rows: of the table of `describe`.
       unknown: {primitive: count} of the unplanned program's operations that the cost
-        model does not know and prices by the bytes of their results.
+        model does not know, and costs by the bytes of their results.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[P, R]
     peak: int
     baseline: int
     extra_flops: float
     budget: int
     wrt: str
-    recipe: Recipe
+    schedule: Schedule
     report: Report | None = None
     unplanned: Report | None = None
     compiles: int = 0
@@ -180,17 +79,20 @@ class Plan:
     unknown: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
 
     def describe(self) -> _table.Table:
-        """What becomes of each run of stages, and the figures."""
+        """Return a table of what becomes of each run of stages, and the figures."""
+        peak, baseline, budget = map(
+            _table.format_bytes, (self.peak, self.baseline, self.budget)
+        )
         notes = [
-            f"{self.wrt} {_table.format_bytes(self.peak)} of {_table.format_bytes(self.baseline)} "
-            f"(budget {_table.format_bytes(self.budget)}), {self.extra_flops:+.1%} FLOPs, "
-            f"{self.compiles} programs compiled",
+            f"{self.wrt} {peak} of {baseline} (budget {budget}), "
+            f"{self.extra_flops:+.1%} FLOPs, {self.compiles} programs compiled"
         ]
         if self.unknown:
             counts = ", ".join(
                 f"{name} ({n})" for name, n in sorted(self.unknown.items())
             )
-            sentence = f"unknown to the cost model, priced by bytes: {counts}"
+            sentence = f"unknown to the cost model, counted by bytes: {counts}"
+            # Names of primitives may come from a text.
             notes.append(_table.printable(sentence))
         return _table.make(_HEADERS, self.rows, notes)
 
@@ -198,32 +100,37 @@ class Plan:
         return str(self.describe())
 
     def to_json(self) -> str:
-        """The plan as text, for `plan_from_json`: the schedule and what it was made for."""
-        text = {"format": _FORMAT} | {name: getattr(self, name) for name in _KINDS}
-        steps = None if self.recipe.schedule is None else _packed(self.recipe.schedule)
-        text |= {"unknown": self.unknown} if self.unknown else {}
-        text |= {
-            "ends": self.recipe.ends,
-            "prints": self.recipe.prints,
-            "schedule": steps,
-        }
-        return json.dumps(text)
+        """Return the plan as text, for `plan_from_json`."""
+        content: dict[str, Any] = {"format": _FORMAT}
+        content |= {name: getattr(self, name) for name in _FIGURES}
+        if self.unknown:
+            content["unknown"] = self.unknown
+        steps = self.schedule.steps
+        content["ends"] = self.schedule.ends
+        content["prints"] = self.schedule.fingerprints
+        content["schedule"] = None if steps is None else _pack(steps)
+        return json.dumps(content)
 
 
 @checked
-def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
-    """The plan that `Plan.to_json` wrote, for the same function: nothing is compiled or searched.
+def plan_from_json(
+    text: str,
+    fn: Callable[P, R],
+) -> Plan[P, R]:
+    """Return the plan that `Plan.to_json` wrote, for the same function.
+
+    Nothing is compiled or searched. Each stage is compared with the fingerprint of the
+    one planned when the result is traced.
 
     Args:
       text: the text.
-      fn: the function that was planned. Each stage is compared with a hash of the one
-        planned when the result is traced.
+      fn: the function that was planned.
 
     Returns:
       Plan with the figures measured then.
 
     Raises:
-      ValueError: text that is no plan; and from `Plan.fn`, for another function or
+      ValueError: text that is not a plan; and from `Plan.fn`, for another function or
         other shapes.
 
     Example:
@@ -237,18 +144,25 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
       True
     """
     try:
-        given = json.loads(text)
-        if given.pop("format") != _FORMAT:
+        content = json.loads(text)
+        if content.pop("format") != _FORMAT:
             raise ValueError("written by another version")
-        steps = given.pop("schedule")
-        schedule = None if steps is None else _unpacked(steps, len(given["ends"]))
-        recipe = Recipe(tuple(given.pop("ends")), tuple(given.pop("prints")), schedule)
-        _check_recipe(recipe)
-        unknown = given.pop("unknown", {})
+        packed = content.pop("schedule")
+        steps = None if packed is None else _unpack(packed, len(content["ends"]))
+        ends, fingerprints = content.pop("ends"), content.pop("prints")
+        schedule = Schedule(tuple(ends), tuple(fingerprints), steps)
+        _check_schedule(schedule)
+        unknown = content.pop("unknown", {})
         _check_counts(unknown)
-        _check_figures(given)
-        given["rows"] = tuple(map(tuple, given["rows"]))
-        return Plan(fn=recipe.applied(fn), recipe=recipe, unknown=unknown, **given)
+        _check_figures(content)
+        content["rows"] = tuple(map(tuple, content["rows"]))
+        planned = schedule.apply(fn)
+        return Plan(
+            fn=planned,
+            schedule=schedule,
+            unknown=unknown,
+            **content,
+        )
     except (
         KeyError,
         IndexError,
@@ -260,118 +174,141 @@ def plan_from_json(text: str, fn: Callable[..., Any]) -> Plan:
         raise ValueError(f"text is no plan written by Plan.to_json: {error}") from error
 
 
-def _check_recipe(recipe: Recipe) -> None:
-    ends, prints = recipe.ends, recipe.prints
-    whole = [type(x) is int and x >= 0 for x in ends]
-    if not ends or not all(whole) or any(a >= b for a, b in itertools.pairwise(ends)):
+def _check_schedule(schedule: Schedule) -> None:
+    ends = schedule.ends
+    fingerprints = schedule.fingerprints
+    # Before they are compared: a text may hold anything.
+    are_counts = all(type(end) is int and end >= 0 for end in ends)
+    if not ends or not are_counts or not _is_increasing(ends):
         raise ValueError("its stages do not follow each other")
-    if len(prints) != len(ends) or not all(isinstance(x, str) for x in prints):
-        raise ValueError("it has not one fingerprint a stage")
-    if recipe.schedule is not None and list(stages_of(recipe.schedule)) != list(
-        range(len(ends))
-    ):
+    are_texts = all(isinstance(text, str) for text in fingerprints)
+    if len(fingerprints) != len(ends) or not are_texts:
+        raise ValueError("it has not one fingerprint per stage")
+    every_stage = list(range(len(ends)))
+    steps = schedule.steps
+    if steps is not None and stages_of(steps) != every_stage:
         raise ValueError("it does not run every stage once")
 
 
-def _check_counts(unknown: Any) -> None:
-    if any(type(n) is not int or not 0 < n < 2**63 for n in unknown.values()):
-        raise ValueError("its unknown operations are not counted in positive integers")
+def _is_increasing(numbers: Sequence[int]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(numbers))
 
 
-def _check_figures(given: dict[str, Any]) -> None:
-    if given.keys() != _KINDS.keys():
-        raise ValueError(f"its figures are not {', '.join(_KINDS)}")
-    for name, kind in _KINDS.items():
-        value = given[name]
+def _check_counts(unknown: Mapping[str, Any]) -> None:
+    for n in unknown.values():
+        if type(n) is not int or not 0 < n < _MAX_INTEGER:
+            raise ValueError(
+                "its unknown operations are not counted in positive integers"
+            )
+
+
+def _check_figures(content: Mapping[str, Any]) -> None:
+    if content.keys() != _FIGURES.keys():
+        raise ValueError(f"its figures are not {', '.join(_FIGURES)}")
+    for name, kind in _FIGURES.items():
+        value = content[name]
+        # True is an int to Python.
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ValueError(f"{name} is {value!r:.40}")
-        if isinstance(value, int | float) and not abs(value) < 2**63:
+        # Not NaN either.
+        is_number = isinstance(value, int | float)
+        if is_number and not abs(value) < _MAX_INTEGER:
             raise ValueError(f"{name} is beyond any size")
-    if any(
-        not isinstance(row, list) or len(row) != len(_HEADERS) for row in given["rows"]
-    ):
-        raise ValueError(f"its rows have not the columns {', '.join(_HEADERS)}")
+    for row in content["rows"]:
+        if not isinstance(row, list) or len(row) != len(_HEADERS):
+            raise ValueError(f"its rows have not the columns {', '.join(_HEADERS)}")
 
 
-def _packed(schedule: Schedule) -> list[Any]:
-    return [
-        dataclasses.astuple(s) if isinstance(s, Run) else {"again": _packed(s.steps)}
-        for s in schedule
-    ]
+# A run is [stage, [saved, outer]] in the text, a rerun {"again": steps}.
 
 
-def _unpacked(steps: Sequence[Any], deep: int) -> Schedule:
-    if deep < 0:
-        raise ValueError("its groups are nested more deeply than there are stages")
-    return tuple(
-        Again(_unpacked(s["again"], deep - 1))
-        if isinstance(s, dict)
-        else Run(s[0], _choice(*s[1]))
-        for s in steps
-    )
-
-
-def _choice(saved: Sequence[int] | None, outer: int) -> Choice:
-    numbers = (*(saved or ()), outer)
-    if any(type(x) is not int or x < 0 for x in numbers):
-        raise ValueError("it has a choice that is no number")
-    if len(set(saved or ())) < len(saved or ()):
-        raise ValueError("it keeps a result twice")
-    return Choice(None if saved is None else tuple(saved), outer)
-
-
-def rows(
-    stages: Sequence[_stages.Stage], schedule: Schedule | None
-) -> tuple[tuple[Any, ...], ...]:
-    """Rows of `Plan.describe`; neighbours that fare alike share one."""
-    fates: dict[int, tuple[str, int]] = dict.fromkeys(range(len(stages)), ("keep", 0))
-
-    def visit(steps: Schedule, depth: int) -> None:
-        for step in steps:
-            if isinstance(step, Run):
-                fates[step.stage] = (str(step.choice), depth)
-            else:
-                visit(step.steps, depth + 1)
-
-    visit(schedule or (), 0)
-    groups = _groups(schedule, len(stages))
-    found: list[list[int]] = []
-    for i in fates:
-        if found and fates[i] == fates[found[-1][-1]] and groups[i] == groups[i - 1]:
-            found[-1].append(i)
+def _pack(steps: Steps) -> list[Any]:
+    packed: list[Any] = []
+    for step in steps:
+        if isinstance(step, Run):
+            packed.append([step.stage, [step.saved, step.outer]])
         else:
-            found.append([i])
-    return tuple(_row(stages, run, *fates[run[0]]) for run in found)
+            packed.append({"again": _pack(step.steps)})
+    return packed
 
 
-def _groups(schedule: Schedule | None, n: int) -> list[int]:
-    """Which outermost step each stage belongs to; single stages outside groups belong together."""
-    groups = [-1] * n
-    for k, step in enumerate(schedule or ()):
-        if isinstance(step, Again):
-            for i in stages_of(step.steps):
-                groups[i] = k
-    return groups
+def _unpack(packed: Sequence[Any], max_depth: int) -> Steps:
+    if max_depth < 0:
+        raise ValueError("its groups are nested more deeply than there are stages")
+    steps: list[Run | Rerun] = []
+    for item in packed:
+        if isinstance(item, dict):
+            steps.append(Rerun(_unpack(item["again"], max_depth - 1)))
+        else:
+            stage, (saved, outer) = item[0], item[1]
+            steps.append(_unpack_run(stage, saved, outer))
+    return tuple(steps)
+
+
+def _unpack_run(
+    stage: Any,
+    saved: Sequence[Any] | None,
+    outer: Any,
+) -> Run:
+    indices = None if saved is None else tuple(saved)
+    for number in (*(indices or ()), outer):
+        # True is an int to Python, and a float may be whole.
+        if type(number) is not int or number < 0:
+            raise ValueError("it has a choice that is not a number")
+    if indices and len(set(indices)) < len(indices):
+        raise ValueError("it saves a result twice")
+    return Run(stage, indices, outer)
+
+
+# The rows of the table.
+
+
+def describe_stages(
+    stages: Sequence[Stage],
+    steps: Steps | None,
+) -> tuple[tuple[Any, ...], ...]:
+    """Return the rows of `Plan.describe`; neighbours that run alike share one."""
+    # {stage: (how it runs, which outermost group it is in, the depth of nesting)}
+    everything_saved = (str(Run(0)), -1, 0)
+    runs = dict.fromkeys(range(len(stages)), everything_saved)
+    for i, step in enumerate(steps or ()):
+        # Single stages outside of groups belong together.
+        group = i if isinstance(step, Rerun) else -1
+        for run, depth in _with_depth((step,), 0):
+            runs[run.stage] = (str(run), group, depth)
+    rows = []
+    for alike, neighbours in itertools.groupby(runs, key=runs.__getitem__):
+        text, _, depth = alike
+        rows.append(_row(stages, list(neighbours), text, depth))
+    return tuple(rows)
+
+
+def _with_depth(
+    steps: Steps,
+    depth: int,
+) -> Iterator[tuple[Run, int]]:
+    """Yield each run and how many groups it is in."""
+    for step in steps:
+        if isinstance(step, Run):
+            yield step, depth
+        else:
+            yield from _with_depth(step.steps, depth + 1)
 
 
 def _row(
-    stages: Sequence[_stages.Stage], run: Sequence[int], what: str, depth: int
+    stages: Sequence[Stage],
+    indices: Sequence[int],
+    text: str,
+    depth: int,
 ) -> tuple[Any, ...]:
-    eqns = [eqn for i in run for eqn in stages[i].jaxpr.eqns]
-    label = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-    line = next((found for eqn in eqns if (found := _jaxpr.source_line(eqn))), "")
-    inside = (
-        f"{depth} recomputed groups"
-        if depth > 1
-        else "a recomputed group"
-        if depth
-        else ""
-    )
-    return (
-        label,
-        len(eqns),
-        _table.format_bytes(stages[run[-1]].carry),
-        what,
-        inside,
-        line,
-    )
+    first, last = indices[0], indices[-1]
+    label = str(first) if first == last else f"{first}-{last}"
+    eqns = [eqn for i in indices for eqn in stages[i].jaxpr.eqns]
+    lines = filter(None, map(_jaxpr.source_line, eqns))
+    inside = ""
+    if depth == 1:
+        inside = "a recomputed group"
+    elif depth > 1:
+        inside = f"{depth} recomputed groups"
+    carry = _table.format_bytes(stages[last].carry)
+    return (label, len(eqns), carry, text, inside, next(lines, ""))

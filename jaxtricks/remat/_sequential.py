@@ -1,4 +1,8 @@
-"""Nested loops: lax.scan whose memory grows slower than its length."""
+"""Run loops and chains of functions in memory that grows slower than their length.
+
+`scan` nests loops, each recomputed from its first carry; `sequential` cuts a chain of
+functions into recomputed segments.
+"""
 
 import functools
 import itertools
@@ -15,6 +19,10 @@ from jaxtricks import _integers, _tree
 from jaxtricks._arguments import checked
 from jaxtricks.remat._recompute import recompute_grad
 
+Fn = Callable[..., Any]
+Step = Callable[[Any, Any], tuple[Any, Any]]
+"""(carry, x) -> (carry, y)."""
+
 
 @checked
 def scan(
@@ -27,12 +35,12 @@ def scan(
     reverse: bool = False,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    """jax.lax.scan that keeps about sqrt(n) carries for the backward pass instead of n residuals.
+    """jax.lax.scan that saves about sqrt(n) carries instead of n steps' residuals.
 
-    L nested loops of about n**(1/L) steps, each recomputed from its first carry, keep L
+    L nested loops of about n**(1/L) steps, each recomputed from its first carry, save L
     n**(1/L) carries for L more forward passes. Loops divide n where they can; else the
-    steps left over (13 = 4 x 3 + 1) run in a loop of their own, which costs a copy of
-    xs and ys. Inner loops copy their part of xs.
+    steps left over (13 = 4 x 3 + 1) run in a separate loop, which costs a copy of xs
+    and ys. Inner loops copy their part of xs.
 
     Args:
       body: (carry, x) -> (carry, y); recomputed in every step.
@@ -48,8 +56,8 @@ def scan(
       (carry, ys [n, ...]) of jax.lax.scan, differentiable in both modes.
 
     Raises:
-      ValueError: xs of no or different lengths; levels that are unknown, below 1, or do
-        not multiply to n.
+      ValueError: xs without a length or of different lengths; levels that are unknown,
+        below 1, or do not multiply to n.
 
     Example:
       >>> body = lambda c, x: (jnp.sin(c * x), c)
@@ -62,19 +70,21 @@ def scan(
       algorithm 1 and section 4.4.
     """
     n = _length(xs, length)
+    outer = _outer(levels, n)
+    step = _recomputed_step(body)
     return nested(
-        _recomputed(body),
+        step,
         init,
         xs,
         n,
-        _outer(levels, n),
+        outer,
         reverse=reverse,
         unroll=unroll,
     )
 
 
 def nested(
-    step: Callable[[Any, Any], tuple[Any, Any]],
+    step: Step,
     carry: Any,
     xs: Any,
     n: int,
@@ -88,25 +98,51 @@ def nested(
     Args:
       step: (carry, x) -> (carry, y), recomputed only if it does so itself.
       carry, xs: as in jax.lax.scan.
-      n: how many steps.
+      n: number of steps.
       outer: lengths of all loops but the innermost, outermost first.
       reverse, unroll: as in jax.lax.scan.
     """
     if not outer:
-        return jax.lax.scan(step, carry, xs, n, reverse, unroll)
-    again = functools.partial(nested, step, reverse=reverse, unroll=unroll)
-    k, m = outer[0], n // outer[0]
-    inner = _recomputed(lambda carry, xs: again(carry, xs, m, outer[1:]))
+        return jax.lax.scan(
+            step,
+            carry,
+            xs,
+            n,
+            reverse,
+            unroll,
+        )
+    blocks_count, block_size = outer[0], n // outer[0]
+    in_blocks = blocks_count * block_size
+    again = functools.partial(
+        nested,
+        step,
+        reverse=reverse,
+        unroll=unroll,
+    )
+    inner = _recomputed_step(lambda c, xs: again(c, xs, block_size, outer[1:]))
 
     def loops(carry: Any) -> tuple[Any, Any]:
-        blocks = jax.tree.map(lambda x: x[: k * m].reshape(k, m, *x.shape[1:]), xs)
-        carry, ys = jax.lax.scan(inner, carry, blocks, k, reverse)
-        return carry, jax.tree.map(lambda y: y.reshape(k * m, *y.shape[2:]), ys)
+        def into_blocks(x: Any) -> Any:
+            return x[:in_blocks].reshape(blocks_count, block_size, *x.shape[1:])
+
+        def flattened(y: Any) -> Any:
+            return y.reshape(in_blocks, *y.shape[2:])
+
+        blocks = jax.tree.map(into_blocks, xs)
+        carry, ys = jax.lax.scan(
+            inner,
+            carry,
+            blocks,
+            blocks_count,
+            reverse,
+        )
+        return carry, jax.tree.map(flattened, ys)
 
     def rest(carry: Any) -> tuple[Any, Any]:
-        return again(carry, jax.tree.map(lambda x: x[k * m :], xs), n - k * m, ())
+        last = jax.tree.map(lambda x: x[in_blocks:], xs)
+        return again(carry, last, n - in_blocks, ())
 
-    if n == k * m:
+    if n == in_blocks:
         return loops(carry)
     if reverse:
         carry, last = rest(carry)
@@ -117,36 +153,42 @@ def nested(
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, last)
 
 
-def _recomputed(body: Callable[..., Any]) -> Callable[..., Any]:
-    # The backward pass of a loop is a loop of its own, so nothing can be merged across
-    # the two and jax.checkpoint needs no barrier, with jax_remat3 or without: the bytes
-    # are those of recompute_grad in every pairing measured (n = 16, 64, 256), for up to
-    # 25% fewer FLOPs, and forward mode works.
+def _recomputed_step(body: Callable[..., Any]) -> Callable[..., Any]:
+    # The backward pass of a loop is another loop, so nothing can be merged across the
+    # two and jax.checkpoint needs no barrier, with jax_remat3 or without: the bytes are
+    # those of recompute_grad in every pairing measured (n = 16, 64, 256), for up to 25%
+    # fewer FLOPs, and forward mode works.
     return jax.checkpoint(body, prevent_cse=False)
 
 
 def _length(xs: Any, length: int | None) -> int:
-    found = {} if length is None else {"`length`": operator.index(length)}
+    lengths: dict[str, int] = {}
+    if length is not None:
+        lengths["`length`"] = operator.index(length)
     for path, x in _tree.leaves_with_paths(xs):
         if not np.shape(x):
             raise ValueError(
                 f"remat.scan: `xs` has a scalar ({path or 'xs'}): stack its values [n]"
             )
-        found[f"`xs` ({path})" if path else "`xs`"] = np.shape(x)[0]
-    if not found:
+        lengths[f"`xs` ({path})" if path else "`xs`"] = np.shape(x)[0]
+    if not lengths:
         raise ValueError("remat.scan: `xs` has no arrays: give the `length`")
-    if len(set(found.values())) > 1:
-        table = ", ".join(f"{name} {n}" for name, n in found.items())
+    if len(set(lengths.values())) > 1:
+        table = ", ".join(f"{name} {n}" for name, n in lengths.items())
         raise ValueError(f"remat.scan: `xs` must have one length, not {table}")
-    return next(iter(found.values()))
+    return next(iter(lengths.values()))
 
 
-def _outer(levels: str | int | Sequence[int], n: int) -> list[int]:
-    """Lengths of all loops but the innermost."""
+def _outer(
+    levels: str | int | Sequence[int],
+    n: int,
+) -> list[int]:
+    """Return the lengths of all loops but the innermost."""
     if isinstance(levels, str):
         if levels not in ("sqrt", "log"):
             raise ValueError(
-                f'remat.scan: `levels` must be "sqrt", "log", a number or lengths, not {levels!r}'
+                'remat.scan: `levels` must be "sqrt", "log", a number or lengths, not '
+                f"{levels!r}"
             )
         # A loop of b steps stacks b carries, b log_b(n) in all: as many at 4 as at 2,
         # in half the forward passes and with fewer copies of xs (measured, n = 256: 3.7
@@ -164,47 +206,51 @@ def _outer(levels: str | int | Sequence[int], n: int) -> list[int]:
         raise ValueError(f"remat.scan: `levels` must be 1 or more, not {levels}")
     outer = []
     while levels > 1 and n > 3:
-        outer.append(_divisor(n, max(2, round(n ** (1 / levels)))))
-        n, levels = n // outer[-1], levels - 1
+        outer.append(_nearest_divisor(n, max(2, round(n ** (1 / levels)))))
+        n //= outer[-1]
+        levels -= 1
     return outer
 
 
-def _divisor(n: int, k: int) -> int:
-    """The divisor of n nearest to k and within a factor of two, else k: a rest makes XLA copy xs."""
-    near = sorted(range((k + 1) // 2, 2 * k + 1), key=lambda d: max(d / k, k / d))
-    return next((d for d in near if d > 1 and n % d == 0), k)
+def _nearest_divisor(n: int, k: int) -> int:
+    """Return the divisor of n nearest to k and within a factor of two, else k.
+
+    Without a divisor there are steps left over, for which XLA copies xs.
+    """
+    candidates = range((k + 1) // 2, 2 * k + 1)
+    nearest_first = sorted(candidates, key=lambda d: max(d / k, k / d))
+    return next((d for d in nearest_first if d > 1 and n % d == 0), k)
 
 
-# Chains of functions whose memory grows slower than their length.
-
-
-Fn = Callable[..., Any]
+# Chains of functions.
 
 
 @checked
-def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") -> Fn:
-    """The composition of functions, cut into segments that are recomputed in the backward pass.
+def sequential(
+    fns: Sequence[Fn],
+    segments: str | int | Sequence[int] = "sqrt",
+) -> Fn:
+    """Compose functions in segments that are recomputed in the backward pass.
 
-    k segments of n functions keep their k inputs and, one segment at a time, what n / k
-    functions save:
-    2 sqrt(n) at k = sqrt(n), for one more forward pass. Halves of halves keep g(n) = 1
-    + g(n / 2) = log2(n) inputs, for about log2(n) / 2 more forward passes.
+    k segments of n functions save their k inputs and, one segment at a time, what n / k
+    functions save: 2 sqrt(n) at k = sqrt(n), for one more forward pass. Halves of
+    halves save g(n) = 1 + g(n / 2) = log2(n) inputs, for about log2(n) / 2 more.
 
     Args:
       fns: n functions of one pytree, x -> x, or of parameters and a pytree, (p, x) ->
         x; they may close over traced values. One that updates a flax.nnx module is
-        neither: jaxtricks.nnx.recompute_grad.
+        neither: see jaxtricks.nnx.recompute_grad.
       segments: "sqrt", about sqrt(n) of equal size; "log", the recursion; how many,
         sizes equal to one function; or their sizes. Functions that save much more than
         their input (attention) want more segments than sqrt(n), up to n.
 
     Returns:
       run(x) = fns[-1](... fns[0](x)), or run(params, x) with a list or tuple of one
-      pytree a function. Differentiable in reverse mode, like `recompute_grad`.
+      pytree per function. Differentiable in reverse mode, like `recompute_grad`.
 
     Raises:
       ValueError: no functions, or segments that are unknown, too many or do not sum to
-        n; when run, params that are not one a function.
+        n; when run, params that are not one per function.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -217,22 +263,23 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
       algorithm 1; section 4.4, g(n) = k log_{k+1}(n), at k = 1 for "log".
     """
     fns = list(fns)
+    n = len(fns)
     if not fns:
         raise ValueError("remat.sequential: `fns` is empty: give at least one function")
-    sizes = (
-        None
-        if isinstance(segments, str) and segments == "log"
-        else _sizes(segments, len(fns))
-    )
+    is_recursive = isinstance(segments, str) and segments == "log"
+    sizes = None if is_recursive else _sizes(segments, n)
 
     def run(*args: Any) -> Any:
         if len(args) == 1:
-            steps, params = [_without_parameters(fn) for fn in fns], [None] * len(fns)
+            steps = [_without_parameters(fn) for fn in fns]
+            params: Sequence[Any] = [None] * n
         elif len(args) == 2:
-            steps, params = fns, _parameters(args[0], len(fns))
+            steps = fns
+            params = _parameters(args[0], n)
         else:
             raise ValueError(
-                f"remat.sequential: call it as (x) or (params, x), not with {len(args)} arguments"
+                "remat.sequential: call it as (x) or (params, x), not with "
+                f"{len(args)} arguments"
             )
         whole = _halves(steps) if sizes is None else _segments(steps, sizes)
         return whole(params, args[-1])
@@ -242,7 +289,7 @@ def sequential(fns: Sequence[Fn], segments: str | int | Sequence[int] = "sqrt") 
 
 def _segments(fns: Sequence[Fn], sizes: Sequence[int]) -> Fn:
     # The last one is wrapped too. Its backward pass starts at once only where the
-    # network ends: a head runs first, beside all that the segment would have kept.
+    # network ends: a head runs first, beside all that the segment would have saved.
     # Measured, 64 layers of two products: 1.9 MB instead of 2.9 with a head 16 times as
     # wide, equal with a light one; 3% more FLOPs.
     ends = list(itertools.accumulate(sizes))
@@ -265,7 +312,8 @@ def _halves(fns: Sequence[Fn]) -> Fn:
         if len(fns) == 1:
             return _chain(fns)
         half = len(fns) // 2
-        left, right = recompute_grad(recurse(fns[:half])), recurse(fns[half:])
+        left = recompute_grad(recurse(fns[:half]))
+        right = recurse(fns[half:])
         return lambda params, x: right(params[half:], left(params[:half], x))
 
     return recurse([*head, recompute_grad(last)])
@@ -287,17 +335,22 @@ def _without_parameters(fn: Fn) -> Fn:
 def _parameters(params: Any, n: int) -> Sequence[Any]:
     if not isinstance(params, Sequence) or len(params) != n:
         raise ValueError(
-            f"remat.sequential: `params` must be a list or tuple of {n}, one a function"
+            f"remat.sequential: `params` must be a list or tuple of {n}, one per "
+            "function"
         )
     return params
 
 
-def _sizes(segments: str | int | Sequence[int], n: int) -> list[int]:
-    """Sizes of the segments of n functions."""
+def _sizes(
+    segments: str | int | Sequence[int],
+    n: int,
+) -> list[int]:
+    """Return the sizes of the segments of n functions."""
     if isinstance(segments, str):
         if segments != "sqrt":
             raise ValueError(
-                f'remat.sequential: `segments` must be "sqrt", "log", a number or sizes, not {segments!r}'
+                'remat.sequential: `segments` must be "sqrt", "log", a number or '
+                f"sizes, not {segments!r}"
             )
         segments = round(n**0.5)
     segments = _integers.plain(segments)
@@ -305,11 +358,14 @@ def _sizes(segments: str | int | Sequence[int], n: int) -> list[int]:
         sizes = list(segments)
         if sum(sizes) != n or min(sizes) < 1:
             raise ValueError(
-                f"remat.sequential: `segments` must be positive sizes that sum to {n}, not {sizes}"
+                "remat.sequential: `segments` must be positive sizes that sum to "
+                f"{n}, not {sizes}"
             )
         return sizes
     if not 1 <= segments <= n:
         raise ValueError(
             f"remat.sequential: `segments` must be in 1..{n}, not {segments}"
         )
-    return [n // segments + (i < n % segments) for i in range(segments)]
+    # The first ones take the functions left over.
+    smallest, left_over = divmod(n, segments)
+    return [smallest + (i < left_over) for i in range(segments)]

@@ -1,12 +1,13 @@
-"""Which stages to keep, which to run again, and how to nest: a dynamic programme over memory.
+"""Decide how each stage runs and which to run again: a dynamic programme over memory.
 
-A schedule of a chain is a list of steps: run one stage as some option says, or run a
-group of stages keeping only its input, and, when the cotangent arrives, run the group
-by a schedule of its own. With a the carries, kept_o, extra_o, back_o the prices of
-option o, and m bytes for stages s..t,
+A schedule of a chain is a list of steps: run one stage by some option, or run a group
+of stages, save only its input, and run the group again when the cotangent arrives, by a
+schedule of its own. With a the carries, r_o, extra_o, back_o the costs of option o, and
+m bytes for stages s..t,
 
-    cost(s, t, m) = min( min_o extra_o + cost(s+1, t, m - kept_o - a_ss)           if kept_o + back_o <= m
-                         min_k forward(s..k) + cost(s, k, m) + cost(k+1, t, m - a_sk) )
+    cost(s, t, m) = min(
+        min_o extra_o + cost(s+1, t, m - r_o - a_ss)   where r_o + back_o <= m,
+        min_k forward(s..k) + cost(s, k, m) + cost(k+1, t, m - a_sk) )
 
 after Herrmann, Beaumont et al., Optimal checkpointing for heterogeneous chains, arXiv
 1911.13214, with options of every stage and their transients. What stages s..k add to
@@ -14,171 +15,193 @@ the carry, a_sk, is less than what is alive there: the input of a residual block
 through.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxtricks.remat._stages import Choice, Priced
+from jaxtricks.remat._schedule import Rerun, Run, Steps, stages_of
+from jaxtricks.remat._stages import Option, Stage
 
 SLOTS = 1000  # steps of memory; too few round small carries up
+_TOLERANCE = 1e-9
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Run a stage as chosen."""
-
-    stage: int
-    choice: Choice
-
-
-@dataclasses.dataclass(frozen=True)
-class Again:
-    """Run these steps keeping their input only, and once more in the backward pass."""
-
-    steps: "Schedule"
-
-
-Schedule = tuple[Run | Again, ...]
-
-
-def runs_of(schedule: Schedule) -> Iterator[Run]:
-    """The runs of stages in order."""
-    for step in schedule:
-        if isinstance(step, Run):
-            yield step
-        else:
-            yield from runs_of(step.steps)
-
-
-def stages_of(schedule: Schedule) -> Iterator[int]:
-    """The stages in order."""
-    return (step.stage for step in runs_of(schedule))
-
-
-class Solution:
+class Frontier:
     """All schedules that are the cheapest for some memory.
+
+    Args:
+      stages: with their costs; see `_costs.with_costs`.
+      carries: see `_stages.carries`.
+      slots: number of steps in which memory is counted.
 
     Attributes:
       memory: model bytes of each distinct schedule, increasing: float64 [schedules].
       extra: operations that it runs twice: float64 [schedules].
       step: operations of both passes, roughly.
-      prices, carries: of the stages; see `chain.carries`.
+      stages, carries: the arguments.
     """
 
     def __init__(
-        self, prices: Sequence[Priced], carries: np.ndarray, slots: int = SLOTS
+        self,
+        stages: Sequence[Stage],
+        carries: np.ndarray,
+        slots: int = SLOTS,
     ):
-        self.prices, self._slots = prices, slots
-        kept = (
-            sum(max(o.kept for o in p.options) for p in prices)
-            + carries.diagonal().sum()
-        )
-        transient = max(
-            max(o.backward for o in p.options) + p.forward_bytes for p in prices
-        )
-        self._unit = max(1.0, (kept + transient) / slots)
-        self._carry = np.ceil(carries / self._unit - 1e-9).astype(int)
+        self.stages = stages
         self.carries = carries
-        self.step = 3 * sum(p.forward for p in prices if math.isfinite(p.forward))
+        self._slots = slots
+        most_residuals = 0.0
+        most_transient = 0.0
+        for stage in stages:
+            most_residuals += max(option.residual_bytes for option in stage.options)
+            backward = max(option.backward_bytes for option in stage.options)
+            most_transient = max(most_transient, backward + stage.forward_bytes)
+        # No schedule needs more.
+        most = most_residuals + carries.diagonal().sum() + most_transient
+        self._slot_bytes = max(1.0, most / slots)
+        self._carry_slots = np.ceil(carries / self._slot_bytes - _TOLERANCE).astype(int)
+        # A backward pass costs about two forward ones.
+        forward = [s.forward for s in stages if math.isfinite(s.forward)]
+        self.step = 3 * sum(forward)
         self._solve()
+        # The frontier is where one more slot of memory makes the chain cheaper.
         cost = self._cost[0, -1]
-        falls = np.flatnonzero(
-            np.isfinite(cost) & (cost < np.append(math.inf, cost[:-1]) - 1e-9)
-        )
-        self._at, self.memory, self.extra = falls, falls * self._unit, cost[falls]
+        one_slot_less = np.append(math.inf, cost[:-1])
+        is_cheaper = np.isfinite(cost) & (cost < one_slot_less - _TOLERANCE)
+        self._slots_of = np.flatnonzero(is_cheaper)
+        self.memory = self._slots_of * self._slot_bytes
+        self.extra = cost[self._slots_of]
 
-    def schedule(self, i: int) -> Schedule:
-        """The i-th schedule."""
-        return tuple(self._steps(0, len(self.prices) - 1, int(self._at[i])))
+    def steps(self, i: int) -> Steps:
+        """Return the steps of the i-th schedule."""
+        last = len(self.stages) - 1
+        return tuple(self._backtrack(0, last, int(self._slots_of[i])))
 
-    def priced(self, schedule: Schedule, held: float = 0.0) -> tuple[float, float]:
-        """(model bytes, operations run twice) of any schedule, on top of the bytes held."""
-        peak, extra = held, 0.0
-        for step in schedule:
-            stages = list(stages_of((step,)))
+    def cost(
+        self,
+        steps: Steps,
+        held: float = 0.0,
+    ) -> tuple[float, float]:
+        """Return (model bytes, operations run twice) of any steps.
+
+        Args:
+          steps: they need not be on the frontier.
+          held: bytes that are alive before them.
+        """
+        peak = held
+        extra = 0.0
+        for step in steps:
+            indices = stages_of((step,))
             if isinstance(step, Run):
-                price = self.prices[step.stage]
-                option = next(
-                    (o for o in price.options if o.choice == step.choice),
-                    min(price.options, key=lambda o: o.extra),
-                )
-                most, again = (
-                    max(option.kept + option.backward, price.forward_bytes),
-                    option.extra,
-                )
-                peak, kept = max(peak, held + most), option.kept
+                stage = self.stages[step.stage]
+                option = _option_of(stage, step)
+                residual_bytes = option.residual_bytes
+                backward = residual_bytes + option.backward_bytes
+                peak = max(peak, held + max(backward, stage.forward_bytes))
+                extra += option.extra
             else:
-                inner, again = self.priced(step.steps, held)
-                again += sum(self.prices[i].forward for i in stages)
-                peak, kept = max(peak, inner), 0.0
-            held += kept + self.carries[stages[0], stages[-1]]
-            extra += again
+                inner_peak, inner_extra = self.cost(step.steps, held)
+                peak = max(peak, inner_peak)
+                again = sum(self.stages[i].forward for i in indices)
+                extra += inner_extra + again
+                residual_bytes = 0.0
+            held += residual_bytes + self.carries[indices[0], indices[-1]]
         return peak, extra
 
-    def _up(self, n: float) -> int:
-        return math.ceil(n / self._unit - 1e-9)
+    def _in_slots(self, nbytes: float) -> int:
+        return math.ceil(nbytes / self._slot_bytes - _TOLERANCE)
 
     def _solve(self) -> None:
-        n, width = len(self.prices), self._slots + 1
-        self._cost = np.full((n, n, width), math.inf)
-        self._best = np.full(
-            (n, n, width), -1, np.int16
-        )  # option, or number of options + split
-        forward = [p.forward for p in self.prices]
+        """Fill the tables of least cost and best decision: [first, last, slots]."""
+        n = len(self.stages)
+        shape = (n, n, self._slots + 1)
+        self._cost = np.full(shape, math.inf)
+        # An option, or the number of options + where the first group ends.
+        self._best = np.full(shape, -1, np.int16)
+        # From the last stage: the rest of the chain is solved before its first stage.
         for s in reversed(range(n)):
             for t in range(s, n):
-                self._keep(s, t)
+                self._run_first(s, t)
                 if t > s:
-                    # One row a split k: the first group ends with k, its carry is held
-                    # by the rest.
-                    later = _shifted(self._cost[s + 1 : t + 1, t], self._carry[s, s:t])
-                    again = (
-                        np.cumsum(forward[s:t])[:, None] + self._cost[s, s:t] + later
-                    )
-                    self._take(
-                        s,
-                        t,
-                        again.min(0),
-                        again.argmin(0) + len(self.prices[s].options),
-                    )
+                    self._rerun_first(s, t)
 
-    def _keep(self, s: int, t: int) -> None:
-        """Stage s first, by each of its options."""
-        m = np.arange(self._slots + 1)
-        for i, o in enumerate(self.prices[s].options):
-            need = max(
-                self._up(o.kept + o.backward), self._up(self.prices[s].forward_bytes)
-            )
-            rest = np.zeros(len(m))
+    def _run_first(self, s: int, t: int) -> None:
+        """Take the costs of running stage s once, by each of its options."""
+        stage = self.stages[s]
+        width = self._slots + 1
+        forward = self._in_slots(stage.forward_bytes)
+        for i, option in enumerate(stage.options):
+            rest = np.zeros(width)
             if t > s:
-                held = self._up(o.kept) + self._carry[s, s]
-                rest = _shifted(self._cost[s + 1, t][None], np.array([held]))[0]
-            self._take(
-                s, t, np.where(m >= need, o.extra + rest, math.inf), np.full(len(m), i)
-            )
+                residuals = self._in_slots(option.residual_bytes)
+                held = residuals + self._carry_slots[s, s]
+                (rest,) = _shifted(self._cost[s + 1, t][None], np.array([held]))
+            backward = option.residual_bytes + option.backward_bytes
+            needed = max(self._in_slots(backward), forward)
+            cost = option.extra + rest
+            cost[np.arange(width) < needed] = math.inf
+            self._take_cheaper(s, t, cost, np.full(width, i))
 
-    def _take(self, s: int, t: int, cost: np.ndarray, choice: np.ndarray) -> None:
-        better = cost < self._cost[s, t] - 1e-9
-        self._cost[s, t] = np.where(better, cost, self._cost[s, t])
-        self._best[s, t] = np.where(better, choice, self._best[s, t])
+    def _rerun_first(self, s: int, t: int) -> None:
+        """Take the costs of running a first group s..k twice, for every k < t."""
+        # One row per k. Its carry is alive during the rest.
+        carry = self._carry_slots[s, s:t]
+        rest = _shifted(self._cost[s + 1 : t + 1, t], carry)
+        group = self.stages[s:t]
+        forward = np.cumsum([stage.forward for stage in group])
+        total = forward[:, None] + self._cost[s, s:t] + rest
+        # Numbers below are options of the first stage.
+        options = len(self.stages[s].options)
+        decision = total.argmin(0) + options
+        self._take_cheaper(s, t, total.min(0), decision)
 
-    def _steps(self, s: int, t: int, m: int) -> Iterator[Run | Again]:
+    def _take_cheaper(
+        self,
+        s: int,
+        t: int,
+        cost: np.ndarray,
+        decision: np.ndarray,
+    ) -> None:
+        best_cost = self._cost[s, t]
+        best = self._best[s, t]
+        # Views of the tables, changed in place.
+        is_cheaper = cost < best_cost - _TOLERANCE
+        best_cost[is_cheaper] = cost[is_cheaper]
+        best[is_cheaper] = decision[is_cheaper]
+
+    def _backtrack(
+        self,
+        s: int,
+        t: int,
+        slots: int,
+    ) -> Iterator[Run | Rerun]:
         while s <= t:
-            options, best = self.prices[s].options, int(self._best[s, t, m])
+            options = self.stages[s].options
+            best = int(self._best[s, t, slots])
             if best < len(options):
-                yield Run(s, options[best].choice)
-                m -= self._up(options[best].kept) + int(self._carry[s, s])
+                option = options[best]
+                yield Run(s, option.saved, option.outer)
+                slots -= self._in_slots(option.residual_bytes)
+                slots -= int(self._carry_slots[s, s])
                 s += 1
             else:
-                k = s + best - len(options)
-                yield Again(tuple(self._steps(s, k, m)))
-                m -= int(self._carry[s, k])
-                s = k + 1
+                last = s + best - len(options)
+                yield Rerun(tuple(self._backtrack(s, last, slots)))
+                slots -= int(self._carry_slots[s, last])
+                s = last + 1
+
+
+def _option_of(stage: Stage, run: Run) -> Option:
+    """Return the option that a run chooses, the cheapest if another one beats it."""
+    for option in stage.options:
+        if (option.saved, option.outer) == (run.saved, run.outer):
+            return option
+    return min(stage.options, key=lambda option: option.extra)
 
 
 def _shifted(cost: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Rows moved to the right, each by its own number; infinite where nothing is left."""
-    at = np.arange(cost.shape[1])[None] - by[:, None]
-    return np.where(at < 0, math.inf, np.take_along_axis(cost, np.maximum(at, 0), 1))
+    """Move each row to the right by its number; infinite where nothing is left."""
+    columns = np.arange(cost.shape[1])[None] - by[:, None]
+    moved = np.take_along_axis(cost, np.maximum(columns, 0), 1)
+    return np.where(columns < 0, math.inf, moved)

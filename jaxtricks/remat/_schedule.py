@@ -1,0 +1,311 @@
+"""Run a program as a schedule says: each stage by an option, groups of them again.
+
+A schedule belongs to one program: it holds the fingerprints of the stages, which are
+compared when it is applied to a function.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from jaxtricks import _flops, _jaxpr
+from jaxtricks._partition import positional, without_changes
+from jaxtricks.remat import _sequential, _stages
+from jaxtricks.remat._recompute import recompute_grad, recomputed
+from jaxtricks.remat._stages import Stage
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run a stage once, by one of its options.
+
+    Attributes:
+      stage: index of the stage.
+      saved, outer: see `_stages.Option`; the defaults save everything.
+    """
+
+    stage: int
+    saved: tuple[int, ...] | None = None
+    outer: int = 0
+
+    def __str__(self) -> str:
+        if self.saved is None:
+            text = "keep"
+        elif self.saved:
+            text = f"save {len(self.saved)}"
+        else:
+            text = "recompute"
+        return f"scan in {self.outer}, {text}" if self.outer else text
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerun:
+    """Run these steps and save only their input, and once more in the backward pass."""
+
+    steps: "Steps"
+
+
+Steps = tuple[Run | Rerun, ...]
+
+
+def runs_of(steps: Steps) -> Iterator[Run]:
+    """Yield the runs of stages in order."""
+    for step in steps:
+        if isinstance(step, Run):
+            yield step
+        else:
+            yield from runs_of(step.steps)
+
+
+def stages_of(steps: Steps) -> list[int]:
+    """Return the indices of the stages in order."""
+    return [run.stage for run in runs_of(steps)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How each stage of one program runs.
+
+    Attributes:
+      ends: where the stages end; see `_stages.split`.
+      fingerprints: of the stages.
+      steps: how they run; None leaves the function as it is.
+    """
+
+    ends: tuple[int, ...]
+    fingerprints: tuple[str, ...]
+    steps: Steps | None
+
+    def apply(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Return fn with its activations recomputed as the schedule says.
+
+        Arguments and results are the same.
+
+        Raises:
+          ValueError: (from the result) fn is another function than the schedule is for.
+        """
+        if self.steps is None:
+            return fn
+        steps = self.steps
+        unchanging = without_changes(fn, "plan")
+
+        @functools.wraps(fn)
+        def planned(*args: P.args, **kwargs: P.kwargs) -> R:
+            # By position, as they were planned: the order of keywords is the caller's.
+            arguments = positional(fn, args, kwargs, "remat.plan")
+            closed, structure = _jaxpr.trace(unchanging, *arguments)
+            program = _jaxpr.straight(closed)
+            stages = self._matching_stages(program.jaxpr)
+            # A text may ask for what its fingerprints do not rule out.
+            for run in runs_of(steps):
+                _check(stages[run.stage].jaxpr, run)
+            execute = _scheduled(program.jaxpr, stages, steps)
+            outs = execute(*program.consts, *jax.tree.leaves(arguments))
+            return jax.tree.unflatten(structure, outs)
+
+        return planned
+
+    def _matching_stages(self, program: _jaxpr.Jaxpr) -> list[Stage]:
+        count = self.ends[-1]
+        # The number first: with another one the stages can't be cut.
+        if len(program.eqns) == count:
+            stages = _stages.split(program, self.ends)
+            pairs = zip(stages, self.fingerprints, strict=True)
+            different = [i for i, (s, f) in enumerate(pairs) if s.fingerprint != f]
+            if not different:
+                return stages
+            where = f"stage {different[0]} of {len(stages)} differs"
+        else:
+            where = f"it has {len(program.eqns)} operations where the plan has {count}"
+        raise ValueError(
+            "this plan was made for another function, other shapes or dtypes "
+            f"({where}): plan again, or use auto_remat, which plans once for each "
+            "signature"
+        )
+
+
+def _check(jaxpr: _jaxpr.Jaxpr, run: Run) -> None:
+    """Raise ValueError if a stage can't run this way; the plan may come from a text."""
+    body = jaxpr
+    if run.outer:
+        loop = largest_scan(jaxpr)
+        if loop is None or _jaxpr.scan_parts(loop).length % run.outer:
+            raise ValueError(
+                f"this plan splits a loop in {run.outer} that has other steps: plan "
+                "again"
+            )
+        body = scan_body(loop).jaxpr
+    last_saved = max(run.saved or (), default=-1)
+    if last_saved >= len(body.eqns):
+        raise ValueError(
+            "this plan saves the result of an operation that is not there: plan again"
+        )
+
+
+def _scheduled(
+    program: _jaxpr.Jaxpr,
+    stages: Sequence[Stage],
+    steps: Steps,
+) -> Callable[..., list[Any]]:
+    """Return the program as a function of (*constvars, *invars), run by the steps."""
+    needed_after = _jaxpr.needed_after(
+        [stage.jaxpr.eqns for stage in stages], program.outvars
+    )
+    variables = (*program.constvars, *program.invars)
+
+    def execute(*xs: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
+        perform(steps, env)
+        # Results may be literals.
+        return _jaxpr.read_values(program.outvars, env)
+
+    def perform(steps: Steps, env: dict[Any, Any]) -> None:
+        for step in steps:
+            if isinstance(step, Run):
+                jaxpr = stages[step.stage].jaxpr
+                ins = [*jaxpr.constvars, *jaxpr.invars]
+                outs = jaxpr.outvars
+                fn = run_stage(jaxpr, step)
+            else:
+                # A group inside a group is recomputed twice: its inputs are alive only
+                # while the outer one runs again.
+                ins, outs = boundary(step.steps)
+                group = functools.partial(
+                    run_group,
+                    step.steps,
+                    ins,
+                    outs,
+                )
+                fn = recompute_grad(group)
+            results = fn(*[env[v] for v in ins])
+            env.update(zip(outs, results, strict=True))
+
+    def boundary(steps: Steps) -> tuple[list[Any], list[Any]]:
+        """What a group of stages reads, and what later ones read of it."""
+        indices = stages_of(steps)
+        later_reads = needed_after[indices[-1]]
+        eqns: list[Any] = []
+        outs: list[Any] = []
+        for i in indices:
+            jaxpr = stages[i].jaxpr
+            eqns += jaxpr.eqns
+            outs += [v for v in jaxpr.outvars if v in later_reads]
+        return _jaxpr.free_variables(eqns), outs
+
+    def run_group(
+        steps: Steps,
+        ins: Sequence[Any],
+        outs: Sequence[Any],
+        *xs: Any,
+    ) -> list[Any]:
+        env = dict(zip(ins, xs, strict=True))
+        perform(steps, env)
+        return [env[v] for v in outs]
+
+    return execute
+
+
+# One stage.
+
+
+def run_stage(
+    jaxpr: _jaxpr.Jaxpr,
+    run: Run,
+) -> Callable[..., list[Any]]:
+    """Return the stage, run by an option, as a function of (*constvars, *invars)."""
+    if run.outer:
+        return _with_split_scan(jaxpr, run)
+    if run.saved is None:
+        return _plain(jaxpr)
+    return recomputed(jaxpr, saved=run.saved)
+
+
+def largest_scan(jaxpr: _jaxpr.Jaxpr) -> Any:
+    """Return the scan with most arithmetic; None if there is none to split."""
+    scans = [
+        eqn
+        for eqn in jaxpr.eqns
+        if _jaxpr.primitive(eqn) == "scan" and _jaxpr.scan_parts(eqn).length > 1
+    ]
+    return max(scans, key=_flops.eqn_flops, default=None)
+
+
+def scan_body(loop: Any) -> _jaxpr.ClosedJaxpr:
+    """Return the body of a scan, its calls written out."""
+    return _jaxpr.inline(_jaxpr.bodies(loop)[0])
+
+
+def _plain(jaxpr: _jaxpr.Jaxpr) -> Callable[..., list[Any]]:
+    n = len(jaxpr.constvars)
+    return lambda *xs: _jaxpr.as_fun(jaxpr)(xs[:n], *xs[n:])
+
+
+def _with_split_scan(
+    jaxpr: _jaxpr.Jaxpr,
+    run: Run,
+) -> Callable[..., list[Any]]:
+    """Return the stage that saves everything except inside its largest scan."""
+    loop = largest_scan(jaxpr)
+    position = next(i for i, eqn in enumerate(jaxpr.eqns) if eqn is loop)
+    before = _jaxpr.extract(jaxpr.eqns[:position])
+    after = _jaxpr.extract(jaxpr.eqns[position + 1 :])
+    # Each part as a function of what it reads.
+    parts = (
+        (before, _plain(before)),
+        (loop, _split_scan(loop, run)),
+        (after, _plain(after)),
+    )
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+
+    def execute(*xs: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
+        for part, fn in parts:
+            results = fn(*_jaxpr.read_values(part.invars, env))
+            env.update(zip(part.outvars, results, strict=True))
+        return _jaxpr.read_values(jaxpr.outvars, env)
+
+    return execute
+
+
+def _split_scan(
+    loop: Any,
+    run: Run,
+) -> Callable[..., list[Any]]:
+    """Return the scan as two nested ones, whose two bodies are recomputed."""
+    parts = _jaxpr.scan_parts(loop)
+    first_row = parts.consts + parts.carry
+    body = scan_body(loop)
+    if run.saved is None:
+        step = _plain(body.jaxpr)
+    else:
+        # The backward pass of a loop is another loop: no order is needed.
+        step = recomputed(body.jaxpr, saved=run.saved, ordered=False)
+    # 1 leaves a single loop, whose body is recomputed.
+    outer = [run.outer] if run.outer > 1 else []
+
+    def execute(*xs: Any) -> list[Any]:
+        fixed = xs[: parts.consts]
+        init = list(xs[parts.consts : first_row])
+        rows = list(xs[first_row:])
+
+        def one(carry: Any, row: Any) -> tuple[Any, Any]:
+            out = step(*body.consts, *fixed, *carry, *row)
+            return out[: parts.carry], out[parts.carry :]
+
+        carry, stacked = _sequential.nested(
+            one,
+            init,
+            rows,
+            parts.length,
+            outer,
+            reverse=parts.reverse,
+        )
+        return [*carry, *stacked]
+
+    return execute
