@@ -72,6 +72,32 @@ TWINS = {
             4, (3, 3), feature_group_count=4, norm=jt.linen.ExtendedBatchNorm
         ),
     ),
+    "MobileOneBlock": (
+        lambda r: jt.nnx.MobileOneBlock(4, 4, num_branches=2, **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.MobileOneBlock(4, num_branches=2, **PLAIN_LINEN),
+    ),
+    "DilatedReparamBlock": (
+        lambda r: jt.nnx.DilatedReparamBlock(4, 4, (5, 5), **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.DilatedReparamBlock(4, (5, 5), **PLAIN_LINEN),
+    ),
+    "ACBlock, online": (
+        lambda r: jt.nnx.ACBlock(4, 6, (3, 3), mode="online", **ACB, **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.ACBlock(6, (3, 3), mode="online", **ACB, **PLAIN_LINEN),
+    ),
+    "RepVGGBlock, online, WSConv": (
+        lambda r: jt.nnx.RepVGGBlock(
+            4, 4, mode="online", conv=jt.nnx.WSConv, norm=jt.nnx.ExtendedBatchNorm, rngs=r
+        ),
+        lambda: jt.linen.RepVGGBlock(
+            4, mode="online", conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+        ),
+    ),
+    "DiverseBranchBlock, online": (
+        lambda r: jt.nnx.DiverseBranchBlock(
+            4, 6, (3, 3), 2, mode="online", **PLAIN_NNX, rngs=r
+        ),
+        lambda: jt.linen.DiverseBranchBlock(6, (3, 3), 2, mode="online", **PLAIN_LINEN),
+    ),
 }
 
 
@@ -213,6 +239,24 @@ def test_initializing_leaves_statistics_and_skips_collectives():
     expected, stats = alone.apply(variables, X, mutable=["batch_stats"])
     close(y, expected, 1e-5)
     close(new, flax.core.unfreeze(stats), 1e-5)
+
+
+def test_mistakes_of_blocks_name_the_block():
+    mistakes = [
+        (jt.linen.ACBlock(4, (3,)), "ACBlock: `kernel_size`"),
+        (jt.linen.ACBlock(4, (3, 3), padding="CIRCULAR"), "CIRCULAR"),
+        (jt.linen.RepVGGBlock(4, mode="offline"), "'branches' or 'online'"),
+        (jt.linen.MobileOneBlock(6, feature_group_count=4), "does not divide both"),
+        (jt.linen.MobileOneBlock(4, num_branches=0), "at least 1"),
+        (jt.linen.DilatedReparamBlock(4, (7, 5)), "no default"),
+        (
+            jt.linen.DiverseBranchBlock(4, 3, feature_group_count=2, internal_features=3),
+            "multiple of the 2 groups",
+        ),
+    ]
+    for block, words in mistakes:
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(block.init, jax.random.key(0), X)
 
 
 def test_bfloat16_parameters_keep_float32_statistics():

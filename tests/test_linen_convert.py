@@ -75,7 +75,7 @@ def test_blocks_preserve_the_function_train_and_fuse_back(name, mode):
     close(new.apply(new_variables, x), y)
     close(jax.jit(new.apply)(new_variables, x), y)
     # A step of training moves the statistics of all normalizations, and nothing else.
-    z, moved = new.apply(new_variables, x, train=True, mutable=STATS)
+    _, moved = new.apply(new_variables, x, train=True, mutable=STATS)
     assert jax.tree.structure(moved["batch_stats"]) == jax.tree.structure(
         new_variables["batch_stats"]
     )

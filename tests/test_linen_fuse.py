@@ -82,6 +82,11 @@ LAYERS = {
     ),
     "RepVGGBlock": lambda: jt.linen.RepVGGBlock(3, norm=jt.linen.ExtendedBatchNorm),
     "DiverseBranchBlock": lambda: jt.linen.DiverseBranchBlock(4, (3, 3)),
+    "MobileOneBlock": lambda: jt.linen.MobileOneBlock(4, num_branches=2),
+    "DilatedReparamBlock": lambda: jt.linen.DilatedReparamBlock(
+        4, (5, 5), feature_group_count=1, norm=jt.linen.ExtendedBatchNorm
+    ),
+    "RepVGGBlock, online": lambda: jt.linen.RepVGGBlock(3, mode="online"),
 }
 
 
@@ -90,8 +95,8 @@ class Inside(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        blocks = (jt.linen.ACBlock, jt.linen.RepVGGBlock, jt.linen.DiverseBranchBlock)
-        flags = {"use_running_average": not train} if isinstance(self.layer, blocks) else {}
+        is_block = hasattr(self.layer, "use_running_average")
+        flags = {"use_running_average": not train} if is_block else {}
         y = nn.relu(self.layer(x, **flags))
         y = nn.BatchNorm(use_running_average=not train)(nn.Conv(2, (3, 3))(y))
         return nn.Dense(3)(y.mean((1, 2)))

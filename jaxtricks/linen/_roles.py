@@ -13,6 +13,7 @@ from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._layer_axes import NONE, Axis
 from jaxtricks._typing import Roles
+from jaxtricks.linen._blocks import ConvNorm, PointwiseNorm
 from jaxtricks.linen._layers import (
     CausalHead,
     CosineHead,
@@ -307,6 +308,8 @@ def _roles_of(module: nn.Module, ranks: Mapping[str, int]) -> dict[str, Roles]:
                 "kernel": (*batch, *ins, *("out",) * outs),
                 "bias": (*batch, *NONE * outs),
             }
+        case ConvNorm() | PointwiseNorm():
+            return {"gain": NONE}
         case nn.Embed():
             return {"embedding": ("in", "out")}
         case nn.WeightNorm():
