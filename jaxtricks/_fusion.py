@@ -5,21 +5,25 @@ pairs each with the normalization that the trace shows behind it, fuses the pair
 compares every fused layer and the whole model with what they stand for.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtricks import _dtypes, _jaxpr, _layers, reparam
+from jaxtricks import _jaxpr, reparam
+from jaxtricks._dtypes import is_floating, wide_dtype
 from jaxtricks._layer_functions import Node, Padding, pad_by_mode
+from jaxtricks._layers import per_channel
 from jaxtricks._typing import Array
-from jaxtricks.reparam import _dataflow
+from jaxtricks.reparam import Conv, FusedLayer, Norm, Sequential
 from jaxtricks.reparam._apply import norm_factor
+from jaxtricks.reparam._dataflow import Flow, mark
+from jaxtricks.reparam._dataflow import read as read_flow
 from jaxtricks.reparam._fuse import FACTOR
 
 PathFilter = Callable[[str], bool]
@@ -55,7 +59,7 @@ class Refusal(NamedTuple):
     is_composite: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class NormLayer:
     """A normalization with running statistics.
 
@@ -71,14 +75,14 @@ class NormLayer:
 
     path: str
     call: Callable[[Array], Array]
-    node: reparam.Norm
+    node: Norm
     evaluates: bool
     size: int
     dtype: Any
     is_library_type: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ConvLayer:
     """A convolution, or a block that deploys as one.
 
@@ -96,7 +100,7 @@ class ConvLayer:
       norms: the normalizations inside it.
       branches: number of parallel branches.
       size: number of parameters and running statistics.
-      is_composite: whether it is more than a plain convolution, and fuses on its own.
+      is_composite: whether it is more than a plain convolution, and fuses alone.
       is_library_type: whether its class is one of Flax or of this library.
       make_plain: (fused convolution, dtype of the output or None) -> plain layer.
     """
@@ -116,10 +120,10 @@ class ConvLayer:
     size: int
     is_composite: bool
     is_library_type: bool
-    make_plain: Callable[[reparam.Conv, Any], PlainLayer]
+    make_plain: Callable[[Conv, Any], PlainLayer]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class AffineLayer:
     """A linear layer or transposed convolution, which may take up a normalization.
 
@@ -190,8 +194,9 @@ class FusibleLayer(NamedTuple):
     @property
     def is_library_type(self) -> bool:
         """Whether all classes are those of Flax or of this library."""
-        parts = [self.layer] if self.norm is None else [self.layer, self.norm]
-        return all(part.is_library_type for part in parts)
+        if self.norm is not None and not self.norm.is_library_type:
+            return False
+        return self.layer.is_library_type
 
     def __call__(self, x: Array) -> Array:
         """Return what the model computes."""
@@ -218,7 +223,7 @@ class FusibleLayer(NamedTuple):
                 "train the model, or load them with its parameters, before it is fused"
             )
 
-    def fuse(self, x: Array) -> tuple[PlainLayer, reparam.FusedLayer]:
+    def fuse(self, x: Array) -> tuple[PlainLayer, FusedLayer]:
         """Return the plain layer, and how it compares with the others on x.
 
         Args:
@@ -234,7 +239,7 @@ class FusibleLayer(NamedTuple):
             y, z = self(x), plain.call(x)
             error = largest_difference(y, z)
         size = self.layer.size + (0 if self.norm is None else self.norm.size)
-        row = reparam.FusedLayer(
+        row = FusedLayer(
             self.path,
             self.layer.branches,
             error,
@@ -258,7 +263,7 @@ class FusibleLayer(NamedTuple):
         x = x.reshape((-1, *x.shape[x.ndim - rank - 1 :]))
         node = conv.node
         if self.norm is not None:
-            node = reparam.Sequential(node, self.norm.node)
+            node = Sequential(node, self.norm.node)
         merged = reparam.fuse(node, conv.kernel_size)
         padded, padding = pad_by_mode(x, conv.padding, conv.kernel_size, conv.dilation)
         bound = reparam.error_bound(
@@ -280,8 +285,10 @@ class FusibleLayer(NamedTuple):
         """Return x, the layer with other variables, and its error bound."""
         layer: Any = self.layer
         norm: Any = self.norm
-        stored = layer.kernel.dtype
-        kernel, bias = (v.astype(stored) for v in fold_norm(layer, norm.node))
+        kernel, bias = fold_norm(layer, norm.node)
+        # Stored like the kernel of the layer, whose rounding the bound covers.
+        kernel = kernel.astype(layer.kernel.dtype)
+        bias = bias.astype(layer.kernel.dtype)
         dtype = self._coarsest(layer.dtype or x.dtype)
         bound = affine_bound(layer, norm.node, kernel, bias, x, dtype)
         plain = layer.make(kernel, bias, None)
@@ -292,37 +299,41 @@ class FusibleLayer(NamedTuple):
         dtypes = [dtype, *self.layer.dtypes]
         if self.norm is not None and self.norm.dtype is not None:
             dtypes.append(self.norm.dtype)
-        return max(dtypes, key=lambda d: float(jnp.finfo(d).eps))
+
+        def spacing(dtype: Any) -> float:
+            return float(jnp.finfo(dtype).eps)
+
+        return max(dtypes, key=spacing)
 
 
-def fold_norm(layer: AffineLayer, norm: reparam.Norm) -> tuple[Array, Array]:
+def fold_norm(layer: AffineLayer, norm: Norm) -> tuple[Array, Array]:
     """Return (kernel, bias) of the layer whose output is the normalized one.
 
     kernel' = kernel t and bias' = (bias - mean) t + b for a normalization with the
     factor t and the offset b, in float32 or wider.
     """
-    kernel = jnp.asarray(layer.kernel, _dtypes.wide_dtype(layer.kernel))
-    norm = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, _dtypes.wide_dtype(kernel, leaf)), norm
-    )
+    kernel = jnp.asarray(layer.kernel, wide_dtype(layer.kernel))
+
+    def wide(leaf: Array) -> Array:
+        return jnp.asarray(leaf, wide_dtype(kernel, leaf))
+
+    norm = jax.tree.map(wide, norm)
     factor, offset = norm_factor(norm)
-    shift = -norm.mean
-    if layer.bias is not None:
-        rank = layer.bias.ndim
-        shift = layer.bias - _layers.per_channel(norm.mean, rank)
-        factor_of_bias = _layers.per_channel(factor, rank)
-    else:
-        factor_of_bias = factor
-    shift = shift * factor_of_bias
+    # A bias may have leading axes (LinearGeneral), which the statistics do not have.
+    rank = 1 if layer.bias is None else layer.bias.ndim
+    mean = per_channel(norm.mean, rank)
+    shift = -mean if layer.bias is None else layer.bias - mean
+    shift = shift * per_channel(factor, rank)
     if offset is not None:
-        shift = shift + _layers.per_channel(offset, shift.ndim)
-    factor = _layers.per_channel(factor, kernel.ndim, layer.channel_axis)
-    return kernel * factor, jnp.broadcast_to(shift, layer.bias_shape)
+        shift = shift + per_channel(offset, shift.ndim)
+    bias = jnp.broadcast_to(shift, layer.bias_shape)
+    factor = per_channel(factor, kernel.ndim, layer.channel_axis)
+    return kernel * factor, bias
 
 
 def affine_bound(
     layer: AffineLayer,
-    norm: reparam.Norm,
+    norm: Norm,
     kernel: Array,
     bias: Array,
     x: Array,
@@ -341,29 +352,38 @@ def affine_bound(
       x: the input.
       dtype: whose unit roundoff u is.
     """
-    wide = _dtypes.wide_dtype(x)
-    x = jnp.abs(jnp.asarray(x, wide))
-    norm = jax.tree.map(lambda leaf: jnp.abs(jnp.asarray(leaf, wide)), norm)
+    wide = wide_dtype(x)
+
+    def magnitude(leaf: Array) -> Array:
+        return jnp.abs(jnp.asarray(leaf, wide))
+
+    x = magnitude(x)
+    norm = jax.tree.map(magnitude, norm)
     factor, offset = norm_factor(norm)
+    # S_branch: every subtraction becomes an addition, so that nothing cancels.
     y = _magnitude(layer, layer.kernel, layer.bias, x)
-    y = y + _layers.per_channel(norm.mean, y.ndim)
-    y = y * _layers.per_channel(factor, y.ndim)
+    y = y + per_channel(norm.mean, y.ndim)
+    y = y * per_channel(factor, y.ndim)
     if offset is not None:
-        y = y + _layers.per_channel(offset, y.ndim)
-    total = jnp.max(y) + jnp.max(_magnitude(layer, kernel, bias, x))
-    return FACTOR * float(jnp.finfo(dtype).eps) / 2 * float(total)
+        y = y + per_channel(offset, y.ndim)
+    fused = _magnitude(layer, kernel, bias, x)
+    total = float(jnp.max(y) + jnp.max(fused))
+    unit_roundoff = float(jnp.finfo(dtype).eps) / 2
+    return FACTOR * unit_roundoff * total
 
 
 def _magnitude(
     layer: AffineLayer, kernel: Array, bias: Array | None, x: Array
 ) -> Array:
     """Return the output for absolute values of the variables, computed in x's dtype."""
-    bias = None if bias is None else jnp.abs(bias).astype(x.dtype)
     kernel = jnp.abs(kernel).astype(x.dtype)
-    return layer.make(kernel, bias, x.dtype).call(x)
+    if bias is not None:
+        bias = jnp.abs(bias).astype(x.dtype)
+    absolute = layer.make(kernel, bias, x.dtype)
+    return absolute.call(x)
 
 
-def check_bound(row: reparam.FusedLayer) -> reparam.FusedLayer:
+def check_bound(row: FusedLayer) -> FusedLayer:
     """Return the comparison, or raise ValueError if it shows another function."""
     # Not "error > bound": that would let NaN pass.
     if not row.max_error <= row.bound:
@@ -378,25 +398,34 @@ def check_bound(row: reparam.FusedLayer) -> reparam.FusedLayer:
 def largest_difference(a: Any, b: Any) -> float:
     """Return max |a - b| over all leaves; NaN if one is NaN."""
     differences = [0.0]
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        dtype = _dtypes.wide_dtype(x, y)
-        if x.size:
-            difference = jnp.asarray(x, dtype) - jnp.asarray(y, dtype)
-            differences.append(float(jnp.max(jnp.abs(difference))))
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    for x, y in leaves:
+        if not x.size:
+            continue
+        dtype = wide_dtype(x, y)
+        x = jnp.asarray(x, dtype)
+        y = jnp.asarray(y, dtype)
+        largest = jnp.max(jnp.abs(x - y))
+        differences.append(float(largest))
+    # Not Python's max, which may pass over NaN.
     return float(np.max(differences))
 
 
 def random_input(shape: Sequence[int], dtype: Any) -> Array:
     """Return normal numbers."""
-    # By NumPy, since they may be made inside a trace and used outside.
+    # By NumPy, since they may be drawn inside a trace and used outside.
     return np.random.default_rng(0).normal(size=shape).astype(dtype)
 
 
 def probe_input(conv: Any) -> Array:
     """Return an input of a `ConvLayer` to compare on where the example has none."""
-    taps = zip(conv.kernel_size, conv.dilation, strict=True)
-    extents = [d * (k - 1) + 1 for k, d in taps]
-    shape = (2, *(2 * n + 3 for n in extents), conv.in_features)
+    spatial = []
+    for k, dilation in zip(conv.kernel_size, conv.dilation, strict=True):
+        extent = dilation * (k - 1) + 1
+        # Large enough for outputs that no padding reaches, and odd, so that a stride of
+        # two does not divide it.
+        spatial.append(2 * extent + 3)
+    shape = (2, *spatial, conv.in_features)
     return random_input(shape, conv.dtype or jnp.float32)
 
 
@@ -410,7 +439,7 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _is_untouched(norm: reparam.Norm) -> bool:
+def _is_untouched(norm: Norm) -> bool:
     return bool(jnp.all(norm.mean == 0) & jnp.all(norm.var == 1))
 
 
@@ -431,7 +460,7 @@ def standalone(layers: Layers) -> tuple[list[FusibleLayer], dict[str, str]]:
 
 
 def pair_with_norms(
-    layers: Layers, norms: Norms, flow: _dataflow.Flow
+    layers: Layers, norms: Norms, flow: Flow
 ) -> tuple[list[FusibleLayer], dict[str, str]]:
     """Return the layers that fuse, with their normalizations, and {other: reason}.
 
@@ -475,13 +504,20 @@ class FusedLayers(NamedTuple):
 
     layers: list[FusibleLayer]
     plain: list[PlainLayer]
-    rows: tuple[reparam.FusedLayer, ...]
+    rows: tuple[FusedLayer, ...]
     reasons: dict[str, str]
 
     def remaining(self) -> tuple[tuple[str, str], ...]:
         """Return (path, reason) of what no plain layer stands for."""
-        folded = {one.norm.path for one in self.layers if one.norm is not None}
-        return tuple((p, why) for p, why in self.reasons.items() if p not in folded)
+        folded_paths = set()
+        for one in self.layers:
+            if one.norm is not None:
+                folded_paths.add(one.norm.path)
+        remaining = []
+        for path, reason in self.reasons.items():
+            if path not in folded_paths:
+                remaining.append((path, reason))
+        return tuple(remaining)
 
 
 def fuse_layers(
@@ -598,10 +634,10 @@ class Probe:
         """Return the output of the model."""
         return self.run(_unchanged, *example)
 
-    def flow(self) -> _dataflow.Flow:
+    def flow(self) -> Flow:
         """Return what feeds what."""
-        run = functools.partial(self.run, _dataflow.mark)
-        return _dataflow.read(traced(run, self.example))
+        run = functools.partial(self.run, mark)
+        return read_flow(traced(run, self.example))
 
     def values(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Return ({path: first input}, {path: dtype of the output}) of the layers.
@@ -631,7 +667,8 @@ class Probe:
             if side == "in" or path not in sizes:
                 return y
             signs = rng.choice([-1.0, 1.0], size=y.shape)
-            return y + jnp.asarray(sizes[path] * signs, y.dtype)
+            change = sizes[path] * signs
+            return y + jnp.asarray(change, y.dtype)
 
         return self.run(disturb, *self.example)
 
@@ -641,7 +678,7 @@ def compare_models(
     fused_call: Callable[..., Any],
     fused: FusedLayers,
     sizes: tuple[int, int],
-) -> reparam.FusedLayer:
+) -> FusedLayer:
     """Compare the fused model with the model on the example.
 
     Args:
@@ -663,7 +700,7 @@ def compare_models(
     before, after = (
         _jaxpr.flops(traced(fn, probe.example).jaxpr) for fn in (probe, fused_call)
     )
-    row = reparam.FusedLayer(
+    row = FusedLayer(
         "",
         sum(row.branches for row in fused.rows),
         largest_difference(y, z),
@@ -679,9 +716,11 @@ def _last_rounding(y: Any) -> float:
     """Return what the last operation alone may round."""
     largest = 0.0
     for x in jax.tree.leaves(y):
-        if _dtypes.is_floating(x) and x.size:
-            rounding = 16 * float(jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x)))
-            largest = max(largest, rounding)
+        if not is_floating(x) or not x.size:
+            continue
+        magnitude = float(jnp.max(jnp.abs(x)))
+        eps = float(jnp.finfo(x.dtype).eps)
+        largest = max(largest, 16 * eps * magnitude)
     return largest
 
 
@@ -690,9 +729,13 @@ def with_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a layer's call with the input, the first one, changed."""
     if args:
-        return (change(args[0]), *args[1:]), dict(kwargs)
-    (name, x), *others = kwargs.items()
-    return (), {name: change(x), **dict(others)}
+        x, *others = args
+        return (change(x), *others), dict(kwargs)
+    # The input may be given by name.
+    name = next(iter(kwargs))
+    changed = dict(kwargs)
+    changed[name] = change(changed[name])
+    return (), changed
 
 
 def as_inputs(example: Any) -> tuple[Any, ...]:
@@ -702,15 +745,17 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
 
 def traced(fn: Callable[..., Any], example: Sequence[Any]) -> _jaxpr.ClosedJaxpr:
     """Return the trace of fn(*example); flags among the inputs stay as they are."""
-    array_indices = [i for i, x in enumerate(example) if _has_arrays_only(x)]
+    indices = [i for i, x in enumerate(example) if _has_arrays_only(x)]
+    example_arrays = [example[i] for i in indices]
 
     def run(*arrays: Any) -> Any:
         inputs = list(example)
-        for i, x in zip(array_indices, arrays, strict=True):
+        for i, x in zip(indices, arrays, strict=True):
             inputs[i] = x
         return fn(*inputs)
 
-    return _jaxpr.trace(run, *(example[i] for i in array_indices))[0]
+    closed, _ = _jaxpr.trace(run, *example_arrays)
+    return closed
 
 
 def _has_arrays_only(x: Any) -> bool:

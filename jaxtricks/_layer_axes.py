@@ -35,20 +35,29 @@ def placements(layer_axes: Sequence[Axis], shape: Sequence[int]) -> list[Roles]:
     matches: dict[Roles, None] = {}  # ordered, without duplicates
     stacked_count = max(rank - len(layer_axes), 0)
     for stacked in itertools.combinations(range(rank), stacked_count):
+        # What the layer would have if these were the axes of the stack.
         sizes = [n for i, n in enumerate(shape) if i not in stacked]
         if not _fits(layer_axes, sizes):
             continue
-        roles = iter(role for role, _ in layer_axes)
-        placed = tuple("batch" if i in stacked else next(roles) for i in range(rank))
-        matches[placed] = None
+        remaining = iter(layer_axes)
+        roles = []
+        for i in range(rank):
+            if i in stacked:
+                roles.append("batch")
+            else:
+                role, _ = next(remaining)
+                roles.append(role)
+        matches[tuple(roles)] = None
     return list(matches)
 
 
 def _fits(layer_axes: Sequence[Axis], sizes: Sequence[int]) -> bool:
     if len(layer_axes) != len(sizes):
         return False
-    pairs = zip(layer_axes, sizes, strict=True)
-    return all(expected in (None, size) for (_, expected), size in pairs)
+    for (_, expected), size in zip(layer_axes, sizes, strict=True):
+        if expected is not None and expected != size:
+            return False
+    return True
 
 
 def einsum_roles(equation: str | None, rank: int, bias_rank: int) -> dict[str, Roles]:
@@ -68,11 +77,15 @@ def einsum_roles(equation: str | None, rank: int, bias_rank: int) -> dict[str, R
     if set(role_of.values()) == {"batch"}:
         return {"kernel": NONE * rank, "bias": NONE * bias_rank}
     # Flax gives the bias the axes that kernel and output share, in the output's order.
-    shared = [role_of[letter] for letter in outputs if letter in role_of]
-    bias = tuple("batch" if role == "batch" else "none" for role in shared)
+    bias = []
+    for letter in outputs:
+        if letter in role_of:
+            bias.append("batch" if role_of[letter] == "batch" else "none")
+    if len(bias) != bias_rank:
+        bias = NONE * bias_rank
     return {
         "kernel": tuple(role_of[letter] for letter in kernel),
-        "bias": bias if len(bias) == bias_rank else NONE * bias_rank,
+        "bias": tuple(bias),
     }
 
 
@@ -100,7 +113,10 @@ def named_parameter(module: Any, name: str) -> Any:
     member = getattr(module, attribute, None)
     if not key or not member:
         return member
-    return {str(k): v for k, v in member.items()}.get(key)
+    for other_key, variable in member.items():
+        if str(other_key) == key:
+            return variable
+    return None
 
 
 def _axes(role: str, *sizes: int | None) -> tuple[Axis, ...]:
@@ -120,24 +136,32 @@ def _conv(module: Any) -> LayerAxes:
     per_channel = _axes("none", module.out_features)
     ins = module.in_features // module.feature_group_count
     spatial = _axes("in", *module.kernel_size)
-    kernel = (*spatial, *_matrix(ins, module.out_features))
-    return {"kernel": kernel, "bias": per_channel, "gain": per_channel}
+    matrix = _matrix(ins, module.out_features)
+    return {
+        "kernel": spatial + matrix,
+        "bias": per_channel,
+        "gain": per_channel,  # of WSConv
+    }
 
 
 def _conv_transpose(module: Any) -> LayerAxes:
+    spatial = _axes("in", *module.kernel_size)
     matrix = _matrix(module.in_features, module.out_features)
     if module.transpose_kernel:
         matrix = matrix[::-1]
-    kernel = (*_axes("in", *module.kernel_size), *matrix)
-    return {"kernel": kernel, "bias": _axes("none", module.out_features)}
+    bias = _axes("none", module.out_features)
+    return {"kernel": spatial + matrix, "bias": bias}
 
 
 def _linear_general(module: Any) -> LayerAxes:
     batch = _axes("batch", *module.batch_axis.values())
     ins = _axes("in", *module.in_features)
     outs = _axes("out", *module.out_features)
-    bias = batch + _axes("none", *module.out_features)
-    return {"kernel": batch + ins + outs, "bias": bias}
+    bias = _axes("none", *module.out_features)
+    return {
+        "kernel": batch + ins + outs,
+        "bias": batch + bias,
+    }
 
 
 def _einsum(module: Any) -> LayerAxes:
@@ -189,8 +213,10 @@ def _head(module: Any) -> LayerAxes:
 def _weight_norm(module: Any) -> LayerAxes:
     axes = module.feature_axes
     rank = 1 if _integers.is_integer(axes) else len(axes or ())
-    scales = getattr(module, "scales", None) or {}
-    return {f"scales/{path}": (("none", None),) * rank for path in scales}
+    scale_axes = (("none", None),) * rank
+    # They are in a dictionary, by the path of what they scale.
+    paths = getattr(module, "scales", None) or {}
+    return {f"scales/{path}": scale_axes for path in paths}
 
 
 def _prelu(module: Any) -> LayerAxes:

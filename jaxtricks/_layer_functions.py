@@ -4,9 +4,9 @@
 (standardized kernels, extended statistics, the branch algebra) and no framework.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from jaxtricks import _dtypes, _integers, _layers, ebn, reparam, weightstd
+from jaxtricks import _integers, _layers, ebn, reparam, weightstd
+from jaxtricks._dtypes import common_dtype, wide_dtype
+from jaxtricks._layers import BlockGeometry, affine, check_groups, per_channel
 from jaxtricks._typing import Array
 from jaxtricks.longtail import heads
-from jaxtricks.reparam import _nodes
+from jaxtricks.reparam import Conv, Identity, Norm, Sequential, Sum, _nodes
 from jaxtricks.reparam._apply import norm_factor
+from jaxtricks.reparam._nodes import convolve, per_axis, place, resolve, zero_pad
 
 Padding = _nodes.Padding
 Pads = _nodes.Pads
@@ -33,7 +36,7 @@ def standardize_wide(
     kernel: Array, gain: Array | None, *, preset: str, eps: float | None
 ) -> Array:
     """Return `weightstd.standardize` of the kernel, in float32 or wider."""
-    wide = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
+    wide = jnp.asarray(kernel, wide_dtype(kernel))
     return weightstd.standardize(wide, gain, preset=preset, eps=eps)
 
 
@@ -74,15 +77,15 @@ def convolution(
         )
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     size = kernel.shape[:-2]
-    strides = _nodes.per_axis("strides", strides, rank)
-    dilation = _nodes.per_axis("dilation", dilation, rank)
+    strides = per_axis("strides", strides, rank)
+    dilation = per_axis("dilation", dilation, rank)
     x, padding = pad_by_mode(x, padding, size, dilation)
     spatial = x.shape[x.ndim - rank - 1 : -1]
-    y = _nodes.convolve(
+    y = convolve(
         x,
         kernel,
         strides=strides,
-        pads=_nodes.resolve(padding, spatial, size, strides, dilation),
+        pads=resolve(padding, spatial, size, strides, dilation),
         dilation=dilation,
         groups=groups,
         precision=precision,
@@ -90,7 +93,7 @@ def convolution(
     )
     if bias is None:
         return y
-    return y + _layers.per_channel(jnp.asarray(bias, y.dtype), y.ndim)
+    return y + per_channel(jnp.asarray(bias, y.dtype), y.ndim)
 
 
 def pad_by_mode(
@@ -99,10 +102,14 @@ def pad_by_mode(
     """Return x padded by "CIRCULAR" or "REFLECT", and the zero padding that remains."""
     if not isinstance(padding, str) or padding.upper() not in _PAD_MODES:
         return x, padding
-    totals = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
-    pads = [(t // 2, t - t // 2) for t in totals]
+    pads = []
+    for k, d in zip(size, dilation, strict=True):
+        total = d * (k - 1)
+        low = total // 2
+        pads.append((low, total - low))
     lead = [(0, 0)] * (x.ndim - len(pads) - 1)
-    padded = jnp.pad(x, [*lead, *pads, (0, 0)], mode=_PAD_MODES[padding.upper()])
+    mode = _PAD_MODES[padding.upper()]
+    padded = jnp.pad(x, [*lead, *pads, (0, 0)], mode=mode)
     return padded, "VALID"
 
 
@@ -141,7 +148,8 @@ def matching_filters(
     axes = tuple(range(kernel.ndim - 1))
     mean = jnp.abs(jnp.mean(kernel, axes))
     largest = jnp.max(jnp.abs(kernel), axes)
-    if bool(jnp.any(mean > 1e-6 * largest)):
+    has_mean = mean > 1e-6 * largest
+    if bool(jnp.any(has_mean)):
         raise ValueError(
             "standardizing would remove the means of its filters, which its function "
             "depends on: use init='fresh'"
@@ -149,7 +157,9 @@ def matching_filters(
     # Least squares: the factor by which each standardized filter is the filter.
     standardized = weightstd.standardize(kernel, preset=preset, eps=eps)
     squares = jnp.sum(standardized * standardized, axes)
-    gain = jnp.sum(kernel * standardized, axes) / jnp.where(squares > 0, squares, 1)
+    products = jnp.sum(kernel * standardized, axes)
+    # A filter of zeros has the gain 0.
+    gain = products / jnp.where(squares > 0, squares, 1)
     return kernel, gain
 
 
@@ -193,9 +203,12 @@ def batch_statistics(
     batch = ebn.moments(x, mask=mask, axis_name=axis_name, variance=variance)
 
     def updated(old: Array, new: Array) -> Array:
-        new = jax.lax.stop_gradient(new).astype(old.dtype)
+        # The statistics are no path for gradients into earlier steps.
+        new = jax.lax.stop_gradient(new)
+        new = new.astype(old.dtype)
         moved = momentum * old + (1 - momentum) * new
-        return jnp.where(batch.count > 0, moved, old)
+        is_counted = batch.count > 0
+        return jnp.where(is_counted, moved, old)
 
     new_running = RunningStatistics(
         updated(running.mean, batch.mean), updated(running.var, batch.var)
@@ -213,8 +226,8 @@ def normalize_to(
     dtype: Any,
 ) -> Array:
     """Return `ebn.normalize` in `dtype` (None: that of x, scale and bias together)."""
-    out_dtype = _dtypes.common_dtype(x, scale, bias, given=dtype)
-    wide = jnp.asarray(x, _dtypes.wide_dtype(x))
+    out_dtype = common_dtype(x, scale, bias, given=dtype)
+    wide = jnp.asarray(x, wide_dtype(x))
     mean, var = statistics
     y = ebn.normalize(wide, mean, var, scale, bias, epsilon=epsilon)
     return y.astype(out_dtype)
@@ -228,17 +241,24 @@ def pooled_variance(
     The variance is the mean of the variances; the scales make up for the difference.
     """
     var = jnp.mean(variances)
-    ratio = jnp.sqrt((var + new_epsilon) / (variances + old_epsilon))
-    return var, ratio if scale is None else scale * ratio
+    old_square = variances + old_epsilon
+    new_square = var + new_epsilon
+    ratio = jnp.sqrt(new_square / old_square)
+    if scale is not None:
+        ratio = scale * ratio
+    return var, ratio
 
 
 def calibrated(
     x: Array, logits: Array, parameter: Callable[[str], Array], dtype: Any
 ) -> Float[Array, "*batch C"]:
     """Return `heads.disalign` of the logits, with the parameters `parameter(name)`."""
-    kernel, bias = parameter("confidence_kernel"), parameter("confidence_bias")
-    confidence = _layers.affine(x, kernel, bias, dtype)[..., 0]
-    scale, offset = parameter("logit_scale"), parameter("logit_bias")
+    kernel = parameter("confidence_kernel")
+    bias = parameter("confidence_bias")
+    confidence = affine(x, kernel, bias, dtype)
+    confidence = confidence[..., 0]
+    scale = parameter("logit_scale")
+    offset = parameter("logit_bias")
     return heads.disalign(logits, confidence, scale, offset)
 
 
@@ -256,14 +276,14 @@ def block_geometry(
     kernel_dilation: int | Sequence[int] | None,
     groups: int,
     least_axes: int,
-) -> _layers.BlockGeometry:
+) -> BlockGeometry:
     """Return the checked geometry of a block; `name` is that of the block, for errors.
 
     Raises:
       ValueError: groups that do not divide the features, a kernel size without
         `least_axes` to three axes, or padding that is not zeros.
     """
-    _layers.check_groups(name, in_features, out_features, groups)
+    check_groups(name, in_features, out_features, groups)
     size = _integers.listed(kernel_size)
     if not least_axes <= len(size) <= 3:
         raise ValueError(
@@ -271,53 +291,52 @@ def block_geometry(
             "such as (height, width)"
         )
     rank = len(size)
-    size = _nodes.per_axis("kernel_size", size, rank)
-    steps = _nodes.per_axis("strides", strides or 1, rank)
-    dilation = _nodes.per_axis("kernel_dilation", kernel_dilation or 1, rank)
+    size = per_axis("kernel_size", size, rank)
+    steps = per_axis("strides", strides or 1, rank)
+    dilation = per_axis("kernel_dilation", kernel_dilation or 1, rank)
     # Padding from which no branch can derive its padding fails here, not in a step.
-    _nodes.resolve(padding, size, size, steps, dilation)
-    return _layers.BlockGeometry(
-        in_features, out_features, size, steps, dilation, groups
-    )
+    resolve(padding, size, size, steps, dilation)
+    return BlockGeometry(in_features, out_features, size, steps, dilation, groups)
 
 
 def branch_pads(
-    x: Array, padding: Padding, block: _layers.BlockGeometry, extent: Sequence[int]
+    x: Array, padding: Padding, block: BlockGeometry, extent: Sequence[int]
 ) -> Pads:
     """Return the padding of a branch whose kernel is centred on that of the block."""
     size, dilation = block.kernel_size, block.dilation
-    spatial = x.shape[x.ndim - len(size) - 1 : -1]
-    pads = _nodes.resolve(padding, spatial, size, block.strides, dilation)
-    return _nodes.place(pads, size, extent, dilation)
+    first_axis = x.ndim - len(size) - 1
+    spatial = x.shape[first_axis:-1]
+    pads = resolve(padding, spatial, size, block.strides, dilation)
+    return place(pads, size, extent, dilation)
 
 
-def zero_pad(x: Array, pads: Pads) -> Array:
-    """Return x [..., *spatial, C] with zeros around it; negative pads crop."""
-    return _nodes.zero_pad(x, pads)
-
-
-def pad_with_zero_response(y: Array, pads: Pads, norm: reparam.Norm) -> Array:
+def pad_with_zero_response(y: Array, pads: Pads, norm: Norm) -> Array:
     """Return y padded with what `norm` makes of zeros; negative pads crop.
 
     Fusing moves a normalization behind the padding, where it maps the padded zeros to
     this value: with it, branch and fused convolution agree at the border too.
     """
-    norm = jax.tree.map(lambda v: v.astype(_dtypes.wide_dtype(v)), norm)
+    norm = jax.tree.map(lambda v: v.astype(wide_dtype(v)), norm)
     factor, bias = norm_factor(norm)
     response = -norm.mean * factor
-    response = response if bias is None else response + bias
-    response = jax.lax.stop_gradient(response).astype(y.dtype)
+    if bias is not None:
+        response = response + bias
+    # Running statistics are constants of the step.
+    response = jax.lax.stop_gradient(response)
+    response = per_channel(response.astype(y.dtype), y.ndim)
+    # By a mask and not by jnp.pad, since negative pads crop on the same side.
     first_axis = y.ndim - len(pads) - 1
-    ones = jnp.ones((1,) * first_axis + y.shape[first_axis:-1] + (1,))
-    is_inside = _nodes.zero_pad(ones, pads) > 0
-    response = _layers.per_channel(response, y.ndim)
-    return jnp.where(is_inside, _nodes.zero_pad(y, pads), response)
+    spatial = y.shape[first_axis:-1]
+    ones = jnp.ones((1,) * first_axis + spatial + (1,))
+    is_inside = zero_pad(ones, pads) > 0
+    padded = zero_pad(y, pads)
+    return jnp.where(is_inside, padded, response)
 
 
 def one_convolution(
     x: Array,
     branches: Sequence["BranchNodes"],
-    block: _layers.BlockGeometry,
+    block: BlockGeometry,
     *,
     padding: Padding,
     dtype: Any,
@@ -347,7 +366,7 @@ def one_convolution(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class BranchNodes:
     """One branch of a block in the algebra of `reparam`.
 
@@ -361,7 +380,7 @@ class BranchNodes:
 
     linear: Any
     affine: Any
-    first: reparam.Conv | None = None
+    first: Conv | None = None
     first_affine: Any = None
     residual: bool = False
 
@@ -370,7 +389,7 @@ class BranchNodes:
         if self.first is None or not self.residual:
             return self.first
         features = self.first.kernel.shape[-1]
-        return reparam.Sum(self.first, reparam.Identity(features))
+        return Sum(self.first, Identity(features))
 
     def before_affine(self) -> list[Node]:
         """Return the nodes that come before the normalization of the branch."""
@@ -384,20 +403,18 @@ class BranchNodes:
     def node(self) -> Node:
         """Return the branch as one node."""
         nodes = [*self.before_affine(), self.affine]
-        return reparam.Sequential(*nodes) if len(nodes) > 1 else nodes[0]
+        return Sequential(*nodes) if len(nodes) > 1 else nodes[0]
 
 
-def branch_sum(branches: Sequence[BranchNodes]) -> reparam.Sum:
+def branch_sum(branches: Sequence[BranchNodes]) -> Sum:
     """Return the sum of the branches."""
-    return reparam.Sum(*(branch.node() for branch in branches))
+    return Sum(*(branch.node() for branch in branches))
 
 
-def block_node(
-    branches: Sequence[BranchNodes], norm: reparam.Norm | None
-) -> reparam.Sum | reparam.Sequential:
+def block_node(branches: Sequence[BranchNodes], norm: Norm | None) -> Sum | Sequential:
     """Return a block as a node: the sum, and an online block's normalization behind it."""
     total = branch_sum(branches)
-    return total if norm is None else reparam.Sequential(total, norm)
+    return total if norm is None else Sequential(total, norm)
 
 
 # Blocks that start as a convolution.
@@ -405,11 +422,11 @@ def block_node(
 
 def start_from_convolution(
     branches: Sequence[BranchNodes],
-    norm: reparam.Norm | None,
+    norm: Norm | None,
     kernel: Array,
     bias: Array | None,
-    block: _layers.BlockGeometry,
-) -> tuple[list[BranchNodes], reparam.Norm | None]:
+    block: BlockGeometry,
+) -> tuple[list[BranchNodes], Norm | None]:
     """Return variables with which a block computes conv(x, kernel) + bias.
 
     The running statistics become those of white input of unit variance. Of B branches
@@ -427,34 +444,35 @@ def start_from_convolution(
       ValueError: another shape, or normalizations without scale or bias.
     """
     first, *others = branches
-    wide = _dtypes.wide_dtype(kernel)
-    target = reparam.Conv(jnp.asarray(kernel, wide), None, block.groups)
+    wide = wide_dtype(kernel)
+    target = Conv(jnp.asarray(kernel, wide), None, block.groups)
     std = jnp.sqrt(_power(target.kernel))
+    offset = jnp.zeros_like(std) if bias is None else jnp.asarray(bias, wide)
     if norm is not None:
+        # The gains stay; the one normalization divides by the std, and multiplies by it.
         norm = _with_statistics(norm, std**2, None)
-        norm = dataclasses.replace(
-            norm, bias=_like(norm.bias, 0.0 if bias is None else bias)
-        )
+        norm = replace(norm, bias=_like(norm.bias, offset))
         split = reparam.unfuse(target, branch_sum(branches))
-        kernel = split.nodes[0].nodes[0].kernel
-        return [_with_kernel(first, kernel), *others], norm
+        rest, _ = split.nodes[0].nodes
+        return [_with_kernel(first, rest.kernel), *others], norm
 
     share = std / (1 + len(others))
     others = [_started(branch, block, share) for branch in others]
     # A factor of 1 behind the first kernel: it then is what the others leave over,
     # and its variance is known afterwards.
     unit = _with_statistics(first.affine, jnp.ones_like(std), None)
-    first = dataclasses.replace(first, affine=unit)
-    offset = jnp.zeros_like(std) if bias is None else jnp.asarray(bias, wide)
-    whole = reparam.Conv(target.kernel, offset, target.groups)
-    rest, rest_norm = reparam.unfuse(whole, branch_sum([first, *others])).nodes[0].nodes
+    first = replace(first, affine=unit)
+    whole = Conv(target.kernel, offset, target.groups)
+    split = reparam.unfuse(whole, branch_sum([first, *others]))
+    rest, rest_norm = split.nodes[0].nodes
+    first = _with_kernel(first, rest.kernel)
     affine = _with_statistics(first.affine, _power(rest.kernel), None)
-    affine = dataclasses.replace(affine, bias=_like(affine.bias, rest_norm.bias))
-    first = dataclasses.replace(_with_kernel(first, rest.kernel), affine=affine)
+    affine = replace(affine, bias=_like(affine.bias, rest_norm.bias))
+    first = replace(first, affine=affine)
     return [first, *others], None
 
 
-def check_startable(name: str, norm_types: Sequence[tuple[str, reparam.Norm]]) -> None:
+def check_startable(name: str, norm_types: Sequence[tuple[str, Norm]]) -> None:
     """Raise ValueError if one of the normalizations (type, node) has no scale or bias."""
     for type_name, norm in norm_types:
         if norm.scale is None or norm.bias is None:
@@ -469,22 +487,20 @@ STANDARDIZED_START = (
 )
 
 
-def _started(
-    branch: BranchNodes, block: _layers.BlockGeometry, std: Array
-) -> BranchNodes:
+def _started(branch: BranchNodes, block: BlockGeometry, std: Array) -> BranchNodes:
     """Return the branch with statistics for white input and this output std."""
     if branch.first is not None:
         var = _white_variance([branch.pointwise()], block)
         affine = _with_statistics(branch.first_affine, var, 1.0)
-        branch = dataclasses.replace(branch, first_affine=affine)
+        branch = replace(branch, first_affine=affine)
     var = _white_variance(branch.before_affine(), block)
     affine = _with_statistics(branch.affine, var, std)
-    return dataclasses.replace(branch, affine=affine)
+    return replace(branch, affine=affine)
 
 
-def _white_variance(nodes: Sequence[Node], block: _layers.BlockGeometry) -> Array:
+def _white_variance(nodes: Sequence[Node], block: BlockGeometry) -> Array:
     """Return the variance of each output channel for white input of unit variance."""
-    chain = reparam.Sequential(reparam.Identity(block.in_features), *nodes)
+    chain = Sequential(Identity(block.in_features), *nodes)
     return _power(reparam.fuse(chain, block.kernel_size).kernel)
 
 
@@ -492,9 +508,7 @@ def _power(kernel: Array) -> Array:
     return jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)))
 
 
-def _with_statistics(
-    norm: reparam.Norm, var: Array, scale: Array | float | None
-) -> reparam.Norm:
+def _with_statistics(norm: Norm, var: Array, scale: Array | float | None) -> Norm:
     """Return the normalization with mean 0, bias 0, this variance and this scale.
 
     A scalar variance becomes the mean of `var`; a scale of None makes the factor 1.
@@ -502,7 +516,7 @@ def _with_statistics(
     var = _like(norm.var, var if norm.var.ndim else jnp.mean(var))
     if scale is None:
         scale = jnp.sqrt(var + norm.epsilon)
-    return dataclasses.replace(
+    return replace(
         norm,
         mean=_like(norm.mean, 0.0),
         var=var,
@@ -513,8 +527,8 @@ def _with_statistics(
 
 def _with_kernel(branch: BranchNodes, kernel: Array) -> BranchNodes:
     conv: Any = branch.linear
-    conv = dataclasses.replace(conv, kernel=_like(conv.kernel, kernel))
-    return dataclasses.replace(branch, linear=conv)
+    conv = replace(conv, kernel=_like(conv.kernel, kernel))
+    return replace(branch, linear=conv)
 
 
 def _like(old: Any, value: Any) -> Array:
@@ -569,13 +583,16 @@ def check_hooks(layer: Any, cls: type, ignored: tuple[str, ...] = ()) -> None:
       ValueError: the text continues the name of the layer, as in `check_layer`.
     """
     dilation = getattr(layer, "input_dilation", None) or 1
-    if any(d != 1 for d in _integers.listed(dilation)):
+    if set(_integers.listed(dilation)) != {1}:
         raise ValueError(f"has `input_dilation` {dilation}, which has no counterpart")
     for hook, neutral in _HOOKS.items():
         value = getattr(layer, hook, None)
-        if value is None or hook in ignored or isinstance(value, weightstd.Hook):
+        if value is None or hook in ignored:
             continue
-        if not any(value is v for v in (*neutral, _default(cls, hook))):
+        if isinstance(value, weightstd.Hook):
+            continue  # its kernel is known
+        harmless = (*neutral, _default(cls, hook))
+        if not any(value is v for v in harmless):
             raise ValueError(f"has a custom `{hook}`, so what it computes is not known")
 
 

@@ -357,18 +357,27 @@ def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array
       momentum: weight of the old mean.
       axis_name: mapped axes over which the mean of x is shared, or None.
     """
-    wide = jax.lax.stop_gradient(x).astype(_dtypes.wide_dtype(x))
-    batch_mean = jnp.mean(wide.reshape(-1, x.shape[-1]), axis=0)
+    # The mean is no path for gradients.
+    x = jax.lax.stop_gradient(x)
+    x = x.astype(_dtypes.wide_dtype(x))
+    x = x.reshape(-1, x.shape[-1])
+    batch_mean = jnp.mean(x, axis=0)
     if axis_name is not None:
         batch_mean = jax.lax.pmean(batch_mean, axis_name)
-    return momentum * mean + (1 - momentum) * batch_mean.astype(mean.dtype)
+    batch_mean = batch_mean.astype(mean.dtype)
+    return momentum * mean + (1 - momentum) * batch_mean
 
 
 def affine(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
     """Return x @ kernel + bias, multiplied in `dtype` and summed in float32 or wider."""
-    wide = _dtypes.wide_dtype(jax.ShapeDtypeStruct((), dtype))
-    y = jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=wide)
-    return y if bias is None else y + per_channel(bias.astype(wide), y.ndim)
+    wide = statistics_dtype(dtype)
+    x = x.astype(dtype)
+    kernel = kernel.astype(dtype)
+    y = jnp.matmul(x, kernel, preferred_element_type=wide)
+    if bias is None:
+        return y
+    # With singleton axes, since adding arrays of other ranks may be an error.
+    return y + per_channel(bias.astype(wide), y.ndim)
 
 
 def per_channel(values: Array, rank: int, axis: int = -1) -> Array:
@@ -381,12 +390,18 @@ def per_channel(values: Array, rank: int, axis: int = -1) -> Array:
 def average_pool(x: Array, size: Size, strides: Size, dilation: Size) -> Array:
     """Return the mean over windows of x [..., *spatial, C], without padding."""
     lead = (1,) * (x.ndim - len(size) - 1)
-    window, steps, gaps = ((*lead, *v, 1) for v in (size, strides, dilation))
     zero = x.dtype.type(0)  # a constant, or the sum has no gradient under jit
     total = jax.lax.reduce_window(
-        x, zero, jax.lax.add, window, steps, "VALID", None, gaps
+        x,
+        zero,
+        jax.lax.add,
+        window_dimensions=(*lead, *size, 1),
+        window_strides=(*lead, *strides, 1),
+        padding="VALID",
+        window_dilation=(*lead, *dilation, 1),
     )
-    return total / jnp.asarray(math.prod(size), x.dtype)
+    count = jnp.asarray(math.prod(size), x.dtype)
+    return total / count
 
 
 # Equations of einsum layers.

@@ -24,6 +24,7 @@ from jaxtricks.linen._layers import (
     is_standardized,
 )
 from jaxtricks.linen._variables import at_path, bound_variables
+from jaxtricks.reparam._nodes import zero_pad
 
 # Branches.
 
@@ -65,12 +66,14 @@ class PointwiseNorm(_Part):
     @nn.compact
     def __call__(self, x: Array, pads: Pads, flags: dict[str, bool]) -> Array:
         """Return the normalized conv(x), padded; in online mode only padded."""
+        # Online this runs while initializing alone, for the sake of the parameters.
         y = self.conv_layer(name="conv")(x)
         if self.is_online:
             self._gain(self.spec.features, 1.0)
-            return _layer_functions.zero_pad(y, pads)
+            return zero_pad(y, pads)
         if self.spec.residual:
             y = y + x.astype(y.dtype)
+        # The border is of the statistics after this step, as in nnx.
         norm = self.norm(name="norm")
         y = norm(y, **flags)
         frozen = frozen_norm(norm, bound_variables(norm))
@@ -98,6 +101,7 @@ class ConvNorm(_Part):
     @nn.compact
     def __call__(self, x: Array, pads: Pads, flags: dict[str, bool]) -> Any:
         """Return norm(conv(x)), with x padded by `pads`; in online mode the nodes."""
+        # Only the kernels are needed: the block convolves once, with their sum.
         if self.is_online:
             if self.is_initializing():
                 self._initialize(x, pads)
@@ -118,7 +122,7 @@ class ConvNorm(_Part):
 
     def _padded(self, x: Array, pads: Pads, flags: dict[str, bool]) -> Array:
         if self.spec.first is None:
-            return _layer_functions.zero_pad(x, pads)
+            return zero_pad(x, pads)
         return self.pointwise(name="first")(x, pads, flags)
 
     def _initialize(self, x: Array, pads: Pads) -> None:
@@ -232,6 +236,7 @@ class ReparamBlock(nn.Module):
           use_running_average: overrides the setting of the block for this call.
         """
         block = self.geometry(x.shape[-1])
+        # With None each normalization keeps to its attribute.
         setting = use_running_average
         setting = self.use_running_average if setting is None else setting
         flags = {} if setting is None else {"use_running_average": setting}
@@ -249,6 +254,7 @@ class ReparamBlock(nn.Module):
         self, x: Array, branches: Sequence[BranchNodes], block: BlockGeometry
     ) -> Array:
         first = self.table(block)[0]
+        # The bound layers were never called: an unbound one has the settings.
         conv = self.branch(first, block, parent=None).conv_layer(parent=None)
         kernel = bound_variables(self)["params"][first.name]["conv"]["kernel"]
         return _layer_functions.one_convolution(
@@ -306,6 +312,7 @@ class ReparamBlock(nn.Module):
             self.branch(table[0], block, parent=None).conv_layer(parent=None)
         ):
             raise ValueError(f"{name}: {_layer_functions.STANDARDIZED_START}")
+        # An unbound module: layers are built for their settings alone.
         branches = self.branch_nodes(variables, block)
         norm = self.norm_node(variables)
         norms = [branch.affine for branch in branches] if norm is None else [norm]
@@ -315,6 +322,7 @@ class ReparamBlock(nn.Module):
         branches, norm = _layer_functions.start_from_convolution(
             branches, norm, kernel, bias, block
         )
+        # The caller's dictionaries stay as they are.
         params = _copied_tree(variables["params"])
         statistics = _copied_tree(variables["batch_stats"])
         params[table[0].name]["conv"]["kernel"] = branches[0].linear.kernel

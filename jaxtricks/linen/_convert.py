@@ -95,12 +95,14 @@ def convert(
             f"linen.convert: `init` is {init!r}; use 'preserve' or 'fresh'"
         )
     evaluated = EvaluatedModule(module, variables, example, example_kwargs)
+    # Of every class, since a rule may name a module that holds layers.
     called, inputs, _ = called_layers(evaluated, (nn.Module,))
     norm_settings = _norm_settings(evaluated, called, inputs)
     layers: dict[str, nn.Module] = {}
     new_variables = copied(variables)
     for i, (path, layer, target) in enumerate(_matching_layers(called, rules)):
         look_up = functools.partial(norm_settings.of, path)
+        # A layer that is called several times has one path, and one successor.
         layer_variables = at_path(variables, path)
         try:
             arguments = _arguments(layer, layer_variables)
@@ -108,6 +110,7 @@ def convert(
                 # The scales take up what the variances of the channels differ by.
                 arguments["use_scale"] = True
             new = target(**_accepted_arguments(layer, target, arguments, look_up))
+            # Each layer has a key of its number, whatever the other rules are.
             initial = _initialized(new, inputs[path], jax.random.fold_in(key, i))
             if init == "preserve":
                 initial = _with_function_of(
@@ -118,6 +121,7 @@ def convert(
             raise ValueError(f"linen.convert: {path!r} ({name}): {error}") from error
         layers[path] = new
         replace_at(new_variables, path, initial)
+    # Of the module as it was passed in: the flags of evaluation were for the trace.
     new_module = substituted(module, layers, is_fused=False)
     return new_module, without_empty(new_variables)
 
@@ -132,6 +136,7 @@ def _norm_settings(
         for path, layer in called.items()
         if isinstance(layer, ReparamBlock)
     ]
+    # The normalizations inside blocks have nothing to do with those behind.
     norms = {
         path: layer
         for path, layer in called.items()
@@ -225,6 +230,7 @@ def _accepted_arguments(
     base, bound = _layers.unwrap_partial(target)
     parameters = _layers.parameters_of(base)
     is_conv = "kernel_size" in arguments
+    # A linear layer has no window that a convolution could take over.
     if "kernel_size" in parameters and not is_conv:
         raise ValueError("only nn.Conv and WSConv turn into convolutions and blocks")
     accepted = {
@@ -254,6 +260,7 @@ def _accepted_arguments(
 
 def _initialized(layer: Any, shape: tuple[int, ...], key: Key) -> dict[str, Any]:
     """Return the initial variables of a layer, for an input of this shape."""
+    # In evaluation mode, where statistics do not move.
     has_mode = "use_running_average" in layer.__dataclass_fields__
     flags = {"use_running_average": True} if has_mode else {}
     # One example suffices, whatever the size of the batch.
@@ -277,6 +284,7 @@ def _with_function_of(
       initial: its initial variables.
       features: channels of the input.
     """
+    # The types that nnx.convert preserves, in the same order.
     if isinstance(new, ReparamBlock):
         block = new.geometry(features)
         kernel, bias = effective_kernel(old, old_variables)

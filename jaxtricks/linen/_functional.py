@@ -67,6 +67,7 @@ def functional(
       >>> sorted(params), sorted(state["batch_stats"])
       (['bias', 'scale'], ['mean', 'var'])
     """
+    # The modules for both modes are built once, not in every step.
     call = _Call(module, train_kwargs)
     initial_state = {
         name: _plain(tree) for name, tree in variables.items() if name != "params"
@@ -128,6 +129,7 @@ class _Call:
                     variables, *inputs, rngs=rngs, mutable=mutable, **kwargs
                 )
 
+        # A module may decide by what is mutable, so evaluation starts with nothing.
         if train:
             out = run([name for name in variables if name != "params"])
         else:
@@ -171,6 +173,7 @@ def in_mode(module: nn.Module, train: bool) -> nn.Module:
         if inner is original(module):
             return module
         return substituted(inner, module.layers, is_fused=module.is_fused)
+    # A flag that the call has too is the call's to set.
     fields = {name: getattr(module, name) for name in module.__dataclass_fields__}
     parameters = _layers.open_parameters(type(module), (), {})
     flags = _layers.attribute_flags(fields, train)

@@ -180,10 +180,12 @@ def fuse(
     watched = WatchedModule(evaluated)
     probe = Probe(watched, evaluated.example)
     flow, (inputs, dtypes) = probe.flow(), probe.values()
+    # After the run, which shows what kernels are called with.
     layers, norms = _describe(evaluated, watched.altered)
     fusible, reasons = pair_with_norms(layers, norms, flow)
     fused = fuse_layers("linen.fuse", fusible, reasons, path_filter, inputs)
 
+    # The variables of what is gone would confuse a checkpoint of the plain network.
     plain_layers: dict[str, nn.Module] = {}
     plain_variables = copied(variables)
     for one, plain in zip(fused.layers, fused.plain, strict=True):
@@ -257,6 +259,7 @@ def called_layers(
         layer, path = context.module, layer_path(context.module)
         layers.setdefault(path, layer)
         inputs = [*args, *kwargs.values()]
+        # The input may be given by name, and may not be an array.
         if inputs and getattr(inputs[0], "ndim", 0):
             shapes.setdefault(path, inputs[0].shape)
         if isinstance(layer, NORMS) and layer_trains(layer, args, kwargs):
@@ -279,6 +282,7 @@ def _describe(
         if any(path.startswith(prefix) and path not in blocks for prefix in prefixes):
             continue
         variables = at_path(evaluated.variables, path)
+        # The bound one belongs to a trace that is over.
         module = bound.clone(parent=None, name=None)
         if isinstance(module, NORMS):
             norms[path] = _norm_or_refusal(path, module, variables, training)
@@ -338,6 +342,7 @@ def _block_layer(
     training: set[str],
 ) -> ConvLayer:
     _check_class(path, module, ReparamBlock, ("table", "least_axes"))
+    # The kernels alone do not say whether there is an identity branch.
     block = module.geometry(in_features)
     table = module.table(block)
     prefix = _layers.path_prefix(path)
@@ -466,6 +471,7 @@ def _affine_layer(path: str, module: Any, variables: Variables) -> AffineLayer:
     bias_shape = _bias_shape(module, kernel.shape)
 
     def make(kernel: Array, bias: Array | None, dtype: Any) -> PlainLayer:
+        # With a dtype it is computed for the error bound, else it is the result.
         how: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if dtype is not None and getattr(module, "preferred_element_type", None):
             how["preferred_element_type"] = dtype

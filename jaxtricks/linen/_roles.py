@@ -80,6 +80,7 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.E
         placed = _layer_axes.placements(axes[path], leaf.shape) if path in axes else []
         if placed:
             candidates[path] = placed
+    # Boxes tell for sure, but not every module can be initialized with them.
     ambiguous = [path for path, placed in candidates.items() if len(placed) > 1]
     tagged = tagged_roles(init, layer_roles) if ambiguous else {}
     table = {path: placed[0] for path, placed in candidates.items()}
@@ -332,6 +333,7 @@ def _bridged_roles(module: Any) -> dict[str, Roles]:
         rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
         return module.nnx_class(*module.args, **module.kwargs, **rngs)
 
+    # Abstractly, since linen has initialized it with other keys already.
     nodes = list(nnx.iter_graph(nnx.eval_shape(make)))
     # Flax yields a shared variable once, or (0.11.2) under every path: the first counts.
     paths: dict[int, str] = {}

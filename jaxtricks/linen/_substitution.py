@@ -122,6 +122,7 @@ class _Interceptor:
         if module.scope is None:  # not part of the computation
             return call(*args, **kwargs)
         path = "/".join(module.path[len(self._root) :])
+        # While the other layer runs, it is the one at this path.
         is_substituted = path in self._layers and path not in self._running
         if is_substituted and method == "__call__":
             return self._run(path, module, args, kwargs)
@@ -148,6 +149,7 @@ class _Interceptor:
             if setting is None:
                 setting = not self._trains(module)
             kwargs = {**kwargs, "use_running_average": setting}
+        # Its call at the same path must not be intercepted again.
         self._running.add(path)
         try:
             return layer(*args, **kwargs)
@@ -155,6 +157,7 @@ class _Interceptor:
             self._running.remove(path)
 
     def _trains(self, module: nn.Module) -> bool:
+        # The nearest enclosing call knows best.
         if self._modes:
             return self._modes[-1]
         return module.is_mutable_collection("batch_stats")

@@ -54,6 +54,7 @@ def replace_at(variables: dict[str, Any], path: str, layer: Mapping[str, Any]) -
         tree = variables.setdefault(collection, {})
         for name in parents:
             tree = tree.setdefault(name, {})
+        # All of it goes: a block has other names than the layer before it.
         tree.pop(last, None)
         if values:
             tree[last] = dict(values)

@@ -19,6 +19,7 @@ from jaxtricks._layers import BlockGeometry, BranchSpec, Factory, Mode, Pointwis
 from jaxtricks._typing import Array
 from jaxtricks.nnx._conv import conv_node, is_standardized, plain_conv
 from jaxtricks.nnx._norm import frozen_norm
+from jaxtricks.reparam._nodes import zero_pad
 
 # Branches.
 
@@ -61,6 +62,7 @@ class PointwiseNorm(nnx.Module):
     def __call__(self, x: Array, pads: Pads, mode: dict[str, bool]) -> Array:
         """Return the normalized conv(x), padded."""
         y = self.conv(x)
+        # In the dtype of the convolution, as a bias would be added.
         if self.residual:
             y = y + x.astype(y.dtype)
         y = self.norm(y, **mode)
@@ -99,7 +101,7 @@ class ConvNorm(nnx.Module):
     def __call__(self, x: Array, pads: Pads, mode: dict[str, bool]) -> Array:
         """Return norm(conv(x)), with x padded by `pads`."""
         if self.first is None:
-            x = _layer_functions.zero_pad(x, pads)
+            x = zero_pad(x, pads)
         else:
             x = self.first(x, pads, mode)
         if self.conv is not None:
@@ -108,6 +110,7 @@ class ConvNorm(nnx.Module):
 
     def nodes(self) -> BranchNodes:
         """Return the parts of the branch as nodes, with their current statistics."""
+        # The strides are the block's: `reparam.apply` takes them beside the node.
         linear = None
         if isinstance(self.conv, AveragePool):
             linear = reparam.AvgPool(self.conv.size)
@@ -185,6 +188,7 @@ class ReparamBlock(nnx.Module):
       ValueError: a kernel size without one to three axes, or padding that is not zeros.
     """
 
+    # Of the kernel; lines along each axis need two, for example.
     least_axes = 1
 
     def __init__(
@@ -223,9 +227,11 @@ class ReparamBlock(nnx.Module):
         self.kernel_dilation = block.dilation
         self.feature_group_count = feature_group_count
         self.mode = mode
+        # The attributes are set: `table` of a subclass may read all of them.
         builder = _Builder(block, conv, norm, mode, rngs)
         for spec in self.table():
             setattr(self, spec.name, builder.branch(spec))
+        # Behind the sum of all branches, so that one convolution serves a step.
         self.norm = norm(out_features, rngs=rngs) if mode == "online" else None
 
     @property
@@ -262,12 +268,14 @@ class ReparamBlock(nnx.Module):
           x: the input.
           use_running_average: overrides the setting of the normalizations for this call.
         """
+        # Without an argument each normalization keeps to its attribute.
         mode = {}
         if use_running_average is not None:
             mode["use_running_average"] = use_running_average
         if self.norm is not None:
             return self.norm(self._one_convolution(x), **mode)
         block = self.geometry
+        # A dilated branch has its extent, not its size, centred on the window.
         outputs = []
         for spec in self.table():
             pads = _layer_functions.branch_pads(x, self.padding, block, spec.extent)
@@ -332,6 +340,7 @@ class ReparamBlock(nnx.Module):
             normalizations without scale, bias or running statistics.
         """
         name = f"{type(self).__name__}.start_from"
+        # Standardizing removes the mean of every filter, whatever is written here.
         if is_standardized(self.largest_conv):
             raise ValueError(f"{name}: {_layer_functions.STANDARDIZED_START}")
         branches = self.named_branches()
@@ -349,6 +358,7 @@ class ReparamBlock(nnx.Module):
             self.geometry,
         )
         self.largest_conv.kernel[...] = nodes[0].linear.kernel
+        # In online mode the gains stay as they are, and so do the other branches.
         if norm_node is not None:
             _write_norm(self.norm, norm_node)
             return
@@ -374,6 +384,7 @@ class _Builder:
         self.rngs = rngs
 
     def branch(self, spec: BranchSpec) -> ConvNorm:
+        # In this order, which decides what each layer draws from `rngs`.
         first = None if spec.first is None else self._pointwise(spec.first)
         layer = None
         if spec.kind == "conv":
@@ -404,6 +415,7 @@ class _Builder:
     def _pointwise(self, spec: PointwiseSpec) -> PointwiseNorm:
         init = {}
         if spec.residual:
+            # kernel + identity starts as the identity.
             init["kernel_init"] = nnx.initializers.zeros_init()
         conv = self.conv(
             self.block.in_features,
@@ -424,6 +436,7 @@ class _Builder:
         if self.mode == "online":
             return None, nnx.Param(jnp.full(features, initial_gain, jnp.float32))
         init = {}
+        # Not passed otherwise: a partial may bind another initializer.
         if scale != 1.0:
             init["scale_init"] = nnx.initializers.constant(scale)
         return self.norm(features, rngs=self.rngs, **init), None
@@ -538,6 +551,8 @@ class RepVGGBlock(ReparamBlock):
       Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG", arXiv 2101.03697, section 3.
     """
 
+    identity = None  # unless it has the shape of the others
+
     def table(self) -> _layers.Table:
         """Return the rows of the KxK, 1x1 and, where it fits, identity branch."""
         return _layers.repvgg_branches(self.geometry)
@@ -582,6 +597,8 @@ class DiverseBranchBlock(ReparamBlock):
     References:
       Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425, section 3.
     """
+
+    point = None  # if depthwise
 
     def __init__(
         self,
@@ -644,6 +661,8 @@ class MobileOneBlock(ReparamBlock):
     References:
       Vasu, Gabriel, Zhu, Tuzel, Ranjan, "MobileOne", arXiv 2206.04040, section 3.
     """
+
+    point = identity = None  # unless the table has them
 
     def __init__(
         self,
@@ -720,6 +739,7 @@ class DilatedReparamBlock(ReparamBlock):
         rngs: nnx.Rngs,
         **block_arguments: Unpack[BranchArguments],
     ):
+        # Tuples: nnx compares static attributes, and lists are not hashable.
         self.kernel_sizes = None if kernel_sizes is None else tuple(kernel_sizes)
         self.dilates = None if dilates is None else tuple(dilates)
         super().__init__(

@@ -79,6 +79,7 @@ class WSConv(nnx.Module):
             in_features, out_features, kernel_size, feature_group_count
         )
         init = _layers.unit_variance_init() if kernel_init is None else kernel_init
+        # Absent parameters are data too, so that the structure can change later.
         ones = jnp.ones(out_features, param_dtype)
         zeros = jnp.zeros(out_features, param_dtype)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
@@ -138,6 +139,7 @@ def effective_kernel(conv: Any) -> tuple[Array, Array | None]:
       ValueError: its `conv_general_dilated` may compute anything.
     """
     bias = _compat.read(conv.bias)
+    # What is convolved, not what is trained.
     if isinstance(conv, WSConv):
         return conv.standardized_kernel(), bias
     mask = getattr(conv, "mask", None)
@@ -166,6 +168,7 @@ def plain_conv(
       merged: its kernel and bias.
       output_dtype: of its output; None = that of the template.
     """
+    # A block has the dtypes of its parts; the largest kernel stands for all.
     param_dtype = template.kernel[...].dtype
     conv: Any = nnx.Conv(
         layer.in_features,
@@ -187,6 +190,7 @@ def plain_conv(
         # Not an argument in older releases of Flax.
         conv.preferred_element_type = element_type
     conv.kernel[...] = merged.kernel.astype(param_dtype)
+    # A plain convolution always has a bias: nearly every normalization leaves one.
     bias = merged.bias
     bias = jnp.zeros(layer.out_features) if bias is None else bias
     conv.bias[...] = bias.astype(param_dtype)

@@ -84,6 +84,7 @@ def convert(
     if init not in ("preserve", "fresh"):
         raise ValueError(f"nnx.convert: `init` is {init!r}; use 'preserve' or 'fresh'")
     norm_settings = _norm_settings(model, example, example_kwargs)
+    # The settings are read from the old model, whose trace names its layers.
     copy = nnx.clone(model)
     evaluates = _evaluates(copy)
     changes: dict[int, nnx.Module] = {}
@@ -96,6 +97,7 @@ def convert(
             raise ValueError(f"nnx.convert: {path!r} ({name}): {error}") from error
         if evaluates:
             new.eval()
+        # By identity, so that a shared layer stays one layer.
         changes[id(layer)] = new
     return _module_tree.replaced(copy, changes)
 
@@ -127,6 +129,7 @@ def checkpoint_paths(model: nnx.Module) -> dict[str, str]:
     without_counterpart: list[str] = []
     for path, module in _module_tree.modules(model):
         prefix = _layers.path_prefix(path)
+        # All of a block's variables are new; of a norm only the variance differs.
         if isinstance(module, ReparamBlock):
             without_counterpart.append(prefix)
             kernels[f"{prefix}kernel"] = paths[id(module.largest_conv.kernel)]
@@ -161,6 +164,7 @@ def _matching_layers(
     decisions: dict[int, tuple[str, nnx.Module, Target]] = {}
     prefixes: list[str] = []  # of modules whose insides are left alone
     for path, module in _module_tree.modules(model):
+        # Parents come first: a rule for a module decides for all that is inside.
         if any(path.startswith(prefix) for prefix in prefixes):
             continue
         rule = matching.match(path, module)
@@ -213,6 +217,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
             raise ValueError(
                 "its `mask` would be lost in training: leave it as it is (None)"
             )
+        # nnx.vmap adds axes that the sizes of the layer do not explain.
         is_stacked = layer.kernel[...].ndim != len(layer.kernel_size) + 2
         names = ("in_features", "out_features", *_layers.CONV_ARGUMENTS)
     elif isinstance(layer, NORMS):
@@ -279,6 +284,7 @@ def _part_factories(
 
     For a target that is not a block, return the settings of the layer that it takes.
     """
+    # The block itself has no dtype: its parts have.
     settings = {name: arguments[name] for name in _layers.PART_ARGUMENTS}
     # Not every target takes these, and they are more than a matter of rounding.
     for name in ("preferred_element_type", "conv_general_dilated"):
@@ -299,6 +305,7 @@ def _part_factories(
         # The user has chosen another convolution.
         settings.pop("conv_general_dilated", None)
     conv = bound.get("conv", nnx.Conv)
+    # What the user's partials bind is not asked of the model.
     norm = bound.get("norm", parameters["norm"].default)
     names = _layers.unbound_arguments(norm, _layers.NORM_SETTINGS)
     norm_settings = look_up(arguments["out_features"], names)
@@ -333,6 +340,7 @@ def _copy_filters(old: Any, new: WSConv) -> None:
     kernel, gain = _layer_functions.matching_filters(
         kernel, preset=new.preset, eps=new.eps
     )
+    # Without a gain every filter would have the norm of the preset.
     if not new.use_gain or (bias is not None and not new.use_bias):
         raise ValueError(
             "to compute the same, WSConv needs its gain (and the bias of the layer)"
@@ -344,6 +352,7 @@ def _copy_filters(old: Any, new: WSConv) -> None:
 
 
 def _copy_statistics(old: Any, new: ExtendedBatchNorm) -> None:
+    # One variance cannot normalize every channel: the scales have to.
     if new.scale is None or (old.bias is not None and new.bias is None):
         raise ValueError(
             "to compute the same, the normalization needs its scale and bias"
@@ -380,6 +389,7 @@ def _assign(variable: Any, value: Any) -> None:
 
 def _evaluates(model: nnx.Module) -> bool:
     """Return whether the normalizations of the model are in evaluation mode."""
+    # A model without normalizations has no mode that a new layer could follow.
     norms: list[Any] = [
         module for _, module in _module_tree.modules(model) if isinstance(module, NORMS)
     ]

@@ -129,6 +129,7 @@ class _Functional:
         _check_structure("params", params, self.params_like)
         _check_structure("state", state, self.state_like)
         graph = self.graphs[_layers.static_train(train)]
+        # The keys of the model are not in its state: the caller's replaces them.
         keys, kwargs = self._keys(key), self.kwargs(train, inputs, kwargs)
 
         def run() -> tuple[Any, State]:
@@ -155,6 +156,7 @@ class _Functional:
             jax.tree.unflatten(jax.tree.structure(self.keys_like), keys),
             _with_values(self.state_like, state),
         )
+        # Whatever the call creates is dropped: the state keeps its structure.
         y = module(*inputs, **kwargs)
         new_state = nnx.to_pure_dict(nnx.state(module, _REST))
         return y, _layers.pruned(new_state, state)

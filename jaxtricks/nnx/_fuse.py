@@ -109,12 +109,14 @@ def fuse(
     References:
       Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG", arXiv 2101.03697, section 3.
     """
+    # Modes are set and layers replaced in the copy alone.
     copy = nnx.clone(model)
     layer_modules, norm_modules = fusible_modules(copy)
     probe, flow, kwargs, inputs, dtypes = None, None, {}, {}, {}
     altered: set[str] = set()
     if example is not None:
         kwargs = evaluation_kwargs(model, example, example_kwargs)
+        # The trace knows what feeds what, and the modes that flags of the call set.
         watched = WatchedModel(model, (*layer_modules, *norm_modules), kwargs)
         probe = Probe(watched, example)
         flow, (inputs, dtypes) = probe.flow(), probe.values()
@@ -130,8 +132,10 @@ def fuse(
         fusible, reasons = pair_with_norms(layers, norms, flow)
     fused = fuse_layers("nnx.fuse", fusible, reasons, path_filter, inputs)
 
+    # By identity: a layer in several places is replaced in all of them.
     changes: dict[int, nnx.Module] = {}
     for one, plain in zip(fused.layers, fused.plain, strict=True):
+        # A folded normalization stays as a module, which casts as it did.
         changes[id(layer_modules[one.path])] = plain.layer
         if one.norm is not None:
             path = one.norm.path
@@ -176,6 +180,7 @@ def _set_modes(
 ) -> None:
     """Give the layers the modes that they had in the model's call."""
     for path, observed in modes.items():
+        # Where neither call nor layer said, the layer has failed already.
         if None in observed:
             continue
         evaluates = observed == {True}
@@ -192,6 +197,7 @@ def _layer(
     if path in altered:
         return Refusal(altered_reason(path), is_composite)
     try:
+        # The parts of a block count too: each may be a subclass.
         for inner_path, inner in _module_tree.modules(module):
             if isinstance(inner, LAYERS + NORMS):
                 full_path = f"{_layers.path_prefix(path)}{inner_path}".rstrip("/")
@@ -205,6 +211,7 @@ def _layer(
 
 def _conv_layer(path: str, module: Any, is_composite: bool) -> ConvLayer:
     is_block = isinstance(module, ReparamBlock)
+    # Of the parts of a block the one with the largest kernel has the dtypes.
     template = module.largest_conv if is_block else module
     rank = len(module.kernel_size)
     norms = [
@@ -283,6 +290,7 @@ def _norm_layer(path: str, module: Any) -> NormLayer:
         path=path,
         call=lambda y: module(y, use_running_average=True),
         node=frozen_norm(module),
+        # None is not known before the call, and does not evaluate.
         evaluates=module.use_running_average is True,
         size=size(module),
         dtype=module.dtype,
@@ -356,6 +364,7 @@ def _with_variables(layer: Any, kernel: Array, bias: Array | None, dtype: Any) -
     """
     copy = nnx.clone(layer)
     # Assigning to [...] would cast to the dtype of the old kernel.
+    # Metadata of the variable (shardings) goes over.
     copy.kernel = layer.kernel.replace(kernel)
     if dtype is not None:
         copy.dtype = dtype
@@ -363,6 +372,7 @@ def _with_variables(layer: Any, kernel: Array, bias: Array | None, dtype: Any) -
             copy.preferred_element_type = dtype
     if bias is None:
         return copy
+    # A bias of lower rank is that of statistics, without the layer's leading axes.
     bias = jnp.broadcast_to(bias, _bias_shape(layer))
     copy.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
     if isinstance(layer, nnx.Einsum):
@@ -404,6 +414,7 @@ class WatchedModel:
             for path, module in _module_tree.modules(copy)
             if path in paths
         }
+        # In place of the layers, wherever the model refers to them.
         self._call = pure_call(_module_tree.replaced(copy, watched), kwargs)
 
     def __call__(self, watch: Watch, *inputs: Any) -> Any:
@@ -414,6 +425,7 @@ class WatchedModel:
     def _watched(self, module: nnx.Module, path: str) -> nnx.Module:
         """Return a copy of the layer, with its variables, that reports its calls."""
         base: Any = type(module)
+        # nnx.WeightNorm and others write another kernel before each call.
         stored = _compat.read(getattr(module, "kernel", None))
         report = self
 
@@ -442,6 +454,7 @@ class WatchedModel:
         if stored is not None and is_altered(stored, layer.kernel[...]):
             self.altered.add(path)
         signature = inspect.signature(cls.__call__)
+        # What the call says takes precedence over the attribute, as in Flax.
         if "use_running_average" in signature.parameters:
             arguments = signature.bind(layer, *args, **kwargs).arguments
             setting = arguments.get("use_running_average")
@@ -473,5 +486,6 @@ def evaluation_kwargs(
 ) -> dict[str, Any]:
     """Return `kwargs`, and what else the call needs to evaluate on the example."""
     inputs, kwargs = as_inputs(example), dict(kwargs or {})
+    # Flags that the caller passed stay: then `fuse` may find training mode.
     kwargs |= _layers.call_flags(type(model), False, inputs, kwargs)
     return kwargs | _functional.call_rngs(type(model), inputs, kwargs, None)

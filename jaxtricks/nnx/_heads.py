@@ -91,7 +91,7 @@ class NormedHead(Head):
     Args:
       in_features: D.
       out_features: C.
-      s: scale of the logits; 1 for LDAM, whose loss has its own.
+      s: scale of the logits; 1 for LDAM, whose loss scales them.
       kernel_init: initializer; None = normal with variance 1 / D.
       dtype: of the logits; None = that of input and parameters together. The arithmetic
         is in float32 or wider.
@@ -177,6 +177,7 @@ class LWSHead(Head):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
         """Map features [..., D] to logits [..., C]."""
+        # Scaled before it is rounded: the factors of rare classes may be large.
         bias = _compat.read(self.bias)
         dtype = self._dtype(x, bias)
         logits = _layers.affine(x, self.kernel[...], bias, dtype)
@@ -229,6 +230,7 @@ class DisAlignHead(Head):
         )
         zeros = jnp.zeros(out_features, param_dtype)
         self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
+        # The same start as that of the second stage on bare parameters.
         start = decoupling.disalign_start(
             (in_features, out_features), param_dtype, compat
         )

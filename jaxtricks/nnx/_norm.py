@@ -70,6 +70,7 @@ class ExtendedBatchNorm(nnx.Module):
         shape = (num_features,)
         scale_init = scale_init or jax.nn.initializers.ones
         bias_init = bias_init or jax.nn.initializers.zeros
+        # Sixteen bits would stop a running mean with momentum 0.99 from moving.
         wide = _layers.statistics_dtype(param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
         self.var = nnx.BatchStat(jnp.ones((), wide))
@@ -107,6 +108,7 @@ class ExtendedBatchNorm(nnx.Module):
         Raises:
           ValueError: neither the call nor the module says which statistics to use.
         """
+        # Read before they move: the update needs the old values.
         running = RunningStatistics(self.mean[...], self.var[...])
         if _layers.use_running_statistics(
             use_running_average, self.use_running_average, "ExtendedBatchNorm"
@@ -144,6 +146,7 @@ def frozen_norm(norm: Any) -> reparam.Norm:
     Raises:
       ValueError: it has no running statistics.
     """
+    # Layer and group normalization have the statistics of each example instead.
     if not (hasattr(norm, "mean") and hasattr(norm, "var")):
         raise ValueError(
             f"nnx: {type(norm).__name__} has no running statistics and does not fuse; "

@@ -75,6 +75,7 @@ def _parameters(model: nnx.Module) -> Iterator[_Parameter]:
                 continue
             visited.add(id(variable))
             candidates = _layer_axes.placements(axes, variable.shape)
+            # A user may have assigned a parameter of another size.
             candidates = candidates or _by_rank(axes, variable.shape)
             if candidates:
                 layer.append((variable, candidates))
@@ -99,6 +100,7 @@ def _stacked_alike(
     common = set.intersection(*sizes) if sizes else set()
     result = []
     for variable, candidates in layer:
+        # A layer's kernel and bias are stacked together.
         alike = [r for r in candidates if stacked_sizes(variable, r) in common]
         result.append((variable, alike or candidates))
     return result
@@ -111,6 +113,7 @@ def _by_rank(axes: Sequence[Axis], shape: Sequence[int]) -> list[Roles]:
 
 def _stack_names(parameters: Iterable[_Parameter]) -> set[Any]:
     """Return the partition names of stacked axes, wherever the sizes leave no doubt."""
+    # A name that also stands for another axis proves nothing.
     stacked: set[Any] = set()
     others: set[Any] = {None}
     for parameter in parameters:

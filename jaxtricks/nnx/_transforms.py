@@ -145,6 +145,7 @@ def _with_variables_carried(transform: Transform, fn: Any) -> Fn:
         nodes = tuple(x for x in leaves if is_node(x))
         # What is not an array is closed over: jax.checkpoint would trace flags.
         arrays = [x if _is_array(x) else None for x in leaves]
+        # All nodes at once, so that variables they share stay shared.
         graph, state = nnx.split(nodes)
 
         def pure(state: Any, arrays: Any) -> tuple[Any, Any]:
@@ -251,6 +252,7 @@ def auto_remat(fn: Fn, budget_bytes: int | float | str, **settings: Any) -> Fn:
         args = positional(fn, args, kwargs, "nnx.auto_remat")
         positions = _integers.positions(argnums, len(args))
         arguments = _SplitArguments.of(args, positions).with_shapes()
+        # Like the cache of jax.jit: one plan for each structure and shapes.
         leaves, structure = jax.tree.flatten((arguments.moving, arguments.fixed))
         shapes = tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
         signature = arguments.graph, arguments.structure, structure, shapes
@@ -271,6 +273,7 @@ def _planned(
     budget_bytes: int | float | str,
     settings: Mapping[str, Any],
 ) -> remat.Plan:
+    # A whole step would have to carry the modules through the user's function.
     if "within" in settings:
         raise ValueError(
             "nnx.plan takes no `within`: plan the loss alone, or a pure one of "
@@ -296,6 +299,7 @@ def _planned(
     def updating(*args: Any, **kwargs: Any) -> Any:
         args = positional(fn, args, kwargs, "nnx.plan")
         actual = _SplitArguments.of(args, positions)
+        # The graph has modes and sizes: another one is another program.
         is_same = actual.graph == arguments.graph
         if not is_same or actual.structure != arguments.structure:
             raise ValueError(
@@ -329,6 +333,7 @@ class _SplitArguments(NamedTuple):
 
     @classmethod
     def of(cls, args: tuple[Any, ...], positions: Sequence[int]) -> "_SplitArguments":
+        # An argument is differentiated as a whole, with all nodes inside it.
         trees, leaves, moves = [], [], []
         for i, arg in enumerate(args):
             arg_leaves, tree = jax.tree.flatten(arg, is_leaf=is_node)
@@ -376,6 +381,7 @@ class _SplitArguments(NamedTuple):
         """
         params, rest = nnx.state(nodes, _differentiated(self.structure[1]), ...)
         before, after = jax.tree.leaves(moving[0]), jax.tree.leaves(params)
+        # A variable that is not written is the same tracer before and after.
         if any(x is not y for x, y in zip(before, after, strict=True)):
             raise ValueError(
                 "nnx.plan: the loss writes an nnx.Param that it is differentiated by: "
