@@ -58,7 +58,7 @@ class _Part(nn.Module):
 class PointwiseNorm(_Part):
     """1x1 convolution and normalization in front of the kernel of a branch.
 
-    See `jt.nnx._blocks.PointwiseNorm`.
+    The output is padded with its value on zero input, as in nnx.
     """
 
     spec: PointwiseSpec
@@ -391,8 +391,8 @@ class ACBlock(ReparamBlock):
 class RepVGGBlock(ReparamBlock):
     """KxK, 1x1 and identity branches, each normalized, summed; see `jt.nnx.RepVGGBlock`.
 
-    Attributes: as those of `ACBlock`, without `gamma_init`; `kernel_size` may be an int
-      for one spatial axis.
+    The attributes are those of `ACBlock`, without `gamma_init`; `kernel_size` may be an
+    int for one spatial axis.
 
     Example:
       >>> import jax
@@ -409,8 +409,9 @@ class RepVGGBlock(ReparamBlock):
 class DiverseBranchBlock(ReparamBlock):
     """KxK, 1x1, 1x1-average and 1x1-KxK branches, summed; see `jt.nnx.DiverseBranchBlock`.
 
-    Attributes: as those of `ACBlock`, without `gamma_init`, and
+    The other attributes are those of `ACBlock`, without `gamma_init`.
 
+    Attributes:
       internal_features: channels between 1x1 and KxK; None = as many as the input has,
         depthwise twice that.
 
@@ -431,8 +432,9 @@ class DiverseBranchBlock(ReparamBlock):
 class MobileOneBlock(ReparamBlock):
     """Several KxK branches, a 1x1 branch and the identity, summed; see `jt.nnx.MobileOneBlock`.
 
-    Attributes: as those of `ACBlock`, without `gamma_init`, and
+    The other attributes are those of `ACBlock`, without `gamma_init`.
 
+    Attributes:
       num_branches: number of KxK branches.
 
     Example:
@@ -452,8 +454,9 @@ class MobileOneBlock(ReparamBlock):
 class DilatedReparamBlock(ReparamBlock):
     """A large kernel and dilated small ones, summed; see `jt.nnx.DilatedReparamBlock`.
 
-    Attributes: as those of `ACBlock`, without `gamma_init`, and
+    The other attributes are those of `ACBlock`, without `gamma_init`.
 
+    Attributes:
       feature_group_count: groups; None = depthwise, as many as input channels.
       kernel_sizes: of the small kernels; None = the paper's for 5, 7, 9, 11, 13, 15 and
         17.

@@ -153,14 +153,19 @@ class Tag(nn.meta.AxisMetadata[Any]):
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Tag":
         """Return the box with a stacked axis at `index`."""
         index %= len(self.roles) + 1
-        roles = (*self.roles[:index], "batch", *self.roles[index:])
-        return Tag(nn.meta.add_axis(self.value, index, params), roles)
+        roles = list(self.roles)
+        roles.insert(index, "batch")
+        # The box of the user, if any, is told too.
+        value = nn.meta.add_axis(self.value, index, params)
+        return Tag(value, tuple(roles))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Tag":
         """Return the box without the axis at `index`."""
         index %= len(self.roles)
-        roles = (*self.roles[:index], *self.roles[index + 1 :])
-        return Tag(nn.meta.remove_axis(self.value, index, params), roles)
+        roles = list(self.roles)
+        roles.pop(index)
+        value = nn.meta.remove_axis(self.value, index, params)
+        return Tag(value, tuple(roles))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], Roles]:
         """Flatten; the parameter is the only child."""

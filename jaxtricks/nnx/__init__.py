@@ -1,4 +1,4 @@
-"""Layers, blocks and transforms for flax.nnx; write `jt.nnx`, not to shadow flax's `nnx`.
+"""Layers, blocks and transforms for flax.nnx; write `jt.nnx`, beside flax's nnx.
 
 Everything here calls pure functions of the rooms; only what holds parameters or
 statistics is a module.

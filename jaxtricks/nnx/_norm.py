@@ -74,12 +74,13 @@ class ExtendedBatchNorm(nnx.Module):
         wide = _layers.statistics_dtype(param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
         self.var = nnx.BatchStat(jnp.ones((), wide))
-        self.scale = nnx.data(None)
+        scale = bias = nnx.data(None)
         if use_scale:
-            self.scale = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.data(None)
+            scale = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
         if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype))
+            bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype))
+        self.scale = scale
+        self.bias = bias
         self.num_features = num_features
         self.momentum = momentum
         self.epsilon = epsilon
