@@ -25,6 +25,7 @@ from jaxtricks.linen._layers import (
 )
 from jaxtricks.linen._roles import roles
 
+# pylint: disable=duplicate-code # the names of jt.nnx
 __all__ = [
     "ACBlock",
     "CausalHead",
