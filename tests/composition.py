@@ -113,11 +113,9 @@ class LinenNet(linen.Module):
         norm = jt.linen.ExtendedBatchNorm if ebn else linen.BatchNorm
         if "reparam" in self.on:
             conv = jt.linen.WSConv if ws else functools.partial(linen.Conv, use_bias=False)
-            block = jt.linen.ACBlock(None, 8, (3, 3), conv=conv, norm=norm, name=name)
+            block = jt.linen.ACBlock(8, (3, 3), conv=conv, norm=norm, name=name)
             return block(x, use_running_average=not train)
-        conv = functools.partial(jt.linen.WSConv, None) if ws else linen.Conv
-        conv = conv if ws else functools.partial(conv, use_bias=False)
-        norm = functools.partial(norm, None) if ebn else norm
+        conv = jt.linen.WSConv if ws else functools.partial(linen.Conv, use_bias=False)
         return LinenConvNorm(8, (3, 3), conv, norm, name=name)(x, train)
 
 

@@ -59,7 +59,7 @@ def test_fused_is_the_block_within_the_bound(name, mode, geometry):
     block.eval()
     how = dict(strides=stride, padding=padding, dilation=dilation)
     y, fused, bound = jax.jit(
-        lambda x: (block(x), block.fused()(x), reparam.error_bound(block.branches(), x, **how))
+        lambda x: (block(x), block.fused()(x), reparam.error_bound(block.node(), x, **how))
     )(x)
     assert y.shape == fused.shape and np.abs(y - fused).max() <= bound < 1e-2
 
@@ -91,7 +91,7 @@ def test_mistakes():
         jt.nnx.RepVGGBlock(4, 4, norm=norm, rngs=rngs).start_from(jnp.ones((3, 3, 4, 4)))
     with pytest.raises(ValueError, match="'branches' or 'online'"):
         jt.nnx.RepVGGBlock(4, 4, mode="offline", rngs=rngs)
-    with pytest.raises(ValueError, match="divides not both"):
+    with pytest.raises(ValueError, match="does not divide both"):
         jt.nnx.MobileOneBlock(4, 6, feature_group_count=4, rngs=rngs)
     with pytest.raises(ValueError, match="at least 1"):
         jt.nnx.MobileOneBlock(4, 6, num_branches=0, rngs=rngs)

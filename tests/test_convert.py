@@ -142,7 +142,7 @@ def test_subclasses():
     """Those with a call of their own are never exchanged by accident."""
     make = lambda kind: nnx.Sequential(kind(4, 4, (3, 3), rngs=nnx.Rngs(0)))
     own, x = make(OwnCall), image(1, 6, 6, 4)
-    with pytest.raises(ValueError, match="'layers/0' is a OwnCall with a `__call__` of its own"):
+    with pytest.raises(ValueError, match="'layers/0' is a OwnCall that overrides `__call__`"):
         jt.nnx.convert(own, {nnx.Conv: AC}, rngs=nnx.Rngs(0))
     kept = jt.nnx.convert(own, {OwnCall: None}, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(kept(x), own(x))
@@ -358,7 +358,7 @@ def test_nothing_of_a_convolution_is_lost_in_silence():
 )
 def test_a_linear_layer_with_a_function_of_its_own_is_refused(hook):
     model = nnx.Sequential(nnx.Linear(4, 4, **hook, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=f"it has a `{next(iter(hook))}` of its own"):
+    with pytest.raises(ValueError, match=f"it has a custom `{next(iter(hook))}`"):
         jt.nnx.convert(model, {nnx.Linear: jt.nnx.LWSHead}, rngs=nnx.Rngs(0))
 
 

@@ -24,7 +24,7 @@ def layer(framework, features, **how):
             jt.nnx.ExtendedBatchNorm(features, rngs=nnx.Rngs(0), **how)
         )
         return lambda p, s, x, train: apply(p, s, x, train=train), params, stats
-    module = jt.linen.ExtendedBatchNorm(features, **how)
+    module = jt.linen.ExtendedBatchNorm(**how)
     variables = module.init(jax.random.key(0), jnp.ones((2, features)))
 
     def run(params, stats, x, train):

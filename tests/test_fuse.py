@@ -292,7 +292,7 @@ def test_part_of_a_model():
     np.testing.assert_allclose(plain(x), model(x), atol=2e-6)
     by_norm = jt.nnx.fuse(model, example=x, path_filter=lambda path: path == "bn_init")[1]
     assert [row.layer for row in by_norm.layers] == ["conv_init"]
-    with pytest.raises(ValueError, match="`where` chooses nothing"):
+    with pytest.raises(ValueError, match="`path_filter` chooses nothing"):
         jt.nnx.fuse(model, example=x, path_filter=lambda path: path == "head")
 
 

@@ -321,7 +321,7 @@ def test_subclasses_are_kept_by_name_and_the_rest_is_fused(name, linen):
         same(model, fused, report, x, folds)
         if not folds:
             assert (
-                f"`{'__call__' if what in ('call', 'pads') else what}` of its own"
+                f"that overrides `{'__call__' if what in ('call', 'pads') else what}`"
                 in report.kept[0][1]
             )
 
@@ -337,7 +337,7 @@ def test_a_normalization_with_an_activation(linen):
     how, x = arguments("Conv", None, None)
     model, fused, report = made("Conv", linen, how, x, norm=Act)
     same(model, fused, report, x, False)
-    assert "Act with a `__call__`" in report.kept[0][1]
+    assert "Act that overrides `__call__`" in report.kept[0][1]
 
 
 def normed(kind, **how):

@@ -26,18 +26,18 @@ PLAIN_LINEN = dict(conv=functools.partial(nn.Conv, kernel_init=UNIFORM))
 TWINS = {
     "WSConv": (
         lambda r: jt.nnx.WSConv(4, 6, (3, 2), **CONV, rngs=r),
-        lambda: jt.linen.WSConv(4, 6, (3, 2), **CONV),
+        lambda: jt.linen.WSConv(6, (3, 2), **CONV),
     ),
     "ExtendedBatchNorm": (
         lambda r: jt.nnx.ExtendedBatchNorm(4, momentum=0.9, variance="grand", rngs=r),
-        lambda: jt.linen.ExtendedBatchNorm(4, momentum=0.9, variance="grand"),
+        lambda: jt.linen.ExtendedBatchNorm(momentum=0.9, variance="grand"),
     ),
     "ACBlock": (
         lambda r: jt.nnx.ACBlock(
             4, 6, (3, 3), norm=functools.partial(nnx.BatchNorm, momentum=0.9), **ACB, rngs=r
         ),
         lambda: jt.linen.ACBlock(
-            4, 6, (3, 3), norm=functools.partial(nn.BatchNorm, momentum=0.9), **ACB
+            6, (3, 3), norm=functools.partial(nn.BatchNorm, momentum=0.9), **ACB
         ),
     ),
     "ACBlock, WSConv, ExtendedBatchNorm": (
@@ -45,32 +45,58 @@ TWINS = {
             4, 6, (3, 3), conv=jt.nnx.WSConv, norm=jt.nnx.ExtendedBatchNorm, rngs=r
         ),
         lambda: jt.linen.ACBlock(
-            None, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+            6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
         ),
     ),
     "RepVGGBlock": (
         lambda r: jt.nnx.RepVGGBlock(4, 4, kernel_dilation=2, **PLAIN_NNX, rngs=r),
-        lambda: jt.linen.RepVGGBlock(None, 4, kernel_dilation=2, **PLAIN_LINEN),
+        lambda: jt.linen.RepVGGBlock(4, kernel_dilation=2, **PLAIN_LINEN),
     ),
     "RepVGGBlock, strided": (
         lambda r: jt.nnx.RepVGGBlock(
             4, 4, strides=2, feature_group_count=2, norm=jt.nnx.ExtendedBatchNorm, rngs=r
         ),
         lambda: jt.linen.RepVGGBlock(
-            4, 4, strides=2, feature_group_count=2, norm=jt.linen.ExtendedBatchNorm
+            4, strides=2, feature_group_count=2, norm=jt.linen.ExtendedBatchNorm
         ),
     ),
     "DiverseBranchBlock": (
         lambda r: jt.nnx.DiverseBranchBlock(4, 8, (3, 3), strides=2, **PLAIN_NNX, rngs=r),
-        lambda: jt.linen.DiverseBranchBlock(None, 8, (3, 3), strides=2, **PLAIN_LINEN),
+        lambda: jt.linen.DiverseBranchBlock(8, (3, 3), strides=2, **PLAIN_LINEN),
     ),
     "DiverseBranchBlock, depthwise": (
         lambda r: jt.nnx.DiverseBranchBlock(
             4, 4, (3, 3), feature_group_count=4, norm=jt.nnx.ExtendedBatchNorm, rngs=r
         ),
         lambda: jt.linen.DiverseBranchBlock(
-            4, 4, (3, 3), feature_group_count=4, norm=jt.linen.ExtendedBatchNorm
+            4, (3, 3), feature_group_count=4, norm=jt.linen.ExtendedBatchNorm
         ),
+    ),
+    "MobileOneBlock": (
+        lambda r: jt.nnx.MobileOneBlock(4, 4, num_branches=2, **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.MobileOneBlock(4, num_branches=2, **PLAIN_LINEN),
+    ),
+    "DilatedReparamBlock": (
+        lambda r: jt.nnx.DilatedReparamBlock(4, 4, (5, 5), **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.DilatedReparamBlock(4, (5, 5), **PLAIN_LINEN),
+    ),
+    "ACBlock, online": (
+        lambda r: jt.nnx.ACBlock(4, 6, (3, 3), mode="online", **ACB, **PLAIN_NNX, rngs=r),
+        lambda: jt.linen.ACBlock(6, (3, 3), mode="online", **ACB, **PLAIN_LINEN),
+    ),
+    "RepVGGBlock, online, WSConv": (
+        lambda r: jt.nnx.RepVGGBlock(
+            4, 4, mode="online", conv=jt.nnx.WSConv, norm=jt.nnx.ExtendedBatchNorm, rngs=r
+        ),
+        lambda: jt.linen.RepVGGBlock(
+            4, mode="online", conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+        ),
+    ),
+    "DiverseBranchBlock, online": (
+        lambda r: jt.nnx.DiverseBranchBlock(
+            4, 6, (3, 3), 2, mode="online", **PLAIN_NNX, rngs=r
+        ),
+        lambda: jt.linen.DiverseBranchBlock(6, (3, 3), 2, mode="online", **PLAIN_LINEN),
     ),
 }
 
@@ -125,12 +151,12 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = jt.linen.ACBlock(None, 8, (3, 3), norm=jt.linen.ExtendedBatchNorm)(x, not train)
+        x = jt.linen.ACBlock(8, (3, 3), norm=jt.linen.ExtendedBatchNorm)(x, not train)
         x = nn.Dropout(0.5)(x.mean((1, 2)), deterministic=not train)
         x = nn.vmap(
             nn.Dense,
             in_axes=None,
-            variable_roles={"params": self.axis},
+            variable_axes={"params": self.axis},
             split_rngs={"params": True},
             axis_size=3,
         )(5)(x)
@@ -215,18 +241,26 @@ def test_initializing_leaves_statistics_and_skips_collectives():
     close(new, flax.core.unfreeze(stats), 1e-5)
 
 
-def test_features_that_do_not_fit():
-    for module in (
-        jt.linen.WSConv(3, 4, (3, 3)),
-        jt.linen.ExtendedBatchNorm(3),
-        jt.linen.ACBlock(3, 4, (3, 3)),
-    ):
-        with pytest.raises(ValueError, match="made for 3 features but is given 4"):
-            jax.eval_shape(module.init, jax.random.key(0), X)
+def test_mistakes_of_blocks_name_the_block():
+    mistakes = [
+        (jt.linen.ACBlock(4, (3,)), "ACBlock: `kernel_size`"),
+        (jt.linen.ACBlock(4, (3, 3), padding="CIRCULAR"), "CIRCULAR"),
+        (jt.linen.RepVGGBlock(4, mode="offline"), "'branches' or 'online'"),
+        (jt.linen.MobileOneBlock(6, feature_group_count=4), "does not divide both"),
+        (jt.linen.MobileOneBlock(4, num_branches=0), "at least 1"),
+        (jt.linen.DilatedReparamBlock(4, (7, 5)), "no default"),
+        (
+            jt.linen.DiverseBranchBlock(4, 3, feature_group_count=2, internal_features=3),
+            "multiple of the 2 groups",
+        ),
+    ]
+    for block, words in mistakes:
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(block.init, jax.random.key(0), X)
 
 
 def test_bfloat16_parameters_keep_float32_statistics():
-    module = jt.linen.ACBlock(4, 6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm)
+    module = jt.linen.ACBlock(6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm)
     variables = init(module, X)
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables["params"])
     y, new = jax.eval_shape(
@@ -242,18 +276,18 @@ def test_a_diverse_block_of_boxed_and_stacked_parameters():
     """The border reads scales and biases, which partitioned parameters have in boxes."""
     boxed = nn.with_partitioning(nn.initializers.ones, ("model",))
     norm = functools.partial(jt.linen.ExtendedBatchNorm, scale_init=boxed)
-    block = jt.linen.DiverseBranchBlock(None, 4, (3, 3), norm=norm, **PLAIN_LINEN)
+    block = jt.linen.DiverseBranchBlock(4, (3, 3), norm=norm, **PLAIN_LINEN)
     variables = nn.meta.unbox(init(block, X))
     plain = jt.linen.DiverseBranchBlock(
-        None, 4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN
+        4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN
     )
     run = lambda m: m.apply(variables, X, mutable=["batch_stats"])[0]
     close(run(block), run(plain), 0)
     stack = nn.vmap(
         jt.linen.DiverseBranchBlock,
-        variable_roles={"params": 0, "batch_stats": 0},
+        variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
         in_axes=None,
         axis_size=4,
-    )(None, 4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN)
+    )(4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN)
     assert not jt.linen.roles(stack, X).assumed

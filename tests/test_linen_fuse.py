@@ -70,18 +70,23 @@ def test_part_of_a_module():
 
 
 LAYERS = {
-    "WSConv": lambda: jt.linen.WSConv(None, 4, (3, 3), strides=2, use_bias=True, preset="timm"),
+    "WSConv": lambda: jt.linen.WSConv(4, (3, 3), strides=2, use_bias=True, preset="timm"),
     "hook": lambda: nn.Conv(
         4, (3, 3), padding="CIRCULAR", conv_general_dilated=weightstd.standardized()
     ),
     "ACBlock": lambda: jt.linen.ACBlock(
-        None, 6, (3, 5), strides=(2, 1), norm=functools.partial(nn.BatchNorm, epsilon=1e-3)
+        6, (3, 5), strides=(2, 1), norm=functools.partial(nn.BatchNorm, epsilon=1e-3)
     ),
     "ACBlock, ours": lambda: jt.linen.ACBlock(
-        None, 4, (3, 3), kernel_dilation=2, conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
+        4, (3, 3), kernel_dilation=2, conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
     ),
-    "RepVGGBlock": lambda: jt.linen.RepVGGBlock(None, 3, norm=jt.linen.ExtendedBatchNorm),
-    "DiverseBranchBlock": lambda: jt.linen.DiverseBranchBlock(None, 4, (3, 3)),
+    "RepVGGBlock": lambda: jt.linen.RepVGGBlock(3, norm=jt.linen.ExtendedBatchNorm),
+    "DiverseBranchBlock": lambda: jt.linen.DiverseBranchBlock(4, (3, 3)),
+    "MobileOneBlock": lambda: jt.linen.MobileOneBlock(4, num_branches=2),
+    "DilatedReparamBlock": lambda: jt.linen.DilatedReparamBlock(
+        4, (5, 5), feature_group_count=1, norm=jt.linen.ExtendedBatchNorm
+    ),
+    "RepVGGBlock, online": lambda: jt.linen.RepVGGBlock(3, mode="online"),
 }
 
 
@@ -90,8 +95,8 @@ class Inside(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        blocks = (jt.linen.ACBlock, jt.linen.RepVGGBlock, jt.linen.DiverseBranchBlock)
-        flags = {"use_running_average": not train} if isinstance(self.layer, blocks) else {}
+        is_block = hasattr(self.layer, "use_running_average")
+        flags = {"use_running_average": not train} if is_block else {}
         y = nn.relu(self.layer(x, **flags))
         y = nn.BatchNorm(use_running_average=not train)(nn.Conv(2, (3, 3))(y))
         return nn.Dense(3)(y.mean((1, 2)))
@@ -107,9 +112,9 @@ def test_layers(name):
 
 
 def test_a_block_itself_and_a_missing_example():
-    block, x = jt.linen.ACBlock(None, 4, (3, 3)), image(2, 6, 6, 3)
+    block, x = jt.linen.ACBlock(4, (3, 3)), image(2, 6, 6, 3)
     variables = trained(block, x, use_running_average=False)
-    evaluate = jt.linen.ACBlock(None, 4, (3, 3), use_running_average=True)
+    evaluate = jt.linen.ACBlock(4, (3, 3), use_running_average=True)
     _, small, _ = same(evaluate, variables, x)
     assert {p: a.shape for p, a in _tree.leaves_with_paths(small)} == {
         "params/bias": (4,),
@@ -167,7 +172,7 @@ def test_training_mode_and_untouched_statistics_are_refused():
 def test_a_block_in_sixteen_bits_gives_what_it_gave():
     """Its normalizations give float32, and so does the convolution that stands for it."""
     conv = functools.partial(nn.Conv, dtype=jnp.bfloat16)
-    block, x = jt.linen.ACBlock(None, 4, (3, 3), conv=conv), image(2, 6, 6, 3).astype(jnp.bfloat16)
+    block, x = jt.linen.ACBlock(4, (3, 3), conv=conv), image(2, 6, 6, 3).astype(jnp.bfloat16)
     variables = trained(block, x, use_running_average=False)
     fused, small, _ = jt.linen.fuse(block, variables, example=x)
     y, z = block.apply(variables, x, use_running_average=True), fused.apply(small, x)

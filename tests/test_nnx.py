@@ -414,7 +414,7 @@ def test_fused_within_sixteen_units(conv, norm):
         assert type(plain) is nnx.Conv
         how = dict(strides=stride, padding=padding, dilation=dilation)
         y, fused, nodes = jax.jit(
-            lambda x, b=block, p=plain, h=how: (b(x), p(x), reparam.apply(b.branches(), x, **h))
+            lambda x, b=block, p=plain, h=how: (b(x), p(x), reparam.apply(b.node(), x, **h))
         )(x)
         bound = 16 * UNIT * magnitude(block, plain, x)
         assert y.shape == fused.shape == bound.shape
@@ -440,7 +440,7 @@ def magnitude(block, plain, x):
         pads = jax.lax.padtype_to_pads(x.shape[1:3], extents, s, pads)
     how = dict(strides=s, pads=pads, dilation=d, groups=block.feature_group_count)
     kernels = [(plain.kernel[...], plain.bias[...])]
-    for node in block.branches().nodes:
+    for node in block.node().nodes:
         fused = reparam.fuse(node, size)
         kernels.append((fused.kernel, fused.bias))
     ax = np.abs(np.float64(x))

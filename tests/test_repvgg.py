@@ -61,7 +61,7 @@ def close(actual, expected, tol):
 
 def randomize(block, seed):
     rng = np.random.default_rng(seed)
-    for _, branch in block.parts():
+    for branch in block.named_branches().values():
         norm = branch.norm
         for v in (norm.mean, norm.scale, norm.bias):
             v[...] = jnp.asarray(rng.normal(size=v[...].shape), v[...].dtype)
@@ -101,7 +101,7 @@ def test_fused_is_the_block_in_evaluation(geometry, dtype):
         plain = block.fused()
         assert type(plain) is nnx.Conv and (block.identity is None) == (stride == 2)
         how = dict(strides=stride, padding=padding, dilation=dilation)
-        y, fused, nodes = block(x), plain(x), reparam.apply(block.branches(), x, **how)
+        y, fused, nodes = block(x), plain(x), reparam.apply(block.node(), x, **how)
         assert y.dtype == fused.dtype == dtype
         for other in (fused, nodes):
             close(other, y, 5e-6 if dtype == "float32" else 1e-13)

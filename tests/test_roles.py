@@ -342,12 +342,12 @@ LINEN = {
     ),
     "PReLU": (nn.PReLU(), VECTOR, {"negative_slope": ""}),
     "WSConv": (
-        jt.linen.WSConv(None, 3, (3, 3), use_bias=True),
+        jt.linen.WSConv(3, (3, 3), use_bias=True),
         IMAGE,
         PLANE | {"gain": "none"},
     ),
     "ExtendedBatchNorm": (jt.linen.ExtendedBatchNorm(), VECTOR, NORM),
-    "ACBlock": (jt.linen.ACBlock(None, 4, (3, 3)), IMAGE, NNX["ACBlock"][1]),
+    "ACBlock": (jt.linen.ACBlock(4, (3, 3)), IMAGE, NNX["ACBlock"][1]),
 }
 
 
@@ -401,7 +401,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        lift = dict(LIFT, variable_roles={"params": self.axis})
+        lift = dict(LIFT, variable_axes={"params": self.axis})
         if self.how == "scan":
             return nn.scan(self.body, length=4, in_axes=(), **lift)(name="stack")(x)[0]
         if self.how == "remat":
@@ -473,7 +473,7 @@ def test_linen_recurrent_wrapped_and_partitioned_layers_in_nested_stacks(axis):
         Cell,
         in_axes=None,
         axis_size=4,
-        variable_roles={"params": axis},
+        variable_axes={"params": axis},
         metadata_params={nn.PARTITION_NAME: "inner"},
         **LIFT,
     )
@@ -487,7 +487,7 @@ def test_linen_recurrent_wrapped_and_partitioned_layers_in_nested_stacks(axis):
         Outer,
         length=4,
         in_axes=(),
-        variable_roles={"params": 0},
+        variable_axes={"params": 0},
         metadata_params={nn.PARTITION_NAME: "outer"},
         **LIFT,
     )
@@ -505,7 +505,7 @@ class Shared(nn.Module):
     def setup(self):
         self.embed = nn.Embed(4, 4)
         self.stack = nn.vmap(
-            nn.Dense, in_axes=None, axis_size=4, variable_roles={"params": 1}, **LIFT
+            nn.Dense, in_axes=None, axis_size=4, variable_axes={"params": 1}, **LIFT
         )(4)
         self.layers = [nn.Dense(4), {"a": nn.LayerNorm()}]
         self.user = User(self.layers[0])
@@ -678,7 +678,7 @@ class Bridged(nn.Module):
             lambda bridge, x: bridge(x),
             in_axes=(None,),
             axis_size=4,
-            variable_roles={"params": 2},
+            variable_axes={"params": 2},
             **LIFT,
         )
         return step(nnx.bridge.ToLinen(Inside4, name="bridge"), x)
@@ -756,7 +756,7 @@ class LinenResNet(nn.Module):
     def __call__(self, x):
         x = nn.BatchNorm(use_running_average=False)(nn.Conv(8, (3, 3))(x))
         x = x + nn.remat(jt.linen.ACBlock)(
-            None, 8, (3, 3), conv=jt.linen.WSConv, use_running_average=False
+            8, (3, 3), conv=jt.linen.WSConv, use_running_average=False
         )(x)
         return nn.Dense(10)(nn.GroupNorm(2)(x).mean((1, 2)))
 
@@ -853,7 +853,7 @@ def test_scanned_linen_attention_updates_as_its_layers_do(tx):
         @nn.compact
         def __call__(self, x):
             body = lambda block, x: (block(x), None)
-            lift = dict(LIFT, variable_roles={"params": 0}, length=3, in_axes=())
+            lift = dict(LIFT, variable_axes={"params": 0}, length=3, in_axes=())
             return nn.scan(body, **lift)(LinenEncoder(name="block"), x)[0]
 
     modules = Scanned(), LinenEncoder()

@@ -30,7 +30,7 @@ def layer(framework, g, **how):
         apply, like, _ = jt.nnx.functional(module)
         assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, params)
         return lambda p, x: apply(p, {}, x, train=True)[0], params
-    module = jt.linen.WSConv(features, out, size, **how)
+    module = jt.linen.WSConv(out, size, **how)
     return lambda p, x: module.apply({"params": p}, x), params
 
 
@@ -103,7 +103,7 @@ def test_baked_parameters_are_those_of_a_plain_convolution(framework, preset):
         run = lambda f, p: f(p, {}, X, train=False)[0]
     else:
         module, conv = (
-            jt.linen.WSConv(4, 6, (3, 3), preset=preset, **how),
+            jt.linen.WSConv(6, (3, 3), preset=preset, **how),
             nn.Conv(6, (3, 3), **how),
         )
         params = module.init(jax.random.key(0), X)["params"]
@@ -133,7 +133,7 @@ def test_bake_finds_its_kernels(ours):
     np.testing.assert_allclose(chosen["layers"][1]["kernel"], hat, rtol=1e-6)
     assert "gain" in chosen["layers"][0]
     assert "gain" in params["layers"][0]  # the argument is as it was
-    with pytest.raises(ValueError, match="chosen by `where`"):
+    with pytest.raises(ValueError, match="chosen by `path_filter`"):
         ws.fold_params(params, path_filter=lambda path: False)
     with pytest.raises(ValueError, match="`gain` beside it"):
         ws.fold_params({"head": params["head"]})
@@ -180,7 +180,7 @@ def test_sixteen_bit_kernels_have_float32_statistics_everywhere(dtype):
         lambda k: ws.standardize_params({"kernel": k}, path_filter=lambda path: True),
         lambda k: ws.fold_params({"kernel": k, "gain": jnp.ones(4)}),
         lambda k: jt.nnx.WSConv(4, 4, (1, 1), feature_group_count=4, rngs=nnx.Rngs(0)),
-        lambda k: jt.linen.WSConv(4, 4, (1, 1), feature_group_count=4).init(jax.random.key(0), X),
+        lambda k: jt.linen.WSConv(4, (1, 1), feature_group_count=4).init(jax.random.key(0), X),
     ],
 )  # fmt: skip
 def test_depthwise_1x1_is_refused_everywhere(make):
@@ -191,7 +191,7 @@ def test_depthwise_1x1_is_refused_everywhere(make):
 @pytest.mark.parametrize("preset", sorted(ws.PRESETS))
 def test_filters_without_variance_give_zeros_everywhere(preset):
     params = {"kernel": jnp.full((3, 3, 4, 6), 0.3), "gain": jnp.ones(6)}
-    module = jt.linen.WSConv(4, 6, (3, 3), preset=preset)
+    module = jt.linen.WSConv(6, (3, 3), preset=preset)
     y, pull = jax.vjp(lambda p: module.apply({"params": p}, X), params)
     assert not np.any(np.asarray(y))
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(pull(jnp.ones_like(y))))
@@ -207,7 +207,7 @@ def test_filters_without_variance_give_zeros_everywhere(preset):
 
 def test_l2_is_decoupled_weight_decay_under_sgd():
     """The gradient of 1e-4 * sum w^2 against add_decayed_weights(2e-4) over kernels, ten steps."""
-    module = jt.linen.WSConv(4, 6, (3, 3), use_bias=True)
+    module = jt.linen.WSConv(6, (3, 3), use_bias=True)
     start = module.init(jax.random.key(0), X)["params"]
 
     def loss(params):

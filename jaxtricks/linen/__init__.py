@@ -1,13 +1,17 @@
-"""The layers and adapters of `jt.nnx` for flax.linen: same names, same parameter paths, same functions.
+"""Layers, blocks and adapters for flax.linen: those of `jt.nnx`, under the same names.
 
-The layers are linen modules of a few lines around the pure functions that their nnx
-twins call. (`nnx.bridge.to_linen` would construct an nnx module in every apply, and
-cannot skip collectives while initializing.) Their arguments are those of the twins,
-without `rngs`; `in_features` and `num_features` may be None, which stands for those of
-the input, as usual in linen.
+Variables have the same paths and the functions are the same; arguments come in the
+order of linen (features first), and input channels are those of the input.
 """
 
-from jaxtricks.linen._blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
+from jaxtricks.linen._blocks import (
+    ACBlock,
+    DilatedReparamBlock,
+    DiverseBranchBlock,
+    MobileOneBlock,
+    RepVGGBlock,
+)
+from jaxtricks.linen._convert import convert
 from jaxtricks.linen._functional import functional
 from jaxtricks.linen._fuse import fuse
 from jaxtricks.linen._layers import (
@@ -21,17 +25,21 @@ from jaxtricks.linen._layers import (
 )
 from jaxtricks.linen._roles import roles
 
+# pylint: disable=duplicate-code # the names of jt.nnx
 __all__ = [
     "ACBlock",
     "CausalHead",
     "CosineHead",
+    "DilatedReparamBlock",
     "DisAlignHead",
     "DiverseBranchBlock",
     "ExtendedBatchNorm",
     "LWSHead",
+    "MobileOneBlock",
     "NormedHead",
     "RepVGGBlock",
     "WSConv",
+    "convert",
     "functional",
     "fuse",
     "roles",

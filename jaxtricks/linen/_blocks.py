@@ -1,142 +1,365 @@
-"""Blocks of branches as linen modules, with the paths and functions of their nnx twins."""
+"""Blocks whose branches train in parallel and deploy as one convolution, for linen.
+
+The blocks of `jt.nnx`, built from the same tables (`_layers`): variables have the same
+paths and the functions are the same.
+"""
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtricks import reparam
+from jaxtricks import _dtypes, _layer_functions, _layers, reparam
+from jaxtricks._layer_functions import BranchNodes, Padding, Pads
+from jaxtricks._layers import BlockGeometry, BranchSpec, Factory, PointwiseSpec
 from jaxtricks._typing import Array
-from jaxtricks.linen._layers import Sizes, WSConv, in_features
-from jaxtricks.nnx import _blocks, _branches
-from jaxtricks.reparam import _nodes
+from jaxtricks.linen._layers import (
+    Sizes,
+    Variables,
+    conv_node,
+    frozen_norm,
+    is_standardized,
+)
+from jaxtricks.linen._variables import at_path, bound_variables
+from jaxtricks.reparam._nodes import zero_pad
 
-Factory = Callable[..., Any]
-Size = tuple[int, ...]
+# Branches.
 
 
-class _First(nn.Module):
-    """1x1 convolution and normalization in front of a branch's kernel; see `jt.nnx` parts.First."""
+class _Part(nn.Module):
+    """Something of a block that ends in a normalization, or in online mode in a gain.
 
+    Attributes:
+      block: geometry of the block.
+      conv: factory of convolutions.
+      norm: factory of normalizations.
+      is_online: whether the branches are merged in every step.
+    """
+
+    block: BlockGeometry
     conv: Factory
     norm: Factory
-    residual: bool
+    is_online: bool
+
+    def affine_node(self, variables: Variables) -> reparam.Norm | reparam.Scale:
+        """Return what stands behind the convolution as a node."""
+        if self.is_online:
+            return reparam.Scale(variables["params"]["gain"])
+        return frozen_norm(self.norm(parent=None), at_path(variables, "norm"))
+
+    def _gain(self, features: int, initial: float) -> None:
+        init = nn.initializers.constant(initial)
+        self.param("gain", init, (features,), jnp.float32)
+
+
+class PointwiseNorm(_Part):
+    """1x1 convolution and normalization in front of the kernel of a branch.
+
+    The output is padded with its value on zero input, as in nnx.
+    """
+
+    spec: PointwiseSpec
 
     @nn.compact
-    def __call__(self, x: Array, pads: _nodes.Pads, mode: dict[str, bool]) -> Array:
-        y, norm = self.conv(name="conv")(x), self.norm(name="norm")
-        y = norm(y + x.astype(y.dtype) if self.residual else y, **mode)
-        return _branches.with_border(y, pads, _frozen(norm))
+    def __call__(self, x: Array, pads: Pads, flags: dict[str, bool]) -> Array:
+        """Return the normalized conv(x), padded; in online mode only padded."""
+        # Online this runs while initializing alone, for the sake of the parameters.
+        y = self.conv_layer(name="conv")(x)
+        if self.is_online:
+            self._gain(self.spec.features, 1.0)
+            return zero_pad(y, pads)
+        if self.spec.residual:
+            y = y + x.astype(y.dtype)
+        # The border is of the statistics after this step, as in nnx.
+        norm = self.norm(name="norm")
+        y = norm(y, **flags)
+        frozen = frozen_norm(norm, bound_variables(norm))
+        return _layer_functions.pad_with_zero_response(y, pads, frozen)
+
+    def conv_layer(self, **how: Any) -> Any:
+        """Return the convolution; `how` says where it belongs."""
+        if self.spec.residual:
+            how["kernel_init"] = nn.initializers.zeros
+        return self.conv(
+            self.spec.features,
+            self.block.ones,
+            padding="VALID",
+            feature_group_count=self.block.groups,
+            use_bias=False,
+            **how,
+        )
 
 
-class _Branch(nn.Module):
-    """A convolution (or a pooling, or nothing) without padding or bias, then a normalization."""
+class ConvNorm(_Part):
+    """A branch: a convolution without bias, or a pooling, or nothing; then a norm."""
 
-    norm: Factory
-    conv: Factory | None = None
-    pool: Callable[[Array], Array] | None = None
-    first: Factory | None = None
+    spec: BranchSpec
 
     @nn.compact
-    def __call__(self, x: Array, pads: _nodes.Pads, mode: dict[str, bool]) -> Array:
-        if self.first is None:
-            x = _nodes.zero_pad(x, pads)
-        else:
-            x = self.first(name="first")(x, pads, mode)
-        if self.conv is not None:
-            x = self.conv(name="conv")(x)
-        elif self.pool is not None:
-            x = self.pool(x)
-        return self.norm(name="norm")(x, **mode)
+    def __call__(self, x: Array, pads: Pads, flags: dict[str, bool]) -> Any:
+        """Return norm(conv(x)), with x padded by `pads`; in online mode the nodes."""
+        # Only the kernels are needed: the block convolves once, with their sum.
+        if self.is_online:
+            if self.is_initializing():
+                self._initialize(x, pads)
+            return self.nodes(bound_variables(self))
+        x = self._padded(x, pads, flags)
+        if self.spec.kind == "conv":
+            x = self.conv_layer(name="conv")(x)
+        elif self.spec.kind == "pool":
+            block = self.block
+            x = _layers.average_pool(
+                x, block.kernel_size, block.strides, block.dilation
+            )
+        norm = self.norm
+        if self.spec.scale != 1.0:
+            init = nn.initializers.constant(self.spec.scale)
+            return norm(name="norm", scale_init=init)(x, **flags)
+        return norm(name="norm")(x, **flags)
+
+    def _padded(self, x: Array, pads: Pads, flags: dict[str, bool]) -> Array:
+        if self.spec.first is None:
+            return zero_pad(x, pads)
+        return self.pointwise(name="first")(x, pads, flags)
+
+    def _initialize(self, x: Array, pads: Pads) -> None:
+        """Create the parameters; in online mode no convolution is called later."""
+        x = self._padded(x, pads, {})
+        if self.spec.kind == "conv":
+            self.conv_layer(name="conv")(x)
+        self._gain(self.block.out_features, self.spec.initial_gain)
+
+    def conv_layer(self, **how: Any) -> Any:
+        """Return the convolution; `how` says where it belongs."""
+        block = self.block
+        return self.conv(
+            block.out_features,
+            self.spec.size,
+            strides=block.strides,
+            padding="VALID",  # its input is padded already
+            kernel_dilation=tuple(d * self.spec.dilation for d in block.dilation),
+            feature_group_count=block.groups,
+            use_bias=False,
+            **how,
+        )
+
+    def pointwise(self, **how: Any) -> PointwiseNorm:
+        """Return what stands in front of the kernel; `how` says where it belongs."""
+        first: Any = self.spec.first
+        return PointwiseNorm(
+            self.block, self.conv, self.norm, self.is_online, spec=first, **how
+        )
+
+    def nodes(self, variables: Variables) -> BranchNodes:
+        """Return the parts of the branch as nodes.
+
+        Args:
+          variables: of this branch.
+        """
+        linear = None
+        if self.spec.kind == "conv":
+            conv = self.conv_layer(parent=None)
+            linear = conv_node(conv, at_path(variables, "conv"), self.spec.dilation)
+        elif self.spec.kind == "pool":
+            linear = reparam.AvgPool(self.block.kernel_size)
+        affine = self.affine_node(variables)
+        if self.spec.first is None:
+            return BranchNodes(linear, affine)
+        first, first_variables = (
+            self.pointwise(parent=None),
+            at_path(variables, "first"),
+        )
+        return BranchNodes(
+            linear,
+            affine,
+            conv_node(first.conv_layer(parent=None), at_path(first_variables, "conv")),
+            first.affine_node(first_variables),
+            self.spec.first.residual,
+        )
 
 
-class _Block(nn.Module):
-    """What the blocks share: one window, on whose centre tap every branch is placed."""
+# Blocks.
 
-    in_features: int | None
-    out_features: int
+
+class ReparamBlock(nn.Module):
+    """A sum of branches that share one window, on whose centre tap each is placed.
+
+    See `jt.nnx.ACBlock` for the modes. Subclasses say in `table` which branches.
+    """
+
+    features: int
     kernel_size: Sizes = (3, 3)
     strides: Sizes | None = 1
-    padding: _nodes.Padding = "SAME"
+    padding: Padding = "SAME"
     kernel_dilation: Sizes | None = 1
-    feature_group_count: int = 1
+    feature_group_count: int | None = 1
     conv: Factory = nn.Conv
     norm: Factory = nn.BatchNorm
+    mode: str = "branches"
     use_running_average: bool | None = None
 
-    least_axes = 1  # no field: every block has its own
+    least_axes = 1  # not annotated: a constant of the class, not a field
+
+    def geometry(self, in_features: int) -> BlockGeometry:
+        """Return what all branches share, for an input with so many channels."""
+        _layers.check_mode(type(self).__name__, self.mode)
+        return _layer_functions.block_geometry(
+            type(self).__name__,
+            in_features,
+            self.features,
+            self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            groups=self.feature_group_count or in_features,
+            least_axes=self.least_axes,
+        )
+
+    def table(self, block: BlockGeometry) -> _layers.Table:
+        """Return the rows of the block's table, the one with the largest kernel first."""
+        raise NotImplementedError
+
+    def branch(self, spec: BranchSpec, block: BlockGeometry, **how: Any) -> ConvNorm:
+        """Return the branch of one row; `how` says where it belongs."""
+        is_online = self.mode == "online"
+        return ConvNorm(block, self.conv, self.norm, is_online, spec=spec, **how)
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """[..., *spatial, in_features] -> [..., *spatial', out_features].
+        """Map [..., *spatial, in_features] to [..., *spatial', features].
 
         Args:
           x: the input.
-          use_running_average: overrides the block's own setting for this call.
+          use_running_average: overrides the setting of the block for this call.
         """
-        name = type(self).__name__
-        ins = in_features(name, self.in_features, x)
-        _branches.check_features(name, ins, self.out_features, self.feature_group_count)
-        size, strides, dilation = self._window()
-        spatial = x.shape[x.ndim - len(size) - 1 : -1]
-        pads = _nodes.resolve(self.padding, spatial, size, strides, dilation)
-        mode = (
-            self.use_running_average
-            if use_running_average is None
-            else use_running_average
-        )
-        flags = {} if mode is None else {"use_running_average": mode}
-        outputs = [
-            made(x, _nodes.place(pads, size, own, dilation), flags)
-            for own, made in self._branches(ins)
-        ]
+        block = self.geometry(x.shape[-1])
+        # With None each normalization keeps to its attribute.
+        setting = use_running_average
+        setting = self.use_running_average if setting is None else setting
+        flags = {} if setting is None else {"use_running_average": setting}
+        outputs = []
+        for spec in self.table(block):
+            branch = self.branch(spec, block, name=spec.name)
+            pads = _layer_functions.branch_pads(x, self.padding, block, spec.extent)
+            outputs.append(branch(x, pads, flags))
+        if self.mode == "online":
+            y = self._one_convolution(x, outputs, block)
+            return self.norm(name="norm")(y, **flags)
         return functools.reduce(operator.add, outputs)
 
-    def _window(self) -> tuple[Size, Size, Size]:
-        """(size, strides, dilation), one number per spatial axis."""
-        size = _branches.window(self.kernel_size, type(self).__name__, self.least_axes)
-        strides = _nodes.per_axis("strides", self.strides or 1, len(size))
-        dilation = _nodes.per_axis(
-            "kernel_dilation", self.kernel_dilation or 1, len(size)
-        )
-        return size, strides, dilation
-
-    def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
-        """(kernel size, branch) of every branch."""
-        raise NotImplementedError
-
-    def _convolution(
-        self, size: Size, features: int | None = None, **how: Any
-    ) -> Factory:
-        """A branch's convolution; it expects an input that is padded already."""
-        _, strides, dilation = self._window()
-        return functools.partial(
-            _with_features(self.conv, features or self.out_features),
-            kernel_size=size,
-            padding="VALID",
-            feature_group_count=self.feature_group_count,
-            use_bias=False,
-            **{"strides": strides, "kernel_dilation": dilation, **how},
+    def _one_convolution(
+        self, x: Array, branches: Sequence[BranchNodes], block: BlockGeometry
+    ) -> Array:
+        first = self.table(block)[0]
+        # The bound layers were never called: an unbound one has the settings.
+        conv = self.branch(first, block, parent=None).conv_layer(parent=None)
+        kernel = bound_variables(self)["params"][first.name]["conv"]["kernel"]
+        return _layer_functions.one_convolution(
+            x,
+            branches,
+            block,
+            padding=self.padding,
+            dtype=_dtypes.common_dtype(x, kernel, given=conv.dtype),
+            precision=conv.precision,
         )
 
-    def _first(self, features: int, residual: bool) -> Factory:
-        ones = (1,) * len(self._window()[0])
-        how: dict[str, Any] = {"kernel_init": nn.initializers.zeros} if residual else {}
-        conv = self._convolution(
-            ones, features, strides=ones, kernel_dilation=ones, **how
+    def branch_nodes(
+        self, variables: Variables, block: BlockGeometry
+    ) -> list[BranchNodes]:
+        """Return the branches of an unbound block as nodes.
+
+        Args:
+          variables: of the block.
+          block: its geometry.
+        """
+        return [
+            self.branch(spec, block, parent=None).nodes(at_path(variables, spec.name))
+            for spec in self.table(block)
+        ]
+
+    def norm_node(self, variables: Variables) -> reparam.Norm | None:
+        """Return the normalization behind the sum as a node; None in mode "branches"."""
+        if self.mode != "online":
+            return None
+        return frozen_norm(self.norm(parent=None), at_path(variables, "norm"))
+
+    def started_from(
+        self,
+        variables: Variables,
+        block: BlockGeometry,
+        kernel: Array,
+        bias: Array | None,
+    ) -> dict[str, Any]:
+        """Return variables with which the block computes conv(x, kernel) + bias.
+
+        See `jt.nnx.ACBlock.start_from`.
+
+        Args:
+          variables: of the block, initialized.
+          block: its geometry.
+          kernel: [*kernel_size, in / groups, out].
+          bias: [out] or None.
+
+        Raises:
+          ValueError: standardized kernels, or normalizations without scale or bias.
+        """
+        table = self.table(block)
+        name = f"{type(self).__name__}.start_from"
+        if is_standardized(
+            self.branch(table[0], block, parent=None).conv_layer(parent=None)
+        ):
+            raise ValueError(f"{name}: {_layer_functions.STANDARDIZED_START}")
+        # An unbound module: layers are built for their settings alone.
+        branches = self.branch_nodes(variables, block)
+        norm = self.norm_node(variables)
+        norms = [branch.affine for branch in branches] if norm is None else [norm]
+        base, _ = _layers.unwrap_partial(self.norm)
+        norm_name = getattr(base, "__name__", "normalization")
+        _layer_functions.check_startable(name, [(norm_name, n) for n in norms])
+        branches, norm = _layer_functions.start_from_convolution(
+            branches, norm, kernel, bias, block
         )
-        return functools.partial(_First, conv, self.norm, residual)
+        # The caller's dictionaries stay as they are.
+        params = _copied_tree(variables["params"])
+        statistics = _copied_tree(variables["batch_stats"])
+        params[table[0].name]["conv"]["kernel"] = branches[0].linear.kernel
+        if norm is not None:
+            _write_norm(norm, params, statistics)
+            return {"params": params, "batch_stats": statistics}
+        for spec, branch in zip(table, branches, strict=True):
+            branch_params, branch_statistics = params[spec.name], statistics[spec.name]
+            _write_norm(branch.affine, branch_params, branch_statistics)
+            if spec.first is not None:
+                _write_norm(
+                    branch.first_affine,
+                    branch_params["first"],
+                    branch_statistics["first"],
+                )
+        return {"params": params, "batch_stats": statistics}
 
 
-class ACBlock(_Block):
-    """KxK, Kx1 and 1xK branches, each with its normalization, summed; see `jt.nnx.ACBlock`.
+def _copied_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _copied_tree(value) if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+    }
+
+
+def _write_norm(
+    node: reparam.Norm, params: dict[str, Any], statistics: dict[str, Any]
+) -> None:
+    params["norm"] = {"scale": node.scale, "bias": node.bias}
+    statistics["norm"] = {"mean": node.mean, "var": node.var}
+
+
+class ACBlock(ReparamBlock):
+    """KxK, Kx1 and 1xK branches, each normalized, summed; see `jt.nnx.ACBlock`.
 
     Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
+      features: channels of the output.
       kernel_size: (kh, kw) or (kd, kh, kw).
       strides: an int or one per spatial axis.
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
@@ -144,14 +367,15 @@ class ACBlock(_Block):
       feature_group_count: groups.
       conv: nn.Conv, this library's WSConv, or a partial of either.
       norm: nn.BatchNorm, this library's ExtendedBatchNorm, or a partial of either.
+      mode: "branches", or "online" for one convolution per step.
       use_running_average: True in evaluation; None = as the normalizations say.
-      gamma_init: initial scale of the normalizations.
+      gamma_init: initial scale of the normalizations (online: of the gains).
 
     Example:
       >>> import jax
-      >>> block = ACBlock(None, 8, (3, 3), use_running_average=True)
-      >>> made = jax.eval_shape(block.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))
-      >>> sorted(made["params"])
+      >>> block = ACBlock(8, (3, 3), use_running_average=True)
+      >>> variables = jax.eval_shape(block.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+      >>> sorted(variables["params"])
       ['horizontal', 'square', 'vertical']
     """
 
@@ -159,116 +383,98 @@ class ACBlock(_Block):
 
     least_axes = 2
 
-    def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
-        norm = functools.partial(
-            self.norm, scale_init=nn.initializers.constant(self.gamma_init)
-        )
-        sizes = _blocks.lines(self._window()[0])
-        return [
-            (k, _Branch(norm, self._convolution(k), name=name))
-            for name, k in sizes.items()
-        ]
+    def table(self, block: BlockGeometry) -> _layers.Table:
+        """Return the rows of the whole kernel and of one line along each axis."""
+        return _layers.asymmetric_branches(block, gamma_init=self.gamma_init)
 
 
-class RepVGGBlock(_Block):
-    """KxK, 1x1 and identity branches, each with its normalization, summed; see `jt.nnx.RepVGGBlock`.
+class RepVGGBlock(ReparamBlock):
+    """KxK, 1x1 and identity branches, each normalized, summed; see `jt.nnx.RepVGGBlock`.
 
-    Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: nn.Conv, this library's WSConv, or a partial of either.
-      norm: nn.BatchNorm, this library's ExtendedBatchNorm, or a partial of either.
-      use_running_average: True in evaluation; None = as the normalizations say.
+    The attributes are those of `ACBlock`, without `gamma_init`; `kernel_size` may be an
+    int for one spatial axis.
 
     Example:
       >>> import jax
-      >>> block, x = RepVGGBlock(None, 4, use_running_average=True), jnp.ones((1, 6, 6, 4))
+      >>> block, x = RepVGGBlock(4, use_running_average=True), jnp.ones((1, 6, 6, 4))
       >>> sorted(jax.eval_shape(block.init, jax.random.key(0), x)["params"])
       ['identity', 'point', 'square']
     """
 
-    def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
-        size, strides, _ = self._window()
-        ones = (1,) * len(size)
-        made = [
-            (size, _Branch(self.norm, self._convolution(size), name="square")),
-            (ones, _Branch(self.norm, self._convolution(ones), name="point")),
-        ]
-        if ins == self.out_features and set(strides) == {1}:
-            made.append((ones, _Branch(self.norm, name="identity")))
-        return made
+    def table(self, block: BlockGeometry) -> _layers.Table:
+        """Return the rows of the KxK, 1x1 and, where it fits, identity branch."""
+        return _layers.repvgg_branches(block)
 
 
-class DiverseBranchBlock(_Block):
-    """KxK, 1x1, 1x1-average and 1x1-KxK branches, normalized and summed; see `jt.nnx.DiverseBranchBlock`.
+class DiverseBranchBlock(ReparamBlock):
+    """KxK, 1x1, 1x1-average and 1x1-KxK branches, summed; see `jt.nnx.DiverseBranchBlock`.
+
+    The other attributes are those of `ACBlock`, without `gamma_init`.
 
     Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: nn.Conv, this library's WSConv, or a partial of either.
-      norm: nn.BatchNorm, this library's ExtendedBatchNorm, or a partial of either.
-      use_running_average: True in evaluation; None = as the normalizations say.
-      internal_features: channels between 1x1 and KxK; None = in_features, depthwise
-        twice that.
+      internal_features: channels between 1x1 and KxK; None = as many as the input has,
+        depthwise twice that.
 
     Example:
       >>> import jax
-      >>> block, x = DiverseBranchBlock(None, 4, use_running_average=True), jnp.ones((1, 6, 6, 4))
+      >>> block, x = DiverseBranchBlock(4, use_running_average=True), jnp.ones((1, 6, 6, 4))
       >>> sorted(jax.eval_shape(block.init, jax.random.key(0), x)["params"])
       ['point', 'pool', 'sequence', 'square']
     """
 
     internal_features: int | None = None
 
-    def _branches(self, ins: int) -> list[tuple[Size, _Branch]]:
-        size, strides, dilation = self._window()
-        ones, conv = (1,) * len(size), self._convolution(size)
-        depthwise = self.feature_group_count == self.out_features
-        inside = _blocks.internal(
-            ins, self.out_features, self.feature_group_count, self.internal_features
+    def table(self, block: BlockGeometry) -> _layers.Table:
+        """Return the rows of the KxK, 1x1 (if any), average and 1x1-KxK branch."""
+        return _layers.diverse_branches(block, internal_features=self.internal_features)
+
+
+class MobileOneBlock(ReparamBlock):
+    """Several KxK branches, a 1x1 branch and the identity, summed; see `jt.nnx.MobileOneBlock`.
+
+    The other attributes are those of `ACBlock`, without `gamma_init`.
+
+    Attributes:
+      num_branches: number of KxK branches.
+
+    Example:
+      >>> import jax
+      >>> block, x = MobileOneBlock(4, num_branches=2, use_running_average=True), jnp.ones((1, 6, 6, 4))
+      >>> sorted(jax.eval_shape(block.init, jax.random.key(0), x)["params"])
+      ['identity', 'point', 'square_0', 'square_1']
+    """
+
+    num_branches: int = 4
+
+    def table(self, block: BlockGeometry) -> _layers.Table:
+        """Return the rows of the KxK branches, and of the 1x1 and identity branch if any."""
+        return _layers.mobileone_branches(block, num_branches=self.num_branches)
+
+
+class DilatedReparamBlock(ReparamBlock):
+    """A large kernel and dilated small ones, summed; see `jt.nnx.DilatedReparamBlock`.
+
+    The other attributes are those of `ACBlock`, without `gamma_init`.
+
+    Attributes:
+      feature_group_count: groups; None = depthwise, as many as input channels.
+      kernel_sizes: of the small kernels; None = the paper's for 5, 7, 9, 11, 13, 15 and
+        17.
+      dilates: their dilations; None = the paper's.
+
+    Example:
+      >>> import jax
+      >>> block, x = DilatedReparamBlock(4, (7, 7), use_running_average=True), jnp.ones((1, 9, 9, 4))
+      >>> sorted(jax.eval_shape(block.init, jax.random.key(0), x)["params"])
+      ['dilated_0', 'dilated_1', 'dilated_2', 'large']
+    """
+
+    feature_group_count: int | None = None
+    kernel_sizes: Sequence[int] | None = None
+    dilates: Sequence[int] | None = None
+
+    def table(self, block: BlockGeometry) -> _layers.Table:
+        """Return the rows of the large and the dilated branches."""
+        return _layers.dilated_branches(
+            block, kernel_sizes=self.kernel_sizes, dilates=self.dilates
         )
-        pool = functools.partial(
-            _branches.average_pool, size=size, strides=strides, dilation=dilation
-        )
-        before = None if depthwise else self._first(self.out_features, residual=False)
-        first = self._first(inside, residual=inside == ins)
-        made = [
-            (size, _Branch(self.norm, conv, name="square")),
-            (size, _Branch(self.norm, pool=pool, first=before, name="pool")),
-            (size, _Branch(self.norm, conv, first=first, name="sequence")),
-        ]
-        if not depthwise:
-            made.insert(
-                1, (ones, _Branch(self.norm, self._convolution(ones), name="point"))
-            )
-        return made
-
-
-def _frozen(norm: Any) -> reparam.Norm:
-    """A bound normalization with its running statistics as they are now."""
-
-    def parameter(name: str) -> Array | None:
-        if not norm.has_variable("params", name):
-            return None
-        return nn.meta.unbox(norm.get_variable("params", name))
-
-    mean, var = (
-        jnp.asarray(norm.get_variable("batch_stats", name)) for name in ("mean", "var")
-    )
-    return reparam.Norm(mean, var, parameter("scale"), parameter("bias"), norm.epsilon)
-
-
-def _with_features(factory: Factory, features: int) -> Factory:
-    """The factory with its number of output channels; flax's and ours name it differently."""
-    base, _ = _branches.unpacked(factory)
-    return functools.partial(factory, *((None,) if base is WSConv else ()), features)

@@ -1,6 +1,5 @@
-"""A linen module some of whose layers are computed by plain ones."""
+"""Turn a linen module into a pure function of plain dictionaries."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,90 +8,16 @@ import flax
 import jax
 from flax import linen as nn
 
-from jaxtricks import _dtypes
+from jaxtricks import _layers
 from jaxtricks._arguments import checked
 from jaxtricks._typing import ApplyFn, Key, Params, State
 from jaxtricks.linen._layers import ExtendedBatchNorm
-from jaxtricks.nnx import _conv, _flags, _functional
-
-
-@dataclasses.dataclass(frozen=True)
-class Original:
-    """Holds an unbound module."""
-
-    module: nn.Module
-
-
-class Fused(nn.Module):
-    """What `jt.linen.fuse` returns: the module with other layers, under the same paths.
-
-    Its variables are those of a network of plain layers. Where the module would call a
-    fused layer, the convolution with the kernel and bias at the layer's path runs; a
-    folded normalization passes its input on.
-
-    Attributes:
-      original: the module; wrapped, since flax would give a module that is a field
-        another path.
-      convs: (path, strides and so on as pairs) of the layers that are convolutions now.
-      folded: (path, dtype of its output) of the normalizations that are part of a layer
-        now.
-      biased: paths of linear layers and transposed convolutions that have taken one up:
-        they are called with a bias.
-    """
-
-    original: Original
-    convs: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
-    folded: tuple[tuple[str, str], ...] = ()
-    biased: tuple[str, ...] = ()
-
-    @property
-    def module(self) -> nn.Module:
-        """The original module."""
-        return self.original.module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original computes in evaluation mode."""
-        convs, folded = dict(self.convs), dict(self.folded)
-
-        def plain(call: Any, inputs: Any, flags: Any, context: Any) -> Any:
-            layer, path = context.module, layer_path(context.module)
-            if context.method_name != "__call__":
-                return call(*inputs, **flags)
-            if path in folded:
-                return _first(inputs, flags).astype(folded[path])
-            if path in self.biased:
-                params = {
-                    n: layer.get_variable("params", n) for n in ("kernel", "bias")
-                }
-                alone = layer.clone(use_bias=True, parent=None)
-                return alone.apply({"params": params}, *inputs, **flags)
-            if path not in convs:
-                return call(*inputs, **flags)
-            kernel, bias = (layer.get_variable("params", n) for n in ("kernel", "bias"))
-            x, how = _first(inputs, flags), dict(convs[path])
-            dtype = _dtypes.common_dtype(x, kernel, bias, given=how.pop("dtype"))
-            return _conv.convolution(x, kernel, bias, dtype=dtype, **how)
-
-        with nn.intercept_methods(plain):
-            return self.module.apply(self.variables, *args, **kwargs)
-
-
-def _first(inputs: Any, kwargs: Any) -> Any:
-    """The input of a layer's call, which may be given by name."""
-    return inputs[0] if inputs else next(iter(kwargs.values()))
-
-
-def layer_path(module: nn.Module) -> str:
-    """The path of a bound module."""
-    return "/".join(module.path)
-
-
-# A linen module as a pure function of plain dictionaries.
-
+from jaxtricks.linen._substitution import SubstitutedModule, original, substituted
+from jaxtricks.linen._variables import layer_path
 
 STATISTICS = "batch_stats"
-# What flax raises where a module writes or makes a variable of a collection that is not
-# mutable.
+# What Flax raises where a module writes or creates a variable of a collection that is
+# not mutable.
 _IMMUTABLE = (
     flax.errors.ModifyScopeVariableError,
     flax.errors.ScopeVariableNotFoundError,
@@ -105,9 +30,9 @@ def functional(
     module: nn.Module,
     variables: Mapping[str, Any],
     *,
-    train_kwargs: _flags.TrainKwargs = None,
+    train_kwargs: _layers.TrainKwargs = None,
 ) -> tuple[ApplyFn, Params, State]:
-    """The module as (apply, params, state), as `jt.nnx.functional` gives it.
+    """Return the module as (apply, params, state), like `jt.nnx.functional`.
 
     Args:
       module: any linen module.
@@ -120,8 +45,8 @@ def functional(
 
     Returns:
       apply: (params, state, *inputs, train: bool, key=None, **kwargs) -> (y, state).
-        `kwargs` are the call's own; `key` is a typed PRNG key for all RNG streams and
-        may be None only if the call draws no random numbers. In training every
+        `kwargs` are those of the call; `key` is a typed PRNG key for all RNG streams
+        and may be None only if the call draws no random numbers. In training every
         collection of `state` is mutable, in evaluation those alone that the call
         writes, such as a cache: a module may decide by `is_mutable_collection`.
       params: variables["params"] as nested dicts.
@@ -142,8 +67,11 @@ def functional(
       >>> sorted(params), sorted(state["batch_stats"])
       (['bias', 'scale'], ['mean', 'var'])
     """
+    # The modules for both modes are built once, not in every step.
     call = _Call(module, train_kwargs)
-    state = {name: _plain(tree) for name, tree in variables.items() if name != "params"}
+    initial_state = {
+        name: _plain(tree) for name, tree in variables.items() if name != "params"
+    }
 
     def apply(
         params: Params,
@@ -154,43 +82,44 @@ def functional(
         key: Key | None = None,
         **kwargs: Any,
     ) -> tuple[Any, State]:
-        rngs = None if key is None else _rngs(_functional.checked_key(key))
+        train = _layers.static_train(train)
+        rngs = None if key is None else _rngs(_layers.checked_key(key))
         variables = {"params": params, **state}
         try:
-            y, updated = call(
-                _functional.static_train(train), variables, inputs, kwargs, rngs
-            )
+            y, updated = call(train, variables, inputs, kwargs, rngs)
         except flax.errors.InvalidRngError as error:
             raise ValueError(
                 "linen.functional: this call draws random numbers and needs `key`: pass "
                 f"key=jax.random.key(...), or train=False ({error})"
             ) from None
-        return y, _functional.pruned({**state, **_plain(updated)}, state)
+        return y, _layers.pruned({**state, **_plain(updated)}, state)
 
-    return apply, _plain(variables.get("params", {})), state
+    return apply, _plain(variables.get("params", {})), initial_state
 
 
 class _Call:
     """The call of a module, which is told to train or to evaluate."""
 
-    def __init__(self, module: nn.Module, train_kwargs: _flags.TrainKwargs):
-        kind = type(original(module))
-        self.kwargs = _flags.mode_rule("linen.functional", kind, train_kwargs)
+    def __init__(self, module: nn.Module, train_kwargs: _layers.TrainKwargs):
+        cls = type(original(module))
+        self.kwargs = _layers.mode_rule("linen.functional", cls, train_kwargs)
         self.modules = {train: in_mode(module, train) for train in (True, False)}
         self.finds_flags = train_kwargs is None
-        # Then only the collections that are mutable can tell it. What is fused need not
-        # be told.
-        self.has_none = (
+        # Without flags only the collections that are mutable tell the module to train;
+        # a fused one does not train at all.
+        is_fused = isinstance(module, SubstitutedModule) and module.is_fused
+        has_attribute_flags = self.modules[True] is not self.modules[False]
+        self.has_no_flags = (
             self.finds_flags
-            and not isinstance(module, Fused)
-            and self.modules[True] is self.modules[False]
-            and not _flags.has_flags(kind)
+            and not is_fused
+            and not has_attribute_flags
+            and not _layers.has_flags(cls)
         )
 
     def __call__(
         self, train: bool, variables: Any, inputs: Any, kwargs: Any, rngs: Any
     ) -> tuple[Any, Any]:
-        """(output, updated variables)."""
+        """Return the output and the updated variables."""
         modes: dict[str, bool] = {}
         kwargs = self.kwargs(train, inputs, kwargs)
 
@@ -200,16 +129,18 @@ class _Call:
                     variables, *inputs, rngs=rngs, mutable=mutable, **kwargs
                 )
 
+        # A module may decide by what is mutable, so evaluation starts with nothing.
         if train:
             out = run([name for name in variables if name != "params"])
         else:
             out, written = evaluated(run, variables)
             if self.finds_flags and STATISTICS in written:
                 raise ValueError(
-                    f"linen.functional: with train=False the call still updates {STATISTICS!r}, so it "
-                    "trains: pass `train_kwargs`, which says by what arguments the module evaluates"
+                    f"linen.functional: with train=False the call still updates "
+                    f"{STATISTICS!r}, so it trains: pass `train_kwargs`, which says by "
+                    "what arguments the module evaluates"
                 )
-        if self.has_none:
+        if self.has_no_flags:
             _check_modes(train, modes)
         return out
 
@@ -217,7 +148,7 @@ class _Call:
 def evaluated(
     run: Callable[[list[str]], tuple[Any, Any]], variables: Mapping[str, Any]
 ) -> tuple[tuple[Any, Any], set[str]]:
-    """(run(mutable), mutable) with no collection mutable but those that the call writes.
+    """Return (run(mutable), mutable), where only what the call writes is mutable.
 
     Modules that train where their statistics are mutable evaluate then; a cache of
     decoding is written.
@@ -227,10 +158,8 @@ def evaluated(
         try:
             return run(sorted(written)), written
         except _IMMUTABLE as error:
-            # The error has the name in its text alone.
-            others = [
-                name for name in variables if name != "params" and name not in written
-            ]
+            # The error has the name of the collection in its text alone.
+            others = {name for name in variables if name != "params"} - written
             new = {name for name in others if f'collection "{name}"' in str(error)}
             if not new:
                 raise
@@ -238,39 +167,31 @@ def evaluated(
 
 
 def in_mode(module: nn.Module, train: bool) -> nn.Module:
-    """The module with those of its attributes set that are flags and that its call does not have."""
-    if isinstance(module, Fused):
-        inner = in_mode(module.module, train)
-        return (
-            module if inner is module.module else module.clone(original=Original(inner))
-        )
+    """Return the module with the flags set that are attributes, and not of its call."""
+    if isinstance(module, SubstitutedModule):
+        inner = in_mode(original(module), train)
+        if inner is original(module):
+            return module
+        return substituted(inner, module.layers, is_fused=module.is_fused)
+    # A flag that the call has too is the call's to set.
     fields = {name: getattr(module, name) for name in module.__dataclass_fields__}
-    own = _flags.attribute_flags(fields, train)
-    parameters = _flags.open_parameters(type(module), (), {})
-    changes: dict[str, Any] = {
-        n: value for n, value in own.items() if n not in parameters
-    }
+    parameters = _layers.open_parameters(type(module), (), {})
+    flags = _layers.attribute_flags(fields, train)
+    changes: dict[str, Any] = {n: v for n, v in flags.items() if n not in parameters}
     return module.clone(**changes) if changes else module
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The module that was fused, or the module itself."""
-    while isinstance(module, Fused):
-        module = module.module
-    return module
 
 
 def layer_trains(
     layer: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool | None:
-    """Whether a normalization or dropout trains in this call; None for other layers."""
+    """Return whether a normalization or dropout trains in a call; None for others."""
     if isinstance(layer, nn.BatchNorm | ExtendedBatchNorm):
-        flag, at = "use_running_average", 1
+        flag = "use_running_average"
     elif isinstance(layer, nn.Dropout) and layer.rate > 0:
-        flag, at = "deterministic", 1
+        flag = "deterministic"
     else:
         return None
-    value = kwargs.get(flag, inputs[at] if len(inputs) > at else None)
+    value = kwargs.get(flag, inputs[1] if len(inputs) > 1 else None)
     value = getattr(layer, flag) if value is None else value
     return value is not True
 
@@ -280,27 +201,29 @@ def _note_mode(
 ) -> Any:
     trains = layer_trains(context.module, inputs, kwargs)
     if context.method_name == "__call__" and trains is not None:
-        modes["/".join(context.module.path)] = trains
+        modes[layer_path(context.module)] = trains
     return call(*inputs, **kwargs)
 
 
 def _check_modes(train: bool, modes: Mapping[str, bool]) -> None:
-    """Raise if `train` did not reach the layers: all evaluate in training, or one trains in evaluation."""
+    """Raise if `train` did not reach the layers.
+
+    That is if all evaluate in training, or one trains in evaluation.
+    """
     wrong = [path for path, trains in modes.items() if trains != train]
     if wrong and (not train or len(wrong) == len(modes)):
+        does = "evaluates" if train else "trains"
         raise ValueError(
-            f"linen.functional: {min(wrong)!r} {'evaluates' if train else 'trains'} with train={train}, "
-            "since neither an argument of the module's call nor an attribute of it is a known flag: pass "
-            "`train_kwargs`, or {} if it is meant to stay so"
+            f"linen.functional: {min(wrong)!r} {does} with train={train}, since neither "
+            "an argument of the module's call nor an attribute of it is a known flag: "
+            "pass `train_kwargs`, or {} if it is meant to stay so"
         )
 
 
 def _rngs(key: Key) -> dict[str, Key]:
     # Streams of other names fall back on "params" in linen.
-    return {
-        name: jax.random.fold_in(key, i)
-        for i, name in enumerate(("params", "dropout", "default"))
-    }
+    names = ("params", "dropout", "default")
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
 
 def _plain(tree: Any) -> Any:

@@ -1,27 +1,30 @@
-"""WSConv and ExtendedBatchNorm as linen modules: a few lines around what their nnx twins call."""
+"""WSConv, ExtendedBatchNorm and the heads for long-tailed data as linen modules.
 
-from collections.abc import Callable, Sequence
+Each is a few lines around the functions that the layers of `jt.nnx` call too.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtricks import _dtypes
+from jaxtricks import _dtypes, _layer_functions, _layers, reparam
+from jaxtricks._layer_functions import Padding, RunningStatistics
+from jaxtricks._layers import Initializer
 from jaxtricks._typing import Array
-from jaxtricks.longtail import decoupling
-from jaxtricks.longtail import heads as functions
-from jaxtricks.nnx import _conv, _heads, _norm
-from jaxtricks.reparam import _nodes
+from jaxtricks.longtail import decoupling, heads
 
 Sizes = int | Sequence[int]
+Variables = Mapping[str, Mapping[str, Any]]
+"""{"params": ..., "batch_stats": ...} of one layer, without boxes."""
 
 
 class WSConv(nn.Module):
     """Convolution whose kernel is standardized before every use; see `jt.nnx.WSConv`.
 
     Attributes:
-      in_features: channels of the input; None = those of the input it is called on.
-      out_features: channels of the output.
+      features: channels of the output.
       kernel_size: an int for one spatial axis, else one int per axis.
       strides: an int or one per spatial axis.
       padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int or (low, high)
@@ -29,7 +32,7 @@ class WSConv(nn.Module):
       kernel_dilation: an int or one per spatial axis.
       feature_group_count: groups.
       preset: "nfnet", "timm", "bit" or "qiao".
-      eps: replaces the preset's epsilon.
+      eps: replaces the epsilon of the preset.
       use_gain: whether one factor per output channel is learned.
       use_bias: whether a bias is added.
       kernel_init: initializer; None = normal with variance 1 / fan_in.
@@ -39,47 +42,45 @@ class WSConv(nn.Module):
 
     Example:
       >>> import jax
-      >>> conv = WSConv(None, 8, (3, 3), strides=2)
+      >>> conv = WSConv(8, (3, 3), strides=2)
       >>> jax.eval_shape(conv.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]["kernel"].shape
       (3, 3, 3, 8)
     """
 
-    in_features: int | None
-    out_features: int
+    features: int
     kernel_size: Sizes
     strides: Sizes | None = 1
-    padding: _nodes.Padding = "SAME"
+    padding: Padding = "SAME"
     kernel_dilation: Sizes | None = 1
     feature_group_count: int = 1
     preset: str = "nfnet"
     eps: float | None = None
     use_gain: bool = True
     use_bias: bool = False
-    kernel_init: Callable[..., Any] | None = None
+    kernel_init: Initializer | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., *spatial, in_features] -> [..., *spatial', out_features]."""
-        features = in_features("WSConv", self.in_features, x)
-        out = (self.out_features,)
-        shape = _conv.kernel_shape(
-            features, self.out_features, self.kernel_size, self.feature_group_count
+        """Map [..., *spatial, in_features] to [..., *spatial', features]."""
+        shape = _layers.conv_kernel_shape(
+            x.shape[-1], self.features, self.kernel_size, self.feature_group_count
         )
-        kernel_init = self.kernel_init or _conv.default_kernel_init()
+        kernel_init = self.kernel_init or _layers.unit_variance_init()
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        gain = (
-            self.param("gain", ones, out, self.param_dtype) if self.use_gain else None
-        )
-        bias = (
-            self.param("bias", zeros, out, self.param_dtype) if self.use_bias else None
-        )
-        return _conv.convolution(
+        per_channel = ((self.features,), self.param_dtype)
+        gain = bias = None
+        if self.use_gain:
+            gain = self.param("gain", nn.initializers.ones, *per_channel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, *per_channel)
+        return _layer_functions.convolution(
             x,
-            _conv.standardize_wide(kernel, gain, preset=self.preset, eps=self.eps),
+            _layer_functions.standardize_wide(
+                kernel, gain, preset=self.preset, eps=self.eps
+            ),
             bias,
             dtype=_dtypes.common_dtype(x, kernel, bias, given=self.dtype),
             strides=self.strides or 1,
@@ -94,7 +95,7 @@ class ExtendedBatchNorm(nn.Module):
     """Batch normalization with one variance for all channels; see `jt.nnx.ExtendedBatchNorm`.
 
     Attributes:
-      num_features: channels; None = those of the input it is called on.
+      use_running_average: True in evaluation.
       momentum: running = momentum * running + (1 - momentum) * batch.
       epsilon: added to the variance, inside the root.
       use_scale: whether a factor per channel is learned.
@@ -105,7 +106,6 @@ class ExtendedBatchNorm(nn.Module):
       bias_init: initializer of bias; None = zeros.
       dtype: of the output; None = that of input and parameters together.
       param_dtype: of scale and bias.
-      use_running_average: True in evaluation.
 
     Example:
       >>> import jax
@@ -116,18 +116,17 @@ class ExtendedBatchNorm(nn.Module):
       ((4,), ())
     """
 
-    num_features: int | None = None
+    use_running_average: bool | None = False
     momentum: float = 0.99
     epsilon: float = 1e-3
     use_scale: bool = True
     use_bias: bool = True
     variance: Literal["channel", "grand"] = "channel"
     axis_name: Any = None
-    scale_init: Callable[..., Any] | None = None
-    bias_init: Callable[..., Any] | None = None
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    use_running_average: bool | None = False
 
     @nn.compact
     def __call__(
@@ -137,31 +136,33 @@ class ExtendedBatchNorm(nn.Module):
         *,
         mask: Array | None = None,
     ) -> Array:
-        """Normalized x; in training the collection "batch_stats" moves.
+        """Return x normalized; in training the collection "batch_stats" moves.
 
         Args:
           x: [..., C].
-          use_running_average: overrides the module's own setting for this call.
+          use_running_average: overrides the setting of the module for this call.
           mask: which entries count, see `ebn.extended_moments`.
         """
-        shape = (in_features("ExtendedBatchNorm", self.num_features, x),)
-        wide = _norm.statistics_dtype(self.param_dtype)
+        shape = x.shape[-1:]
+        wide = _layers.statistics_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
         var = self.variable("batch_stats", "var", jnp.ones, (), wide)
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
         scale = bias = None
         if self.use_scale:
-            scale = self.param(
-                "scale", self.scale_init or ones, shape, self.param_dtype
-            )
+            init = self.scale_init or nn.initializers.ones
+            scale = self.param("scale", init, shape, self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init or zeros, shape, self.param_dtype)
-        stats = _norm.Running(mean.value, var.value)
-        if not _norm.choose(use_running_average, self.use_running_average):
+            init = self.bias_init or nn.initializers.zeros
+            bias = self.param("bias", init, shape, self.param_dtype)
+        statistics = RunningStatistics(mean.value, var.value)
+        if not _layers.use_running_statistics(
+            use_running_average, self.use_running_average, "ExtendedBatchNorm"
+        ):
+            # Mapped axes are not bound while the module is initialized.
             initializing = self.is_initializing()
-            stats, updated = _norm.batch_statistics(
+            statistics, updated = _layer_functions.batch_statistics(
                 x,
-                stats,
+                statistics,
                 momentum=self.momentum,
                 mask=mask,
                 axis_name=None if initializing else self.axis_name,
@@ -169,50 +170,33 @@ class ExtendedBatchNorm(nn.Module):
             )
             if not initializing:
                 mean.value, var.value = map(jnp.asarray, updated)
-        return _norm.normalize_to(
-            x, stats, scale, bias, epsilon=self.epsilon, dtype=self.dtype
+        return _layer_functions.normalize_to(
+            x, statistics, scale, bias, epsilon=self.epsilon, dtype=self.dtype
         )
 
 
-def in_features(name: str, given: int | None, x: Array) -> int:
-    """Channels of x, or an error if others were given."""
-    if given is not None and given != x.shape[-1]:
-        raise ValueError(
-            f"linen.{name} was made for {given} features but is given {x.shape[-1]}"
-        )
-    return x.shape[-1]
-
-
-# Classifier heads for long-tailed data as linen modules: a few lines around what their
-# nnx twins call.
-
-
-Initializer = Callable[..., Any]
+# Classifier heads for long-tailed data.
 
 
 class _Head(nn.Module):
-    """What the heads share: a kernel [D, C], and the dtype of the logits."""
+    """A linear map of features: a kernel [D, C], and the dtype of the logits."""
 
-    in_features: int | None
-    out_features: int
+    features: int
 
     def _kernel(self, x: Array, init: Initializer | None, param_dtype: Any) -> Array:
-        shape = (
-            in_features(type(self).__name__, self.in_features, x),
-            self.out_features,
-        )
-        return self.param("kernel", init or _heads.unit_columns(), shape, param_dtype)
+        shape = (x.shape[-1], self.features)
+        init = init or _layers.unit_variance_init()
+        return self.param("kernel", init, shape, param_dtype)
 
     def _per_class(self, name: str, init: Initializer, param_dtype: Any) -> Array:
-        return self.param(name, init, (self.out_features,), param_dtype)
+        return self.param(name, init, (self.features,), param_dtype)
 
 
 class CosineHead(_Head):
     """Squashed cosine head; see `jt.nnx.CosineHead`.
 
     Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
+      features: C.
       s: scale of the logits.
       kernel_init: initializer; None = normal with variance 1 / D.
       dtype: of the logits; None = that of input and parameters together.
@@ -226,26 +210,25 @@ class CosineHead(_Head):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] features -> [..., C] logits."""
+        """Map features [..., D] to logits [..., C]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         dtype = _dtypes.common_dtype(x, kernel, given=self.dtype)
-        return functions.cosine(x, kernel, self.s).astype(dtype)
+        return heads.cosine(x, kernel, self.s).astype(dtype)
 
 
 class NormedHead(_Head):
     """Cosine head, the one that `longtail.ldam` needs; see `jt.nnx.NormedHead`.
 
     Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
-      s: scale of the logits; 1 for LDAM, whose loss has its own.
+      features: C.
+      s: scale of the logits; 1 for LDAM, whose loss scales them.
       kernel_init: initializer; None = normal with variance 1 / D.
       dtype: of the logits; None = that of input and parameters together.
       param_dtype: of the kernel.
 
     Example:
       >>> import jax
-      >>> head = NormedHead(None, 3)
+      >>> head = NormedHead(3)
       >>> jax.eval_shape(head.init, jax.random.key(0), jnp.ones((1, 8)))["params"]["kernel"].shape
       (8, 3)
     """
@@ -257,18 +240,17 @@ class NormedHead(_Head):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] features -> [..., C] logits in [-s, s]."""
+        """Map features [..., D] to logits [..., C] in [-s, s]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         dtype = _dtypes.common_dtype(x, kernel, given=self.dtype)
-        return functions.normed(x, kernel, self.s).astype(dtype)
+        return heads.normed(x, kernel, self.s).astype(dtype)
 
 
 class LWSHead(_Head):
     """Linear head with a learned factor per class; see `jt.nnx.LWSHead`.
 
     Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
+      features: C.
       use_bias: whether there is a bias.
       kernel_init: initializer; None = normal with variance 1 / D.
       dtype: of the products and the logits; None = that of input and parameters
@@ -283,23 +265,22 @@ class LWSHead(_Head):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] features -> [..., C] logits."""
+        """Map features [..., D] to logits [..., C]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        bias = (
-            self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
-        )
+        bias = None
+        if self.use_bias:
+            bias = self._per_class("bias", nn.initializers.zeros, self.param_dtype)
+        scale = self._per_class("scale", nn.initializers.ones, self.param_dtype)
         dtype = _dtypes.common_dtype(x, kernel, bias, given=self.dtype)
-        scale = self._per_class("scale", ones, self.param_dtype)
-        return functions.lws(_heads.affine(x, kernel, bias, dtype), scale).astype(dtype)
+        logits = _layers.affine(x, kernel, bias, dtype)
+        return heads.lws(logits, scale).astype(dtype)
 
 
 class DisAlignHead(_Head):
     """Linear head with adaptive calibration; see `jt.nnx.DisAlignHead`.
 
     Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
+      features: C.
       use_bias: whether the linear head has a bias.
       kernel_init: initializer; None = normal with variance 1 / D.
       compat: None starts without calibration, "reference" with a = 1 and v = 0.1.
@@ -316,28 +297,28 @@ class DisAlignHead(_Head):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] features -> [..., C] logits."""
+        """Map features [..., D] to logits [..., C]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        zeros = nn.initializers.zeros
-        bias = (
-            self._per_class("bias", zeros, self.param_dtype) if self.use_bias else None
-        )
+        bias = None
+        if self.use_bias:
+            bias = self._per_class("bias", nn.initializers.zeros, self.param_dtype)
         dtype = _dtypes.common_dtype(x, kernel, bias, given=self.dtype)
         start = decoupling.disalign_start(kernel.shape, self.param_dtype, self.compat)
-        own = {
+        calibration = {
             name: self.param(name, lambda _, value=value: value)
             for name, value in start.items()
         }
-        logits = _heads.affine(x, kernel, bias, dtype)
-        return _heads.calibrated(x, logits, own.__getitem__, dtype).astype(dtype)
+        logits = _layers.affine(x, kernel, bias, dtype)
+        return _layer_functions.calibrated(
+            x, logits, calibration.__getitem__, dtype
+        ).astype(dtype)
 
 
 class CausalHead(_Head):
-    """De-confounded head, which knows the mean feature; see `jt.nnx.CausalHead`.
+    """De-confounded head, which tracks the mean feature; see `jt.nnx.CausalHead`.
 
     Attributes:
-      in_features: D; None = those of the input it is called on.
-      out_features: C.
+      features: C.
       heads: K, which divides D.
       tau: scale of the logits.
       gamma: keeps large norms of w from being divided out in full.
@@ -363,25 +344,90 @@ class CausalHead(_Head):
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """[..., D] features -> [..., C] logits; in training the collection "batch_stats" moves.
+        """Map features [..., D] to logits [..., C]; in training the mean moves.
 
         Args:
           x: the features.
-          use_running_average: overrides the module's own setting for this call.
+          use_running_average: overrides the setting of the module for this call.
         """
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        wide = _norm.statistics_dtype(self.param_dtype)
+        wide = _layers.statistics_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, kernel.shape[:1], wide)
         direction = mean.value
-        if not _norm.choose(
+        if not _layers.use_running_statistics(
             use_running_average, self.use_running_average, "CausalHead"
         ):
             direction = None
             if not self.is_initializing():
-                moved = _heads.moving_mean(mean.value, x, self.momentum, self.axis_name)
+                moved = _layers.moving_mean(
+                    mean.value, x, self.momentum, self.axis_name
+                )
                 mean.value = jnp.asarray(moved)
-        settings = {
-            name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")
-        }
-        logits = functions.tde(x, kernel, direction, **settings)
+        logits = heads.tde(
+            x,
+            kernel,
+            direction,
+            heads=self.heads,
+            tau=self.tau,
+            gamma=self.gamma,
+            alpha=self.alpha,
+        )
         return logits.astype(_dtypes.common_dtype(x, kernel, given=self.dtype))
+
+
+# Layers as nodes of `reparam`.
+
+
+def effective_kernel(conv: nn.Module, variables: Variables) -> tuple[Array, Any]:
+    """Return (kernel, bias or None) of the plain convolution that a layer computes.
+
+    Args:
+      conv: nn.Conv or WSConv.
+      variables: of this layer.
+
+    Raises:
+      ValueError: its `conv_general_dilated` may compute anything.
+    """
+    params = variables["params"]
+    kernel, bias = params["kernel"], params.get("bias")
+    if isinstance(conv, WSConv):
+        kernel = _layer_functions.standardize_wide(
+            kernel, params.get("gain"), preset=conv.preset, eps=conv.eps
+        )
+        return kernel, bias
+    mask = getattr(conv, "mask", None)
+    return _layer_functions.hooked_kernel(conv, kernel, mask), bias
+
+
+def conv_node(conv: nn.Module, variables: Variables, dilation: int = 1) -> reparam.Conv:
+    """Return the convolution that a layer computes as a node."""
+    kernel, bias = effective_kernel(conv, variables)
+    groups: Any = getattr(conv, "feature_group_count", 1)
+    return reparam.Conv(kernel, bias, groups, dilation)
+
+
+def frozen_norm(norm: nn.Module, variables: Variables) -> reparam.Norm:
+    """Return a normalization with its running statistics as a node.
+
+    Args:
+      norm: nn.BatchNorm or ExtendedBatchNorm.
+      variables: of this layer.
+
+    Raises:
+      ValueError: it has no running statistics.
+    """
+    statistics = variables.get("batch_stats", {})
+    if "mean" not in statistics:
+        raise ValueError(
+            f"linen: {type(norm).__name__} has no running statistics and does not fuse; "
+            "use nn.BatchNorm or ExtendedBatchNorm"
+        )
+    params = variables.get("params", {})
+    mean, var = (jnp.asarray(statistics[name]) for name in ("mean", "var"))
+    epsilon: Any = getattr(norm, "epsilon", 0.0)
+    return reparam.Norm(mean, var, params.get("scale"), params.get("bias"), epsilon)
+
+
+def is_standardized(conv: nn.Module) -> bool:
+    """Return whether a convolution standardizes its kernel."""
+    return isinstance(conv, WSConv) or _layer_functions.has_hook(conv)

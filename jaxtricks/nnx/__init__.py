@@ -1,7 +1,7 @@
-"""Thin layers and adapters for flax.nnx; write `jt.nnx`, never import it beside flax's.
+"""Layers, blocks and transforms for flax.nnx; write `jt.nnx`, beside flax's nnx.
 
-Everything here calls the rooms' pure functions; only what owns parameters or statistics
-is a module.
+Everything here calls pure functions of the rooms; only what holds parameters or
+statistics is a module.
 """
 
 from jaxtricks.nnx._blocks import (
@@ -13,15 +13,7 @@ from jaxtricks.nnx._blocks import (
 )
 from jaxtricks.nnx._conv import WSConv
 from jaxtricks.nnx._convert import checkpoint_paths, convert
-from jaxtricks.nnx._functional import (
-    auto_remat,
-    autocast,
-    checkpoint,
-    functional,
-    plan,
-    recompute_grad,
-    with_variables,
-)
+from jaxtricks.nnx._functional import functional, with_variables
 from jaxtricks.nnx._fuse import fuse
 from jaxtricks.nnx._heads import (
     CausalHead,
@@ -32,6 +24,13 @@ from jaxtricks.nnx._heads import (
 )
 from jaxtricks.nnx._norm import ExtendedBatchNorm
 from jaxtricks.nnx._roles import roles
+from jaxtricks.nnx._transforms import (
+    auto_remat,
+    autocast,
+    checkpoint,
+    plan,
+    recompute_grad,
+)
 
 __all__ = [
     "ACBlock",

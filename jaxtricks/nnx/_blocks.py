@@ -1,23 +1,455 @@
-"""ACNet's and RepVGG's blocks: branches that train in parallel and deploy as one convolution."""
+"""Blocks whose branches train in parallel and deploy as one convolution.
 
-import math
+ACNet, RepVGG, Diverse Branch Block, MobileOne and UniRepLKNet: each is a table of
+branches (`_layers`), which `ReparamBlock` builds.
+"""
+
+import functools
+import operator
 from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
-from jaxtricks import _integers
-from jaxtricks.nnx._branches import Branch, Branched, Factory, Maker, Mode, Size
-from jaxtricks.reparam import _nodes
+from jaxtricks import _dtypes, _layer_functions, _layers, reparam
+from jaxtricks._layer_functions import BranchNodes, Padding, Pads
+from jaxtricks._layers import BlockGeometry, BranchSpec, Factory, Mode, PointwiseSpec
+from jaxtricks._typing import Array
+from jaxtricks.nnx._conv import conv_node, is_standardized, plain_conv
+from jaxtricks.nnx._norm import frozen_norm
+from jaxtricks.reparam._nodes import zero_pad
+
+# Branches.
 
 
-class ACBlock(Branched):
-    """Asymmetric convolution block: KxK, Kx1 and 1xK branches, each with its normalization, summed.
+class AveragePool(nnx.Module):
+    """Mean over windows of an input that is padded already."""
+
+    def __init__(self, block: BlockGeometry):
+        self.size = block.kernel_size
+        self.strides = block.strides
+        self.dilation = block.dilation
+
+    def __call__(self, x: Array) -> Array:
+        """Map [..., *spatial, C] to [..., *spatial', C]."""
+        return _layers.average_pool(x, self.size, self.strides, self.dilation)
+
+
+class PointwiseNorm(nnx.Module):
+    """1x1 convolution and normalization in front of the kernel of a branch.
+
+    Its output is padded with its value on zero input, from the running statistics as
+    they are after this step and without gradient: then branch and fused convolution
+    agree at the border too.
+
+    Attributes:
+      conv: nnx.Conv or WSConv of kernel size 1.
+      norm: normalizes its output; None in online mode.
+      gain: [C] in place of `norm`; None in mode "branches".
+      residual: whether the input is added to the output of the convolution.
+      features: channels of the output; `jt.nnx.roles` reads it.
+    """
+
+    def __init__(self, conv: Any, norm: Any, gain: Any, residual: bool):
+        self.conv = conv
+        self.norm = norm
+        self.gain = gain
+        self.residual = residual
+        self.features = conv.out_features
+
+    def __call__(self, x: Array, pads: Pads, mode: dict[str, bool]) -> Array:
+        """Return the normalized conv(x), padded."""
+        y = self.conv(x)
+        # In the dtype of the convolution, as a bias would be added.
+        if self.residual:
+            y = y + x.astype(y.dtype)
+        y = self.norm(y, **mode)
+        return _layer_functions.pad_with_zero_response(y, pads, frozen_norm(self.norm))
+
+
+class ConvNorm(nnx.Module):
+    """A branch: a convolution without bias, or a pooling, or nothing; then a norm.
+
+    Attributes:
+      conv: nnx.Conv, WSConv or AveragePool, without padding; None for the identity.
+      norm: normalizes its output; None in online mode.
+      gain: [C] in place of `norm`; None in mode "branches".
+      first: what stands in front of the convolution, or None.
+      dilation: of the convolution beyond that of the block.
+      features: channels of the output; `jt.nnx.roles` reads it.
+    """
+
+    def __init__(
+        self,
+        conv: Any,
+        norm: Any,
+        gain: Any,
+        *,
+        first: PointwiseNorm | None,
+        dilation: int,
+        features: int,
+    ):
+        self.conv = conv
+        self.norm = norm
+        self.gain = gain
+        self.first = first
+        self.dilation = dilation
+        self.features = features
+
+    def __call__(self, x: Array, pads: Pads, mode: dict[str, bool]) -> Array:
+        """Return norm(conv(x)), with x padded by `pads`."""
+        if self.first is None:
+            x = zero_pad(x, pads)
+        else:
+            x = self.first(x, pads, mode)
+        if self.conv is not None:
+            x = self.conv(x)
+        return self.norm(x, **mode)
+
+    def nodes(self) -> BranchNodes:
+        """Return the parts of the branch as nodes, with their current statistics."""
+        # The strides are the block's: `reparam.apply` takes them beside the node.
+        linear = None
+        if isinstance(self.conv, AveragePool):
+            linear = reparam.AvgPool(self.conv.size)
+        elif self.conv is not None:
+            linear = conv_node(self.conv, self.dilation)
+        affine = _affine(self)
+        if self.first is None:
+            return BranchNodes(linear, affine)
+        first = self.first
+        return BranchNodes(
+            linear, affine, conv_node(first.conv), _affine(first), first.residual
+        )
+
+    def set_nodes(self, nodes: BranchNodes) -> None:
+        """Write kernels and statistics that `nodes()` had."""
+        _write_norm(self.norm, nodes.affine)
+        if self.first is not None:
+            _write_norm(self.first.norm, nodes.first_affine)
+
+
+def _affine(part: Any) -> reparam.Norm | reparam.Scale:
+    if part.norm is None:
+        return reparam.Scale(part.gain[...])
+    return frozen_norm(part.norm)
+
+
+def _write_norm(norm: Any, node: reparam.Norm) -> None:
+    for name in ("mean", "var", "scale", "bias"):
+        getattr(norm, name)[...] = getattr(node, name)
+
+
+# Blocks.
+
+
+class BranchArguments(TypedDict, total=False):
+    """Arguments that all blocks share; see `ReparamBlock`."""
+
+    padding: Padding
+    kernel_dilation: int | Sequence[int] | None
+    conv: Factory
+    norm: Factory
+    mode: Mode
+
+
+class BlockArguments(BranchArguments, total=False):
+    """Those of blocks that are not depthwise by default."""
+
+    feature_group_count: int
+
+
+class ReparamBlock(nnx.Module):
+    """A sum of branches that share one window, on whose centre tap each is placed.
+
+    In mode "branches" each branch has its normalization. In mode "online" it has a gain
+    per channel instead, every step merges all branches into one kernel, and `norm`
+    stands behind the one convolution. Subclasses say in `table` which branches.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: an int for one spatial axis, else one int per axis, of the window and
+        of the fused convolution.
+      strides: an int or one per spatial axis.
+      padding: "SAME", "VALID", an int or (low, high) pairs, of the window.
+      kernel_dilation: an int or one per spatial axis.
+      feature_group_count: groups.
+      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
+        partial of either.
+      norm: factory of the normalizations, called norm(features, rngs=...):
+        nnx.BatchNorm, ExtendedBatchNorm, or a partial of either.
+      mode: "branches" or "online".
+      rngs: keys; "params" is used.
+
+    Raises:
+      ValueError: a kernel size without one to three axes, or padding that is not zeros.
+    """
+
+    # Of the kernel; lines along each axis need two, for example.
+    least_axes = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int] = (3, 3),
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        conv: Factory = nnx.Conv,
+        norm: Factory = nnx.BatchNorm,
+        mode: Mode = "branches",
+        rngs: nnx.Rngs,
+    ):
+        name = type(self).__name__
+        block = _layer_functions.block_geometry(
+            name,
+            in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            groups=feature_group_count,
+            least_axes=self.least_axes,
+        )
+        _layers.check_mode(name, mode)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = block.kernel_size
+        self.strides = block.strides
+        self.padding = _layers.hashable_padding(padding)
+        self.kernel_dilation = block.dilation
+        self.feature_group_count = feature_group_count
+        self.mode = mode
+        # The attributes are set: `table` of a subclass may read all of them.
+        builder = _Builder(block, conv, norm, mode, rngs)
+        for spec in self.table():
+            setattr(self, spec.name, builder.branch(spec))
+        # Behind the sum of all branches, so that one convolution serves a step.
+        self.norm = norm(out_features, rngs=rngs) if mode == "online" else None
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """What all branches share."""
+        return BlockGeometry(
+            self.in_features,
+            self.out_features,
+            self.kernel_size,
+            self.strides,
+            self.kernel_dilation,
+            self.feature_group_count,
+        )
+
+    def table(self) -> _layers.Table:
+        """Return the rows of the block's table, the one with the largest kernel first."""
+        raise NotImplementedError
+
+    def named_branches(self) -> dict[str, ConvNorm]:
+        """Return the branches by name, in the order of the table."""
+        return {spec.name: getattr(self, spec.name) for spec in self.table()}
+
+    @property
+    def largest_conv(self) -> Any:
+        """The convolution with the largest kernel."""
+        return getattr(self, self.table()[0].name).conv
+
+    def __call__(
+        self, x: Float[Array, "..."], use_running_average: bool | None = None
+    ) -> Float[Array, "..."]:
+        """Map [..., *spatial, in_features] to [..., *spatial', out_features].
+
+        Args:
+          x: the input.
+          use_running_average: overrides the setting of the normalizations for this call.
+        """
+        # Without an argument each normalization keeps to its attribute.
+        mode = {}
+        if use_running_average is not None:
+            mode["use_running_average"] = use_running_average
+        if self.norm is not None:
+            return self.norm(self._one_convolution(x), **mode)
+        block = self.geometry
+        # A dilated branch has its extent, not its size, centred on the window.
+        outputs = []
+        for spec in self.table():
+            pads = _layer_functions.branch_pads(x, self.padding, block, spec.extent)
+            outputs.append(getattr(self, spec.name)(x, pads, mode))
+        return functools.reduce(operator.add, outputs)
+
+    def _one_convolution(self, x: Array) -> Array:
+        conv = self.largest_conv
+        return _layer_functions.one_convolution(
+            x,
+            self._branch_nodes(),
+            self.geometry,
+            padding=self.padding,
+            dtype=_dtypes.common_dtype(x, conv.kernel[...], given=conv.dtype),
+            precision=conv.precision,
+        )
+
+    def _branch_nodes(self) -> list[BranchNodes]:
+        return [branch.nodes() for branch in self.named_branches().values()]
+
+    def node(self) -> reparam.Sum | reparam.Sequential:
+        """Return the block as a node of `reparam`, with its current statistics.
+
+        reparam.apply(block.node(), x, strides=block.strides, padding=block.padding,
+        dilation=block.kernel_dilation) is the output of the block in evaluation.
+
+        Returns:
+          A Sum of the branches; in online mode that and the normalization behind it.
+
+        Raises:
+          ValueError: a normalization without running statistics.
+        """
+        norm = None if self.norm is None else frozen_norm(self.norm)
+        return _layer_functions.block_node(self._branch_nodes(), norm)
+
+    def fused(self) -> nnx.Conv:
+        """Return a plain nnx.Conv that computes what the block computes in evaluation.
+
+        Raises:
+          ValueError: a normalization without running statistics.
+        """
+        merged = reparam.fuse(self.node(), self.kernel_size)
+        return plain_conv(self.largest_conv, self, merged)
+
+    def start_from(
+        self, kernel: Float[Array, "..."], bias: Float[Array, " out"] | None = None
+    ) -> None:
+        """Set the variables so that in evaluation the block computes conv(x, kernel) + bias.
+
+        The running statistics become those of white input of unit variance (mean 0,
+        variance the sum of squares of what comes before the normalization), so that
+        training starts close to the same function. Of B branches each but the first
+        gets 1/B of the output's standard deviation; the first, with the largest kernel,
+        gets what is missing (`reparam.unfuse`).
+
+        Args:
+          kernel: [*kernel_size, in / groups, out].
+          bias: [out]; None = zeros.
+
+        Raises:
+          ValueError: another shape, standardized kernels (whose mean is always 0), or
+            normalizations without scale, bias or running statistics.
+        """
+        name = f"{type(self).__name__}.start_from"
+        # Standardizing removes the mean of every filter, whatever is written here.
+        if is_standardized(self.largest_conv):
+            raise ValueError(f"{name}: {_layer_functions.STANDARDIZED_START}")
+        branches = self.named_branches()
+        norms = [branch.norm for branch in branches.values()]
+        if self.norm is not None:
+            norms = [self.norm]
+        _layer_functions.check_startable(
+            name, [(type(norm).__name__, frozen_norm(norm)) for norm in norms]
+        )
+        nodes, norm_node = _layer_functions.start_from_convolution(
+            self._branch_nodes(),
+            None if self.norm is None else frozen_norm(self.norm),
+            kernel,
+            bias,
+            self.geometry,
+        )
+        self.largest_conv.kernel[...] = nodes[0].linear.kernel
+        # In online mode the gains stay as they are, and so do the other branches.
+        if norm_node is not None:
+            _write_norm(self.norm, norm_node)
+            return
+        for branch, branch_nodes in zip(branches.values(), nodes, strict=True):
+            branch.set_nodes(branch_nodes)
+
+
+class _Builder:
+    """Builds the branches of one block from the rows of its table."""
+
+    def __init__(
+        self,
+        block: BlockGeometry,
+        conv: Factory,
+        norm: Factory,
+        mode: Mode,
+        rngs: nnx.Rngs,
+    ):
+        self.block = block
+        self.conv = conv
+        self.norm = norm
+        self.mode = mode
+        self.rngs = rngs
+
+    def branch(self, spec: BranchSpec) -> ConvNorm:
+        # In this order, which decides what each layer draws from `rngs`.
+        first = None if spec.first is None else self._pointwise(spec.first)
+        layer = None
+        if spec.kind == "conv":
+            layer = self._convolution(spec)
+        elif spec.kind == "pool":
+            layer = AveragePool(self.block)
+        features = self.block.out_features
+        norm, gain = self._norm_or_gain(features, spec.scale, spec.initial_gain)
+        return ConvNorm(
+            layer, norm, gain, first=first, dilation=spec.dilation, features=features
+        )
+
+    def _convolution(self, spec: BranchSpec) -> Any:
+        block = self.block
+        first = spec.first
+        return self.conv(
+            block.in_features if first is None else first.features,
+            block.out_features,
+            spec.size,
+            strides=block.strides,
+            padding="VALID",  # its input is padded already
+            kernel_dilation=tuple(d * spec.dilation for d in block.dilation),
+            feature_group_count=block.groups,
+            use_bias=False,
+            rngs=self.rngs,
+        )
+
+    def _pointwise(self, spec: PointwiseSpec) -> PointwiseNorm:
+        init = {}
+        if spec.residual:
+            # kernel + identity starts as the identity.
+            init["kernel_init"] = nnx.initializers.zeros_init()
+        conv = self.conv(
+            self.block.in_features,
+            spec.features,
+            self.block.ones,
+            padding="VALID",
+            feature_group_count=self.block.groups,
+            use_bias=False,
+            rngs=self.rngs,
+            **init,
+        )
+        norm, gain = self._norm_or_gain(spec.features, 1.0, 1.0)
+        return PointwiseNorm(conv, norm, gain, spec.residual)
+
+    def _norm_or_gain(
+        self, features: int, scale: float, initial_gain: float
+    ) -> tuple[Any, Any]:
+        if self.mode == "online":
+            return None, nnx.Param(jnp.full(features, initial_gain, jnp.float32))
+        init = {}
+        # Not passed otherwise: a partial may bind another initializer.
+        if scale != 1.0:
+            init["scale_init"] = nnx.initializers.constant(scale)
+        return self.norm(features, rngs=self.rngs, **init), None
+
+
+class ACBlock(ReparamBlock):
+    """Asymmetric convolution block: KxK, Kx1 and 1xK branches, each normalized, summed.
 
     y = norm(conv_KxK(x)) + norm(conv_Kx1(x)) + norm(conv_1xK(x)), with three axes a
     cube and one line per axis. It stands for a convolution *and* its normalization. The
-    small kernels are centred on the KxK kernel's centre tap and derive their padding
-    from it, so that `fused()` is exact for every stride, padding, dilation, group count
-    and input size.
+    small kernels are centred on the centre tap of the KxK kernel and derive their
+    padding from it, so that `fused()` is exact for every stride, padding, dilation,
+    group count and input size.
 
     Args:
       in_features: channels of the input.
@@ -28,19 +460,19 @@ class ACBlock(Branched):
       padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
       kernel_dilation: an int or one per spatial axis.
       feature_group_count: groups.
-      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv,
-        WSConv, or a partial.
+      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
+        partial of either.
       norm: factory of the normalizations, called norm(features, scale_init=...,
-        rngs=...): nnx.BatchNorm, ExtendedBatchNorm, or a partial.
-      gamma_init: initial scale of the branches' normalizations (online: of their
+        rngs=...): nnx.BatchNorm, ExtendedBatchNorm, or a partial of either.
+      gamma_init: initial scale of the normalizations of the branches (online: of their
         gains).
-      mode: "branches", or "online" for one convolution a step: a gain per channel in
+      mode: "branches", or "online" for one convolution per step: a gain per channel in
         each branch, the kernels added, and one normalization behind.
       rngs: keys; "params" is used.
 
     Variables: {square, vertical, horizontal}/conv/kernel and /norm/{scale, bias, mean,
-    var}, with three axes depth/ too; in online mode /gain in place of each norm, and
-    norm/{scale, bias, mean, var}.
+      var}, with three axes depth/ too; in online mode /gain in place of each norm, and
+      norm/{scale, bias, mean, var}.
 
     Raises:
       ValueError: a kernel size without two or three axes, or padding that is not zeros.
@@ -52,9 +484,9 @@ class ACBlock(Branched):
       (1, 4, 4, 8)
 
     References:
-      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3. Hu, Feng, Hua, Lai,
-      Huang, Gong, Xu, "Online Convolutional Re-parameterization", CVPR 2022 (the online
-      mode).
+      Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3.
+      Hu, Feng, Hua, Lai, Huang, Gong, Xu, "Online Convolutional Re-parameterization",
+      CVPR 2022 (the online mode).
     """
 
     least_axes = 2
@@ -66,71 +498,45 @@ class ACBlock(Branched):
         kernel_size: Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: _nodes.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
-        feature_group_count: int = 1,
-        conv: Factory = nnx.Conv,
-        norm: Factory = nnx.BatchNorm,
         gamma_init: float = 1.0,
-        mode: Mode = "branches",
         rngs: nnx.Rngs,
+        **block_arguments: Unpack[BlockArguments],
     ):
         self.gamma_init = gamma_init
-        # pylint: disable=duplicate-code # what every Branched takes is handed on
         super().__init__(
             in_features,
             out_features,
             kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            feature_group_count=feature_group_count,
-            conv=conv,
-            norm=norm,
-            mode=mode,
+            strides,
             rngs=rngs,
+            **block_arguments,
         )
 
-    def _make(self, make: Maker) -> None:
-        for name, size in lines(self.kernel_size).items():
-            setattr(self, name, make.branch(size, scale=self.gamma_init))
-
-    def parts(self) -> list[tuple[Size, Branch]]:
-        """(kernel size, branch) of the square branch and of the lines."""
-        return [
-            (size, getattr(self, name))
-            for name, size in lines(self.kernel_size).items()
-        ]
+    def table(self) -> _layers.Table:
+        """Return the rows of the whole kernel and of one line along each axis."""
+        return _layers.asymmetric_branches(self.geometry, gamma_init=self.gamma_init)
 
 
-class RepVGGBlock(Branched):
-    """RepVGG's block: KxK, 1x1 and identity branches, each with its normalization, summed.
+class RepVGGBlock(ReparamBlock):
+    """RepVGG's block: KxK, 1x1 and identity branches, each normalized, summed.
 
     y = norm(conv_KxK(x)) + norm(conv_1x1(x)) + norm(x), the last where it has the shape
     of the others: with as many features in as out, and stride 1. It stands for a
     convolution *and* its normalization; networks put an activation behind it. The 1x1
-    kernel and the identity lie at the KxK kernel's centre tap, so that `fused()` is
-    exact for every stride, padding, dilation, group count and input size.
+    kernel and the identity lie at the centre tap of the KxK kernel, so that `fused()`
+    is exact for every stride, padding, dilation, group count and input size.
 
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
-      kernel_size: an int for one spatial axis, else one int per axis, of the KxK branch
-        and of the fused convolution.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the branches' convolutions, called like nnx.Conv: nnx.Conv,
-        WSConv, or a partial.
-      norm: factory of the normalizations, called norm(features, rngs=...):
-        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
-      mode: "branches" or "online", as in `ACBlock`.
+      kernel_size: an int for one spatial axis, else one int per axis; (3, 3) if absent.
+      strides, padding, kernel_dilation, feature_group_count, conv, norm, mode: as in
+        `ACBlock`.
       rngs: keys; "params" is used.
 
     Variables: {square, point}/conv/kernel, {square, point, identity}/norm/{scale, bias,
-    mean, var}; in online mode {square, point, identity}/gain and norm/{scale, bias,
-    mean, var}.
+      mean, var}; in online mode {square, point, identity}/gain and norm/{scale, bias,
+      mean, var}.
 
     Raises:
       ValueError: a kernel size without one to three axes, or padding that is not zeros.
@@ -145,75 +551,38 @@ class RepVGGBlock(Branched):
       Ding, Zhang, Ma, Han, Ding, Sun, "RepVGG", arXiv 2101.03697, section 3.
     """
 
-    def _make(self, make: Maker) -> None:
-        self.square = make.branch(self.kernel_size)
-        self.point = make.branch((1,) * len(self.kernel_size))
-        self.identity = make.identity()
+    identity = None  # unless it has the shape of the others
 
-    def parts(self) -> list[tuple[Size, Branch]]:
-        """(kernel size, branch) of the KxK, 1x1 and, where there is one, identity branch."""
-        ones = (1,) * len(self.kernel_size)
-        parts = [(self.kernel_size, self.square), (ones, self.point)]
-        return parts if self.identity is None else [*parts, (ones, self.identity)]
+    def table(self) -> _layers.Table:
+        """Return the rows of the KxK, 1x1 and, where it fits, identity branch."""
+        return _layers.repvgg_branches(self.geometry)
 
 
-def lines(kernel_size: Size) -> dict[str, Size]:
-    """Kernel sizes of the square branch and of one line per axis."""
-    names = ("depth", "vertical", "horizontal")[-len(kernel_size) :]
-    along = {
-        name: tuple(k if i == axis else 1 for i, k in enumerate(kernel_size))
-        for axis, name in enumerate(names)
-    }
-    return {"square": kernel_size, **along}
-
-
-# The blocks of Diverse Branch Block, MobileOne and UniRepLKNet.
-
-
-DILATED = {
-    5: ((3, 3), (1, 2)),
-    7: ((5, 3, 3), (1, 2, 3)),
-    9: ((5, 5, 3, 3), (1, 2, 3, 4)),
-    11: ((5, 5, 3, 3, 3), (1, 2, 3, 4, 5)),
-    13: ((5, 7, 3, 3, 3), (1, 2, 3, 4, 5)),
-    15: ((5, 7, 3, 3, 3), (1, 2, 3, 5, 7)),
-    17: ((5, 9, 3, 3, 3), (1, 2, 4, 5, 7)),
-}
-"""UniRepLKNet's kernel sizes and dilations beside a large kernel."""
-
-
-class DiverseBranchBlock(Branched):
-    """Diverse branch block: KxK, 1x1, 1x1-average and 1x1-KxK branches, normalized and summed.
+class DiverseBranchBlock(ReparamBlock):
+    """Diverse branch block: KxK, 1x1, 1x1-average and 1x1-KxK branches, summed.
 
     y = norm(conv_KxK(x)) + norm(conv_1x1(x)) + norm(mean(norm(conv_1x1(x))))
         + norm(conv_KxK(norm(conv_1x1(x)))).
 
-    The map between the two parts of a branch is padded with its own value on zero
-    input, by the running statistics as they are after the step and without gradient: so
-    `fused()` is exact in evaluation. The first 1x1 kernel of the last branch is W + I
-    with W = 0 at first where it keeps the number of channels. Depthwise (as many groups
-    as outputs), there is no 1x1 branch and the average is of the input.
+    The map between the two parts of a branch is padded with its value on zero input, by
+    the running statistics as they are after the step and without gradient: so `fused()`
+    is exact in evaluation. The first 1x1 kernel of the last branch is W + I with W = 0
+    at first where it keeps the number of channels. Depthwise (as many groups as
+    outputs), there is no 1x1 branch and the average is of the input.
 
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
-        partial.
-      norm: factory of the normalizations, called norm(features, rngs=...), with running
-        statistics: nnx.BatchNorm, ExtendedBatchNorm, or a partial.
+      strides, padding, kernel_dilation, feature_group_count, conv, norm, mode: as in
+        `ACBlock`; `norm` needs running statistics.
       internal_features: channels between 1x1 and KxK; None = in_features, depthwise
         twice that.
-      mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
     Variables: {square, point, sequence}/conv/kernel, {pool,
-    sequence}/first/conv/kernel, and norm/{scale, bias, mean, var} beside each kernel
-    and in pool; in online mode gain in place of each norm, and norm/.
+      sequence}/first/conv/kernel, and norm/{scale, bias, mean, var} beside each kernel
+      and in pool; in online mode gain in place of each norm, and norm/.
 
     Raises:
       ValueError: a kernel size without one to three axes, padding that is not zeros, or
@@ -229,6 +598,8 @@ class DiverseBranchBlock(Branched):
       Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425, section 3.
     """
 
+    point = None  # if depthwise
+
     def __init__(
         self,
         in_features: int,
@@ -236,53 +607,29 @@ class DiverseBranchBlock(Branched):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: _nodes.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
-        feature_group_count: int = 1,
-        conv: Factory = nnx.Conv,
-        norm: Factory = nnx.BatchNorm,
         internal_features: int | None = None,
-        mode: Mode = "branches",
         rngs: nnx.Rngs,
+        **block_arguments: Unpack[BlockArguments],
     ):
-        self.internal_features = internal(
-            in_features, out_features, feature_group_count, internal_features
-        )
+        self.internal_features = internal_features
         super().__init__(
             in_features,
             out_features,
             kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            feature_group_count=feature_group_count,
-            conv=conv,
-            norm=norm,
-            mode=mode,
+            strides,
             rngs=rngs,
+            **block_arguments,
         )
 
-    def _make(self, make: Maker) -> None:
-        depthwise = self.feature_group_count == self.out_features
-        inside = self.internal_features
-        self.square = make.branch(self.kernel_size)
-        self.point = None if depthwise else make.branch((1,) * len(self.kernel_size))
-        self.pool = make.pool(
-            None if depthwise else make.first(self.out_features, residual=False)
+    def table(self) -> _layers.Table:
+        """Return the rows of the KxK, 1x1 (if any), average and 1x1-KxK branch."""
+        return _layers.diverse_branches(
+            self.geometry, internal_features=self.internal_features
         )
-        first = make.first(inside, residual=inside == self.in_features)
-        self.sequence = make.branch(self.kernel_size, first=first)
-
-    def parts(self) -> list[tuple[Size, Branch]]:
-        """(kernel size, branch) of the KxK, 1x1 (if any), average and 1x1-KxK branch."""
-        ones = (1,) * len(self.kernel_size)
-        point = [] if self.point is None else [(ones, self.point)]
-        size = self.kernel_size
-        return [(size, self.square), *point, (size, self.pool), (size, self.sequence)]
 
 
-class MobileOneBlock(Branched):
-    """MobileOne's block: several KxK branches, a 1x1 branch and the identity, normalized and summed.
+class MobileOneBlock(ReparamBlock):
+    """MobileOne's block: several KxK branches, a 1x1 branch and the identity, summed.
 
     y = sum_i norm_i(conv_KxK_i(x)) + norm(conv_1x1(x)) + norm(x); the 1x1 branch where
     K > 1, the identity where it has the shape of the others. It stands for a
@@ -292,21 +639,14 @@ class MobileOneBlock(Branched):
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: an int for one spatial axis, else one int per axis.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the KxK kernel.
-      kernel_dilation: an int or one per spatial axis.
-      feature_group_count: groups.
-      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
-        partial.
-      norm: factory of the normalizations, called norm(features, rngs=...):
-        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
+      strides, padding, kernel_dilation, feature_group_count, conv, norm, mode: as in
+        `ACBlock`.
       num_branches: number of KxK branches.
-      mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
     Variables: {square_0, ..., point}/conv/kernel, {square_0, ..., point,
-    identity}/norm/{scale, bias, mean, var}; in online mode gain in place of each norm,
-    and norm/{scale, bias, mean, var}.
+      identity}/norm/{scale, bias, mean, var}; in online mode gain in place of each
+      norm, and norm/{scale, bias, mean, var}.
 
     Raises:
       ValueError: no branches, a kernel size without one to three axes, or padding that
@@ -315,12 +655,14 @@ class MobileOneBlock(Branched):
     Example:
       >>> import jax.numpy as jnp
       >>> block = MobileOneBlock(4, 4, (3, 3), num_branches=2, feature_group_count=4, rngs=nnx.Rngs(0))
-      >>> len(block.parts()), block.fused().kernel.shape
-      (4, (3, 3, 1, 4))
+      >>> list(block.named_branches()), block.fused().kernel.shape
+      (['square_0', 'square_1', 'point', 'identity'], (3, 3, 1, 4))
 
     References:
       Vasu, Gabriel, Zhu, Tuzel, Ranjan, "MobileOne", arXiv 2206.04040, section 3.
     """
+
+    point = identity = None  # unless the table has them
 
     def __init__(
         self,
@@ -329,94 +671,59 @@ class MobileOneBlock(Branched):
         kernel_size: int | Sequence[int] = (3, 3),
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: _nodes.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
-        feature_group_count: int = 1,
-        conv: Factory = nnx.Conv,
-        norm: Factory = nnx.BatchNorm,
         num_branches: int = 4,
-        mode: Mode = "branches",
         rngs: nnx.Rngs,
+        **block_arguments: Unpack[BlockArguments],
     ):
-        if num_branches < 1:
-            raise ValueError(
-                f"MobileOneBlock: `num_branches` is {num_branches}; give at least 1"
-            )
         self.num_branches = num_branches
         super().__init__(
             in_features,
             out_features,
             kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            feature_group_count=feature_group_count,
-            conv=conv,
-            norm=norm,
-            mode=mode,
+            strides,
             rngs=rngs,
+            **block_arguments,
         )
 
-    def _make(self, make: Maker) -> None:
-        for i in range(self.num_branches):
-            setattr(self, f"square_{i}", make.branch(self.kernel_size))
-        ones = (1,) * len(self.kernel_size)
-        self.point = make.branch(ones) if math.prod(self.kernel_size) > 1 else None
-        self.identity = make.identity()
-
-    def parts(self) -> list[tuple[Size, Branch]]:
-        """(kernel size, branch) of the KxK branches, and of the 1x1 and identity branch if any."""
-        ones = (1,) * len(self.kernel_size)
-        squares = [
-            (self.kernel_size, getattr(self, f"square_{i}"))
-            for i in range(self.num_branches)
-        ]
-        small = [(ones, b) for b in (self.point, self.identity) if b is not None]
-        return squares + small
+    def table(self) -> _layers.Table:
+        """Return the rows of the KxK branches, and of the 1x1 and identity branch if any."""
+        return _layers.mobileone_branches(self.geometry, num_branches=self.num_branches)
 
 
-class DilatedReparamBlock(Branched):
-    """UniRepLKNet's block: a large kernel and dilated small ones, each with its normalization, summed.
+class DilatedReparamBlock(ReparamBlock):
+    """UniRepLKNet's block: a large kernel and dilated small ones, each normalized, summed.
 
-    y = norm(conv_KxK(x)) + sum_i norm_i(conv_{k_i, dilation d_i}(x)), depthwise unless
-    said otherwise. A dilated kernel is a large one with zeros between its taps, so that
-    the sum is one KxK convolution.
+    y = norm(conv_KxK(x)) + sum_i norm_i(conv_{k_i, dilation d_i}(x)), depthwise by
+    default. A dilated kernel is a large one with zeros between its taps, so that the
+    sum is one KxK convolution.
 
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: an int for one spatial axis, else one int per axis, of the large
         kernel.
-      strides: an int or one per spatial axis.
-      padding: "SAME", "VALID", an int or (low, high) pairs, of the large kernel.
-      kernel_dilation: of all branches, an int or one per spatial axis.
+      strides, padding, kernel_dilation, conv, norm, mode: as in `ACBlock`.
       feature_group_count: groups; None = depthwise, in_features.
-      conv: factory of the convolutions, called like nnx.Conv: nnx.Conv, WSConv, or a
-        partial.
-      norm: factory of the normalizations, called norm(features, rngs=...):
-        nnx.BatchNorm, ExtendedBatchNorm, or a partial.
       kernel_sizes: of the small kernels; None = the paper's for 5, 7, 9, 11, 13, 15 and
         17.
       dilates: their dilations; None = the paper's.
-      mode: "branches" or "online", as in `ACBlock`.
       rngs: keys; "params" is used.
 
     Variables: {large, dilated_0, ...}/conv/kernel and /norm/{scale, bias, mean, var};
-    in online mode gain in place of each norm, and norm/{scale, bias, mean, var}.
+      in online mode gain in place of each norm, and norm/{scale, bias, mean, var}.
 
     Raises:
-      ValueError: small kernels that reach beyond the large one, as many dilations as
-        sizes not given, or a kernel size for which the paper has none.
+      ValueError: small kernels that reach beyond the large one, another number of
+        dilations than of sizes, or a kernel size for which the paper has none.
 
     Example:
       >>> import jax.numpy as jnp
       >>> block = DilatedReparamBlock(4, 4, (7, 7), rngs=nnx.Rngs(0))
-      >>> len(block.parts()), block.fused().kernel.shape
+      >>> len(block.named_branches()), block.fused().kernel.shape
       (4, (7, 7, 1, 4))
 
     References:
-      Ding, Zhang, Ge, Zhao, Song, Yue, Shan, "UniRepLKNet", arXiv 2311.15599, section
-      3.
+      Ding, Zhang, Ge, Zhao, Song, Yue, Shan, "UniRepLKNet", arXiv 2311.15599, section 3.
     """
 
     def __init__(
@@ -426,80 +733,27 @@ class DilatedReparamBlock(Branched):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: _nodes.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int | None = None,
-        conv: Factory = nnx.Conv,
-        norm: Factory = nnx.BatchNorm,
         kernel_sizes: Sequence[int] | None = None,
         dilates: Sequence[int] | None = None,
-        mode: Mode = "branches",
         rngs: nnx.Rngs,
+        **block_arguments: Unpack[BranchArguments],
     ):
-        self.small = small_kernels(kernel_size, kernel_sizes, dilates)
+        # Tuples: nnx compares static attributes, and lists are not hashable.
+        self.kernel_sizes = None if kernel_sizes is None else tuple(kernel_sizes)
+        self.dilates = None if dilates is None else tuple(dilates)
         super().__init__(
             in_features,
             out_features,
             kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
+            strides,
             feature_group_count=feature_group_count or in_features,
-            conv=conv,
-            norm=norm,
-            mode=mode,
             rngs=rngs,
+            **block_arguments,
         )
 
-    def _make(self, make: Maker) -> None:
-        axes = len(self.kernel_size)
-        self.large = make.branch(self.kernel_size)
-        for i, (k, d) in enumerate(self.small):
-            setattr(self, f"dilated_{i}", make.branch((k,) * axes, dilation=d))
-
-    def parts(self) -> list[tuple[Size, Branch]]:
-        """(effective kernel size, branch) of the large and the dilated branches."""
-        axes = len(self.kernel_size)
-        small = [
-            ((d * (k - 1) + 1,) * axes, getattr(self, f"dilated_{i}"))
-            for i, (k, d) in enumerate(self.small)
-        ]
-        return [(self.kernel_size, self.large), *small]
-
-
-def internal(ins: int, outs: int, groups: int, given: int | None) -> int:
-    """Channels between the 1x1 and the KxK kernel of a diverse branch block."""
-    features = (2 * ins if groups == outs else ins) if given is None else given
-    if features < 1 or features % groups:
-        raise ValueError(
-            f"DiverseBranchBlock: `internal_features` is {features}; give a multiple of the {groups} groups"
+    def table(self) -> _layers.Table:
+        """Return the rows of the large and the dilated branches."""
+        return _layers.dilated_branches(
+            self.geometry, kernel_sizes=self.kernel_sizes, dilates=self.dilates
         )
-    return features
-
-
-def small_kernels(
-    kernel_size: int | Sequence[int],
-    sizes: Sequence[int] | None,
-    dilates: Sequence[int] | None,
-) -> tuple[tuple[int, int], ...]:
-    """(size, dilation) of every kernel beside the large one."""
-    large = _integers.listed(kernel_size)
-    if sizes is None and dilates is None:
-        if len(set(large)) != 1 or large[0] not in DILATED:
-            raise ValueError(
-                f"DilatedReparamBlock: no default for `kernel_size` {kernel_size}; give one of "
-                f"{sorted(DILATED)} per axis, or `kernel_sizes` and `dilates`"
-            )
-        sizes, dilates = DILATED[large[0]]
-    if sizes is None or dilates is None or len(sizes) != len(dilates):
-        raise ValueError(
-            "DilatedReparamBlock: give `kernel_sizes` and `dilates` together, one dilation per size"
-        )
-    small = tuple(zip(sizes, dilates, strict=True))
-    for k, d in small:
-        if k < 1 or d < 1 or d * (k - 1) + 1 > min(large):
-            raise ValueError(
-                f"DilatedReparamBlock: a kernel of {k} with dilation {d} reaches over {d * (k - 1) + 1} "
-                f"inputs, the large kernel over {kernel_size}; give smaller `kernel_sizes` or `dilates`"
-            )
-    return small

@@ -1,4 +1,4 @@
-"""Every difference between the flax versions we support (0.11.2 and newer), in one place."""
+"""Hide the differences between the versions of Flax that we support, 0.11.2 and newer."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,27 +7,31 @@ from flax import nnx
 
 
 def read(variable: Any) -> Any:
-    """The array of an nnx Variable; None for an absent one."""
+    """Return the array of an nnx Variable; None for an absent one."""
     return None if variable is None else variable[...]
 
 
 def is_node(x: Any) -> bool:
-    """Whether x has variables that a call may write: a module, nnx.Rngs, a metric, an optimizer, a variable.
+    """Return whether x has variables that a call may write.
 
-    They are pytrees too: jax would take them apart and lose what is written.
+    That is a module, nnx.Rngs, a metric, an optimizer or a variable. They are pytrees
+    too: jax would take them apart and lose what is written.
     """
     return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
-    """(path, module) of every module, itself included; `nnx.iter_modules` is absent in 0.11.2."""
+    """Yield (path, module) of every module, itself included.
+
+    `nnx.iter_modules` is absent in 0.11.2.
+    """
     for path, value in nnx.iter_graph(model):
         if isinstance(value, nnx.Module):
             yield path, value
 
 
 def variable_paths(model: nnx.Module) -> dict[int, tuple[Any, ...]]:
-    """{id: path} of every variable; of one that layers share it is the first path, as in nnx.state.
+    """Return {id: path} of every variable; of a shared one the first path, as nnx.state.
 
     `nnx.iter_graph` yields a shared variable once, in 0.11.2 under every path.
     """
@@ -39,7 +43,10 @@ def variable_paths(model: nnx.Module) -> dict[int, tuple[Any, ...]]:
 
 
 def partition_names(variable: nnx.Variable) -> tuple[Any, ...] | None:
-    """Names of a variable's axes for sharding, or None; "sharding_names" is 0.11.2's word for it."""
+    """Return the names of a variable's axes for sharding, or None.
+
+    The metadata is called "sharding_names" in 0.11.2.
+    """
     metadata = variable.get_metadata()
     names = metadata.get("out_sharding") or metadata.get("sharding_names")
     return tuple(names) if names else None

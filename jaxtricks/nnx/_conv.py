@@ -1,6 +1,6 @@
-"""Convolution with standardized kernels as a layer, for the gain that it learns."""
+"""Convolutions: WSConv, and what a convolution layer of nnx is in the branch algebra."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,23 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _dtypes, _integers, weightstd
+from jaxtricks import _dtypes, _integers, _layer_functions, _layers, reparam
+from jaxtricks._layer_functions import Padding
+from jaxtricks._layers import Initializer
 from jaxtricks._typing import Array
 from jaxtricks.nnx import _compat
-from jaxtricks.reparam import _nodes
-
-Initializer = Callable[..., Any]
-
-_PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
-
-
-def default_kernel_init() -> Initializer:
-    """Normal with variance 1 / fan_in, as in normalizer-free networks."""
-    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class WSConv(nnx.Module):
-    """Convolution whose kernel is standardized before every use, in training and evaluation alike.
+    """Convolution whose kernel is standardized before every use, in both modes alike.
 
     y = conv(x, standardize(kernel, gain)) + bias; see `weightstd.standardize`. The
     statistics are those of the parameter, in float32 or better, whatever `dtype` is.
@@ -39,7 +31,7 @@ class WSConv(nnx.Module):
       kernel_dilation: an int or one per spatial axis.
       feature_group_count: groups.
       preset: "nfnet", "timm", "bit" or "qiao".
-      eps: replaces the preset's epsilon.
+      eps: replaces the epsilon of the preset.
       use_gain: whether one factor per output channel is learned (initially 1).
       use_bias: whether a bias is added (NFNets have one).
       kernel_init: initializer of the kernel; None = normal with variance 1 / fan_in.
@@ -70,7 +62,7 @@ class WSConv(nnx.Module):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: _nodes.Padding = "SAME",
+        padding: Padding = "SAME",
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int = 1,
         preset: str = "nfnet",
@@ -83,21 +75,21 @@ class WSConv(nnx.Module):
         precision: Any = None,
         rngs: nnx.Rngs,
     ):
-        size = kernel_shape(in_features, out_features, kernel_size, feature_group_count)
-        init = default_kernel_init() if kernel_init is None else kernel_init
-        self.kernel = nnx.Param(init(rngs.params(), size, param_dtype))
-        out = (out_features,)
-        self.gain = (
-            nnx.Param(jnp.ones(out, param_dtype)) if use_gain else nnx.data(None)
+        shape = _layers.conv_kernel_shape(
+            in_features, out_features, kernel_size, feature_group_count
         )
-        self.bias = (
-            nnx.Param(jnp.zeros(out, param_dtype)) if use_bias else nnx.data(None)
-        )
+        init = _layers.unit_variance_init() if kernel_init is None else kernel_init
+        # Absent parameters are data too, so that the structure can change later.
+        ones = jnp.ones(out_features, param_dtype)
+        zeros = jnp.zeros(out_features, param_dtype)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.gain = nnx.Param(ones) if use_gain else nnx.data(None)
+        self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
         self.in_features = in_features
         self.out_features = out_features
-        self.kernel_size = size[:-2]
+        self.kernel_size = shape[:-2]
         self.strides = _integers.plain(1 if strides is None else strides)
-        self.padding = hashable_padding(padding)
+        self.padding = _layers.hashable_padding(padding)
         self.kernel_dilation = _integers.plain(
             1 if kernel_dilation is None else kernel_dilation
         )
@@ -113,16 +105,18 @@ class WSConv(nnx.Module):
         jax.eval_shape(self._standardize, self.kernel[...], None)
 
     def standardized_kernel(self) -> Array:
-        """The kernel that the convolution uses, in the parameter's dtype but float32 at least."""
+        """Return the kernel that the convolution uses, in float32 or wider."""
         return self._standardize(self.kernel[...], _compat.read(self.gain))
 
     def _standardize(self, kernel: Array, gain: Array | None) -> Array:
-        return standardize_wide(kernel, gain, preset=self.preset, eps=self.eps)
+        return _layer_functions.standardize_wide(
+            kernel, gain, preset=self.preset, eps=self.eps
+        )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """[..., *spatial, in_features] -> [..., *spatial', out_features]."""
+        """Map [..., *spatial, in_features] to [..., *spatial', out_features]."""
         bias = _compat.read(self.bias)
-        return convolution(
+        return _layer_functions.convolution(
             x,
             self.standardized_kernel(),
             bias,
@@ -135,87 +129,69 @@ class WSConv(nnx.Module):
         )
 
 
-def kernel_shape(
-    in_features: int, out_features: int, kernel_size: int | Sequence[int], groups: int
-) -> tuple[int, ...]:
-    """[*kernel_size, in / groups, out]."""
-    size = _integers.listed(kernel_size)
-    if in_features % groups or out_features % groups:
-        raise ValueError(
-            f"nnx.WSConv: `feature_group_count` {groups} divides not both {in_features} and "
-            f"{out_features} features"
-        )
-    return (*size, in_features // groups, out_features)
+def effective_kernel(conv: Any) -> tuple[Array, Array | None]:
+    """Return (kernel, bias) of the plain convolution that a layer computes.
+
+    Args:
+      conv: nnx.Conv or WSConv.
+
+    Raises:
+      ValueError: its `conv_general_dilated` may compute anything.
+    """
+    bias = _compat.read(conv.bias)
+    # What is convolved, not what is trained.
+    if isinstance(conv, WSConv):
+        return conv.standardized_kernel(), bias
+    mask = getattr(conv, "mask", None)
+    return _layer_functions.hooked_kernel(conv, conv.kernel[...], mask), bias
 
 
-def standardize_wide(
-    kernel: Array, gain: Array | None, *, preset: str, eps: float | None
-) -> Array:
-    """`weightstd.standardize` with a result of float32 or better."""
-    wide = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
-    return weightstd.standardize(wide, gain, preset=preset, eps=eps)
+def conv_node(conv: Any, dilation: int = 1) -> reparam.Conv:
+    """Return the convolution that a layer computes as a node of `reparam`."""
+    kernel, bias = effective_kernel(conv)
+    return reparam.Conv(kernel, bias, conv.feature_group_count, dilation)
 
 
-def convolution(
-    x: Array,
-    kernel: Array,
-    bias: Array | None,
-    *,
-    dtype: Any,
-    strides: int | Sequence[int],
-    padding: _nodes.Padding,
-    dilation: int | Sequence[int],
-    groups: int,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-) -> Array:
-    """conv(x, kernel) + bias in `dtype`, with flax's padding modes."""
-    rank = kernel.ndim - 2
-    if x.ndim < rank + 1:
-        raise ValueError(
-            f"WSConv: x of shape {x.shape} has fewer than {rank} spatial axes"
-        )
-    x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    size = kernel.shape[:-2]
-    strides = _nodes.per_axis("strides", strides, rank)
-    dilation = _nodes.per_axis("dilation", dilation, rank)
-    x, padding = pad_by_mode(x, padding, size, dilation)
-    pads = _nodes.resolve(
-        padding, x.shape[x.ndim - rank - 1 : -1], size, strides, dilation
+def is_standardized(conv: Any) -> bool:
+    """Return whether a convolution standardizes its kernel."""
+    return isinstance(conv, WSConv) or _layer_functions.has_hook(conv)
+
+
+def plain_conv(
+    template: Any, layer: Any, merged: reparam.Conv, output_dtype: Any = None
+) -> nnx.Conv:
+    """Return an nnx.Conv with the kernel and bias of `merged`.
+
+    Args:
+      template: the convolution whose dtypes and precision it gets.
+      layer: the convolution or block whose geometry it gets.
+      merged: its kernel and bias.
+      output_dtype: of its output; None = that of the template.
+    """
+    # A block has the dtypes of its parts; the largest kernel stands for all.
+    param_dtype = template.kernel[...].dtype
+    conv: Any = nnx.Conv(
+        layer.in_features,
+        layer.out_features,
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        kernel_dilation=layer.kernel_dilation,
+        feature_group_count=merged.groups,
+        dtype=template.dtype,
+        param_dtype=param_dtype,
+        precision=template.precision,
+        # The default initializer takes seconds to compile for each shape.
+        kernel_init=nnx.initializers.zeros,
+        rngs=nnx.Rngs(0),
     )
-    y = _nodes.convolve(
-        x,
-        kernel,
-        strides=strides,
-        pads=pads,
-        dilation=dilation,
-        groups=groups,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    return (
-        y
-        if bias is None
-        else y + jnp.asarray(bias, y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-    )
-
-
-def pad_by_mode(
-    x: Array, padding: _nodes.Padding, size: Sequence[int], dilation: Sequence[int]
-) -> tuple[Array, _nodes.Padding]:
-    """(x, padding) for a convolution that pads with zeros: "CIRCULAR" and "REFLECT" are done here."""
-    if not isinstance(padding, str) or padding.upper() not in _PAD_MODES:
-        return x, padding
-    totals = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
-    pads = [(t // 2, t - t // 2) for t in totals]
-    lead = [(0, 0)] * (x.ndim - len(pads) - 1)
-    return jnp.pad(x, [*lead, *pads, (0, 0)], mode=_PAD_MODES[padding.upper()]), "VALID"
-
-
-def hashable_padding(padding: _nodes.Padding) -> Any:
-    """Padding as a module's static attribute."""
-    if isinstance(padding, str):
-        return padding
-    if _integers.is_integer(padding):
-        return _integers.plain(padding)
-    return tuple(map(_integers.plain, padding))
+    element_type = output_dtype or getattr(template, "preferred_element_type", None)
+    if element_type is not None:
+        # Not an argument in older releases of Flax.
+        conv.preferred_element_type = element_type
+    conv.kernel[...] = merged.kernel.astype(param_dtype)
+    # A plain convolution always has a bias: nearly every normalization leaves one.
+    bias = merged.bias
+    bias = jnp.zeros(layer.out_features) if bias is None else bias
+    conv.bias[...] = bias.astype(param_dtype)
+    return conv

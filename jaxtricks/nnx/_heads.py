@@ -1,6 +1,5 @@
 """Classifier heads for long-tailed data as layers, around the functions of `longtail.heads`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,44 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _dtypes
+from jaxtricks import _dtypes, _layer_functions, _layers
+from jaxtricks._layers import Initializer
 from jaxtricks._typing import Array
 from jaxtricks.longtail import decoupling, heads
 from jaxtricks.longtail.heads import tde
 from jaxtricks.nnx import _compat
-from jaxtricks.nnx._norm import choose, statistics_dtype
-
-Initializer = Callable[..., Any]
-
-
-def unit_columns() -> Initializer:
-    """Normal with variance 1 / fan_in: a head's columns have norms near 1."""
-    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-def affine(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
-    """x @ kernel + bias, multiplied in `dtype` and summed in float32 or wider."""
-    wide = _dtypes.wide_dtype(jax.ShapeDtypeStruct((), dtype))
-    y = jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=wide)
-    return (
-        y
-        if bias is None
-        else y + bias.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
-    )
-
-
-def calibrated(
-    x: Array, logits: Array, own: Callable[[str], Array], dtype: Any
-) -> Float[Array, "*batch C"]:
-    """`heads.disalign` with the parameters own(name)."""
-    confidence = affine(x, own("confidence_kernel"), own("confidence_bias"), dtype)[
-        ..., 0
-    ]
-    return heads.disalign(logits, confidence, own("logit_scale"), own("logit_bias"))
 
 
 class Head(nnx.Module):
-    """What the heads share: a kernel [D, C], and the dtype of the logits."""
+    """A linear map of features: a kernel [D, C], and the dtype of the logits."""
 
     def __init__(
         self,
@@ -56,7 +27,7 @@ class Head(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        init = unit_columns() if kernel_init is None else kernel_init
+        init = _layers.unit_variance_init() if kernel_init is None else kernel_init
         self.kernel = nnx.Param(
             init(rngs.params(), (in_features, out_features), param_dtype)
         )
@@ -110,7 +81,7 @@ class CosineHead(Head):
         self.s = s
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
-        """[..., D] features -> [..., C] logits."""
+        """Map features [..., D] to logits [..., C]."""
         return heads.cosine(x, self.kernel[...], self.s).astype(self._dtype(x))
 
 
@@ -120,7 +91,7 @@ class NormedHead(Head):
     Args:
       in_features: D.
       out_features: C.
-      s: scale of the logits; 1 for LDAM, whose loss has its own.
+      s: scale of the logits; 1 for LDAM, whose loss scales them.
       kernel_init: initializer; None = normal with variance 1 / D.
       dtype: of the logits; None = that of input and parameters together. The arithmetic
         is in float32 or wider.
@@ -156,7 +127,7 @@ class NormedHead(Head):
         self.s = s
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
-        """[..., D] features -> [..., C] logits in [-s, s]."""
+        """Map features [..., D] to logits [..., C] in [-s, s]."""
         return heads.normed(x, self.kernel[...], self.s).astype(self._dtype(x))
 
 
@@ -205,10 +176,11 @@ class LWSHead(Head):
         self.use_bias = use_bias
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
-        """[..., D] features -> [..., C] logits."""
+        """Map features [..., D] to logits [..., C]."""
+        # Scaled before it is rounded: the factors of rare classes may be large.
         bias = _compat.read(self.bias)
         dtype = self._dtype(x, bias)
-        logits = affine(x, self.kernel[...], bias, dtype)
+        logits = _layers.affine(x, self.kernel[...], bias, dtype)
         return heads.lws(logits, self.scale[...]).astype(dtype)
 
 
@@ -258,6 +230,7 @@ class DisAlignHead(Head):
         )
         zeros = jnp.zeros(out_features, param_dtype)
         self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
+        # The same start as that of the second stage on bare parameters.
         start = decoupling.disalign_start(
             (in_features, out_features), param_dtype, compat
         )
@@ -268,25 +241,13 @@ class DisAlignHead(Head):
         self.use_bias = use_bias
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
-        """[..., D] features -> [..., C] logits."""
+        """Map features [..., D] to logits [..., C]."""
         bias = _compat.read(self.bias)
         dtype = self._dtype(x, bias)
-        logits = affine(x, self.kernel[...], bias, dtype)
-        return calibrated(
+        logits = _layers.affine(x, self.kernel[...], bias, dtype)
+        return _layer_functions.calibrated(
             x, logits, lambda name: getattr(self, name)[...], dtype
         ).astype(dtype)
-
-
-# The classifier head that keeps a running mean of its features, around
-# `longtail.heads.tde`.
-
-
-def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array:
-    """momentum mean + (1 - momentum) (mean of x over all but its last axis and the mapped axes)."""
-    x = jax.lax.stop_gradient(x).astype(_dtypes.wide_dtype(x)).reshape(-1, x.shape[-1])
-    batch = jnp.mean(x, axis=0)
-    batch = batch if axis_name is None else jax.lax.pmean(batch, axis_name)
-    return momentum * mean + (1 - momentum) * batch.astype(mean.dtype)
 
 
 class CausalHead(Head):
@@ -350,7 +311,9 @@ class CausalHead(Head):
         super().__init__(
             in_features, out_features, kernel_init, dtype, param_dtype, rngs
         )
-        self.mean = nnx.BatchStat(jnp.zeros(in_features, statistics_dtype(param_dtype)))
+        self.mean = nnx.BatchStat(
+            jnp.zeros(in_features, _layers.statistics_dtype(param_dtype))
+        )
         self.heads = heads
         self.tau = tau
         self.gamma = gamma
@@ -370,22 +333,24 @@ class CausalHead(Head):
     def __call__(
         self, x: Float[Array, "*batch D"], use_running_average: bool | None = None
     ) -> Float[Array, "*batch C"]:
-        """[..., D] features -> [..., C] logits; in training the mean moves.
+        """Map features [..., D] to logits [..., C]; in training the mean moves.
 
         Args:
           x: the features.
-          use_running_average: overrides the module's own setting for this call.
+          use_running_average: overrides the setting of the module for this call.
 
         Raises:
           ValueError: neither the call nor the module says whether this is training.
         """
-        evaluates = choose(use_running_average, self.use_running_average, "CausalHead")
+        evaluates = _layers.use_running_statistics(
+            use_running_average, self.use_running_average, "CausalHead"
+        )
         mean = self.mean[...]
         if not evaluates:
-            self.mean[...] = moving_mean(mean, x, self.momentum, self.axis_name)
+            self.mean[...] = _layers.moving_mean(mean, x, self.momentum, self.axis_name)
         return self._logits(x, mean if evaluates else None).astype(self._dtype(x))
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view(model, use_running_average=...)` calls."""
+        """Set the mode, as `nnx.view(model, use_running_average=...)` asks."""
         if use_running_average is not None:
             self.use_running_average = use_running_average

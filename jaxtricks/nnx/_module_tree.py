@@ -1,4 +1,4 @@
-"""The modules of a model by path, and a model with some of them exchanged."""
+"""List the modules of a model by path, and replace some of them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,54 +7,50 @@ from flax import nnx
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """(path, module) of every module, itself included; one that is shared comes once for every path."""
-    seen: set[int] = set()
+    """Yield (path, module) of every module, itself included.
+
+    A shared module comes once for each of its paths.
+    """
+    visited: set[int] = set()
 
     def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, nnx.Module]]:
         if isinstance(value, nnx.Module):
             yield "/".join(path), value
-            if id(value) in seen:
+            if id(value) in visited:
                 return
-            seen.add(id(value))
+            visited.add(id(value))
         for name, child in _children(value):
             yield from walk(child, (*path, name))
 
     return walk(model, ())
 
 
-def below(path: str) -> str:
-    """What the paths of everything inside the module at `path` begin with."""
-    return f"{path}/" if path else ""
-
-
 def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module:
-    """The model with the modules of these ids exchanged wherever they are referred to; it is changed itself.
+    """Return the model with some modules replaced wherever they are referred to.
+
+    The model itself is changed.
 
     Args:
       model: any module; its submodules may be attributes or lie in lists, tuples and
         dicts.
       changes: {id(old module): new module}.
     """
-    if id(model) in changes:
-        return changes[id(model)]
     owners = {id(module): module for _, module in modules(model)}
+    # A new module may refer to old ones, if it is a variant of the one that it replaces.
+    owners |= {id(module): module for module in changes.values()}
     for module in owners.values():
         for name, value in _attributes(module):
-            new = _exchanged(value, changes)
+            new = _with_changes(value, changes)
             if new is not value:
-                # Said of containers: a plain list that holds modules would be refused.
-                setattr(
-                    module, name, new if isinstance(new, nnx.Module) else nnx.data(new)
-                )
-    return model
+                # Containers are marked as data: nnx refuses plain lists of modules.
+                is_module = isinstance(new, nnx.Module)
+                setattr(module, name, new if is_module else nnx.data(new))
+    return changes.get(id(model), model)
 
 
 def _attributes(module: nnx.Module) -> list[tuple[str, Any]]:
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_pytree")
-    ]
+    items = vars(module).items()
+    return [(name, value) for name, value in items if not name.startswith("_pytree")]
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
@@ -67,14 +63,15 @@ def _children(value: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _exchanged(value: Any, changes: Mapping[int, nnx.Module]) -> Any:
-    """The value itself if nothing in it changes."""
+def _with_changes(value: Any, changes: Mapping[int, nnx.Module]) -> Any:
+    """Return a module's replacement, or a container of them; `value` if nothing changes."""
     if isinstance(value, nnx.Module):
         return changes.get(id(value), value)
     children = [child for _, child in _children(value)]
-    new = [_exchanged(child, changes) for child in children]
+    new = [_with_changes(child, changes) for child in children]
     if all(a is b for a, b in zip(children, new, strict=True)):
         return value
     if isinstance(value, Mapping):
         return type(value)(zip(value, new, strict=True))  # pyrefly: ignore
-    return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    is_named_tuple = hasattr(value, "_fields")
+    return type(value)(*new) if is_named_tuple else type(value)(new)
