@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import UnreadableError, arrays, image
+from jaxtricks.lab.data import UnreadableError, arrays, images
 
 GIB = 2**30
 BLOCK = 2**26
@@ -169,13 +169,13 @@ def jpeg(scans, front=b""):
 
 
 def test_jpegs_of_very_many_scans_are_refused():
-    assert image.decode(jpeg(image.MAX_SCANS), "x").shape == (64, 64, 3)
+    assert images.decode(jpeg(images.MAX_SCANS), "x").shape == (64, 64, 3)
     with pytest.raises(UnreadableError, match="more than 100 scans"):
-        image.decode(jpeg(image.MAX_SCANS + 1), "x")
+        images.decode(jpeg(images.MAX_SCANS + 1), "x")
     # What a preview inside of it or a video behind it happens to have is none of its own.
     others = b"\xff\xda" * 1000
     comment = b"\xff\xfe" + (2 + len(others)).to_bytes(2, "big") + others
-    assert image.decode(jpeg(20, comment) + others, "x").shape == (64, 64, 3)
+    assert images.decode(jpeg(20, comment) + others, "x").shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -11,7 +11,8 @@ from PIL import Image
 
 import jaxtricks as jt
 from jaxtricks import cli
-from jaxtricks.lab import find_lr, loop, plan
+from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab.commands import lr_find, plan
 
 HEADS = (
     "What.",
@@ -264,8 +265,8 @@ def test_advice_is_of_the_case_at_hand(smoothed, suggestion, words):
     lrs = np.array([1e-4, 1e-3, 1e-2, 0.1, 1.0])
     curve = np.array(smoothed)
     found = jt.cyclical.RangeTest(lrs=lrs, losses=curve, smoothed=curve, suggestion=suggestion)
-    assert words in find_lr.advice(found)
-    assert find_lr.advice(found) in find_lr.markdown(found, "digits", "")
+    assert words in lr_find.advice(found)
+    assert lr_find.advice(found) in lr_find.markdown(found, "digits", "")
 
 
 def test_a_directory_that_cannot_be_written(capsys):
@@ -294,12 +295,12 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "8 windows of 16 characters, 50 classes" in out and "FLOPs" in out
     cfg = cli.parse([*args, "--classes", "50"])
-    program = loop.build(cfg, plan.described(cfg))
+    program = loop_lib.build(cfg, plan.described(cfg))
     text = (tmp_path / "plan/plan.json").read_text()
     found = jt.remat.plan_from_json(text, program.loss)
     assert found.wrt == "temp" and found.peak <= found.budget == int(0.95 * found.baseline)
     # What was written is the plan of this program: its stages are compared in the trace.
-    batch = loop.example_batch(cfg, plan.described(cfg), program.place)
+    batch = loop_lib.example_batch(cfg, plan.described(cfg), program.place)
     inputs = program.inputs(program.init(0, np.ones(50)), batch)
     (loss, _), (wanted, _) = found.fn(*inputs), program.loss(*inputs)
     # Not bit by bit: XLA compiles the calls within the loss, which the plan writes out.

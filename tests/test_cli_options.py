@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from jaxtricks import KEYS, cli
-from jaxtricks.cli import commands, options
-from jaxtricks.lab import loop, plan, planning, train
+from jaxtricks.cli import commands
+from jaxtricks.lab import cli as options
+from jaxtricks.lab import planning as planning_lib
+from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab.commands import plan, train
 from jaxtricks.lab.config import Train
 from tests.test_cli import SMALL_TEXT, fails, make_images
 
@@ -123,7 +126,7 @@ def test_what_passes_can_be_prepared(command, monkeypatch, capsys, tmp_path):
     def stop(*args, **kwargs):
         raise train.UserError("prepared")
 
-    monkeypatch.setattr(planning, "prepare", stop)
+    monkeypatch.setattr(planning_lib, "prepare", stop)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
     make_images(tmp_path / "pictures", {"cat": 6, "dog": 6})
@@ -287,7 +290,7 @@ def test_what_needs_no_data_is_said_before_it_is_read(capsys, monkeypatch, tmp_p
 
     for module in (train.data_lib, plan.data_lib):
         monkeypatch.setattr(module, "load", never)
-    monkeypatch.setattr(loop, "build", never)
+    monkeypatch.setattr(loop_lib, "build", never)
     monkeypatch.setitem(sys.modules, "wandb", None)
     (tmp_path / "notes.txt").write_text("mine")
     out = str(tmp_path)

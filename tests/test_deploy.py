@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxtricks import cli
-from jaxtricks.lab import deploy
+from jaxtricks.lab.commands import fuse
 from jaxtricks.lab.config import Fuse, UserError
 
 SMALL = ["--steps", "12", "--batch", "32", "--widths", "8", "16", "--save-every", "12"]
@@ -50,12 +50,12 @@ def test_files_are_the_model_and_need_nothing_of_ours(run, tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
     np.save(out / "images.npy", images)
     subprocess.run([sys.executable, "-c", ALONE], check=True, cwd=out)
-    weights = load_file(out / deploy.WEIGHTS)
+    weights = load_file(out / fuse.WEIGHTS)
     assert {name.rsplit("/", 1)[1] for name in weights} <= {"kernel", "bias", "skip_gain"}
-    made = deploy.runs.read(run)
-    settings = deploy.settings_of(made)
-    model = deploy.restored(settings, deploy.train.load(settings), run, lambda _: None)
-    expected = model(deploy.to_float(images))
+    made = fuse.runs.read(run)
+    settings = fuse.settings_of(made)
+    model = fuse.restored(settings, fuse.train.load(settings), run, lambda _: None)
+    expected = model(fuse.to_float(images))
     np.testing.assert_allclose(np.load(out / "logits.npy"), expected, atol=1e-4)
 
 
@@ -73,9 +73,9 @@ def test_the_files_lie_outside_of_the_data(run, tmp_path, monkeypatch):
     """Where a later run would take them for a class."""
     (tmp_path / "data").mkdir()
     settings = dataclasses.replace(
-        deploy.settings_of(deploy.runs.read(run)), data=str(tmp_path / "data")
+        fuse.settings_of(fuse.runs.read(run)), data=str(tmp_path / "data")
     )
-    monkeypatch.setattr(deploy, "settings_of", lambda _: settings)
+    monkeypatch.setattr(fuse, "settings_of", lambda _: settings)
     with pytest.raises(UserError, match="--out .*/data/fz lies in --data"):
-        deploy.run(Fuse(str(run), out=str(tmp_path / "data/fz")))
+        fuse.run(Fuse(str(run), out=str(tmp_path / "data/fz")))
     assert not list((tmp_path / "data").iterdir())

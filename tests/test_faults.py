@@ -37,19 +37,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from jaxtricks import amp, cli
-from jaxtricks.lab import (
-    compose,
-    data,
-    feed,
-    loop,
-    planning,
-    run_report,
-    rundir,
-    runs,
-    train,
-    trainer,
-)
+from jaxtricks.lab import compose as compose_lib
+from jaxtricks.lab import data, feed, report, rundir, runs, trainer
+from jaxtricks.lab import planning as planning_lib
+from jaxtricks.lab import step as loop_lib
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints
+from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.data import look
 from tests.run_dirs import log_of, steps_of
@@ -139,7 +132,7 @@ def followed(patch, owner, name, action):
 
 def before_step(monkeypatch, step, action):
     """Calls `action` when that step is about to run."""
-    original = loop.fit
+    original = loop_lib.fit
 
     def fit(compiled, state, batches, steps, *, after, start=0, **kwargs):
         def acting(done, *args):
@@ -150,7 +143,7 @@ def before_step(monkeypatch, step, action):
 
         return original(compiled, state, batches, steps, start=start, after=acting, **kwargs)
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(loop_lib, "fit", fit)
 
 
 # kill -9, from outside. A checkpoint every third step of a few ms: most of the time goes into saving.
@@ -162,7 +155,7 @@ PHASES = "steps", "start-up", "steps"
 def command(out, *more):
     options = {"widths": 4, "batch": 16, "keep": 2, "ema": 0.9, "out": out, **KILLED}
     pairs = [("--" + name.replace("_", "-"), str(value)) for name, value in options.items()]
-    return [sys.executable, "-m", "jaxtricks.cli", "train", "--echo", *sum(pairs, ()), *more]
+    return [sys.executable, "-m", "jaxtricks", "train", "--echo", *sum(pairs, ()), *more]
 
 
 def begin(out, *more):
@@ -267,7 +260,7 @@ def test_killed_while_it_wrote_its_first_file_a_run_begins_anew(tmp_path):
 
 def poison(monkeypatch, bad, seed=0):
     """Makes NaN of every image of the steps (counted from 0) that `bad`, which is traced, names."""
-    original = loop.examples_of
+    original = loop_lib.examples_of
 
     def examples_of(data):
         def examples(batch, key):
@@ -282,7 +275,7 @@ def poison(monkeypatch, bad, seed=0):
 
         return examples
 
-    monkeypatch.setattr(loop, "examples_of", examples_of)
+    monkeypatch.setattr(loop_lib, "examples_of", examples_of)
 
 
 @pytest.mark.parametrize("tricks", [("amp",), pytest.param(("amp", "ebn"), marks=SLOW)], ids=str)
@@ -290,7 +283,7 @@ def test_with_amp_a_nan_batch_changes_only_counters(monkeypatch, tricks):
     poison(monkeypatch, lambda step: step == 1)
     cfg = dataclasses.replace(RUN, tricks=Tricks.of(*tricks))
     digits = data.load("digits", seed=0)
-    program = loop.build(cfg, digits)
+    program = loop_lib.build(cfg, digits)
     step = jax.jit(program.step)
     batches = feed.Feed(cfg, digits, program.place)
     state, seen = program.start(0, digits.counts), []
@@ -355,7 +348,7 @@ def test_a_run_that_diverges_stops_before_it_saves(monkeypatch, capsys, cfg, bad
 def test_parameters_that_are_not_finite_are_never_saved(monkeypatch, cfg):
     """The loss of a step is that of the parameters before it."""
     rate = lambda cfg: lambda step: jnp.where(step == 9, jnp.inf, 1e-3)
-    monkeypatch.setattr(compose, "build_schedule", rate)
+    monkeypatch.setattr(compose_lib, "build_schedule", rate)
     with pytest.raises(UserError, match="the loss or a parameter is not finite at step 10 or"):
         train.run(cfg)
     assert steps_of(cfg.out) == [5]
@@ -382,8 +375,8 @@ def test_the_device_is_read_only_where_something_is_written(monkeypatch, cfg):
         step[0] += 1
         return add(self, metrics)
 
-    add = loop.Meter.add
-    monkeypatch.setattr(loop.Meter, "add", counted)
+    add = loop_lib.Meter.add
+    monkeypatch.setattr(loop_lib.Meter, "add", counted)
     monkeypatch.setattr(array, "_value", property(value))
     train.run(dataclasses.replace(cfg, tricks=Tricks.of("amp"), steps=11))
     assert reads - {0} == {4, 5, 8, 10, 11}
@@ -549,8 +542,8 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
     said = capsys.readouterr().out
     assert "can't be read any more" in said and "another image of its class is used" in said
     assert 0 < result["skipped_records"] <= len(good)
-    report = run_report.markdown(*runs.read(cfg.out)[1:], ())
-    assert f"{result['skipped_records']} images broke while the run read them" in report
+    text = report.markdown(*runs.read(cfg.out)[1:], ())
+    assert f"{result['skipped_records']} images broke while the run read them" in text
     stopped = dataclasses.replace(cfg, out=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
         followed(patch, train, "load", damage)
@@ -569,11 +562,11 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
 FULL = """
 import resource, sys
 from jaxtricks import cli
-from jaxtricks.lab import loop
+from jaxtricks.lab import loop as loop_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 
 limit, step = map(int, sys.argv[1:3])
-original, save = loop.fit, Checkpoints.save
+original, save = loop_lib.fit, Checkpoints.save
 
 def save_and_wait(self, *args):
     save(self, *args)
@@ -587,7 +580,7 @@ def fit(*args, after, **kwargs):
 
     return original(*args, after=filling, **kwargs)
 
-loop.fit, Checkpoints.save = fit, save_and_wait
+loop_lib.fit, Checkpoints.save = fit, save_and_wait
 cli.main(sys.argv[3:])
 """
 
@@ -700,7 +693,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_nothing_of_asyncio(tmp_path, ki
         pytest.skip("no mount namespaces here")
     (tmp_path / "disk").mkdir()
     flags = "--echo --widths 8 --steps 24 --batch 16 --save-every 2 --log-every 4 --out"
-    line = f"{sys.executable} -m jaxtricks.cli train {flags} {tmp_path}/disk/run"
+    line = f"{sys.executable} -m jaxtricks train {flags} {tmp_path}/disk/run"
     mount = f"mount -t tmpfs -o size={kilobytes}k none {tmp_path}/disk"
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", f"{mount} && {line}"],
@@ -725,7 +718,7 @@ def test_a_second_process_is_refused_and_spoils_nothing(whole, cfg):
         for words in (["train", "--resume"], ["train"], ["fuse", cfg.out]):
             more = [] if words[0] == "fuse" else [*flags_of(cfg), "--out", cfg.out]
             done = subprocess.run(
-                [sys.executable, "-m", "jaxtricks.cli", *words, *more],
+                [sys.executable, "-m", "jaxtricks", *words, *more],
                 capture_output=True, text=True, timeout=600, check=False,
             )  # fmt: skip
             said[" ".join(words[:2])] = done.returncode, done.stderr
@@ -773,9 +766,9 @@ def preceded(patch, owner, name, action, nth=1):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (loop, "compile_step"),
+        (loop_lib, "compile_step"),
         pytest.param(data, "load", marks=SLOW),
-        pytest.param(planning, "prepare", marks=SLOW),
+        pytest.param(planning_lib, "prepare", marks=SLOW),
         pytest.param(train, "open_folder", marks=SLOW),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
@@ -786,7 +779,7 @@ def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, ow
         assert train.run(cfg) is None
     assert "stopped on SIGTERM before a step was done, nothing to save" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if owner is loop:
+    if owner is loop_lib:
         assert not steps_of(cfg.out)
     assert_goes_on_to(whole, cfg)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, example_proto, files, image
+from jaxtricks.lab.data import arrays, example_proto, files, images
 from tests import mangle
 
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -64,21 +64,21 @@ def pictures():
     return found | {"huge": huge, "large": mangle.put(found["png"], 16, 4, 4_000_000, "big")}
 
 
-images = st.sampled_from(list(pictures())).flatmap(lambda k: mangle.damaged(pictures()[k]))
+damaged_images = st.sampled_from(list(pictures())).flatmap(lambda k: mangle.damaged(pictures()[k]))
 
 
 @TIMES
 def test_images(times):
     def check(raw):
         try:
-            out = image.decode(raw, "x")
+            out = images.decode(raw, "x")
         except data.UnreadableError as error:
             allowed(error)
         else:
             assert out.dtype == np.uint8 and out.ndim == 3 and out.shape[2] in (1, 3)
-            assert 0 < out.shape[0] * out.shape[1] <= image.MAX_PIXELS
+            assert 0 < out.shape[0] * out.shape[1] <= images.MAX_PIXELS
 
-    mangle.search(check, 240, times, raw=images)
+    mangle.search(check, 240, times, raw=damaged_images)
 
 
 # Zips.
@@ -93,7 +93,11 @@ def zips(draw):
             name = f"{'ab'[i % 2]}/{i}.png"
             raw, method = pictures()["png"], 8 * (i % 3 == 0)
             if draw(st.integers(0, 9)) == 0:
-                name, raw, method = draw(st.sampled_from(mangle.NAMES)), draw(images), draw(methods)
+                name, raw, method = (
+                    draw(st.sampled_from(mangle.NAMES)),
+                    draw(damaged_images),
+                    draw(methods),
+                )
             info = zipfile.ZipInfo("x")
             info.filename, info.compress_type = name, method
             archive.writestr(info, raw)
@@ -217,7 +221,7 @@ def protos(draw):
     kind = draw(st.sampled_from([0, 0, 0, 2, 1, 5, 3, 7]))
     value = field(1, varint(label), kind)
     name = draw(st.sampled_from([b"label"] * 6 + [b"image/class/label", b"\xff", b"", b"a\nb"]))
-    entries = field(1, b"image") + field(2, field(1, field(1, draw(images))))
+    entries = field(1, b"image") + field(2, field(1, field(1, draw(damaged_images))))
     entries = field(1, entries) + field(1, field(1, name) + field(2, field(3, value)))
     return draw(mangle.damaged(field(1, entries), 1))
 
@@ -304,7 +308,7 @@ def test_folders(times):
                 allowed(error)
 
     chosen = st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True)
-    mangle.search(check, 60, times, chosen=chosen, raw=images)
+    mangle.search(check, 60, times, chosen=chosen, raw=damaged_images)
 
 
 @TIMES

@@ -15,12 +15,13 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxtricks import cli, remat
-from jaxtricks.lab import compare, data, deploy, run_report, rundir, runs
+from jaxtricks.lab import data, report, rundir, runs
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints, Restored
+from jaxtricks.lab.commands import compare, fuse
 from jaxtricks.lab.config import Train, Tricks, UserError
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.hosts import Hosts
-from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.trainer import Trainer
 from tests import mangle
 from tests.test_fuzz import TIMES, allowed
@@ -95,8 +96,8 @@ def test_runs_are_read(times):
                 run = runs.read(folder)
                 compare.for_terminal([run, run]).encode()
                 json.dumps(compare.points([run]))
-                run_report.write(run, ("curves.png",))
-                deploy.settings_of(run)
+                report.write(run, ("curves.png",))
+                fuse.settings_of(run)
             except UserError as error:
                 allowed(error)
 
@@ -134,7 +135,7 @@ def test_resuming(times):
                 ]
                 assert all(row["step"] <= 20 for row in kept)
                 assert json.loads((path / rundir.CONFIG).read_text())["resumed"][-1]["step"] == 20
-                run_report.write(runs.read(folder), ()) if _sound(folder) else None
+                report.write(runs.read(folder), ()) if _sound(folder) else None
 
     def _sound(folder):
         try:
@@ -154,7 +155,7 @@ def test_what_is_whole_is_read_whole(tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = runs.read(tmp_path)
     assert (run.about, run.result, run.rows, run.timing) == (ABOUT, RESULT, ROWS, TIMING)
-    assert deploy.settings_of(run) == Train(tricks=Tricks.of("echo"))
+    assert fuse.settings_of(run) == Train(tricks=Tricks.of("echo"))
 
 
 def test_the_command_line_ends_with_one_sentence(tmp_path, capsys):

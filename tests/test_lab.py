@@ -13,22 +13,16 @@ import pytest
 
 import jaxtricks as jt
 from jaxtricks import _jaxpr, cli
-from jaxtricks.lab import (
-    ablate,
-    compose,
-    data,
-    examples,
-    greedy,
-    loop,
-    planning,
-    report,
-    rundir,
-    train,
-)
+from jaxtricks.lab import ablation_report, data, greedy, rundir
+from jaxtricks.lab import compose as compose_lib
+from jaxtricks.lab import examples as examples_lib
+from jaxtricks.lab import planning as planning_lib
+from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab.commands import ablate, train
 from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.placement import Placement
 from tests import mangle
 from tests.test_cli import make_images
 
@@ -37,15 +31,15 @@ TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2
 
 def start(cfg, dataset):
     """(program, state, batches) of a run."""
-    program = loop.build(cfg, dataset)
+    program = loop_lib.build(cfg, dataset)
     state = program.start(cfg.seed, dataset.counts)
-    reads = compose.build_reads(cfg, cfg.batch)
+    reads = compose_lib.build_reads(cfg, cfg.batch)
     batches = data.pipeline(dataset.train, batch=cfg.batch, seed=cfg.seed, transform=reads)
     return program, state, map(program.place.put, batches)
 
 
 def log_to(logged):
-    """An `after` of loop.fit that keeps what would be logged."""
+    """An `after` of loop_lib.fit that keeps what would be logged."""
     return lambda i, state, means: bool(means and logged.append((i, means)))
 
 
@@ -90,7 +84,7 @@ def test_echo_halves_the_reads(digits):
         source = digits.train.subset(np.arange(len(digits.train)))
         cfg = dataclasses.replace(TINY, tricks=Tricks.of("echo"), echo_factor=factor, steps=1)
         batches = data.pipeline(
-            source, batch=16, seed=0, transform=compose.build_reads(cfg, cfg.batch)
+            source, batch=16, seed=0, transform=compose_lib.build_reads(cfg, cfg.batch)
         )
         for _ in itertools.islice(batches, 40):
             pass
@@ -112,22 +106,22 @@ def test_one_trace_serves_every_step_and_seed(digits):
     step = jax.jit(chex.assert_max_traces(program.step, 1), donate_argnums=0)
     first = jax.tree.map(np.asarray, state.params)
     logged = []
-    state = loop.fit(step, state, batches, 40, log_every=10, after=log_to(logged))
+    state = loop_lib.fit(step, state, batches, 40, log_every=10, after=log_to(logged))
     assert [i for i, _ in logged] == [10, 20, 30, 40]
     assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.1
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, state.params)
     assert all(jax.tree.leaves(changed))
     _, state, batches = start(dataclasses.replace(TINY, seed=1), digits)
-    loop.fit(step, state, batches, 2)
+    loop_lib.fit(step, state, batches, 2)
 
 
 def test_the_device_is_read_only_every_k_steps(digits, monkeypatch):
     program, state, batches = start(TINY, digits)
     reads = []
     monkeypatch.setattr(
-        loop.jax, "device_get", lambda x: reads.append(len(x)) or jax.tree.map(np.asarray, x)
+        loop_lib.jax, "device_get", lambda x: reads.append(len(x)) or jax.tree.map(np.asarray, x)
     )
-    loop.fit(jax.jit(program.step), state, batches, 7, log_every=3)
+    loop_lib.fit(jax.jit(program.step), state, batches, 7, log_every=3)
     assert reads == [3, 3, 1]
 
 
@@ -154,7 +148,7 @@ def test_all_ten_at_once_learn_and_report(digits):
     program, state, batches = start(cfg, digits)
     logged = []
     step = jax.jit(program.step, donate_argnums=0)
-    state = loop.fit(step, state, batches, 60, after=log_to(logged))
+    state = loop_lib.fit(step, state, batches, 60, after=log_to(logged))
     (_, first), (_, last) = logged[0], logged[-1]
     assert last["loss"] < first["loss"]
     assert {"amp/loss_scale", "amp/skipped_steps", "agc/clipped_fraction"} <= set(first)
@@ -180,7 +174,7 @@ def test_amp_computes_every_convolution_in_bfloat16(digits, tricks):
 def test_a_planned_step_trains_what_the_step_trains(digits):
     cfg = dataclasses.replace(TINY, remat_budget="0.8")
     program, state, batches = start(cfg, digits)
-    found = planning.plan(cfg, digits, program)
+    found = planning_lib.plan(cfg, digits, program)
     planned = program.step_of(found.fn)
     batches = list(itertools.islice(batches, 2))
     results = []
@@ -200,7 +194,7 @@ def test_a_planned_step_trains_what_the_step_trains(digits):
 def test_remat_means_every_block_without_a_budget_and_the_plan_with_one(digits):
     def recomputes(**settings):
         cfg = dataclasses.replace(TINY, **settings)
-        return compose.build_model(cfg, 1, 10, jax.random.key(0)).recompute
+        return compose_lib.build_model(cfg, 1, 10, jax.random.key(0)).recompute
 
     assert recomputes(tricks=Tricks.of("remat")) and not recomputes(remat_budget="0.5")
     assert not recomputes(tricks=Tricks.of("remat"), remat_budget="0.5")
@@ -218,12 +212,12 @@ def test_every_pair_of_tricks_makes_a_step(digits, pair):
 
 def test_augmentation_shifts_flips_and_keeps_bytes():
     images = jnp.arange(4 * 6 * 6, dtype=jnp.uint8).reshape(4, 6, 6, 1)
-    out = examples.augment(jax.random.key(0), images, pad=1, flip=True)
+    out = examples_lib.augment(jax.random.key(0), images, pad=1, flip=True)
     assert out.shape == images.shape and out.dtype == jnp.uint8
-    again = examples.augment(jax.random.key(0), images, pad=1, flip=True)
-    other = examples.augment(jax.random.key(1), images, pad=1, flip=True)
+    again = examples_lib.augment(jax.random.key(0), images, pad=1, flip=True)
+    other = examples_lib.augment(jax.random.key(1), images, pad=1, flip=True)
     assert (out == again).all() and not (out == other).all()
-    still = examples.augment(jax.random.key(0), images, pad=0, flip=False)
+    still = examples_lib.augment(jax.random.key(0), images, pad=0, flip=False)
     assert (still == images).all()
 
 
@@ -253,7 +247,7 @@ def test_accumulation_is_the_step_of_the_whole_batch(digits):
         parts = np.split(np.arange(16), accumulate)
         batch = next(batches)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(examples, "augment", lambda key, images, **_: images)
+            patch.setattr(examples_lib, "augment", lambda key, images, **_: images)
             for part in parts:
                 micro = {name: x[part] for name, x in batch.items()}
                 state, _ = jax.jit(program.step)(state, micro)
@@ -264,7 +258,9 @@ def test_accumulation_is_the_step_of_the_whole_batch(digits):
 def test_label_smoothing_raises_the_loss_by_its_share():
     losses = []
     for smoothing in (0.0, 0.5):
-        loss = compose.build_loss(dataclasses.replace(TINY, label_smoothing=smoothing), jnp.ones(3))
+        loss = compose_lib.build_loss(
+            dataclasses.replace(TINY, label_smoothing=smoothing), jnp.ones(3)
+        )
         losses.append(loss(jnp.array([[9.0, 0.0, 0.0]]), jnp.array([0]))[0])
     # -log softmax is about 9 for the wrong classes; two of three get a sixth each.
     np.testing.assert_allclose(losses[1] - losses[0], 0.5 * 9 * 2 / 3, rtol=1e-4)
@@ -386,7 +382,7 @@ def test_rows_that_are_damaged_are_trained_again(tmp_path):
         for key, found in ablate.finished(cfg, folder).items():
             assert key == found["key"] == "agc" and found["tricks"] == ["agc"]
             assert found.keys() == row.keys() and len(found["by_seed"]["validation"]) == 2
-            json.dumps(report.table([{**found, "step_ms": 1.0, "note": ""}]).rows)
+            json.dumps(ablation_report.table([{**found, "step_ms": 1.0, "note": ""}]).rows)
 
     mangle.search(check, 150, raw=mangle.damaged_json([row]))
 
@@ -429,17 +425,19 @@ def test_verdicts_follow_from_the_figures():
     base = {"key": "baseline", "metric": 0.8, "std": 0.01, "n": 3, "step_ms": 10.0}
     base |= {"temp_bytes": 1000, "state_bytes": 100, "reads": 64.0}
     better = base | {"key": "longtail", "metric": 0.85}
-    assert report.verdict(better, base) == "+5.0 points"
+    assert ablation_report.verdict(better, base) == "+5.0 points"
     same = base | {"key": "remat", "metric": 0.805, "temp_bytes": 500, "step_ms": 13.0}
-    note = report.verdict(same, base)
+    note = ablation_report.verdict(same, base)
     assert (
         "no difference beyond" in note and "temporaries -50 %" in note and "step time +30 %" in note
     )
     assert "does not help accuracy here" in note
     # The table has 0.1 ms for both.
     quick = base | {"step_ms": 0.11}
-    assert "step time" not in report.verdict(quick | {"key": "echo", "step_ms": 0.13}, quick)
-    worse = report.verdict(base | {"key": "agc", "metric": 0.7}, base)
+    assert "step time" not in ablation_report.verdict(
+        quick | {"key": "echo", "step_ms": 0.13}, quick
+    )
+    worse = ablation_report.verdict(base | {"key": "agc", "metric": 0.7}, base)
     assert worse.startswith("-10.0 points") and "does not help" in worse
 
 
@@ -484,4 +482,4 @@ def test_the_best_row_names_its_tricks():
     base = {"key": "baseline", "tricks": [], "metric": 0.8, "std": 0.01, "n": 3, "step_ms": 10.0}
     base |= {"temp_bytes": 1000, "state_bytes": 100, "reads": 64.0}
     best = base | {"key": "best", "tricks": ["echo", "longtail"], "metric": 0.9}
-    assert report.annotate([base, best])[1]["note"] == "echo + longtail: +10.0 points"
+    assert ablation_report.annotate([base, best])[1]["note"] == "echo + longtail: +10.0 points"

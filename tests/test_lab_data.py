@@ -19,8 +19,8 @@ from PIL import Image
 import jaxtricks as jt
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, image, look, splits, trees
-from jaxtricks.lab.data.source import Source, UnreadableError
+from jaxtricks.lab.data import arrays, folders, images, look, splits
+from jaxtricks.lab.data.dataset import Source, UnreadableError
 
 RNG = np.random.default_rng(0)
 
@@ -77,9 +77,9 @@ def test_every_kind_is_decoded_and_its_header_read(kind, channels):
     array = smooth if channels == 1 else np.stack([smooth, smooth[::-1], smooth[:, ::-1]], -1)
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
     raw = encode(array, kind, **options)
-    header = image.read_header(raw)
+    header = images.read_header(raw)
     assert (header.kind, header.width, header.height) == (kind, 30, 20)
-    out = image.decode(raw, "x")
+    out = images.decode(raw, "x")
     expected = 3 if kind in ("WEBP", "GIF") else channels  # they have no gray
     assert out.shape == (20, 30, expected) and out.dtype == np.uint8
     if kind not in ("GIF", "JPEG") or channels == 1:
@@ -90,50 +90,50 @@ def test_every_kind_is_decoded_and_its_header_read(kind, channels):
     "options", [{"lossless": False}, {"lossless": False, "exif": b"Exif\0\0MM"}]
 )
 def test_lossy_and_extended_webp_headers(options):
-    header = image.read_header(encode(pixels(33, 47, 3), "WEBP", **options))
+    header = images.read_header(encode(pixels(33, 47, 3), "WEBP", **options))
     assert header[1:3] == (47, 33)
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
     deep = np.array([[0, 257, 40000, 65535]], np.uint16)
-    out = image.decode(encode(deep), "x")
+    out = images.decode(encode(deep), "x")
     assert out.shape == (1, 4, 1) and out.ravel().tolist() == [0, 1, 156, 255]
 
 
 def test_palette_alpha_and_one_bit():
     red = Image.new("P", (2, 2), 1)
     red.putpalette([0, 0, 0, 255, 0, 0])
-    assert image.decode(encode(red), "x")[0, 0].tolist() == [255, 0, 0]
-    assert image.decode(encode(red, transparency=1), "x")[0, 0].tolist() == [255, 255, 255]
+    assert images.decode(encode(red), "x")[0, 0].tolist() == [255, 0, 0]
+    assert images.decode(encode(red, transparency=1), "x")[0, 0].tolist() == [255, 255, 255]
     half = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert image.decode(encode(half), "x")[0, 0].tolist() == [255, 255, 255]
-    gray = image.decode(encode(Image.new("LA", (2, 2), (7, 255))), "x")
+    assert images.decode(encode(half), "x")[0, 0].tolist() == [255, 255, 255]
+    gray = images.decode(encode(Image.new("LA", (2, 2), (7, 255))), "x")
     assert gray.shape == (2, 2, 1) and gray[0, 0, 0] == 7
-    bit = image.decode(encode(Image.new("1", (2, 2), 1)), "x")
+    bit = images.decode(encode(Image.new("1", (2, 2), 1)), "x")
     assert bit.shape == (2, 2, 1) and bit[0, 0, 0] == 255
 
 
 def test_cmyk_is_what_pillow_says():
     raw = encode(Image.new("CMYK", (8, 8), (10, 200, 30, 40)), "JPEG")
     expected = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
-    np.testing.assert_array_equal(image.decode(raw, "x"), expected)
+    np.testing.assert_array_equal(images.decode(raw, "x"), expected)
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["simplejpeg", "pillow"])
 @pytest.mark.parametrize("cut", [2, 300, 1200, 1])
 def test_truncated_jpegs_are_unreadable(cut, library, monkeypatch):
     if not library:
-        monkeypatch.setattr(image, "_simplejpeg", lambda: None)
+        monkeypatch.setattr(images, "_simplejpeg", lambda: None)
     raw = encode(pixels(40, 50, 3), "JPEG")
-    image.decode(raw, "x")
+    images.decode(raw, "x")
     with pytest.raises(UnreadableError, match="photo.jpg can't be read"):
-        image.decode(raw[:-cut] if cut > 1 else raw[:30], "photo.jpg")
+        images.decode(raw[:-cut] if cut > 1 else raw[:30], "photo.jpg")
 
 
 def test_a_jpeg_that_ends_early_but_politely_is_unreadable():
     raw = encode(pixels(40, 50, 3), "JPEG")
     with pytest.raises(UnreadableError, match="premature end"):
-        image.decode(raw[: len(raw) // 2] + b"\xff\xd9", "x")
+        images.decode(raw[: len(raw) // 2] + b"\xff\xd9", "x")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
@@ -141,13 +141,13 @@ def test_other_truncated_files_are_unreadable(kind):
     raw = encode(pixels(40, 50, 3), kind)
     for keep in (0.9, 0.5, 0.01, 0):
         with pytest.raises(UnreadableError):
-            image.decode(raw[: int(keep * len(raw))], "x")
+            images.decode(raw[: int(keep * len(raw))], "x")
 
 
 def test_garbage_is_unreadable():
     for raw in (b"", b"no image", b"\xff\xd8\xff", b"RIFF1234WEBPVP9 ", bytes(RNG.bytes(500))):
         with pytest.raises(UnreadableError):
-            image.decode(raw, "x")
+            images.decode(raw, "x")
 
 
 def bomb(kind, side=20_000):
@@ -170,20 +170,20 @@ def bomb(kind, side=20_000):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP"])
 def test_bombs_are_refused_by_their_header(kind, monkeypatch):
-    monkeypatch.setattr(image, "_decode_any", None)  # nothing may be decoded
-    monkeypatch.setattr(image, "_decode_jpeg", None)
+    monkeypatch.setattr(images, "_decode_any", None)  # nothing may be decoded
+    monkeypatch.setattr(images, "_decode_jpeg", None)
     with pytest.raises(UnreadableError, match="limit of 64 megapixels"):
-        image.decode(bomb(kind), "x")
+        images.decode(bomb(kind), "x")
 
 
 def test_conform_covers_cuts_and_converts():
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200
-    out = image.conform(wide, (10, 10, 3))
+    out = images.conform(wide, (10, 10, 3))
     np.testing.assert_array_equal(out, np.full((10, 10, 3), 200))
-    assert image.conform(wide, (5, 4, 1)).shape == (5, 4, 1)
-    assert image.conform(wide[..., :1], (10, 30, 3)).shape == (10, 30, 3)
-    assert image.conform(wide, wide.shape) is wide
+    assert images.conform(wide, (5, 4, 1)).shape == (5, 4, 1)
+    assert images.conform(wide[..., :1], (10, 30, 3)).shape == (10, 30, 3)
+    assert images.conform(wide, wide.shape) is wide
 
 
 # Folders and zips.
@@ -199,7 +199,7 @@ def test_split_folders(tmp_path, packed, val):
     assert (len(d.train), len(d.validation), len(d.test)) == (8, 4, 2)
     assert d.classes == ("cat", "dog") and d.counts.tolist() == [4, 4]
     assert d.kind == "image" and d.shape == (8, 8, 3) and d.flip
-    first = image.decode(files["set/train/cat/0.png"], "x")
+    first = images.decode(files["set/train/cat/0.png"], "x")
     np.testing.assert_array_equal(d.train[0]["image"], first)
     assert d.train[0]["label"].dtype == np.int32 and d.train.bytes_read == 2 * len(
         files["set/train/cat/0.png"]
@@ -327,7 +327,7 @@ def test_backslashes_in_a_zip_are_folders(tmp_path):
 
 
 def test_long_files_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(trees, "MAX_BYTES", 300)
+    monkeypatch.setattr(folders, "MAX_BYTES", 300)
     files = classes() | {"cat/9.png": encode(pixels(30, 30, 3))}
     for root in (write(tmp_path / "x", files), pack(tmp_path / "x.zip", files)):
         refused(root, "cat/9.png", "MiB")
@@ -875,7 +875,7 @@ def test_sources_count_and_index():
 
 def test_nothing_warns_about_large_images(tmp_path):
     side = 7_900  # 62 megapixels, under our limit
-    assert side * side < image.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+    assert side * side < images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refused(write(tmp_path, classes() | {"cat/x.png": bomb("PNG", 12_000)}), "12000x12000")

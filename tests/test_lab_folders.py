@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import files, image, lists, source
+from jaxtricks.lab.data import dataset, files, images, lists
 from tests import mangle
 from tests.test_lab_data import classes, encode, pack, pixels, refused, write
 
@@ -48,7 +48,7 @@ def saved(array, kind, orientation, order):
 def test_photos_are_upright_whatever_the_camera_did(library, monkeypatch):
     """Against Pillow's own turning: every kind, size, channel count, orientation and byte order."""
     if not library:
-        monkeypatch.setattr(image, "_simplejpeg", lambda: None)
+        monkeypatch.setattr(images, "_simplejpeg", lambda: None)
 
     def check(kind, height, width, channels, orientation, order, seed):
         rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def test_photos_are_upright_whatever_the_camera_did(library, monkeypatch):
         raw = saved(array if channels == 3 else array[..., 0], kind, orientation, order)
         wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
         wanted = np.asarray(wanted.convert("RGB" if channels == 3 or kind == "WEBP" else "L"))
-        out = image.decode(raw, "x")
+        out = images.decode(raw, "x")
         assert out.flags.c_contiguous and out.shape[:2] == wanted.shape[:2]
         difference = np.abs(out.reshape(wanted.shape).astype(int) - wanted)
         assert difference.max() <= (6 if kind == "JPEG" else 0)
@@ -77,17 +77,17 @@ def test_photos_are_upright_whatever_the_camera_did(library, monkeypatch):
 
 def test_damaged_exif_leaves_the_picture_as_it_is():
     array = pixels(8, 12, 3)
-    plain = image.decode(encode(array, "JPEG"), "x")
+    plain = images.decode(encode(array, "JPEG"), "x")
 
     def check(damage):
         raw = encode(array, "JPEG", exif=damage or b"Exif\0\0")
-        out = image.decode(raw, "x")
+        out = images.decode(raw, "x")
         assert out.size == plain.size
 
     # All but the bytes of the orientation itself.
     mangle.search(check, 100, damage=mangle.damaged(exif(6)[:60]))
     for strange in (0, 9, 255, 65535):
-        out = image.decode(encode(array, "JPEG", exif=exif(strange)), "x")
+        out = images.decode(encode(array, "JPEG", exif=exif(strange)), "x")
         np.testing.assert_array_equal(out, plain)
 
 
@@ -121,19 +121,19 @@ def test_images_of_all_common_extensions_count(tmp_path, extension):
 
 def test_tiffs_of_32_bits_are_refused_and_of_16_are_scaled():
     deep = encode(Image.fromarray(np.array([[0, 257, 65535]], np.uint16)), "TIFF")
-    assert image.decode(deep, "x").ravel().tolist() == [0, 1, 255]
+    assert images.decode(deep, "x").ravel().tolist() == [0, 1, 255]
     for dtype in (np.float32, np.int32):
         with pytest.raises(data.UnreadableError, match="32-bit or floating-point"):
-            image.decode(encode(Image.fromarray(np.ones((2, 2), dtype)), "TIFF"), "x")
+            images.decode(encode(Image.fromarray(np.ones((2, 2), dtype)), "TIFF"), "x")
 
 
 def test_a_tiff_of_one_huge_tile_is_refused_by_its_header(monkeypatch):
-    monkeypatch.setattr(image, "_decode_any", None)
+    monkeypatch.setattr(images, "_decode_any", None)
     entries = [(0x100, 8), (0x101, 8), (0x142, 60_000), (0x143, 60_000)]
     body = b"".join(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little")
                     for tag, value in entries)  # fmt: skip
     with pytest.raises(data.UnreadableError, match="limit of 64 megapixels"):
-        image.decode(b"II*\0\x08\0\0\0\x04\0" + body + bytes(4), "x")
+        images.decode(b"II*\0\x08\0\0\0\x04\0" + body + bytes(4), "x")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
@@ -273,7 +273,7 @@ def test_a_list_and_its_splits(tmp_path, separator):
     for part, split in ((parts["train"], d.train), (parts["test"], d.test)):
         for (name, raw), example in zip(part.items(), split, strict=True):
             assert example["label"] == ("dog" in name)
-            np.testing.assert_array_equal(example["image"], image.decode(raw, name))
+            np.testing.assert_array_equal(example["image"], images.decode(raw, name))
     assert data.check(path, root=root).files == 22
 
 
@@ -345,7 +345,7 @@ def breaking(n=24, num_classes=3, *, skips=True):
         return {"image": np.full((2, 2, 1), i, np.uint8), "label": np.int32(i % num_classes)}, 4
 
     labels = np.arange(n, dtype=np.int32) % num_classes
-    return source.Source(read, n, labels, skips=skips), broken
+    return dataset.Source(read, n, labels, skips=skips), broken
 
 
 @pytest.mark.parametrize("readers", [0, 2])

@@ -15,14 +15,14 @@ from PIL import Image
 
 import jaxtricks as jt
 from jaxtricks.lab import config, data
-from jaxtricks.lab.data import batches as batches_lib
-from jaxtricks.lab.data import trees
+from jaxtricks.lab.data import folders
+from jaxtricks.lab.data import pipeline as batches_lib
+from jaxtricks.lab.data.dataset import Source, UnreadableError
 from jaxtricks.lab.data.order import shuffled
-from jaxtricks.lab.data.source import Source, UnreadableError
 from jaxtricks.lab.data.walk import walk
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.feed import Feed, Reads
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.placement import Placement
 
 # The order.
 
@@ -242,7 +242,7 @@ def test_stored_entries_are_read_in_place(tmp_path, monkeypatch, kind, in_place)
         no_zipfile(monkeypatch)
     else:
         monkeypatch.delattr(os, "pread")  # as on Windows
-    tree = trees.open_zip(tmp_path / "x.zip")
+    tree = folders.open_zip(tmp_path / "x.zip")
     assert {name: tree.read(name) for name in tree.images.values()} == files
 
 
@@ -250,7 +250,7 @@ def test_packed_entries_need_no_zipfile_either(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat/0.jpg", b"a" * 1000)
     no_zipfile(monkeypatch)
-    assert trees.open_zip(tmp_path / "x.zip").read("cat/0.jpg") == b"a" * 1000
+    assert folders.open_zip(tmp_path / "x.zip").read("cat/0.jpg") == b"a" * 1000
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_stored_entry_that_changed_is_unreadable(tmp_path, monkeypatch, at, wo
     path = tmp_path / "x.zip"
     files = make_zip(path, "plain")
     no_zipfile(monkeypatch)
-    tree = trees.open_zip(path)
+    tree = folders.open_zip(path)
     last = "cat/2.jpg"
     assert tree.read(last) == files[last]
     raw = bytearray(path.read_bytes())
@@ -283,7 +283,7 @@ def test_a_stored_entry_that_changed_is_unreadable(tmp_path, monkeypatch, at, wo
 
 def test_threads_read_stored_entries_without_a_lock(tmp_path):
     files = make_zip(tmp_path / "x.zip", "extra500")
-    tree, wrong = trees.open_zip(tmp_path / "x.zip"), []
+    tree, wrong = folders.open_zip(tmp_path / "x.zip"), []
 
     def read():
         for _, (name, raw) in itertools.product(range(50), files.items()):

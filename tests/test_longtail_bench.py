@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from benchmarks.longtail import bench
+from benchmarks.longtail.methods import FROM_BASE, TRAINED
 from jaxtricks import cli
-from jaxtricks.lab import longtail_bench, longtail_report
+from jaxtricks.lab import longtail_report
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.longtail_config import METHODS, LongtailBench
-from jaxtricks.lab.longtail_methods import FROM_BASE, TRAINED
 
 SMALL = ("--steps", "3", "--seeds", "1", "--batch", "16", "--widths", "4", "--imbalance", "5")
 
@@ -38,8 +39,8 @@ def test_a_run_writes_its_table(tmp_path):
 def test_the_second_stages_start_from_the_trained_network():
     """post_hoc moves predictions of the same logits: with balanced counts it changes nothing."""
     cfg = LongtailBench(steps=2, seeds=1, batch=16, widths=(4,), imbalance=1.0)
-    data = longtail_bench.data_lib.load("digits", seed=0)
-    found = dict(longtail_bench.of_seed(cfg, ["cross_entropy", "post_hoc"], data, 0))
+    data = bench.data_lib.load("digits", seed=0)
+    found = dict(bench.of_seed(cfg, ["cross_entropy", "post_hoc"], data, 0))
     assert (
         abs(found["post_hoc"]["balanced_accuracy"] - found["cross_entropy"]["balanced_accuracy"])
         < 0.05
@@ -80,7 +81,7 @@ def test_one_that_is_stopped_reports_what_is_done(tmp_path, monkeypatch, capsys)
             raise KeyboardInterrupt
         yield "vs", figures
 
-    monkeypatch.setattr(longtail_bench, "of_seed", of_seed)
+    monkeypatch.setattr(bench, "of_seed", of_seed)
     args = ["longtail-bench", "--methods", "vs", "--seeds", "2", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         cli.main(args)

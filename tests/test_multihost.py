@@ -21,7 +21,7 @@ from tests.run_dirs import log_of
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-m", "jaxtricks.cli", "train", "--widths", "8", "--batch", "16"]
+COMMAND = [sys.executable, "-m", "jaxtricks", "train", "--widths", "8", "--batch", "16"]
 COMMAND += ["--steps", "60", "--log-every", "3", "--save-every", "10", "--eval-every", "30"]
 COMMAND += ["--agc", "--memopt", "--fsdp"]
 ECHO = ("--echo",)

@@ -15,7 +15,8 @@ from matplotlib.text import Text
 
 import jaxtricks as jt
 from jaxtricks import plot
-from jaxtricks.lab import compare, run_report
+from jaxtricks.lab import report
+from jaxtricks.lab.commands import compare
 from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
 
 STEPS = (10, 20, 30, 40)
@@ -75,24 +76,24 @@ def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def report(folder, pictures=None):
-    run = run_report.read(folder)
-    return run_report.markdown(run.about, run.rows, run.timing, run.result, pictures or ())
+def report_of(folder, pictures=None):
+    run = report.read(folder)
+    return report.markdown(run.about, run.rows, run.timing, run.result, pictures or ())
 
 
 def test_reading_and_comparing_import_no_jax(tmp_path):
     make_run(tmp_path / "run")
     code = (
-        "import sys; from jaxtricks.lab import compare, run_report; "
-        f"run = run_report.read({str(tmp_path / 'run')!r}); print(compare.for_terminal([run])); "
-        "run_report.markdown(run.about, run.rows, run.timing, run.result, ()); "
+        "import sys; from jaxtricks.lab import report; from jaxtricks.lab.commands import compare; "
+        f"run = report.read({str(tmp_path / 'run')!r}); print(compare.for_terminal([run])); "
+        "report.markdown(run.about, run.rows, run.timing, run.result, ()); "
         "assert 'jax' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_whole_run_is_read(tmp_path):
-    run = run_report.read(make_run(tmp_path / "run", Train(tricks=Tricks.of("echo", "agc"))))
+    run = report.read(make_run(tmp_path / "run", Train(tricks=Tricks.of("echo", "agc"))))
     assert [row["step"] for row in run.rows] == list(STEPS) and run.done == 40 and run.finished
     assert run.step_ms == pytest.approx(100) and run.examples_per_s == 640  # compilation left out
     assert run.tricks == ("echo", "agc") and not run.is_text
@@ -105,10 +106,10 @@ def test_torn_and_repeated_lines_are_survived(tmp_path):
         # A killed run's half line with a resumed run's line behind it, then that run from step 20 on.
         file.write('{"step": 50, "lo{"step": 20, "loss": 1}\n[1]\n{"loss": 2}\n\n')
         file.write('{"step": 30, "loss": 7.0}\n{"step": 40, "loss": null}\n{"step": 50')
-    rows = run_report.read(folder).rows
+    rows = report.read(folder).rows
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert rows[2]["loss"] == 7.0 and rows[3]["loss"] is None
-    run = run_report.read(folder)
+    run = report.read(folder)
     assert run.newest("loss") == 7.0 and run.newest("val_loss") == 1.0 and not run.finished
 
 
@@ -116,9 +117,9 @@ def test_a_bare_run_is_read_and_told(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {}}')
     (tmp_path / "result.json").write_text('{"test": {"accu')
     (tmp_path / "timing.jsonl").write_text('{"step": 1}\n{"step": 2, "seconds": null}\n')
-    run = run_report.read(tmp_path)
+    run = report.read(tmp_path)
     assert run.rows == [] and run.result == {} and run.step_ms is None
-    text = report(tmp_path)
+    text = report_of(tmp_path)
     assert "Not finished" in text and "None" not in text
     assert "None" not in compare.for_terminal([run, run])
     assert plot.compare(compare.points([run])).axes
@@ -129,7 +130,7 @@ def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
     for name in ("config.json", "result.json", "metrics.jsonl", "timing.jsonl"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="is no run"):
-        run_report.read(tmp_path)
+        report.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "config.json", "missing"])
@@ -139,18 +140,18 @@ def test_no_run_is_one_sentence(tmp_path, name):
     with pytest.raises(
         UserError, match=r"is no run: give a directory that `jaxtricks train --out`"
     ):
-        run_report.read(tmp_path / name)
+        report.read(tmp_path / name)
 
 
 def test_an_ablation_is_told_from_a_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(Ablate())}))
     with pytest.raises(UserError, match=r"is an ablation.*report\.md"):
-        run_report.read(tmp_path)
+        report.read(tmp_path)
 
 
 def test_the_report_holds_every_figure(tmp_path):
     cfg = Train(steps=40, out="runs/x", tricks=Tricks.of("agc", "echo"), model="resnet")
-    text = report(make_run(tmp_path / "run", cfg), ("curves.png",))
+    text = report_of(make_run(tmp_path / "run", cfg), ("curves.png",))
     assert text.startswith("# resnet on cats, with echo and agc\n")
     assert "| test | 80.0 | 70.0 | 90.0 | - | 25.0 |" in text and "Not finished" not in text
     for words in (
@@ -175,30 +176,30 @@ def test_the_report_holds_every_figure(tmp_path):
 
 
 def test_the_report_is_written_beside_the_run(tmp_path):
-    run = run_report.read(make_run(tmp_path / "run"))
-    run_report.write(run, ("curves.png",))
+    run = report.read(make_run(tmp_path / "run"))
+    report.write(run, ("curves.png",))
     assert (tmp_path / "run/report.md").read_text().count("curves.png") == 1
     with pytest.raises(UserError, match="can't write"):
-        run_report.write(run._replace(path=tmp_path / "missing"), ())
+        report.write(run._replace(path=tmp_path / "missing"), ())
 
 
 def test_the_report_of_text_counts_bits(tmp_path):
     cfg = Train(model="transformer", steps=40)
-    text = report(make_run(tmp_path / "run", cfg, text=True, test=math.log(4)))
+    text = report_of(make_run(tmp_path / "run", cfg, text=True, test=math.log(4)))
     assert "| test | 1.3863 | 2.0000 | 50.0 |" in text and "balanced" not in text.lower()
     assert "by class" not in text and "images" not in text
     assert "predict the next character" in text and "40 steps of 64 windows" in text
 
 
 def test_the_report_of_an_unfinished_run_says_so(tmp_path):
-    text = report(make_run(tmp_path / "run", test=None, steps=STEPS[:2]))
+    text = report_of(make_run(tmp_path / "run", test=None, steps=STEPS[:2]))
     assert "20 of 40 steps" in text and "balanced accuracy 0.25" in text and "| test |" not in text
     assert "| time of a step" in text
 
 
 @pytest.mark.parametrize("counts", [[9, 5, 2], list(range(10, 0, -1)), list(range(130, 0, -1))])
 def test_group_sizes_are_those_of_the_evaluation(counts):
-    n, sizes = len(counts), run_report.group_sizes(counts)
+    n, sizes = len(counts), report.group_sizes(counts)
     order = np.argsort(counts)
     wrong = [order[0], order[n // 2], order[-1]]  # one class of each group
     confusion = np.eye(n, n + 1, dtype=np.int32)
@@ -214,7 +215,7 @@ def test_group_sizes_are_those_of_the_evaluation(counts):
 def runs_of(tmp_path, **named):
     """Runs by name; a value is (settings, arguments of make_run)."""
     return [
-        run_report.read(make_run(tmp_path / name, Train(**{"steps": 40, **cfg}), **more))
+        report.read(make_run(tmp_path / name, Train(**{"steps": 40, **cfg}), **more))
         for name, (cfg, more) in named.items()
     ]
 
@@ -317,7 +318,7 @@ def line_labels(axis):
 
 
 def test_curves_draw_what_is_logged(tmp_path):
-    rows = run_report.read(make_run(tmp_path / "run")).rows
+    rows = report.read(make_run(tmp_path / "run")).rows
     loss, accuracy = drawn(plot.curves(rows, unit="nats")).axes
     assert loss.get_ylabel() == "loss (nats)" and line_labels(loss) == ["training", "validation"]
     assert line_labels(accuracy) == ["training", "validation", "validation, balanced"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtricks.lab import run_report, rundir, runs, train
+from jaxtricks.lab import report, rundir, runs
+from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import Text, Train, Tricks
 from jaxtricks.lab.parallel_config import Parallel
 from tests.run_dirs import log_of, steps_of
@@ -69,7 +70,7 @@ def stopped(tmp_path_factory):
 
 def stop_at(step, cfg, number=signal.SIGTERM):
     """What train.run returns if the signal comes while that step runs."""
-    from jaxtricks.lab import loop
+    from jaxtricks.lab import step as loop_lib
 
     def fit(compiled, state, batches, steps, *, after, **kwargs):
         def signalled(done, state, means):
@@ -79,9 +80,9 @@ def stop_at(step, cfg, number=signal.SIGTERM):
 
         return original(compiled, state, batches, steps, after=signalled, **kwargs)
 
-    original = loop.fit
+    original = loop_lib.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "fit", fit)
+        patch.setattr(loop_lib, "fit", fit)
         return train.run(cfg)
 
 
@@ -132,7 +133,7 @@ def test_a_planned_run_goes_on_with_the_same_plan(tmp_path):
     assert log_of(cfgs[0].out) == log_of(cfgs[1].out)
     plan = whole["plan"]
     assert plan["peak_bytes"] <= plan["budget_bytes"] < plan["unplanned_peak_bytes"]
-    run_report.write(runs.read(cfgs[0].out), ())
+    report.write(runs.read(cfgs[0].out), ())
     assert "peak of the planned step" in (tmp_path / "whole/report.md").read_text()
 
 
@@ -184,7 +185,7 @@ def test_text_and_two_devices_resume_bit_equal(tmp_path):
     )
     mesh = train.run(dataclasses.replace(cfg, out=str(tmp_path / "whole")))["mesh"]
     assert mesh["axes"] == "data=2, model=1" and mesh["sent"].keys() == {"all-reduce"}
-    run_report.write(runs.read(tmp_path / "whole"), ())
+    report.write(runs.read(tmp_path / "whole"), ())
     assert "sent between devices in a step | " in (tmp_path / "whole/report.md").read_text()
     part = dataclasses.replace(cfg, out=str(tmp_path / "part"))
     assert stop_at(5, part) is None
@@ -194,7 +195,7 @@ def test_text_and_two_devices_resume_bit_equal(tmp_path):
 
 # Killed from outside, in processes of their own.
 
-COMMAND = [sys.executable, "-m", "jaxtricks.cli", "train", "--widths", "4", "--batch", "16"]
+COMMAND = [sys.executable, "-m", "jaxtricks", "train", "--widths", "4", "--batch", "16"]
 COMMAND += ["--steps", "150", "--log-every", "3", "--save-every", "10", "--echo", "--agc"]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jaxtricks
-from jaxtricks.cli import options
 from jaxtricks.cli.cards import card
+from jaxtricks.lab import cli
 from jaxtricks.lab.config import Ablate, Compare, Explain, Fuse, LrFind, Train, UserError
 from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.plan_config import Plan
@@ -40,7 +40,7 @@ def parse(args: Sequence[str]) -> Command:
         meant = difflib.get_close_matches(name.lower().strip("-"), known, n=1)
         hint = f"did you mean {known[meant[0]]}? The commands are" if meant else "use"
         raise UserError(f"unknown command {name[:60]!r}: {hint} {', '.join(COMMANDS)}")
-    cfg = options.read(COMMANDS[name], name, rest)
+    cfg = cli.read(COMMANDS[name], name, rest)
     cfg.check()
     return cfg
 
@@ -59,9 +59,9 @@ def run(cfg: Command, command: str) -> None:
         case Ablate():
             _ablate(cfg, command)
         case LongtailBench():
-            from jaxtricks.lab import longtail_bench
+            from benchmarks.longtail import bench
 
-            longtail_bench.run(cfg, command)
+            bench.run(cfg, command)
         case Plan():
             _plan(cfg, command)
         case Train():
@@ -70,7 +70,8 @@ def run(cfg: Command, command: str) -> None:
 
 def _train(cfg: Train, command: str) -> None:
     from jaxtricks import plot
-    from jaxtricks.lab import run_report, runs, train
+    from jaxtricks.lab import report, runs
+    from jaxtricks.lab.commands import train
 
     if cfg.check_data:
         train.check_data(cfg)
@@ -79,15 +80,16 @@ def _train(cfg: Train, command: str) -> None:
         unit = "nats per character" if made.is_text else "nats"
         pictures = {"curves.png": plot.curves(made.rows, unit=unit)}
         if not made.is_text:
-            sizes = run_report.group_sizes(made.about["data"]["counts"])
+            sizes = report.group_sizes(made.about["data"]["counts"])
             pictures["groups.png"] = plot.groups(made.result, sizes)
         for name, figure in pictures.items():
             _draw(figure, made.path / name)
-        run_report.write(made, tuple(pictures))
+        report.write(made, tuple(pictures))
 
 
 def _compare(cfg: Compare) -> None:
-    from jaxtricks.lab import compare, runs
+    from jaxtricks.lab import runs
+    from jaxtricks.lab.commands import compare
 
     found = [runs.read(path) for path in cfg.runs]
     print(compare.for_terminal(found))
@@ -100,29 +102,30 @@ def _compare(cfg: Compare) -> None:
 
 def _lr_find(cfg: LrFind, command: str) -> None:
     from jaxtricks import plot
-    from jaxtricks.lab import find_lr
+    from jaxtricks.lab.commands import lr_find
 
-    found = find_lr.run(cfg, command)
-    _draw(plot.lr_range(found), pathlib.Path(cfg.out) / find_lr.PICTURE)
+    found = lr_find.run(cfg, command)
+    _draw(plot.lr_range(found), pathlib.Path(cfg.out) / lr_find.PICTURE)
 
 
 def _fuse(cfg: Fuse, command: str) -> None:
-    from jaxtricks.lab import deploy
+    from jaxtricks.lab.commands import fuse
 
-    deploy.run(cfg, command)
+    fuse.run(cfg, command)
 
 
 def _ablate(cfg: Ablate, command: str) -> None:
     from jaxtricks import plot
-    from jaxtricks.lab import ablate, report
+    from jaxtricks.lab import ablation_report
+    from jaxtricks.lab.commands import ablate
 
     rows = ablate.run(cfg, command)
-    _draw(plot.ablation(rows), pathlib.Path(cfg.out) / report.PICTURE)
+    _draw(plot.ablation(rows), pathlib.Path(cfg.out) / ablation_report.PICTURE)
 
 
 def _plan(cfg: Plan, command: str) -> None:
     from jaxtricks import plot
-    from jaxtricks.lab import plan
+    from jaxtricks.lab.commands import plan
 
     found = plan.run(cfg, command)
     if cfg.out:

@@ -7,8 +7,8 @@ import jax
 
 import jaxtricks as jt
 from jaxtricks.lab.config import Train, UserError
-from jaxtricks.lab.loop import TrainState
-from jaxtricks.lab.placement import Placement
+from jaxtricks.lab.distributed import Placement
+from jaxtricks.lab.step import TrainState
 
 
 class Divergence:

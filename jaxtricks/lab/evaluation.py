@@ -9,7 +9,7 @@ import numpy as np
 import jaxtricks as jt
 from jaxtricks._typing import Array
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab.loop import Program, TrainState
+from jaxtricks.lab.step import Program, TrainState
 
 
 class Evaluator:

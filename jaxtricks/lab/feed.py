@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxtricks.lab import compose
+from jaxtricks.lab import compose as compose_lib
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
-from jaxtricks.lab.placement import Placement
+from jaxtricks.lab.distributed import Placement
 
 _READERS = 4  # threads that decode large images; small ones are faster decoded without
 _SMALL = 64 * 64  # pixels
@@ -33,14 +33,14 @@ class Feed:
 
     def __init__(self, cfg: Train, data: data_lib.Data, place: Placement):
         rows = place.rows(cfg.micro_batch).tolist()
-        order = compose.build_order(cfg, data) or data_lib.shuffled(len(data.train), cfg.seed)
+        order = compose_lib.build_order(cfg, data) or data_lib.shuffled(len(data.train), cfg.seed)
         self._cfg, self._reads = cfg, Reads(order, rows, cfg.micro_batch)
         self.rows = [rows[0], len(rows)]
         self._batches = data_lib.pipeline(
             data.train,
             batch=len(rows),
             seed=cfg.seed,
-            transform=compose.build_reads(cfg, len(rows) * cfg.accumulate),
+            transform=compose_lib.build_reads(cfg, len(rows) * cfg.accumulate),
             to_device=place.put,
             order=self._reads,
             readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxtricks import _table
 from jaxtricks.lab import spread
+from jaxtricks.lab.ablation_report import REPORT, counted, hardware
 from jaxtricks.lab.longtail_config import LongtailBench
-from jaxtricks.lab.report import REPORT, counted, hardware
 from jaxtricks.lab.rundir import RunDir
 
 BASE = "cross_entropy"

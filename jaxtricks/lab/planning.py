@@ -6,7 +6,7 @@ import jax
 
 from jaxtricks import remat
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import loop
+from jaxtricks.lab import step as loop_lib
 from jaxtricks.lab.config import Train, UserError
 from jaxtricks.lab.plan_config import Plan
 from jaxtricks.remat import _memory
@@ -21,17 +21,17 @@ class Prepared(NamedTuple):
       plan: the plan of the step; None without a budget.
     """
 
-    program: loop.Program
+    program: loop_lib.Program
     plan: remat.Plan | None
 
 
 def prepare(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Prepared:
-    """`loop.build`, planned if the settings have a budget; the same settings give the same plan.
+    """`loop_lib.build`, planned if the settings have a budget; the same settings give the same plan.
 
     Raises:
       UserError: the budget can't be met.
     """
-    program = loop.build(cfg, data, rate)
+    program = loop_lib.build(cfg, data, rate)
     if not cfg.remat_budget:
         return Prepared(program, None)
     found = plan(cfg, data, program)
@@ -41,7 +41,7 @@ def prepare(cfg: Train, data: data_lib.Data, rate: float | None = None) -> Prepa
 def plan(
     cfg: Train,
     data: data_lib.Data,
-    program: loop.Program,
+    program: loop_lib.Program,
     *,
     wrt: Wrt = "peak",
     max_compiles: int = 6,
@@ -58,14 +58,16 @@ def plan(
     Raises:
       UserError: the budget can't be met or read, or the topology is unknown.
     """
-    state, batch = program.shapes, loop.batch_shapes(cfg, data, program.place)
+    state, batch = program.shapes, loop_lib.batch_shapes(cfg, data, program.place)
     if topology is not None:  # its chip is not one of those at hand
         state, batch = jax.tree.map(_memory.shape, (state, batch))
 
     def within(loss: Any) -> tuple[Any, Any]:
         step = program.step_of(loss)
-        jitted = loop.jitted(program, step) if topology is None else jax.jit(step, donate_argnums=0)
-        return jitted, (state, batch)
+        compiled = (
+            loop_lib.jitted(program, step) if topology is None else jax.jit(step, donate_argnums=0)
+        )
+        return compiled, (state, batch)
 
     try:
         return remat.plan(

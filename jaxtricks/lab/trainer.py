@@ -8,16 +8,18 @@ import jax
 from rich.progress import Progress
 
 from jaxtricks import _tree
-from jaxtricks.lab import collectives, loop, planning
+from jaxtricks.lab import collectives
 from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import planning as planning_lib
+from jaxtricks.lab import step as loop_lib
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train, UserError
+from jaxtricks.lab.distributed import Placement, device_bytes
 from jaxtricks.lab.divergence import Divergence
 from jaxtricks.lab.evaluation import Evaluator
 from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.hosts import Hosts, first
 from jaxtricks.lab.interrupt import Interrupt
-from jaxtricks.lab.placement import Placement, device_bytes
 from jaxtricks.lab.rundir import RunDir
 
 _SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
@@ -32,7 +34,7 @@ class Trainer:
         self,
         cfg: Train,
         data: data_lib.Data,
-        prepared: planning.Prepared,
+        prepared: planning_lib.Prepared,
         folder: RunDir,
         checkpoints: Checkpoints,
         hosts: Hosts,
@@ -43,12 +45,12 @@ class Trainer:
         self.evaluate = Evaluator(program, data, cfg.micro_batch)
         self.state = program.start(cfg.seed, data.counts)
         self.batches = Feed(cfg, data, self.place)
-        self.meter, self.bytes_before = loop.Meter(), 0
+        self.meter, self.bytes_before = loop_lib.Meter(), 0
         self.skipped_before: set[str] = set()
         self._told = 0
         self.divergence = Divergence(cfg, self.place)
-        batch = loop.batch_shapes(cfg, data, self.place)
-        self.compiled = loop.compile_step(program, self.state, batch)
+        batch = loop_lib.batch_shapes(cfg, data, self.place)
+        self.compiled = loop_lib.compile_step(program, self.state, batch)
 
     def restore(self, tell: Callable[[str], None], session: dict[str, Any]) -> int:
         """Go back to the newest checkpoint and cut the logs there; the number of steps done."""
@@ -64,7 +66,7 @@ class Trainer:
         rows = self.hosts.gather(self.batches.rows)
         try:
             said = self.batches.resume(restored.step, restored.host["feeds"], rows)
-            self.meter = loop.Meter(restored.host["window"])
+            self.meter = loop_lib.Meter(restored.host["window"])
             self.bytes_before = int(restored.host["bytes_read"])
             self.skipped_before = set(map(str, restored.host.get("skipped", ())))
         except Exception as error:  # each dataset of Grain and of ours fails in its own way
@@ -84,7 +86,7 @@ class Trainer:
         every = -(-(cfg.eval_every or max(1, cfg.steps // 5)) // cfg.log_every) * cfg.log_every
         task = progress.add_task("", total=cfg.steps, completed=start, status="")
 
-        def after(done: int, state: loop.TrainState, means: dict[str, float] | None) -> bool:
+        def after(done: int, state: loop_lib.TrainState, means: dict[str, float] | None) -> bool:
             self.state = state
             if means is not None:
                 self.divergence.check(done, [means["loss"]], state)
@@ -103,7 +105,7 @@ class Trainer:
                 window.begin(done)
             return stop
 
-        loop.fit(
+        loop_lib.fit(
             self.compiled.step,
             self.state,
             self.batches,
@@ -179,7 +181,7 @@ class Trainer:
             for name, source in splits.items()
             if source is not None
         }
-        more: dict[str, Any] = {"plan": planning.figures(self.plan)} if self.plan else {}
+        more: dict[str, Any] = {"plan": planning_lib.figures(self.plan)} if self.plan else {}
         if skipped := self.skipped():
             more["skipped_records"] = len(skipped)
         if self.place.mesh.size > 1:
@@ -195,7 +197,7 @@ class Trainer:
         }
 
 
-def spread(place: Placement, state: loop.TrainState, step: Any) -> dict[str, Any]:
+def spread(place: Placement, state: loop_lib.TrainState, step: Any) -> dict[str, Any]:
     """What result.json says of a mesh: its axes, what one device holds, what a compiled step sends."""
     rows = collectives.table(collectives.census(step)).rows
     return {

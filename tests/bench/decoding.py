@@ -23,7 +23,7 @@ from PIL import Image
 import jaxtricks as jt
 from jaxtricks import _table
 from jaxtricks.lab import data
-from jaxtricks.lab.data import image
+from jaxtricks.lab.data import images
 from jaxtricks.lab.data.order import shuffled
 from jaxtricks.lab.report import hardware
 from tests.bench import common
@@ -102,8 +102,8 @@ def by_pillow(d: data.Data, path: pathlib.Path) -> Iterator[Any]:
 
 def measure(name: str, start: Callable[[], Iterator[Any]]) -> Cost:
     """One run, after a batch that does not count."""
-    library = image._simplejpeg()
-    with mock.patch.object(image, "_simplejpeg", lambda: None if "Pillow" in name else library):
+    library = images._simplejpeg()
+    with mock.patch.object(images, "_simplejpeg", lambda: None if "Pillow" in name else library):
         batches = start()
         next(batches)
         wall, cpu = time.perf_counter(), time.process_time()

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _table, echo
-from jaxtricks.lab.data import image
+from jaxtricks.lab.data import images
 from jaxtricks.lab.report import hardware
 from tests.bench import common
 
@@ -89,7 +89,7 @@ def rate(
 
     def read(raw: bytes) -> np.ndarray:
         time.sleep(seconds)
-        return image.decode(raw, "a patch")
+        return images.decode(raw, "a patch")
 
     dataset = grain.MapDataset.source(files).repeat().map(read)
     stage = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

@@ -10,10 +10,12 @@ from importlib.metadata import version
 from typing import Any
 
 from jaxtricks import KEYS, _table
-from jaxtricks.lab import collectives, loop, plan
+from jaxtricks.lab import collectives
+from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab.commands import plan
 from jaxtricks.lab.config import IDLE, Text, Tricks
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.plan_config import Plan
 from tests.bench import common
 
@@ -48,9 +50,9 @@ def settings(model: str, on: Tricks, parallel: Parallel | None = None) -> Plan:
 def cost(cfg: Plan) -> common.StepCost:
     """What the step of a run needs, compiled as a run compiles it."""
     data = plan.described(cfg)
-    program = loop.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
-    batch = loop.batch_shapes(cfg, data, program.place)
-    compiled = loop.jitted(program, program.step).lower(program.shapes, batch).compile()
+    program = loop_lib.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
+    batch = loop_lib.batch_shapes(cfg, data, program.place)
+    compiled = loop_lib.jitted(program, program.step).lower(program.shapes, batch).compile()
     counts = compiled.cost_analysis()
     return common.StepCost(
         temp=common.temp_bytes(compiled),

@@ -6,11 +6,11 @@
 """
 
 from jaxtricks.lab.data.balanced import drawn
-from jaxtricks.lab.data.batches import eval_batches, pipeline
 from jaxtricks.lab.data.checking import Report, check
+from jaxtricks.lab.data.dataset import Data, Source, UnreadableError
 from jaxtricks.lab.data.loading import is_text, load
 from jaxtricks.lab.data.order import shuffled
-from jaxtricks.lab.data.source import Data, Source, UnreadableError
+from jaxtricks.lab.data.pipeline import eval_batches, pipeline
 
 __all__ = [
     "Data",

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import zips
-from jaxtricks.lab.data.source import SPLITS, Stored
+from jaxtricks.lab.data.dataset import SPLITS, Stored
 
 MAX_BYTES = 16 * 2**30
 """Arrays that are larger are not loaded: a small file can claim any size."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtricks import _table
 from jaxtricks.lab.data import loading, look, splits, text
-from jaxtricks.lab.data.source import Data, Size
+from jaxtricks.lab.data.dataset import Data, Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays
-from jaxtricks.lab.data.source import SPLITS, Stored, UnreadableError
+from jaxtricks.lab.data.dataset import SPLITS, Stored, UnreadableError
 
 
 def stored(name: str) -> Stored:

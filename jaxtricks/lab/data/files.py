@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import trees
-from jaxtricks.lab.data.image import decode
-from jaxtricks.lab.data.source import SPLITS, Stored
-from jaxtricks.lab.data.trees import Parts
+from jaxtricks.lab.data import folders
+from jaxtricks.lab.data.dataset import SPLITS, Stored
+from jaxtricks.lab.data.folders import Parts
+from jaxtricks.lab.data.images import decode
 
 
 def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
@@ -28,10 +28,10 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
       UserError: no images, a folder without any, images outside the class folders of a split, or a zip
         that is broken, encrypted or points outside.
     """
-    tree = trees.open_folder(path) if path.is_dir() else trees.open_zip(path)
+    tree = folders.open_folder(path) if path.is_dir() else folders.open_zip(path)
     depth = _around(tree)
     found = {parts[depth:]: name for parts, name in tree.images.items()}
-    folders = {parts[depth:] for parts in tree.folders if len(parts) > depth}
+    directories = {parts[depth:] for parts in tree.folders if len(parts) > depth}
     others = [parts[depth:] for parts in tree.others]
     split = any(len(parts) > 2 and parts[0].lower() in SPLITS for parts in found)
     images = {parts: name for parts, name in found.items() if len(parts) > 1}
@@ -45,7 +45,7 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
         raise UserError(f"{path} holds no images{has}: it needs [train|val|test/]CLASS/NAME.jpg")
     if split:
         _refuse_stray(path, images)
-    empty = _empty_classes(path, images, folders, split)
+    empty = _empty_classes(path, images, directories, split)
     if empty and not skip_unreadable:
         raise UserError(_said_of_empty(path, empty, others, split))
     loose = [printable(name) for parts, name in found.items() if len(parts) == 1]
@@ -89,7 +89,7 @@ def extensions(paths: Iterable[Parts]) -> str:
     return listed(f"{n} {printable(end)}" for end, n in by_number)
 
 
-def _around(tree: trees.Tree) -> int:
+def _around(tree: folders.Tree) -> int:
     """How many folders stand around everything, as in a zip of one folder."""
     depth, paths = 0, [*tree.images, *tree.folders]
     while tree.images and all(len(parts) > depth + 2 for parts in tree.images):

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, text, trees
-from jaxtricks.lab.data.image import decode
-from jaxtricks.lab.data.source import SPLITS, Stored
+from jaxtricks.lab.data import arrays, folders, text
+from jaxtricks.lab.data.dataset import SPLITS, Stored
+from jaxtricks.lab.data.images import decode
 
 _LINE = re.compile(r"(?P<name>.*[^\s,])[\s,]+(?P<label>-?\d{1,18})")
 _WORD = re.compile(r"(?P<stem>.*?)(?P<word>[A-Za-z]*)", re.DOTALL)
@@ -34,10 +34,10 @@ def stored(path: pathlib.Path, root: pathlib.Path) -> Stored:
         raise UserError(f"{path} lists no images: write 'PATH LABEL' on each line")
     splits, names, labels = map(list, zip(*entries, strict=True))
     num_classes = arrays.check_classes(np.array(labels, np.int64), str(path))
-    read_file = functools.partial(trees.read_file, root)
+    read_below_root = functools.partial(folders.read_file, root)
 
     def read(i: int) -> tuple[np.ndarray, int]:
-        raw = read_file(names[i])
+        raw = read_below_root(names[i])
         return decode(raw, names[i]), len(raw)
 
     return Stored(
@@ -88,7 +88,7 @@ def _entries(path: pathlib.Path) -> list[tuple[str, int]]:
         if match is None:
             raise UserError(f"line {number} of {path} is {line[:60]!r}: write 'PATH LABEL'")
         name = match["name"].replace("\\", "/")
-        if trees.points_outside(name):
+        if folders.points_outside(name):
             raise UserError(
                 f"line {number} of {path} points outside of --root ({name[:60]!r}): write paths "
                 "that begin in it"

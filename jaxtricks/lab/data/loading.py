@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays, custom, files, lists, look, records, splits, text, zips
-from jaxtricks.lab.data.image import conform
-from jaxtricks.lab.data.source import Data, Example, Shape, Source, Stored, UnreadableError
+from jaxtricks.lab.data.dataset import Data, Example, Shape, Source, Stored, UnreadableError
+from jaxtricks.lab.data.images import conform
 
 KNOWN = (
     "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them, "

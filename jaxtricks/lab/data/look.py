@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data.source import Shape, Size, Stored, UnreadableError
+from jaxtricks.lab.data.dataset import Shape, Size, Stored, UnreadableError
 
 ALL_UP_TO = 10_000
 """Larger sets are looked at in a sample of SAMPLE, spread evenly."""

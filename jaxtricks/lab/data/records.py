@@ -9,8 +9,8 @@ import numpy as np
 from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays, example_proto, text
-from jaxtricks.lab.data.image import decode
-from jaxtricks.lab.data.source import SPLITS, Stored, UnreadableError
+from jaxtricks.lab.data.dataset import SPLITS, Stored, UnreadableError
+from jaxtricks.lab.data.images import decode
 
 _NAME = re.compile(
     r"(?P<stem>.+?)(-(?P<i>\d+)-of-(?P<n>\d+))?\.array_?record(-(?P<j>\d+)-of-(?P<m>\d+))?"

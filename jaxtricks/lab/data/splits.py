@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data.source import Stored
+from jaxtricks.lab.data.dataset import Stored
 from jaxtricks.longtail import data as profiles
 
 _CALLED = {"train": "training", "validation": "validation", "test": "test"}

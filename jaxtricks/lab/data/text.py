@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data.source import Data, Example, Source
+from jaxtricks.lab.data.dataset import Data, Example, Source
 
 
 def load(name: str, *, context: int, validation: float, test: float) -> Data:

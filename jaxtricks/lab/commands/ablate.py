@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtricks import _tree
-from jaxtricks.lab import about, compose, greedy, jsons, loop, recorded, report, spread, train
+from jaxtricks.lab import ablation_report, about, greedy, jsons, recorded, spread
+from jaxtricks.lab import compose as compose_lib
 from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import KEYS, Ablate, Train, Tricks
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.evaluation import Evaluator
-from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 _HELD_OUT = 0.1  # of the training images, for the search
@@ -45,7 +48,7 @@ class Trained(NamedTuple):
     row: dict[str, Any]
     validation: list[float]
     step: Callable[..., Any]
-    state: loop.TrainState
+    state: loop_lib.TrainState
     batch: Any
 
 
@@ -87,18 +90,18 @@ def run(cfg: Ablate, command: str = "") -> list[dict[str, Any]]:
             for entry, milliseconds in zip(trained, interleaved_times(trained), strict=True):
                 entry.row["step_ms"] = milliseconds
         except KeyboardInterrupt:
-            rows = report.annotate([entry.row for entry in trained])
-            report.write(folder, rows, [], data[0], cfg, command, complete=False)
-            say(f"stopped after {report.counted(len(rows), 'row')}: go on with --resume")
-            say(f"report: {folder.path / report.REPORT}")
+            rows = ablation_report.annotate([entry.row for entry in trained])
+            ablation_report.write(folder, rows, [], data[0], cfg, command, complete=False)
+            say(f"stopped after {ablation_report.counted(len(rows), 'row')}: go on with --resume")
+            say(f"report: {folder.path / ablation_report.REPORT}")
             raise
         rows = [entry.row for entry in trained]
         if best and best.row["key"] != "best":  # an arrangement of the plan won
             rows.append({**best.row, "key": "best"})
-        rows = report.annotate(rows)
-        report.write(folder, rows, trials, data[0], cfg, command)
-    say(report.for_terminal(rows))
-    say(f"report: {folder.path / report.REPORT}")
+        rows = ablation_report.annotate(rows)
+        ablation_report.write(folder, rows, trials, data[0], cfg, command)
+    say(ablation_report.for_terminal(rows))
+    say(f"report: {folder.path / ablation_report.REPORT}")
     return rows
 
 
@@ -140,7 +143,7 @@ def _train(
             def tried(subset: greedy.Subset) -> None:
                 progress.advance(task)
                 if not console.is_terminal:
-                    console.print(f"search {report.named(subset)}", highlight=False)
+                    console.print(f"search {ablation_report.named(subset)}", highlight=False)
 
             trials, best = _search(cfg, trained, data, evaluators, tried)
             if best.row["key"] == "best":  # no arrangement of the plan
@@ -214,7 +217,7 @@ class Prepared(NamedTuple):
     """
 
     tricks: Tricks
-    program: loop.Program
+    program: loop_lib.Program
     step: Callable[..., Any]
     batch: Any
     temp_bytes: int
@@ -223,9 +226,9 @@ class Prepared(NamedTuple):
 def prepare(cfg: Ablate, tricks: Tricks, data: data_lib.Data) -> Prepared:
     """Compose and compile one arrangement."""
     run_cfg = cfg.train(tricks, 0)
-    program = loop.build(run_cfg, data)
-    batch = loop.example_batch(run_cfg, data, program.place)
-    step, temp_bytes = loop.compile_step(program, program.start(0, data.counts), batch)
+    program = loop_lib.build(run_cfg, data)
+    batch = loop_lib.example_batch(run_cfg, data, program.place)
+    step, temp_bytes = loop_lib.compile_step(program, program.start(0, data.counts), batch)
     return Prepared(tricks, program, step, batch, temp_bytes)
 
 
@@ -239,14 +242,14 @@ def train_row(
     """Train one arrangement over all seeds with one executable, and evaluate it."""
     tricks, program, step, batch, temp_bytes = prepared
     # Arrangements that evaluate the same function share its executable.
-    function = compose.function_key(tricks)
+    function = compose_lib.function_key(tricks)
     evaluate = evaluators.setdefault(function, Evaluator(program, data[0], cfg.batch))
 
-    def run_seed(seed: int) -> tuple[loop.TrainState, float, float, float]:
+    def run_seed(seed: int) -> tuple[loop_lib.TrainState, float, float, float]:
         run_cfg, dataset = cfg.train(tricks, seed), data[seed]
         source = dataset.train.subset(np.arange(len(dataset.train)))  # its own byte counter
         state = program.start(seed, dataset.counts)
-        state = loop.fit(step, state, _batches(run_cfg, source, program.place), cfg.steps)
+        state = loop_lib.fit(step, state, _batches(run_cfg, source, program.place), cfg.steps)
         splits = filter(None, (dataset.test, dataset.validation))
         test, validation = (evaluate(state, split)["balanced_accuracy"] for split in splits)
         return state, test, validation, source.bytes_read / cfg.steps
@@ -290,7 +293,7 @@ def interleaved_times(trained: list[Trained]) -> list[float]:
 
 def _batches(cfg: Train, source: data_lib.Source, place: Placement) -> Iterator[Any]:
     # No prefetch thread: what is read is then exactly what the steps used.
-    reads = compose.build_reads(cfg, cfg.batch)
+    reads = compose_lib.build_reads(cfg, cfg.batch)
     batches = data_lib.pipeline(source, batch=cfg.batch, seed=cfg.seed, transform=reads)
     return map(place.put, batches)
 

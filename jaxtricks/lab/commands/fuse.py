@@ -18,9 +18,12 @@ from rich.console import Console
 import jaxtricks as jt
 from jaxtricks import _tree
 from jaxtricks._typing import Array
-from jaxtricks.lab import about, compose, loop, runs, train
+from jaxtricks.lab import about, runs
+from jaxtricks.lab import compose as compose_lib
 from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import step as loop_lib
 from jaxtricks.lab.checkpoint import Checkpoints
+from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
 from jaxtricks.lab.errors import outside
 from jaxtricks.lab.examples import to_float
@@ -126,7 +129,7 @@ def restored(
     missing = UserError(f"{path} has no checkpoint: train with --save-every below --steps")
     if not folder.is_dir():  # opening the checkpoints would make it
         raise missing
-    program = loop.build(cfg, data)
+    program = loop_lib.build(cfg, data)
     like = program.start(cfg.seed, data.counts)
     checkpoints = Checkpoints(folder, cfg.keep)
     found = checkpoints.restore(like, say)
@@ -134,7 +137,7 @@ def restored(
     if found is None:
         raise missing
     say(f"step {found.step} of {path}")
-    model = compose.build_model(cfg, data.shape[-1], len(data.classes), like.key)
+    model = compose_lib.build_model(cfg, data.shape[-1], len(data.classes), like.key)
     model = jt.nnx.filled(model, program.averaged(found.state), found.state.model_state)
     model.eval()
     return model

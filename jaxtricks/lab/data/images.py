@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtricks.lab.data.source import Shape, UnreadableError
+from jaxtricks.lab.data.dataset import Shape, UnreadableError
 
 MAX_PIXELS = 64_000_000
 """Images with more are not decoded: a small file can claim any size."""

@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding
 import jaxtricks as jt
 from jaxtricks import _tree
 from jaxtricks._typing import Array, Key
-from jaxtricks.lab import compose
+from jaxtricks.lab import compose as compose_lib
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab.config import Train
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.examples import examples_of
-from jaxtricks.lab.placement import Placement
 from jaxtricks.remat import _memory
 
 
@@ -97,14 +97,14 @@ def build(
       place: where its arrays lie; None is as the settings say, on the devices at hand.
     """
 
-    def build_model(key: Key) -> nnx.Module:
-        return compose.build_model(cfg, data.shape[-1], len(data.classes), key)
+    def init_model(key: Key) -> nnx.Module:
+        return compose_lib.build_model(cfg, data.shape[-1], len(data.classes), key)
 
     # Shapes only: initializers run in `init` alone.
-    model = nnx.eval_shape(build_model, jax.random.key(0))
+    model = nnx.eval_shape(init_model, jax.random.key(0))
     apply, shapes, _ = jt.nnx.functional(model)
     roles = jt.nnx.roles(model)
-    tx = compose.build_optimizer(cfg, roles, rate)
+    tx = compose_lib.build_optimizer(cfg, roles, rate)
     place = place or Placement.of(cfg.parallel)
     place.check(cfg.micro_batch)
     stored, used = place.stored(shapes, roles), place.used(shapes, roles)
@@ -114,7 +114,7 @@ def build(
     # Not jitted: the arrangements of an ablation share the compiled initializers.
     def init(seed: int, counts: np.ndarray) -> TrainState:
         key = jax.random.key(seed)
-        _, params, model_state = jt.nnx.functional(build_model(key))
+        _, params, model_state = jt.nnx.functional(init_model(key))
         return TrainState(
             params,
             model_state,
@@ -129,7 +129,7 @@ def build(
         params = constrained(params, used)
         logits, model_state = apply(params, model_state, inputs, train=True)
         logits = constrained(logits, place.batch)
-        loss = compose.build_loss(cfg, counts)(logits, labels)
+        loss = compose_lib.build_loss(cfg, counts)(logits, labels)
         correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return loss.mean(), (model_state, correct.mean())
 
@@ -141,14 +141,14 @@ def build(
         def step(
             state: TrainState, batch: Any, rate: Any = None
         ) -> tuple[TrainState, dict[str, Array]]:
-            grad_fn = compose.differentiate(cfg, loss, state.opt_state)
+            grad_fn = compose_lib.differentiate(cfg, loss, state.opt_state)
             (value, (model_state, accuracy)), grads = grad_fn(*inputs(state, batch))
             grads = constrained(grads, stored)
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             if rate is not None:
                 updates = optax.tree.scale(rate, updates)
             params = optax.apply_updates(state.params, updates)
-            model_state = compose.kept(
+            model_state = compose_lib.kept(
                 cfg, state.opt_state, opt_state, state.model_state, model_state
             )
             new = TrainState(
@@ -158,8 +158,8 @@ def build(
 
         return step
 
-    def averaged(state: TrainState) -> Any:
-        return compose.averaged(cfg, state.params, state.opt_state)
+    def evaluated(state: TrainState) -> Any:
+        return compose_lib.averaged(cfg, state.params, state.opt_state)
 
     def predict(params: Any, model_state: Any, batch: Any) -> tuple[Array, Array]:
         # In float32 whatever the training used: evaluation is what is compared.
@@ -167,14 +167,14 @@ def build(
         params = constrained(params, used)
         return apply(params, model_state, inputs, train=False)[0], labels
 
-    loss = compose.cast(cfg, loss_fn)
+    loss = compose_lib.cast(cfg, loss_fn)
     return Program(
         init=init,
         step=step_of(loss),
         loss=loss,
         inputs=inputs,
         step_of=step_of,
-        averaged=averaged,
+        averaged=evaluated,
         predict=predict,
         place=place,
         shapes=placed(jax.eval_shape(functools.partial(init, 0, data.counts)), tx, stored, place),

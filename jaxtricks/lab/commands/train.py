@@ -18,12 +18,13 @@ from rich.progress import (
 )
 
 from jaxtricks import _table
-from jaxtricks.lab import about, hosts, planning, rundir, writers
+from jaxtricks.lab import about, hosts, rundir, writers
 from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import planning as planning_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
+from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.interrupt import Interrupt, StopError
-from jaxtricks.lab.placement import Placement
 from jaxtricks.lab.rundir import CONFIG, RESULT, RunDir
 from jaxtricks.lab.trainer import Trainer
 
@@ -74,7 +75,7 @@ def _run(
     Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = load(cfg)
     # A mistake here must leave no directory behind.
-    prepared = planning.prepare(cfg, data)
+    prepared = planning_lib.prepare(cfg, data)
     with open_folder(cfg, about.of_run(cfg, command, data), together) as folder:
         introduce(data, say)
         if together.count > 1:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import zips
-from jaxtricks.lab.data.source import UnreadableError
+from jaxtricks.lab.data.dataset import UnreadableError
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 MAX_BYTES = 256 * 2**20

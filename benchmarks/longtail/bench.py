@@ -12,13 +12,16 @@ from flax import nnx
 from rich.console import Console
 
 import jaxtricks as jt
+from benchmarks.longtail import methods
+from benchmarks.longtail.methods import TRAINED, Method
 from jaxtricks import longtail
-from jaxtricks.lab import about, examples, longtail_methods, models, train
+from jaxtricks.lab import about, models
 from jaxtricks.lab import data as data_lib
+from jaxtricks.lab import examples as examples_lib
 from jaxtricks.lab import longtail_report as report
-from jaxtricks.lab.data.batches import stack
+from jaxtricks.lab.commands import train
+from jaxtricks.lab.data.pipeline import stack
 from jaxtricks.lab.longtail_config import LongtailBench
-from jaxtricks.lab.longtail_methods import TRAINED, Method
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 BASE = "cross_entropy"
@@ -148,7 +151,7 @@ class Trainer:
 
     def __init__(self, cfg: LongtailBench, method: Method, data: data_lib.Data):
         self._cfg, self._method, self._classes = cfg, method, len(data.classes)
-        self._channels, self._examples = data.shape[-1], examples.image_examples(data)
+        self._channels, self._examples = data.shape[-1], examples_lib.image_examples(data)
         self._apply, *_ = self._trunk(0)
         self._step = jax.jit(self._update, donate_argnums=0)
         self._head_step = jax.jit(functools.partial(self._update, head_only=True), donate_argnums=0)
@@ -207,7 +210,7 @@ class Trainer:
         _, trunk, state = self._trunk(seed)
         key = jax.random.fold_in(jax.random.key(seed), 1)
         width = self._cfg.widths[-1]
-        head = longtail_methods.init_head(key, self._method, width, self._classes)
+        head = methods.init_head(key, self._method, width, self._classes)
         return {"trunk": trunk, "head": head}, state
 
     def _tx(self, rate: Any) -> optax.GradientTransformation:
@@ -232,7 +235,7 @@ class Trainer:
 
         def loss_fn(params: Any) -> Any:
             features, state = self._apply(params["trunk"], carry.state, x, train=not head_only)
-            logits = longtail_methods.logits_of(self._method, params["head"], features)
+            logits = methods.logits_of(self._method, params["head"], features)
             return self._method.loss(logits, targets, counts, share).mean(), state
 
         grads, state = jax.grad(loss_fn, has_aux=True)(carry.params)
@@ -242,10 +245,10 @@ class Trainer:
         return Carry(optax.apply_updates(carry.params, updates), state, moments)
 
     def _predict(self, carry: Carry, images: Any) -> Any:
-        x = examples.to_float(images)
+        x = examples_lib.to_float(images)
         features, _ = self._apply(carry.params["trunk"], carry.state, x, train=False)
-        logits = longtail_methods.logits_of(self._method, carry.params["head"], features)
-        return longtail_methods.predicted(self._method, logits)
+        logits = methods.logits_of(self._method, carry.params["head"], features)
+        return methods.predicted(self._method, logits)
 
 
 def _of_head(updates: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxtricks.lab.data.dataset import Example, Source
 from jaxtricks.lab.data.order import shuffled
-from jaxtricks.lab.data.source import Example, Source
 from jaxtricks.lab.data.walk import walk
 
 _AHEAD = 16  # examples a reading thread may be ahead by
