@@ -1,5 +1,5 @@
 """`python -m jaxtricks` is `jaxtricks`."""
 
-from jaxtricks.cli import main
+from jaxtricks.lab.cli import main
 
 main()

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from jaxtricks.lab import ablation_report
+from jaxtricks.lab.commands import ablate
 from tests.bench import peers, readme
 
 
@@ -54,6 +54,6 @@ def test_the_readme_has_every_group_of_peers():
 def test_the_ablation_of_photographs_is_the_recorded_one():
     folder = pathlib.Path(peers.__file__).parent / "results"
     rows = json.loads((folder / "ablation_cifar.json").read_text())
-    table = ablation_report.table(rows).markdown()
+    table = ablate.table(rows).markdown()
     assert readme.part("ablation-cifar") == table
     assert table in (folder / "ablation_cifar.md").read_text()

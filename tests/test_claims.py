@@ -8,7 +8,7 @@ import re
 import pytest
 
 import jaxtricks as jt
-from jaxtricks import cli
+from jaxtricks.lab import cli
 from tests.bench import claims, network_arms
 from tests.bench import claims_evidence as evidence
 from tests.bench.claims_evidence import Figures

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import jaxtricks as jt
-from jaxtricks import cli
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import cli
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import lr_find, plan
 
 HEADS = (
@@ -48,7 +48,7 @@ def make_images(folder, counts, size=(8, 8)):
 
 def test_help_and_parsing_import_no_jax():
     code = (
-        "import sys; from jaxtricks import cli; cli.main(['--help']); "
+        "import sys; from jaxtricks.lab import cli; cli.main(['--help']); "
         "cli.parse(['train', '--agc', '--steps', '3']); assert 'jax' not in sys.modules"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -295,12 +295,12 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "8 windows of 16 characters, 50 classes" in out and "FLOPs" in out
     cfg = cli.parse([*args, "--classes", "50"])
-    program = loop_lib.build(cfg, plan.described(cfg))
+    program = step_lib.build(cfg, plan.described(cfg))
     text = (tmp_path / "plan/plan.json").read_text()
     found = jt.remat.plan_from_json(text, program.loss)
     assert found.wrt == "temp" and found.peak <= found.budget == int(0.95 * found.baseline)
     # What was written is the plan of this program: its stages are compared in the trace.
-    batch = loop_lib.example_batch(cfg, plan.described(cfg), program.place)
+    batch = step_lib.example_batch(cfg, plan.described(cfg), program.place)
     inputs = program.inputs(program.init(0, np.ones(50)), batch)
     (loss, _), (wanted, _) = found.fn(*inputs), program.loss(*inputs)
     # Not bit by bit: XLA compiles the calls within the loss, which the plan writes out.

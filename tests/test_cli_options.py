@@ -12,11 +12,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxtricks import KEYS, cli
-from jaxtricks.cli import commands
+from jaxtricks import KEYS
+from jaxtricks.lab import cli
 from jaxtricks.lab import cli as options
-from jaxtricks.lab import planning as planning_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import plan, train
 from jaxtricks.lab.config import Train
 from tests.test_cli import SMALL_TEXT, fails, make_images
@@ -36,7 +35,7 @@ VALUES = [
 
 def fields_of(name):
     """(option, field) of a command; positional ones have no option."""
-    cls = commands.COMMANDS[name]
+    cls = cli.COMMANDS[name]
     groups = [cls, *options._groups(cls).values()]
     for field, _ in (pair for group in groups for pair in options._fields(group)):
         positional = field.metadata.get("positional")
@@ -60,11 +59,11 @@ def outcome(args, capsys):
     return said
 
 
-@pytest.mark.parametrize("name", list(commands.COMMANDS))
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_any_value_of_any_option_is_settings_or_a_sentence(name, monkeypatch, capsys, tmp_path):
     """Every option of every command with every value, in both forms."""
     ran = []
-    monkeypatch.setattr(commands, "run", lambda cfg, command: ran.append(cfg))
+    monkeypatch.setattr(cli, "run", lambda cfg, command: ran.append(cfg))
     monkeypatch.chdir(tmp_path)
     tried = 0
     for option, _ in fields_of(name):
@@ -84,11 +83,11 @@ def test_any_value_of_any_option_is_settings_or_a_sentence(name, monkeypatch, ca
 
 
 def test_any_pair_of_options_is_settings_or_a_sentence(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(commands, "run", lambda cfg, command: None)
+    monkeypatch.setattr(cli, "run", lambda cfg, command: None)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        name = str(rng.choice(list(commands.COMMANDS)))
+        name = str(rng.choice(list(cli.COMMANDS)))
         named = [option for option, _ in fields_of(name) if option]
         words = [str(w) for _ in range(3)
                  for w in (rng.choice([*named, "--nonsense", "word"]), rng.choice(VALUES))]  # fmt: skip
@@ -126,7 +125,7 @@ def test_what_passes_can_be_prepared(command, monkeypatch, capsys, tmp_path):
     def stop(*args, **kwargs):
         raise train.UserError("prepared")
 
-    monkeypatch.setattr(planning_lib, "prepare", stop)
+    monkeypatch.setattr(step_lib, "prepare", stop)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
     make_images(tmp_path / "pictures", {"cat": 6, "dog": 6})
@@ -188,12 +187,10 @@ def test_what_passes_can_be_prepared(command, monkeypatch, capsys, tmp_path):
         (("train", "--out", ""), ("--out is empty",)),
         (("lr-find", "--check-data"), ("--check-data is an option of train",)),
         (("plan", "--budget", "1", "--resume"), ("--resume is an option of train",)),
-        (("longtail-bench", "--rate", "nan"), ("--rate", "positive")),
-        (("longtail-bench", "--widths", "0"), ("--widths",)),
     ],
 )
 def test_mistakes_get_one_sentence_before_anything_is_read(capsys, monkeypatch, args, words):
-    monkeypatch.setattr(commands, "run", None)
+    monkeypatch.setattr(cli, "run", None)
     text = fails(capsys, *args)
     assert all(word in text for word in words), text
 
@@ -224,10 +221,10 @@ def help_of(capsys, name):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", list(commands.COMMANDS))
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_help_shows_what_the_command_uses_and_nothing_else(capsys, name):
     text = help_of(capsys, name)
-    unused = getattr(commands.COMMANDS[name], "UNUSED", frozenset())
+    unused = getattr(cli.COMMANDS[name], "UNUSED", frozenset())
     for option, field in fields_of(name):
         word = field.upper() if option is None else option
         assert bool(re.search(rf"{word}\b(?!-)", text)) == (field not in unused), option
@@ -241,7 +238,7 @@ def test_help_shows_what_the_command_uses_and_nothing_else(capsys, name):
 
 def test_version_is_printed_at_once_and_without_jax():
     code = (
-        "import sys; from jaxtricks import cli; cli.main(['--version']); "
+        "import sys; from jaxtricks.lab import cli; cli.main(['--version']); "
         "assert 'jax' not in sys.modules"
     )
     start = time.perf_counter()
@@ -252,7 +249,7 @@ def test_version_is_printed_at_once_and_without_jax():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    code = "from jaxtricks import cli\ncli.main(['explain', 'memopt'])"
+    code = "from jaxtricks.lab import cli\ncli.main(['explain', 'memopt'])"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -269,12 +266,12 @@ def test_out_of_memory_is_a_sentence(capsys, monkeypatch, error):
     def run(cfg, command):
         raise error
 
-    monkeypatch.setattr(commands, "run", run)
+    monkeypatch.setattr(cli, "run", run)
     assert "out of memory: lower --batch" in fails(capsys, "train")
 
 
 def test_an_error_that_is_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(commands, "run", lambda cfg, command: 1 / 0)
+    monkeypatch.setattr(cli, "run", lambda cfg, command: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
@@ -290,13 +287,13 @@ def test_what_needs_no_data_is_said_before_it_is_read(capsys, monkeypatch, tmp_p
 
     for module in (train.data_lib, plan.data_lib):
         monkeypatch.setattr(module, "load", never)
-    monkeypatch.setattr(loop_lib, "build", never)
+    monkeypatch.setattr(step_lib, "build", never)
     monkeypatch.setitem(sys.modules, "wandb", None)
     (tmp_path / "notes.txt").write_text("mine")
     out = str(tmp_path)
     text = str(tmp_path / "notes.txt")
     for args in (
-        ("train",), ("lr-find",), ("plan", "--budget", "0.5"), ("ablate",), ("longtail-bench",),
+        ("train",), ("lr-find",), ("plan", "--budget", "0.5"), ("ablate",),
     ):  # fmt: skip
         said = fails(capsys, *args, "--out", out)
         assert "is not empty and holds no run of jaxtricks: give another" in said
@@ -306,10 +303,7 @@ def test_what_needs_no_data_is_said_before_it_is_read(capsys, monkeypatch, tmp_p
         assert "use --model transformer, give images, or --root DIR" in said
         args = (command, "--model", "transformer", *SMALL_TEXT, "--data", out)
         assert "is no text" in fails(capsys, *args, "--out", str(tmp_path.parent / "run"))
-    for command in ("ablate", "longtail-bench"):
-        assert "--root DIR" in fails(
-            capsys, command, "--data", text, "--out", str(tmp_path / "run")
-        )
+    assert "--root DIR" in fails(capsys, "ablate", "--data", text, "--out", str(tmp_path / "run"))
     for args in (("train",), ("lr-find",), ("plan", "--budget", "0.5")):
         said = fails(capsys, *args, "--mesh", "data=16", "--out", str(tmp_path / "run"))
         assert "--mesh data=16" in said

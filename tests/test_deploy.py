@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxtricks import cli
+from jaxtricks.lab import cli
 from jaxtricks.lab.commands import fuse
 from jaxtricks.lab.config import Fuse, UserError
 

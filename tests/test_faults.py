@@ -36,15 +36,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from jaxtricks import amp, cli
-from jaxtricks.lab import compose as compose_lib
-from jaxtricks.lab import data, feed, report, rundir, runs, trainer
-from jaxtricks.lab import planning as planning_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks import amp
+from jaxtricks.lab import cli, data, report, rundir, trainer
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints
 from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import Train, Tricks, UserError
-from jaxtricks.lab.data import look
+from jaxtricks.lab.data import images as images_lib
 from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
@@ -132,7 +130,7 @@ def followed(patch, owner, name, action):
 
 def before_step(monkeypatch, step, action):
     """Calls `action` when that step is about to run."""
-    original = loop_lib.fit
+    original = trainer.fit
 
     def fit(compiled, state, batches, steps, *, after, start=0, **kwargs):
         def acting(done, *args):
@@ -143,7 +141,7 @@ def before_step(monkeypatch, step, action):
 
         return original(compiled, state, batches, steps, start=start, after=acting, **kwargs)
 
-    monkeypatch.setattr(loop_lib, "fit", fit)
+    monkeypatch.setattr(trainer, "fit", fit)
 
 
 # kill -9, from outside. A checkpoint every third step of a few ms: most of the time goes into saving.
@@ -260,7 +258,7 @@ def test_killed_while_it_wrote_its_first_file_a_run_begins_anew(tmp_path):
 
 def poison(monkeypatch, bad, seed=0):
     """Makes NaN of every image of the steps (counted from 0) that `bad`, which is traced, names."""
-    original = loop_lib.examples_of
+    original = step_lib.examples_of
 
     def examples_of(data):
         def examples(batch, key):
@@ -275,7 +273,7 @@ def poison(monkeypatch, bad, seed=0):
 
         return examples
 
-    monkeypatch.setattr(loop_lib, "examples_of", examples_of)
+    monkeypatch.setattr(step_lib, "examples_of", examples_of)
 
 
 @pytest.mark.parametrize("tricks", [("amp",), pytest.param(("amp", "ebn"), marks=SLOW)], ids=str)
@@ -283,9 +281,9 @@ def test_with_amp_a_nan_batch_changes_only_counters(monkeypatch, tricks):
     poison(monkeypatch, lambda step: step == 1)
     cfg = dataclasses.replace(RUN, tricks=Tricks.of(*tricks))
     digits = data.load("digits", seed=0)
-    program = loop_lib.build(cfg, digits)
+    program = step_lib.build(cfg, digits)
     step = jax.jit(program.step)
-    batches = feed.Feed(cfg, digits, program.place)
+    batches = trainer.Feed(cfg, digits, program.place)
     state, seen = program.start(0, digits.counts), []
     for _ in range(3):
         state, metrics = step(state, next(batches))
@@ -348,7 +346,7 @@ def test_a_run_that_diverges_stops_before_it_saves(monkeypatch, capsys, cfg, bad
 def test_parameters_that_are_not_finite_are_never_saved(monkeypatch, cfg):
     """The loss of a step is that of the parameters before it."""
     rate = lambda cfg: lambda step: jnp.where(step == 9, jnp.inf, 1e-3)
-    monkeypatch.setattr(compose_lib, "build_schedule", rate)
+    monkeypatch.setattr(step_lib, "build_schedule", rate)
     with pytest.raises(UserError, match="the loss or a parameter is not finite at step 10 or"):
         train.run(cfg)
     assert steps_of(cfg.out) == [5]
@@ -375,8 +373,8 @@ def test_the_device_is_read_only_where_something_is_written(monkeypatch, cfg):
         step[0] += 1
         return add(self, metrics)
 
-    add = loop_lib.Meter.add
-    monkeypatch.setattr(loop_lib.Meter, "add", counted)
+    add = trainer.Meter.add
+    monkeypatch.setattr(trainer.Meter, "add", counted)
     monkeypatch.setattr(array, "_value", property(value))
     train.run(dataclasses.replace(cfg, tricks=Tricks.of("amp"), steps=11))
     assert reads - {0} == {4, 5, 8, 10, 11}
@@ -483,9 +481,11 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_mended_run_goes_on(
     )
     train.run(cfg)
     if readers:
-        monkeypatch.setattr(feed, "_SMALL", 0)
-    monkeypatch.setattr(look, "ALL_UP_TO", 10)  # as a large set, only looked at here and there
-    monkeypatch.setattr(look, "SAMPLE", 3)
+        monkeypatch.setattr(trainer, "_SMALL", 0)
+    monkeypatch.setattr(
+        images_lib, "ALL_UP_TO", 10
+    )  # as a large set, only looked at here and there
+    monkeypatch.setattr(images_lib, "SAMPLE", 3)
     good = {path: path.read_bytes() for path in images.rglob("*.jpg")}
 
     def damage():
@@ -515,7 +515,7 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
 ):
     """Stopped and resumed, with the broken images found by the look this time, it is the same run."""
     if readers:
-        monkeypatch.setattr(feed, "_SMALL", 0)
+        monkeypatch.setattr(trainer, "_SMALL", 0)
     (images / "a/broken.jpg").write_bytes(b"from the start")
     cfg = dataclasses.replace(
         RUN,
@@ -542,7 +542,7 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
     said = capsys.readouterr().out
     assert "can't be read any more" in said and "another image of its class is used" in said
     assert 0 < result["skipped_records"] <= len(good)
-    text = report.markdown(*runs.read(cfg.out)[1:], ())
+    text = report.markdown(*rundir.read(cfg.out)[1:], ())
     assert f"{result['skipped_records']} images broke while the run read them" in text
     stopped = dataclasses.replace(cfg, out=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
@@ -561,12 +561,12 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
 
 FULL = """
 import resource, sys
-from jaxtricks import cli
-from jaxtricks.lab import loop as loop_lib
+from jaxtricks.lab import cli
+from jaxtricks.lab import fitting
 from jaxtricks.lab.checkpoint import Checkpoints
 
 limit, step = map(int, sys.argv[1:3])
-original, save = loop_lib.fit, Checkpoints.save
+original, save = fitting.fit, Checkpoints.save
 
 def save_and_wait(self, *args):
     save(self, *args)
@@ -580,7 +580,7 @@ def fit(*args, after, **kwargs):
 
     return original(*args, after=filling, **kwargs)
 
-loop_lib.fit, Checkpoints.save = fit, save_and_wait
+fitting.fit, Checkpoints.save = fit, save_and_wait
 cli.main(sys.argv[3:])
 """
 
@@ -766,9 +766,9 @@ def preceded(patch, owner, name, action, nth=1):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (loop_lib, "compile_step"),
+        (step_lib, "compile_step"),
         pytest.param(data, "load", marks=SLOW),
-        pytest.param(planning_lib, "prepare", marks=SLOW),
+        pytest.param(step_lib, "prepare", marks=SLOW),
         pytest.param(train, "open_folder", marks=SLOW),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
@@ -779,7 +779,7 @@ def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, ow
         assert train.run(cfg) is None
     assert "stopped on SIGTERM before a step was done, nothing to save" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if owner is loop_lib:
+    if owner is step_lib:
         assert not steps_of(cfg.out)
     assert_goes_on_to(whole, cfg)
 

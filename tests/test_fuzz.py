@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, example_proto, files, images
+from jaxtricks.lab.data import arrays, folders, images, records
 from tests import mangle
 
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -229,12 +229,12 @@ def protos(draw):
 @TIMES
 def test_examples_of_protobuf(times):
     def check(raw):
-        for read in (example_proto.image, example_proto.label, example_proto.features):
+        for read in (records.image, records.label, records.features):
             try:
                 found = read(raw)
             except ValueError:
                 continue
-            if read is example_proto.label:
+            if read is records.label:
                 assert -(2**63) <= found[1] < 2**63
 
     mangle.search(check, 120, times, raw=protos())
@@ -331,6 +331,6 @@ def test_the_watch_sees_what_it_is_for(tmp_path):
     import pickle
 
     with pytest.raises(AssertionError, match=r"find_class"), mangle.watched():
-        pickle.loads(pickle.dumps(files.stored))
+        pickle.loads(pickle.dumps(folders.stored))
     with pytest.raises(AssertionError, match="open"), mangle.watched():
         (tmp_path / "x").write_text("")

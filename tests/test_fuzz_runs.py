@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxtricks import cli, remat
-from jaxtricks.lab import data, report, rundir, runs
+from jaxtricks import remat
+from jaxtricks.lab import cli, data, report, rundir
 from jaxtricks.lab.checkpoint import SUMS, Checkpoints, Restored
 from jaxtricks.lab.commands import compare, fuse
 from jaxtricks.lab.config import Train, Tricks, UserError
-from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.feed import Feed
-from jaxtricks.lab.hosts import Hosts
-from jaxtricks.lab.trainer import Trainer
+from jaxtricks.lab.distributed import Hosts, Placement
+from jaxtricks.lab.trainer import Feed, Trainer
 from tests import mangle
 from tests.test_fuzz import TIMES, allowed
 
@@ -93,7 +91,7 @@ def test_runs_are_read(times):
             ):
                 pathlib.Path(folder, name).write_bytes(raw)
             try:
-                run = runs.read(folder)
+                run = rundir.read(folder)
                 compare.for_terminal([run, run]).encode()
                 json.dumps(compare.points([run]))
                 report.write(run, ("curves.png",))
@@ -135,11 +133,11 @@ def test_resuming(times):
                 ]
                 assert all(row["step"] <= 20 for row in kept)
                 assert json.loads((path / rundir.CONFIG).read_text())["resumed"][-1]["step"] == 20
-                report.write(runs.read(folder), ()) if _sound(folder) else None
+                report.write(rundir.read(folder), ()) if _sound(folder) else None
 
     def _sound(folder):
         try:
-            runs.read(folder)
+            rundir.read(folder)
         except UserError as error:
             allowed(error)
             return False
@@ -153,7 +151,7 @@ def test_what_is_whole_is_read_whole(tmp_path):
         (tmp_path / name).write_text(json.dumps(value))
     for name, rows in ((rundir.METRICS, ROWS), (rundir.TIMING, TIMING)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = runs.read(tmp_path)
+    run = rundir.read(tmp_path)
     assert (run.about, run.result, run.rows, run.timing) == (ABOUT, RESULT, ROWS, TIMING)
     assert fuse.settings_of(run) == Train(tricks=Tricks.of("echo"))
 

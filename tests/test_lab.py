@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 
 import jaxtricks as jt
-from jaxtricks import _jaxpr, cli
-from jaxtricks.lab import ablation_report, data, greedy, rundir
-from jaxtricks.lab import compose as compose_lib
-from jaxtricks.lab import examples as examples_lib
-from jaxtricks.lab import planning as planning_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks import _jaxpr
+from jaxtricks.lab import cli, data, rundir, trainer
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import ablate, train
-from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
+from jaxtricks.lab.config import Ablate, Parallel, Train, Tricks, UserError
 from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.evaluation import Evaluator
-from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.trainer import Evaluator
 from tests import mangle
 from tests.test_cli import make_images
 
@@ -31,15 +27,15 @@ TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2
 
 def start(cfg, dataset):
     """(program, state, batches) of a run."""
-    program = loop_lib.build(cfg, dataset)
+    program = step_lib.build(cfg, dataset)
     state = program.start(cfg.seed, dataset.counts)
-    reads = compose_lib.build_reads(cfg, cfg.batch)
+    reads = step_lib.build_reads(cfg, cfg.batch)
     batches = data.pipeline(dataset.train, batch=cfg.batch, seed=cfg.seed, transform=reads)
     return program, state, map(program.place.put, batches)
 
 
 def log_to(logged):
-    """An `after` of loop_lib.fit that keeps what would be logged."""
+    """An `after` of fitting.fit that keeps what would be logged."""
     return lambda i, state, means: bool(means and logged.append((i, means)))
 
 
@@ -84,7 +80,7 @@ def test_echo_halves_the_reads(digits):
         source = digits.train.subset(np.arange(len(digits.train)))
         cfg = dataclasses.replace(TINY, tricks=Tricks.of("echo"), echo_factor=factor, steps=1)
         batches = data.pipeline(
-            source, batch=16, seed=0, transform=compose_lib.build_reads(cfg, cfg.batch)
+            source, batch=16, seed=0, transform=step_lib.build_reads(cfg, cfg.batch)
         )
         for _ in itertools.islice(batches, 40):
             pass
@@ -106,22 +102,22 @@ def test_one_trace_serves_every_step_and_seed(digits):
     step = jax.jit(chex.assert_max_traces(program.step, 1), donate_argnums=0)
     first = jax.tree.map(np.asarray, state.params)
     logged = []
-    state = loop_lib.fit(step, state, batches, 40, log_every=10, after=log_to(logged))
+    state = trainer.fit(step, state, batches, 40, log_every=10, after=log_to(logged))
     assert [i for i, _ in logged] == [10, 20, 30, 40]
     assert logged[-1][1]["loss"] < logged[0][1]["loss"] - 0.1
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, state.params)
     assert all(jax.tree.leaves(changed))
     _, state, batches = start(dataclasses.replace(TINY, seed=1), digits)
-    loop_lib.fit(step, state, batches, 2)
+    trainer.fit(step, state, batches, 2)
 
 
 def test_the_device_is_read_only_every_k_steps(digits, monkeypatch):
     program, state, batches = start(TINY, digits)
     reads = []
     monkeypatch.setattr(
-        loop_lib.jax, "device_get", lambda x: reads.append(len(x)) or jax.tree.map(np.asarray, x)
+        step_lib.jax, "device_get", lambda x: reads.append(len(x)) or jax.tree.map(np.asarray, x)
     )
-    loop_lib.fit(jax.jit(program.step), state, batches, 7, log_every=3)
+    trainer.fit(jax.jit(program.step), state, batches, 7, log_every=3)
     assert reads == [3, 3, 1]
 
 
@@ -148,7 +144,7 @@ def test_all_ten_at_once_learn_and_report(digits):
     program, state, batches = start(cfg, digits)
     logged = []
     step = jax.jit(program.step, donate_argnums=0)
-    state = loop_lib.fit(step, state, batches, 60, after=log_to(logged))
+    state = trainer.fit(step, state, batches, 60, after=log_to(logged))
     (_, first), (_, last) = logged[0], logged[-1]
     assert last["loss"] < first["loss"]
     assert {"amp/loss_scale", "amp/skipped_steps", "agc/clipped_fraction"} <= set(first)
@@ -174,7 +170,7 @@ def test_amp_computes_every_convolution_in_bfloat16(digits, tricks):
 def test_a_planned_step_trains_what_the_step_trains(digits):
     cfg = dataclasses.replace(TINY, remat_budget="0.8")
     program, state, batches = start(cfg, digits)
-    found = planning_lib.plan(cfg, digits, program)
+    found = step_lib.plan(cfg, digits, program)
     planned = program.step_of(found.fn)
     batches = list(itertools.islice(batches, 2))
     results = []
@@ -194,7 +190,7 @@ def test_a_planned_step_trains_what_the_step_trains(digits):
 def test_remat_means_every_block_without_a_budget_and_the_plan_with_one(digits):
     def recomputes(**settings):
         cfg = dataclasses.replace(TINY, **settings)
-        return compose_lib.build_model(cfg, 1, 10, jax.random.key(0)).recompute
+        return step_lib.build_model(cfg, 1, 10, jax.random.key(0)).recompute
 
     assert recomputes(tricks=Tricks.of("remat")) and not recomputes(remat_budget="0.5")
     assert not recomputes(tricks=Tricks.of("remat"), remat_budget="0.5")
@@ -212,12 +208,12 @@ def test_every_pair_of_tricks_makes_a_step(digits, pair):
 
 def test_augmentation_shifts_flips_and_keeps_bytes():
     images = jnp.arange(4 * 6 * 6, dtype=jnp.uint8).reshape(4, 6, 6, 1)
-    out = examples_lib.augment(jax.random.key(0), images, pad=1, flip=True)
+    out = step_lib.augment(jax.random.key(0), images, pad=1, flip=True)
     assert out.shape == images.shape and out.dtype == jnp.uint8
-    again = examples_lib.augment(jax.random.key(0), images, pad=1, flip=True)
-    other = examples_lib.augment(jax.random.key(1), images, pad=1, flip=True)
+    again = step_lib.augment(jax.random.key(0), images, pad=1, flip=True)
+    other = step_lib.augment(jax.random.key(1), images, pad=1, flip=True)
     assert (out == again).all() and not (out == other).all()
-    still = examples_lib.augment(jax.random.key(0), images, pad=0, flip=False)
+    still = step_lib.augment(jax.random.key(0), images, pad=0, flip=False)
     assert (still == images).all()
 
 
@@ -247,7 +243,7 @@ def test_accumulation_is_the_step_of_the_whole_batch(digits):
         parts = np.split(np.arange(16), accumulate)
         batch = next(batches)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(examples_lib, "augment", lambda key, images, **_: images)
+            patch.setattr(step_lib, "augment", lambda key, images, **_: images)
             for part in parts:
                 micro = {name: x[part] for name, x in batch.items()}
                 state, _ = jax.jit(program.step)(state, micro)
@@ -258,7 +254,7 @@ def test_accumulation_is_the_step_of_the_whole_batch(digits):
 def test_label_smoothing_raises_the_loss_by_its_share():
     losses = []
     for smoothing in (0.0, 0.5):
-        loss = compose_lib.build_loss(
+        loss = step_lib.build_loss(
             dataclasses.replace(TINY, label_smoothing=smoothing), jnp.ones(3)
         )
         losses.append(loss(jnp.array([[9.0, 0.0, 0.0]]), jnp.array([0]))[0])
@@ -382,7 +378,7 @@ def test_rows_that_are_damaged_are_trained_again(tmp_path):
         for key, found in ablate.finished(cfg, folder).items():
             assert key == found["key"] == "agc" and found["tricks"] == ["agc"]
             assert found.keys() == row.keys() and len(found["by_seed"]["validation"]) == 2
-            json.dumps(ablation_report.table([{**found, "step_ms": 1.0, "note": ""}]).rows)
+            json.dumps(ablate.table([{**found, "step_ms": 1.0, "note": ""}]).rows)
 
     mangle.search(check, 150, raw=mangle.damaged_json([row]))
 
@@ -425,19 +421,17 @@ def test_verdicts_follow_from_the_figures():
     base = {"key": "baseline", "metric": 0.8, "std": 0.01, "n": 3, "step_ms": 10.0}
     base |= {"temp_bytes": 1000, "state_bytes": 100, "reads": 64.0}
     better = base | {"key": "longtail", "metric": 0.85}
-    assert ablation_report.verdict(better, base) == "+5.0 points"
+    assert ablate.verdict(better, base) == "+5.0 points"
     same = base | {"key": "remat", "metric": 0.805, "temp_bytes": 500, "step_ms": 13.0}
-    note = ablation_report.verdict(same, base)
+    note = ablate.verdict(same, base)
     assert (
         "no difference beyond" in note and "temporaries -50 %" in note and "step time +30 %" in note
     )
     assert "does not help accuracy here" in note
     # The table has 0.1 ms for both.
     quick = base | {"step_ms": 0.11}
-    assert "step time" not in ablation_report.verdict(
-        quick | {"key": "echo", "step_ms": 0.13}, quick
-    )
-    worse = ablation_report.verdict(base | {"key": "agc", "metric": 0.7}, base)
+    assert "step time" not in ablate.verdict(quick | {"key": "echo", "step_ms": 0.13}, quick)
+    worse = ablate.verdict(base | {"key": "agc", "metric": 0.7}, base)
     assert worse.startswith("-10.0 points") and "does not help" in worse
 
 
@@ -461,7 +455,7 @@ def test_the_search_keeps_what_helps_beyond_the_seeds_spread():
         on = [key for key in subset if key != "a" or "b" not in subset]
         return [0.5 + sum(gains[key][seed] for key in on) for seed in range(2)]
 
-    best, trials = greedy.search("abcd", measure)
+    best, trials = ablate.search("abcd", measure)
     assert best == ("b",)
     assert [(t.offered, t.subset, t.kept) for t in trials] == [
         ("b", ("b",), True),
@@ -474,7 +468,7 @@ def test_the_search_keeps_what_helps_beyond_the_seeds_spread():
 
 
 def test_the_search_may_find_that_nothing_helps():
-    best, trials = greedy.search("ab", lambda subset: [1.0 - len(subset)])
+    best, trials = ablate.search("ab", lambda subset: [1.0 - len(subset)])
     assert best == () and [t.kept for t in trials] == [False, False]
 
 
@@ -482,4 +476,4 @@ def test_the_best_row_names_its_tricks():
     base = {"key": "baseline", "tricks": [], "metric": 0.8, "std": 0.01, "n": 3, "step_ms": 10.0}
     base |= {"temp_bytes": 1000, "state_bytes": 100, "reads": 64.0}
     best = base | {"key": "best", "tricks": ["echo", "longtail"], "metric": 0.9}
-    assert ablation_report.annotate([base, best])[1]["note"] == "echo + longtail: +10.0 points"
+    assert ablate.annotate([base, best])[1]["note"] == "echo + longtail: +10.0 points"

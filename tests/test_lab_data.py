@@ -19,7 +19,7 @@ from PIL import Image
 import jaxtricks as jt
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, folders, images, look, splits
+from jaxtricks.lab.data import arrays, folders, images, loading
 from jaxtricks.lab.data.dataset import Source, UnreadableError
 
 RNG = np.random.default_rng(0)
@@ -412,8 +412,8 @@ def test_only_twenty_are_named(tmp_path):
 
 
 def test_large_sets_are_sampled_unless_files_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(look, "ALL_UP_TO", 10)
-    monkeypatch.setattr(look, "SAMPLE", 4)
+    monkeypatch.setattr(images, "ALL_UP_TO", 10)
+    monkeypatch.setattr(images, "SAMPLE", 4)
     root = damaged(tmp_path)
     write(tmp_path, {"dog/zebra.png": encode(pixels(8, 8, 3))})  # the last one is in the sample
     d = data.load(root)
@@ -748,11 +748,11 @@ def test_check_of_text(tmp_path):
 
 def test_hold_out_takes_at_least_one_of_each_class():
     labels = np.array([0] * 10 + [1] * 3)
-    rest, test, val = splits.hold_out(labels, 0, 0.2, 0.1)
+    rest, test, val = loading.hold_out(labels, 0, 0.2, 0.1)
     assert np.bincount(labels[test]).tolist() == [2, 1]
     assert np.bincount(labels[val]).tolist() == [1, 1]
     np.testing.assert_array_equal(np.sort(np.concatenate([rest, test, val])), np.arange(13))
-    np.testing.assert_array_equal(splits.hold_out(labels, 0, 0.2)[1], test)
+    np.testing.assert_array_equal(loading.hold_out(labels, 0, 0.2)[1], test)
 
 
 def test_counts_are_those_after_thinning(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import dataset, files, images, lists
+from jaxtricks.lab.data import dataset, folders, images
 from tests import mangle
 from tests.test_lab_data import classes, encode, pack, pixels, refused, write
 
@@ -261,7 +261,7 @@ def test_a_list_and_its_splits(tmp_path, separator):
     root = write(tmp_path / "images", {k: v for part in parts.values() for k, v in part.items()})
     for where, part in parts.items():
         path = listed(tmp_path, part, f"ImageNet_LT_{where}.txt", separator)
-        assert lists._split_word(tmp_path / f"ImageNet_LT_{where}.txt")[1] == where
+        assert folders._split_word(tmp_path / f"ImageNet_LT_{where}.txt")[1] == where
         if where == "train":
             only = data.load(path, root=root)
             assert (len(only.train), only.validation, len(only.test)) == (10, None, 2)
@@ -412,4 +412,4 @@ def test_without_the_option_and_without_a_whole_class_it_is_an_error():
     broken |= set(range(0, 24, 3))
     with pytest.raises(UserError, match="nor can the 8 images of its class after it"):
         part[0]
-    assert files.extensions([("a", "x")]) == "1 without one"
+    assert folders.extensions([("a", "x")]) == "1 without one"

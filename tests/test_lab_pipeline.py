@@ -15,14 +15,13 @@ from PIL import Image
 
 import jaxtricks as jt
 from jaxtricks.lab import config, data
+from jaxtricks.lab.config import Parallel
 from jaxtricks.lab.data import folders
 from jaxtricks.lab.data import pipeline as batches_lib
-from jaxtricks.lab.data.dataset import Source, UnreadableError
-from jaxtricks.lab.data.order import shuffled
-from jaxtricks.lab.data.walk import walk
+from jaxtricks.lab.data.dataset import Source, UnreadableError, shuffled
+from jaxtricks.lab.data.pipeline import walk
 from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.feed import Feed, Reads
-from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.trainer import Feed, Reads
 
 # The order.
 

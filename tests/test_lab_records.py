@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import example_proto
+from jaxtricks.lab.data import records
 
 writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter
 
@@ -59,7 +59,7 @@ def png(value=None, size=(8, 8)):
     return file.getvalue()
 
 
-def records(n=20, classes=2):
+def image_records(n=20, classes=2):
     return [example(image=strings(png(i)), label=integers(i % classes)) for i in range(n)]
 
 
@@ -86,7 +86,7 @@ def refused(name, *words):
 def test_integers_packed_or_not(packed):
     values = [0, 1, 127, 128, 300, -1, 2**63 - 1, -(2**63)]
     raw = example(other=strings(b"x"), label=integers(*values, packed=packed))
-    assert example_proto.integers(example_proto.features(raw)["label"]) == values
+    assert records.integers(records.features(raw)["label"]) == values
 
 
 def example_class():
@@ -133,12 +133,12 @@ def test_what_protobuf_writes_is_read():
     feature["score"].float_list.value.extend([0.5, 1.5])
     feature["name"].bytes_list.value.extend([b"", b"x"])
     raw = made.SerializeToString()
-    found = example_proto.features(raw)
+    found = records.features(raw)
     assert set(found) == {"image", "label", "many", "score", "name"}
-    assert example_proto.image(raw) == b"abc" * 1000 and example_proto.label(raw) == ("label", 300)
-    assert example_proto.integers(found["many"]) == [0, -1, 2**62, -(2**63)]
-    assert example_proto.strings(found["name"]) == [b"", b"x"]
-    assert example_proto.strings(found["score"]) == example_proto.integers(found["score"]) == []
+    assert records.image(raw) == b"abc" * 1000 and records.label(raw) == ("label", 300)
+    assert records.integers(found["many"]) == [0, -1, 2**62, -(2**63)]
+    assert records.strings(found["name"]) == [b"", b"x"]
+    assert records.strings(found["score"]) == records.integers(found["score"]) == []
     # And what these tests write is what protobuf reads.
     made = example_class().FromString(example(image=strings(b"abc"), label=integers(-7, 8)))
     assert list(made.features.feature["label"].int64_list.value) == [-7, 8]
@@ -149,35 +149,35 @@ def test_unknown_fields_are_passed_over():
     known = example(image=strings(b"abc"), label=integers(3))
     extra = varint(9 << 3) + varint(5) + varint(10 << 3 | 1) + bytes(8) + varint(11 << 3 | 5)
     raw = extra + bytes(4) + field(12, b"xyz") + known
-    assert example_proto.image(raw) == b"abc" and example_proto.label(raw) == ("label", 3)
-    assert example_proto.strings(example_proto.features(known)["label"]) == []
-    assert example_proto.integers(example_proto.features(known)["image"]) == []
+    assert records.image(raw) == b"abc" and records.label(raw) == ("label", 3)
+    assert records.strings(records.features(known)["label"]) == []
+    assert records.integers(records.features(known)["image"]) == []
 
 
 def test_every_cut_is_noticed_or_empty():
     raw = example(image=strings(b"abc"), label=integers(3))
     for end in range(1, len(raw)):
         with pytest.raises(ValueError, match="ends too early"):
-            example_proto.label(raw[:end])
+            records.label(raw[:end])
     with pytest.raises(ValueError, match="no features"):
-        example_proto.label(b"")
+        records.label(b"")
     with pytest.raises(ValueError, match="more than 64 bits"):
-        example_proto.features(b"\xff" * 12)
+        records.features(b"\xff" * 12)
     with pytest.raises(ValueError, match="unknown kind 3"):
-        example_proto.features(struct.pack("B", 1 << 3 | 3))
+        records.features(struct.pack("B", 1 << 3 | 3))
 
 
 # Files and folders.
 
 
 def test_one_file_is_split_like_a_folder(tmp_path):
-    d = data.load(write(tmp_path / "own.array_record", records()))
+    d = data.load(write(tmp_path / "own.array_record", image_records()))
     assert (len(d.train), len(d.test), d.validation) == (16, 4, None)
     assert d.shape == (8, 8, 3) and d.classes == ("0", "1") and d.counts.tolist() == [8, 8]
     for x in d.train:
         assert int(x["image"][0, 0, 0]) % 2 == int(x["label"])
     assert (
-        d.train.bytes_read == sum(len(r) for r in records(16))
+        d.train.bytes_read == sum(len(r) for r in image_records(16))
         and d.train[0]["label"].dtype == np.int32
     )
     assert any("read once" in note for note in d.notes)
@@ -191,7 +191,7 @@ def test_one_file_is_split_like_a_folder(tmp_path):
     ],
 )
 def test_shards_and_splits_by_name(tmp_path, names):
-    raws = records(12)
+    raws = image_records(12)
     for k in range(2):
         write(tmp_path / names[0].format(k), raws[4 * k : 4 * k + 4])
     write(tmp_path / names[1], raws[8:])
@@ -215,7 +215,7 @@ def test_labels_of_imagenet_are_from_one(tmp_path):
 
 
 def test_threads_read_the_same(tmp_path):
-    d = data.load(write(tmp_path / "x.array_record", records(40)))
+    d = data.load(write(tmp_path / "x.array_record", image_records(40)))
     expected, wrong = [x["image"].tobytes() for x in d.train], []
 
     def read():
@@ -254,7 +254,7 @@ def test_threads_read_the_same(tmp_path):
     ],
 )
 def test_records_that_cannot_be_meant(tmp_path, bad, words):
-    raws = records()
+    raws = image_records()
     raws[3] = bad
     refused(write(tmp_path / "x.array_record", raws), *words)
 
@@ -265,7 +265,7 @@ def test_broken_and_empty_files(tmp_path):
     refused(path, "holds no records")
     path.write_bytes(b"garbage")
     refused(path, "broken ArrayRecord", "fetch it again")
-    write(path, records())
+    write(path, image_records())
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
     refused(path, "broken ArrayRecord", "cut off")
@@ -273,24 +273,24 @@ def test_broken_and_empty_files(tmp_path):
 
 def test_a_shard_that_is_not_there(tmp_path):
     for k in (0, 2):
-        write(tmp_path / f"x-train.array_record-{k:05d}-of-00003", records(6))
+        write(tmp_path / f"x-train.array_record-{k:05d}-of-00003", image_records(6))
     refused(tmp_path, "2 of the 3 shards", "number 1")
 
 
 def test_names_with_and_without_a_split(tmp_path):
-    write(tmp_path / "x-test.array_record", records(6))
-    write(tmp_path / "x.array_record", records(6))
+    write(tmp_path / "x-test.array_record", image_records(6))
+    write(tmp_path / "x.array_record", image_records(6))
     refused(tmp_path, "x.array_record", "no split in its name")
 
 
 def test_without_the_library(tmp_path, monkeypatch):
-    path = write(tmp_path / "x.array_record", records(6))
+    path = write(tmp_path / "x.array_record", image_records(6))
     monkeypatch.setitem(sys.modules, "array_record.python.array_record_data_source", None)
     refused(path, "array_record is not installed", "pip install array_record")
 
 
 def test_unreadable_images_can_be_skipped(tmp_path):
-    raws = records()
+    raws = image_records()
     raws[3] = example(image=strings(b"no image"), label=integers(1))
     path = write(tmp_path / "x.array_record", raws)
     d = data.load(path, skip_unreadable=True)

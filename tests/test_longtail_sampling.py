@@ -13,13 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtricks import echo, longtail
 from jaxtricks._random_bits import permuted
-from jaxtricks.lab import compose as compose_lib
 from jaxtricks.lab import config
 from jaxtricks.lab import data as lab_data
-from jaxtricks.lab.data.balanced import drawn
-from jaxtricks.lab.data.dataset import Source
+from jaxtricks.lab import step as step_lib
+from jaxtricks.lab.data.dataset import Source, drawn
 from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.feed import Feed
+from jaxtricks.lab.trainer import Feed
 from jaxtricks.longtail import sampling, weights
 from tests.reference import longtail_sampling as reference
 
@@ -411,7 +410,7 @@ def test_a_run_draws_as_it_was_told(kind):
     }[kind]
     for got, p in zip(halves, want, strict=True):
         np.testing.assert_allclose(got, p, atol=0.045)
-    assert (compose_lib.build_order(cfg, data) is None) == (kind == "instance")
+    assert (step_lib.build_order(cfg, data) is None) == (kind == "instance")
 
 
 @pytest.mark.parametrize(
@@ -436,6 +435,6 @@ def test_progressive_counts_what_is_read_not_what_is_used():
     labels = np.repeat([0, 1], [900, 100]).astype(np.int32)
     source = Source(lambda i: ({}, 0), 1000, labels)
     data = lab_data.load("digits")._replace(train=source, counts=np.array([900, 100]))
-    order = compose_lib.build_order(cfg, data)
+    order = step_lib.build_order(cfg, data)
     late = labels[[order(i) for i in range(500, 2500)]]  # after 40 * 50 / 4 reads
     assert late.mean() == pytest.approx(0.5, abs=0.04)

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxtricks.lab import hosts, rundir
+from jaxtricks.lab import distributed, rundir
 from tests.run_dirs import log_of
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(folder, whole, killed):
     took = time.monotonic() - start
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] != 0
     assert LOST.search(outputs[1 - killed]), outputs[1 - killed][-2000:]
-    assert took < hosts.HEARTBEAT + 60
+    assert took < distributed.HEARTBEAT + 60
     print(f"the other ended after {took:.1f} s with {codes[1 - killed]}")
     assert "going on after step" in run(out, *ECHO, "--resume")
     assert log_of(out) == log_of(whole)

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtricks.lab import report, rundir, runs
+from jaxtricks.lab import report, rundir
 from jaxtricks.lab.commands import train
-from jaxtricks.lab.config import Text, Train, Tricks
-from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.config import Parallel, Text, Train, Tricks
 from tests.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
@@ -70,7 +69,7 @@ def stopped(tmp_path_factory):
 
 def stop_at(step, cfg, number=signal.SIGTERM):
     """What train.run returns if the signal comes while that step runs."""
-    from jaxtricks.lab import step as loop_lib
+    from jaxtricks.lab import trainer
 
     def fit(compiled, state, batches, steps, *, after, **kwargs):
         def signalled(done, state, means):
@@ -80,9 +79,9 @@ def stop_at(step, cfg, number=signal.SIGTERM):
 
         return original(compiled, state, batches, steps, after=signalled, **kwargs)
 
-    original = loop_lib.fit
+    original = trainer.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_lib, "fit", fit)
+        patch.setattr(trainer, "fit", fit)
         return train.run(cfg)
 
 
@@ -133,7 +132,7 @@ def test_a_planned_run_goes_on_with_the_same_plan(tmp_path):
     assert log_of(cfgs[0].out) == log_of(cfgs[1].out)
     plan = whole["plan"]
     assert plan["peak_bytes"] <= plan["budget_bytes"] < plan["unplanned_peak_bytes"]
-    report.write(runs.read(cfgs[0].out), ())
+    report.write(rundir.read(cfgs[0].out), ())
     assert "peak of the planned step" in (tmp_path / "whole/report.md").read_text()
 
 
@@ -185,7 +184,7 @@ def test_text_and_two_devices_resume_bit_equal(tmp_path):
     )
     mesh = train.run(dataclasses.replace(cfg, out=str(tmp_path / "whole")))["mesh"]
     assert mesh["axes"] == "data=2, model=1" and mesh["sent"].keys() == {"all-reduce"}
-    report.write(runs.read(tmp_path / "whole"), ())
+    report.write(rundir.read(tmp_path / "whole"), ())
     assert "sent between devices in a step | " in (tmp_path / "whole/report.md").read_text()
     part = dataclasses.replace(cfg, out=str(tmp_path / "part"))
     assert stop_at(5, part) is None

@@ -10,7 +10,6 @@ import pytest
 
 from jaxtricks.lab import rundir
 from jaxtricks.lab.config import Ablate, LrFind, Train, UserError
-from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.rundir import RunDir
 
 ABOUT = {
@@ -224,7 +223,7 @@ def test_a_run_directory_lies_outside_of_its_data(tmp_path, monkeypatch, out):
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "data", tmp_path / "data/link")
     monkeypatch.chdir(tmp_path / "data")
-    for kind in (Train, Ablate, LongtailBench, LrFind):
+    for kind in (Train, Ablate, LrFind):
         for data in (".", str(tmp_path / "data"), "link"):
             with pytest.raises(UserError, match=f"--out {out} lies in --data {data}, where"):
                 kind(data=data, out=out).check()

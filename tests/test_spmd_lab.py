@@ -11,10 +11,9 @@ import pytest
 
 from jaxtricks import KEYS, _tree
 from jaxtricks.lab import collectives, data
-from jaxtricks.lab import step as loop_lib
-from jaxtricks.lab.config import IDLE, Text, Train, Tricks
+from jaxtricks.lab import step as step_lib
+from jaxtricks.lab.config import IDLE, Parallel, Text, Train, Tricks
 from jaxtricks.lab.distributed import device_bytes
-from jaxtricks.lab.parallel_config import Parallel
 
 pytestmark = pytest.mark.devices
 
@@ -53,9 +52,9 @@ def dataset(model):
 def compiled(cfg, wide):
     """(program, compiled step, its first state) in float32 or float64."""
     set_ = dataset(cfg.model)
-    program = loop_lib.build(cfg, set_)
+    program = step_lib.build(cfg, set_)
     state = program.init(0, set_.counts)
-    batch = loop_lib.batch_shapes(cfg, set_, program.place)
+    batch = step_lib.batch_shapes(cfg, set_, program.place)
     if wide:
         state = jax.tree.map(lambda x: x.astype(float) if _tree.is_floating(x) else x, state)
         # What is float32 whatever the parameters are, such as figures that are only logged.
@@ -64,13 +63,13 @@ def compiled(cfg, wide):
             lambda x, y: x.astype(y.dtype) if _tree.is_floating(x) else x, state, kept
         )
     state = jax.device_put(state, program.shardings)
-    return program, loop_lib.jitted(program, program.step).lower(state, batch).compile(), state
+    return program, step_lib.jitted(program, program.step).lower(state, batch).compile(), state
 
 
 def batches(program, cfg):
     rng, shapes = (
         np.random.default_rng(0),
-        loop_lib.batch_shapes(cfg, dataset(cfg.model), program.place),
+        step_lib.batch_shapes(cfg, dataset(cfg.model), program.place),
     )
     classes = len(dataset(cfg.model).classes)
     most = {"image": 256, "label": classes, "text": classes}

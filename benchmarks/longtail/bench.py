@@ -1,5 +1,6 @@
-"""The `longtail-bench` command: long-tail methods on one data set, one trunk, one schedule."""
+"""Long-tail methods on one data set: one trunk, one schedule, one table."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,17 +15,148 @@ from rich.console import Console
 import jaxtricks as jt
 from benchmarks.longtail import methods
 from benchmarks.longtail.methods import TRAINED, Method
-from jaxtricks import longtail
-from jaxtricks.lab import about, models
+from jaxtricks import _table, longtail
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import examples as examples_lib
-from jaxtricks.lab import longtail_report as report
-from jaxtricks.lab.commands import train
+from jaxtricks.lab import models, rundir
+from jaxtricks.lab import step as step_lib
+from jaxtricks.lab.commands import ablate, train
+from jaxtricks.lab.commands.ablate import REPORT, counted, hardware
+from jaxtricks.lab.config import MOST, Train, UserError, at_least, at_most, positive
 from jaxtricks.lab.data.pipeline import stack
-from jaxtricks.lab.longtail_config import LongtailBench
 from jaxtricks.lab.rundir import RunDir, can_begin
 
+METHODS = (
+    "cross_entropy",
+    "focal",
+    "class_balanced",
+    "ldam_drw",
+    "balanced_softmax",
+    "logit_adjusted",
+    "post_hoc",
+    "vs",
+    "crt",
+    "tau_norm",
+    "mixup",
+    "ride",
+)
+"""In the order of the table. post_hoc, crt and tau_norm start from the trained cross_entropy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LongtailBench:
+    """Compare long-tail methods on one data set: balanced accuracy, many, medium and few, over seeds."""
+
+    data: str = "digits"
+    """"digits" (embedded), a folder or a zip of class folders, or what else train takes for images."""
+    root: str = ""
+    """Folder that the paths in --data LIST.txt begin in, as in train."""
+    out: str = "runs/longtail"
+    """Run directory to create: results.json, report.md."""
+    methods: tuple[str, ...] = METHODS
+    """The methods to compare; cross_entropy is always there."""
+    seeds: int = 3
+    """Repetitions: of the images that are kept, the order and the initial weights."""
+    steps: int = 1000
+    """Optimizer steps a run."""
+    batch: int = 128
+    """Images a step."""
+    rate: float = 0.1
+    """Peak learning rate, the same for all methods."""
+    imbalance: float = 100.0
+    """Images of the largest over the smallest class."""
+    size: int = 0
+    """Side of the square that images are resized to; 0 takes what most of them have."""
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of each stage."""
+    blocks: int = 1
+    """Residual blocks a stage: 1 is a ResNet-8, 5 a ResNet-32."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that can't be meant."""
+        for name in ("seeds", "steps", "batch", "blocks"):
+            at_least(getattr(self, name), 1, f"--{name}", "a positive number")
+        positive(self.rate, "--rate")
+        # What a run of the same settings refuses.
+        names = ("data", "root", "out", "steps", "batch", "blocks", "imbalance", "size", "widths")
+        Train(**{name: getattr(self, name) for name in names}).check()
+        at_most(self.seeds, MOST, "--seeds")
+        unknown = [m for m in self.methods if m not in METHODS]
+        if unknown:
+            raise UserError(f"--methods knows no {unknown[0]!r}: use some of {', '.join(METHODS)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The report: a table of methods, and report.md.
+# --------------------------------------------------------------------------------------------------
+
+
 BASE = "cross_entropy"
+FIGURES = ("balanced_accuracy", "many", "medium", "few")
+
+
+def table(rows: list[dict[str, Any]]) -> _table.Table:
+    """Means and sample deviations over the seeds; the difference to cross entropy is paired by seed."""
+    base = {row["seed"]: row for row in rows if row["method"] == BASE}
+    lines = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == name]
+        cells = [_spread([100 * row[key] for row in mine]) for key in FIGURES]
+        gains = [
+            [100 * (r[key] - base[r["seed"]][key]) for r in mine]
+            for key in ("balanced_accuracy", "few")
+        ]
+        lines.append(
+            (name, len(mine), *cells, *("-" if name == BASE else _error(g) for g in gains))
+        )
+    headers = (
+        "method",
+        "n",
+        "balanced %",
+        "many",
+        "medium",
+        "few",
+        "change",
+        "change, few",
+    )
+    return _table.make(headers, lines)
+
+
+def write(
+    folder: RunDir, rows: list[dict[str, Any]], data: Any, cfg: LongtailBench, command: str
+) -> None:
+    """report.md."""
+    counts = ", ".join(str(int(n)) for n in data.counts)
+    height, width, _ = data.shape
+    layers = 2 * len(cfg.widths) * cfg.blocks + 2
+    lines = [
+        f"# Long-tail methods on {data.name}",
+        f"`{command}`" if command else "",
+        f"{len(data.train)} images of {len(data.classes)} classes ({counts}) to train on, "
+        f"{len(data.test)} to test on, {height} x {width}; ResNet of {layers} layers, widths "
+        f"{cfg.widths}; {cfg.steps} steps of {cfg.batch}, SGD with Nesterov momentum 0.9, rate "
+        f"{cfg.rate} for all methods, weight decay 5e-4, cosine. Many, medium and few are thirds of the "
+        f"classes. {counted(cfg.seeds, 'seed')}: mean +- sample standard deviation. Changes are those "
+        "from cross entropy, paired by seed, mean +- standard error.",
+        table(rows).markdown(),
+        f"{hardware()}.",
+    ]
+    folder.write_text(REPORT, "\n\n".join(line for line in lines if line) + "\n")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):.1f} +- {ablate.spell(ablate.deviation(values), len(values))}"
+
+
+def _error(values: list[float]) -> str:
+    mean = round(float(np.mean(values)), 1) + 0.0  # no -0.0
+    return f"{mean:+.1f} +- {ablate.spell(ablate.standard_error(values), len(values))}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The comparison: long-tail methods on one data set, one trunk, one schedule.
+# --------------------------------------------------------------------------------------------------
+
+
 WARM_UP = 0.05  # share of the run
 SECOND_STAGE = 0.1  # steps of cRT, as a share of those of the first
 _EVALUATED = 500  # images of one call
@@ -61,7 +193,7 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
     can_begin(cfg.out)
     train.refuse_text(cfg.data, cfg.root)
     data, trainers = _load(cfg, 0), {}
-    with RunDir(cfg.out, about.of_run(cfg, command)) as folder:
+    with RunDir(cfg.out, rundir.of_run(cfg, command)) as folder:
         try:
             for seed in range(cfg.seeds):
                 data = _load(cfg, seed) if seed else data
@@ -70,13 +202,13 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
                     say(f"seed {seed} {name:<18} {100 * figures['balanced_accuracy']:.1f} %")
                     folder.write("results.json", rows)  # what is done is kept
         except KeyboardInterrupt:
-            say(f"stopped: the report has what is done, {folder.path / report.REPORT}")
+            say(f"stopped: the report has what is done, {folder.path / REPORT}")
             raise
         finally:
             if rows:
-                report.write(folder, rows, data, cfg, command)
-    say(str(report.table(rows)))
-    say(f"report: {folder.path / report.REPORT}")
+                write(folder, rows, data, cfg, command)
+    say(str(table(rows)))
+    say(f"report: {folder.path / REPORT}")
     return rows
 
 
@@ -151,7 +283,7 @@ class Trainer:
 
     def __init__(self, cfg: LongtailBench, method: Method, data: data_lib.Data):
         self._cfg, self._method, self._classes = cfg, method, len(data.classes)
-        self._channels, self._examples = data.shape[-1], examples_lib.image_examples(data)
+        self._channels, self._examples = data.shape[-1], step_lib.image_examples(data)
         self._apply, *_ = self._trunk(0)
         self._step = jax.jit(self._update, donate_argnums=0)
         self._head_step = jax.jit(functools.partial(self._update, head_only=True), donate_argnums=0)
@@ -245,7 +377,7 @@ class Trainer:
         return Carry(optax.apply_updates(carry.params, updates), state, moments)
 
     def _predict(self, carry: Carry, images: Any) -> Any:
-        x = examples_lib.to_float(images)
+        x = step_lib.to_float(images)
         features, _ = self._apply(carry.params["trunk"], carry.state, x, train=False)
         logits = methods.logits_of(self._method, carry.params["head"], features)
         return methods.predicted(self._method, logits)

@@ -1,4 +1,4 @@
-"""The methods that `longtail-bench` compares: a head, a loss, a mixture of images, a second stage."""
+"""The methods that are compared: a head, a loss, a mixture of images, a second stage."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from jaxtricks import _tree
 from jaxtricks._typing import Array
-from jaxtricks.lab import jsons
+from jaxtricks.lab import rundir
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.hosts import Hosts, first
+from jaxtricks.lab.distributed import Hosts, first
 
 T = TypeVar("T")
 
@@ -242,7 +242,7 @@ def _sums(folder: pathlib.Path) -> dict[str, str]:
 def _damage(folder: pathlib.Path) -> str:
     """What is wrong with the files of a checkpoint; "" if nothing is."""
     try:
-        wanted, have = jsons.parse((folder / SUMS).read_bytes()), _sums(folder)
+        wanted, have = rundir.parse((folder / SUMS).read_bytes()), _sums(folder)
         if not isinstance(wanted, dict):
             return f"{SUMS} is damaged"
     except Exception as error:  # no file, or no JSON

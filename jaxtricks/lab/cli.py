@@ -1,37 +1,57 @@
 """The options of a command from its dataclass of settings, and sentences on those that can't be read."""
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import platform
 import re
 import reprlib
+import shlex
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
-from jaxtricks.lab.config import docs
-from jaxtricks.lab.errors import UserError, flag
+import jaxtricks
+from jaxtricks.lab.config import (
+    Ablate,
+    Compare,
+    Explain,
+    Fuse,
+    HostLostError,
+    LrFind,
+    Plan,
+    Train,
+    UserError,
+    docs,
+    flag,
+)
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = 60
 _FORMS = {int: "a whole number", float: "a number"}
 
 
-def read(cls: type, name: str, args: Sequence[str]) -> Any:
+def read(cls: type, prog: str, args: Sequence[str]) -> Any:
     """An instance of a command's settings.
 
     Args:
       cls: a frozen dataclass; fields that are dataclasses are groups of options. A field's metadata may
         say "positional", or the "option" that it is called; `cls.UNUSED` are options that are read, and
         left out of the help.
-      name: of the command.
+      prog: how the command is called, such as jaxtricks train.
       args: the words after it.
 
     Raises:
       UserError: an unknown option, or a value that can't be read.
     """
-    parser = _parser(cls, name, helping=not {"-h", "--help"}.isdisjoint(args))
+    parser = _parser(cls, prog, helping=not {"-h", "--help"}.isdisjoint(args))
     given, unknown = parser.parse_known_args(_joined(args))
     if unknown:
         parser.refuse(unknown[0])
@@ -41,9 +61,8 @@ def read(cls: type, name: str, args: Sequence[str]) -> Any:
 
 
 @functools.cache
-def _parser(cls: type, name: str, *, helping: bool) -> "_Parser":
+def _parser(cls: type, prog: str, *, helping: bool) -> "_Parser":
     """The parser of a command; reading the texts of its help takes longer than parsing."""
-    prog = f"jaxtricks {name}"
     parser = _Parser(
         prog=prog,
         usage=f"{prog} {_positionals(cls)}[OPTIONS]",
@@ -196,3 +215,237 @@ def _default(field: Any) -> str:
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
     unsaid = shown is False or shown in (None, "", dataclasses.MISSING)
     return "" if unsaid else f" (default: {shown})"
+
+
+# --------------------------------------------------------------------------------------------------
+# The cards of the rooms, read without importing them.
+# --------------------------------------------------------------------------------------------------
+
+
+def card(key: str) -> str:
+    """A room's card: its module docstring, read without importing it.
+
+    Raises:
+      UserError: not one of the ten.
+    """
+    Explain(key).check()
+    spec = importlib.util.find_spec(f"jaxtricks.{key.lower()}")
+    assert spec is not None and spec.origin is not None
+    return ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())) or ""
+
+
+# --------------------------------------------------------------------------------------------------
+# What the commands of the lab are and what each does. Parsing imports no jax.
+# --------------------------------------------------------------------------------------------------
+
+
+COMMANDS = {
+    "train": Train,
+    "compare": Compare,
+    "lr-find": LrFind,
+    "fuse": Fuse,
+    "ablate": Ablate,
+    "plan": Plan,
+    "explain": Explain,
+}
+Command = Train | Compare | LrFind | Fuse | Ablate | Plan | Explain
+
+
+def parse(args: Sequence[str]) -> Command:
+    """Checked settings from the command line.
+
+    Raises:
+      UserError: unknown command, option or trick, or a value out of range.
+    """
+    name, *rest = args
+    if name not in COMMANDS:
+        known = {command: command for command in COMMANDS}
+        known |= {"help": "--help", "version": "--version", "v": "--version"}
+        meant = difflib.get_close_matches(name.lower().strip("-"), known, n=1)
+        hint = f"did you mean {known[meant[0]]}? The commands are" if meant else "use"
+        raise UserError(f"unknown command {name[:60]!r}: {hint} {', '.join(COMMANDS)}")
+    cfg = read(COMMANDS[name], f"jaxtricks {name}", rest)
+    cfg.check()
+    return cfg
+
+
+def run(cfg: Command, command: str) -> None:
+    """Do what was asked; imports what that needs."""
+    match cfg:
+        case Explain():
+            print(card(cfg.key))
+        case Compare():
+            _compare(cfg)
+        case LrFind():
+            _lr_find(cfg, command)
+        case Fuse():
+            _fuse(cfg, command)
+        case Ablate():
+            _ablate(cfg, command)
+        case Plan():
+            _plan(cfg, command)
+        case Train():
+            _train(cfg, command)
+
+
+def _train(cfg: Train, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab import report, rundir
+    from jaxtricks.lab.commands import train
+
+    if cfg.check_data:
+        train.check_data(cfg)
+    elif train.run(cfg, command) is not None:
+        made = rundir.read(cfg.out)
+        unit = "nats per character" if made.is_text else "nats"
+        pictures = {"curves.png": plot.curves(made.rows, unit=unit)}
+        if not made.is_text:
+            sizes = report.group_sizes(made.about["data"]["counts"])
+            pictures["groups.png"] = plot.groups(made.result, sizes)
+        for name, figure in pictures.items():
+            _draw(figure, made.path / name)
+        report.write(made, tuple(pictures))
+
+
+def _compare(cfg: Compare) -> None:
+    from jaxtricks.lab import rundir
+    from jaxtricks.lab.commands import compare
+
+    found = [rundir.read(path) for path in cfg.runs]
+    print(compare.for_terminal(found))
+    if cfg.picture:
+        from jaxtricks import plot
+
+        cure = "give a --picture that ends in .png, in a folder that can be written to"
+        _draw(plot.compare(compare.points(found)), pathlib.Path(cfg.picture), cure)
+
+
+def _lr_find(cfg: LrFind, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab.commands import lr_find
+
+    found = lr_find.run(cfg, command)
+    _draw(plot.lr_range(found), pathlib.Path(cfg.out) / lr_find.PICTURE)
+
+
+def _fuse(cfg: Fuse, command: str) -> None:
+    from jaxtricks.lab.commands import fuse
+
+    fuse.run(cfg, command)
+
+
+def _ablate(cfg: Ablate, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab.commands import ablate
+
+    rows = ablate.run(cfg, command)
+    _draw(plot.ablation(rows), pathlib.Path(cfg.out) / ablate.PICTURE)
+
+
+def _plan(cfg: Plan, command: str) -> None:
+    from jaxtricks import plot
+    from jaxtricks.lab.commands import plan
+
+    found = plan.run(cfg, command)
+    if cfg.out:
+        _draw(plot.plan(found), pathlib.Path(cfg.out) / plan.PICTURE)
+
+
+def _draw(figure: Any, path: pathlib.Path, cure: str = "") -> None:
+    from jaxtricks.lab.rundir import writing
+
+    with writing(path, cure=cure):
+        figure.savefig(path, dpi=110)
+
+
+def usage() -> str:
+    """What `jaxtricks --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: jaxtricks COMMAND [OPTIONS]", "", "Ten training techniques for JAX.", ""]
+    lines += [f"  {name:<{width}} {cls.__doc__}" for name, cls in COMMANDS.items()]
+    lines += ["", "jaxtricks COMMAND --help lists the options of a command."]
+    return "\n".join([*lines, "jaxtricks --version prints what a bug report needs."])
+
+
+def versions() -> str:
+    """What `jaxtricks --version` prints: of this library, Python, and what it stands on."""
+    lines = [f"jaxtricks {jaxtricks.__version__}", f"python {platform.python_version()}"]
+    for name in ("jax", "jaxlib", "flax", "optax"):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line: train | compare | lr-find | fuse | ablate | plan | explain.
+#
+# explain, --help and --version need nothing but the core; the others need jaxtricks[lab], and say so.
+# --------------------------------------------------------------------------------------------------
+
+
+__all__ = ["card", "main", "parse"]
+
+USER_ERROR, TRY_AGAIN = 2, 75
+# What the extra brings, by the names that are imported.
+_LAB = {"PIL", "flatbuffers", "grain", "matplotlib", "orbax", "rich", "safetensors", "simplejpeg"}
+_LAB |= {"sklearn"}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 2 and one sentence on a user's mistake."""
+    args = list(sys.argv[1:] if args is None else args)
+    guarded(lambda: _main(args), args[0] if args else "")
+
+
+def guarded(action: Callable[[], None], name: str) -> None:
+    """Call a command; on a user's mistake exit with 2 and one sentence."""
+    try:
+        action()
+        sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _LAB:
+            raise
+        print(
+            f"jaxtricks: {name} needs {error.name}: pip install 'jaxtricks[lab]'",
+            file=sys.stderr,
+        )
+        _leave(USER_ERROR)
+    except UserError as error:
+        print(f"jaxtricks: {error}", file=sys.stderr)
+        _leave(USER_ERROR)
+    except HostLostError as error:
+        print(f"jaxtricks: {error}", file=sys.stderr)
+        _leave(TRY_AGAIN)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BrokenPipeError:
+        # Whoever reads has seen enough; what is left in the buffer must not raise again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(141)
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")):
+            raise
+        cure = "lower --batch, or the size of the model or of the images"
+        print(f"jaxtricks: out of memory: {cure}", file=sys.stderr)
+        _leave(USER_ERROR)
+
+
+def _main(args: Sequence[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if args[0] == "--version":
+        print(versions())
+        return
+    run(parse(args), "jaxtricks " + shlex.join(args))
+
+
+def _leave(code: int) -> None:
+    """Exit; one of several processes has to see to it that the others don't wait for it."""
+    if "jax" in sys.modules:
+        from jaxtricks.lab import distributed
+
+        distributed.leave(code)
+    sys.exit(code)

@@ -1,26 +1,196 @@
-"""What the command line can set: frozen dataclasses; their docstrings are the help. Imports no jax."""
+"""What ends a command in one sentence, and the checks that find it. Imports no jax."""
 
 import ast
 import dataclasses
 import difflib
 import inspect
 import itertools
+import math
+import os
 import re
+import reprlib
 from typing import Literal
 
 from jaxtricks import KEYS
-from jaxtricks.lab.errors import (
-    UserError,
-    at_least,
-    at_most,
-    budget,
-    flag,
-    named,
-    outside,
-    positive,
-    share,
-)
-from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks._table import printable
+
+_UNITS = {"b": 1} | {
+    f"{letter}{b}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for b, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(rf"\s*(?P<number>(\d+\.?|\d*\.\d+)(e\d+)?)\s*(?P<unit>{'|'.join(_UNITS)})?\s*")
+
+
+class UserError(Exception):
+    """One sentence for the person at the command line: what is wrong and what to do; exit code 2."""
+
+    def __init__(self, sentence: str):
+        # It may quote names and values from files of others, line breaks and terminal codes included.
+        super().__init__(re.sub(r"\S{200,}", _shortened, printable(sentence)))
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][:80]}...{word[0][-20:]}"
+
+
+class HostLostError(Exception):
+    """Another process of the run is gone; exit code 75: the same command with --resume goes on."""
+
+
+def at_least(value: float, least: float, name: str, hint: str) -> None:
+    """Raise UserError if value < least, or is infinite or no number."""
+    if not least <= value < math.inf:
+        finite = "" if math.isfinite(value) else "a finite number of "
+        raise UserError(f"{name} must be {finite}at least {least}, not {value}: {hint}")
+
+
+def positive(value: float, name: str) -> None:
+    """Raise UserError unless 0 < value < infinity."""
+    if not 0 < value < math.inf:
+        finite = "positive" if math.isfinite(value) else "a finite positive number"
+        raise UserError(f"{name} must be {finite}, not {value}")
+
+
+def at_most(value: float, most: float, name: str) -> None:
+    """Raise UserError if value > most."""
+    if value > most:
+        raise UserError(f"{name} must be at most {most}, not {value}")
+
+
+def share(value: float, name: str) -> None:
+    """Raise UserError unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise UserError(f"{name} must be at least 0 and less than 1, not {value}")
+
+
+def budget(text: str, name: str) -> None:
+    """Raise UserError unless it is a size, or a fraction, that `remat.plan` can read too."""
+    match = _SIZE.fullmatch(text.lower())
+    size = float(match["number"]) * _UNITS[match["unit"] or "b"] if match else math.nan
+    if not 0 <= size < 2**63:
+        raise UserError(
+            f"{name} is {reprlib.repr(text)}: give a size such as 4GiB, or a fraction such as 0.5"
+        )
+    if not size:
+        raise UserError(f"{name} must be above 0, not {text}")
+
+
+def named(path: str, name: str) -> None:
+    """Raise UserError if there is no path."""
+    if not path.strip():
+        raise UserError(f"{name} is empty: give a path, or leave it out")
+
+
+def outside(out: str, **folders: str) -> None:
+    """Raise UserError if a directory to create would lie in a folder of data, where it would be data.
+
+    Args:
+      out: the directory.
+      folders: option -> what it says, a folder or something else.
+    """
+    for name, folder in folders.items():
+        if out and os.path.isdir(folder):
+            inside, around = os.path.realpath(out), os.path.realpath(folder)
+            if inside == around or inside.startswith(os.path.join(around, "")):
+                raise UserError(
+                    f"--out {out} lies in --{name} {folder}, where it would be taken for a class of "
+                    "images: give an --out outside of it"
+                )
+
+
+def flag(name: str) -> str:
+    """The option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+# --------------------------------------------------------------------------------------------------
+# What the command line can set of devices and hosts; the docstrings are the help. Imports no jax.
+# --------------------------------------------------------------------------------------------------
+
+
+DATA, MODEL = "data", "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The devices and hosts that a run is spread over."""
+
+    mesh: str = ""
+    """Devices along each axis of the mesh, such as data=4,model=2: examples are split over data, kernels
+    over model. Not given: one device, or all devices of all hosts over data."""
+    fsdp: bool = False
+    """Split parameters and optimizer state over data too (ZeRO-3); each is gathered where it is used."""
+    coordinator: str = ""
+    """Several hosts: HOST:PORT of process 0, the same everywhere, with --processes and --process; or auto,
+    what the cluster says (Slurm, Open MPI, Kubernetes, Cloud TPU). --out must be on a shared disk."""
+    processes: int = 0
+    """Processes, one a host, with --coordinator HOST:PORT."""
+    process: int = -1
+    """Which of them this one is, from 0."""
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The mesh, {"data": 4, "model": 2}; {} if it is not given.
+
+        Raises:
+          UserError: it can't be read.
+        """
+        axes: dict[str, int] = {}
+        for part in filter(None, self.mesh.split(",")):
+            name, _, size = part.partition("=")
+            number = int(size) if size.isdecimal() and len(size) < 7 else 0
+            if name not in (DATA, MODEL) or name in axes or number < 1:
+                raise UserError(
+                    f"--mesh {self.mesh} can't be read: give sizes such as data=4,model=2"
+                )
+            axes[name] = number
+        return axes and {DATA: axes.get(DATA, 1), MODEL: axes.get(MODEL, 1)}
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh; 1 if it is not given."""
+        return math.prod(self.axes.values())
+
+    def check(self, batch: int, accumulate: int) -> None:
+        """Raise UserError for a value that can't be meant with these batches."""
+        over = self.axes.get(DATA, 1)
+        if batch % (over * accumulate):
+            raise UserError(
+                f"--batch {batch} does not divide over {over} devices and {accumulate} "
+                "micro-batches: choose a multiple"
+            )
+        self._check_hosts()
+
+    def check_alone(self, command: str) -> None:
+        """Raise UserError if a command that one process does was given several."""
+        if self.coordinator:
+            raise UserError(f"{command} runs in one process: drop --coordinator")
+
+    def _check_hosts(self) -> None:
+        counted = self.processes != 0 or self.process != -1
+        if not self.coordinator or self.coordinator == "auto":
+            if counted:
+                raise UserError(
+                    "--processes and --process need --coordinator HOST:PORT of process 0"
+                )
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
+            raise UserError(
+                f"--coordinator {self.coordinator} is no address: give HOST:PORT of process 0, or auto"
+            )
+        if not 0 <= self.process < self.processes:
+            raise UserError(
+                f"--coordinator needs --processes N and --process from 0 to N - 1, not "
+                f"{self.processes} and {self.process}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# What the command line can set: frozen dataclasses; their docstrings are the help. Imports no jax.
+# --------------------------------------------------------------------------------------------------
+
 
 MOST = 2**31 - 1
 """Steps are counted in 32 bits."""
@@ -430,3 +600,58 @@ def docs(cls: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[ast.unparse(field.target)] = ast.literal_eval(text.value)
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What the command line of `plan` can set, beyond `train`; the docstrings are the help. Imports no jax.
+# --------------------------------------------------------------------------------------------------
+
+
+_MOST = 2**20  # channels or classes
+_NOT_PLANNED = {"skip_unreadable", "validation", "test", "weight_decay", "imbalance", "sampling"}
+_NOT_PLANNED |= {"echo_factor", "seed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Train):
+    """Plan what the training step of a run recomputes to meet a budget of bytes; nothing is trained."""
+
+    UNUSED = NOT_TRAINED | _NOT_PLANNED
+    remat_budget: str | None = dataclasses.field(default=None, metadata={"option": "budget"})
+    """Bytes, such as 4GiB or 12345678, or a fraction of what the step needs as it is, such as 0.5."""
+    wrt: Literal["peak", "temp"] = "peak"
+    """What the budget is of: the step's arguments, results and temporaries, or temporaries alone."""
+    topology: str | None = None
+    """A TPU that is not attached, such as v5e:2x2; its first chip is planned for. Needs jaxtricks[tpu]."""
+    max_compiles: int = 6
+    """Programs that may be compiled after the unplanned one; most of the time goes there."""
+    data: str = "auto"
+    """Data to take the shapes from, as in train. "auto" reads none: --size, --channels and --classes tell."""
+    size: int = 0
+    """Side of the images; 0 is 32, or with --data the size that most of them have."""
+    channels: int = 3
+    """Channels of the images; those of one channel are not mirrored."""
+    classes: int = 0
+    """Classes of the images or characters of the text; 0 is 10 classes, 128 characters."""
+    out: str = ""
+    """Run directory to create: plan.json, plan.png, config.json; none if not given."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that can't be meant."""
+        if not self.remat_budget:
+            raise UserError("plan needs --budget: bytes such as 4GiB, or a fraction such as 0.5")
+        budget(self.remat_budget, "--budget")
+        super().check()
+        self.check_alone("plan")
+        at_least(self.max_compiles, 1, "--max-compiles", "a positive number")
+        at_least(self.channels, 1, "--channels", "3 for colour, 1 for gray")
+        at_least(self.classes, 0, "--classes", "zero or a positive number")
+        at_most(self.max_compiles, MOST, "--max-compiles")
+        for name in ("channels", "classes"):
+            at_most(getattr(self, name), _MOST, f"--{name}")
+        if self.topology and self.parallel.devices > 1:
+            raise UserError("--topology plans for the first chip alone: drop --mesh")
+
+    def _check_paths(self) -> None:
+        named(self.data, "--data")
+        outside(self.out, data=self.data, root=self.root)

@@ -8,8 +8,7 @@ from typing import Any
 
 from jaxtricks import _table
 from jaxtricks.lab.config import Tricks, docs
-from jaxtricks.lab.rundir import writing
-from jaxtricks.lab.runs import Run, look, read
+from jaxtricks.lab.rundir import Run, look, read, writing
 
 __all__ = ["Run", "group_sizes", "markdown", "read", "write"]
 

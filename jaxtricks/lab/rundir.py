@@ -1,22 +1,162 @@
-"""A run directory: never overwritten, written by one process, resumable, every file whole or absent."""
+"""JSON that may be damaged or come from somebody else. Imports no jax."""
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
 import pathlib
 import platform
 import re
+import reprlib
+import statistics
+import subprocess
 import tempfile
+import types
+import typing
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from jaxtricks.lab import jsons, recorded
-from jaxtricks.lab.config import Train, UserError
-from jaxtricks.lab.errors import flag
+import jaxtricks as jt
+from jaxtricks import KEYS
+from jaxtricks.lab.config import Train, UserError, flag
+
+MAX_DEPTH = 64
+"""Values nested more deeply are refused: whatever walks them would run out of stack."""
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      ValueError: it isn't JSON, not in UTF-8, or nested more than 64 deep.
+    """
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [x for parent in level for x in _inside(parent)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+
+
+def _inside(value: Any) -> list[Any]:
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else []
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What the files of a run directory may say, and how values of other kinds are noticed. Imports no jax.
+# --------------------------------------------------------------------------------------------------
+
+
+MAX_NUMBER = 1e39
+"""No figure of a run is larger (float32 ends below); a JSON integer may have thousands of digits."""
+
+_SUMMARY = dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "many", "medium", "few"), float)
+_SESSION: dict[str, Any] = {
+    "step": int,
+    "command": str,
+    "started": str,
+    "versions": dict[str, str],
+    "hardware": {"devices": list[str], "kind": str, "cores": int, "machine": str},
+    "git": {"commit": str, "branch": str, "dirty": bool},
+}
+FRAME: dict[str, Any] = {"config": {}, "data": {"left_out": list[str]}, "resumed": [{}]}
+"""What every command's config.json has in common: name -> kind, as `misfit` takes it."""
+ABOUT: dict[str, Any] = _SESSION | {
+    "config": Train,
+    "data": {
+        **dict.fromkeys(("name", "kind"), str),
+        **dict.fromkeys(("train", "validation", "test"), int),
+        **dict.fromkeys(("classes", "notes", "left_out"), list[str]),
+        **dict.fromkeys(("counts", "shape"), list[int]),
+    },
+    "resumed": [_SESSION],
+}
+"""config.json of a run."""
+RESULT_KINDS: dict[str, Any] = {
+    "kind": str,
+    **dict.fromkeys(("train", "validation", "test"), _SUMMARY),
+    **dict.fromkeys(
+        ("parameters", "state_bytes", "temp_bytes", "bytes_read", "skipped_records"), int
+    ),
+    "plan": {
+        **dict.fromkeys(("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int),
+        "extra_flops": float,
+    },
+    "mesh": {
+        "axes": str,
+        **dict.fromkeys(("processes", "device_parameter_bytes", "device_state_bytes"), int),
+        **dict.fromkeys(("sent", "sent_bytes"), dict[str, int]),
+    },
+}
+"""result.json."""
+ROW = dict[str, float]
+"""A line of metrics.jsonl or timing.jsonl."""
+
+
+def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
+    """Where a JSON value is of another kind than it should be, as "data/counts/0 is 'x'"; None if nowhere.
+
+    Args:
+      value: as parsed.
+      kind: int, float (of integers too), str, bool, [kind], list[kind], tuple[kind, ...], dict[str, kind],
+        a union, a Literal, or a dict or dataclass of kinds, whose names may be absent or null and have
+        others beside them.
+      name: of the value.
+    """
+    if dataclasses.is_dataclass(kind):
+        kind = typing.get_type_hints(kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _said(value, name) if all(misfit(value, k) for k in inner) else None
+    if isinstance(kind, list):
+        origin, inner = list, kind
+    if origin is Literal:
+        return _said(value, name) if value not in inner else None
+    if origin in (list, tuple) and isinstance(value, list):
+        parts = [(i, x, inner[0]) for i, x in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        parts = [(k, x, inner[1]) for k, x in value.items() if x is not None]
+    elif isinstance(kind, dict) and isinstance(value, dict):
+        parts = [(k, value[k], kind[k]) for k in kind if value.get(k) is not None]
+    else:
+        return None if isinstance(kind, type) and _is(value, kind) else _said(value, name)
+    front = "" if name == "it" else f"{name}/"
+    return next(filter(None, (misfit(x, k, f"{front}{part}") for part, x, k in parts)), None)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        kinds = int if kind is int else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+    return isinstance(value, kind)
+
+
+def _said(value: Any, name: str) -> str:
+    return f"{name} is {reprlib.repr(value)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# A run directory: never overwritten, written by one process, resumable, every file whole or absent.
+# --------------------------------------------------------------------------------------------------
+
 
 try:
     import fcntl
@@ -126,10 +266,10 @@ def begun_with(path: pathlib.Path) -> dict[str, Any]:
     """
     file = path / CONFIG
     try:
-        before = jsons.parse(file.read_bytes())
+        before = parse(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read ({error}): give another --out") from error
-    problem = recorded.misfit(before, recorded.FRAME)
+    problem = misfit(before, FRAME)
     if problem or before.get("config") is None:
         raise UserError(f"{file} is of no run ({problem or 'no config'}): give another --out")
     return {name: value for name, value in before.items() if value is not None}
@@ -247,7 +387,7 @@ def _lines_until(path: pathlib.Path, step: int) -> str:
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):  # a killed writer may leave half a line
-            row = jsons.parse(line)
+            row = parse(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
                 kept.append(line.decode())
     return "".join(kept)
@@ -264,7 +404,7 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 def _holding(folder: pathlib.Path, resume: bool | None) -> str:
     """What is in the way, and what to do."""
     try:
-        about = jsons.parse((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else None
+        about = parse((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else None
     except (OSError, ValueError):
         about = None
     if not isinstance(about, dict) or "command" not in about:
@@ -334,3 +474,220 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return option if value else "--no-" + option[2:]
     return f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+# --------------------------------------------------------------------------------------------------
+# A run directory read back, finished or not. Imports no jax.
+# --------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A run directory as read; what is missing there is empty here.
+
+    Attributes:
+      path: the directory.
+      about: config.json.
+      rows: metrics.jsonl, one dict a logged step, steps increasing.
+      timing: timing.jsonl, one dict a window of steps.
+      result: result.json; {} while the run is unfinished.
+    """
+
+    path: pathlib.Path
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the run modelled text rather than classified images."""
+        return (look(self.about, "data", "kind") or self.result.get("kind")) == "text"
+
+    @property
+    def tricks(self) -> tuple[str, ...]:
+        """Keys of the tricks that were on."""
+        return tuple(key for key in KEYS if look(self.about, "config", "tricks", key))
+
+    @property
+    def done(self) -> int:
+        """Steps logged."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the test split was measured."""
+        return bool(look(self.result, "test"))
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median time of a step in ms over the windows but the first, which has the compilation in it."""
+        windows = [(row.get("seconds"), row.get("steps")) for row in self.timing[1:]]
+        return _median([1e3 * seconds / steps for seconds, steps in windows if seconds and steps])
+
+    @property
+    def examples_per_s(self) -> float | None:
+        """Rate of a step of median time."""
+        batch, milliseconds = look(self.about, "config", "batch"), self.step_ms
+        return 1e3 * batch / milliseconds if batch and milliseconds else None
+
+    def newest(self, name: str) -> float | None:
+        """The newest finite value of a metric."""
+        values = (row.get(name) for row in reversed(self.rows))
+        return next((x for x in values if x is not None and math.isfinite(x)), None)
+
+
+def read(path: str | pathlib.Path) -> Run:
+    """Read a run directory, finished or not.
+
+    Args:
+      path: what `jaxtricks train --out` made.
+
+    Returns:
+      The run. Lines that a killed run left torn are skipped; of steps that a resumed run went through
+      twice, the later line counts.
+
+    Raises:
+      UserError: the path is no run, or an ablation, or says what no run would.
+    """
+    folder = pathlib.Path(path)
+    about = _json(folder / CONFIG)
+    config = about.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no run: give a directory that `jaxtricks train --out` made")
+    if "seeds" in config:
+        raise UserError(
+            f"{path} is an ablation, which compares its own runs in {folder / 'report.md'}: "
+            "give a directory that `jaxtricks train --out` made"
+        )
+    result = _json(folder / RESULT)
+    for name, value, kind in ((CONFIG, about, ABOUT), (RESULT, result, RESULT_KINDS)):
+        if problem := misfit(value, kind):
+            raise UserError(
+                f"{folder / name} is damaged ({problem}): restore it, or leave out the run"
+            )
+    return Run(folder, about, _lines(folder / METRICS), _lines(folder / TIMING), result)
+
+
+def look(value: Any, *keys: str) -> Any:
+    """value[keys[0]][keys[1]]...; None where a key is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [x for x in values if x is not None]
+    return statistics.median(known) if known else None
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    # Not there, torn, or no JSON: all the same to a reader. A pipe would be waited for.
+    try:
+        value = parse(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    # Half characters, of names that are not UTF-8, could not be printed.
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else ()
+    for row in filter(None, map(_row, lines)):
+        while kept and kept[-1]["step"] > row["step"]:  # a resumed run goes through steps again
+            kept.pop()
+        same = kept.pop() if kept and kept[-1]["step"] == row["step"] else {}
+        kept.append({**same, **row})
+    return kept
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = parse(line)
+    except ValueError:
+        return None
+    return row if isinstance(look(row, "step"), int) and not misfit(row, ROW) else None
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run directory says about itself: settings, versions, hardware, git state, data.
+# --------------------------------------------------------------------------------------------------
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+
+
+def session(command: str) -> dict[str, Any]:
+    """The command, when, with which versions, on what."""
+    return {
+        "command": command,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "git": git(),
+    }
+
+
+def of_run(cfg: Any, command: str, data: Any | None = None) -> dict[str, Any]:
+    """config.json of a run."""
+    about = {**session(command), "config": dataclasses.asdict(cfg)}
+    return about if data is None else {**about, "data": of_data(data)}
+
+
+def of_data(data: Any) -> dict[str, Any]:
+    """The data set as it was found; resuming compares it."""
+    return {
+        "name": data.name,
+        "kind": data.kind,
+        "train": len(data.train),
+        "validation": 0 if data.validation is None else len(data.validation),
+        "test": len(data.test),
+        "classes": list(data.classes),
+        "counts": [int(n) for n in data.counts],
+        "shape": list(data.shape),
+        "notes": list(data.notes),
+        "left_out": list(data.left_out),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library, and what it stands on."""
+    here = {"python": platform.python_version(), "jaxtricks": jt.__version__}
+    return {**here, **{name: version(name) for name in _PACKAGES}}
+
+
+def hardware() -> dict[str, Any]:
+    """Devices and machine."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "devices": [str(d) for d in devices],
+        "kind": f"{devices[0].platform} ({devices[0].device_kind})",
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def git() -> dict[str, Any] | None:
+    """State of the project that the command was run in; None outside of one."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    branch, changes = (
+        _git("rev-parse", "--abbrev-ref", "HEAD"),
+        _git("status", "--porcelain", "-uno"),
+    )
+    return {"commit": commit, "branch": branch, "dirty": bool(changes)}
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *args], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

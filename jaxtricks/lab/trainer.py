@@ -1,26 +1,319 @@
-"""A training run: its state, what it reads, and what it writes."""
+"""What this host reads: its rows of every batch of one stream that all hosts share."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.progress import Progress
 
+import jaxtricks as jt
 from jaxtricks import _tree
+from jaxtricks._typing import Array
 from jaxtricks.lab import collectives
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import planning as planning_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.checkpoint import Checkpoints, Restored
 from jaxtricks.lab.config import Train, UserError
-from jaxtricks.lab.distributed import Placement, device_bytes
-from jaxtricks.lab.divergence import Divergence
-from jaxtricks.lab.evaluation import Evaluator
-from jaxtricks.lab.feed import Feed
-from jaxtricks.lab.hosts import Hosts, first
-from jaxtricks.lab.interrupt import Interrupt
+from jaxtricks.lab.distributed import Hosts, Interrupt, Placement, device_bytes, first
 from jaxtricks.lab.rundir import RunDir
+from jaxtricks.lab.step import Program, TrainState
+
+_READERS = 4  # threads that decode large images; small ones are faster decoded without
+_SMALL = 64 * 64  # pixels
+
+
+class Feed:
+    """Endless micro-batches of the training split, on their devices.
+
+    Batch k is made of positions k * batch, ..., k * batch + batch - 1 of the stream, whatever the number of
+    hosts: each of them reads the rows that lie on its devices. Echoing is a host's own: the copies of an
+    example stay with the host that read it.
+
+    Args:
+      cfg: the settings.
+      data: what to read.
+      place: where batches lie.
+
+    Attributes:
+      rows: the first of its rows and how many there are.
+    """
+
+    def __init__(self, cfg: Train, data: data_lib.Data, place: Placement):
+        rows = place.rows(cfg.micro_batch).tolist()
+        order = step_lib.build_order(cfg, data) or data_lib.shuffled(len(data.train), cfg.seed)
+        self._cfg, self._reads = cfg, Reads(order, rows, cfg.micro_batch)
+        self.rows = [rows[0], len(rows)]
+        self._batches = data_lib.pipeline(
+            data.train,
+            batch=len(rows),
+            seed=cfg.seed,
+            transform=step_lib.build_reads(cfg, len(rows) * cfg.accumulate),
+            to_device=place.put,
+            order=self._reads,
+            readers=_READERS if math.prod(data.shape[:2]) > _SMALL else 0,
+        )
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON: the state of the batches given out, and what of the stream has been read."""
+        return {
+            "rows": self.rows,
+            "first": self._reads.first,
+            "read": self._reads.read,
+            "batches": self._batches.get_state(),
+        }
+
+    def resume(self, step: int, states: list[dict[str, Any]], rows: list[list[int]]) -> str:
+        """Go on after a step, before anything is read here.
+
+        Args:
+          step: steps done.
+          states: of `get_state`, of all hosts that read until then.
+          rows: those of all hosts that read now.
+
+        Returns:
+          A sentence, if other hosts read until then.
+        """
+        self._reads.begin_at(states[0]["first"])
+        if rows == [state["rows"] for state in states]:
+            self._batches.set_state(states[jax.process_index()]["batches"])
+            return ""
+        said = f"{len(states)} hosts read before, {len(rows)} now: reading goes on "
+        if self._cfg.tricks.echo:
+            first = max(state["read"] for state in states)
+            how = "after example {} of the stream, without the copies still to come of those before"
+        else:
+            first = step * self._cfg.batch
+            how = "exactly where it was, after example {} of the stream"
+        self._reads.begin_at(first)
+        return said + how.format(first)
+
+
+class Reads:
+    """Position in this host's stream -> index of the example.
+
+    Args:
+      order: position in the stream of all hosts -> index.
+      rows: of each batch, those that this host reads.
+      batch: examples of a batch of all hosts.
+
+    Attributes:
+      first: position in the stream of all hosts where this one begins.
+      read: position in the stream of all hosts behind the last batch that was begun to be read.
+    """
+
+    def __init__(self, order: Callable[[int], int], rows: Sequence[int], batch: int):
+        self._order, self._rows, self._batch = order, rows, batch
+        self.begin_at(0)
+
+    def begin_at(self, first: int) -> None:
+        """Let position 0 of this host be there in the stream of all hosts."""
+        self.first = self.read = first
+
+    def __call__(self, position: int) -> int:
+        """The index of the example at a position of this host's stream."""
+        k, j = divmod(position, len(self._rows))
+        start = self.first + k * self._batch
+        self.read = max(self.read, start + self._batch)
+        return self._order(start + self._rows[j])
+
+
+# --------------------------------------------------------------------------------------------------
+# What a split is worth: loss, accuracy, and the metrics of long-tailed classification.
+# --------------------------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """Loss and confusion metrics of a split; the compiled functions are kept between calls.
+
+    Args:
+      program: what predicts.
+      data: what it was composed for.
+      batch: examples predicted at once.
+    """
+
+    def __init__(self, program: Program, data: data_lib.Data, batch: int):
+        self._num_classes, self._batch, self._kind = len(data.classes), batch, data.kind
+        self._place = program.place
+        # The usual thresholds (100 and 20 images) leave groups empty where classes are few.
+        split = "rank" if self._num_classes < 100 else "threshold"
+
+        def update(seen: Any, params: Any, model_state: Any, batch: Any) -> Any:
+            metrics, total, n = seen
+            logits, labels = program.predict(params, model_state, batch)
+            where = jnp.broadcast_to(
+                batch["where"][(...,) + (None,) * (labels.ndim - 1)], labels.shape
+            )
+            losses = jt.longtail.cross_entropy()(logits, labels, where=where)
+            metrics = jt.longtail.metrics.update(metrics, logits, labels, where)
+            return metrics, total + losses.sum(), n + where.sum()
+
+        def summary(seen: Any, counts: Array) -> dict[str, Array]:
+            metrics, total, n = seen
+            return {"loss": total / n, **jt.longtail.metrics.summary(metrics, counts, split=split)}
+
+        everywhere = self._place.everywhere
+        self._update = jax.jit(update, out_shardings=everywhere)
+        self._summary = jax.jit(summary, out_shardings=everywhere)
+        self._averaged = jax.jit(program.averaged)
+
+    def __call__(
+        self, state: TrainState, source: data_lib.Source, limit: int | None = None
+    ) -> dict[str, Any]:
+        """Summary over the source (or `limit` examples spread over it); host values.
+
+        Images: loss, accuracy and what `longtail.metrics.summary` gives. Text: loss, in nats per
+        character, and accuracy.
+        """
+        seen = jt.longtail.metrics.init(self._num_classes), jnp.float32(0), jnp.int32(0)
+        seen = jax.device_put(seen, self._place.everywhere)
+        params = self._averaged(state)
+        rows = self._place.rows(self._batch)
+        for batch in data_lib.eval_batches(source, self._batch, limit, rows):
+            seen = self._update(seen, params, state.model_state, self._place.put(batch))
+        values = self._summary(seen, state.counts)
+        if self._kind == "text":
+            values = {name: values[name] for name in ("loss", "accuracy")}
+        return {name: np.asarray(value).tolist() for name, value in values.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Ends a run that has diverged, before anything of it is saved.
+# --------------------------------------------------------------------------------------------------
+
+
+class Divergence:
+    """Looks whether a run still has finite numbers: where its log or a checkpoint reads the device anyway.
+
+    All hosts see the same numbers, and so decide alike.
+
+    Args:
+      cfg: the settings.
+      place: where the state lies.
+
+    Attributes:
+      saved: the newest checkpoint, 0 if there is none.
+    """
+
+    def __init__(self, cfg: Train, place: Placement):
+        self.saved = 0
+        self._cfg = cfg
+        self._finite = jax.jit(jt.amp.all_finite, out_shardings=place.everywhere)
+
+    def check(self, step: int, losses: Iterable[float], state: TrainState) -> None:
+        """Raise unless the losses since the last check, and the state after `step`, are finite.
+
+        With amp, which skips steps whose gradients are not finite, a loss alone may be anything.
+
+        Raises:
+          UserError: they are not; with amp: too many steps in a row were skipped.
+        """
+        if self._cfg.tricks.amp:
+            try:
+                jt.amp.check(state.opt_state)
+            except FloatingPointError as error:
+                skipped = str(error).removeprefix("amp.check: ").split(";")[0]
+                raise self._diverged(f"{skipped}, until step {step}") from error
+            losses = ()
+        # Parameters too: a relu that XLA makes of a fast maximum turns NaN into a loss that looks right.
+        finite = self._finite((state.params, state.model_state))
+        if not (all(map(math.isfinite, losses)) and bool(finite)):
+            raise self._diverged(
+                f"the loss or a parameter is not finite at step {step} or shortly before"
+            )
+
+    def _diverged(self, what: str) -> UserError:
+        agc = "" if self._cfg.tricks.agc else " or add --agc"
+        kept = (
+            f"its checkpoint of step {self.saved} is from before"
+            if self.saved
+            else "nothing is saved"
+        )
+        return UserError(f"{what}: lower --learning-rate{agc}, and give another --out ({kept})")
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop around the step, and the means that it logs.
+# --------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Means over a window of steps; the device is read once a window, or when a checkpoint asks.
+
+    Args:
+      rows: the window so far, of an earlier `rows()`.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, float]] = ()):
+        self._rows: list[dict[str, Any]] = list(rows)
+
+    def add(self, metrics: dict[str, Array]) -> None:
+        """Another step's metrics, still on the device."""
+        self._rows.append(metrics)
+
+    def rows(self) -> list[dict[str, float]]:
+        """The window so far as Python numbers."""
+        rows = jax.device_get(self._rows)
+        # float64 from here on: a mean must not depend on whether a checkpoint cut the window in two.
+        self._rows = [{name: float(value) for name, value in row.items()} for row in rows]
+        return list(self._rows)
+
+    def mean(self) -> dict[str, float]:
+        """The means, and an empty window."""
+        rows, self._rows = self.rows(), []
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def fit(
+    step: Callable[..., Any],
+    state: TrainState,
+    batches: Iterator[Any],
+    steps: int,
+    *,
+    start: int = 0,
+    accumulate: int = 1,
+    log_every: int = 10,
+    meter: Meter | None = None,
+    after: Callable[[int, TrainState, dict[str, float] | None], bool] = lambda *_: False,
+) -> TrainState:
+    """Run steps start + 1 ... steps; the device is read only every log_every steps.
+
+    Args:
+      step: (state, batch) -> (state, metrics), jitted or compiled.
+      state: after `start` steps; donated.
+      batches: of one micro-batch each.
+      steps: the number of the last step.
+      start: steps done before.
+      accumulate: micro-batches a step.
+      log_every: steps a window.
+      meter: the window that an interrupted run left behind.
+      after: called after every step with its number, the state, and the means since the last window at
+        the window's end, else None; True stops.
+    """
+    meter = meter or Meter()
+    for done in range(start + 1, steps + 1):
+        for _ in range(accumulate):
+            state, metrics = step(state, next(batches))
+            meter.add(metrics)
+        ends = done % log_every == 0 or done == steps
+        if after(done, state, meter.mean() if ends else None):
+            break
+    return state
+
+
+# --------------------------------------------------------------------------------------------------
+# A training run: its state, what it reads, and what it writes.
+# --------------------------------------------------------------------------------------------------
+
 
 _SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
 _CURVES = ("loss", "accuracy", "balanced_accuracy")
@@ -34,7 +327,7 @@ class Trainer:
         self,
         cfg: Train,
         data: data_lib.Data,
-        prepared: planning_lib.Prepared,
+        prepared: step_lib.Prepared,
         folder: RunDir,
         checkpoints: Checkpoints,
         hosts: Hosts,
@@ -45,12 +338,12 @@ class Trainer:
         self.evaluate = Evaluator(program, data, cfg.micro_batch)
         self.state = program.start(cfg.seed, data.counts)
         self.batches = Feed(cfg, data, self.place)
-        self.meter, self.bytes_before = loop_lib.Meter(), 0
+        self.meter, self.bytes_before = Meter(), 0
         self.skipped_before: set[str] = set()
         self._told = 0
         self.divergence = Divergence(cfg, self.place)
-        batch = loop_lib.batch_shapes(cfg, data, self.place)
-        self.compiled = loop_lib.compile_step(program, self.state, batch)
+        batch = step_lib.batch_shapes(cfg, data, self.place)
+        self.compiled = step_lib.compile_step(program, self.state, batch)
 
     def restore(self, tell: Callable[[str], None], session: dict[str, Any]) -> int:
         """Go back to the newest checkpoint and cut the logs there; the number of steps done."""
@@ -66,7 +359,7 @@ class Trainer:
         rows = self.hosts.gather(self.batches.rows)
         try:
             said = self.batches.resume(restored.step, restored.host["feeds"], rows)
-            self.meter = loop_lib.Meter(restored.host["window"])
+            self.meter = Meter(restored.host["window"])
             self.bytes_before = int(restored.host["bytes_read"])
             self.skipped_before = set(map(str, restored.host.get("skipped", ())))
         except Exception as error:  # each dataset of Grain and of ours fails in its own way
@@ -86,7 +379,7 @@ class Trainer:
         every = -(-(cfg.eval_every or max(1, cfg.steps // 5)) // cfg.log_every) * cfg.log_every
         task = progress.add_task("", total=cfg.steps, completed=start, status="")
 
-        def after(done: int, state: loop_lib.TrainState, means: dict[str, float] | None) -> bool:
+        def after(done: int, state: step_lib.TrainState, means: dict[str, float] | None) -> bool:
             self.state = state
             if means is not None:
                 self.divergence.check(done, [means["loss"]], state)
@@ -105,7 +398,7 @@ class Trainer:
                 window.begin(done)
             return stop
 
-        loop_lib.fit(
+        fit(
             self.compiled.step,
             self.state,
             self.batches,
@@ -181,7 +474,7 @@ class Trainer:
             for name, source in splits.items()
             if source is not None
         }
-        more: dict[str, Any] = {"plan": planning_lib.figures(self.plan)} if self.plan else {}
+        more: dict[str, Any] = {"plan": step_lib.figures(self.plan)} if self.plan else {}
         if skipped := self.skipped():
             more["skipped_records"] = len(skipped)
         if self.place.mesh.size > 1:
@@ -197,7 +490,7 @@ class Trainer:
         }
 
 
-def spread(place: Placement, state: loop_lib.TrainState, step: Any) -> dict[str, Any]:
+def spread(place: Placement, state: step_lib.TrainState, step: Any) -> dict[str, Any]:
     """What result.json says of a mesh: its axes, what one device holds, what a compiled step sends."""
     rows = collectives.table(collectives.census(step)).rows
     return {

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtricks.lab import ablation_report
-from jaxtricks.lab import spread as seeds
+from jaxtricks.lab.commands import ablate
+from jaxtricks.lab.commands import ablate as seeds
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HELD, NOT_HELD, NOT_TESTABLE = "held", "not held", "not testable here"
@@ -88,7 +88,7 @@ def paired(ours: Sequence[float], base: Sequence[float], digits: int = 2) -> Fig
     """Runs of the same seeds, in the same order: the mean difference and its standard error."""
     difference = np.asarray(ours, np.float64) - np.asarray(base, np.float64)
     n = len(difference)
-    error = seeds.error(difference) if n > 1 else math.nan
+    error = seeds.standard_error(difference) if n > 1 else math.nan
     return Figures(spread(ours, digits), spread(base, digits), float(difference.mean()), error, n)
 
 
@@ -238,10 +238,10 @@ def made(name: str) -> tuple[str, str]:
     if name.endswith(".json"):
         about = recorded(name)
         about = about.get("about") or about["training"]
-        return about["command"], ablation_report.machine_line(about["hardware"], about["versions"])
+        return about["command"], ablate.machine_line(about["hardware"], about["versions"])
     text = (RESULTS / name).read_text()
     command = re.findall(r"`((?:python|jaxtricks) [^`]*)`", text)[0]
     line = next(x for x in text.split("\n") if re.search(r"cores|libtpu \d", x))
     if line.startswith("{"):
-        return command, ablation_report.machine_line(*map(ast.literal_eval, line.split("; ")))
+        return command, ablate.machine_line(*map(ast.literal_eval, line.split("; ")))
     return command, line.split("; `")[0].rstrip(".")

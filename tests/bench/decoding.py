@@ -24,7 +24,7 @@ import jaxtricks as jt
 from jaxtricks import _table
 from jaxtricks.lab import data
 from jaxtricks.lab.data import images
-from jaxtricks.lab.data.order import shuffled
+from jaxtricks.lab.data.dataset import shuffled
 from jaxtricks.lab.report import hardware
 from tests.bench import common
 

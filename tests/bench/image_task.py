@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import jaxtricks as jt
-from jaxtricks.lab.data import files
+from jaxtricks.lab.data import folders
 from tests.bench.text_task import TAIL, in_float32, schedule
 
 EVALUATED = 500  # images of one call in evaluation
@@ -88,7 +88,7 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
       path: a zip or a directory.
       per_class: images of each class for "train", "validation" (also from train/) and "test".
     """
-    stored = files.stored(path)
+    stored = folders.stored(path)
     chosen: dict[str, list[int]] = {name: [] for name in per_class}
     for label in range(len(stored.classes)):
         mine = stored.labels == label

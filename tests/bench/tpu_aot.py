@@ -11,12 +11,10 @@ from typing import Any
 
 from jaxtricks import KEYS, _table
 from jaxtricks.lab import collectives
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import plan
-from jaxtricks.lab.config import IDLE, Text, Tricks
+from jaxtricks.lab.config import IDLE, Parallel, Plan, Text, Tricks
 from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.plan_config import Plan
 from tests.bench import common
 
 IMAGES = {"widths": (64, 128, 256), "batch": 256}  # 32 x 32 x 3, 10 classes
@@ -50,9 +48,9 @@ def settings(model: str, on: Tricks, parallel: Parallel | None = None) -> Plan:
 def cost(cfg: Plan) -> common.StepCost:
     """What the step of a run needs, compiled as a run compiles it."""
     data = plan.described(cfg)
-    program = loop_lib.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
-    batch = loop_lib.batch_shapes(cfg, data, program.place)
-    compiled = loop_lib.jitted(program, program.step).lower(program.shapes, batch).compile()
+    program = step_lib.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
+    batch = step_lib.batch_shapes(cfg, data, program.place)
+    compiled = step_lib.jitted(program, program.step).lower(program.shapes, batch).compile()
     counts = compiled.cost_analysis()
     return common.StepCost(
         temp=common.temp_bytes(compiled),

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtricks import KEYS, _table
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.rundir import FREE
-from jaxtricks.lab.runs import Run, look
+from jaxtricks.lab.rundir import FREE, Run, look
 
 _WIDTH = 100  # columns of a terminal
 _WORD = 30  # characters kept of a word there

@@ -18,17 +18,14 @@ from rich.console import Console
 import jaxtricks as jt
 from jaxtricks import _tree
 from jaxtricks._typing import Array
-from jaxtricks.lab import about, runs
-from jaxtricks.lab import compose as compose_lib
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import rundir
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.commands import train
-from jaxtricks.lab.config import Fuse, Text, Train, Tricks, UserError
-from jaxtricks.lab.errors import outside
-from jaxtricks.lab.examples import to_float
-from jaxtricks.lab.parallel_config import Parallel
+from jaxtricks.lab.config import Fuse, Parallel, Text, Train, Tricks, UserError, outside
 from jaxtricks.lab.rundir import CONFIG, RunDir, can_begin, only_writer, writing
+from jaxtricks.lab.step import to_float
 
 WEIGHTS, PROGRAM, REPORT = "model.safetensors", "model.stablehlo", "fuse.json"
 _ROUNDS = 30
@@ -60,7 +57,7 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
       UserError: something that the person can mend.
     """
     say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
-    made = runs.read(cfg.run)
+    made = rundir.read(cfg.run)
     settings = settings_of(made)
     if settings.model == "transformer":
         raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
@@ -71,7 +68,7 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.
     with only_writer(made.path):
         model = restored(settings, data, made.path, say)
-    folder = RunDir(out, about.session(command))
+    folder = RunDir(out, rundir.session(command))
     images = next(data_lib.eval_batches(data.test, cfg.batch))["image"]
     try:
         fused, report = jt.nnx.fuse(model, example=to_float(jnp.asarray(images)))
@@ -99,7 +96,7 @@ USE = f"""  from jax import export
   logits = program.call(load_file("{WEIGHTS}"), images)  # images: uint8 [N, H, W, C]"""
 
 
-def settings_of(made: runs.Run) -> Train:
+def settings_of(made: rundir.Run) -> Train:
     """The settings that a run was made with, on one device, recomputation off.
 
     Raises:
@@ -129,7 +126,7 @@ def restored(
     missing = UserError(f"{path} has no checkpoint: train with --save-every below --steps")
     if not folder.is_dir():  # opening the checkpoints would make it
         raise missing
-    program = loop_lib.build(cfg, data)
+    program = step_lib.build(cfg, data)
     like = program.start(cfg.seed, data.counts)
     checkpoints = Checkpoints(folder, cfg.keep)
     found = checkpoints.restore(like, say)
@@ -137,7 +134,7 @@ def restored(
     if found is None:
         raise missing
     say(f"step {found.step} of {path}")
-    model = compose_lib.build_model(cfg, data.shape[-1], len(data.classes), like.key)
+    model = step_lib.build_model(cfg, data.shape[-1], len(data.classes), like.key)
     model = jt.nnx.filled(model, program.averaged(found.state), found.state.model_state)
     model.eval()
     return model

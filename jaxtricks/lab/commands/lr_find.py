@@ -10,14 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from jaxtricks import cyclical
-from jaxtricks.lab import about
-from jaxtricks.lab import planning as planning_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import rundir
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import LrFind
 from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.feed import Feed
 from jaxtricks.lab.rundir import RunDir, can_begin
+from jaxtricks.lab.trainer import Feed
 
 PICTURE = "lr_range.png"
 
@@ -42,13 +41,13 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = train.load(cfg)
     # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
-    program, _ = planning_lib.prepare(cfg, data, rate=1.0)
-    folder = RunDir(cfg.out, about.of_run(cfg, command, data))
+    program, _ = step_lib.prepare(cfg, data, rate=1.0)
+    folder = RunDir(cfg.out, rundir.of_run(cfg, command, data))
     train.introduce(data, say)
     state = program.start(cfg.seed, data.counts)
 
     @jax.jit
-    def step(state: loop_lib.TrainState, batch: Any, rate: Any) -> tuple[loop_lib.TrainState, Any]:
+    def step(state: step_lib.TrainState, batch: Any, rate: Any) -> tuple[step_lib.TrainState, Any]:
         state, metrics = program.step(state, batch, rate)
         return state, metrics["loss"]
 

@@ -6,14 +6,12 @@ import numpy as np
 from rich.console import Console
 
 from jaxtricks import remat
-from jaxtricks.lab import about
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import planning as planning_lib
-from jaxtricks.lab import step as loop_lib
+from jaxtricks.lab import rundir
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import train
-from jaxtricks.lab.config import Train
+from jaxtricks.lab.config import Plan, Train
 from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.plan_config import Plan
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 PLAN, PICTURE = "plan.json", "plan.png"
@@ -37,10 +35,10 @@ def run(cfg: Plan, command: str = "") -> remat.Plan:
     data = described(cfg) if cfg.data == "auto" else train.load(cfg)
     say(_introduction(cfg, data))
     settings = {name: getattr(cfg, name) for name in ("wrt", "max_compiles", "topology")}
-    found = planning_lib.plan(cfg, data, loop_lib.build(cfg, data), **settings)
+    found = step_lib.plan(cfg, data, step_lib.build(cfg, data), **settings)
     say(str(found.describe()))
     if cfg.out:
-        folder = RunDir(cfg.out, about.of_run(cfg, command))
+        folder = RunDir(cfg.out, rundir.of_run(cfg, command))
         folder.write_text(PLAN, found.to_json() + "\n")
         say(f"plan: {folder.path / PLAN}")
     return found

@@ -18,13 +18,12 @@ from rich.progress import (
 )
 
 from jaxtricks import _table
-from jaxtricks.lab import about, hosts, rundir, writers
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import planning as planning_lib
+from jaxtricks.lab import distributed, rundir, writers
+from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
-from jaxtricks.lab.distributed import Placement
-from jaxtricks.lab.interrupt import Interrupt, StopError
+from jaxtricks.lab.distributed import Interrupt, Placement, StopError
 from jaxtricks.lab.rundir import CONFIG, RESULT, RunDir
 from jaxtricks.lab.trainer import Trainer
 
@@ -50,9 +49,9 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
       HostLostError: another host did not answer.
       KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    hosts.start(cfg.parallel)
-    together = hosts.Hosts()
-    console = Console(quiet=not hosts.first())
+    distributed.start(cfg.parallel)
+    together = distributed.Hosts()
+    console = Console(quiet=not distributed.first())
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     try:
         with Interrupt(together) as interrupt:
@@ -65,7 +64,7 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
 def _run(
     cfg: Train,
     command: str,
-    together: hosts.Hosts,
+    together: distributed.Hosts,
     interrupt: Interrupt,
     console: Console,
     say: Callable[[str], None],
@@ -75,13 +74,13 @@ def _run(
     Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = load(cfg)
     # A mistake here must leave no directory behind.
-    prepared = planning_lib.prepare(cfg, data)
-    with open_folder(cfg, about.of_run(cfg, command, data), together) as folder:
+    prepared = step_lib.prepare(cfg, data)
+    with open_folder(cfg, rundir.of_run(cfg, command, data), together) as folder:
         introduce(data, say)
         if together.count > 1:
             say(
                 f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others "
-                f"end within {hosts.HEARTBEAT} s: start all of them again with --resume"
+                f"end within {distributed.HEARTBEAT} s: start all of them again with --resume"
             )
         if prepared.plan:
             say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
@@ -91,21 +90,21 @@ def _run(
             checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
             stack.callback(checkpoints.close)
             trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
-            start = trainer.restore(say, about.session(command)) if folder.resumed else 0
-            outputs = writers.open_writers(cfg, folder.path, start) if hosts.first() else []
+            start = trainer.restore(say, rundir.session(command)) if folder.resumed else 0
+            outputs = writers.open_writers(cfg, folder.path, start) if distributed.first() else []
             for writer in outputs:
                 stack.callback(writer.close)
             with _progress(console) as progress:
                 trainer.fit(start, interrupt, outputs, progress)
             result = None if interrupt.signal else trainer.result()
-        if result is not None and hosts.first():
+        if result is not None and distributed.first():
             folder.write(RESULT, result)
     if result is None:
         say(f"stopped on {interrupt.signal}, saved: go on with --resume")
         if interrupt.signal == "SIGINT":
             raise KeyboardInterrupt
         return None
-    if not hosts.first():
+    if not distributed.first():
         return None
     say(str(summary_table(result)))
     say(f"run directory: {folder.path}")
@@ -117,7 +116,7 @@ def _check_outputs(cfg: Train) -> None:
     writers.check(cfg)
 
 
-def open_folder(cfg: Train, about: dict[str, Any], together: hosts.Hosts) -> RunDir:
+def open_folder(cfg: Train, about: dict[str, Any], together: distributed.Hosts) -> RunDir:
     """The run directory, made by the first host.
 
     Raises:

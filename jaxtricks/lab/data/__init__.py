@@ -5,11 +5,8 @@
 `loading`, `checking`, `order`, `balanced` (which example comes when), `walk`, `batches`.
 """
 
-from jaxtricks.lab.data.balanced import drawn
-from jaxtricks.lab.data.checking import Report, check
-from jaxtricks.lab.data.dataset import Data, Source, UnreadableError
-from jaxtricks.lab.data.loading import is_text, load
-from jaxtricks.lab.data.order import shuffled
+from jaxtricks.lab.data.dataset import Data, Source, UnreadableError, drawn, shuffled
+from jaxtricks.lab.data.loading import Report, check, is_text, load
 from jaxtricks.lab.data.pipeline import eval_batches, pipeline
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import zips
+from jaxtricks.lab.data import folders
 from jaxtricks.lab.data.dataset import SPLITS, Stored
 
 MAX_BYTES = 16 * 2**30
@@ -166,7 +166,7 @@ def _pairs(path: pathlib.Path, keys: set[str]) -> dict[str, tuple[str, str]]:
 
 def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     entry = archive.getinfo(key + ".npy")
-    zips.refuse_method(path, entry)
+    folders.refuse_method(path, entry)
     try:
         with archive.open(entry) as file:
             header = io.BytesIO(file.read(_HEADER))  # of a length that itself may be claimed

@@ -1,16 +1,126 @@
-"""From the name that the user gives to a data set that can be trained on."""
+"""Which example is in which split, and long tails."""
 
+import collections
+import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from jaxtricks import _table
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, custom, files, lists, look, records, splits, text, zips
-from jaxtricks.lab.data.dataset import Data, Example, Shape, Source, Stored, UnreadableError
+from jaxtricks.lab.data import arrays, custom, folders, images, records, text
+from jaxtricks.lab.data.dataset import Data, Example, Shape, Size, Source, Stored, UnreadableError
 from jaxtricks.lab.data.images import conform
+from jaxtricks.longtail import data as profiles
+
+_CALLED = {"train": "training", "validation": "validation", "test": "test"}
+
+Indices = dict[str, np.ndarray]
+
+
+def assign(
+    stored: Stored, *, validation: float, test: float, seed: int
+) -> tuple[Indices, tuple[str, ...]]:
+    """Indices of each split, and sentences on where they come from.
+
+    A split that the data has is used as it is; the others are held out of the training images. A
+    validation split without a test split is the test split, as ImageNet's is used.
+
+    Args:
+      stored: the images.
+      validation, test: shares to hold out; 0 makes no validation split.
+      seed: of what is held out.
+
+    Raises:
+      UserError: fewer than two classes, one that has no image in a split, or too few to hold some out.
+    """
+    if len(stored.classes) < 2:
+        only = ", ".join(map(repr, stored.classes))
+        raise UserError(f"{stored.name} has one class ({only}), nothing to tell apart: add another")
+    index = {name: np.flatnonzero(stored.where == name) for name in _CALLED}
+    notes = []
+    if len(index["validation"]) and not len(index["test"]):
+        index["test"], index["validation"] = index["validation"], index["test"]
+        notes.append("test: the data's own validation split, as it has no test split")
+    if not len(index["train"]):
+        raise UserError(f"{stored.name} has no training images: it needs a train split")
+    shares = {"test": test, "validation": validation}
+    held = {name: share for name, share in shares.items() if share and not len(index[name])}
+    own = [name for name in shares if len(index[name])]
+    notes += [f"{name}: the data's own split" for name in own if not notes]
+    notes += [
+        f"{name}: {share:.3g} of every class of the training images, held out by seed {seed}"
+        for name, share in held.items()
+    ]
+    train = index["train"]
+    _check_sizes(stored, train, held)
+    rest, *out = hold_out(stored.labels[train], seed, *held.values())
+    index |= {"train": train[rest]} | {
+        name: train[chosen] for name, chosen in zip(held, out, strict=True)
+    }
+    if not len(index["test"]):
+        raise UserError(f"{stored.name} has no test split: hold one out, with --test above 0")
+    _check_classes(stored, index)
+    return {name: indices for name, indices in index.items() if len(indices)}, tuple(notes)
+
+
+def hold_out(labels: np.ndarray, seed: int, *shares: float) -> tuple[np.ndarray, ...]:
+    """Indices (rest, held out, ...): the same share of every class, and at least one of each.
+
+    What is held out for the first share does not depend on the shares after it.
+    """
+    rng = np.random.default_rng(seed)
+    out: list[list[np.ndarray]] = [[] for _ in shares]
+    for c in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        sizes = [_held(share, len(members)) for share in shares]
+        for chosen, stop, size in zip(out, np.cumsum(sizes), sizes, strict=True):
+            chosen.append(members[stop - size : stop])
+    held = [np.sort(np.concatenate(chosen)) for chosen in out]
+    rest = np.setdiff1d(np.arange(len(labels)), np.concatenate(held)) if held else None
+    return (np.arange(len(labels)) if rest is None else rest, *held)
+
+
+def long_tail(labels: np.ndarray, num_classes: int, imbalance: float, seed: int) -> np.ndarray:
+    """Indices that make a split long-tailed: an exponential profile, class 0 keeps the most."""
+    have = np.bincount(labels, minlength=num_classes)
+    profile = profiles.exponential_counts(int(have.max()), num_classes, imbalance)
+    return np.asarray(profiles.longtail_indices(labels, np.minimum(profile, have), seed))
+
+
+def _held(share: float, size: int) -> int:
+    return max(1, round(share * size))
+
+
+def _check_sizes(stored: Stored, train: np.ndarray, held: dict[str, float]) -> None:
+    counts = np.bincount(stored.labels[train], minlength=len(stored.classes))
+    for name, size in zip(stored.classes, counts.tolist(), strict=True):
+        taken = {split: _held(share, size) for split, share in held.items()}
+        if size and sum(taken.values()) >= size:
+            out = " and ".join(f"{n} for {split}" for split, n in taken.items())
+            raise UserError(
+                f"class {name!r} of {stored.name} has {size} image{'s' * (size > 1)}, and holding out "
+                f"{out} leaves none to train on: add some, or remove the class"
+            )
+
+
+def _check_classes(stored: Stored, index: Indices) -> None:
+    for split, indices in index.items():
+        counts = np.bincount(stored.labels[indices], minlength=len(stored.classes))
+        if len(indices) and not counts.all():
+            name = stored.classes[int(np.argmin(counts))]
+            raise UserError(
+                f"class {name!r} of {stored.name} has no {_CALLED[split]} image: add some"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# From the name that the user gives to a data set that can be trained on.
+# --------------------------------------------------------------------------------------------------
+
 
 KNOWN = (
     "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them, "
@@ -61,20 +171,20 @@ def load(
         return text.load(name, context=context, validation=validation, test=test)
     stored = open_images(name, root, skip_unreadable=skip_unreadable)
     shares = {"validation": validation, "test": test, "seed": seed}
-    index, split_notes = splits.assign(stored, **shares)  # before the look, which takes longer
-    seen = look.look(stored, everything=skip_unreadable)
+    index, split_notes = assign(stored, **shares)  # before the look, which takes longer
+    seen = images.look(stored, everything=skip_unreadable)
     broken = seen.unreadable
     if left_out is not None:
         before = set(left_out)
         broken = {i: error for i, error in broken.items() if stored.names[i] in before}
     if skip_unreadable and broken and seen.readable:
         stored = leave_out(stored, broken)
-        index, split_notes = splits.assign(stored, **shares)
-    look.refuse_unreadable(seen._replace(unreadable={}) if skip_unreadable else seen)
-    shape, notes = look.aim(seen, size, name)
+        index, split_notes = assign(stored, **shares)
+    images.refuse_unreadable(seen._replace(unreadable={}) if skip_unreadable else seen)
+    shape, notes = images.aim(seen, size, name)
     if imbalance != 1:
         train = index["train"]
-        kept = splits.long_tail(stored.labels[train], len(stored.classes), imbalance, seed)
+        kept = long_tail(stored.labels[train], len(stored.classes), imbalance, seed)
         index["train"] = train[kept]
     every = (*stored.notes, *split_notes, *notes)
     data = _data(stored, index, shape, every, skip_unreadable=skip_unreadable)
@@ -101,7 +211,7 @@ def open_images(name: str, root: str = "", *, skip_unreadable: bool = False) -> 
     if root:
         if not (name.lower().endswith(".txt") and os.path.isfile(name)):
             raise UserError(f"--root is for a list of images, and --data {name} is none: drop it")
-        return lists.stored(path, pathlib.Path(root))
+        return folders.stored_list(path, pathlib.Path(root))
     if name == "digits":
         return arrays.digits()
     is_file = os.path.isfile(name)
@@ -109,8 +219,8 @@ def open_images(name: str, root: str = "", *, skip_unreadable: bool = False) -> 
         return arrays.npz(path)
     if (is_file or os.path.isdir(name)) and records.shards(path):
         return records.stored(path)
-    if os.path.isdir(name) or (is_file and zips.is_zip(path)):
-        return files.stored(path, skip_unreadable=skip_unreadable)
+    if os.path.isdir(name) or (is_file and folders.is_zip(path)):
+        return folders.stored(path, skip_unreadable=skip_unreadable)
     if not os.path.exists(name) and re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         return custom.stored(name)
     problem = (
@@ -122,13 +232,16 @@ def open_images(name: str, root: str = "", *, skip_unreadable: bool = False) -> 
 def leave_out(stored: Stored, broken: Mapping[int, UnreadableError]) -> Stored:
     """Without the images that can't be read, which a note names."""
     kept = stored.subset(np.setdiff1d(np.arange(len(stored.names)), list(broken)))
-    named = files.listed(f"{e.name} ({e.reason})" for e in broken.values())
+    named = folders.listed(f"{e.name} ({e.reason})" for e in broken.values())
     notes = *stored.notes, f"left out, as they can't be read: {named}"
     have, left = np.unique(stored.labels), np.unique(kept.labels)
     if len(have) > len(left):
         # Their numbers are given anew; the names stay with those that are left.
         gone = [stored.classes[c] for c in np.setdiff1d(have, left)]
-        notes = *notes, f"left out, as no image of these classes can be read: {files.listed(gone)}"
+        notes = (
+            *notes,
+            f"left out, as no image of these classes can be read: {folders.listed(gone)}",
+        )
         kept = kept._replace(
             labels=np.searchsorted(left, kept.labels).astype(np.int32),
             classes=tuple(stored.classes[c] for c in left),
@@ -138,7 +251,7 @@ def leave_out(stored: Stored, broken: Mapping[int, UnreadableError]) -> Stored:
 
 def _data(
     stored: Stored,
-    index: splits.Indices,
+    index: Indices,
     shape: Shape,
     notes: tuple[str, ...],
     *,
@@ -164,4 +277,119 @@ def _data(
         flip=shape[-1] == 3 if stored.flip is None else stored.flip,
         counts=np.bincount(labels[index["train"]], minlength=len(stored.classes)),
         notes=notes,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What is in a data set, every file decoded: the answer to --check-data.
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a data set holds; str() is meant to be read.
+
+    Attributes:
+      name: what the user called it.
+      kind: "image" or "text".
+      files: images, or windows of text.
+      splits: split -> int [C] images of each class, those that can't be read included; windows of
+        text are one class.
+      classes: names in label order.
+      sizes: (height, width) -> images that have it.
+      gray: images stored with one channel.
+      unreadable: (name, reason) of every image that can't be read.
+      notes: what training would do about it.
+    """
+
+    name: str
+    kind: str
+    files: int
+    splits: dict[str, np.ndarray]
+    classes: tuple[str, ...]
+    sizes: collections.Counter[Size]
+    gray: int
+    unreadable: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (name, *(int(n[c]) for n in self.splits.values()))
+            for c, name in enumerate(self.classes)
+        ]
+        if len(rows) > 1:
+            rows.append(("all", *(int(n.sum()) for n in self.splits.values())))
+        what = "images" if self.kind == "image" else "windows of text"
+        lines = [f"{self.name}: {self.files} {what}", *self._lines()]
+        lines += ["", str(_table.make(("class", *self.splits), rows)), "", *self.notes]
+        lines += [f"can't be read: {name} ({reason})" for name, reason in self.unreadable]
+        return "\n".join(lines)
+
+    def _lines(self) -> Sequence[str]:
+        if not self.sizes:
+            return []
+        [(common, n)] = self.sizes.most_common(1)
+        ends = (images.spell(f(self.sizes)) for f in (images.smallest, images.largest))
+        total = self.sizes.total()
+        return (
+            f"sizes: {' to '.join(ends)}, most often {images.spell(common)} ({n} of {total})",
+            f"colour: {total - self.gray}, gray: {self.gray}, unreadable: {len(self.unreadable)}",
+        )
+
+
+def check(
+    name: str,
+    *,
+    root: str = "",
+    imbalance: float = 1.0,
+    seed: int = 0,
+    validation: float = 0.0,
+    test: float = 0.2,
+    size: int = 0,
+    context: int = 128,
+    skip_unreadable: bool = False,
+) -> Report:
+    """Decode every file of the data set called name, and say what there is.
+
+    Args:
+      name, root, seed, validation, test, size, context, skip_unreadable: as `load` has them.
+      imbalance: taken so that both take the same, and not used.
+
+    Raises:
+      UserError: as `load`, but not for images that can't be read.
+    """
+    if is_text(name, root):
+        return _of_text(text.load(name, context=context, validation=validation, test=test))
+    stored = open_images(name, root, skip_unreadable=skip_unreadable)
+    index, notes = assign(stored, validation=validation, test=test, seed=seed)
+    seen = images.look(stored, everything=True)
+    if seen.readable:
+        notes += images.aim(seen, size, name)[1]
+    num_classes = len(stored.classes)
+    return Report(
+        name=name,
+        kind="image",
+        files=len(stored.names),
+        splits={s: np.bincount(stored.labels[i], minlength=num_classes) for s, i in index.items()},
+        classes=stored.classes,
+        sizes=seen.sizes,
+        gray=seen.gray,
+        unreadable=tuple((e.name, e.reason) for e in seen.unreadable.values()),
+        notes=(*stored.notes, *notes),
+    )
+
+
+def _of_text(data: Data) -> Report:
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    counts = {split: np.array([len(part)]) for split, part in parts.items() if part is not None}
+    return Report(
+        name=data.name,
+        kind="text",
+        files=int(sum(n.sum() for n in counts.values())),
+        splits=counts,
+        classes=("windows",),
+        sizes=collections.Counter(),
+        gray=0,
+        unreadable=(),
+        notes=(*data.notes, f"{len(data.classes)} different characters"),
     )
