@@ -295,12 +295,12 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "8 windows of 16 characters, 50 classes" in out and "FLOPs" in out
     cfg = cli.parse([*args, "--classes", "50"])
-    program = step_lib.build(cfg, plan.described(cfg))
+    program = step_lib.TrainStep(cfg, plan.described(cfg))
     text = (tmp_path / "plan/plan.json").read_text()
     found = jt.remat.plan_from_json(text, program.loss)
     assert found.wrt == "temp" and found.peak <= found.budget == int(0.95 * found.baseline)
     # What was written is the plan of this program: its stages are compared in the trace.
-    batch = step_lib.example_batch(cfg, plan.described(cfg), program.place)
+    batch = program.example_batch()
     inputs = program.inputs(program.init(0, np.ones(50)), batch)
     (loss, _), (wanted, _) = found.fn(*inputs), program.loss(*inputs)
     # Not bit by bit: XLA compiles the calls within the loss, which the plan writes out.

@@ -39,7 +39,7 @@ def fields_of(name):
     groups = [cls, *options._groups(cls).values()]
     for field, _ in (pair for group in groups for pair in options._fields(group)):
         positional = field.metadata.get("positional")
-        option = "--" + field.metadata.get("option", field.name).replace("_", "-")
+        option = "--" + field.metadata.get("name", field.name).replace("_", "-")
         yield None if positional else option, field.name
 
 
@@ -287,7 +287,7 @@ def test_what_needs_no_data_is_said_before_it_is_read(capsys, monkeypatch, tmp_p
 
     for module in (train.data_lib, plan.data_lib):
         monkeypatch.setattr(module, "load", never)
-    monkeypatch.setattr(step_lib, "build", never)
+    monkeypatch.setattr(step_lib, "TrainStep", never)
     monkeypatch.setitem(sys.modules, "wandb", None)
     (tmp_path / "notes.txt").write_text("mine")
     out = str(tmp_path)

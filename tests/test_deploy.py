@@ -52,7 +52,7 @@ def test_files_are_the_model_and_need_nothing_of_ours(run, tmp_path, capsys):
     subprocess.run([sys.executable, "-c", ALONE], check=True, cwd=out)
     weights = load_file(out / fuse.WEIGHTS)
     assert {name.rsplit("/", 1)[1] for name in weights} <= {"kernel", "bias", "skip_gain"}
-    made = fuse.runs.read(run)
+    made = fuse.rundir.read(run)
     settings = fuse.settings_of(made)
     model = fuse.restored(settings, fuse.train.load(settings), run, lambda _: None)
     expected = model(fuse.to_float(images))
@@ -73,7 +73,7 @@ def test_the_files_lie_outside_of_the_data(run, tmp_path, monkeypatch):
     """Where a later run would take them for a class."""
     (tmp_path / "data").mkdir()
     settings = dataclasses.replace(
-        fuse.settings_of(fuse.runs.read(run)), data=str(tmp_path / "data")
+        fuse.settings_of(fuse.rundir.read(run)), data=str(tmp_path / "data")
     )
     monkeypatch.setattr(fuse, "settings_of", lambda _: settings)
     with pytest.raises(UserError, match="--out .*/data/fz lies in --data"):

@@ -281,9 +281,9 @@ def test_with_amp_a_nan_batch_changes_only_counters(monkeypatch, tricks):
     poison(monkeypatch, lambda step: step == 1)
     cfg = dataclasses.replace(RUN, tricks=Tricks.of(*tricks))
     digits = data.load("digits", seed=0)
-    program = step_lib.build(cfg, digits)
+    program = step_lib.TrainStep(cfg, digits)
     step = jax.jit(program.step)
-    batches = trainer.Feed(cfg, digits, program.place)
+    batches = trainer.Feed(cfg, digits, program.placement)
     state, seen = program.start(0, digits.counts), []
     for _ in range(3):
         state, metrics = step(state, next(batches))
@@ -542,7 +542,7 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
     said = capsys.readouterr().out
     assert "can't be read any more" in said and "another image of its class is used" in said
     assert 0 < result["skipped_records"] <= len(good)
-    text = report.markdown(*rundir.read(cfg.out)[1:], ())
+    text = report.markdown(rundir.read(cfg.out), ())
     assert f"{result['skipped_records']} images broke while the run read them" in text
     stopped = dataclasses.replace(cfg, out=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
@@ -562,11 +562,11 @@ def test_images_that_break_in_mid_run_are_skipped_on_request(
 FULL = """
 import resource, sys
 from jaxtricks.lab import cli
-from jaxtricks.lab import fitting
+from jaxtricks.lab import trainer
 from jaxtricks.lab.checkpoint import Checkpoints
 
 limit, step = map(int, sys.argv[1:3])
-original, save = fitting.fit, Checkpoints.save
+original, save = trainer.fit, Checkpoints.save
 
 def save_and_wait(self, *args):
     save(self, *args)
@@ -580,7 +580,7 @@ def fit(*args, after, **kwargs):
 
     return original(*args, after=filling, **kwargs)
 
-fitting.fit, Checkpoints.save = fit, save_and_wait
+trainer.fit, Checkpoints.save = fit, save_and_wait
 cli.main(sys.argv[3:])
 """
 
@@ -766,7 +766,7 @@ def preceded(patch, owner, name, action, nth=1):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (step_lib, "compile_step"),
+        (step_lib.TrainStep, "compile"),
         pytest.param(data, "load", marks=SLOW),
         pytest.param(step_lib, "prepare", marks=SLOW),
         pytest.param(train, "open_folder", marks=SLOW),
@@ -779,7 +779,7 @@ def test_sigterm_in_start_up_ends_it_at_once(monkeypatch, whole, cfg, capsys, ow
         assert train.run(cfg) is None
     assert "stopped on SIGTERM before a step was done, nothing to save" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if owner is step_lib:
+    if owner in (step_lib, step_lib.TrainStep):
         assert not steps_of(cfg.out)
     assert_goes_on_to(whole, cfg)
 

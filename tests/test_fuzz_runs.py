@@ -164,7 +164,9 @@ def test_the_command_line_ends_with_one_sentence(tmp_path, capsys):
             cli.main([command, str(tmp_path)])
         said = capsys.readouterr().err
         assert error.value.code == 2 and said.count("\n") == 1
-        assert "config.json is damaged (config/steps is 'many" in said
+        assert (
+            "config.json is damaged (Expected `int | null`, got `str` - at `$.config.steps`" in said
+        )
 
 
 def continuing(host, folder):

@@ -27,11 +27,11 @@ TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2
 
 def start(cfg, dataset):
     """(program, state, batches) of a run."""
-    program = step_lib.build(cfg, dataset)
+    program = step_lib.TrainStep(cfg, dataset)
     state = program.start(cfg.seed, dataset.counts)
-    reads = step_lib.build_reads(cfg, cfg.batch)
+    reads = step_lib.build_echo(cfg, cfg.batch)
     batches = data.pipeline(dataset.train, batch=cfg.batch, seed=cfg.seed, transform=reads)
-    return program, state, map(program.place.put, batches)
+    return program, state, map(program.placement.put, batches)
 
 
 def log_to(logged):
@@ -80,7 +80,7 @@ def test_echo_halves_the_reads(digits):
         source = digits.train.subset(np.arange(len(digits.train)))
         cfg = dataclasses.replace(TINY, tricks=Tricks.of("echo"), echo_factor=factor, steps=1)
         batches = data.pipeline(
-            source, batch=16, seed=0, transform=step_lib.build_reads(cfg, cfg.batch)
+            source, batch=16, seed=0, transform=step_lib.build_echo(cfg, cfg.batch)
         )
         for _ in itertools.islice(batches, 40):
             pass
@@ -170,8 +170,8 @@ def test_amp_computes_every_convolution_in_bfloat16(digits, tricks):
 def test_a_planned_step_trains_what_the_step_trains(digits):
     cfg = dataclasses.replace(TINY, remat_budget="0.8")
     program, state, batches = start(cfg, digits)
-    found = step_lib.plan(cfg, digits, program)
-    planned = program.step_of(found.fn)
+    found = program.plan()
+    planned = program.with_loss(found.fn).step
     batches = list(itertools.islice(batches, 2))
     results = []
     for step in (program.step, planned):
@@ -457,7 +457,7 @@ def test_the_search_keeps_what_helps_beyond_the_seeds_spread():
 
     best, trials = ablate.search("abcd", measure)
     assert best == ("b",)
-    assert [(t.offered, t.subset, t.kept) for t in trials] == [
+    assert [(t.offered, t.subset, t.accepted) for t in trials] == [
         ("b", ("b",), True),
         ("a", ("a", "b"), False),
         ("d", ("b", "d"), False),  # +0.5 points on average, one seed up and one down
@@ -469,7 +469,7 @@ def test_the_search_keeps_what_helps_beyond_the_seeds_spread():
 
 def test_the_search_may_find_that_nothing_helps():
     best, trials = ablate.search("ab", lambda subset: [1.0 - len(subset)])
-    assert best == () and [t.kept for t in trials] == [False, False]
+    assert best == () and [t.accepted for t in trials] == [False, False]
 
 
 def test_the_best_row_names_its_tricks():

@@ -128,12 +128,13 @@ def test_tiffs_of_32_bits_are_refused_and_of_16_are_scaled():
 
 
 def test_a_tiff_of_one_huge_tile_is_refused_by_its_header(monkeypatch):
-    monkeypatch.setattr(images, "_decode_any", None)
-    entries = [(0x100, 8), (0x101, 8), (0x142, 60_000), (0x143, 60_000)]
+    monkeypatch.setattr(images, "_load", None)
+    entries = [(0x100, 8), (0x101, 8), (0x102, 8), (0x103, 1), (0x106, 1), (0x115, 1),
+               (0x142, 60_000), (0x143, 60_000), (0x144, 8), (0x145, 9)]  # fmt: skip
     body = b"".join(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little")
                     for tag, value in entries)  # fmt: skip
     with pytest.raises(data.UnreadableError, match="limit of 64 megapixels"):
-        images.decode(b"II*\0\x08\0\0\0\x04\0" + body + bytes(4), "x")
+        images.decode(b"II*\0\x08\0\0\0\x0a\0" + body + bytes(4), "x")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])

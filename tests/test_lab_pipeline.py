@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import struct
 import threading
 import zipfile
@@ -17,9 +16,8 @@ import jaxtricks as jt
 from jaxtricks.lab import config, data
 from jaxtricks.lab.config import Parallel
 from jaxtricks.lab.data import folders
-from jaxtricks.lab.data import pipeline as batches_lib
 from jaxtricks.lab.data.dataset import Source, UnreadableError, shuffled
-from jaxtricks.lab.data.pipeline import walk
+from jaxtricks.lab.data.pipeline import _AHEAD, _largest_divisor
 from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.trainer import Feed, Reads
 
@@ -64,24 +62,21 @@ def test_seeds_out_of_range(seed):
 # States.
 
 
-def test_a_walk_has_grains_states_and_tries_again_after_an_error():
+def test_an_element_is_tried_again_after_an_error():
     broken = {3}
 
     def read(i):
         if i in broken:
-            raise OSError("the disk is away")
-        return 10 * i
+            raise UnreadableError(f"image {i}", "the disk is away")
+        return {"image": np.full((2, 2, 1), i, np.uint8), "label": np.int32(i)}, 4
 
-    ours = iter(walk(read).batch(2))
-    theirs = iter(grain.MapDataset.range(100).map(lambda i: 10 * i).to_iter_dataset().batch(2))
-    assert next(ours).tolist() == next(theirs).tolist() == [0, 10]
-    assert ours.get_state() == theirs.get_state()
-    single = iter(walk(read))
-    assert [next(single) for _ in range(3)] == [0, 10, 20]
-    with pytest.raises(OSError, match="away"):
-        next(single)
+    source = Source(read, 10, np.arange(10, dtype=np.int32))
+    batches = data.pipeline(source, batch=2, seed=0, order=lambda i: i % 10)
+    assert next(batches)["label"].tolist() == [0, 1]
+    with pytest.raises(UnreadableError, match="away"):
+        next(batches)
     broken.clear()
-    assert next(single) == 30 and single.get_state() == {"next_index": 4}
+    assert next(batches)["label"].tolist() == [2, 3]
 
 
 def numbered(n=150):
@@ -92,7 +87,7 @@ def numbered(n=150):
 
 
 TRANSFORMS = {
-    "plain": lambda ds: ds,
+    "plain": None,
     "echo2": lambda ds: jt.echo.echo(ds, 2, batch_size=6),
     "echo1.5": lambda ds: jt.echo.echo(ds, 1.5, batch_size=6),
 }
@@ -133,7 +128,7 @@ def test_every_position_is_one_to_go_on_from(transform, readers, to_device, batc
 @pytest.mark.parametrize("batch", [4, 7, 24])
 def test_blocks_hold_what_single_examples_would(readers, batch):
     options = {"batch": batch, "seed": 5, "readers": readers}
-    whole = data.pipeline(numbered(), transform=lambda ds: ds, **options)
+    whole = data.pipeline(numbered(), transform=None, **options)
     single = data.pipeline(numbered(), transform=lambda ds: ds.map(lambda e: e), **options)
     theirs = grain.MapDataset.range(150).shuffle(seed=5).repeat()
     for k in range(10):
@@ -146,50 +141,50 @@ def test_blocks_hold_what_single_examples_would(readers, batch):
 
 
 def test_blocks_divide_the_batch():
-    found = {n: batches_lib._largest_divisor(n, 8) for n in (1, 6, 8, 12, 17, 256, 250)}
+    found = {n: _largest_divisor(n, 8) for n in (1, 6, 8, 12, 17, 256, 250)}
     assert found == {1: 1, 6: 6, 8: 8, 12: 6, 17: 1, 256: 8, 250: 5}
 
 
 def test_threads_read_a_bounded_number_ahead():
     source = numbered()
-    batches = data.pipeline(source, batch=16, seed=0, transform=lambda ds: ds, readers=2)
+    batches = data.pipeline(source, batch=16, seed=0, transform=None, readers=2)
     for _ in range(50):
         next(batches)
     batches.close()
-    assert 50 * 16 <= source.bytes_read / 4 <= 50 * 16 + 2 * batches_lib._AHEAD
+    assert 50 * 16 <= source.bytes_read / 4 <= 50 * 16 + 2 * _AHEAD
 
 
 def test_text_is_stacked_too():
     d = data.load("topics", context=16)
-    batch = next(data.pipeline(d.train, batch=5, seed=0, transform=lambda ds: ds))
+    batch = next(data.pipeline(d.train, batch=5, seed=0, transform=None))
     assert batch["text"].shape == (5, 17) and batch["text"].dtype == np.int32
 
 
 @pytest.mark.devices
 def test_batches_are_spread_over_a_mesh_and_the_state_is_the_consumers():
-    place = Placement.of(Parallel(mesh="data=8"))
+    placement = Placement.of(Parallel(mesh="data=8"))
 
     def start(to_device):
         return data.pipeline(
             numbered(), batch=16, seed=1, transform=TRANSFORMS["echo2"], to_device=to_device
         )
 
-    sharded, host = start(lambda b: jax.device_put(b, place.batch)), start(None)
+    sharded, host = start(lambda b: jax.device_put(b, placement.batch)), start(None)
     for _ in range(5):
         ours, expected = next(sharded), next(host)
-        assert ours["image"].sharding == place.batch
+        assert ours["image"].sharding == placement.batch
         shards = ours["image"].addressable_shards
         assert len({s.device for s in shards}) == 8
         assert {s.data.shape for s in shards} == {(2, 2, 2, 1)}
         np.testing.assert_array_equal(ours["image"], expected["image"])
         # The thread is two batches ahead, and its state is not.
         assert sharded.get_state() == host.get_state()
-    resumed = start(lambda b: jax.device_put(b, place.batch))
+    resumed = start(lambda b: jax.device_put(b, placement.batch))
     resumed.set_state(sharded.get_state())
     np.testing.assert_array_equal(next(resumed)["label"], next(host)["label"])
 
 
-# Zips that are read in place.
+# Zips.
 
 
 class Stream(io.BytesIO):
@@ -205,7 +200,7 @@ class Stream(io.BytesIO):
 def make_zip(path, kind):
     """A zip of stored entries that has what zips may have; its contents."""
     rng = np.random.default_rng(0)
-    files = {f"cat/{i}.jpg": rng.bytes(1000 + i) for i in range(3)} | {
+    files = {f"cat/{i}.jpg": rng.bytes(20_000 + i) for i in range(3)} | {
         "dog/äöü.jpg": rng.bytes(700)
     }
     files |= {"dog/none.jpg": b""}
@@ -223,43 +218,29 @@ def make_zip(path, kind):
     return files
 
 
-def no_zipfile(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("zipfile was asked to read")
-
-    monkeypatch.setattr(zipfile.ZipFile, "read", refuse)
-
-
 KINDS = ["plain", "extra8", "extra500", "zip64", "streamed", "preamble"]
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["pread", "zipfile"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stored_entries_are_read_in_place(tmp_path, monkeypatch, kind, in_place):
+def test_stored_entries_are_read(tmp_path, kind):
     files = make_zip(tmp_path / "x.zip", kind)
-    if in_place:
-        no_zipfile(monkeypatch)
-    else:
-        monkeypatch.delattr(os, "pread")  # as on Windows
     tree = folders.open_zip(tmp_path / "x.zip")
     assert {name: tree.read(name) for name in tree.images.values()} == files
 
 
-def test_packed_entries_need_no_zipfile_either(tmp_path, monkeypatch):
+def test_deflated_entries_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat/0.jpg", b"a" * 1000)
-    no_zipfile(monkeypatch)
     assert folders.open_zip(tmp_path / "x.zip").read("cat/0.jpg") == b"a" * 1000
 
 
 @pytest.mark.parametrize(
     ("at", "words"),
-    [(0, "Bad magic"), (31, "its name in the directory"), (200, "Bad CRC-32"), (None, "too early")],
+    [(0, "Bad magic"), (31, "File name in directory"), (200, "Bad CRC-32"), (None, "too early")],
 )
-def test_a_stored_entry_that_changed_is_unreadable(tmp_path, monkeypatch, at, words):
+def test_a_stored_entry_that_changed_is_unreadable(tmp_path, at, words):
     path = tmp_path / "x.zip"
     files = make_zip(path, "plain")
-    no_zipfile(monkeypatch)
     tree = folders.open_zip(path)
     last = "cat/2.jpg"
     assert tree.read(last) == files[last]
@@ -276,11 +257,11 @@ def test_a_stored_entry_that_changed_is_unreadable(tmp_path, monkeypatch, at, wo
     assert tree.read("cat/0.jpg") == files["cat/0.jpg"]
     with path.open("r+b") as file:
         file.truncate(start + 10)  # not even a header
-    with pytest.raises(UnreadableError, match="cat/2.jpg can't be read .it ends too early"):
+    with pytest.raises(UnreadableError, match="cat/2.jpg can't be read .(Truncated|it ends)"):
         tree.read(last)
 
 
-def test_threads_read_stored_entries_without_a_lock(tmp_path):
+def test_threads_read_entries_at_once(tmp_path):
     files = make_zip(tmp_path / "x.zip", "extra500")
     tree, wrong = folders.open_zip(tmp_path / "x.zip"), []
 
@@ -307,7 +288,7 @@ def test_a_zip_and_its_folder_give_the_same_batches(tmp_path):
         archive.extractall(tmp_path / "x")
     loaded = [data.load(str(tmp_path / name)) for name in ("x.zip", "x")]
     ours, theirs = (
-        data.pipeline(d.train, batch=8, seed=0, transform=lambda ds: ds, readers=r)
+        data.pipeline(d.train, batch=8, seed=0, transform=None, readers=r)
         for d, r in zip(loaded, (0, 2), strict=True)
     )
     for _ in range(6):

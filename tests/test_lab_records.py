@@ -89,43 +89,8 @@ def test_integers_packed_or_not(packed):
     assert records.integers(records.features(raw)["label"]) == values
 
 
-def example_class():
-    """tf.train.Example as protobuf's own library has it, declared as in TensorFlow's example.proto."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="x", syntax="proto3")
-    one, many, kinds = 1, 3, descriptor_pb2.FieldDescriptorProto
-
-    def message(name, *fields, inside=file.message_type):
-        made = inside.add(name=name)
-        for number, (called, label, kind, of) in enumerate(fields, 1):
-            made.field.add(name=called, number=number, label=label, type=kind, type_name=of)
-        return made
-
-    message("BytesList", ("value", many, kinds.TYPE_BYTES, None))
-    message("FloatList", ("value", many, kinds.TYPE_FLOAT, None))
-    message("Int64List", ("value", many, kinds.TYPE_INT64, None))
-    lists = [
-        (f"{k.lower()}_list", one, kinds.TYPE_MESSAGE, f".x.{k}List")
-        for k in ("Bytes", "Float", "Int64")
-    ]
-    feature = message("Feature", *lists)
-    feature.oneof_decl.add(name="kind")
-    for choice in feature.field:
-        choice.oneof_index = 0
-    features = message(
-        "Features", ("feature", many, kinds.TYPE_MESSAGE, ".x.Features.FeatureEntry")
-    )
-    pair = ("key", one, kinds.TYPE_STRING, None), ("value", one, kinds.TYPE_MESSAGE, ".x.Feature")
-    message("FeatureEntry", *pair, inside=features.nested_type).options.map_entry = True
-    message("Example", ("features", one, kinds.TYPE_MESSAGE, ".x.Features"))
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("x.Example"))
-
-
 def test_what_protobuf_writes_is_read():
-    made = example_class()()
+    made = records._example_class()()
     feature = made.features.feature
     feature["image"].bytes_list.value.append(b"abc" * 1000)
     feature["label"].int64_list.value.append(300)
@@ -140,7 +105,9 @@ def test_what_protobuf_writes_is_read():
     assert records.strings(found["name"]) == [b"", b"x"]
     assert records.strings(found["score"]) == records.integers(found["score"]) == []
     # And what these tests write is what protobuf reads.
-    made = example_class().FromString(example(image=strings(b"abc"), label=integers(-7, 8)))
+    made = records._example_class().FromString(
+        example(image=strings(b"abc"), label=integers(-7, 8))
+    )
     assert list(made.features.feature["label"].int64_list.value) == [-7, 8]
     assert list(made.features.feature["image"].bytes_list.value) == [b"abc"]
 
@@ -157,13 +124,13 @@ def test_unknown_fields_are_passed_over():
 def test_every_cut_is_noticed_or_empty():
     raw = example(image=strings(b"abc"), label=integers(3))
     for end in range(1, len(raw)):
-        with pytest.raises(ValueError, match="ends too early"):
+        with pytest.raises(ValueError, match="can't be decoded"):
             records.label(raw[:end])
     with pytest.raises(ValueError, match="no features"):
         records.label(b"")
-    with pytest.raises(ValueError, match="more than 64 bits"):
+    with pytest.raises(ValueError, match="can't be decoded"):
         records.features(b"\xff" * 12)
-    with pytest.raises(ValueError, match="unknown kind 3"):
+    with pytest.raises(ValueError, match="can't be decoded"):
         records.features(struct.pack("B", 1 << 3 | 3))
 
 
@@ -243,7 +210,7 @@ def test_threads_read_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (b"no example", ("record 3", "no tf.train.Example", "write an image file")),
+        (b"no example", ("record 3", "not a tf.train.Example", "write an image file")),
         (example(image=strings(b"x")), ("record 3", "'image'", "an integer neither in 'label'")),
         (example(pixels=strings(b"x"), label=integers(1)), ("'label', 'pixels'", "an image file")),
         (example(image=strings(b"x"), label=integers(1, 2)), ("2 integers in 'label'",)),

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 
 import jaxtricks as jt
 from jaxtricks import plot
-from jaxtricks.lab import report
+from jaxtricks.lab import plots, report, rundir
 from jaxtricks.lab.commands import compare
 from jaxtricks.lab.config import Ablate, Train, Tricks, UserError
 
@@ -77,23 +77,23 @@ def lines(path, rows):
 
 
 def report_of(folder, pictures=None):
-    run = report.read(folder)
-    return report.markdown(run.about, run.rows, run.timing, run.result, pictures or ())
+    run = rundir.read(folder)
+    return report.markdown(run, pictures or ())
 
 
 def test_reading_and_comparing_import_no_jax(tmp_path):
     make_run(tmp_path / "run")
     code = (
-        "import sys; from jaxtricks.lab import report; from jaxtricks.lab.commands import compare; "
-        f"run = report.read({str(tmp_path / 'run')!r}); print(compare.for_terminal([run])); "
-        "report.markdown(run.about, run.rows, run.timing, run.result, ()); "
+        "import sys; from jaxtricks.lab import report, rundir; from jaxtricks.lab.commands import compare; "
+        f"run = rundir.read({str(tmp_path / 'run')!r}); print(compare.for_terminal([run])); "
+        "report.markdown(run, ()); "
         "assert 'jax' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_whole_run_is_read(tmp_path):
-    run = report.read(make_run(tmp_path / "run", Train(tricks=Tricks.of("echo", "agc"))))
+    run = rundir.read(make_run(tmp_path / "run", Train(tricks=Tricks.of("echo", "agc"))))
     assert [row["step"] for row in run.rows] == list(STEPS) and run.done == 40 and run.finished
     assert run.step_ms == pytest.approx(100) and run.examples_per_s == 640  # compilation left out
     assert run.tricks == ("echo", "agc") and not run.is_text
@@ -106,10 +106,10 @@ def test_torn_and_repeated_lines_are_survived(tmp_path):
         # A killed run's half line with a resumed run's line behind it, then that run from step 20 on.
         file.write('{"step": 50, "lo{"step": 20, "loss": 1}\n[1]\n{"loss": 2}\n\n')
         file.write('{"step": 30, "loss": 7.0}\n{"step": 40, "loss": null}\n{"step": 50')
-    rows = report.read(folder).rows
+    rows = rundir.read(folder).rows
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert rows[2]["loss"] == 7.0 and rows[3]["loss"] is None
-    run = report.read(folder)
+    run = rundir.read(folder)
     assert run.newest("loss") == 7.0 and run.newest("val_loss") == 1.0 and not run.finished
 
 
@@ -117,12 +117,12 @@ def test_a_bare_run_is_read_and_told(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {}}')
     (tmp_path / "result.json").write_text('{"test": {"accu')
     (tmp_path / "timing.jsonl").write_text('{"step": 1}\n{"step": 2, "seconds": null}\n')
-    run = report.read(tmp_path)
+    run = rundir.read(tmp_path)
     assert run.rows == [] and run.result == {} and run.step_ms is None
     text = report_of(tmp_path)
     assert "Not finished" in text and "None" not in text
     assert "None" not in compare.for_terminal([run, run])
-    assert plot.compare(compare.points([run])).axes
+    assert plots.compare(compare.points([run])).axes
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -130,23 +130,21 @@ def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
     for name in ("config.json", "result.json", "metrics.jsonl", "timing.jsonl"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="is no run"):
-        report.read(tmp_path)
+        rundir.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "config.json", "missing"])
 def test_no_run_is_one_sentence(tmp_path, name):
     if name == "config.json":
         (tmp_path / name).write_text("{")
-    with pytest.raises(
-        UserError, match=r"is no run: give a directory that `jaxtricks train --out`"
-    ):
-        report.read(tmp_path / name)
+    with pytest.raises(UserError, match=r"is no run: give a directory of `jaxtricks train --out`"):
+        rundir.read(tmp_path / name)
 
 
 def test_an_ablation_is_told_from_a_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(Ablate())}))
     with pytest.raises(UserError, match=r"is an ablation.*report\.md"):
-        report.read(tmp_path)
+        rundir.read(tmp_path)
 
 
 def test_the_report_holds_every_figure(tmp_path):
@@ -176,7 +174,7 @@ def test_the_report_holds_every_figure(tmp_path):
 
 
 def test_the_report_is_written_beside_the_run(tmp_path):
-    run = report.read(make_run(tmp_path / "run"))
+    run = rundir.read(make_run(tmp_path / "run"))
     report.write(run, ("curves.png",))
     assert (tmp_path / "run/report.md").read_text().count("curves.png") == 1
     with pytest.raises(UserError, match="can't write"):
@@ -215,7 +213,7 @@ def test_group_sizes_are_those_of_the_evaluation(counts):
 def runs_of(tmp_path, **named):
     """Runs by name; a value is (settings, arguments of make_run)."""
     return [
-        report.read(make_run(tmp_path / name, Train(**{"steps": 40, **cfg}), **more))
+        rundir.read(make_run(tmp_path / name, Train(**{"steps": 40, **cfg}), **more))
         for name, (cfg, more) in named.items()
     ]
 
@@ -318,8 +316,8 @@ def line_labels(axis):
 
 
 def test_curves_draw_what_is_logged(tmp_path):
-    rows = report.read(make_run(tmp_path / "run")).rows
-    loss, accuracy = drawn(plot.curves(rows, unit="nats")).axes
+    rows = rundir.read(make_run(tmp_path / "run")).rows
+    loss, accuracy = drawn(plots.curves(rows, unit="nats")).axes
     assert loss.get_ylabel() == "loss (nats)" and line_labels(loss) == ["training", "validation"]
     assert line_labels(accuracy) == ["training", "validation", "validation, balanced"]
     training, validation = loss.get_lines()
@@ -334,21 +332,21 @@ def test_curves_draw_what_is_logged(tmp_path):
 def test_curves_survive_gaps_and_single_points():
     rows = [{"step": i, "loss": None if i % 2 else 1.0 + i} for i in range(1, 8)]
     rows[3]["loss"] = math.inf
-    loss, accuracy = drawn(plot.curves(rows)).axes
+    loss, accuracy = drawn(plots.curves(rows)).axes
     (line,) = loss.get_lines()
     assert line.get_label() == "training (5 not finite)" and line.get_marker() != "None"
     assert np.isfinite(line.get_ydata()).sum() == 2
     assert [text.get_text() for text in accuracy.texts] == ["nothing to show yet"]
-    drawn(plot.curves([]))
-    (line,) = drawn(plot.curves([{"step": 3, "loss": 1.0}])).axes[0].get_lines()
+    drawn(plots.curves([]))
+    (line,) = drawn(plots.curves([{"step": 3, "loss": 1.0}])).axes[0].get_lines()
     assert line.get_marker() != "None"
     spiked = [{"step": i, "loss": 1e4 if i == 3 else 1.0} for i in range(9)]
-    assert plot.curves(spiked).axes[0].get_yscale() == "log"
+    assert plots.curves(spiked).axes[0].get_yscale() == "log"
 
 
 def test_an_empty_group_is_a_word_not_a_bar():
     result = {"kind": "image", "train": summary(1.0), "test": summary(0.8, 0.0)}
-    (axis,) = drawn(plot.groups(result, {"many": 1, "medium": 0, "few": 3})).axes
+    (axis,) = drawn(plots.groups(result, {"many": 1, "medium": 0, "few": 3})).axes
     assert len(axis.patches) == 4  # two splits, many and few
     texts = [text.get_text() for text in axis.texts]
     assert texts.count("none") == 2 and "0.0" in texts and "90.0" in texts
@@ -358,13 +356,13 @@ def test_an_empty_group_is_a_word_not_a_bar():
         "few\n3 classes",
     ]
     assert len({bar.get_hatch() for bar in axis.patches}) == 2
-    (axis,) = drawn(plot.groups(result)).axes
+    (axis,) = drawn(plots.groups(result)).axes
     assert [t.get_text() for t in axis.get_xticklabels()] == ["many", "medium", "few"]
 
 
 def test_compare_draws_every_run_at_its_cost(tmp_path):
     runs = runs_of(tmp_path, a=({}, {"test": 0.8}), b=({}, {"test": None, "step_s": 0.2}))
-    history, costs = drawn(plot.compare(compare.points(runs))).axes
+    history, costs = drawn(plots.compare(compare.points(runs))).axes
     assert line_labels(history) == ["a", "b"]
     points = [(*x.get_xdata(), *x.get_ydata()) for x in costs.get_lines()]
     assert points == [pytest.approx((100, 70)), pytest.approx((200, 50))]
@@ -377,10 +375,10 @@ def test_compare_draws_every_run_at_its_cost(tmp_path):
 
 def test_compare_measures_what_the_runs_share(tmp_path):
     runs = runs_of(tmp_path, c=({}, {"text": True, "test": 1.5}), d=({}, {"steps": (10,)}))
-    history, costs = drawn(plot.compare(compare.points(runs[:1]))).axes
+    history, costs = drawn(plots.compare(compare.points(runs[:1]))).axes
     assert "nats per character" in history.get_ylabel()
     assert list(costs.get_lines()[0].get_ydata()) == [1.5]
-    history, costs = drawn(plot.compare(compare.points(runs))).axes
+    history, costs = drawn(plots.compare(compare.points(runs))).axes
     assert line_labels(history) == ["c", "d (training)"] and "%" in costs.get_ylabel()
     assert "not measured yet: d" in costs.get_xlabel()
 
@@ -393,7 +391,7 @@ def test_names_of_points_cover_nothing():
         | {"test": {"balanced_accuracy": 0.5 + i // 6 / 100}}  # six runs share a point
         for i, name in enumerate(names)
     ]
-    figure = drawn(plot.compare(runs))
+    figure = drawn(plots.compare(runs))
     texts = figure.axes[1].texts
     assert [text.get_text() for text in texts] and {t.get_text() for t in texts} == set(names)
     renderer = figure.canvas.get_renderer()

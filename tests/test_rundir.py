@@ -47,7 +47,7 @@ def test_what_changes_no_number_may_change(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "can't be read"), ("[]", "is of no run"), (None, "holds no run")]
+    ("text", "words"), [("{", "can't be read"), ("[]", "is not of a run"), (None, "holds no run")]
 )
 def test_a_folder_without_a_run_is_refused(tmp_path, text, words):
     (tmp_path / "notes.txt").write_text("mine")

@@ -52,9 +52,9 @@ def dataset(model):
 def compiled(cfg, wide):
     """(program, compiled step, its first state) in float32 or float64."""
     set_ = dataset(cfg.model)
-    program = step_lib.build(cfg, set_)
+    program = step_lib.TrainStep(cfg, set_)
     state = program.init(0, set_.counts)
-    batch = step_lib.batch_shapes(cfg, set_, program.place)
+    batch = program.batch_shapes()
     if wide:
         state = jax.tree.map(lambda x: x.astype(float) if _tree.is_floating(x) else x, state)
         # What is float32 whatever the parameters are, such as figures that are only logged.
@@ -63,19 +63,19 @@ def compiled(cfg, wide):
             lambda x, y: x.astype(y.dtype) if _tree.is_floating(x) else x, state, kept
         )
     state = jax.device_put(state, program.shardings)
-    return program, step_lib.jitted(program, program.step).lower(state, batch).compile(), state
+    return program, program.jitted().lower(state, batch).compile(), state
 
 
 def batches(program, cfg):
     rng, shapes = (
         np.random.default_rng(0),
-        step_lib.batch_shapes(cfg, dataset(cfg.model), program.place),
+        program.batch_shapes(),
     )
     classes = len(dataset(cfg.model).classes)
     most = {"image": 256, "label": classes, "text": classes}
     for _ in range(STEPS * cfg.accumulate):
         host = {n: rng.integers(0, most[n], x.shape).astype(x.dtype) for n, x in shapes.items()}
-        yield program.place.put(host)
+        yield program.placement.put(host)
 
 
 def curve(cfg, wide=False):

@@ -20,9 +20,10 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import models, rundir
 from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import ablate, train
-from jaxtricks.lab.commands.ablate import REPORT, counted, hardware
-from jaxtricks.lab.config import MOST, Train, UserError, at_least, at_most, positive
+from jaxtricks.lab.commands.ablate import REPORT
+from jaxtricks.lab.config import MOST, Train, UserError, check_positive, check_ranges, option
 from jaxtricks.lab.data.pipeline import stack
+from jaxtricks.lab.report import counted, hardware
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 METHODS = (
@@ -46,48 +47,44 @@ METHODS = (
 class LongtailBench:
     """Compare long-tail methods on one data set: balanced accuracy, many, medium and few, over seeds."""
 
-    data: str = "digits"
-    """"digits" (embedded), a folder or a zip of class folders, or what else train takes for images."""
-    root: str = ""
-    """Folder that the paths in --data LIST.txt begin in, as in train."""
-    out: str = "runs/longtail"
-    """Run directory to create: results.json, report.md."""
-    methods: tuple[str, ...] = METHODS
-    """The methods to compare; cross_entropy is always there."""
-    seeds: int = 3
-    """Repetitions: of the images that are kept, the order and the initial weights."""
-    steps: int = 1000
-    """Optimizer steps a run."""
-    batch: int = 128
-    """Images a step."""
-    rate: float = 0.1
-    """Peak learning rate, the same for all methods."""
-    imbalance: float = 100.0
-    """Images of the largest over the smallest class."""
-    size: int = 0
-    """Side of the square that images are resized to; 0 takes what most of them have."""
-    widths: tuple[int, ...] = (16, 32, 64)
-    """Channels of each stage."""
-    blocks: int = 1
-    """Residual blocks a stage: 1 is a ResNet-8, 5 a ResNet-32."""
+    data: str = option(
+        "digits",
+        "'digits' (embedded), a folder or a zip of class folders, or what else train takes for images.",
+    )
+    root: str = option("", "Folder that the paths in --data LIST.txt begin in, as in train.")
+    out: str = option("runs/longtail", "Run directory to create: results.json, report.md.")
+    methods: tuple[str, ...] = option(
+        METHODS, "The methods to compare; cross_entropy is always there."
+    )
+    seeds: int = option(
+        3,
+        "Repetitions: of the images that are kept, the order and the initial weights.",
+        least=1,
+        most=MOST,
+    )
+    steps: int = option(1000, "Optimizer steps a run.")
+    batch: int = option(128, "Images a step.")
+    rate: float = option(0.1, "Peak learning rate, the same for all methods.")
+    imbalance: float = option(100.0, "Images of the largest over the smallest class.")
+    size: int = option(
+        0, "Side of the square that images are resized to; 0 takes what most of them have."
+    )
+    widths: tuple[int, ...] = option((16, 32, 64), "Channels of each stage.")
+    blocks: int = option(1, "Residual blocks a stage: 1 is a ResNet-8, 5 a ResNet-32.")
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
-        for name in ("seeds", "steps", "batch", "blocks"):
-            at_least(getattr(self, name), 1, f"--{name}", "a positive number")
-        positive(self.rate, "--rate")
+        check_ranges(self)
+        check_positive(self.rate, "--rate")
         # What a run of the same settings refuses.
         names = ("data", "root", "out", "steps", "batch", "blocks", "imbalance", "size", "widths")
         Train(**{name: getattr(self, name) for name in names}).check()
-        at_most(self.seeds, MOST, "--seeds")
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
-            raise UserError(f"--methods knows no {unknown[0]!r}: use some of {', '.join(METHODS)}")
+            raise UserError(f"--methods has no {unknown[0]!r}: use some of {', '.join(METHODS)}")
 
 
-# --------------------------------------------------------------------------------------------------
 # The report: a table of methods, and report.md.
-# --------------------------------------------------------------------------------------------------
 
 
 BASE = "cross_entropy"
@@ -152,9 +149,7 @@ def _error(values: list[float]) -> str:
     return f"{mean:+.1f} +- {ablate.spell(ablate.standard_error(values), len(values))}"
 
 
-# --------------------------------------------------------------------------------------------------
 # The comparison: long-tail methods on one data set, one trunk, one schedule.
-# --------------------------------------------------------------------------------------------------
 
 
 WARM_UP = 0.05  # share of the run
@@ -193,7 +188,7 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
     can_begin(cfg.out)
     train.refuse_text(cfg.data, cfg.root)
     data, trainers = _load(cfg, 0), {}
-    with RunDir(cfg.out, rundir.of_run(cfg, command)) as folder:
+    with RunDir(cfg.out, rundir.describe(cfg, command)) as folder:
         try:
             for seed in range(cfg.seeds):
                 data = _load(cfg, seed) if seed else data

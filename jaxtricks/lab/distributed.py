@@ -1,14 +1,19 @@
-"""Where a run's arrays lie: a mesh of devices, what is split over it, and who reads what."""
+"""Spread a run over devices and hosts: the mesh, the processes and their signals to stop.
 
+Several hosts run one process each, joined by jax.distributed; the first of them writes and speaks. When a
+process is lost, the others can't finish the step that they are in. jax.distributed notices within
+`HEARTBEAT` seconds, says so, and ends them; nothing of that can be caught.
+"""
+
+import dataclasses
 import json
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,16 +23,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtricks import _compat, _tree
 from jaxtricks.lab.config import DATA, MODEL, HostLostError, Parallel, UserError
 
-# The second of two kernels in a row: it is split along its inputs, so that what lies between the two
-# stays where it is (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3). All others are split along
-# their outputs: the TPU's compiler then scatters the residual stream of a ResNet and gathers it again, which
-# sends what summing it whole would, and keeps a third less (tests/bench/results/tpu_aot.md).
-_SECOND = re.compile(r"(^|/)(second|contract|attention/out)(/|$)")
+T = TypeVar("T")
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as lost."""
+_SECONDS_TO_LEAVE = 5  # in which the others may end too
+_SECONDS_TO_JOIN = 300  # for the others at the start and in every exchange
 # Vectors and small kernels are not worth a collective.
 _SMALL = 2**10
 
 
-class Placement(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Placement:
     """A mesh with the axes data and model, and whether parameters are split over data too.
 
     Attributes:
@@ -40,7 +47,7 @@ class Placement(NamedTuple):
 
     @classmethod
     def of(cls, cfg: Parallel, devices: Sequence[Any] | None = None) -> "Placement":
-        """The mesh of the settings over the first devices; several hosts use all devices.
+        """Make the mesh of the settings over the first devices; several hosts use all devices.
 
         Args:
           cfg: the settings.
@@ -50,25 +57,27 @@ class Placement(NamedTuple):
         Raises:
           UserError: fewer devices than asked for, or some of a host's left over.
         """
-        have, axes = devices or jax.devices(), cfg.axes
+        devices, axes = devices or jax.devices(), cfg.axes
+        several_hosts = jax.process_count() > 1
         if not axes:
-            axes = {DATA: len(have) if jax.process_count() > 1 else 1, MODEL: 1}
-        need = axes[DATA] * axes[MODEL]
-        if need > len(have):
+            axes = {DATA: len(devices) if several_hosts else 1, MODEL: 1}
+        size = axes[DATA] * axes[MODEL]
+        if size > len(devices):
             raise UserError(
-                f"--mesh {cfg.mesh} has {need} devices, but there are {len(have)}: lower it"
+                f"--mesh {cfg.mesh} has {size} devices, but there are {len(devices)}: lower it"
             )
-        if jax.process_count() > 1 and need < len(have):
+        if several_hosts and size < len(devices):
             raise UserError(
-                f"--mesh {cfg.mesh} leaves devices of some host unused: make it {len(have)} devices"
+                f"--mesh {cfg.mesh} leaves devices of some host unused: make it {len(devices)} devices"
             )
         types = (AxisType.Auto,) * len(axes)
-        devices = have[:need]
-        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+        mesh = jax.make_mesh(
+            tuple(axes.values()), tuple(axes), axis_types=types, devices=devices[:size]
+        )
         return cls(mesh, cfg.fsdp)
 
     @property
-    def everywhere(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """A copy on every device."""
         return NamedSharding(self.mesh, P())
 
@@ -86,74 +95,53 @@ class Placement(NamedTuple):
             )
 
     def rows(self, batch: int) -> np.ndarray:
-        """The rows of a batch that this process reads: those on its devices."""
-        index: Any = self.batch.addressable_devices_indices_map((batch,))
-        parts = sorted({part[0].indices(batch)[:2] for part in index.values()})
-        return np.concatenate([np.arange(*part) for part in parts])
+        """Return the rows of a batch that this process reads: those on its devices."""
+        slices: Any = self.batch.addressable_devices_indices_map((batch,))
+        bounds = sorted({part[0].indices(batch)[:2] for part in slices.values()})
+        return np.concatenate([np.arange(start, stop) for start, stop in bounds])
 
     def put(self, batch: Any) -> Any:
-        """A batch on its devices, from this process's rows."""
+        """Move a batch to its devices, from this process's rows."""
         if jax.process_count() == 1:
             return jax.device_put(batch, self.batch)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), batch)
 
-    def stored(self, params: Any, roles: Any) -> Any:
-        """NamedShardings of parameters between steps.
-
-        Kernels are split over model along their outputs, the second of two along its inputs; under
-        `fsdp` also over data, along the largest other axis that divides. What divides by neither
-        stays whole.
+    def parameters(self, params: Any, split_axes: Callable[..., list[int]], *, fsdp: bool) -> Any:
+        """Return the NamedShardings of parameters.
 
         Args:
           params: tree of arrays or shapes.
-          roles: (path, shape) -> the roles of its axes (`jt.nnx.roles`).
+          split_axes: (path, shape) -> axes that may be split over model (`models.split_axes`).
+          fsdp: split also over data, along the largest other axis that divides. What divides by
+            neither stays whole.
         """
-        return self._specs(params, roles, self.fsdp)
 
-    def used(self, params: Any, roles: Any) -> Any:
-        """NamedShardings of parameters while a step computes with them: not over data."""
-        return self._specs(params, roles, False)
-
-    def _specs(self, params: Any, roles: Any, fsdp: bool) -> Any:
         def sharding(path: str, x: Any) -> NamedSharding:
             spec: list[str | None] = [None] * len(x.shape)
-            # The head stays whole over model: the loss wants all the logits of an example in one place.
-            if path.endswith("kernel") and not path.startswith("head/"):
-                side = "in" if _SECOND.search(path) else "out"
-                along = [i for i, role in enumerate(roles(path, x.shape)) if role == side]
-                self._split(spec, x.shape, MODEL, along)
+            self._split(spec, x.shape, MODEL, split_axes(path, x.shape))
             if fsdp and x.size >= _SMALL:
                 self._split(spec, x.shape, DATA, range(len(spec)))
             return NamedSharding(self.mesh, P(*spec))
 
         return _tree.map_with_path(sharding, params)
 
-    def _split(self, spec: list[str | None], shape: tuple[int, ...], name: str, axes: Any) -> None:
+    def _split(
+        self, spec: list[str | None], shape: tuple[int, ...], name: str, axes: Sequence[int]
+    ) -> None:
         size = self.mesh.shape[name]
-        free = [i for i in axes if spec[i] is None and shape[i] % size == 0]
-        if free and size > 1:
+        divisible = [i for i in axes if spec[i] is None and shape[i] % size == 0]
+        if divisible and size > 1:
             # Of equal axes the last: the features of a kernel, not its spatial axes.
-            spec[max(free, key=lambda i: (shape[i], i))] = name
+            spec[max(divisible, key=lambda i: (shape[i], i))] = name
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of arrays that one device holds."""
+    """Return the bytes of arrays that one device holds."""
     shards = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
     return _tree.nbytes(shards)
 
 
-# --------------------------------------------------------------------------------------------------
-# Several hosts: one process each, joined by jax.distributed; the first of them writes and speaks.
-#
-# When a process is lost, the others can't finish the step that they are in. jax.distributed notices within
-# `HEARTBEAT` seconds, says so, and ends them; nothing of that can be caught.
-# --------------------------------------------------------------------------------------------------
-
-
-HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as lost."""
-_LEAVE = 5  # seconds in which the others may end too
-_JOIN = 300  # seconds to wait for the others at the start and when they meet
+# Processes of one run.
 
 
 def start(cfg: Parallel) -> None:
@@ -164,26 +152,28 @@ def start(cfg: Parallel) -> None:
     """
     if not cfg.coordinator or jax.distributed.is_initialized():
         return
-    own: dict[str, Any] = {}
+    address: dict[str, Any] = {}
     if cfg.coordinator != "auto":
-        own = {
+        address = {
             "coordinator_address": cfg.coordinator,
             "num_processes": cfg.processes,
             "process_id": cfg.process,
         }
     try:
         jax.distributed.initialize(
-            **own, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=_JOIN
+            **address,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            initialization_timeout=_SECONDS_TO_JOIN,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"--coordinator {cfg.coordinator}: the processes did not find each other "
+            f"--coordinator {cfg.coordinator}: the processes did not meet "
             f"({str(error).splitlines()[0]}): start all of them, with the same address"
         ) from error
 
 
-def first() -> bool:
-    """Whether this process writes and speaks for all."""
+def is_first() -> bool:
+    """Return whether this process writes and speaks for all."""
     return jax.process_index() == 0
 
 
@@ -195,44 +185,43 @@ def leave(code: int) -> None:
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        together.start()
-        together.join(_LEAVE)
+        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(_SECONDS_TO_LEAVE)
         os._exit(code)
     sys.exit(code)
 
 
 class Hosts:
-    """What the processes of a run do together; with one process, each does as it is told at once.
-
-    All processes call the same methods in the same order.
-    """
+    """What the processes of a run do together; all call the same methods in the same order."""
 
     def __init__(self) -> None:
         self.count = jax.process_count()
         self._meeting = _compat.Meeting("lab")
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON values of all processes, in their order.
+        """Return the JSON values of all processes, in their order.
 
         Raises:
           HostLostError: one did not come.
         """
         try:
-            return [json.loads(text) for text in self._meeting.exchange(json.dumps(value), _JOIN)]
+            texts = self._meeting.exchange(json.dumps(value), _SECONDS_TO_JOIN)
         except RuntimeError as error:
             raise HostLostError(
-                f"another host did not answer within {_JOIN} s: start all of them again with --resume"
+                f"another host did not answer within {_SECONDS_TO_JOIN} s: start all of them again "
+                "with --resume"
             ) from error
+        return [json.loads(text) for text in texts]
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """What the action returns (JSON) on the first host; the others wait for it.
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Return what the action returns (JSON) on the first host; the others wait for it.
 
         Raises:
           UserError: of the action, on every host.
         """
         answer: dict[str, Any] = {}
-        if first():
+        if is_first():
             try:
                 answer = {"value": action()}
             except UserError as error:
@@ -243,19 +232,17 @@ class Hosts:
         return answer["value"]
 
     def stop_at(self, step: int) -> bool:
-        """Whether the processes stop after this step, as one of them got SIGTERM; called at every step."""
+        """Return whether to stop after this step, as a process got SIGTERM; called at every step."""
         from jax.experimental import multihost_utils
 
         return self.count > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
-# --------------------------------------------------------------------------------------------------
-# A request to stop that waits for the end of the step, the same one on all hosts.
-# --------------------------------------------------------------------------------------------------
+# Signals.
 
 
 class StopError(BaseException):
-    """SIGTERM before the first step. No Exception: what handles errors must not take it for one."""
+    """SIGTERM before the first step. No Exception: handlers of errors must not take it for one."""
 
 
 class Interrupt:
@@ -277,24 +264,16 @@ class Interrupt:
     def __init__(self, hosts: Hosts) -> None:
         self.signal = ""
         self._hosts, self._waits = hosts, False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            alone = self._hosts.count == 1
-            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
-                self._before[number] = signal.signal(number, self._note if alone else _pass_on)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        alone = self._hosts.count == 1
+        handler = self._note if alone else _pass_on
+        for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+            self._previous[number] = signal.signal(number, handler)
         return self
-
-    def wait(self) -> None:
-        """From now on a signal waits for the end of a step."""
-        self._waits = True
-
-    def due(self, step: int) -> bool:
-        """Whether to stop after this step; called at every step."""
-        if self._hosts.stop_at(step):
-            self.signal = "SIGTERM"
-        return bool(self.signal)
 
     def __exit__(
         self,
@@ -302,8 +281,18 @@ class Interrupt:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def wait(self) -> None:
+        """Let a signal wait for the end of a step from now on."""
+        self._waits = True
+
+    def due(self, step: int) -> bool:
+        """Return whether to stop after this step; called at every step."""
+        if self._hosts.stop_at(step):
+            self.signal = "SIGTERM"
+        return bool(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.signal == "SIGINT" or not self._waits

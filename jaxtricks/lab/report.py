@@ -1,16 +1,17 @@
-"""report.md of a single run. Imports no jax."""
+"""Write report.md of a run, for a reader who has never heard of the project. Imports no jax."""
 
+import dataclasses
 import math
-import pathlib
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtricks import _table
-from jaxtricks.lab.config import Tricks, docs
-from jaxtricks.lab.rundir import Run, look, read, writing
+from jaxtricks.lab import rundir
+from jaxtricks.lab.config import Tricks
+from jaxtricks.lab.rundir import Run, look, writing
 
-__all__ = ["Run", "group_sizes", "markdown", "read", "write"]
+__all__ = ["counted", "group_sizes", "hardware", "machine_line", "markdown", "write"]
 
 GROUPS = ("many", "medium", "few")
 SPLITS = {"train": "training", "validation": "validation", "test": "the test"}
@@ -24,7 +25,7 @@ _MANY, _FEW, _RANKED = 100, 20, 100  # thresholds of the groups; below 100 class
 
 
 def group_sizes(counts: Sequence[int]) -> dict[str, int]:
-    """How many classes are many-, medium- and few-shot, grouped as the evaluation of a run does.
+    """Count the many-, medium- and few-shot classes, grouped as the evaluation of a run does.
 
     Args:
       counts: training images of each class.
@@ -51,32 +52,22 @@ def write(run: Run, pictures: Sequence[str]) -> None:
       UserError: it can't be written.
     """
     with writing(run.path / REPORT) as path:
-        path.write_text(markdown(run.about, run.rows, run.timing, run.result, pictures))
+        path.write_text(markdown(run, pictures))
 
 
-def markdown(
-    about: dict[str, Any],
-    rows: list[dict[str, Any]],
-    timing: list[dict[str, Any]],
-    result: dict[str, Any],
-    pictures: Sequence[str],
-) -> str:
-    """report.md of one run, for a reader who has never seen the project.
+def markdown(run: Run, pictures: Sequence[str]) -> str:
+    """Return report.md of one run.
 
     Args:
-      about: config.json.
-      rows: of metrics.jsonl.
-      timing: of timing.jsonl.
-      result: result.json; {} for an unfinished run.
+      run: as read, finished or not.
       pictures: file names beside the report.
 
     Returns:
-      Markdown; what is not known is left out.
+      Markdown; what the run does not say is left out.
     """
-    run = Run(pathlib.Path(), about, rows, timing, result)
     parts = [
         f"# {_title(run)}",
-        _command(about),
+        _command(run.about),
         _what(run),
         _tricks(run),
         "## Result",
@@ -86,17 +77,19 @@ def markdown(
         *(f"![{_PICTURES.get(name, name)}]({name})" for name in pictures),
         "## Cost",
         _costs(run),
-        "## How it was made",
-        _made(about),
-        _again(about),
+        "## How it was run",
+        _origin(run.about),
+        _again(run.about),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _title(run: Run) -> str:
     model, name = look(run.about, "config", "model"), look(run.about, "data", "name")
-    on = " and ".join(run.tricks) if len(run.tricks) < 3 else f"{len(run.tricks)} tricks"
-    return f"{model or 'A model'} on {name or 'unknown data'}" + (f", with {on}" if on else "")
+    title = f"{model or 'A model'} on {name or 'unknown data'}"
+    if len(run.tricks) > 2:
+        return f"{title}, with {len(run.tricks)} tricks"
+    return f"{title}, with {' and '.join(run.tricks)}" if run.tricks else title
 
 
 def _command(about: dict[str, Any]) -> str:
@@ -107,11 +100,14 @@ def _command(about: dict[str, Any]) -> str:
 
 def _what(run: Run) -> str:
     data = look(run.about, "data") or {}
-    notes = (str(note).strip().rstrip(".") for note in data.get("notes") or ())
-    notes = (f"{note[:1].upper()}{note[1:]}." for note in notes if note)
-    counts = "" if run.is_text else _counts(data)
-    sentences = (_task(run, data), counts, *notes, _length(run))
-    return " ".join(sentence for sentence in sentences if sentence)
+    # Notes begin in lower case and end without a full stop: they are printed line by line too.
+    notes = [str(note).strip().rstrip(".") for note in data.get("notes") or ()]
+    sentences = [_task(run, data)]
+    if not run.is_text:
+        sentences.append(_counts(data))
+    sentences += [f"{note[:1].upper()}{note[1:]}." for note in notes if note]
+    sentences.append(_length(run))
+    return " ".join(filter(None, sentences))
 
 
 def _task(run: Run, data: dict[str, Any]) -> str:
@@ -121,6 +117,7 @@ def _task(run: Run, data: dict[str, Any]) -> str:
     else:
         goal = f"tell {len(data.get('classes') or ()) or 'the'} classes apart in"
         unit = f"images of {shape}" if shape else "images"
+    # Runs of older versions may lack any of the fields.
     sizes = [f"{data[name]:,} for {use}" for name, use in SPLITS.items() if data.get(name)]
     model, name = look(run.about, "config", "model") or "model", data.get("name") or "its data"
     return f"The {model} learned to {goal} `{name}`: {', '.join([unit, *sizes])}."
@@ -151,8 +148,8 @@ def _length(run: Run) -> str:
 def _tricks(run: Run) -> str:
     if not run.tricks:
         return "No trick is on: this is plain training."
-    what = docs(Tricks)
-    lines = [f"- {key}: {what[key]}" for key in run.tricks]
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(Tricks)}
+    lines = [f"- {key}: {helps[key]}" for key in run.tricks]
     return "\n".join(["Tricks that are on (`jaxtricks explain NAME` tells more):", "", *lines])
 
 
@@ -163,8 +160,11 @@ def _unfinished(run: Run) -> str:
     text = (
         f"**Not finished:** {run.done} of {total} steps are logged, the test split is not measured."
     )
-    known = {name: run.newest(f"val_{name}") for name in ("loss", "accuracy", "balanced_accuracy")}
-    values = [f"{k.replace('_', ' ')} {x:.4g}" for k, x in known.items() if x is not None]
+    values = []
+    for name in ("loss", "accuracy", "balanced_accuracy"):
+        newest = run.newest(f"val_{name}")
+        if newest is not None:
+            values.append(f"{name.replace('_', ' ')} {newest:.4g}")
     return f"{text} Newest on the validation split: {', '.join(values)}." if values else text
 
 
@@ -202,6 +202,7 @@ def _skipped(run: Run) -> str:
 def _text_cells(summary: dict[str, Any]) -> tuple[str, ...]:
     nats = summary.get("loss")
     units = () if nats is None else (f"{nats:.4f}", f"{nats / math.log(2):.4f}")
+    # Where the loss overflowed there is no figure.
     return (*(units or ("-", "-")), _percent(summary.get("accuracy")))
 
 
@@ -224,21 +225,25 @@ def _legend(counts: Sequence[int]) -> str:
 
 
 def _costs(run: Run) -> str:
-    result, done = run.result, run.done
-    costs = {
-        "parameters": _say("{:,}".format, result.get("parameters")),
-        "optimizer state": _say(_table.format_bytes, result.get("state_bytes")),
-        "temporaries of the compiled step": _say(_table.format_bytes, result.get("temp_bytes")),
-        "peak of the planned step": _say(_planned, result.get("plan")),
-        "mesh": _say(_mesh, result.get("mesh")),
-        "sent between devices in a step": _say(_sent, result.get("mesh")),
-        "time of a step, median": _say("{:.2f} ms".format, run.step_ms),
-        "examples per second": _say("{:,.0f}".format, run.examples_per_s),
-        "read from the data per step": _say(
-            lambda n: _table.format_bytes(n / done), result.get("bytes_read") if done else None
-        ),
-    }
-    body = [(name, value) for name, value in costs.items() if value is not None]
+    result, size = run.result, _table.format_bytes
+    bytes_read = result.get("bytes_read")
+    per_step = bytes_read / run.done if bytes_read is not None and run.done else None
+    rows: list[tuple[str, Callable[[Any], str | None], Any]] = [
+        ("parameters", "{:,}".format, result.get("parameters")),
+        ("optimizer state", size, result.get("state_bytes")),
+        ("temporaries of the compiled step", size, result.get("temp_bytes")),
+        ("peak of the planned step", _planned, result.get("plan")),
+        ("mesh", _mesh, result.get("mesh")),
+        ("sent between devices in a step", _sent, result.get("mesh")),
+        ("time of a step, median", "{:.2f} ms".format, run.step_ms),
+        ("examples per second", "{:,.0f}".format, run.examples_per_s),
+        ("read from the data per step", size, per_step),
+    ]
+    body = []
+    for name, form, value in rows:
+        text = None if value is None else form(value)
+        if text is not None:  # what was not measured has no row
+            body.append((name, text))
     return _table.make(("cost", "value"), body).markdown() if body else "Nothing is measured yet."
 
 
@@ -266,13 +271,10 @@ def _sent(mesh: dict[str, Any]) -> str:
     )
 
 
-def _say(form: Callable[[Any], str | None], value: Any) -> str | None:
-    return None if value is None else form(value)
-
-
-def _made(about: dict[str, Any]) -> str:
+def _origin(about: dict[str, Any]) -> str:
     versions = look(about, "versions") or {}
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    # A run that was stopped has a session for each time that it went on.
     again = (
         f"went on after step {session.get('step', '?')} ({session.get('started', '?')})"
         for session in look(about, "resumed") or ()
@@ -323,9 +325,31 @@ def _again(about: dict[str, Any]) -> str:
 
 def _without(words: Sequence[str], flag: str, option: str) -> list[str]:
     # The option's value is the next word, or joined to it.
-    kept, is_value = [], False
+    rest, is_value = [], False
     for word in words:
         if not is_value and word not in (flag, option) and not word.startswith(f"{option}="):
-            kept.append(word)
+            rest.append(word)
         is_value = word == option
-    return kept
+    return rest
+
+
+# Parts that other reports have too.
+
+
+def counted(number: int, noun: str) -> str:
+    """Write "1 seed" or "2 seeds"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def hardware() -> str:
+    """Describe this machine and its versions in one line."""
+    return machine_line(rundir.hardware(), rundir.versions())
+
+
+def machine_line(machine: dict[str, Any], versions: dict[str, str]) -> str:
+    """Write what `rundir.hardware` and `rundir.versions` return in one line."""
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "numpy"))
+    return (
+        f"{machine['kind']}, {machine['cores']} cores, {machine['machine']}, "
+        f"Python {versions['python']}, {packages}"
+    )

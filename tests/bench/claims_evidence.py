@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtricks.lab.commands import ablate
+from jaxtricks.lab import report
 from jaxtricks.lab.commands import ablate as seeds
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -238,10 +238,10 @@ def made(name: str) -> tuple[str, str]:
     if name.endswith(".json"):
         about = recorded(name)
         about = about.get("about") or about["training"]
-        return about["command"], ablate.machine_line(about["hardware"], about["versions"])
+        return about["command"], report.machine_line(about["hardware"], about["versions"])
     text = (RESULTS / name).read_text()
     command = re.findall(r"`((?:python|jaxtricks) [^`]*)`", text)[0]
     line = next(x for x in text.split("\n") if re.search(r"cores|libtpu \d", x))
     if line.startswith("{"):
-        return command, ablate.machine_line(*map(ast.literal_eval, line.split("; ")))
+        return command, report.machine_line(*map(ast.literal_eval, line.split("; ")))
     return command, line.split("; `")[0].rstrip(".")

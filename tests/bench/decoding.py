@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 def loaders(d: data.Data, path: pathlib.Path) -> dict[str, Callable[[], Iterator[Any]]]:
     """Name -> a function that starts it; each gives batches of the same images in the same order."""
     pipeline = lambda **options: data.pipeline(
-        d.train, **{"batch": BATCH, "seed": 0, "transform": lambda ds: ds} | options
+        d.train, **{"batch": BATCH, "seed": 0, "transform": None} | options
     )
     in_grain = lambda *options: iter(
         grain.MapDataset.source(d.train)

@@ -48,9 +48,9 @@ def settings(model: str, on: Tricks, parallel: Parallel | None = None) -> Plan:
 def cost(cfg: Plan) -> common.StepCost:
     """What the step of a run needs, compiled as a run compiles it."""
     data = plan.described(cfg)
-    program = step_lib.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
-    batch = step_lib.batch_shapes(cfg, data, program.place)
-    compiled = step_lib.jitted(program, program.step).lower(program.shapes, batch).compile()
+    program = step_lib.TrainStep(cfg, data, placement=Placement.of(cfg.parallel, tpu.chips()))
+    batch = program.batch_shapes()
+    compiled = program.jitted().lower(program.shapes, batch).compile()
     counts = compiled.cost_analysis()
     return common.StepCost(
         temp=common.temp_bytes(compiled),

@@ -1,16 +1,18 @@
-"""The `compare` command: finished and unfinished runs side by side. Imports no jax."""
+"""Compare finished and unfinished runs side by side. Imports no jax."""
 
 import itertools
+import pathlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtricks import KEYS, _table
-from jaxtricks.lab.config import UserError
+from jaxtricks.lab import plots, rundir
+from jaxtricks.lab.config import Compare, UserError
 from jaxtricks.lab.rundir import FREE, Run, look
 
 _WIDTH = 100  # columns of a terminal
-_WORD = 30  # characters kept of a word there
+_WORD = 30  # characters of a word there
 _WORDS = ("data", "model", "tricks", "seed")  # columns that are settings, not figures
 
 
@@ -34,11 +36,20 @@ _QUALITIES = (
 )
 
 
+def main(cfg: Compare) -> None:
+    """Print the table and draw the picture: what the command line calls."""
+    runs = [rundir.read(path) for path in cfg.runs]
+    print(for_terminal(runs))
+    if cfg.picture:
+        cure = "give a --picture that ends in .png, in a folder that can be written to"
+        plots.save(plots.compare(points(runs)), pathlib.Path(cfg.picture), cure)
+
+
 def table(runs: Sequence[Run]) -> _table.Table:
-    """One row a run; below it what the runs differ in and what to beware of.
+    """Make a row per run; below it what the runs differ in and what to beware of.
 
     Args:
-      runs: as read by `runs.read`.
+      runs: as read by `rundir.read`.
 
     Returns:
       A table whose quality columns are those that apply to some run: the test split of finished runs, the
@@ -55,10 +66,10 @@ def table(runs: Sequence[Run]) -> _table.Table:
 
 
 def for_terminal(runs: Sequence[Run]) -> str:
-    """The table in 100 columns: what all runs share is said once, long names lose their middle.
+    """Write the table in 100 columns: what all runs share stands above, long names lose their middle.
 
     Args:
-      runs: as read by `runs.read`.
+      runs: as read by `rundir.read`.
 
     Returns:
       The text to print.
@@ -70,53 +81,55 @@ def for_terminal(runs: Sequence[Run]) -> str:
     columns = dict(zip(full.headers, zip(*full.rows, strict=True), strict=True))
     shared = {name: columns.pop(name)[0] for name in _WORDS if len(set(columns[name])) == 1}
     columns["run"] = tuple(_short_names(columns["run"]))
-    words = {
-        name: tuple(_shorten(x, _WORD) for x in columns.pop(name))
-        for name in _WORDS
-        if name in columns
-    }
-    figures = dict(_right(*column) for column in columns.items() if column[0] != "run")
-    tables = _fitting({"run": columns["run"], **figures, **words})
-    said = ", ".join(f"{name} {_table.cell(value)}" for name, value in shared.items())
-    intro = (
-        [textwrap.fill(f"{'All runs' if len(runs) > 1 else 'Run'}: {said}", _WIDTH)] if said else []
-    )
-    notes = [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in full.notes]
-    return "\n\n".join([*intro, *map(_text, tables), *(["\n".join(notes)] if notes else [])])
+    words = {}
+    for name in _WORDS:
+        if name in columns:
+            words[name] = tuple(_shorten(x, _WORD) for x in columns.pop(name))
+    run_names = columns.pop("run")
+    figures = dict(_right(header, cells) for header, cells in columns.items())
+    parts = [_text(part) for part in _fitting({"run": run_names, **figures, **words})]
+    if shared:
+        who = "All runs" if len(runs) > 1 else "Run"
+        settings = ", ".join(f"{name} {_table.cell(value)}" for name, value in shared.items())
+        parts.insert(0, textwrap.fill(f"{who}: {settings}", _WIDTH))
+    if full.notes:
+        notes = [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in full.notes]
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
 
 
 def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What `plot.compare` draws.
+    """Return what `plots.compare` draws.
 
     Args:
-      runs: as read by `runs.read`.
+      runs: as read by `rundir.read`.
 
     Returns:
-      A dict a run: name; text, whether it modelled text; rows of metrics.jsonl; test, the summary of the
+      A dict per run: name; text, whether it modelled text; rows of metrics.jsonl; test, the summary of the
       test split, {} while unfinished; step_ms, None if not measured.
     """
-    return [
-        {
-            "name": name,
-            "text": run.is_text,
-            "rows": run.rows,
-            "test": look(run.result, "test") or {},
-            "step_ms": run.step_ms,
-        }
-        for name, run in zip(_short_names(names(runs)), runs, strict=True)
-    ]
+    dicts = []
+    for name, run in zip(_short_names(names(runs)), runs, strict=True):
+        test = look(run.result, "test") or {}
+        point = {"name": name, "text": run.is_text, "rows": run.rows, "test": test}
+        dicts.append({**point, "step_ms": run.step_ms})
+    return dicts
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """The shortest ends of the runs' paths that tell them apart."""
-    parts = [run.path.resolve().parts for run in runs]
-    depths = range(1, max(map(len, parts)) + 1)
-    candidates = (["/".join(part[-depth:]) for part in parts] for depth in depths)
-    return next(ends for ends in candidates if len(set(ends)) == len(set(parts)))
+    """Return the shortest ends of the runs' paths that tell them apart."""
+    paths = [run.path.resolve().parts for run in runs]
+    different = len(set(paths))
+    depth, ends = 0, [""]
+    while len(set(ends)) < different or depth == 0:
+        depth += 1
+        ends = ["/".join(parts[-depth:]) for parts in paths]
+    return ends
 
 
 def tricks(run: Run) -> str:
-    """The tricks that were on, as in "agc+echo", "all - agc" or "-"."""
+    """Name the tricks that were on, as in "agc+echo", "all - agc" or "-"."""
+    # Ablations leave one out: "all - agc" is shorter than the nine others.
     off = [key for key in KEYS if key not in run.tricks]
     if len(off) <= 2:
         return " - ".join(["all", *off])
@@ -130,7 +143,8 @@ def _columns(runs: Sequence[Run]) -> dict[str, Sequence[Any]]:
         columns[name] = [str(setting.get(name) or "?") for setting in settings]
     columns["steps"] = [_steps(run) for run in runs]
     for quality in _QUALITIES:
-        if any(cells := _cells(quality, runs)):
+        cells = _cells(quality, runs)
+        if any(cells):
             columns[quality.header] = [cell or "-" for cell in cells]
     columns["step ms"] = ["-" if x.step_ms is None else f"{x.step_ms:.2f}" for x in runs]
     states = [run.result.get("state_bytes") for run in runs]
@@ -140,26 +154,28 @@ def _columns(runs: Sequence[Run]) -> dict[str, Sequence[Any]]:
 
 
 def _cells(quality: _Quality, runs: Sequence[Run]) -> list[str]:
-    """The column; "" where there is nothing to say."""
+    """Return the column; "" where there is nothing to say."""
     measured = [_tested(quality, run) for run in runs]
-    known = [x for x in measured if x is not None]
-    best = quality.best(known) if len(known) > 1 else None
+    # A run alone is not the best of its column.
+    finished = [x for x in measured if x is not None]
+    best = quality.best(finished) if len(finished) > 1 else None
     cells = []
     for run, x in zip(runs, measured, strict=True):
-        newest = None if run.finished or run.is_text != quality.of_text else _newest(quality, run)
         if x is not None:
-            cells.append(quality.form(x) + ("*" if x == best else ""))
-        else:
-            cells.append("" if newest is None else f"val {quality.form(newest)}")
+            mark = "*" if x == best else ""
+            cells.append(f"{quality.form(x)}{mark}")
+            continue
+        newest = None
+        if not run.finished and run.is_text == quality.of_text:
+            newest = run.newest(f"val_{quality.metric}")
+        cells.append("" if newest is None else f"val {quality.form(newest)}")
     return cells
 
 
 def _tested(quality: _Quality, run: Run) -> float | None:
-    return look(run.result, "test", quality.metric) if run.is_text == quality.of_text else None
-
-
-def _newest(quality: _Quality, run: Run) -> float | None:
-    return run.newest(f"val_{quality.metric}")
+    if run.is_text != quality.of_text:
+        return None
+    return look(run.result, "test", quality.metric)
 
 
 def _steps(run: Run) -> str:
@@ -176,58 +192,66 @@ def _legend(columns: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 
 def _differences(runs: Sequence[Run]) -> Iterator[str]:
-    """A sentence for each setting that is no column and differs between the runs that have it."""
-    settings = [_settings(run) for run in runs]
-    for setting in dict.fromkeys(itertools.chain(*settings)):
+    """Yield a sentence for each setting that is not a column and differs between the runs."""
+    by_name = dict(zip(names(runs), map(_settings, runs), strict=True))
+    all_settings = dict.fromkeys(itertools.chain(*by_name.values()))
+    for setting in all_settings:
+        if setting in (*_WORDS, "steps"):
+            continue
         runs_of: dict[str, list[str]] = {}
-        for name, values in zip(names(runs), settings, strict=True):
-            if setting in values:
-                runs_of.setdefault(_say(values[setting]), []).append(name)
-        if setting not in (*_WORDS, "steps") and len(runs_of) > 1:
-            who = (f"{value} ({', '.join(having)})" for value, having in runs_of.items())
+        for name, settings in by_name.items():
+            if setting in settings:
+                value = _written(settings[setting])
+                runs_of.setdefault(value, []).append(name)
+        if len(runs_of) > 1:
+            who = [f"{value} ({', '.join(users)})" for value, users in runs_of.items()]
             yield f"{setting}: {', '.join(who)}."
 
 
 def _warnings(runs: Sequence[Run]) -> Iterator[str]:
-    if _differ(
-        runs, lambda run: [look(run.about, "data", key) for key in ("name", "test", "classes")]
-    ):
+    if _differ(runs, "data", ("name", "test", "classes")):
         yield "The runs have different data: their figures are of different test sets."
-    elif _differ(runs, lambda run: look(run.about, "config", "seed")):
-        yield "The seeds differ, and with them the test split where the data set brings none of its own."
-    if _differ(
-        runs, lambda run: [look(run.about, "hardware", k) for k in ("kind", "cores", "machine")]
-    ):
+    elif _differ(runs, "config", ("seed",)):
+        yield "The seeds differ, and with them the test split where the data set brings none."
+    if _differ(runs, "hardware", ("kind", "cores", "machine")):
         yield "The runs were on different hardware: their step times say little about the settings."
 
 
-def _differ(runs: Sequence[Run], key: Callable[[Run], Any]) -> bool:
-    return any(key(run) != key(runs[0]) for run in runs)
+def _differ(runs: Sequence[Run], section: str, names: Sequence[str]) -> bool:
+    first = runs[0]
+    for run in runs:
+        for name in names:
+            if look(run.about, section, name) != look(first.about, section, name):
+                return True
+    return False
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Settings by name, those of the text model only where it was used; the data by what was found."""
+    """Return settings by name, those of the text model only where it was used."""
     config = dict(look(run.about, "config") or {})
     data = look(run.about, "data", "name") or config.get("data")
+    # Nested settings are shown by their names on the command line.
     text = (config.pop("text", None) or {}) if run.is_text else {}
     settings = {**config, **text, "data": data, "tricks": tricks(run)}
     return {name: value for name, value in settings.items() if name not in FREE | {"text"}}
 
 
-def _say(value: Any) -> str:
+def _written(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else _table.cell(value)
 
 
 def _right(header: str, cells: Sequence[str]) -> tuple[str, list[str]]:
-    """Digits below digits: the marks of the best stand beside the column."""
-    marked = any(cell.endswith("*") for cell in cells)
-    padded = [cell if cell.endswith("*") or not marked else f"{cell} " for cell in cells]
+    """Align a column to the right; the marks of the best stand beside it."""
+    if any(cell.endswith("*") for cell in cells):
+        padded = [cell if cell.endswith("*") else f"{cell} " for cell in cells]
+    else:
+        padded = list(cells)
     width = max(map(len, (header, *padded)))
     return header.rjust(width), [cell.rjust(width) for cell in padded]
 
 
 def _shorten(value: Any, width: int) -> Any:
-    """Text without its middle; what is no text stays as it is."""
+    """Drop the middle of a long text; other values stay as they are."""
     if not isinstance(value, str) or len(value) <= width:
         return value
     tail = (width - 1) // 2
@@ -235,7 +259,7 @@ def _shorten(value: Any, width: int) -> Any:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """As short as possible while they differ."""
+    """Shorten names as far as they differ."""
     for width in (24, 36, 48):
         short = [_shorten(name, width) for name in names]
         if len(set(short)) == len(set(names)):
@@ -248,7 +272,7 @@ def _text(columns: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _fitting(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Sequence[Any]]]:
-    """The columns in tables that fit the terminal, each beginning with the runs."""
+    """Split the columns into tables that fit the terminal, each beginning with the runs."""
     names = {"run": columns["run"]}
     tables = [names]
     for name, cells in columns.items():

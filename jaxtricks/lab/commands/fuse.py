@@ -1,4 +1,4 @@
-"""The `fuse` command: a run's model as plain convolutions, in files that need nothing of this library."""
+"""Fuse a run's model into plain convolutions, in files that need nothing of this library."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from jaxtricks.lab import rundir
 from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.commands import train
-from jaxtricks.lab.config import Fuse, Parallel, Text, Train, Tricks, UserError, outside
+from jaxtricks.lab.config import Fuse, Parallel, Text, Train, Tricks, UserError, check_outside
 from jaxtricks.lab.rundir import CONFIG, RunDir, can_begin, only_writer, writing
 from jaxtricks.lab.step import to_float
 
@@ -43,6 +43,11 @@ class Artifact(NamedTuple):
     program: bytes
 
 
+def main(cfg: Fuse, command: str) -> None:
+    """Fuse: what the command line calls."""
+    run(cfg, command)
+
+
 def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     """Fuse a run's model, compare the two, and write weights, program and report.
 
@@ -54,25 +59,26 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
       What fuse.json says.
 
     Raises:
-      UserError: something that the person can mend.
+      UserError: something that the user can mend.
     """
     say = functools.partial(Console().print, highlight=False, markup=False, soft_wrap=True)
-    made = rundir.read(cfg.run)
-    settings = settings_of(made)
+    source = rundir.read(cfg.run)
+    settings = settings_of(source)
     if settings.model == "transformer":
         raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
-    out = cfg.out or str(made.path / "fused")
-    outside(out, data=settings.data, root=settings.root)
+    out = cfg.out or str(source.path / "fused")
+    check_outside(out, data=settings.data, root=settings.root)
     can_begin(out)
-    data = train.load(dataclasses.replace(settings, resume=True, out=str(made.path)))
+    data = train.load(dataclasses.replace(settings, resume=True, out=str(source.path)))
     # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.
-    with only_writer(made.path):
-        model = restored(settings, data, made.path, say)
+    with only_writer(source.path):
+        model = restored(settings, data, source.path, say)
     folder = RunDir(out, rundir.session(command))
+    # Of the test split: what the model is deployed for.
     images = next(data_lib.eval_batches(data.test, cfg.batch))["image"]
     try:
         fused, report = jt.nnx.fuse(model, example=to_float(jnp.asarray(images)))
-    except ValueError as error:
+    except ValueError as error:  # statistics that were never updated, say
         raise UserError(str(error)) from error
     say(str(report))
     artifact = exported(fused, images)
@@ -96,24 +102,24 @@ USE = f"""  from jax import export
   logits = program.call(load_file("{WEIGHTS}"), images)  # images: uint8 [N, H, W, C]"""
 
 
-def settings_of(made: rundir.Run) -> Train:
-    """The settings that a run was made with, on one device, recomputation off.
+def settings_of(source: rundir.Run) -> Train:
+    """Return the settings of a run, on one device, recomputation off.
 
     Raises:
       UserError: settings of another version, or that can't be meant.
     """
-    given: dict[str, Any] = dict(made.about["config"])
+    fields: dict[str, Any] = dict(source.about["config"])
     try:
-        given["tricks"] = Tricks(**{**given["tricks"], "remat": False})
-        given["text"] = Text(**given["text"])
-        given["parallel"] = Parallel()
-        given["widths"] = tuple(given["widths"])
-        settings = Train(**given)
+        fields["tricks"] = Tricks(**{**fields["tricks"], "remat": False})
+        fields["text"] = Text(**fields["text"])
+        fields["parallel"] = Parallel()
+        fields["widths"] = tuple(fields["widths"])
+        settings = Train(**fields)
         settings.check()
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{made.path / CONFIG} has not the settings of this version ({error}): use the "
-            "version that made it"
+            f"{source.path / CONFIG} does not have the settings of this version ({error}): use the "
+            "version that wrote it"
         ) from error
     return settings
 
@@ -121,27 +127,27 @@ def settings_of(made: rundir.Run) -> Train:
 def restored(
     cfg: Train, data: data_lib.Data, path: pathlib.Path, say: Callable[[str], None]
 ) -> Any:
-    """The model of the newest checkpoint in evaluation mode, averaged where the run averaged."""
+    """Return the model of the newest checkpoint in evaluation mode, averaged where the run averaged."""
     folder = path / "checkpoints"
     missing = UserError(f"{path} has no checkpoint: train with --save-every below --steps")
-    if not folder.is_dir():  # opening the checkpoints would make it
+    if not folder.is_dir():  # opening the checkpoints would create it
         raise missing
-    program = step_lib.build(cfg, data)
-    like = program.start(cfg.seed, data.counts)
+    step = step_lib.TrainStep(cfg, data)
+    like = step.start(cfg.seed, data.counts)
     checkpoints = Checkpoints(folder, cfg.keep)
-    found = checkpoints.restore(like, say)
+    checkpoint = checkpoints.restore(like, say)
     checkpoints.close()
-    if found is None:
+    if checkpoint is None:
         raise missing
-    say(f"step {found.step} of {path}")
+    say(f"step {checkpoint.step} of {path}")
     model = step_lib.build_model(cfg, data.shape[-1], len(data.classes), like.key)
-    model = jt.nnx.filled(model, program.averaged(found.state), found.state.model_state)
+    model = jt.nnx.filled(model, step.averaged(checkpoint.state), checkpoint.state.model_state)
     model.eval()
     return model
 
 
 def exported(model: nnx.Module, images: Array) -> Artifact:
-    """The model as weights and a program for CPU, GPU and TPU, with any number of images."""
+    """Export the model as weights and a program for CPU, GPU and TPU, with any number of images."""
     graph, state, rest = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
     weights = {path: np.asarray(x) for path, x in _tree.by_path(state).items()}
 
@@ -149,6 +155,7 @@ def exported(model: nnx.Module, images: Array) -> Artifact:
         filled = _tree.map_with_path(lambda path, _: weights[path], state)
         return nnx.merge(graph, filled, rest, copy=True)(to_float(images)).astype(jnp.float32)
 
+    # b is symbolic: the program takes any number of images.
     shape = export.symbolic_shape("b," + ",".join(map(str, images.shape[1:])))
     program = export.export(jax.jit(predict), platforms=("cpu", "cuda", "tpu"))(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
@@ -158,7 +165,7 @@ def exported(model: nnx.Module, images: Array) -> Artifact:
 
 
 def write(artifact: Artifact, folder: pathlib.Path) -> None:
-    """The two files."""
+    """Write the two files."""
     from safetensors.numpy import save
 
     for name, content in ((WEIGHTS, save(artifact.weights)), (PROGRAM, artifact.program)):
@@ -167,12 +174,13 @@ def write(artifact: Artifact, folder: pathlib.Path) -> None:
 
 
 def compared(model: Any, fused: Any, artifact: Artifact, images: Array) -> dict[str, Any]:
-    """Differences of logits and times of both models, one after the other in every round."""
+    """Return differences of logits, and times of both models, one after the other in every round."""
     x = to_float(jnp.asarray(images))
     calls = {"before": _call(model), "after": _call(fused)}
     logits = {name: np.asarray(call(x), np.float32) for name, call in calls.items()}
     from_files = export.deserialize(bytearray(artifact.program)).call(artifact.weights, images)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    # In turn, so that drift of the machine hits both alike.
     for _ in range(_ROUNDS):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -187,7 +195,7 @@ def compared(model: Any, fused: Any, artifact: Artifact, images: Array) -> dict[
 
 
 def _call(model: nnx.Module) -> Callable[[Array], Array]:
-    """The jitted model; its variables are arguments, or XLA would compute with them in advance."""
+    """Jit the model; its variables are arguments, or XLA would compute with them in advance."""
     apply, params, state = jt.nnx.functional(model)
     run = jax.jit(functools.partial(apply, train=False))
     return lambda x: run(params, state, x)[0]

@@ -1,4 +1,4 @@
-"""The `train` command: one run with a progress bar, logs, checkpoints and a final table."""
+"""Train one run, with a progress bar, logs, checkpoints and a final table."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from rich.progress import (
 
 from jaxtricks import _table
 from jaxtricks.lab import data as data_lib
-from jaxtricks.lab import distributed, rundir, writers
+from jaxtricks.lab import distributed, plots, report, rundir, writers
 from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.checkpoint import Checkpoints
 from jaxtricks.lab.config import Train, UserError
@@ -31,6 +31,25 @@ _SUMMARY = {
     "image": ("loss", "accuracy", "balanced_accuracy", "many", "medium", "few"),
     "text": ("loss", "accuracy"),
 }
+Say = Callable[[str], None]
+
+
+def main(cfg: Train, command: str) -> None:
+    """Check the data, or train, draw and report: what the command line calls."""
+    if cfg.check_data:
+        check_data(cfg)
+        return
+    if run(cfg, command) is None:
+        return
+    finished = rundir.read(cfg.out)
+    unit = "nats per character" if finished.is_text else "nats"
+    pictures = {"curves.png": plots.curves(finished.rows, unit=unit)}
+    if not finished.is_text:
+        sizes = report.group_sizes(finished.about["data"]["counts"])
+        pictures["groups.png"] = plots.groups(finished.result, sizes)
+    for name, figure in pictures.items():
+        plots.save(figure, finished.path / name)
+    report.write(finished, tuple(pictures))
 
 
 def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
@@ -45,70 +64,72 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
       first, which does all the writing.
 
     Raises:
-      UserError: something that the person can mend.
+      UserError: something that the user can mend.
       HostLostError: another host did not answer.
       KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     distributed.start(cfg.parallel)
-    together = distributed.Hosts()
-    console = Console(quiet=not distributed.first())
+    hosts = distributed.Hosts()
+    console = Console(quiet=not distributed.is_first())
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     try:
-        with Interrupt(together) as interrupt:
-            return _run(cfg, command, together, interrupt, console, say)
+        with Interrupt(hosts) as interrupt:
+            result = _run(cfg, command, hosts, interrupt, console, say)
     except StopError:
         say("stopped on SIGTERM before a step was done, nothing to save: go on with --resume")
         return None
+    # Only now: the handlers of signals are those of before again.
+    if interrupt.signal == "SIGINT":
+        raise KeyboardInterrupt
+    return result
 
 
 def _run(
     cfg: Train,
     command: str,
-    together: distributed.Hosts,
+    hosts: distributed.Hosts,
     interrupt: Interrupt,
     console: Console,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, Any] | None:
-    # Of the first host, which writes: said before anything is read or computed.
-    together.on_first(lambda: _check_outputs(cfg))
+    # Of the first host, which writes: checked before anything is read or computed.
+    hosts.on_first(lambda: _check_outputs(cfg))
     Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = load(cfg)
     # A mistake here must leave no directory behind.
-    prepared = step_lib.prepare(cfg, data)
-    with open_folder(cfg, rundir.of_run(cfg, command, data), together) as folder:
+    step, plan = step_lib.prepare(cfg, data)
+    with open_folder(cfg, rundir.describe(cfg, command, data), hosts) as folder:
         introduce(data, say)
-        if together.count > 1:
+        if hosts.count > 1:
             say(
-                f"{together.count} processes, {jax.device_count()} devices; should one be lost, the others "
+                f"{hosts.count} processes, {jax.device_count()} devices; should one be lost, the others "
                 f"end within {distributed.HEARTBEAT} s: start all of them again with --resume"
             )
-        if prepared.plan:
-            say(f"recomputation planned: {prepared.plan.describe().notes[0]}")
+        if plan:
+            say(f"recomputation planned: {plan.describe().notes[0]}")
         if folder.note:
             say(folder.note)
         with contextlib.ExitStack() as stack:
-            checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, together)
+            checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, hosts)
             stack.callback(checkpoints.close)
-            trainer = Trainer(cfg, data, prepared, folder, checkpoints, together)
+            trainer = Trainer(cfg, data, step, plan, folder, checkpoints, hosts)
             start = trainer.restore(say, rundir.session(command)) if folder.resumed else 0
-            outputs = writers.open_writers(cfg, folder.path, start) if distributed.first() else []
+            is_first = distributed.is_first()
+            # One host writes, and all others compute the same metrics.
+            outputs = writers.open_writers(cfg, folder.path, start) if is_first else []
             for writer in outputs:
                 stack.callback(writer.close)
             with _progress(console) as progress:
                 trainer.fit(start, interrupt, outputs, progress)
             result = None if interrupt.signal else trainer.result()
-        if result is not None and distributed.first():
+        if result is not None and is_first:
             folder.write(RESULT, result)
     if result is None:
         say(f"stopped on {interrupt.signal}, saved: go on with --resume")
-        if interrupt.signal == "SIGINT":
-            raise KeyboardInterrupt
-        return None
-    if not distributed.first():
         return None
     say(str(summary_table(result)))
     say(f"run directory: {folder.path}")
-    return result
+    return result if is_first else None
 
 
 def _check_outputs(cfg: Train) -> None:
@@ -116,46 +137,48 @@ def _check_outputs(cfg: Train) -> None:
     writers.check(cfg)
 
 
-def open_folder(cfg: Train, about: dict[str, Any], together: distributed.Hosts) -> RunDir:
-    """The run directory, made by the first host.
+def open_folder(cfg: Train, about: dict[str, Any], hosts: distributed.Hosts) -> RunDir:
+    """Open the run directory, which the first host creates.
 
     Raises:
       UserError: of the first host, on all.
     """
-    opened: list[RunDir] = []
+    folder: RunDir | None = None
 
-    def make() -> bool:
-        opened.append(RunDir(cfg.out, about, resume=cfg.resume))
-        return opened[0].resumed
+    def create() -> bool:
+        nonlocal folder
+        folder = RunDir(cfg.out, about, resume=cfg.resume)
+        return folder.resumed
 
-    resumed = together.on_first(make)
-    folder = opened[0] if opened else RunDir(cfg.out, about, resume=True, lock=False)
+    resumed = hosts.on_first(create)
+    if folder is None:  # another host
+        folder = RunDir(cfg.out, about, resume=True, lock=False)
     folder.resumed = resumed
     return folder
 
 
 def load(cfg: Train) -> data_lib.Data:
-    """The data set of a run.
+    """Return the data set of a run.
 
     Raises:
       UserError: it can't be used, or not by this model.
     """
     if cfg.model != "transformer":
-        refuse_text(
-            cfg.source, cfg.root, f"--model {cfg.model} can't read it: use --model transformer, "
-        )
+        why = f"--model {cfg.model} can't read it: use --model transformer, "
+        refuse_text(cfg.source, cfg.root, why)
     elif not data_lib.is_text(cfg.source, cfg.root):
         raise UserError(
             f"--data {cfg.source} is no text, and --model transformer reads nothing else: give a .txt "
             "file or topics, or use another model"
         )
-    return data_lib.load(
-        cfg.source, imbalance=cfg.imbalance, left_out=_left_out_before(cfg), **where(cfg)
-    )
+    # A run that goes on must leave out what it left out before, or its order would change.
+    left_out = _left_out_before(cfg)
+    options = _data_options(cfg)
+    return data_lib.load(cfg.source, imbalance=cfg.imbalance, left_out=left_out, **options)
 
 
 def _left_out_before(cfg: Train) -> list[str] | None:
-    """What the run that goes on has left out; None if there is none, or it says nothing of it."""
+    """Return what the run that goes on has left out; None if there is none, or it says nothing of it."""
     out = pathlib.Path(cfg.out)
     if not (cfg.resume and cfg.skip_unreadable and (out / CONFIG).is_file()):
         return None
@@ -170,35 +193,28 @@ def refuse_text(name: str, root: str, why: str = "") -> None:
 
 
 def check_data(cfg: Train) -> None:
-    """Read every file once and print what was found.
+    """Read every file once and print what there is.
 
     Raises:
       UserError: files that can't be read (they are printed first), or data that can't be used at all.
     """
-    report = data_lib.check(cfg.source, **where(cfg))
-    print(report)
-    if report.unreadable:
+    contents = data_lib.check(cfg.source, **_data_options(cfg))
+    print(contents)
+    if contents.unreadable:
         raise UserError(
-            f"{len(report.unreadable)} of {report.files} files of {cfg.source} can't be read (listed above): "
-            "remove or replace them, or train with --skip-unreadable"
+            f"{len(contents.unreadable)} of {contents.files} files of {cfg.source} can't be read (listed "
+            "above): remove or replace them, or train with --skip-unreadable"
         )
 
 
-def where(cfg: Train) -> dict[str, Any]:
-    """How the data set is read, split and shaped."""
-    return {
-        "root": cfg.root,
-        "skip_unreadable": cfg.skip_unreadable,
-        "seed": cfg.seed,
-        "validation": cfg.validation,
-        "test": cfg.test,
-        "size": cfg.size,
-        "context": cfg.text.context,
-    }
+def _data_options(cfg: Train) -> dict[str, Any]:
+    """Return how the data set is read, split and shaped."""
+    names = ("root", "skip_unreadable", "seed", "validation", "test", "size")
+    return {"context": cfg.text.context, **{name: getattr(cfg, name) for name in names}}
 
 
-def introduce(data: data_lib.Data, say: Callable[[str], None]) -> None:
-    """Say what was found."""
+def introduce(data: data_lib.Data, say: Say) -> None:
+    """Say what the data set holds."""
     held = f"{len(data.validation)} validation, " if data.validation else ""
     what = "windows of text" if data.kind == "text" else "images"
     lines = [f"{data.name}: {len(data.train)} training, {held}{len(data.test)} test {what}"]
@@ -209,13 +225,12 @@ def introduce(data: data_lib.Data, say: Callable[[str], None]) -> None:
 
 
 def summary_table(result: dict[str, Any]) -> _table.Table:
-    """The splits' metrics; images by class groups, text in nats per character."""
+    """Make the table of the splits' metrics; images by class groups, text in nats per character."""
     names = _SUMMARY[result["kind"]]
-    rows = [
-        (split, *(result[split][name] for name in names))
-        for split in ("train", "validation", "test")
-        if split in result
-    ]
+    rows = []
+    for split in ("train", "validation", "test"):
+        if split in result:
+            rows.append((split, *(result[split][name] for name in names)))
     return _table.make(("split", *(name.replace("_", " ") for name in names)), rows)
 
 

@@ -1,4 +1,4 @@
-"""The user's own function, package.module:function, that returns a random-access source."""
+"""Read what a function of the user, package.module:function, returns: a random-access source."""
 
 import importlib
 import os
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays
+from jaxtricks.lab.data import arrays, dataset
 from jaxtricks.lab.data.dataset import SPLITS, Stored, UnreadableError
 
 
 def stored(name: str) -> Stored:
-    """The images of the source, or of the mapping of sources, that package.module:function returns.
+    """Return the images of the source, or of the sources by split, that package.module:function returns.
 
     A source has len() and [], and is read from several threads at a time; an element is {"image",
     "label"} or (image, label), the image uint8 [H, W] or [H, W, C]. `labels` (integers [N]) and
@@ -26,10 +26,13 @@ def stored(name: str) -> Stored:
     sources = _sources(name, _call(name))
     notes: list[str] = []
     labels = [_labels(name, where, source, notes) for where, source in sources.items()]
-    given = [c for c in (getattr(s, "classes", None) for s in sources.values()) if c is not None]
-    classes = tuple(map(str, given[0])) if given else None
+    classes = None
+    for source in reversed(sources.values()):
+        if getattr(source, "classes", None) is not None:
+            classes = tuple(map(str, source.classes))
     together = np.concatenate([x.astype(np.int64) for x in labels])
-    num_classes = arrays.check_classes(together, name, None if classes is None else len(classes))
+    num_classes = dataset.check_classes(together, name, None if classes is None else len(classes))
+    # One list of all examples, whatever the number of splits.
     flat = [(where, i) for where, source in sources.items() for i in range(len(source))]
 
     def read(i: int) -> tuple[np.ndarray, int]:
@@ -42,7 +45,7 @@ def stored(name: str) -> Stored:
         names=[_title(name, where, i) for where, i in flat],
         read=read,
         labels=together.astype(np.int32),
-        where=np.array([where for where, _ in flat]),
+        split=np.array([where for where, _ in flat]),
         classes=classes or tuple(map(str, range(num_classes))),
         notes=tuple(notes),
     )
@@ -67,16 +70,16 @@ def _guard(doing: str, function: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{doing} raised {_said(error)}: correct it, or --data") from error
+        raise UserError(f"{doing} raised {_description(error)}: correct it, or --data") from error
 
 
 def _sources(name: str, value: Any) -> dict[str, Any]:
-    """Split -> source."""
-    given = value if isinstance(value, Mapping) else {"train": value}
+    """Return split -> source."""
+    by_name = value if isinstance(value, Mapping) else {"train": value}
     sources = {}
-    for key, source in given.items():
+    for key, source in by_name.items():
         if key not in SPLITS or SPLITS[key] in sources:
-            keys = ", ".join(map(repr, given))
+            keys = ", ".join(map(repr, by_name))
             raise UserError(
                 f"{name} returns a mapping of {keys}: use 'train', 'validation' and 'test'"
             )
@@ -102,18 +105,20 @@ def _labels(name: str, where: str, source: Any, notes: list[str]) -> np.ndarray:
         notes.append(
             f"{where}: read once through for its labels; give the source `labels` to save that"
         )
+    # An array of the user may be lazy, and raise here.
     labels = _guard(f"labels of {name}", lambda: np.asarray(labels))
     return arrays.check_labels(labels, len(source), f"labels of {name} ({where})")
 
 
 def _element(name: str, where: str, source: Any, i: int) -> tuple[np.ndarray, Any]:
+    # Messages name an example by its index in its split, as the user's code has it.
     title = _title(name, where, i)
     try:
         element = source[i]
     except UserError:
         raise
     except Exception as error:
-        raise UnreadableError(title, _said(error)) from error
+        raise UnreadableError(title, _description(error)) from error
     if isinstance(element, Mapping) and {"image", "label"} <= set(element):
         image, label = element["image"], element["label"]
     elif isinstance(element, tuple | list) and len(element) == 2:
@@ -130,6 +135,6 @@ def _title(name: str, where: str, i: int) -> str:
     return f"example {i} of {name} ({where})"
 
 
-def _said(error: BaseException) -> str:
+def _description(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

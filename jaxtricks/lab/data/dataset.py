@@ -1,4 +1,4 @@
-"""Examples by index: what every kind of data becomes."""
+"""Hold examples by index, which every kind of data becomes, and say in which order they are read."""
 
 import bisect
 import threading
@@ -19,7 +19,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-"""What the splits may be called -> what they are."""
+"""Names that a split may have -> the split."""
 
 Example = dict[str, Any]
 Size = tuple[int, int]  # height, width
@@ -83,7 +83,7 @@ class Source:
         return self._instead(int(index) % self._length) if example is None else example
 
     def readable(self, index: int | np.integer) -> Example | None:
-        """The example; None for one that is to be skipped."""
+        """Return the example; None for one that is to be skipped."""
         if not -self._length <= index < self._length:
             raise IndexError(f"example {index} of {self._length}")
         try:
@@ -91,6 +91,7 @@ class Source:
         except UnreadableError as error:
             if not self._skips:
                 raise
+            # Threads only add names, which dicts take without a lock.
             self.skipped[error.name] = error.reason
             return None
         with self._lock:
@@ -98,7 +99,8 @@ class Source:
         return example
 
     def _instead(self, index: int) -> Example:
-        """The next example of the class that can be read."""
+        """Return the next example of the class that can be read."""
+        # From the next one on, around the end: the same in every run.
         members = np.flatnonzero(self.labels == self.labels[index])
         following = np.roll(members, -int(np.searchsorted(members, index, side="right")))
         for other in following[:_TRIES]:
@@ -123,7 +125,7 @@ class Source:
         return self._bytes_read
 
     def subset(self, indices: np.ndarray) -> "Source":
-        """The examples at these indices, in this order, with a counter of its own."""
+        """Return the examples at these indices, in this order, with another counter of bytes."""
         read = self._read
         labels = None if self._labels is None else self._labels[indices]
         return Source(lambda i: read(int(indices[i])), len(indices), labels, skips=self._skips)
@@ -140,7 +142,7 @@ class Data(NamedTuple):
       shape: (H, W, C) of every image, (context + 1,) of every window of text.
       flip: whether a mirrored image keeps its class.
       counts: int [C] training examples of each class (occurrences of each character as a target).
-      notes: sentences the person should be told.
+      notes: sentences that the user should read.
       left_out: names of the images that could not be read at the start.
     """
 
@@ -156,6 +158,27 @@ class Data(NamedTuple):
     notes: tuple[str, ...]
     left_out: tuple[str, ...] = ()
 
+    def splits(self) -> list[tuple[str, Source]]:
+        """Return (name, source) of the splits that there are."""
+        sources = {"train": self.train, "validation": self.validation, "test": self.test}
+        return [(name, source) for name, source in sources.items() if source is not None]
+
+    def description(self) -> dict[str, Any]:
+        """Return as JSON what the data set is; a run that goes on compares it."""
+        sizes = {name: len(source) for name, source in self.splits()}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "train": sizes["train"],
+            "validation": sizes.get("validation", 0),
+            "test": sizes["test"],
+            "classes": list(self.classes),
+            "counts": [int(n) for n in self.counts],
+            "shape": list(self.shape),
+            "notes": list(self.notes),
+            "left_out": list(self.left_out),
+        }
+
 
 class Stored(NamedTuple):
     """Images as they are stored: before they are split and brought to one size.
@@ -165,43 +188,70 @@ class Stored(NamedTuple):
       names: of the images, N of them, for messages.
       read: index -> (uint8 [H, W, 1 or 3], stored bytes); raises UnreadableError.
       labels: int32 [N].
-      where: [N] "train", "validation" or "test".
+      split: [N] "train", "validation" or "test".
       classes: names in label order.
-      shape: (H, W, C) if it is known to be that of all; None has to look.
+      shape: (H, W, C) if it is known to be that of all; None: unknown.
       flip: whether a mirrored image keeps its class; None: if it is a colour image.
-      notes: sentences the person should be told.
+      notes: sentences that the user should read.
     """
 
     name: str
     names: Sequence[str]
     read: Callable[[int], tuple[np.ndarray, int]]
     labels: np.ndarray
-    where: np.ndarray
+    split: np.ndarray
     classes: tuple[str, ...]
     shape: Shape | None = None
     flip: bool | None = None
     notes: tuple[str, ...] = ()
 
     def subset(self, indices: np.ndarray) -> "Stored":
-        """The images at these indices."""
+        """Return the images at these indices."""
         return self._replace(
             names=[self.names[i] for i in indices],
             read=lambda i: self.read(int(indices[i])),
             labels=self.labels[indices],
-            where=self.where[indices],
+            split=self.split[indices],
         )
 
 
-# --------------------------------------------------------------------------------------------------
-# The order of examples: epoch after epoch of shuffled indices, by position.
-# --------------------------------------------------------------------------------------------------
+def check_classes(labels: np.ndarray, name: str, classes: int | None = None) -> int:
+    """Return the number of classes C if the labels are 0 to C-1, or raise UserError.
+
+    Args:
+      labels: integers [N].
+      name: of the data.
+      classes: C, if the data says so; a class without an example is left to the check of the splits.
+    """
+    have = np.unique(labels).tolist()
+    num_classes = len(have) if classes is None else classes
+    strange = [x for x in have if not 0 <= x < num_classes]
+    absent = [] if classes else sorted(set(range(num_classes)) - set(have))
+    if strange or absent:
+        parts = []
+        if strange:
+            parts.append(f"{_few(strange)} occur{'s' * (len(strange) == 1)}")
+        if absent:
+            parts.append(f"{_few(absent)} do{'es' * (len(absent) == 1)} not")
+        raise UserError(
+            f"labels of {name} must be 0 to {num_classes - 1}, but {' and '.join(parts)}: number the "
+            "classes anew, by np.unique(labels, return_inverse=True)[1]"
+        )
+    return num_classes
 
 
-_SMALL = 2**16
+def _few(values: list[int]) -> str:
+    return ", ".join(map(str, values[:5])) + ", ..." * (len(values) > 5)
+
+
+# Orders: functions from a position in an endless stream to an index. Nothing is stored.
+
+
+_SHORT = 2**16
 
 
 def shuffled(length: int, seed: int) -> Callable[[int], int]:
-    """Position in an endless stream -> index; each epoch of `length` positions is a permutation.
+    """Return position -> index; each epoch of `length` positions is a permutation.
 
     Needs no memory, whatever the length: grain.MapDataset.shuffle(seed=seed).repeat() gives the same
     order, but loses one index and doubles another where the length is 2^k + 1 with an even k from 16
@@ -223,7 +273,7 @@ def shuffled(length: int, seed: int) -> Callable[[int], int]:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: it must be from 0 to 2^32 - 1")
     last = length - 1
-    padded = last >= _SMALL and last.bit_count() == 1
+    padded = last >= _SHORT and last.bit_count() == 1
     top = last + padded
 
     def index(position: int) -> int:
@@ -235,17 +285,12 @@ def shuffled(length: int, seed: int) -> Callable[[int], int]:
     return index
 
 
-# --------------------------------------------------------------------------------------------------
-# The order of examples that are drawn by class probability, by position: nothing is stored.
-# --------------------------------------------------------------------------------------------------
-
-
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_DRAWS = 3  # random words a position: which probabilities, which class, which example
+_WORDS = 3  # random words per position: for the probabilities, the class, the example
 
 
-def drawn(
+def sampled(
     labels: np.ndarray,
     probabilities: Sequence[float] | np.ndarray,
     seed: int,
@@ -253,10 +298,10 @@ def drawn(
     after: Sequence[float] | np.ndarray | None = None,
     over: int = 1,
 ) -> Callable[[int], int]:
-    """Position in an endless stream -> index: a class by its probability, then any of its examples.
+    """Return position -> index: a class by its probability, then any of its examples.
 
-    A function of (seed, position), with replacement, and no slower than `order.shuffled`. The state of a
-    pipeline that reads in this order is Grain's own index, as with the other.
+    A function of (seed, position), with replacement, and no slower than `shuffled`. The state of a
+    pipeline that reads in this order is an index, as with the other.
 
     Args:
       labels: int [N], the class of each example.
@@ -264,10 +309,10 @@ def drawn(
         normalized over the classes that have examples.
       seed: of the draws.
       after: [C] that the probabilities turn into, linearly over the first `over` positions.
-      over: that many.
+      over: number of those positions.
 
     Raises:
-      ValueError: a label that has no probability, or no class that can be drawn.
+      ValueError: a label that has no probability, or no class that can be sampled.
     """
     labels = np.asarray(labels)
     if labels.size and not 0 <= labels.min() <= labels.max() < len(probabilities):
@@ -282,13 +327,14 @@ def drawn(
     start = _mixed(seed)
 
     def index(position: int) -> int:
-        word = start + _DRAWS * position * _GOLDEN
-        # A mixture: with probability position / over this draw is one of `after`.
-        turned = _mixed(word) * over < position * 2**64
+        word = start + _WORDS * position * _GOLDEN
+        # A mixture: with probability position / over this sample is one of `after`.
+        is_after = _mixed(word) * over < position * 2**64
         share = _mixed(word + _GOLDEN) / 2**64
-        c = bisect.bisect_right(last if turned else first, share)
+        c = bisect.bisect_right(last if is_after else first, share)
         c = min(c, len(ends) - 1)
-        return int(examples[ends[c] - 1 - _mixed(word + 2 * _GOLDEN) % int(counts[c])])
+        from_the_end = _mixed(word + 2 * _GOLDEN) % int(counts[c])
+        return int(examples[ends[c] - 1 - from_the_end])
 
     return index
 
@@ -298,12 +344,12 @@ def _cumulative(probabilities: Sequence[float] | np.ndarray, counts: np.ndarray)
     if np.any(p < 0) or not p.sum() > 0:
         raise ValueError("`probabilities` must be positive for a class that has examples")
     ends = np.cumsum(p)
-    # Exactly 1 from the last class that can be drawn on: no share lies beyond it.
+    # Exactly 1 from the last class that has examples on: no share lies beyond it.
     return (ends / ends[-1]).tolist()
 
 
 def _mixed(x: int) -> int:
-    """64 bits that depend on every bit of x (SplitMix64)."""
+    """Return 64 bits that depend on every bit of x (SplitMix64)."""
     x = (x + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK

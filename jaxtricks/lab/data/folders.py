@@ -1,4 +1,4 @@
-"""Zips that anyone may have made: what is read of them, and in how much memory."""
+"""Read image files in folders, in zips from anywhere, and in lists with labels."""
 
 import collections
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxtricks._table import printable
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import arrays, text
+from jaxtricks.lab.data import dataset, text
 from jaxtricks.lab.data.dataset import SPLITS, Stored, UnreadableError
 from jaxtricks.lab.data.images import decode
 
@@ -40,7 +40,7 @@ BROKEN = (
 
 
 def is_zip(path: pathlib.Path) -> bool:
-    """Whether the file is a zip, maybe a broken one."""
+    """Return whether the file is a zip, maybe a broken one."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # of several disks, it says
@@ -56,9 +56,7 @@ def refuse_method(path: pathlib.Path, entry: zipfile.ZipInfo) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------
-# The image files below a directory or inside a zip: their names, and their bytes on demand.
-# --------------------------------------------------------------------------------------------------
+# Trees of image files, in a directory or inside a zip, which is read in place: nothing is extracted.
 
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -66,15 +64,6 @@ MAX_BYTES = 256 * 2**20
 """Files that are longer, or unpack to more, are not read: no image of 64 megapixels needs as much."""
 
 Parts = tuple[str, ...]
-
-_HEADER = struct.Struct(
-    "<4s22xHH"
-)  # of an entry: magic, ..., length of the name, of the extra fields
-_EXTRA = 64  # bytes of them that are read along; a zip with more costs a second read
-_UTF8 = 0x800  # the flag of names in UTF-8
-_PLAIN = (
-    0x00E | _UTF8
-)  # flags that change nothing about stored bytes: how hard to compress, sizes behind
 
 _LEFT_BEHIND = {"thumbs.db", "desktop.ini"}
 _TOO_LONG = f"it is over the limit of {MAX_BYTES // 2**20} MiB"
@@ -97,14 +86,14 @@ class Tree(NamedTuple):
 
 
 def open_folder(path: pathlib.Path) -> Tree:
-    """The tree below a directory; links are followed, but not in circles."""
-    images, others, folders, seen = {}, [], set(), set()
+    """Return the tree below a directory; links are followed, but not in circles."""
+    images, others, folders, visited = {}, [], set(), set()
     for root, children, files in os.walk(path, followlinks=True):
         real = os.path.realpath(root)
-        children[:] = [] if real in seen else sorted(filter(_visible, children))
-        if real in seen:
+        children[:] = [] if real in visited else sorted(filter(_visible, children))
+        if real in visited:
             continue
-        seen.add(real)
+        visited.add(real)
         parts = pathlib.Path(root).relative_to(path).parts
         folders |= {(*parts, child) for child in children}
         files = list(filter(_visible, files))
@@ -115,7 +104,7 @@ def open_folder(path: pathlib.Path) -> Tree:
 
 
 def read_file(folder: pathlib.Path, name: str) -> bytes:
-    """The bytes of a regular file: a pipe would be waited for, and a device need not end.
+    """Return the bytes of a regular file: a pipe would be waited for, and a device need not end.
 
     Raises:
       UnreadableError: it isn't one, is longer than MAX_BYTES, or can't be read.
@@ -132,7 +121,7 @@ def read_file(folder: pathlib.Path, name: str) -> bytes:
 
 
 def open_zip(path: pathlib.Path) -> Tree:
-    """The tree inside a zip, which is read in place: nothing is extracted.
+    """Return the tree inside a zip.
 
     Raises:
       UserError: a broken zip, an encrypted entry, one that points outside, or an image that is neither
@@ -143,17 +132,13 @@ def open_zip(path: pathlib.Path) -> Tree:
     except BROKEN as error:
         raise UserError(f"{path} is a broken zip ({error}): make or fetch it again") from error
     entries, images, others, folders = _contents(path, archive)
-    lock = threading.Lock()  # zipfile counts its open entries without one
-    # `archive` keeps it open; Windows has no pread.
-    file = archive.fp.fileno() if archive.fp and hasattr(os, "pread") else None
+    lock = threading.Lock()  # the archive has one position in its file
 
     def read(name: str) -> bytes:
         entry = entries[name]
         if entry.file_size > MAX_BYTES:
             raise UnreadableError(name, _TOO_LONG)
         try:
-            if file is not None and _in_place(entry):
-                return _read_in_place(file, entry)
             with lock:
                 return _unpack(archive, entry)
         except BROKEN as error:
@@ -163,7 +148,7 @@ def open_zip(path: pathlib.Path) -> Tree:
 
 
 def points_outside(name: str) -> bool:
-    """Whether a path with "/" between its parts leaves the folder that it begins in."""
+    """Return whether a path with "/" between its parts leaves the folder that it begins in."""
     absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
     return bool(absolute) or ".." in name.split("/")
 
@@ -171,7 +156,7 @@ def points_outside(name: str) -> bool:
 def _contents(
     path: pathlib.Path, archive: zipfile.ZipFile
 ) -> tuple[dict[str, zipfile.ZipInfo], dict[Parts, str], list[Parts], set[Parts]]:
-    """(name -> entry, path -> name of the images, paths of the other files, folders)."""
+    """Return name -> entry, path -> name of the images, paths of the other files, folders."""
     entries, images, others, folders = {}, {}, [], set()
     for entry in archive.infolist():
         name = entry.filename.replace("\\", "/")
@@ -190,48 +175,12 @@ def _contents(
 
 
 def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """ZipFile.read, which would unpack all that there is before it looks at the length."""
+    """Read an entry up to its length; ZipFile.read would unpack all before it looks at the length."""
     with archive.open(entry) as file:
         content = file.read(entry.file_size)
         file.read(1)  # the end, where zipfile compares the checksum
     if len(content) < entry.file_size:
         raise EOFError
-    return content
-
-
-def _in_place(entry: zipfile.ZipInfo) -> bool:
-    """Whether the bytes of the entry are there as they are."""
-    plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~_PLAIN
-    return plain and entry.compress_size == entry.file_size
-
-
-def _read_in_place(file: int, entry: zipfile.ZipInfo) -> bytes:
-    """ZipFile.read of a stored entry with its checks, in a tenth of the time.
-
-    No lock: pread has no position that threads, or processes that inherit the file, could move.
-    """
-    size = entry.file_size
-    raw = os.pread(
-        file, _HEADER.size + len(entry.orig_filename) + _EXTRA + size, entry.header_offset
-    )
-    if len(raw) < _HEADER.size:
-        raise EOFError
-    magic, name_length, extra_length = _HEADER.unpack_from(raw)
-    if magic != b"PK\x03\x04":
-        raise zipfile.BadZipFile("Bad magic number for file header")
-    start = _HEADER.size + name_length
-    # Extra fields of the directory and of the header differ, so what they push back is known only here.
-    name = raw[_HEADER.size : start].decode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
-    if name != entry.orig_filename:
-        raise zipfile.BadZipFile(f"its name in the directory and in its header, {name!r}, differ")
-    start += extra_length
-    content = raw[start : start + size]
-    if len(content) < size:
-        content = os.pread(file, size, entry.header_offset + start)
-    if len(content) < size:
-        raise EOFError
-    if zlib.crc32(content) != entry.CRC:
-        raise zipfile.BadZipFile(f"Bad CRC-32 for file {entry.filename!r}")
     return content
 
 
@@ -247,17 +196,15 @@ def _image(name: str) -> bool:
 
 
 def _visible(part: str) -> bool:
-    # Finder, Explorer, notebooks and git leave files and folders of their own behind.
+    # Finder, Explorer, notebooks and git leave their files and folders behind.
     return not part.startswith((".", "__MACOSX")) and part.lower() not in _LEFT_BEHIND
 
 
-# --------------------------------------------------------------------------------------------------
 # Class folders of image files, below a directory or inside a zip.
-# --------------------------------------------------------------------------------------------------
 
 
 def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
-    """The images of [train|val|test/]CLASS/NAME below a directory or inside a zip.
+    """Return the images of [train|val|test/]CLASS/NAME below a directory or inside a zip.
 
     Everything below a class folder belongs to the class. A folder around all of it is ignored.
 
@@ -271,14 +218,14 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     """
     tree = open_folder(path) if path.is_dir() else open_zip(path)
     depth = _around(tree)
-    found = {parts[depth:]: name for parts, name in tree.images.items()}
+    all_images = {parts[depth:]: name for parts, name in tree.images.items()}
     directories = {parts[depth:] for parts in tree.folders if len(parts) > depth}
     others = [parts[depth:] for parts in tree.others]
-    split = any(len(parts) > 2 and parts[0].lower() in SPLITS for parts in found)
-    images = {parts: name for parts, name in found.items() if len(parts) > 1}
-    if not images and found:
+    split = any(len(parts) > 2 and parts[0].lower() in SPLITS for parts in all_images)
+    images = {parts: name for parts, name in all_images.items() if len(parts) > 1}
+    if not images and all_images:
         raise UserError(
-            f"{path} holds images ({len(found)}) but no class folders: give the folder that they are in, "
+            f"{path} holds images ({len(all_images)}) but no class folders: give the folder that holds them, "
             "with [train|val|test/]CLASS/NAME.jpg"
         )
     if not images:
@@ -288,8 +235,8 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
         _refuse_stray(path, images)
     empty = _empty_classes(path, images, directories, split)
     if empty and not skip_unreadable:
-        raise UserError(_said_of_empty(path, empty, others, split))
-    loose = [printable(name) for parts, name in found.items() if len(parts) == 1]
+        raise UserError(_sentence_on_empty(path, empty, others, split))
+    loose = [printable(name) for parts, name in all_images.items() if len(parts) == 1]
     classes = sorted({parts[split] for parts in images}, key=_natural)
     label = {name: i for i, name in enumerate(classes)}
     names = list(images.values())
@@ -309,21 +256,21 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
         names=[printable(name) for name in names],
         read=read,
         labels=np.array([label[parts[split]] for parts in images], np.int32),
-        where=np.array([SPLITS[parts[0].lower()] if split else "train" for parts in images]),
+        split=np.array([SPLITS[parts[0].lower()] if split else "train" for parts in images]),
         classes=tuple(map(printable, classes)),
         notes=tuple(front + what for front, what in notes.items() if what),
     )
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """The names, and after `most` of them how many more there are."""
+    """Join the names, and after `most` of them say how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def extensions(paths: Iterable[Parts]) -> str:
-    """How many files there are of each extension, as "40 .jp2, 1 .txt"."""
+    """Count the files of each extension, as "40 .jp2, 1 .txt"."""
     ends = (os.path.splitext(parts[-1])[1].lower() for parts in paths)
     counts = collections.Counter(end or "without one" for end in ends)
     by_number = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -331,7 +278,7 @@ def extensions(paths: Iterable[Parts]) -> str:
 
 
 def _around(tree: Tree) -> int:
-    """How many folders stand around everything, as in a zip of one folder."""
+    """Return how many folders stand around everything, as in a zip of one folder."""
     depth, paths = 0, [*tree.images, *tree.folders]
     while tree.images and all(len(parts) > depth + 2 for parts in tree.images):
         here = {parts[depth] for parts in paths if len(parts) > depth}
@@ -342,7 +289,7 @@ def _around(tree: Tree) -> int:
 
 
 def _refuse_stray(path: pathlib.Path, images: Iterable[Parts]) -> None:
-    """Images that lie beside the split folders, or in them but in no class."""
+    """Raise UserError for images beside the split folders, or in them but in no class."""
     for parts in images:
         if parts[0].lower() not in SPLITS:
             raise UserError(
@@ -359,7 +306,7 @@ def _refuse_stray(path: pathlib.Path, images: Iterable[Parts]) -> None:
 def _empty_classes(
     path: pathlib.Path, images: Iterable[Parts], folders: Iterable[Parts], split: bool
 ) -> list[str]:
-    """Names of the class folders that have no image in them; refuses a split that has none."""
+    """Return the class folders without an image; raise UserError for a split without one."""
     tops = {parts[0] for parts in images}
     classes = {parts[split] for parts in images}
     empty = []
@@ -374,7 +321,7 @@ def _empty_classes(
     return sorted(set(empty))
 
 
-def _said_of_empty(
+def _sentence_on_empty(
     path: pathlib.Path, empty: list[str], others: Iterable[Parts], split: bool
 ) -> str:
     inside = [parts for parts in others if len(parts) > 1 + split and parts[split] in empty]
@@ -387,7 +334,7 @@ def _said_of_empty(
 
 
 def _looks_split(images: Iterable[Parts]) -> str:
-    """A sentence if all top folders hold the same sub-folders: these may be the classes."""
+    """Return a sentence if all top folders hold the same sub-folders: these may be the classes."""
     inside: dict[str, set[str]] = {}
     for parts in images:
         inside.setdefault(parts[0], set()).update(parts[1:2] if len(parts) > 2 else ())
@@ -406,9 +353,7 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() and len(name) < 20 else (1, 0, name)
 
 
-# --------------------------------------------------------------------------------------------------
 # Lists of image files with their labels, as ImageNet-LT, Places-LT and iNaturalist ship them.
-# --------------------------------------------------------------------------------------------------
 
 
 _LINE = re.compile(r"(?P<name>.*[^\s,])[\s,]+(?P<label>-?\d{1,18})")
@@ -416,7 +361,7 @@ _WORD = re.compile(r"(?P<stem>.*?)(?P<word>[A-Za-z]*)", re.DOTALL)
 
 
 def stored_list(path: pathlib.Path, root: pathlib.Path) -> Stored:
-    """The images of a list: on each line the path of an image below `root`, and its label from 0.
+    """Return the images of a list: on each line the path of an image below `root`, and its label from 0.
 
     Where the list's name ends in a split, lists beside it that differ in this word alone are the other
     splits: NAME_train.txt, NAME_val.txt, NAME_test.txt.
@@ -428,11 +373,11 @@ def stored_list(path: pathlib.Path, root: pathlib.Path) -> Stored:
     if not root.is_dir():
         raise UserError(f"--root {root} is not a folder: give the one that the paths begin in")
     lists = _of_splits(path)
-    entries = [(where, *entry) for where, file in lists.items() for entry in _entries(file)]
+    entries = [(split, *entry) for split, file in lists.items() for entry in _entries(file)]
     if not entries:
         raise UserError(f"{path} lists no images: write 'PATH LABEL' on each line")
     splits, names, labels = map(list, zip(*entries, strict=True))
-    num_classes = arrays.check_classes(np.array(labels, np.int64), str(path))
+    num_classes = dataset.check_classes(np.array(labels, np.int64), str(path))
     read_below_root = functools.partial(read_file, root)
 
     def read(i: int) -> tuple[np.ndarray, int]:
@@ -444,14 +389,14 @@ def stored_list(path: pathlib.Path, root: pathlib.Path) -> Stored:
         names=[printable(name) for name in names],
         read=read,
         labels=np.array(labels, np.int32),
-        where=np.array(splits),
+        split=np.array(splits),
         classes=tuple(map(str, range(num_classes))),
-        notes=tuple(f"{where}: the list {printable(file.name)}" for where, file in lists.items()),
+        notes=tuple(f"{split}: the list {printable(file.name)}" for split, file in lists.items()),
     )
 
 
 def _of_splits(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Split -> its list; a list alone is the train split, whatever it is called."""
+    """Return split -> its list; a list alone is the train split, whatever it is called."""
     stem, word = _split_word(path)
     if word not in SPLITS:
         return {"train": path}
@@ -461,24 +406,24 @@ def _of_splits(path: pathlib.Path) -> dict[str, pathlib.Path]:
         same = other_stem == stem and other.suffix == path.suffix and other.is_file()
         if not same or other_word not in SPLITS or other == path:
             continue
-        where = SPLITS[other_word]
-        if where in lists:
+        split = SPLITS[other_word]
+        if split in lists:
             raise UserError(
-                f"{lists[where].name} and {other.name} in {path.parent} are both {where} lists of one "
+                f"{lists[split].name} and {other.name} in {path.parent} are both {split} lists of one "
                 "name: move one of them away"
             )
-        lists[where] = other
+        lists[split] = other
     return lists if "train" in lists else {"train": path}
 
 
 def _split_word(path: pathlib.Path) -> tuple[str, str]:
-    """("imagenet_lt_", "train") of ImageNet_LT_train.txt."""
+    """Split ImageNet_LT_train.txt into ("imagenet_lt_", "train")."""
     match = _WORD.fullmatch(path.stem.lower())
     return (match["stem"], match["word"]) if match else (path.stem, "")
 
 
 def _entries(path: pathlib.Path) -> list[tuple[str, int]]:
-    """(path of the image, label) of each line."""
+    """Return (path of the image, label) of each line."""
     entries = []
     for number, line in enumerate(text.read(path).splitlines(), 1):
         if not line.strip():

@@ -1,6 +1,5 @@
-"""A Grain dataset that calls a function for 0, 1, 2, ...: what is left of a MapDataset without threads."""
+"""Turn examples into batches: the Grain pipeline of training, and all of a split for evaluation."""
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,59 +7,6 @@ from typing import Any
 import numpy as np
 
 from jaxtricks.lab.data.dataset import Example, Source, shuffled
-
-
-def walk(read: Callable[[int], Any]) -> Any:
-    """A grain.IterDataset of read(0), read(1), ..., without an end.
-
-    Its states are those of grain.MapDataset.range(...).map(read).to_iter_dataset(), which takes 20 us
-    or more an element to measure itself: as long as it takes to decode a small image.
-    """
-    return _dataset_class()(read)
-
-
-@functools.cache
-def _dataset_class() -> type:
-    import grain
-
-    class WalkIterator(grain.DatasetIterator):
-        """Iterator of `WalkIterDataset`."""
-
-        def __init__(self, read: Callable[[int], Any]):
-            super().__init__()
-            self._read, self._next_index = read, 0
-
-        def __next__(self) -> Any:
-            element = self._read(self._next_index)
-            self._next_index += 1  # only now: after an error the same element is tried again
-            return element
-
-        def get_state(self) -> dict[str, int]:
-            return {"next_index": self._next_index}
-
-        def set_state(self, state: dict[str, int]) -> None:
-            self._next_index = state["next_index"]
-
-    class WalkIterDataset(grain.IterDataset):
-        """Calls of a function."""
-
-        def __init__(self, read: Callable[[int], Any]):
-            super().__init__()
-            self._read = read
-
-        def __iter__(self) -> WalkIterator:
-            return WalkIterator(self._read)
-
-        def __str__(self) -> str:
-            return "WalkIterDataset"
-
-    return WalkIterDataset
-
-
-# --------------------------------------------------------------------------------------------------
-# Examples in, batches out: the Grain pipeline of training, and all of a split for evaluation.
-# --------------------------------------------------------------------------------------------------
-
 
 _AHEAD = 16  # examples a reading thread may be ahead by
 _BLOCK = 8  # most examples it reads at a time
@@ -72,51 +18,49 @@ def pipeline(
     *,
     batch: int,
     seed: int,
-    transform: Callable[[Any], Any],
+    transform: Callable[[Any], Any] | None = None,
     to_device: Callable[[Any], Any] | None = None,
     readers: int = 0,
     order: Callable[[int], int] | None = None,
 ) -> Any:
-    """Endless batches: shuffle -> read -> transform (echo) -> batch -> device.
+    """Make endless batches: shuffle -> read -> transform (echo) -> batch -> device.
 
     Args:
       source: random access to examples.
-      batch: examples a batch.
+      batch: examples per batch.
       seed: of the order.
-      transform: IterDataset -> IterDataset of examples (dicts). One that returns its argument lets
-        examples be read and stacked in blocks: with reading threads, Grain's own work on a single one
-        takes as long as decoding a small image.
+      transform: IterDataset -> IterDataset of examples (dicts). None lets examples be read and stacked
+        in blocks: with reading threads, Grain's work on a single one takes as long as decoding a small
+        image.
       to_device: batch -> batch on its devices, run ahead in a thread; None stays in this thread and on
         the host.
       readers: threads that read and decode; 0 reads where the batches are asked for, and nothing
         that is not used.
-      order: position in the stream -> index, in place of shuffled epochs (`balanced.drawn`).
+      order: position in the stream -> index, in place of shuffled epochs (`dataset.sampled`).
 
     Returns:
-      A grain.DatasetIterator. get_state() is JSON and that of the batches given out, whatever has
+      A grain.DatasetIterator. get_state() is JSON and that of the batches so far, whatever has
       been read ahead; set_state() on a new pipeline of the same arguments goes on from there.
     """
     import grain
 
-    order = shuffled(len(source), seed) if order is None else order
+    index = shuffled(len(source), seed) if order is None else order
 
     def stream(read: Callable[[int], Any], ahead: int) -> Any:
-        if not readers:
-            return walk(read)
         # Over a range, not over a source: Grain weighs every element of a source, for 20 us.
         options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead * readers)
         return grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options)
 
-    def block(k: int) -> Example:
-        return stack([source[order(i)] for i in range(k * width, (k + 1) * width)])
-
-    examples = stream(lambda i: source[order(i)], _AHEAD)
-    batches = transform(examples)
-    if batches is not examples:
-        batches = batches.batch(batch, drop_remainder=True, batch_fn=stack)
+    if transform is not None:
+        examples = transform(stream(lambda i: source[index(i)], _AHEAD))
+        batches = examples.batch(batch, drop_remainder=True, batch_fn=stack)
     else:
         # Threads share a batch, so that the first one does not wait for a whole one of each thread.
         width = _largest_divisor(batch, _BLOCK) if readers else batch
+
+        def block(k: int) -> Example:
+            return stack([source[index(i)] for i in range(k * width, (k + 1) * width)])
+
         batches = stream(block, _AHEAD // width)
         if width < batch:
             batches = batches.batch(batch // width, batch_fn=_join)
@@ -128,35 +72,8 @@ def pipeline(
 
 
 def stack(examples: Sequence[Example]) -> Example:
-    """Examples -> a batch; np.array takes half the time of np.stack for small ones."""
+    """Stack examples to a batch; np.array takes half the time of np.stack for small ones."""
     return {key: np.array([example[key] for example in examples]) for key in examples[0]}
-
-
-def eval_batches(
-    source: Source, batch: int, limit: int | None = None, rows: np.ndarray | None = None
-) -> Iterator[dict[str, Any]]:
-    """All examples once, the last batch padded; "where" (bool [batch]) marks the real ones.
-
-    An example that is skipped, as it can't be read, is padding too.
-
-    Args:
-      source: random access to examples.
-      batch: examples a batch.
-      limit: that many examples, spread evenly over the source.
-      rows: the rows of each batch to read, such as those of this host; None is all.
-    """
-    order = np.arange(len(source))
-    if limit is not None and limit < len(order):
-        order = order[np.linspace(0, len(order) - 1, limit).astype(int)]
-    mine = np.arange(batch) if rows is None else rows
-    for start in range(0, len(order), batch):
-        indices = [order[start + i] for i in mine if start + i < len(order)]
-        examples = [source.readable(index) for index in indices]
-        examples += [None] * (len(mine) - len(examples))
-        # A host whose rows are all padding needs an example to pad with.
-        filling = next((x for x in examples if x is not None), None) or source[order[start]]
-        rows_of_batch = stack([filling if x is None else x for x in examples])
-        yield {**rows_of_batch, "where": np.array([x is not None for x in examples])}
 
 
 def _join(blocks: Sequence[Example]) -> Example:
@@ -165,3 +82,31 @@ def _join(blocks: Sequence[Example]) -> Example:
 
 def _largest_divisor(number: int, most: int) -> int:
     return max(d for d in range(1, most + 1) if number % d == 0)
+
+
+def eval_batches(
+    source: Source, batch: int, limit: int | None = None, rows: np.ndarray | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield all examples once, the last batch padded; "where" (bool [batch]) marks the real ones.
+
+    An example that is skipped, as it can't be read, is padding too.
+
+    Args:
+      source: random access to examples.
+      batch: examples per batch.
+      limit: that many examples, spread evenly over the source.
+      rows: the rows of each batch to read, such as those of this host; None is all.
+    """
+    order = np.arange(len(source))
+    if limit is not None and limit < len(order):
+        order = order[np.linspace(0, len(order) - 1, limit).astype(int)]
+    rows = np.arange(batch) if rows is None else rows
+    for start in range(0, len(order), batch):
+        indices = [order[start + i] for i in rows if start + i < len(order)]
+        examples = [source.readable(index) for index in indices]
+        examples += [None] * (len(rows) - len(examples))
+        readable = [x for x in examples if x is not None]
+        # A host whose rows are all padding needs an example to pad with.
+        padding = readable[0] if readable else source[order[start]]
+        stacked = stack([padding if x is None else x for x in examples])
+        yield {**stacked, "where": np.array([x is not None for x in examples])}

@@ -1,4 +1,4 @@
-"""Text as windows of characters."""
+"""Read text as windows of characters."""
 
 import pathlib
 
@@ -9,17 +9,18 @@ from jaxtricks.lab.data.dataset import Data, Example, Source
 
 
 def load(name: str, *, context: int, validation: float, test: float) -> Data:
-    """Windows of context + 1 characters; the splits are stretches: training, validation, test.
+    """Return windows of context + 1 characters; the splits are stretches: training, validation, test.
 
     Args:
       name: "topics", or a text file in UTF-8.
-      context: characters a window predicts; also the stride of the windows.
+      context: characters that a window predicts; also the stride of the windows.
       validation, test: shares of the characters; 0 makes no validation split.
 
     Raises:
       UserError: not UTF-8, or too short for a window in every split.
     """
     text = topics() if name == "topics" else read(pathlib.Path(name))
+    # Code points as numbers, so that NumPy can sort them.
     points, codes = np.unique(
         np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True
     )
@@ -28,6 +29,7 @@ def load(name: str, *, context: int, validation: float, test: float) -> Data:
     start = len(codes) - lengths["test"]
     middle = start - lengths["validation"]
     stretches = {"train": codes[:middle], "validation": codes[middle:start], "test": codes[start:]}
+    # Stretches, not windows at random: neighbouring windows are nearly the same text.
     if not validation:
         del stretches["validation"]
     for split, stretch in stretches.items():
@@ -53,14 +55,14 @@ def load(name: str, *, context: int, validation: float, test: float) -> Data:
 
 
 def topics() -> str:
-    """The help texts of Python's own statements, embedded in the standard library."""
+    """Return the help texts of Python's statements, embedded in the standard library."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def read(path: pathlib.Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
       UserError: it can't be read or isn't UTF-8.
@@ -77,7 +79,7 @@ def read(path: pathlib.Path) -> str:
 
 
 def windows(codes: np.ndarray, context: int) -> Source:
-    """{"text": int32 [context + 1]}, the last character of a window being the first of the next."""
+    """Return {"text": int32 [context + 1]}, the last character of a window being the first of the next."""
 
     def example(i: int) -> tuple[Example, int]:
         window = codes[i * context : (i + 1) * context + 1]

@@ -25,6 +25,8 @@ class NFBlock(nnx.Module):
     0: at first the network is its shortcuts alone, and every branch grows as far as it helps.
     """
 
+    row_parallel = ("second",)
+
     def __init__(
         self,
         in_features: int,
@@ -78,6 +80,9 @@ class NFNet(nnx.Module):
         example by itself, with probability drop_rate * i / n. Keys come from the stream "dropout".
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
+
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
 
     def __init__(
         self,

@@ -34,6 +34,9 @@ class RepVGG(nnx.Module):
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
 
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
+
     def __init__(
         self,
         in_channels: int,

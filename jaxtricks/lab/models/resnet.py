@@ -46,6 +46,8 @@ def activated(unit: Callable[[Array], Array], x: Array) -> Array:
 class Block(nnx.Module):
     """y = relu(unit(relu(unit(x))) + shortcut(x)), the basic residual block."""
 
+    row_parallel = ("second",)
+
     def __init__(
         self,
         in_features: int,
@@ -86,6 +88,9 @@ class ResNet(nnx.Module):
       pointwise: the same for the 1x1 shortcuts.
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
+
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ def _widened(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
 class Attention(nnx.Module):
     """Causal self-attention; one product makes queries, keys and values of all heads."""
 
+    row_parallel = ("out",)
+
     def __init__(self, features: int, heads: int, *, out_init: nnx.Initializer, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.qkv = linear(features, 3 * features, kernel_init=_kernel_init())
@@ -59,6 +61,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block."""
 
+    row_parallel = ("contract",)
+
     def __init__(self, features: int, heads: int, *, out_init: nnx.Initializer, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(features, rngs=rngs)
@@ -87,6 +91,9 @@ class Transformer(nnx.Module):
     Raises:
       ValueError: heads that do not divide the features.
     """
+
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
 
     def __init__(
         self,
