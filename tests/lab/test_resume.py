@@ -19,7 +19,7 @@ from PIL import Image
 from jaxtricks.lab import report, rundir
 from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import Parallel, Text, Train, Tricks
-from tests.run_dirs import log_of, steps_of
+from tests.lab.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
 RUN = Train(

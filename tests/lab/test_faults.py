@@ -43,7 +43,7 @@ from jaxtricks.lab.checkpoint import SUMS, Checkpoints
 from jaxtricks.lab.commands import train
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.data import images as images_lib
-from tests.run_dirs import log_of, steps_of
+from tests.lab.run_dirs import log_of, steps_of
 
 # Logs, checkpoints and evaluations at steps of their own; an iterator, statistics and averages with state.
 RUN = Train(

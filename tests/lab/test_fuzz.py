@@ -14,7 +14,7 @@ from PIL import Image
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import arrays, folders, images, records
-from tests import mangle
+from tests.lab import mangle
 
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 

@@ -21,8 +21,8 @@ from jaxtricks.lab.commands import compare, fuse
 from jaxtricks.lab.config import Train, Tricks, UserError
 from jaxtricks.lab.distributed import Hosts, Placement
 from jaxtricks.lab.trainer import Feed, Trainer
-from tests import mangle
-from tests.test_fuzz import TIMES, allowed
+from tests.lab import mangle
+from tests.lab.test_fuzz import TIMES, allowed
 
 SESSION = {
     "command": "jaxtricks train --out 'runs/a b'",

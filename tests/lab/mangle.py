@@ -1,4 +1,4 @@
-"""Bytes and JSON that are almost right: strategies for tests/test_fuzz.py, and the watch they run under."""
+"""Bytes and JSON that are almost right: strategies for test_fuzz.py, and the watch that they run under."""
 
 import contextlib
 import copy

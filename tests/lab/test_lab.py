@@ -19,8 +19,8 @@ from jaxtricks.lab.commands import ablate, train
 from jaxtricks.lab.config import Ablate, Parallel, Train, Tricks, UserError
 from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.trainer import Evaluator
-from tests import mangle
-from tests.test_cli import make_images
+from tests.lab import mangle
+from tests.lab.test_cli import make_images
 
 TINY = Train(widths=(4,), batch=16, steps=40, imbalance=10.0, learning_rate=1e-2)
 

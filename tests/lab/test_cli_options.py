@@ -18,7 +18,7 @@ from jaxtricks.lab import cli as options
 from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import plan, train
 from jaxtricks.lab.config import Train
-from tests.test_cli import SMALL_TEXT, fails, make_images
+from tests.lab.test_cli import SMALL_TEXT, fails, make_images
 
 # What every command needs beside the option in question.
 NEEDED = {"plan": ["--budget", "0.5"]}

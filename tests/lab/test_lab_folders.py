@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from jaxtricks.lab import data
 from jaxtricks.lab.config import UserError
 from jaxtricks.lab.data import dataset, folders, images
-from tests import mangle
-from tests.test_lab_data import classes, encode, pack, pixels, refused, write
+from tests.lab import mangle
+from tests.lab.test_lab_data import classes, encode, pack, pixels, refused, write
 
 ORIENTATION = 0x112
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxtricks.lab import distributed, rundir
-from tests.run_dirs import log_of
+from tests.lab.run_dirs import log_of
 
 pytestmark = pytest.mark.slow
 
