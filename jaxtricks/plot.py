@@ -14,7 +14,7 @@ __all__ = ["lr_range", "plan", "shots"]
 
 
 def lr_range(r: Any) -> Any:
-    """The loss against the rate of `cyclical.lr_range_test`, and the suggestion.
+    """Draw the loss against the rate of `cyclical.lr_range_test`, and the suggestion.
 
     Args:
       r: a RangeTest.
@@ -48,7 +48,8 @@ def lr_range(r: Any) -> Any:
 def _scale_to_fall(axis: Any, losses: list[Any], smoothed: list[Any]) -> None:
     if not losses:
         return
-    low, high = float(min(losses)), float(max(smoothed[: smoothed.index(min(smoothed)) + 1]))
+    lowest = smoothed.index(min(smoothed))
+    low, high = float(min(losses)), float(max(smoothed[: lowest + 1]))
     top = high + (high - low) / 2
     if low < high and max(losses) > top:
         axis.set_ylim(low - (high - low) / 10, top)
@@ -65,7 +66,7 @@ _WHAT = {"peak": "arguments, results and temporaries", "temp": "temporaries"}
 
 
 def plan(p: Any) -> Any:
-    """Memory over the operations of a step with and without its plan, and bytes against operations run again.
+    """Draw memory over the operations of a step, and bytes against operations run again, of a plan.
 
     Args:
       p: a `remat.Plan`; one that was read from JSON knows no timeline, which its panel says.
@@ -100,10 +101,12 @@ def _timeline(axis: Any, p: Any) -> None:
         text = "no timeline: this plan was read,\nplan again to see it"
         axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center")
         return
-    unit, name = _unit([p.budget, *(max(alive, default=0) for alive in p.timeline)])
-    looks = (("unplanned", _UNPLANNED), ("planned", _PLANNED))
-    for alive, (label, style) in zip(p.timeline, looks, strict=True):
-        axis.plot(np.linspace(0, 1, len(alive)), alive / unit, label=label, **style)
+    peaks = [max(alive, default=0) for alive in p.timeline]
+    unit, name = _unit([p.budget, *peaks])
+    styles = {"unplanned": _UNPLANNED, "planned": _PLANNED}
+    for alive, label in zip(p.timeline, styles, strict=True):
+        operations = np.linspace(0, 1, len(alive))
+        axis.plot(operations, alive / unit, label=label, **styles[label])
     axis.axhline(p.budget / unit, label="budget", **_BUDGET)
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
@@ -119,7 +122,7 @@ def _trade(axis: Any, p: Any) -> None:
         nbytes, extra = np.array(p.tried).T
         axis.scatter(nbytes / unit, 100 * extra, 40, "gray", label="tried", zorder=2)
     axis.scatter(p.baseline / unit, 0, 60, "black", marker="s", label="unplanned", zorder=2)
-    # Hollow and large: what lies below it stays to be seen.
+    # Hollow and large: what lies below it stays visible.
     looks = {"facecolors": "none", "edgecolors": "black", "linewidths": 1.6, "zorder": 3}
     axis.scatter(p.peak / unit, 100 * p.extra_flops, 190, marker="D", label="planned", **looks)
     axis.axvline(p.budget / unit, label="budget", **_BUDGET)
@@ -130,7 +133,7 @@ def _trade(axis: Any, p: Any) -> None:
 
 
 def _unit(sizes: Sequence[float]) -> tuple[int, str]:
-    """What a panel counts in."""
+    """Return what a panel counts in."""
     return (_GIB, "GiB") if max(sizes) >= _GIB else (_MIB, "MiB")
 
 
@@ -147,7 +150,7 @@ def shots(
     *,
     intervals: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Accuracy of each class against its training examples, and the many-, medium- and few-shot means.
+    """Draw each class's accuracy against its training examples, and the many-, medium- and few-shot means.
 
     Args:
       m: of `longtail.metrics.summary`, or {name: summary} of several methods.
@@ -155,8 +158,8 @@ def shots(
       intervals: of `longtail.metrics.bootstrap`, or {name: intervals}, drawn on the bars.
 
     Returns:
-      A matplotlib figure of two panels: a marker a class (a line through them where there are several
-      methods, classes by falling count), and a bar a group and method, its value above it. A class
+      A matplotlib figure of two panels: a marker per class (a line through them where there are several
+      methods, classes by falling count), and a bar per group and method, its value above it. A class
       without test examples is not drawn.
 
     Raises:
@@ -188,12 +191,10 @@ def _classes(axis: Any, methods: Mapping[str, Any], counts: np.ndarray) -> None:
     order = np.argsort(-counts, kind="stable")
     for i, (name, summary) in enumerate(methods.items()):
         style = line_style(i, len(methods)) | {"ms": 5, "lw": 0.8 if len(methods) > 1 else 0}
-        axis.plot(
-            np.maximum(counts[order], 0.5),
-            100 * np.asarray(summary["per_class"])[order],
-            label=name,
-            **style,
-        )
+        accuracy = 100 * np.asarray(summary["per_class"])
+        # Half an example where there is none: the axis is logarithmic.
+        examples = np.maximum(counts, 0.5)
+        axis.plot(examples[order], accuracy[order], label=name, **style)
     axis.set_xscale("log")
     axis.invert_xaxis()  # the tail to the right, as everywhere
     axis.set_xlabel("training examples of the class")
@@ -222,7 +223,7 @@ def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> No
 
 
 def _intervals(axis: Any, centres: Sequence[float], ends: Mapping[str, Any]) -> None:
-    """Lines through the tops of the bars, whose values move above them."""
+    """Draw lines through the tops of the bars, whose values move above them."""
     values = {text.xy[0]: text for text in axis.texts if hasattr(text, "xy")}
     for x, group in zip(centres, _GROUPS, strict=True):
         if group in ends and x in values:

@@ -40,7 +40,7 @@ def save(figure: Any, path: pathlib.Path, cure: str = "") -> None:
 
 
 def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
-    """Loss and accuracy of one run against its steps.
+    """Draw loss and accuracy of one run against its steps.
 
     Args:
       rows: as in metrics.jsonl: dicts with step, loss, accuracy and, at evaluations, val_loss, val_accuracy
@@ -74,7 +74,7 @@ def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
 
 
 def groups(result: Mapping[str, Any], counts: Mapping[str, int] | None = None) -> Any:
-    """Accuracy of the many-, medium- and few-shot classes of each split.
+    """Draw the accuracy of the many-, medium- and few-shot classes of each split.
 
     Args:
       result: as in result.json: summaries with many, medium and few in [0, 1], by split; None or NaN for a
@@ -82,7 +82,7 @@ def groups(result: Mapping[str, Any], counts: Mapping[str, int] | None = None) -
       counts: {"many", "medium", "few": classes in the group}, if known.
 
     Returns:
-      A matplotlib figure of one panel, a bar a group and split, its value above it.
+      A matplotlib figure of one panel, a bar per group and split, its value above it.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -110,7 +110,7 @@ def groups(result: Mapping[str, Any], counts: Mapping[str, int] | None = None) -
 
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> Any:
-    """Several runs: how each learned, and what it reached at what cost.
+    """Draw several runs: how each learned, and what it reached at what cost.
 
     Args:
       runs: dicts with name; text, whether it modelled text; rows, as in metrics.jsonl; test, a summary with
@@ -166,7 +166,9 @@ _BALANCED = _Measure(
 
 def _measure(runs: Sequence[Mapping[str, Any]]) -> _Measure:
     text = [run["text"] for run in runs]
-    return _NATS if text and all(text) else _ACCURACY if any(text) else _BALANCED
+    if not any(text):
+        return _BALANCED
+    return _NATS if all(text) else _ACCURACY
 
 
 def _history(
@@ -190,7 +192,8 @@ def _number(value: float | None) -> float:
 
 
 def _last(history: Sequence[tuple[int, float]]) -> float:
-    return next((y for _, y in reversed(history) if math.isfinite(y)), math.nan)
+    finite = [y for _, y in history if math.isfinite(y)]
+    return finite[-1] if finite else math.nan
 
 
 def _line(axis: Any, points: Sequence[tuple[int, float]], label: str, **style: Any) -> list[float]:
@@ -212,8 +215,9 @@ def _every(history: Sequence[Any]) -> int:
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*names[:most], *more])
+    if len(names) <= most:
+        return ", ".join(names)
+    return ", ".join([*names[:most], f"{len(names) - most} more"])
 
 
 def _panels(width: float, height: float) -> tuple[Any, tuple[Any, Any]]:
@@ -224,7 +228,7 @@ def _panels(width: float, height: float) -> tuple[Any, tuple[Any, Any]]:
 
 
 def _legend(figure: Any, axis: Any) -> None:
-    """The names of a panel's curves above the figure, which grows by what they need."""
+    """Put the names of a panel's curves above the figure, which grows by what they need."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         ncols = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
@@ -261,7 +265,7 @@ def _say_if_empty(axis: Any) -> None:
 
 
 def ablation(rows: Sequence[dict[str, Any]]) -> Any:
-    """Balanced accuracy against cost, one marker a row of `jaxtricks ablate`.
+    """Draw balanced accuracy against cost, one marker per row of `jaxtricks ablate`.
 
     Args:
       rows: dicts with key, metric, std, step_ms, temp_bytes and state_bytes, as in results.json.
@@ -364,7 +368,7 @@ def name_points(
 def _free(
     start: float, end: float, v: float, height: float, taken: Sequence[tuple[float, float, float]]
 ) -> float:
-    """The height nearest to v, above or below, at which nothing is taken between start and end."""
+    """Return the height nearest to v, above or below, at which nothing is taken between start and end."""
     beside = [w for a, b, w in taken if start < b and a < end]
     for shift in itertools.count():
         for w in (v + shift * height / 5, v - shift * height / 5):

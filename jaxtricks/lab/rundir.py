@@ -430,7 +430,7 @@ def _bounded(kind: Any) -> Any:
 
 @functools.cache
 def _begun_schema() -> Any:
-    """What every command's config.json has in common."""
+    """Return the schema of what every command's config.json has."""
     data = schema("Data", {"left_out": list[str]})
     fields = {"config": dict, "data": data, "resumed": list[dict[str, Any]]}
     return schema("Begun", fields)

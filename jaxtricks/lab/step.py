@@ -279,7 +279,7 @@ class TrainStep:
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def _placed_shapes(self) -> TrainState:
-        """Shapes of the state: the optimizer's lie like the parameters, the rest is replicated."""
+        """Return the shapes of the state: the optimizer's lie like the parameters, the rest is replicated."""
         shapes = jax.eval_shape(functools.partial(self.init, 0, self._data.counts))
         specs = jt.memopt.state_specs(self._tx, shapes.params, self._stored)
         opt_state = jax.tree.map(lambda s: NamedSharding(self.placement.mesh, s), specs)

@@ -157,11 +157,11 @@ class Trainer:
         self.divergence.saved_step = step
 
     def bytes_read(self) -> int:
-        """Bytes of examples read by all hosts, earlier sessions included; the prefetched ones count."""
+        """Return the bytes of examples read by all hosts, earlier sessions included, prefetched ones too."""
         return self.bytes_before + sum(self.hosts.gather(self.data.train.bytes_read))
 
     def skipped(self) -> list[str]:
-        """Names of the examples that could not be read since the run began, on all hosts."""
+        """Return the names of the examples that could not be read since the run began, on all hosts."""
         if not self.cfg.skip_unreadable:
             return []
         here = [name for _, source in self.data.splits() for name in list(source.skipped)]

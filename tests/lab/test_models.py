@@ -246,3 +246,27 @@ def test_nfnet_stochastic_depth():
     carry = params, state, tx.init(params)
     _, values = jax.lax.scan(step, carry, jax.random.split(jax.random.key(4), 60))
     assert values[-10:].mean() < 0.5 * values[:10].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "inwards"),
+    [
+        ("resnet", "stages/0/second/conv/kernel"),
+        ("nfnet", "blocks/0/second/kernel"),
+        ("repvgg", None),
+        ("transformer", "blocks/0/contract/kernel"),
+    ],
+)
+def test_classes_declare_how_kernels_are_split(name, inwards):
+    model = MODELS[name](rngs=nnx.Rngs(0))
+    axes = models.split_axes(model, jt.nnx.roles(model))
+    _, params, _ = jt.nnx.functional(model)
+    kernels = {p: x.shape for p, x in _tree.by_path(params).items() if p.endswith("kernel")}
+    assert axes("head/kernel", kernels["head/kernel"]) == []
+    for path, shape in kernels.items():
+        if path == inwards:
+            assert len(shape) - 1 not in axes(path, shape) and axes(path, shape)
+        elif not path.startswith("head/") and inwards is None:
+            assert axes(path, shape) == [len(shape) - 1]
+    assert inwards is None or inwards in kernels
+    assert models.declared_paths(model, "unsplit") == ("head",)

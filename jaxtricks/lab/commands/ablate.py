@@ -283,20 +283,11 @@ def train_row(
     if function not in evaluators:
         evaluators[function] = Evaluator(compiled.step, data[0], cfg.batch)
     evaluate = evaluators[function]
-    test_scores, validation_scores, reads = [], [], []
-    state = compiled.step.start(0, data[0].counts)
-    for seed, dataset in enumerate(data):
-        run_cfg = cfg.train(compiled.tricks, seed)
-        # A copy, whose counter of bytes is of this run alone.
-        source = dataset.train.subset(np.arange(len(dataset.train)))
-        batches = _batches(run_cfg, source, compiled.step.placement)
-        if seed:
-            state = compiled.step.start(seed, dataset.counts)
-        state = trainer.fit(compiled.executable, state, batches, cfg.steps)
-        scores = {name: evaluate(state, split) for name, split in dataset.splits()[1:]}
-        test_scores.append(scores["test"]["balanced_accuracy"])
-        validation_scores.append(scores["validation"]["balanced_accuracy"])
-        reads.append(source.bytes_read / cfg.steps)
+    seeds = [_train_seed(seed, cfg, compiled, data[seed], evaluate) for seed in range(len(data))]
+    test_scores = [scores["test"] for scores, _, _ in seeds]
+    validation_scores = [scores["validation"] for scores, _, _ in seeds]
+    reads = [nbytes / cfg.steps for _, nbytes, _ in seeds]
+    _, _, state = seeds[-1]
     row = {
         "key": key,
         "tricks": list(compiled.tricks.on),
@@ -310,6 +301,23 @@ def train_row(
         "reads": float(np.mean(reads)),
     }
     return Trained(row, compiled, state)
+
+
+def _train_seed(
+    seed: int, cfg: Ablate, compiled: Compiled, data: data_lib.Data, evaluate: Evaluator
+) -> tuple[dict[str, float], int, step_lib.TrainState]:
+    """Train one seed; return the scores by split, the bytes read and the state."""
+    run_cfg = cfg.train(compiled.tricks, seed)
+    # A copy, whose counter of bytes is of this run alone.
+    source = data.train.subset(np.arange(len(data.train)))
+    batches = _batches(run_cfg, source, compiled.step.placement)
+    state = compiled.step.start(seed, data.counts)
+    state = trainer.fit(compiled.executable, state, batches, cfg.steps)
+    scores = {}
+    for name, split in data.splits():
+        if name != "train":
+            scores[name] = evaluate(state, split)["balanced_accuracy"]
+    return scores, source.bytes_read, state
 
 
 def interleaved_times(trained: list[Trained]) -> list[float]:

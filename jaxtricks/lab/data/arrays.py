@@ -43,24 +43,23 @@ def npz(path: pathlib.Path) -> Stored:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            keys = {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
-            pairs = _pairs(path, keys)
-            parts = {
-                where: (_load(path, archive, x), _load(path, archive, y))
-                for where, (x, y) in pairs.items()
-            }
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            pairs = _pairs(path, {name.removesuffix(".npy") for name in names})
+            parts = {}
+            for split, (x, y) in pairs.items():
+                parts[split] = _load(path, archive, x), _load(path, archive, y)
     except UserError:
         raise
     except Exception as error:  # a broken file may raise anything
         raise UserError(f"{path} is a broken .npz file ({error}): save it again") from error
     checked = {}
-    for where, (images, labels) in parts.items():
-        x, y = pairs[where]
+    for split, (images, labels) in parts.items():
+        x, y = pairs[split]
         images = check_images(images, f"{x} in {path}")
         labels = check_labels(labels, len(images), f"{y} in {path}")
         if not len(labels):
             raise UserError(f"{x} in {path} is empty: add images, or leave it out")
-        checked[where] = images, labels
+        checked[split] = images, labels
     return _stored(str(path), checked)
 
 
@@ -108,9 +107,12 @@ def _stored(
         image = arrays[part][i - ends[part]]
         return image, image.nbytes
 
+    names = []
+    for split, (images, _) in parts.items():
+        names += [f"image {i} of {split}" for i in range(len(images))]
     return Stored(
         name=name,
-        names=[f"image {i} of {where}" for where, x in parts.items() for i in range(len(x[1]))],
+        names=names,
         read=read,
         labels=labels.astype(np.int32),
         split=np.repeat(list(parts), [len(images) for images in arrays]),
@@ -122,17 +124,20 @@ def _stored(
 
 def _pairs(path: pathlib.Path, keys: set[str]) -> dict[str, tuple[str, str]]:
     """Return split -> (key of its images, key of its labels)."""
-    names = {key.format("images"): (key.format("labels"), where) for key, where in _KEYS.items()}
-    names |= {x: (x.replace("x", "y", 1), where) for x, where in _XY.items()}
+    names = {}  # of images -> (of labels, split)
+    for key, split in _KEYS.items():
+        names[key.format("images")] = key.format("labels"), split
+    for x, split in _XY.items():
+        names[x] = x.replace("x", "y", 1), split
     pairs = {}
-    for images, (labels, where) in names.items():
+    for images, (labels, split) in names.items():
         if (images in keys) != (labels in keys):
             here, absent = (images, labels) if images in keys else (labels, images)
             raise UserError(f"{path} has {here} but no {absent}: {_NEEDS}")
-        if images in keys and where in pairs:
-            raise UserError(f"{path} has {images} and {pairs[where][0]}: keep one of them")
+        if images in keys and split in pairs:
+            raise UserError(f"{path} has {images} and {pairs[split][0]}: keep one of them")
         if images in keys:
-            pairs[where] = images, labels
+            pairs[split] = images, labels
     if not pairs:
         raise UserError(f"{path} has the arrays {', '.join(sorted(keys)) or 'none'}: {_NEEDS}")
     return pairs

@@ -24,8 +24,13 @@ def stored(name: str) -> Stored:
       UserError: no such function, an error inside it, or something else than that.
     """
     sources = _sources(name, _call(name))
-    notes: list[str] = []
-    labels = [_labels(name, where, source, notes) for where, source in sources.items()]
+    labels, notes = [], []
+    for split, source in sources.items():
+        if not _has_labels(source):
+            notes.append(
+                f"{split}: read once through for its labels; give the source `labels` to save that"
+            )
+        labels.append(_labels(name, split, source))
     classes = None
     for source in reversed(sources.values()):
         if getattr(source, "classes", None) is not None:
@@ -33,19 +38,19 @@ def stored(name: str) -> Stored:
     together = np.concatenate([x.astype(np.int64) for x in labels])
     num_classes = dataset.check_classes(together, name, None if classes is None else len(classes))
     # One list of all examples, whatever the number of splits.
-    flat = [(where, i) for where, source in sources.items() for i in range(len(source))]
+    flat = [(split, i) for split, source in sources.items() for i in range(len(source))]
 
     def read(i: int) -> tuple[np.ndarray, int]:
-        where, j = flat[i]
-        image, _ = _element(name, where, sources[where], j)
+        split, j = flat[i]
+        image, _ = _element(name, split, sources[split], j)
         return image, image.nbytes
 
     return Stored(
         name=name,
-        names=[_title(name, where, i) for where, i in flat],
+        names=[_title(name, split, i) for split, i in flat],
         read=read,
         labels=together.astype(np.int32),
-        split=np.array([where for where, _ in flat]),
+        split=np.array([split for split, _ in flat]),
         classes=classes or tuple(map(str, range(num_classes))),
         notes=tuple(notes),
     )
@@ -98,21 +103,24 @@ def _sources(name: str, value: Any) -> dict[str, Any]:
     return sources
 
 
-def _labels(name: str, where: str, source: Any, notes: list[str]) -> np.ndarray:
+def _has_labels(source: Any) -> bool:
     labels = getattr(source, "labels", None)
-    if labels is None or callable(labels):
-        labels = [_element(name, where, source, i)[1] for i in range(len(source))]
-        notes.append(
-            f"{where}: read once through for its labels; give the source `labels` to save that"
-        )
+    return labels is not None and not callable(labels)
+
+
+def _labels(name: str, split: str, source: Any) -> np.ndarray:
+    if _has_labels(source):
+        labels = source.labels
+    else:
+        labels = [_element(name, split, source, i)[1] for i in range(len(source))]
     # An array of the user may be lazy, and raise here.
     labels = _guard(f"labels of {name}", lambda: np.asarray(labels))
-    return arrays.check_labels(labels, len(source), f"labels of {name} ({where})")
+    return arrays.check_labels(labels, len(source), f"labels of {name} ({split})")
 
 
-def _element(name: str, where: str, source: Any, i: int) -> tuple[np.ndarray, Any]:
+def _element(name: str, split: str, source: Any, i: int) -> tuple[np.ndarray, Any]:
     # Messages name an example by its index in its split, as the user's code has it.
-    title = _title(name, where, i)
+    title = _title(name, split, i)
     try:
         element = source[i]
     except UserError:
@@ -131,8 +139,8 @@ def _element(name: str, where: str, source: Any, i: int) -> tuple[np.ndarray, An
     return arrays.check_images(np.asarray(image), f"image of {title}", ndim=3), label
 
 
-def _title(name: str, where: str, i: int) -> str:
-    return f"example {i} of {name} ({where})"
+def _title(name: str, split: str, i: int) -> str:
+    return f"example {i} of {name} ({split})"
 
 
 def _description(error: BaseException) -> str:

@@ -159,7 +159,6 @@ def _data(
     *,
     skip_unreadable: bool,
 ) -> Data:
-    # A local: the closure should not hold the other fields.
     labels = stored.labels
 
     def example(i: int) -> tuple[Example, int]:

@@ -73,11 +73,13 @@ def pipeline(
 
 def stack(examples: Sequence[Example]) -> Example:
     """Stack examples to a batch; np.array takes half the time of np.stack for small ones."""
-    return {key: np.array([example[key] for example in examples]) for key in examples[0]}
+    names = examples[0].keys()
+    return {name: np.array([example[name] for example in examples]) for name in names}
 
 
 def _join(blocks: Sequence[Example]) -> Example:
-    return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+    names = blocks[0].keys()
+    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -99,7 +101,8 @@ def eval_batches(
     """
     order = np.arange(len(source))
     if limit is not None and limit < len(order):
-        order = order[np.linspace(0, len(order) - 1, limit).astype(int)]
+        positions = np.linspace(0, len(order) - 1, limit)
+        order = order[positions.astype(int)]
     rows = np.arange(batch) if rows is None else rows
     for start in range(0, len(order), batch):
         indices = [order[start + i] for i in rows if start + i < len(order)]

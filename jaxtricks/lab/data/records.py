@@ -34,10 +34,12 @@ def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """
     if path.is_file():
         return {"train": [path]} if _NAME.fullmatch(path.name) else {}
-    files = sorted(path.glob("*"))  # none in what is not a folder
-    # Regular files: the library would wait for a pipe.
-    matches = {file: _NAME.fullmatch(file.name) for file in files}
-    named = {file: match for file, match in matches.items() if match and file.is_file()}
+    named = {}
+    for file in sorted(path.glob("*")):  # none in what is not a folder
+        match = _NAME.fullmatch(file.name)
+        # Regular files: the library would wait for a pipe.
+        if match and file.is_file():
+            named[file] = match
     _refuse_absent(path, list(named.values()))
     splits: dict[str, list[pathlib.Path]] = {}
     for file, match in named.items():

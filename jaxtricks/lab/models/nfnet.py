@@ -51,7 +51,7 @@ class NFBlock(nnx.Module):
         self.rate = rate
 
     def __call__(self, x: Array, key: Key | None = None) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]; with a key, branches are dropped."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]; with a key, branches are dropped."""
         out = self.act(x) * self.beta
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.second(self.act(self.first(out)))
@@ -129,7 +129,7 @@ class NFNet(nnx.Module):
         self.rngs = rngs.dropout.fork() if drop_rate else None
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        """Map images [N, H, W, C] to logits [N, num_classes], computed in the dtype of the images."""
         x = self.stem(x)
         draw = None if self.deterministic else self.rngs
         for block in self.blocks:

@@ -18,7 +18,7 @@ class Layer(nnx.Module):
         self.block = block
 
     def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]."""
         return activated(self.block, x)
 
 
@@ -60,7 +60,7 @@ class RepVGG(nnx.Module):
         self.recompute = recompute
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        """Map images [N, H, W, C] to logits [N, num_classes], computed in the dtype of the images."""
         for layer in self.layers:
             x = jnnx.recompute_grad(layer)(x) if self.recompute else layer(x)
         return self.head(jnp.mean(x, axis=(1, 2)))

@@ -30,12 +30,12 @@ class ConvNorm(nnx.Module):
         self.norm = norm(out_features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]."""
         return self.norm(self.conv(x))
 
 
 def activated(unit: Callable[[Array], Array], x: Array) -> Array:
-    """relu(unit(x)) in the dtype of x.
+    """Return relu(unit(x)) in the dtype of x.
 
     Newer versions of Flax's BatchNorm return float32 for bfloat16 inputs, because they count its running
     statistics; what follows would then silently compute in float32.
@@ -69,7 +69,7 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]."""
         y = activated(self.first, x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return nnx.relu(self.second(y) + shortcut).astype(x.dtype)
@@ -120,7 +120,7 @@ class ResNet(nnx.Module):
         self.recompute = recompute
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        """Map images [N, H, W, C] to logits [N, num_classes], computed in the dtype of the images."""
         x = activated(self.stem, x)
         for block in self.stages:
             x = jnnx.recompute_grad(block)(x) if self.recompute else block(x)

@@ -16,12 +16,12 @@ _SMALL = nnx.initializers.normal(0.02)
 
 
 def _kernel_init(variance: float = 1.0) -> nnx.Initializer:
-    """Normal with variance / fan_in: at any width a product has `variance` times that of its input."""
+    """Initialize with variance / fan_in: at any width a product has `variance` times that of its input."""
     return nnx.initializers.variance_scaling(variance, "fan_in", "normal")
 
 
 def _widened(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """Lookups in float32 or better: the gradient of a row is the sum over all its occurrences."""
+    """Look up in float32 or better: the gradient of a row is the sum over all its occurrences."""
     return tuple(x.astype(_tree.wide_dtype(x)) for x in arrays)
 
 
@@ -37,7 +37,7 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, T, features] -> [N, T, features]; position t sees positions up to t."""
+        """Map [N, T, features] to [N, T, features]; position t sees positions up to t."""
         n, t, features = x.shape
         # Heads first: a product that is split over devices is split by heads.
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, t, self.heads, 3, -1), 3, 0)
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over earlier positions, [N, T, heads, D] each.
+    """Return softmax(q k^T / sqrt(D)) v over earlier positions, [N, T, heads, D] each.
 
     Products are in the dtype of the inputs in both passes, and the softmax is in float32 or better.
     `jax.nn.dot_product_attention` keeps float32 scores, whose gradients then multiply in float32.
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         self.contract = linear(4 * features, features, kernel_init=out_init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, T, features] -> [N, T, features]."""
+        """Map [N, T, features] to [N, T, features]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.contract(nnx.gelu(self.expand(self.mlp_norm(x))))
 
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
         self.recompute = recompute
 
     def __call__(self, tokens: Array) -> jax.Array:
-        """Tokens int [N, T], T <= context -> logits [N, T, vocab_size] in the parameters' dtype.
+        """Map tokens int [N, T], T <= context, to logits [N, T, vocab_size] in the parameters' dtype.
 
         logits[n, t] are those of token t + 1, from tokens 0 to t.
         """
