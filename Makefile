@@ -43,7 +43,7 @@ demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.runs)
 	$(BIN)/jaxtricks ablate --no-search --resume
 
 # Twice, for speed: see XLA_FLAGS in tests/conftest.py.
-STOCK_TESTS = $(shell grep -l mark.stock tests/test_*.py)
+STOCK_TESTS = $(shell grep -l mark.stock tests/test_*.py tests/lab/test_*.py)
 test: $(VENV)/.installed
 	CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock' $(TESTS)
 	$(PYTEST) -m 'stock and not slow' $(or $(TESTS),$(STOCK_TESTS))
@@ -66,7 +66,7 @@ test-next: $(VENV)/.installed
 
 # Two processes of four devices each on this machine: trained, killed, resumed; about five minutes.
 multihost: $(VENV)/.installed
-	$(BIN)/python -m pytest -v tests/test_multihost.py
+	$(BIN)/python -m pytest -v tests/lab/test_multihost.py
 
 $(GPU_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(GPU_VENV)

@@ -1,1 +1,1 @@
-"""Measurements: what our transforms cost beside their peers; `make bench` prints every table."""
+"""Measurements, each a program: `python -m benchmarks.NAME`."""

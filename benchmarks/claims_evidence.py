@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtricks.lab import report
-from jaxtricks.lab import spread as seeds
+from jaxtricks.lab.commands import ablate as seeds
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HELD, NOT_HELD, NOT_TESTABLE = "held", "not held", "not testable here"
@@ -90,7 +90,7 @@ def paired(ours: Sequence[float], base: Sequence[float], digits: int = 2) -> Fig
     """Runs of the same seeds, in the same order: the mean difference and its standard error."""
     difference = np.asarray(ours, np.float64) - np.asarray(base, np.float64)
     n = len(difference)
-    error = seeds.error(difference) if n > 1 else math.nan
+    error = seeds.standard_error(difference) if n > 1 else math.nan
     return Figures(
         spread(ours, digits), spread(base, digits), float(difference.mean()), error, n
     )

@@ -24,8 +24,8 @@ import jaxtricks as jt
 from benchmarks import common
 from jaxtricks import _table
 from jaxtricks.lab import data
-from jaxtricks.lab.data import image
-from jaxtricks.lab.data.order import shuffled
+from jaxtricks.lab.data import images
+from jaxtricks.lab.data.dataset import shuffled
 from jaxtricks.lab.report import hardware
 
 BATCH, BATCHES, ROUNDS = 256, 20, 12
@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 def loaders(d: data.Data, path: pathlib.Path) -> dict[str, Callable[[], Iterator[Any]]]:
     """Name -> a function that starts it; each gives batches of the same images in the same order."""
     pipeline = lambda **options: data.pipeline(
-        d.train, **{"batch": BATCH, "seed": 0, "transform": lambda ds: ds} | options
+        d.train, **{"batch": BATCH, "seed": 0, "transform": None} | options
     )
     in_grain = lambda *options: iter(
         grain.MapDataset.source(d.train)
@@ -108,9 +108,9 @@ def by_pillow(d: data.Data, path: pathlib.Path) -> Iterator[Any]:
 
 def measure(name: str, start: Callable[[], Iterator[Any]]) -> Cost:
     """One run, after a batch that does not count."""
-    library = image._simplejpeg()
+    library = images._simplejpeg()
     with mock.patch.object(
-        image, "_simplejpeg", lambda: None if "Pillow" in name else library
+        images, "_simplejpeg", lambda: None if "Pillow" in name else library
     ):
         batches = start()
         next(batches)

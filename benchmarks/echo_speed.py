@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import common
 from jaxtricks import _table, echo
-from jaxtricks.lab.data import image
+from jaxtricks.lab.data import images
 from jaxtricks.lab.report import hardware
 
 BATCH = 32
@@ -102,7 +102,7 @@ def rate(
 
     def read(raw: bytes) -> np.ndarray:
         time.sleep(seconds)
-        return image.decode(raw, "a patch")
+        return images.decode(raw, "a patch")
 
     dataset = grain.MapDataset.source(files).repeat().map(read)
     stage = dataset.to_iter_dataset(

@@ -15,7 +15,7 @@ from flax import nnx
 
 import jaxtricks as jt
 from benchmarks.text_task import TAIL, in_float32, schedule
-from jaxtricks.lab.data import files
+from jaxtricks.lab.data import folders
 
 EVALUATED = 500  # images of one call in evaluation
 LOOK = 10  # steps between two looks at the validation accuracy, or at whether the loss is finite
@@ -88,7 +88,7 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
       path: a zip or a directory.
       per_class: images of each class for "train", "validation" (also from train/) and "test".
     """
-    stored = files.stored(path)
+    stored = folders.stored(path)
     chosen: dict[str, list[int]] = {name: [] for name in per_class}
     for label in range(len(stored.classes)):
         mine = stored.labels == label

@@ -5,7 +5,7 @@ import json
 import pathlib
 import re
 
-from jaxtricks.lab import report
+from jaxtricks.lab.commands import ablate
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--name", default="ablation", help="the place in README.md")
     args = parser.parse_args()
     rows = json.loads((args.run / "results.json").read_text())
-    replace(args.name, report.table(rows).markdown())
+    replace(args.name, ablate.table(rows).markdown())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import optax
 from flax import nnx
 
 import jaxtricks as jt
-from jaxtricks.lab.about import hardware, versions
 from jaxtricks.lab.data.text import topics
 from jaxtricks.lab.models.transformer import Transformer
+from jaxtricks.lab.rundir import hardware, versions
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "memopt_training.json"
 CONTEXT, FEATURES, LAYERS, HEADS = 64, 256, 1, 4

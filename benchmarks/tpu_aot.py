@@ -11,11 +11,11 @@ from typing import Any
 
 from benchmarks import common
 from jaxtricks import KEYS, _table
-from jaxtricks.lab import collectives, loop, plan
-from jaxtricks.lab.config import IDLE, Text, Tricks
-from jaxtricks.lab.parallel_config import Parallel
-from jaxtricks.lab.placement import Placement
-from jaxtricks.lab.plan_config import Plan
+from jaxtricks.lab import collectives
+from jaxtricks.lab import step as step_lib
+from jaxtricks.lab.commands import plan
+from jaxtricks.lab.config import IDLE, Parallel, Plan, Text, Tricks
+from jaxtricks.lab.distributed import Placement
 
 IMAGES = {"widths": (64, 128, 256), "batch": 256}  # 32 x 32 x 3, 10 classes
 TEXT = {
@@ -53,9 +53,11 @@ def settings(model: str, on: Tricks, parallel: Parallel | None = None) -> Plan:
 def cost(cfg: Plan) -> common.StepCost:
     """What the step of a run needs, compiled as a run compiles it."""
     data = plan.described(cfg)
-    program = loop.build(cfg, data, place=Placement.of(cfg.parallel, tpu.chips()))
-    batch = loop.batch_shapes(cfg, data, program.place)
-    compiled = loop.jitted(program, program.step).lower(program.shapes, batch).compile()
+    program = step_lib.TrainStep(
+        cfg, data, placement=Placement.of(cfg.parallel, tpu.chips())
+    )
+    batch = program.batch_shapes()
+    compiled = program.jitted().lower(program.shapes, batch).compile()
     counts = compiled.cost_analysis()
     return common.StepCost(
         temp=common.temp_bytes(compiled),

@@ -1,453 +1,20 @@
-"""All drawing. Functions take what the rooms and the lab give and return a matplotlib figure; nothing is
-shown or saved.
+"""Draw what the rooms return: the learning-rate range test, memory plans, accuracy by class.
 
-Figures read in grayscale: position, marker, line style and hatching carry the meaning, colour only helps.
+Functions return a matplotlib figure; nothing is shown or saved. Figures read in grayscale: position, marker,
+line style and hatching carry the meaning, colour only helps.
 """
 
-import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-__all__ = ["ablation", "compare", "curves", "groups", "lr_range", "plan", "shots"]
-
-
-# Names beside points, moved until none covers another.
-
-
-_GAP = 0.026  # between a point and its name, as a share of the panel
-
-
-def name_points(
-    axis: Any,
-    texts: Sequence[str],
-    points: Sequence[tuple[float, float]],
-    *,
-    width: float = 0.014,
-    height: float = 0.021,
-    fontsize: float = 7,
-) -> None:
-    """Write each text beside its point, with a thin line to it.
-
-    Args:
-      axis: with its limits settled.
-      texts: a name a point.
-      points: (x, y) in data coordinates.
-      width: of a character, as a share of the axis.
-      height: of a line, as a share of the axis.
-      fontsize: in points.
-    """
-    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    # A point is taken too: a name over another's marker can't be told from that one's.
-    shares = [
-        ((x - left) / (right - left), (y - low) / (high - low)) for x, y in points
-    ]
-    taken = [(u - _GAP / 2, u + _GAP / 2, v) for u, v in shares]
-    order = sorted(
-        zip(texts, points, shares, strict=True), key=lambda item: item[2][::-1]
-    )
-    for text, point, (u, v) in order:
-        length = width * len(text)
-        to_left = u + _GAP + length > 1
-        start = max(u - _GAP - length, 0) if to_left else u + _GAP
-        v = _free(start, start + length, v, height, taken)
-        taken.append((start, start + length, v))
-        axis.annotate(
-            text,
-            point,
-            (start + length if to_left else start, v),
-            textcoords="axes fraction",
-            fontsize=fontsize,
-            ha="right" if to_left else "left",
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "gray"},
-        )
-
-
-def _free(
-    start: float,
-    end: float,
-    v: float,
-    height: float,
-    taken: Sequence[tuple[float, float, float]],
-) -> float:
-    """The height nearest to v, above or below, at which nothing is taken between start and end."""
-    beside = [w for a, b, w in taken if start < b and a < end]
-    for shift in itertools.count():
-        for w in (v + shift * height / 5, v - shift * height / 5):
-            if height / 2 < w < 1 - height / 2 and all(
-                abs(w - b) >= height for b in beside
-            ):
-                return w
-        if (
-            shift * height / 5 > 1
-        ):  # no room at all: better over another name than outside
-            return v
-    raise AssertionError("unreachable")
-
-
-# Pictures of training runs: one over its steps, its groups of classes, several side by side.
-
-
-_THIN = {"color": "gray", "lw": 0.9}
-_THICK = {"color": "black", "lw": 2, "marker": "o", "ms": 6}
-# Balanced data makes both curves one: an open square around the dot shows both.
-_DASHED = {
-    "color": "tab:blue",
-    "lw": 2,
-    "marker": "s",
-    "ms": 10,
-    "ls": "--",
-    "mfc": "none",
-}
-_BARS = {
-    "train": {"facecolor": "white", "hatch": "..."},
-    "validation": {"facecolor": "lightsteelblue", "hatch": "///"},
-    "test": {"facecolor": "tab:blue", "hatch": ""},
-}
-_MARKERS = "os^DvPX*<>ph"
-_HOLLOW = "hollow: not finished, the newest point of its curve"
-_STYLES = ("-", "--", "-.", ":")
-
-
-def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
-    """Loss and accuracy of one run against its steps.
-
-    Args:
-      rows: as in metrics.jsonl: dicts with step, loss, accuracy and, at evaluations, val_loss, val_accuracy
-        and val_balanced_accuracy, in [0, 1]. What is missing is not drawn, None and NaN leave a gap.
-      unit: of the loss, such as "nats per character".
-
-    Returns:
-      A matplotlib figure of two panels: training thin, validation thick with markers.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-    """
-    figure, (left, right) = _panels(11, 4.2)
-    values = [
-        *_line(left, _series(rows, "loss"), "training", **_THIN),
-        *_line(left, _series(rows, "val_loss"), "validation", **_THICK),
-    ]
-    if values and min(values) > 0 and max(values) > 50 * statistics.median(values):
-        left.set_yscale("log")  # one outburst would flatten all the rest
-    left.set_ylabel(f"loss ({unit})" if unit else "loss")
-    _line(right, _series(rows, "accuracy", 100), "training", **_THIN)
-    _line(right, _series(rows, "val_accuracy", 100), "validation", **_THICK)
-    balanced = _series(rows, "val_balanced_accuracy", 100)
-    _line(right, balanced, "validation, balanced", **_DASHED)
-    right.set_ylabel("accuracy (%)")
-    for axis in (left, right):
-        _finish_steps(axis)
-        if axis.get_lines():
-            axis.legend(
-                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False
-            )
-    return figure
-
-
-def groups(result: Mapping[str, Any], counts: Mapping[str, int] | None = None) -> Any:
-    """Accuracy of the many-, medium- and few-shot classes of each split.
-
-    Args:
-      result: as in result.json: summaries with many, medium and few in [0, 1], by split; None or NaN for a
-        group without classes.
-      counts: {"many", "medium", "few": classes in the group}, if known.
-
-    Returns:
-      A matplotlib figure of one panel, a bar a group and split, its value above it.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    names = ("many", "medium", "few")
-    splits = [split for split in _BARS if isinstance(result.get(split), Mapping)]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.add_subplot()
-    width = 0.84 / max(len(splits), 1)
-    for i, split in enumerate(splits):
-        centres = [x + (i - (len(splits) - 1) / 2) * width for x in range(len(names))]
-        shares = [_number(result[split].get(name)) for name in names]
-        _bars(axis, centres, shares, 0.92 * width, label=split, **_BARS[split])
-    axis.set_xticks(range(len(names)), [_group(name, counts) for name in names])
-    axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.set_ylim(0, 108)
-    axis.set_ylabel("mean accuracy of the classes (%)")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    if splits:
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    return figure
-
-
-def compare(runs: Sequence[Mapping[str, Any]]) -> Any:
-    """Several runs: how each learned, and what it reached at what cost.
-
-    Args:
-      runs: dicts with name; text, whether it modelled text; rows, as in metrics.jsonl; test, a summary with
-        accuracy, balanced_accuracy or loss, {} while unfinished; step_ms, the time of a step or None.
-
-    Returns:
-      A matplotlib figure of two panels: the validation figure (where a run has none, the training figure)
-      against the steps; the test figure (while unfinished, hollow, the newest of the curve) against the
-      time of a step. Balanced accuracy of images, nats per character of text, accuracy if both occur.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-    """
-    figure, (left, right) = _panels(13, 5.4)
-    measure = _measure(runs)
-    points, texts, missing = [], [], []
-    for i, run in enumerate(runs):
-        history, origin = _history(run["rows"], measure)
-        style, name = _style(i, len(runs)), run["name"]
-        _line(
-            left,
-            history,
-            f"{name}{origin}",
-            **style,
-            lw=1.6,
-            ms=6,
-            markevery=_every(history),
-        )
-        final = measure.scale * _number(run["test"].get(measure.metric))
-        y = final if math.isfinite(final) else _last(history)
-        x = _number(run["step_ms"])
-        if not math.isfinite(x + y):
-            missing.append(name)
-            continue
-        fill = (
-            {}
-            if math.isfinite(final)
-            else {"mfc": "white", "mew": 1.5, "label": _HOLLOW}
-        )
-        right.plot(x, y, **{**style, "ls": ""}, **fill, ms=9)
-        points.append((x, y))
-        texts.append(name)
-    _finish_steps(left)
-    left.set_ylabel(f"validation: {measure.label}")
-    right.set_ylabel(f"test: {measure.label}")
-    _finish_costs(right, missing)
-    name_points(right, texts, points, width=0.012, height=0.036, fontsize=8)
-    _legend(figure, left)
-    return figure
-
-
-class _Measure(NamedTuple):
-    metric: str  # of the test summary
-    curves: tuple[str, ...]  # of the rows, the first that a run has
-    scale: float
-    label: str
-
-
-_NATS = _Measure("loss", ("val_loss", "loss"), 1, "nats per character")
-_ACCURACY = _Measure("accuracy", ("val_accuracy", "accuracy"), 100, "accuracy (%)")
-_BALANCED = _Measure(
-    "balanced_accuracy",
-    ("val_balanced_accuracy", "accuracy"),
-    100,
-    "balanced accuracy (%)",
-)
-
-
-def _measure(runs: Sequence[Mapping[str, Any]]) -> _Measure:
-    text = [run["text"] for run in runs]
-    return _NATS if text and all(text) else _ACCURACY if any(text) else _BALANCED
-
-
-def _history(
-    rows: Sequence[Mapping[str, Any]], measure: _Measure
-) -> tuple[list[tuple[int, float]], str]:
-    for name in measure.curves:
-        history = _series(rows, name, measure.scale)
-        if math.isfinite(_last(history)):
-            return history, "" if name.startswith("val_") else " (training)"
-    return [], ""
-
-
-def _series(
-    rows: Sequence[Mapping[str, Any]], name: str, scale: float = 1
-) -> list[tuple[int, float]]:
-    return [(row["step"], scale * _number(row[name])) for row in rows if name in row]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _last(history: Sequence[tuple[int, float]]) -> float:
-    return next((y for _, y in reversed(history) if math.isfinite(y)), math.nan)
-
-
-def _line(
-    axis: Any, points: Sequence[tuple[int, float]], label: str, **style: Any
-) -> list[float]:
-    """Draw a series, say in its label how much of it is no number, and return the rest."""
-    if not points:
-        return []
-    values = [y for _, y in points if math.isfinite(y)]
-    lost = len(points) - len(values)
-    if len(points) < 3 or lost:  # a point between two gaps has no line to be seen by
-        style = {"marker": ".", "ms": 7, **style}
-    steps, ys = zip(*points, strict=True)
-    finite = [y if math.isfinite(y) else math.nan for y in ys]
-    axis.plot(
-        steps, finite, label=f"{label} ({lost} not finite)" if lost else label, **style
-    )
-    return values
-
-
-def _bars(
-    axis: Any,
-    centres: Sequence[float],
-    shares: Sequence[float],
-    width: float,
-    **style: Any,
-) -> None:
-    known = [
-        (x, 100 * y) for x, y in zip(centres, shares, strict=True) if math.isfinite(y)
-    ]
-    xs, ys = zip(*known, strict=True) if known else ((), ())
-    axis.bar(xs, ys, width, edgecolor="black", **style)
-    for x, y in known:
-        axis.annotate(
-            f"{y:.1f}",
-            (x, y),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
-    for x in set(centres) - set(xs):
-        axis.text(x, 2, "none", ha="center", va="bottom", color="dimgray", fontsize=9)
-
-
-def _group(name: str, counts: Mapping[str, int] | None) -> str:
-    if counts is None or name not in counts:
-        return name
-    n = counts[name]
-    return f"{name}\n{n} class{'' if n == 1 else 'es'}"
-
-
-def _style(i: int, n: int) -> dict[str, Any]:
-    from matplotlib import colormaps
-
-    return {
-        "color": colormaps["viridis"](
-            0.75 * i / max(n - 1, 1)
-        ),  # dark to light, in grayscale too
-        "marker": _MARKERS[i % len(_MARKERS)],
-        "ls": _STYLES[i % len(_STYLES)],
-    }
-
-
-def _every(history: Sequence[Any]) -> int:
-    return max(1, len(history) // 12)
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*names[:most], *more])
-
-
-def _panels(width: float, height: float) -> tuple[Any, tuple[Any, Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, (figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2))
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    """The names of a panel's curves above the figure, which grows by what they need."""
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        ncols = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
-        figure.set_figheight(
-            figure.get_figheight() + 0.22 * math.ceil(len(labels) / ncols)
-        )
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=ncols, frameon=False
-        )
-
-
-def _finish_steps(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set_xlim(left=0)
-    axis.grid(alpha=0.3)
-    _say_if_empty(axis)
-
-
-def _finish_costs(axis: Any, missing: Sequence[str]) -> None:
-    notes = ["step time (ms)"]
-    if axis.get_legend_handles_labels()[0]:
-        notes.append(_HOLLOW)
-    if missing:
-        notes.append(f"not measured yet: {_listed(missing)}")
-    axis.set_xlabel("\n".join(notes))
-    axis.margins(0.16)
-    axis.grid(alpha=0.3)
-    _say_if_empty(axis)
-
-
-def _say_if_empty(axis: Any) -> None:
-    if not axis.get_lines():
-        axis.set(xticks=(), yticks=())
-        axis.text(
-            0.5, 0.5, "nothing to show yet", transform=axis.transAxes, ha="center"
-        )
-
-
-# Pictures of what tricks do: the ablation, the learning-rate range test.
-
-
-def ablation(rows: Sequence[dict[str, Any]]) -> Any:
-    """Balanced accuracy against cost, one marker a row of `jaxtricks ablate`.
-
-    Args:
-      rows: dicts with key, metric, std, step_ms, temp_bytes and state_bytes, as in results.json.
-
-    Returns:
-      A matplotlib figure of three panels: step time, compiled temporaries, optimizer state.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    costs = (
-        ("step_ms", "step time (ms)", 1.0),
-        ("temp_bytes", "compiled temporaries (MiB)", 2.0**20),
-        ("state_bytes", "optimizer state (KiB)", 2.0**10),
-    )
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
-    for i, (name, label, unit) in enumerate(costs):
-        axis = figure.add_subplot(1, 3, i + 1)
-        points = [(row[name] / unit, row["metric"]) for row in rows]
-        for row, (x, _) in zip(rows, points, strict=True):
-            _mark(axis, row, x)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        axis.margins(0.16)
-        name_points(axis, [row["key"].removeprefix("all ") for row in rows], points)
-    figure.axes[0].set_ylabel("balanced accuracy, test")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique)
-    )
-    return figure
+__all__ = ["lr_range", "plan", "shots"]
 
 
 def lr_range(r: Any) -> Any:
-    """The loss against the rate of `cyclical.lr_range_test`, and the suggestion.
+    """Draw the loss against the rate of `cyclical.lr_range_test`, and the suggestion.
 
     Args:
       r: a RangeTest.
@@ -484,38 +51,11 @@ def lr_range(r: Any) -> Any:
 def _scale_to_fall(axis: Any, losses: list[Any], smoothed: list[Any]) -> None:
     if not losses:
         return
-    low, high = (
-        float(min(losses)),
-        float(max(smoothed[: smoothed.index(min(smoothed)) + 1])),
-    )
+    lowest = smoothed.index(min(smoothed))
+    low, high = float(min(losses)), float(max(smoothed[: lowest + 1]))
     top = high + (high - low) / 2
     if low < high and max(losses) > top:
         axis.set_ylim(low - (high - low) / 10, top)
-
-
-_KINDS = {
-    "baseline": ("*", "black", 160),
-    "all": ("D", "black", 60),
-    "one trick": ("o", "tab:blue", 45),
-    "all but one": ("^", "tab:orange", 40),
-    "best": ("P", "tab:green", 90),
-}
-
-
-def _mark(axis: Any, row: dict[str, Any], x: float) -> None:
-    key = row["key"]
-    kind = (
-        "all but one"
-        if key.startswith("all - ")
-        else key
-        if key in _KINDS
-        else "one trick"
-    )
-    marker, colour, size = _KINDS[kind]
-    axis.errorbar(x, row["metric"], yerr=row["std"], color=colour, alpha=0.35, zorder=1)
-    axis.scatter(
-        x, row["metric"], s=size, color=colour, marker=marker, label=kind, zorder=2
-    )
 
 
 # Pictures of memory plans: what is alive when, and what was traded for it.
@@ -529,7 +69,7 @@ _WHAT = {"peak": "arguments, results and temporaries", "temp": "temporaries"}
 
 
 def plan(p: Any) -> Any:
-    """Memory over the operations of a step with and without its plan, and bytes against operations run again.
+    """Draw memory over the operations of a step, and bytes against operations run again, of a plan.
 
     Args:
       p: a `remat.Plan`; one that was read from JSON knows no timeline, which its panel says.
@@ -568,10 +108,12 @@ def _timeline(axis: Any, p: Any) -> None:
         text = "no timeline: this plan was read,\nplan again to see it"
         axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center")
         return
-    unit, name = _unit([p.budget, *(max(alive, default=0) for alive in p.timeline)])
-    looks = (("unplanned", _UNPLANNED), ("planned", _PLANNED))
-    for alive, (label, style) in zip(p.timeline, looks, strict=True):
-        axis.plot(np.linspace(0, 1, len(alive)), alive / unit, label=label, **style)
+    peaks = [max(alive, default=0) for alive in p.timeline]
+    unit, name = _unit([p.budget, *peaks])
+    styles = {"unplanned": _UNPLANNED, "planned": _PLANNED}
+    for alive, label in zip(p.timeline, styles, strict=True):
+        operations = np.linspace(0, 1, len(alive))
+        axis.plot(operations, alive / unit, label=label, **styles[label])
     axis.axhline(p.budget / unit, label="budget", **_BUDGET)
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
@@ -596,7 +138,7 @@ def _trade(axis: Any, p: Any) -> None:
     axis.scatter(
         p.baseline / unit, 0, 60, "black", marker="s", label="unplanned", zorder=2
     )
-    # Hollow and large: what lies below it stays to be seen.
+    # Hollow and large: what lies below it stays visible.
     looks = {
         "facecolors": "none",
         "edgecolors": "black",
@@ -614,7 +156,7 @@ def _trade(axis: Any, p: Any) -> None:
 
 
 def _unit(sizes: Sequence[float]) -> tuple[int, str]:
-    """What a panel counts in."""
+    """Return what a panel counts in."""
     return (_GIB, "GiB") if max(sizes) >= _GIB else (_MIB, "MiB")
 
 
@@ -631,7 +173,7 @@ def shots(
     *,
     intervals: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Accuracy of each class against its training examples, and the many-, medium- and few-shot means.
+    """Draw each class's accuracy against its training examples, and the many-, medium- and few-shot means.
 
     Args:
       m: of `longtail.metrics.summary`, or {name: summary} of several methods.
@@ -639,8 +181,8 @@ def shots(
       intervals: of `longtail.metrics.bootstrap`, or {name: intervals}, drawn on the bars.
 
     Returns:
-      A matplotlib figure of two panels: a marker a class (a line through them where there are several
-      methods, classes by falling count), and a bar a group and method, its value above it. A class
+      A matplotlib figure of two panels: a marker per class (a line through them where there are several
+      methods, classes by falling count), and a bar per group and method, its value above it. A class
       without test examples is not drawn.
 
     Raises:
@@ -673,16 +215,14 @@ def shots(
 def _classes(axis: Any, methods: Mapping[str, Any], counts: np.ndarray) -> None:
     order = np.argsort(-counts, kind="stable")
     for i, (name, summary) in enumerate(methods.items()):
-        style = _style(i, len(methods)) | {
+        style = line_style(i, len(methods)) | {
             "ms": 5,
             "lw": 0.8 if len(methods) > 1 else 0,
         }
-        axis.plot(
-            np.maximum(counts[order], 0.5),
-            100 * np.asarray(summary["per_class"])[order],
-            label=name,
-            **style,
-        )
+        accuracy = 100 * np.asarray(summary["per_class"])
+        # Half an example where there is none: the axis is logarithmic.
+        examples = np.maximum(counts, 0.5)
+        axis.plot(examples[order], accuracy[order], label=name, **style)
     axis.set_xscale("log")
     axis.invert_xaxis()  # the tail to the right, as everywhere
     axis.set_xlabel("training examples of the class")
@@ -699,12 +239,12 @@ def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> No
         ]
         shares = [float(summary[group]) for group in _GROUPS]
         look = {
-            "facecolor": _style(i, len(methods))["color"],
+            "facecolor": line_style(i, len(methods))["color"],
             "hatch": _HATCHES[i % len(_HATCHES)],
         }
-        _bars(axis, centres, shares, 0.92 * width, alpha=0.55, **look)
+        labelled_bars(axis, centres, shares, 0.92 * width, alpha=0.55, **look)
         _intervals(axis, centres, ends.get(name, {}))
-    axis.set_xticks(range(len(_GROUPS)), [_group(name, None) for name in _GROUPS])
+    axis.set_xticks(range(len(_GROUPS)), [group_label(name, None) for name in _GROUPS])
     axis.set_xlim(-0.5, len(_GROUPS) - 0.5)
     axis.set_ylim(0, 108)
     axis.set_ylabel("mean accuracy of the classes (%)")
@@ -713,10 +253,64 @@ def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> No
 
 
 def _intervals(axis: Any, centres: Sequence[float], ends: Mapping[str, Any]) -> None:
-    """Lines through the tops of the bars, whose values move above them."""
+    """Draw lines through the tops of the bars, whose values move above them."""
     values = {text.xy[0]: text for text in axis.texts if hasattr(text, "xy")}
     for x, group in zip(centres, _GROUPS, strict=True):
         if group in ends and x in values:
             low, high = 100 * np.asarray(ends[group])
             axis.vlines(x, low, high, color="black", lw=1.6)
             values[x].xy = (x, max(high, values[x].xy[1]))
+
+
+# Parts that the pictures of runs are drawn with too.
+
+
+_MARKERS = "os^DvPX*<>ph"
+_STYLES = ("-", "--", "-.", ":")
+
+
+def labelled_bars(
+    axis: Any,
+    centres: Sequence[float],
+    shares: Sequence[float],
+    width: float,
+    **style: Any,
+) -> None:
+    """Draw bars of shares in percent, the value above each, "none" where it is not finite."""
+    points = [
+        (x, 100 * y) for x, y in zip(centres, shares, strict=True) if math.isfinite(y)
+    ]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    axis.bar(xs, ys, width, edgecolor="black", **style)
+    for x, y in points:
+        axis.annotate(
+            f"{y:.1f}",
+            (x, y),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+    for x in set(centres) - set(xs):
+        axis.text(x, 2, "none", ha="center", va="bottom", color="dimgray", fontsize=9)
+
+
+def group_label(name: str, counts: Mapping[str, int] | None) -> str:
+    """Return the label of a group of classes, with its size if that is known."""
+    if counts is None or name not in counts:
+        return name
+    n = counts[name]
+    return f"{name}\n{n} class{'' if n == 1 else 'es'}"
+
+
+def line_style(i: int, n: int) -> dict[str, Any]:
+    """Return colour, marker and line style of curve i of n."""
+    from matplotlib import colormaps
+
+    return {
+        "color": colormaps["viridis"](
+            0.75 * i / max(n - 1, 1)
+        ),  # dark to light, in grayscale too
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "ls": _STYLES[i % len(_STYLES)],
+    }

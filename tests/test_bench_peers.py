@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 from benchmarks import peers, readme
-from jaxtricks.lab import report
+from jaxtricks.lab.commands import ablate
 
 
 def test_a_part_is_replaced_and_the_rest_stays(tmp_path):
@@ -53,6 +53,6 @@ def test_the_readme_has_every_group_of_peers():
 def test_the_ablation_of_photographs_is_the_recorded_one():
     folder = pathlib.Path(peers.__file__).parent / "results"
     rows = json.loads((folder / "ablation_cifar.json").read_text())
-    table = report.table(rows).markdown()
+    table = ablate.table(rows).markdown()
     assert readme.part("ablation-cifar") == table
     assert table in (folder / "ablation_cifar.md").read_text()

@@ -11,7 +11,7 @@ from benchmarks import claims, network_arms
 from benchmarks import claims_evidence as evidence
 from benchmarks.claims_evidence import Figures
 from benchmarks.claims_rows import CLAIMS, COMPILED, EXACT, FRESH, TIMED
-from jaxtricks import cli
+from jaxtricks.lab import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = claims.OUT.read_text()

@@ -52,7 +52,7 @@ def test_every_pair_trains(on):
     check(trained(on), on)
 
 
-@pytest.mark.slow  # tests/test_lab.py has all ten at once, too
+@pytest.mark.slow  # tests/lab/test_lab.py has all ten at once, too
 @pytest.mark.parametrize("form", ["nnx", "linen"])
 def test_all_ten_train(form):
     check(trained(ALL, form=form), ALL)

@@ -44,9 +44,7 @@ TWINS = {
         lambda r: jt.nnx.ACBlock(
             4, 6, (3, 3), conv=jt.nnx.WSConv, norm=jt.nnx.ExtendedBatchNorm, rngs=r
         ),
-        lambda: jt.linen.ACBlock(
-            6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm
-        ),
+        lambda: jt.linen.ACBlock(6, (3, 3), conv=jt.linen.WSConv, norm=jt.linen.ExtendedBatchNorm),
     ),
     "RepVGGBlock": (
         lambda r: jt.nnx.RepVGGBlock(4, 4, kernel_dilation=2, **PLAIN_NNX, rngs=r),
@@ -93,9 +91,7 @@ TWINS = {
         ),
     ),
     "DiverseBranchBlock, online": (
-        lambda r: jt.nnx.DiverseBranchBlock(
-            4, 6, (3, 3), 2, mode="online", **PLAIN_NNX, rngs=r
-        ),
+        lambda r: jt.nnx.DiverseBranchBlock(4, 6, (3, 3), 2, mode="online", **PLAIN_NNX, rngs=r),
         lambda: jt.linen.DiverseBranchBlock(6, (3, 3), 2, mode="online", **PLAIN_LINEN),
     ),
 }
@@ -278,9 +274,7 @@ def test_a_diverse_block_of_boxed_and_stacked_parameters():
     norm = functools.partial(jt.linen.ExtendedBatchNorm, scale_init=boxed)
     block = jt.linen.DiverseBranchBlock(4, (3, 3), norm=norm, **PLAIN_LINEN)
     variables = nn.meta.unbox(init(block, X))
-    plain = jt.linen.DiverseBranchBlock(
-        4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN
-    )
+    plain = jt.linen.DiverseBranchBlock(4, (3, 3), norm=jt.linen.ExtendedBatchNorm, **PLAIN_LINEN)
     run = lambda m: m.apply(variables, X, mutable=["batch_stats"])[0]
     close(run(block), run(plain), 0)
     stack = nn.vmap(

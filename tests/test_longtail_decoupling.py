@@ -64,7 +64,11 @@ def test_a_head_is_found_by_its_layer_or_its_kernel(head):
         (tree(), "trunk|head", "matches 2 kernels"),
         ({"head": {"kernel": np.ones((2, 3, 4), F4)}}, "head", r"\(2, 3, 4\), not \[D, C\]"),
         ({}, "head", "matches no kernel"),
-        ({"head": [{"kernel": np.ones((2, 3), F4)}]}, "head", "not a nested dict at 'head/0/kernel'"),
+        (
+            {"head": [{"kernel": np.ones((2, 3), F4)}]},
+            "head",
+            "not a nested dict at 'head/0/kernel'",
+        ),
     ],
 )
 def test_a_head_that_is_not_there_raises_and_names_the_paths(params, head, message):

@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtricks import echo, longtail
 from jaxtricks._random_bits import permuted
-from jaxtricks.lab import compose, config
+from jaxtricks.lab import config
 from jaxtricks.lab import data as lab_data
-from jaxtricks.lab.data.balanced import drawn
-from jaxtricks.lab.data.source import Source
-from jaxtricks.lab.feed import Feed
-from jaxtricks.lab.placement import Placement
-from jaxtricks.longtail import contrib, sampling, weights
+from jaxtricks.lab import step as step_lib
+from jaxtricks.lab.data.dataset import Source, sampled
+from jaxtricks.lab.distributed import Placement
+from jaxtricks.lab.trainer import Feed
+from jaxtricks.longtail import sampling, weights
 
 from tests.reference import longtail_sampling as reference
 
@@ -69,7 +69,7 @@ def test_golden_progressive_of_the_one_based_code(gold):
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_golden_meta_rates(power, gold):
     n, labels = gold["samplers/a__counts"], gold["samplers/a__labels"]
-    rates = np.asarray(jax.jit(contrib.meta_rates)(n, power))
+    rates = np.asarray(jax.jit(sampling.meta_rates)(n, power))
     close(rates[labels], gold[f"samplers/a__meta_init_pow{power}__example_rate"], 2e-6)
     logits = gold[f"samplers/a__meta_init_pow{power}__fc_weight"][0]
     np.testing.assert_allclose(np.log(rates / (1 - rates)), logits, atol=2e-6)
@@ -89,7 +89,7 @@ def test_probabilities_equal_the_float64_reference_and_follow_the_classes(seed, 
     for function, want in (
         (lambda n: sampling.class_probabilities(n, power), reference.probabilities(n, power)),
         (lambda n: sampling.effective_number(n, beta), reference.effective_number(n, beta)),
-        (lambda n: contrib.meta_rates(n, power), reference.meta_rates(n, power)),
+        (lambda n: sampling.meta_rates(n, power), reference.meta_rates(n, power)),
         (lambda n: sampling.deferred(n, 5, 5, power), reference.probabilities(n, power)),
         (lambda n: sampling.deferred(n, 4, 5, power), reference.probabilities(n, 1)),
     ):
@@ -102,9 +102,9 @@ def test_a_class_without_examples_is_never_likely():
     for p in (sampling.effective_number(COUNTS), sampling.deferred(COUNTS, 1, 1)):
         assert p[2] == 0 and float(p.sum()) == pytest.approx(1, abs=1e-6)
     assert not np.any(sampling.effective_number([0, 0]))
-    rates = contrib.meta_rates(COUNTS, 1.0)
+    rates = sampling.meta_rates(COUNTS, 1.0)
     assert rates[2] == rates[4] and np.all((rates > 0) & (rates < 1))
-    huge = contrib.meta_rates(np.array([10**9, 10**5, 1]), 4.0)  # n^-4 is no float32
+    huge = sampling.meta_rates(np.array([10**9, 10**5, 1]), 4.0)  # n^-4 is no float32
     assert np.all(np.isfinite(huge)) and float(huge[-1]) == pytest.approx(1)
 
 
@@ -340,13 +340,13 @@ def test_echo_by_class_gives_as_many_of_each(exact):
 
 
 def test_the_labs_order_draws_by_probability():
-    order = drawn(LABELS, [1, 1, 5, 1, 1], seed=3)
+    order = sampled(LABELS, [1, 1, 5, 1, 1], seed=3)
     indices = np.array([order(i) for i in range(8000)])
     share = np.bincount(LABELS[indices], minlength=5) / 8000
     np.testing.assert_allclose(share, [0.25, 0.25, 0, 0.25, 0.25], atol=0.02)
     within = np.bincount(indices, minlength=len(LABELS))[LABELS == 3] / 2000
     np.testing.assert_allclose(within, 1 / 9, atol=0.03)
-    again, other = drawn(LABELS, [1, 1, 5, 1, 1], 3), drawn(LABELS, [1] * 5, 4)
+    again, other = sampled(LABELS, [1, 1, 5, 1, 1], 3), sampled(LABELS, [1] * 5, 4)
     assert [again(i) for i in range(7999, 7899, -1)] == indices[:-101:-1].tolist()
     # Neighbouring draws and seeds have nothing to do with each other.
     first = LABELS[indices]
@@ -355,11 +355,11 @@ def test_the_labs_order_draws_by_probability():
     assert np.mean(second == first[:4000]) == pytest.approx(0.25, abs=0.04)
     for bad in ([1, 1, 1], [0, 0, 1, 0, 0], [-1, 1, 1, 1, 1]):
         with pytest.raises(ValueError, match="probabilities"):
-            drawn(LABELS, bad, 0)
+            sampled(LABELS, bad, 0)
 
 
 def test_the_labs_order_turns_over_the_run():
-    order = drawn(LABELS, [1, 0, 0, 0, 0], 0, after=[0, 1, 0, 0, 0], over=6000)
+    order = sampled(LABELS, [1, 0, 0, 0, 0], 0, after=[0, 1, 0, 0, 0], over=6000)
     labels = LABELS[[order(i) for i in range(9000)]]
     share = labels.reshape(9, 1000).mean(1)  # of class 1
     np.testing.assert_allclose(share, np.clip((np.arange(9) + 0.5) / 6, 0, 1), atol=0.06)
@@ -378,12 +378,12 @@ def test_a_pipeline_of_drawn_examples_resumes_anywhere(readers):
             seed=0,
             transform=lambda ds: ds,
             readers=readers,
-            order=drawn(LABELS, [1] * 5, 2),
+            order=sampled(LABELS, [1] * 5, 2),
         )
 
     whole, cut = start(), start()
     batches = [next(whole)["image"][:, 0, 0, 0].tolist() for _ in range(9)]
-    order = drawn(LABELS, [1] * 5, 2)
+    order = sampled(LABELS, [1] * 5, 2)
     assert np.ravel(batches).tolist() == [order(i) for i in range(54)]
     for _ in range(4):
         next(cut)
@@ -410,7 +410,6 @@ def test_a_run_draws_as_it_was_told(kind):
     }[kind]
     for got, p in zip(halves, want, strict=True):
         np.testing.assert_allclose(got, p, atol=0.045)
-    assert (compose.build_order(cfg, data) is None) == (kind == "instance")
 
 
 @pytest.mark.parametrize(
@@ -435,6 +434,6 @@ def test_progressive_counts_what_is_read_not_what_is_used():
     labels = np.repeat([0, 1], [900, 100]).astype(np.int32)
     source = Source(lambda i: ({}, 0), 1000, labels)
     data = lab_data.load("digits")._replace(train=source, counts=np.array([900, 100]))
-    order = compose.build_order(cfg, data)
+    order = step_lib.build_order(cfg, data)
     late = labels[[order(i) for i in range(500, 2500)]]  # after 40 * 50 / 4 reads
     assert late.mean() == pytest.approx(0.5, abs=0.04)

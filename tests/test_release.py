@@ -37,7 +37,7 @@ def test_the_wheel_holds_the_library_and_asks_for_six_packages(wheel):
         names = archive.namelist()
         (metadata,) = (n for n in names if n.endswith("METADATA"))
         text = archive.read(metadata).decode()
-    assert "jaxtricks/py.typed" in names and "jaxtricks/cli/__main__.py" in names
+    assert "jaxtricks/py.typed" in names and "jaxtricks/lab/cli.py" in names
     assert {n.split("/")[0] for n in names} == {"jaxtricks", metadata.split("/")[0]}
     required = email.message_from_string(text).get_all("Requires-Dist") or []
     core = [r for r in required if "extra ==" not in r]
@@ -63,7 +63,7 @@ BLOCKED = """
 import sys
 for name in ("grain", "rich", "matplotlib", "orbax", "sklearn"):
     sys.modules[name] = None  # an import of it fails
-from jaxtricks import cli
+from jaxtricks.lab import cli
 cli.main(sys.argv[1:])
 """
 
@@ -71,7 +71,7 @@ cli.main(sys.argv[1:])
 def test_the_core_explains_and_names_the_extra():
     card = run(sys.executable, "-c", BLOCKED, "explain", "agc").stdout
     assert card.startswith("Adaptive gradient clipping")
-    assert "longtail-bench" in run(sys.executable, "-c", BLOCKED, "--help").stdout
+    assert "lr-find" in run(sys.executable, "-c", BLOCKED, "--help").stdout
     assert "--learning-rate" in run(sys.executable, "-c", BLOCKED, "train", "--help").stdout
     for args in (("train",), ("ablate", "--seeds", "1")):
         said = run(sys.executable, "-c", BLOCKED, *args, code=2).stderr

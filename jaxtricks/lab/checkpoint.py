@@ -1,6 +1,6 @@
-"""Checkpoints by Orbax: written in the background, put in place when whole, the newest few kept."""
+"""Save and restore checkpoints with Orbax: in the background, in place when whole, the newest few."""
 
-import functools
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,8 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 
 from jaxtricks import _tree
 from jaxtricks._typing import Array
-from jaxtricks.lab import jsons
+from jaxtricks.lab import rundir
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.hosts import Hosts, first
+from jaxtricks.lab.distributed import Hosts, is_first
 
 T = TypeVar("T")
 
@@ -53,18 +52,19 @@ class Checkpoints:
     they share.
 
     Args:
-      folder: where; made if missing.
-      keep: checkpoints to keep.
-      hosts: that share them; None is this process's.
+      folder: where; created if missing.
+      keep: how many of the newest stay.
+      hosts: that share them; None is this process alone.
 
     Raises:
-      UserError: the folder can't be made.
+      UserError: the folder can't be created.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int, hosts: Hosts | None = None):
         import orbax.checkpoint as ocp
 
-        _silence_orbax()
+        self._cleanup = contextlib.ExitStack()
+        self._cleanup.enter_context(_quiet())
         self._hosts = hosts or Hosts()
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
@@ -72,16 +72,19 @@ class Checkpoints:
             # Skips the metadata of each step: nothing here reads it, and a damaged one would end the run.
             lightweight_initialize=True,
             async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._sum_up,
-                # Else threads wait ten minutes for a directory that can't be made, and the process with them.
+                post_finalization_callback=self._write_checksums,
+                # Else threads, and the process with them, wait ten minutes for a directory that can't be
+                # created.
                 create_directories_asynchronously=False,
             ),
         )
 
         def open_manager() -> Any:
             # Orbax would do this in the background, where it may meet the next writer.
-            for left in self._folder.glob("*.orbax-checkpoint-tmp") if first() else ():
-                shutil.rmtree(left)
+            for leftover in (
+                self._folder.glob("*.orbax-checkpoint-tmp") if is_first() else ()
+            ):
+                shutil.rmtree(leftover)
             return ocp.CheckpointManager(self._folder, options=options)
 
         self._manager = self._writing(open_manager)
@@ -92,23 +95,28 @@ class Checkpoints:
         Args:
           step: steps done.
           state: any tree of arrays.
-          host: anything JSON can say.
+          host: any JSON value.
 
         Raises:
           UserError: this checkpoint, or the one before it, could not be written.
         """
         arrays = _stored(state)
-        host = {"host": host, "layout": {path: _layout(x) for path, x in arrays.items()}}
+        host = {
+            "host": host,
+            "layout": {path: _layout(x) for path, x in arrays.items()},
+        }
         items = self._args.Composite(
             state=self._args.StandardSave(arrays), host=self._args.JsonSave(host)
         )
         self._writing(lambda: self._manager.save(step, args=items, force=True))
 
-    def restore(self, like: Any, tell: Callable[[str], None] = print) -> Restored | None:
-        """The newest checkpoint that can be read; None if there is none at all.
+    def restore(
+        self, like: Any, tell: Callable[[str], None] = print
+    ) -> Restored | None:
+        """Return the newest checkpoint that can be read; None if there is none at all.
 
         Args:
-          like: a tree of the same structure, with the shardings wanted.
+          like: a tree of the same structure, with the shardings to restore to.
           tell: called with a sentence for every checkpoint that is passed over. It is moved out of the
             way (checkpoints-unreadable/STEP), so that nothing is lost and that step can be written again.
 
@@ -118,7 +126,9 @@ class Checkpoints:
         steps = self._hosts.on_first(self._steps)
         for step in steps:
             # One host reads for the sums; all read what they need only if these are right.
-            damage = self._hosts.on_first(lambda step=step: _damage(self._folder / str(step)))
+            damage = self._hosts.on_first(
+                lambda step=step: _damage(self._folder / str(step))
+            )
             restored, reason = (None, damage) if damage else self._try(step, like)
             reasons = list(filter(None, self._hosts.gather(reason)))
             if not reasons:
@@ -138,60 +148,76 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        self._writing(self._manager.wait_until_finished)
-        self._manager.close()
+        with self._cleanup:
+            self._writing(self._manager.wait_until_finished)
+            self._manager.close()
 
     def _try(self, step: int, like: Any) -> tuple[Restored | None, str]:
         try:
             return self._read(step, like), ""
         except UserError:
             raise
-        except Exception as error:  # Orbax, TensorStore and json each fail in their own ways
+        except (
+            Exception
+        ) as error:  # Orbax, TensorStore and json each raise other errors
             return None, _reason(error)
 
     def _read(self, step: int, like: Any) -> Restored:
-        args, wanted = self._args, _stored(like)
-        host = self._manager.restore(step, args=args.Composite(host=args.JsonRestore()))["host"]
-        self._check_layout(step, host["layout"], {path: _layout(x) for path, x in wanted.items()})
-        targets = jax.tree.map(_target, wanted)
+        args, arrays = self._args, _stored(like)
+        host = self._manager.restore(
+            step, args=args.Composite(host=args.JsonRestore())
+        )["host"]
+        self._check_layout(
+            step, host["layout"], {path: _layout(x) for path, x in arrays.items()}
+        )
+        targets = jax.tree.map(_target, arrays)
         items = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(targets))
         )
         return Restored(step, _rebuilt(like, items["state"]), host["host"])
 
-    def _check_layout(self, step: int, have: dict[str, str], need: dict[str, str]) -> None:
-        for path in sorted(have.keys() | need.keys()):
-            if have.get(path) != need.get(path):
-                there, here = (layout.get(path, "nothing") for layout in (have, need))
+    def _check_layout(
+        self, step: int, saved: dict[str, str], target: dict[str, str]
+    ) -> None:
+        for path in sorted(saved.keys() | target.keys()):
+            if saved.get(path) != target.get(path):
+                there, here = (
+                    layout.get(path, "nothing") for layout in (saved, target)
+                )
                 raise UserError(
                     f"checkpoint {self._folder / str(step)} is of another model: {path} is {there} in it "
-                    f"and {here} here; give the settings it was made with, or another --out"
+                    f"and {here} here; give the settings that it was saved with, or another --out"
                 )
 
     def _steps(self) -> list[int]:
-        """Newest first, readable or not."""
-        names = [p.name for p in self._folder.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)]
+        """Return the steps of all checkpoints, newest first, readable or not."""
+        names = [
+            p.name
+            for p in self._folder.iterdir()
+            if p.is_dir() and _STEP.fullmatch(p.name)
+        ]
         return sorted(map(int, names), reverse=True)
 
-    def _sum_up(self) -> None:
+    def _write_checksums(self) -> None:
         # Orbax calls this when all is written but the name; the directory still has its temporary one.
         # All hosts have written by then.
-        for path in self._folder.iterdir() if first() else ():
+        for path in self._folder.iterdir() if is_first() else ():
             if path.is_dir() and not path.name.isdecimal():
-                (path / SUMS).write_text(json.dumps(_sums(path)))
+                (path / SUMS).write_text(json.dumps(_checksums(path)))
 
     def _set_aside(self, step: int) -> None:
         aside = self._folder.with_name(self._folder.name + "-unreadable")
         aside.mkdir(exist_ok=True)
-        taken = len([p for p in aside.iterdir() if p.name.split(".")[0] == str(step)])
-        (self._folder / str(step)).rename(aside / (f"{step}.{taken}" if taken else str(step)))
+        same_step = [p for p in aside.iterdir() if p.name.split(".")[0] == str(step)]
+        name = f"{step}.{len(same_step)}" if same_step else str(step)
+        (self._folder / str(step)).rename(aside / name)
 
     def _writing(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except (
             Exception
-        ) as error:  # a full disk is an OSError here, a ValueError from TensorStore there
+        ) as error:  # a full disk: OSError here, ValueError from TensorStore there
             raise UserError(
                 f"can't write checkpoints to {self._folder} ({_reason(error)}): free space or give "
                 "another --out; what was saved before is whole, and --resume goes on from there"
@@ -199,7 +225,7 @@ class Checkpoints:
 
 
 def _stored(state: Any) -> dict[str, Array]:
-    """{path: array} without typed keys and without arrays of size zero, which Orbax refuses."""
+    """Return {path: array} without typed keys and without arrays of size zero, which Orbax refuses."""
     arrays = {path: _plain(x) for path, x in _tree.by_path(state).items()}
     return {path: x for path, x in arrays.items() if x.size}
 
@@ -207,7 +233,11 @@ def _stored(state: Any) -> dict[str, Array]:
 def _rebuilt(like: Any, arrays: dict[str, Any]) -> Any:
     def leaf(path: str, x: Array) -> Array:
         new = arrays.get(path, x)
-        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(x)) if _is_key(x) else new
+        return (
+            jax.random.wrap_key_data(new, impl=jax.random.key_impl(x))
+            if _is_key(x)
+            else new
+        )
 
     return _tree.map_with_path(leaf, like)
 
@@ -228,28 +258,28 @@ def _layout(x: Array) -> str:
     return f"{x.dtype} {list(x.shape)}"
 
 
-def _sums(folder: pathlib.Path) -> dict[str, str]:
-    sums = {}
-    # The items only: Orbax touches its own metadata beside them after the last moment for sums.
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    checksums = {}
+    # The items only: Orbax touches its metadata beside them after the last moment for sums.
     for path in folder.glob("*/**/*"):
         if path.is_file():
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            sums[path.relative_to(folder).as_posix()] = digest
-    return sums
+            checksums[path.relative_to(folder).as_posix()] = digest
+    return checksums
 
 
 def _damage(folder: pathlib.Path) -> str:
-    """What is wrong with the files of a checkpoint; "" if nothing is."""
+    """Say what is wrong with the files of a checkpoint; "" if nothing is."""
     try:
-        wanted, have = jsons.parse((folder / SUMS).read_bytes()), _sums(folder)
-        if not isinstance(wanted, dict):
+        saved, actual = rundir.parse((folder / SUMS).read_bytes()), _checksums(folder)
+        if not isinstance(saved, dict):
             return f"{SUMS} is damaged"
-    except Exception as error:  # no file, or no JSON
+    except Exception as error:  # no file, or not JSON
         return _reason(error)
-    for name in sorted(wanted.keys() | have.keys()):
-        if wanted.get(name) != have.get(name):
-            return f"{name} is {'damaged' if name in have else 'missing'}"
+    for name in sorted(saved.keys() | actual.keys()):
+        if saved.get(name) != actual.get(name):
+            return f"{name} is {'damaged' if name in actual else 'missing'}"
     return ""
 
 
@@ -261,18 +291,15 @@ def _reason(error: Exception) -> str:
     return lines[0][:160]
 
 
-@functools.cache
-def _silence_orbax() -> None:
-    """Leave what is said in one sentence here to that sentence.
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave what is said in one sentence here to that sentence, while checkpoints are open.
 
-    Orbax and asyncio log tracebacks, and after a failure TensorStore's threads still call an event loop
-    that Orbax has closed: what they raise reaches nobody but `sys.unraisablehook`. Orbax 0.12.8 also warns
-    of writes that it never started.
+    Orbax logs tracebacks through absl, and what its threads can't finish through asyncio; after a failure
+    TensorStore's threads still call an event loop that Orbax has closed, which only `sys.unraisablehook`
+    hears of.
     """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    unwritten = "coroutine '.*write_fragment' was never awaited"
-    warnings.filterwarnings("ignore", unwritten, RuntimeWarning)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -280,3 +307,15 @@ def _silence_orbax() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
+    for logger in loggers:
+        logger.addFilter(_is_critical)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+        for logger in loggers:
+            logger.removeFilter(_is_critical)
+
+
+def _is_critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: every collective, with its bytes."""
+"""List what a compiled program sends between devices: every collective, with its bytes."""
 
 import collections
 import re
@@ -34,8 +34,8 @@ class Collective(NamedTuple):
       kind: one of `KINDS`.
       bytes: of its result, as one device holds it: of an all-gather the whole, of a reduce-scatter
         the device's part.
-      name: where it comes from, as JAX names it ("jit(step)/.../psum"); "" where the compiler made it
-        of nothing that has a name.
+      name: where it comes from, as JAX names it ("jit(step)/.../psum"); "" where the compiler
+        created it of nothing that has a name.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Collective(NamedTuple):
 
 
 def census(program: Any) -> tuple[Collective, ...]:
-    """The collectives of a program, in the order of its text.
+    """Return the collectives of a program, in the order of its text.
 
     Those inside a loop's body are counted once, however often it runs, and those of all branches of a
     conditional, of which one runs. What the TPU's compiler sends while it computes is in its text once
@@ -62,7 +62,7 @@ def census(program: Any) -> tuple[Collective, ...]:
       (Collective(kind='all-reduce', bytes=28, name=''),)
     """
     text = program if isinstance(program, str) else program.as_text()
-    found: dict[Any, Collective] = {}
+    collectives: dict[Any, Collective] = {}
     scattered = None
     for i, line in enumerate(text.splitlines()):
         if line.endswith("{"):  # a computation begins
@@ -70,15 +70,17 @@ def census(program: Any) -> tuple[Collective, ...]:
             scattered = header and header.group(1)
         elif match := _LINE.match(line):
             chain = _CHAIN.search(line)
-            found.setdefault(chain.groups() if chain else i, _collective(line, match, scattered))
-    return tuple(found.values())
+            collectives.setdefault(
+                chain.groups() if chain else i, _collective(line, match, scattered)
+            )
+    return tuple(collectives.values())
 
 
-def table(found: tuple[Collective, ...]) -> _table.Table:
-    """How many collectives of each kind there are, and their bytes.
+def table(collectives: tuple[Collective, ...]) -> _table.Table:
+    """Count the collectives of each kind, and their bytes.
 
     Args:
-      found: of `census`.
+      collectives: of `census`.
 
     Example:
       >>> print(table(census("%r = f32[4]{0} all-reduce(%a), to_apply=%add")))
@@ -87,9 +89,9 @@ def table(found: tuple[Collective, ...]) -> _table.Table:
       all-reduce         1     16
     """
     many, size = collections.Counter(), collections.Counter()
-    for one in found:
-        many[one.kind] += 1
-        size[one.kind] += one.bytes
+    for collective in collectives:
+        many[collective.kind] += 1
+        size[collective.kind] += collective.bytes
     rows = [(kind, many[kind], size[kind]) for kind in KINDS if many[kind]]
     return _table.make(("collective", "how many", "bytes"), rows)
 
@@ -98,7 +100,7 @@ def _collective(line: str, match: re.Match[str], scattered: str | None) -> Colle
     shape, kind, start = match.groups()
     if scattered and kind == "all-reduce":
         shape, kind = scattered, "reduce-scatter"
-    shape = re.sub(r"\{[^}]*\}", "", shape)  # layouts have parentheses of their own
+    shape = re.sub(r"\{[^}]*\}", "", shape)  # layouts have parentheses too
     if start and kind != "all-reduce":  # (operands, results, ...)
         shape = _entries(shape)[1]
     origin = _ORIGIN.search(line)
@@ -106,7 +108,7 @@ def _collective(line: str, match: re.Match[str], scattered: str | None) -> Colle
 
 
 def _entries(shape: str) -> list[str]:
-    """The parts of a tuple shape, nested ones whole."""
+    """Split a tuple shape into its parts, nested ones whole."""
     parts, depth = [""], 0
     for letter in shape.strip()[1:-1]:
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(letter, 0)
@@ -118,7 +120,7 @@ def _entries(shape: str) -> list[str]:
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of an array shape, or of all in a tuple; "bf16[2,<=3]" has a bound for its second size."""
+    """Return the bytes of an array shape, or of all in a tuple; "bf16[2,<=3]" bounds its second size."""
     total = 0
     for kind, bits, sizes in _ARRAY.findall(shape):
         entries = 1

@@ -1,35 +1,54 @@
-"""A run directory: never overwritten, written by one process, resumable, every file whole or absent."""
+"""Write, resume and read run directories: one writer, never overwritten, every file whole or absent.
+
+Nothing here imports jax before a run begins: reading and comparing runs is quick.
+"""
 
 import contextlib
 import dataclasses
+import datetime
+import functools
+import importlib.metadata
 import json
 import math
+import operator
 import os
 import pathlib
 import platform
 import re
+import statistics
+import subprocess
 import tempfile
+import types
+import typing
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from jaxtricks.lab import jsons, recorded
-from jaxtricks.lab.config import Train, UserError
-from jaxtricks.lab.errors import flag
+import jaxtricks as jt
+from jaxtricks import KEYS
+from jaxtricks.lab.config import Train, UserError, flag
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-CONFIG, METRICS, TIMING, RESULT = "config.json", "metrics.jsonl", "timing.jsonl", "result.json"
+CONFIG, METRICS, TIMING, RESULT = (
+    "config.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "result.json",
+)
 LOCK = ".lock"
-# Settings that change no number of a run; the others must be those that it began with.
+# Settings that change no number of a run, or none beyond rounding; the others must stay what they were.
 FREE = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "check_data"}
-FREE |= {"mesh", "fsdp", "coordinator", "processes", "process"}  # or none beyond rounding
-# One that was killed while it wrote its first file has not begun.
-_NOT_BEGUN = {f".{CONFIG}.partial", LOCK}
+FREE |= {"mesh", "fsdp", "coordinator", "processes", "process"}
+# A run that was killed while it wrote its first file has not begun.
+_LEFTOVERS = {f".{CONFIG}.partial", LOCK}
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+MAX_DEPTH = 64
+"""JSON values nested more deeply are refused: whatever walks them would run out of stack."""
 
 
 class RunDir:
@@ -47,8 +66,8 @@ class RunDir:
       note: a sentence, if that run was begun with other versions; "" if not.
 
     Raises:
-      UserError: it can't be made, holds something else, is written by another process, or holds a run of
-        other settings or data; nothing is changed then.
+      UserError: it can't be created, holds something else, is written by another process, or holds a run
+        of other settings or data; nothing is changed then.
     """
 
     def __init__(
@@ -63,8 +82,8 @@ class RunDir:
         self.resumed = can_begin(path, resume=resume)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        held = _lock(self.path) if lock else None
-        self.close = _no_action if held is None else weakref.finalize(self, os.close, held)
+        descriptor = _lock(self.path) if lock else None
+        self._release = weakref.finalize(self, _unlock, descriptor)
         try:
             # Another process may have begun and ended in between.
             self.resumed = can_begin(path, resume=resume)
@@ -91,21 +110,30 @@ class RunDir:
     ) -> None:
         self.close()
 
+    def close(self) -> None:
+        """Let other processes in."""
+        self._release()
+
     def write(self, name: str, value: Any) -> None:
-        """A JSON file, replaced as a whole."""
+        """Replace a JSON file as a whole."""
         self.write_text(name, json.dumps(finite(value), indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """A text file, replaced as a whole."""
+        """Replace a text file as a whole."""
         with writing(self.path / name) as path:
             partial = path.with_name(f".{name}.partial")
             partial.write_text(text)
             partial.replace(path)
 
-    def log(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and one of timing.jsonl (times live only there)."""
+    def log(
+        self, step: int, metrics: dict[str, float], timing: dict[str, float]
+    ) -> None:
+        """Add a line to metrics.jsonl, and one to timing.jsonl (times live only there)."""
         for name, row in ((METRICS, metrics), (TIMING, timing)):
-            with writing(self.path / name, in_mid_run=True) as path, open(path, "a") as file:
+            with (
+                writing(self.path / name, in_mid_run=True) as path,
+                open(path, "a") as file,
+            ):
                 file.write(json.dumps(finite({"step": step, **row})) + "\n")
 
     def begin_again(self, step: int, session: dict[str, Any]) -> None:
@@ -119,24 +147,28 @@ class RunDir:
 
 
 def begun_with(path: pathlib.Path) -> dict[str, Any]:
-    """What config.json says.
+    """Return what config.json says.
 
     Raises:
-      UserError: it can't be read, or is of no run.
+      UserError: it can't be read, or is not of a run.
     """
     file = path / CONFIG
     try:
-        before = jsons.parse(file.read_bytes())
+        before = parse(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} can't be read ({error}): give another --out") from error
-    problem = recorded.misfit(before, recorded.FRAME)
+        raise UserError(
+            f"{file} can't be read ({error}): give another --out"
+        ) from error
+    problem = misfit(before, _begun_schema())
     if problem or before.get("config") is None:
-        raise UserError(f"{file} is of no run ({problem or 'no config'}): give another --out")
+        raise UserError(
+            f"{file} is not of a run ({problem or 'no config'}): give another --out"
+        )
     return {name: value for name, value in before.items() if value is not None}
 
 
 def can_begin(path: str, *, resume: bool | None = None) -> bool:
-    """Whether a run goes on in the directory (rather than begins there).
+    """Return whether a run goes on in the directory (rather than begins there).
 
     Raises:
       UserError: neither can be, or nothing can be written there; nothing is left behind.
@@ -147,15 +179,30 @@ def can_begin(path: str, *, resume: bool | None = None) -> bool:
     goes_on = bool(resume) and os.path.isfile(folder / CONFIG)
     if os.path.isdir(path) and not goes_on:
         with writing(folder):
-            names = {entry.name for entry in folder.iterdir()} - _NOT_BEGUN
+            names = {entry.name for entry in folder.iterdir()} - _LEFTOVERS
         if names:
-            raise UserError(f"--out {path} {_holding(folder, resume)}")
+            raise UserError(f"--out {path} {_obstacle(folder, resume)}")
     check_writable(path)
     return goes_on
 
 
+def _obstacle(folder: pathlib.Path, resume: bool | None) -> str:
+    """Say what is in the way, and what to do."""
+    about = None
+    with contextlib.suppress(OSError, ValueError):
+        if (folder / CONFIG).is_file():
+            about = parse((folder / CONFIG).read_bytes())
+    if not isinstance(about, dict) or "command" not in about:
+        run = "run to resume" if resume else "run of jaxtricks"
+        return f"is not empty and holds no {run}: give another"
+    cure = "give another or remove it" + (
+        ", or go on with --resume" if resume is False else ""
+    )
+    return f"already holds a run: {cure}"
+
+
 def check_writable(path: str) -> None:
-    """Try to write where a run directory is or will be; leaves nothing behind.
+    """Try to write where a run directory is or will be; leave nothing behind.
 
     Raises:
       UserError: nothing can be written there.
@@ -176,16 +223,17 @@ def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """
     now = json.loads(json.dumps(finite(now)))
     old, new = _flat(before.get("config", {})), _flat(now["config"])
-    old = {name: value for name, value in _defaults().items() if name in new} | old
+    defaults = json.loads(json.dumps(finite(_flat(dataclasses.asdict(Train())))))
+    old = {name: value for name, value in defaults.items() if name in new} | old
     for name in new:
         if name not in FREE and old.get(name) != new[name]:
             raise UserError(
-                f"--resume: {path} was begun with {_flag(name, old.get(name))}, not "
-                f"{_flag(name, new[name])}: give the same settings or another --out"
+                f"--resume: {path} was begun with {_option(name, old.get(name))}, not "
+                f"{_option(name, new[name])}: give the same settings or another --out"
             )
     for name in old.keys() - new.keys():
         raise UserError(
-            f"--resume: {path} was begun with {_flag(name, old[name])}, which this version of jaxtricks "
+            f"--resume: {path} was begun with {_option(name, old[name])}, which this version of jaxtricks "
             f"does not know: use the one that began it ({_version(before)}), or give another --out"
         )
     old, new = _flat(before.get("data", {})), _flat(now.get("data", {}))
@@ -197,19 +245,109 @@ def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
+def _option(name: str, value: Any) -> str:
+    """Write a setting as on the command line."""
+    option = flag(name)
+    if isinstance(value, bool):
+        return option if value else "--no-" + option[2:]
+    return f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Flatten nested settings, which have different names, as on the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _version(about: dict[str, Any]) -> str:
+    versions = about.get("versions")
+    return str(versions.get("jaxtricks", "?")) if isinstance(versions, dict) else "?"
+
+
+def _other_versions(path: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a sentence on packages that are not those that a run began with."""
+    then, here = before.get("versions"), now.get("versions")
+    if not isinstance(then, dict) or not isinstance(here, dict):
+        return ""
+    others = [
+        f"{k} {then[k]} (now {v})" for k, v in here.items() if then.get(k, v) != v
+    ]
+    if not others:
+        return ""
+    newer = _numbers(_version(before)) > _numbers(_version(now))
+    by = "a newer jaxtricks than this, with " if newer else ""
+    return f"{path} was begun with {by}{', '.join(others)}: its figures may come out different"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number[:9]) for number in re.findall(r"\d+", version)[:3]]
+
+
+def _lines_until(path: pathlib.Path, step: int) -> str:
+    """Return the lines of a log up to a step, as they were written."""
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # a killed writer may leave half a line
+            row = parse(line)
+            if (
+                isinstance(row, dict)
+                and isinstance(row.get("step"), int)
+                and row["step"] <= step
+            ):
+                lines.append(line.decode())
+    return "".join(lines)
+
+
+# One writer.
+
+
 @contextlib.contextmanager
 def only_writer(path: pathlib.Path) -> Iterator[None]:
-    """Keep other processes out of a run directory.
+    """Lock other processes out of a run directory.
 
     Raises:
       UserError: one is writing there.
     """
-    held = _lock(path)
+    descriptor = _lock(path)
     try:
         yield
     finally:
-        if held is not None:
-            os.close(held)
+        _unlock(descriptor)
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+    """Open a file that locks other processes out while it is open: the system closes it with the process."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # where nothing can be written, that is said later on
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        who = (
+            os.read(descriptor, 200).decode(errors="replace").strip()
+            or "another process"
+        )
+        os.close(descriptor)
+        raise UserError(
+            f"{folder} is being written by {who}: wait until it ends, or give another --out"
+        ) from error
+    except OSError:  # a disk without locks
+        os.close(descriptor)
+        return None
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -233,8 +371,38 @@ def writing(
         raise UserError(f"can't write {path} ({reason}): {cure}{saved}") from error
 
 
+# JSON that may be damaged or come from somebody else.
+
+
+def parse(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Python's parser, as msgspec takes no names that are not UTF-8, which file systems have.
+
+    Raises:
+      ValueError: it isn't JSON, not in UTF-8, or nested more than 64 deep.
+    """
+    too_deep = f"it is nested more than {MAX_DEPTH} deep"
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [x for parent in level for x in _children(parent)]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
 def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has no word for them."""
+    """Replace NaN and infinities by None: JSON has no word for them."""
     if isinstance(value, dict):
         return {key: finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -242,95 +410,301 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines_until(path: pathlib.Path, step: int) -> str:
-    """The lines of a log up to a step, as they were written."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # a killed writer may leave half a line
-            row = jsons.parse(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-                kept.append(line.decode())
-    return "".join(kept)
+def misfit(value: Any, schema: Any) -> str:
+    """Return where a JSON value does not fit a schema, as msgspec says it; "" if it does."""
+    import msgspec
 
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings by their own names, as on the command line."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
-    return flat
-
-
-def _holding(folder: pathlib.Path, resume: bool | None) -> str:
-    """What is in the way, and what to do."""
     try:
-        about = jsons.parse((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else None
-    except (OSError, ValueError):
-        about = None
-    if not isinstance(about, dict) or "command" not in about:
-        run = "run to resume" if resume else "run of jaxtricks"
-        return f"is not empty and holds no {run}: give another"
-    cure = "give another or remove it" + (", or go on with --resume" if resume is False else "")
-    return f"already holds a run: {cure}"
+        msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
-def _lock(folder: pathlib.Path) -> int | None:
-    """A file that keeps other processes out while it is open: the system closes it with its process."""
-    if fcntl is None:
+def schema(name: str, fields: Mapping[str, Any]) -> Any:
+    """Make the schema of an object: its fields may be absent or null and have others beside them.
+
+    Args:
+      name: of the type.
+      fields: name -> type: int, float, str, bool, a dataclass, or lists, tuples, dicts and unions of them.
+    """
+    import msgspec
+
+    optional = [(key, _bounded(kind) | None, None) for key, kind in fields.items()]
+    return msgspec.defstruct(name, optional)
+
+
+def _bounded(kind: Any) -> Any:
+    """Bound the numbers of a type: a JSON integer may have thousands of digits."""
+    import msgspec
+
+    if kind is int:
+        return Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+    if kind is float:  # float32 ends below 1e39
+        return Annotated[float, msgspec.Meta(ge=-1e39, le=1e39)]
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return schema(kind.__name__, typing.get_type_hints(kind))
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, tuple, dict):
+        bounded = tuple(x if x is ... else _bounded(x) for x in members)
+        return types.GenericAlias(origin, bounded)
+    if members and origin is not typing.Literal:
+        return functools.reduce(operator.or_, map(_bounded, members))
+    return kind
+
+
+@functools.cache
+def _begun_schema() -> Any:
+    """Return the schema of what every command's config.json has."""
+    data = schema("Data", {"left_out": list[str]})
+    fields = {"config": dict, "data": data, "resumed": list[dict[str, Any]]}
+    return schema("Begun", fields)
+
+
+@functools.cache
+def _schemas() -> tuple[Any, Any, Any]:
+    """Return the schemas of config.json, of result.json, and of a line of a log."""
+    strings, whole_numbers = list[str], list[int]
+    hardware = {"devices": strings, "kind": str, "cores": int, "machine": str}
+    session = {
+        "step": int,
+        "command": str,
+        "started": str,
+        "versions": dict[str, str],
+        "hardware": schema("Hardware", hardware),
+        "git": schema("Git", {"commit": str, "branch": str, "dirty": bool}),
+    }
+    data = dict.fromkeys(("name", "kind"), str)
+    data |= dict.fromkeys(("train", "validation", "test"), int)
+    data |= dict.fromkeys(("classes", "notes", "left_out"), strings)
+    data |= dict.fromkeys(("counts", "shape"), whole_numbers)
+    sessions = types.GenericAlias(list, (schema("Session", session),))
+    about = {
+        **session,
+        "config": Train,
+        "data": schema("Data", data),
+        "resumed": sessions,
+    }
+    summary = ("loss", "accuracy", "balanced_accuracy", "many", "medium", "few")
+    split = schema("Summary", dict.fromkeys(summary, float))
+    plan = dict.fromkeys(("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int)
+    mesh = dict.fromkeys(
+        ("processes", "device_parameter_bytes", "device_state_bytes"), int
+    )
+    mesh |= dict.fromkeys(("sent", "sent_bytes"), dict[str, int])
+    result = dict.fromkeys(("train", "validation", "test"), split)
+    result |= dict.fromkeys(
+        ("parameters", "state_bytes", "temp_bytes", "bytes_read"), int
+    )
+    result |= {
+        "kind": str,
+        "skipped_records": int,
+        "plan": schema("Plan", {**plan, "extra_flops": float}),
+        "mesh": schema("Mesh", {**mesh, "axes": str}),
+    }
+    row = types.GenericAlias(dict, (str, _bounded(float) | None))
+    return schema("About", about), schema("Result", result), row
+
+
+# A run directory read back.
+
+
+class Run(NamedTuple):
+    """A run directory as read, finished or not; what is missing there is empty here.
+
+    Attributes:
+      path: the directory.
+      about: config.json.
+      rows: metrics.jsonl, one dict per logged step, steps increasing.
+      timing: timing.jsonl, one dict per window of steps.
+      result: result.json; {} while the run is unfinished.
+    """
+
+    path: pathlib.Path
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the run modelled text rather than classified images."""
+        return (look(self.about, "data", "kind") or self.result.get("kind")) == "text"
+
+    @property
+    def tricks(self) -> tuple[str, ...]:
+        """Keys of the tricks that were on."""
+        return tuple(key for key in KEYS if look(self.about, "config", "tricks", key))
+
+    @property
+    def done(self) -> int:
+        """Steps logged."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the test split was measured."""
+        return bool(look(self.result, "test"))
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median time of a step in ms over the windows but the first, which has the compilation in it."""
+        times = []
+        for row in self.timing[1:]:
+            if row.get("seconds") and row.get("steps"):
+                times.append(1e3 * row["seconds"] / row["steps"])
+        return statistics.median(times) if times else None
+
+    @property
+    def examples_per_s(self) -> float | None:
+        """Rate of a step of median time."""
+        batch, milliseconds = look(self.about, "config", "batch"), self.step_ms
+        return 1e3 * batch / milliseconds if batch and milliseconds else None
+
+    def newest(self, name: str) -> float | None:
+        """Return the newest finite value of a metric."""
+        for row in reversed(self.rows):
+            value = row.get(name)
+            if value is not None and math.isfinite(value):
+                return value
         return None
-    try:
-        held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # where nothing can be written, that is said later on
-        return None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        who = os.read(held, 200).decode(errors="replace").strip() or "another process"
-        os.close(held)
+
+
+def read(path: str | pathlib.Path) -> Run:
+    """Read a run directory, finished or not.
+
+    Args:
+      path: --out of `jaxtricks train`.
+
+    Returns:
+      The run. Lines that a killed run left torn are skipped; of steps that a resumed run went through
+      twice, the later line counts.
+
+    Raises:
+      UserError: the path is no run, or an ablation, or says what no run would.
+    """
+    folder = pathlib.Path(path)
+    about = _json(folder / CONFIG)
+    config = about.get("config")
+    if not isinstance(config, dict):
         raise UserError(
-            f"{folder} is being written by {who}: wait until it ends, or give another --out"
-        ) from error
-    except OSError:  # a disk without locks
-        os.close(held)
+            f"{path} is no run: give a directory of `jaxtricks train --out`"
+        )
+    if "seeds" in config:
+        raise UserError(
+            f"{path} is an ablation, whose runs are compared in {folder / 'report.md'}: "
+            "give a directory of `jaxtricks train --out`"
+        )
+    result = _json(folder / RESULT)
+    about_schema, result_schema, _ = _schemas()
+    for name, value, kind in (
+        (CONFIG, about, about_schema),
+        (RESULT, result, result_schema),
+    ):
+        problem = misfit(value, kind)
+        if problem:
+            raise UserError(
+                f"{folder / name} is damaged ({problem}): restore it, or leave out the run"
+            )
+    return Run(folder, about, _rows(folder / METRICS), _rows(folder / TIMING), result)
+
+
+def look(value: Any, *keys: str) -> Any:
+    """Return value[keys[0]][keys[1]]...; None where a key is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    # Absent, torn, or not JSON: all the same to a reader. A pipe would be waited for.
+    try:
+        value = parse(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    # Half characters, of names that are not UTF-8, could not be printed.
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else ()
+    for row in filter(None, map(_row, lines)):
+        while (
+            rows and rows[-1]["step"] > row["step"]
+        ):  # a resumed run goes through steps again
+            rows.pop()
+        same_step = rows.pop() if rows and rows[-1]["step"] == row["step"] else {}
+        rows.append({**same_step, **row})
+    return rows
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = parse(line)
+    except ValueError:
         return None
-    with contextlib.suppress(OSError):  # a full disk
-        os.ftruncate(held, 0)
-        os.write(held, f"process {os.getpid()} on {platform.node()}\n".encode())
-    return held
+    *_, row_schema = _schemas()
+    sound = isinstance(look(row, "step"), int) and not misfit(row, row_schema)
+    return row if sound else None
 
 
-def _no_action() -> None:
-    pass
+# What a run directory says of the command: settings, versions, hardware, git state, data.
 
 
-def _version(about: dict[str, Any]) -> str:
-    versions = about.get("versions")
-    return str(versions.get("jaxtricks", "?")) if isinstance(versions, dict) else "?"
+def describe(cfg: Any, command: str, data: Any = None) -> dict[str, Any]:
+    """Return config.json of a run, whose data is a `data.Data` or None."""
+    about = {**session(command), "config": dataclasses.asdict(cfg)}
+    return about if data is None else {**about, "data": data.description()}
 
 
-def _other_versions(path: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """A sentence on packages that are not those that a run began with."""
-    then, here = before.get("versions"), now.get("versions")
-    if not isinstance(then, dict) or not isinstance(here, dict):
-        return ""
-    others = [f"{k} {then[k]} (now {v})" for k, v in here.items() if then.get(k, v) != v]
-    if not others:
-        return ""
-    newer = _ordered(_version(before)) > _ordered(_version(now))
-    by = "a newer jaxtricks than this, with " if newer else ""
-    return f"{path} was begun with {by}{', '.join(others)}: its figures may come out different"
+def session(command: str) -> dict[str, Any]:
+    """Return the command, when, with which versions, on what."""
+    return {
+        "command": command,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "git": git(),
+    }
 
 
-def _ordered(version: str) -> list[int]:
-    return [int(number[:9]) for number in re.findall(r"\d+", version)[:3]]
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this library, and what it stands on."""
+    here = {"python": platform.python_version(), "jaxtricks": jt.__version__}
+    return {**here, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
-def _defaults() -> dict[str, Any]:
-    return json.loads(json.dumps(finite(_flat(dataclasses.asdict(Train())))))
+def hardware() -> dict[str, Any]:
+    """Return devices and machine."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "devices": [str(d) for d in devices],
+        "kind": f"{devices[0].platform} ({devices[0].device_kind})",
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
 
 
-def _flag(name: str, value: Any) -> str:
-    option = flag(name)
-    if isinstance(value, bool):
-        return option if value else "--no-" + option[2:]
-    return f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+def git() -> dict[str, Any] | None:
+    """Return the state of the project that the command was run in; None outside of one."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    branch = _git("rev-parse", "--abbrev-ref", "HEAD")
+    changes = _git("status", "--porcelain", "-uno")
+    return {"commit": commit, "branch": branch, "dirty": bool(changes)}
+
+
+def _git(*args: str) -> str | None:
+    try:
+        process = subprocess.run(
+            ["git", *args], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, each imported when asked for."""
+"""Write metrics to TensorBoard and Weights & Biases, each imported when asked for."""
 
 import dataclasses
 import importlib
@@ -46,7 +46,7 @@ class TensorBoard:
         )
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Add a scalar a metric; NaN, infinities and None are left out."""
+        """Add a scalar per metric; NaN, infinities and None are left out."""
         for name, value in _finite(metrics).items():
             self._writer.add_scalar(name, value, step)
 
@@ -56,15 +56,15 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; its id is kept in the folder, so that resuming continues the same run.
+    """A Weights & Biases run; its id is stored in the folder, so that resuming continues the same run.
 
     W&B can't be told to forget the last steps of a run (its rewind is a preview that needs the service's
-    consent), so a resumed run writes only steps that W&B does not have: it keeps the points from between
+    consent), so a resumed run writes only steps that W&B does not have; there remain the points from between
     the checkpoint and the interruption, which the resumed run would compute again from the same state.
 
     Args:
       project: name of the W&B project.
-      folder: the run directory; W&B's own files go to folder/wandb.
+      folder: the run directory; W&B writes its files to folder/wandb.
       config: settings to show beside the run.
       resume_step: steps done already; 0 starts a new W&B run.
 
@@ -73,17 +73,21 @@ class WandB:
     """
 
     def __init__(
-        self, project: str, folder: pathlib.Path, config: dict[str, Any], resume_step: int = 0
+        self,
+        project: str,
+        folder: pathlib.Path,
+        config: dict[str, Any],
+        resume_step: int = 0,
     ):
         wandb = _load(_MODULES["wandb"], "wandb", "--wandb")
         self._file = folder / _ID_FILE
-        self._kept = _kept(self._file) if resume_step else {"id": uuid.uuid4().hex, "next": 0}
+        self._position = _stored(self._file) if resume_step else _new_run()
         self._save()
         try:
             self._run = wandb.init(
                 project=project,
                 dir=str(folder),
-                id=self._kept["id"],
+                id=self._position["id"],
                 resume="allow",
                 config=config,
                 allow_val_change=True,  # --resume itself is a setting that changed
@@ -93,16 +97,18 @@ class WandB:
                 f"--wandb {project} can't start ({' '.join(str(error).split())}): run `wandb login`, set "
                 "WANDB_MODE=offline, or drop it"
             ) from error
-        if not self._run.offline:  # the server knows what reached it; offline only the file does
-            self._kept["next"] = self._run.step
+        if (
+            not self._run.offline
+        ):  # the server knows what reached it; offline only the file does
+            self._position["next"] = self._run.step
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """Log the metrics, unless W&B has this step; NaN, infinities and None are left out."""
         finite = _finite(metrics)
-        if not finite or step < self._kept["next"]:
+        if not finite or step < self._position["next"]:
             return
         self._run.log(finite, step=step)
-        self._kept["next"] = step + 1
+        self._position["next"] = step + 1
         self._save()
 
     def close(self) -> None:
@@ -110,7 +116,7 @@ class WandB:
         self._run.finish()
 
     def _save(self) -> None:
-        self._file.write_text(json.dumps(self._kept) + "\n")
+        self._file.write_text(json.dumps(self._position) + "\n")
 
 
 def check(cfg: Train) -> None:
@@ -121,7 +127,7 @@ def check(cfg: Train) -> None:
 
 
 def open_writers(cfg: Train, folder: pathlib.Path, start_step: int = 0) -> list[Writer]:
-    """The writers that a run asks for.
+    """Open the writers that a run asks for.
 
     Args:
       cfg: settings; `tensorboard` and `wandb` say which.
@@ -129,7 +135,7 @@ def open_writers(cfg: Train, folder: pathlib.Path, start_step: int = 0) -> list[
       start_step: steps done already, 0 for a new run.
 
     Returns:
-      Writers to be given every logged step, then closed.
+      Writers: call `write` at every logged step, then `close`.
 
     Raises:
       UserError: a package is not installed, or W&B can't start.
@@ -151,13 +157,18 @@ def _load(module: str, extra: str, flag: str) -> Any:
         ) from error
 
 
-def _kept(file: pathlib.Path) -> dict[str, Any]:
-    # A run that was first started without --wandb, or stopped before it wrote, begins a W&B run here.
+def _new_run() -> dict[str, Any]:
+    """Return the id of a W&B run, and the first step that it does not have."""
+    return {"id": uuid.uuid4().hex, "next": 0}
+
+
+def _stored(file: pathlib.Path) -> dict[str, Any]:
     try:
-        kept = json.loads(file.read_text())
-        return {"id": str(kept["id"]), "next": int(kept["next"])}
+        position = json.loads(file.read_text())
+        return {"id": str(position["id"]), "next": int(position["next"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"id": uuid.uuid4().hex, "next": 0}
+        # First started without --wandb, or stopped before it wrote.
+        return _new_run()
 
 
 def _finite(metrics: dict[str, float | None]) -> dict[str, float]:

@@ -1,16 +1,8 @@
-"""Images or text in, batches out: what can be read, its splits, long tails, and the Grain pipeline.
+"""Images or text in, batches out: what can be read, its splits, long tails, and the Grain pipeline."""
 
-`source` (examples by index), `image` (decoding, resizing), `files`, `lists`, `arrays`, `custom`,
-`records`, `example_proto`, `text` (what is stored where), `splits`, `look` (what the images are like),
-`loading`, `checking`, `order`, `balanced` (which example comes when), `walk`, `batches`.
-"""
-
-from jaxtricks.lab.data.balanced import drawn
-from jaxtricks.lab.data.batches import eval_batches, pipeline
-from jaxtricks.lab.data.checking import Report, check
-from jaxtricks.lab.data.loading import is_text, load
-from jaxtricks.lab.data.order import shuffled
-from jaxtricks.lab.data.source import Data, Source, UnreadableError
+from jaxtricks.lab.data.dataset import Data, Source, UnreadableError, sampled, shuffled
+from jaxtricks.lab.data.loading import Report, check, is_text, load
+from jaxtricks.lab.data.pipeline import eval_batches, pipeline
 
 __all__ = [
     "Data",
@@ -18,10 +10,10 @@ __all__ = [
     "Source",
     "UnreadableError",
     "check",
-    "drawn",
     "eval_batches",
     "is_text",
     "load",
     "pipeline",
+    "sampled",
     "shuffled",
 ]

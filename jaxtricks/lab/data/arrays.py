@@ -1,4 +1,4 @@
-"""Images that are arrays: scikit-learn's digits, and .npz files."""
+"""Read images that are arrays: scikit-learn's digits, and .npz files."""
 
 import io
 import math
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data import zips
-from jaxtricks.lab.data.source import SPLITS, Stored
+from jaxtricks.lab.data import dataset, folders
+from jaxtricks.lab.data.dataset import SPLITS, Stored
 
 MAX_BYTES = 16 * 2**30
 """Arrays that are larger are not loaded: a small file can claim any size."""
@@ -21,11 +21,11 @@ _HEADER = 16_384  # bytes; NumPy reads no header of more than 10,000
 
 _KEYS = {f"{split}_{{}}": where for split, where in SPLITS.items()} | {"{}": "train"}
 _XY = {"x_train": "train", "x_val": "validation", "x_test": "test"}
-_WANTED = "it needs images and labels, or train_images, train_labels, test_images, test_labels"
+_NEEDS = "it needs images and labels, or train_images, train_labels, test_images, test_labels"
 
 
 def digits() -> Stored:
-    """scikit-learn's 1,797 handwritten digits, gray, 8 x 8."""
+    """Return scikit-learn's 1,797 handwritten digits, gray, 8 x 8."""
     from sklearn.datasets import load_digits
 
     images, labels = (np.asarray(x) for x in load_digits(return_X_y=True))
@@ -34,7 +34,7 @@ def digits() -> Stored:
 
 
 def npz(path: pathlib.Path) -> Stored:
-    """[SPLIT_]images and [SPLIT_]labels, or x_train, y_train and so on, of an .npz file.
+    """Read [SPLIT_]images and [SPLIT_]labels, or x_train, y_train and so on, of an .npz file.
 
     Raises:
       UserError: no such keys, lengths that differ, images that aren't uint8, labels that aren't
@@ -43,29 +43,30 @@ def npz(path: pathlib.Path) -> Stored:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            keys = {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
-            pairs = _pairs(path, keys)
-            parts = {
-                where: (_load(path, archive, x), _load(path, archive, y))
-                for where, (x, y) in pairs.items()
-            }
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            pairs = _pairs(path, {name.removesuffix(".npy") for name in names})
+            parts = {}
+            for split, (x, y) in pairs.items():
+                parts[split] = _load(path, archive, x), _load(path, archive, y)
     except UserError:
         raise
     except Exception as error:  # a broken file may raise anything
-        raise UserError(f"{path} is a broken .npz file ({error}): save it again") from error
+        raise UserError(
+            f"{path} is a broken .npz file ({error}): save it again"
+        ) from error
     checked = {}
-    for where, (images, labels) in parts.items():
-        x, y = pairs[where]
+    for split, (images, labels) in parts.items():
+        x, y = pairs[split]
         images = check_images(images, f"{x} in {path}")
         labels = check_labels(labels, len(images), f"{y} in {path}")
         if not len(labels):
             raise UserError(f"{x} in {path} is empty: add images, or leave it out")
-        checked[where] = images, labels
+        checked[split] = images, labels
     return _stored(str(path), checked)
 
 
 def check_images(images: np.ndarray, name: str, ndim: int = 4) -> np.ndarray:
-    """uint8 [..., H, W] or [..., H, W, C] -> [..., H, W, C], ndim axes of it; or UserError."""
+    """Return uint8 [..., H, W] or [..., H, W, C] as [..., H, W, C] of ndim axes, or raise UserError."""
     if images.dtype != np.uint8:
         how = "(255 * x).round().astype(np.uint8) if x is in [0, 1]"
         if images.dtype.kind in "iub":
@@ -74,57 +75,31 @@ def check_images(images: np.ndarray, name: str, ndim: int = 4) -> np.ndarray:
     if images.ndim == ndim - 1:
         images = images[..., None]
     if images.ndim != ndim or images.shape[-1] not in (1, 3) or 0 in images.shape[-3:]:
-        wanted = "[N, H, W, C]" if ndim == 4 else "[H, W, C]"
+        axes = "[N, H, W, C]" if ndim == 4 else "[H, W, C]"
         raise UserError(
-            f"{name} has the shape {list(images.shape)}: it must be {wanted} with C 1 or 3, or "
+            f"{name} has the shape {list(images.shape)}: it must be {axes} with C 1 or 3, or "
             "have no C; np.moveaxis moves channels to the end"
         )
     return images
 
 
 def check_labels(labels: np.ndarray, length: int, name: str) -> np.ndarray:
-    """Integers [N] or [N, 1] -> int64 [N]; or UserError."""
+    """Return integers [N] or [N, 1] as [N], or raise UserError."""
     if labels.dtype.kind not in "iu":
         raise UserError(f"{name} is {labels.dtype}: labels must be integers, 0 to C-1")
     if labels.shape not in ((length,), (length, 1)):
         raise UserError(
             f"{name} has the shape {list(labels.shape)} for {length} images: there must be one label "
-            "an image"
+            "per image"
         )
     return labels.reshape(-1)
-
-
-def check_classes(labels: np.ndarray, name: str, classes: int | None = None) -> int:
-    """The number of classes C if the labels are 0 to C-1; or UserError.
-
-    Args:
-      labels: integers [N].
-      name: of the data.
-      classes: C where it is known; then one without an example is left to the check of the splits.
-    """
-    have = np.unique(labels).tolist()
-    num_classes = len(have) if classes is None else classes
-    strange = [x for x in have if not 0 <= x < num_classes]
-    absent = [] if classes else sorted(set(range(num_classes)) - set(have))
-    if strange or absent:
-        parts = [f"{_few(strange)} occur{'s' * (len(strange) == 1)}"] if strange else []
-        parts += [f"{_few(absent)} do{'es' * (len(absent) == 1)} not"] if absent else []
-        raise UserError(
-            f"labels of {name} must be 0 to {num_classes - 1}, but {' and '.join(parts)}: number the "
-            "classes anew, by np.unique(labels, return_inverse=True)[1]"
-        )
-    return num_classes
-
-
-def _few(values: list[int]) -> str:
-    return ", ".join(map(str, values[:5])) + ", ..." * (len(values) > 5)
 
 
 def _stored(
     name: str, parts: dict[str, tuple[np.ndarray, np.ndarray]], flip: bool | None = None
 ) -> Stored:
     labels = np.concatenate([labels.astype(np.int64) for _, labels in parts.values()])
-    num_classes = check_classes(labels, name)
+    num_classes = dataset.check_classes(labels, name)
     arrays = [images for images, _ in parts.values()]
     ends = np.cumsum([len(images) for images in arrays])
     shapes = {images.shape[1:] for images in arrays}
@@ -134,12 +109,15 @@ def _stored(
         image = arrays[part][i - ends[part]]
         return image, image.nbytes
 
+    names = []
+    for split, (images, _) in parts.items():
+        names += [f"image {i} of {split}" for i in range(len(images))]
     return Stored(
         name=name,
-        names=[f"image {i} of {where}" for where, x in parts.items() for i in range(len(x[1]))],
+        names=names,
         read=read,
         labels=labels.astype(np.int32),
-        where=np.repeat(list(parts), [len(images) for images in arrays]),
+        split=np.repeat(list(parts), [len(images) for images in arrays]),
         classes=tuple(map(str, range(num_classes))),
         shape=shapes.pop() if len(shapes) == 1 else None,
         flip=flip,
@@ -147,29 +125,38 @@ def _stored(
 
 
 def _pairs(path: pathlib.Path, keys: set[str]) -> dict[str, tuple[str, str]]:
-    """Split -> (key of its images, key of its labels)."""
-    names = {key.format("images"): (key.format("labels"), where) for key, where in _KEYS.items()}
-    names |= {x: (x.replace("x", "y", 1), where) for x, where in _XY.items()}
+    """Return split -> (key of its images, key of its labels)."""
+    names = {}  # of images -> (of labels, split)
+    for key, split in _KEYS.items():
+        names[key.format("images")] = key.format("labels"), split
+    for x, split in _XY.items():
+        names[x] = x.replace("x", "y", 1), split
     pairs = {}
-    for images, (labels, where) in names.items():
+    for images, (labels, split) in names.items():
         if (images in keys) != (labels in keys):
             here, absent = (images, labels) if images in keys else (labels, images)
-            raise UserError(f"{path} has {here} but no {absent}: {_WANTED}")
-        if images in keys and where in pairs:
-            raise UserError(f"{path} has {images} and {pairs[where][0]}: keep one of them")
+            raise UserError(f"{path} has {here} but no {absent}: {_NEEDS}")
+        if images in keys and split in pairs:
+            raise UserError(
+                f"{path} has {images} and {pairs[split][0]}: keep one of them"
+            )
         if images in keys:
-            pairs[where] = images, labels
+            pairs[split] = images, labels
     if not pairs:
-        raise UserError(f"{path} has the arrays {', '.join(sorted(keys)) or 'none'}: {_WANTED}")
+        raise UserError(
+            f"{path} has the arrays {', '.join(sorted(keys)) or 'none'}: {_NEEDS}"
+        )
     return pairs
 
 
 def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     entry = archive.getinfo(key + ".npy")
-    zips.refuse_method(path, entry)
+    folders.refuse_method(path, entry)
     try:
         with archive.open(entry) as file:
-            header = io.BytesIO(file.read(_HEADER))  # of a length that itself may be claimed
+            header = io.BytesIO(
+                file.read(_HEADER)
+            )  # of a length that itself may be claimed
         _refuse(path, key, header, entry)
         with archive.open(entry) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -178,12 +165,14 @@ def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
         raise
     except Exception as error:  # a broken file may raise anything
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise UserError(f"{key} in {path} is broken ({reason}): save it again") from error
+        raise UserError(
+            f"{key} in {path} is broken ({reason}): save it again"
+        ) from error
     return array
 
 
 def _refuse(path: pathlib.Path, key: str, file: Any, entry: zipfile.ZipInfo) -> None:
-    """Look at the header before anything is allocated."""
+    """Refuse arrays by their header, before anything is allocated."""
     readers: dict[Any, Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,

@@ -1,33 +1,42 @@
-"""Text as windows of characters."""
+"""Read text as windows of characters."""
 
 import pathlib
 
 import numpy as np
 
 from jaxtricks.lab.config import UserError
-from jaxtricks.lab.data.source import Data, Example, Source
+from jaxtricks.lab.data.dataset import Data, Example, Source
 
 
 def load(name: str, *, context: int, validation: float, test: float) -> Data:
-    """Windows of context + 1 characters; the splits are stretches: training, validation, test.
+    """Return windows of context + 1 characters; the splits are stretches: training, validation, test.
 
     Args:
       name: "topics", or a text file in UTF-8.
-      context: characters a window predicts; also the stride of the windows.
+      context: characters that a window predicts; also the stride of the windows.
       validation, test: shares of the characters; 0 makes no validation split.
 
     Raises:
       UserError: not UTF-8, or too short for a window in every split.
     """
     text = topics() if name == "topics" else read(pathlib.Path(name))
+    # Code points as numbers, so that NumPy can sort them.
     points, codes = np.unique(
         np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True
     )
     codes = codes.astype(np.int32)
-    lengths = {"validation": round(validation * len(codes)), "test": round(test * len(codes))}
+    lengths = {
+        "validation": round(validation * len(codes)),
+        "test": round(test * len(codes)),
+    }
     start = len(codes) - lengths["test"]
     middle = start - lengths["validation"]
-    stretches = {"train": codes[:middle], "validation": codes[middle:start], "test": codes[start:]}
+    stretches = {
+        "train": codes[:middle],
+        "validation": codes[middle:start],
+        "test": codes[start:],
+    }
+    # Stretches, not windows at random: neighbouring windows are nearly the same text.
     if not validation:
         del stretches["validation"]
     for split, stretch in stretches.items():
@@ -53,14 +62,14 @@ def load(name: str, *, context: int, validation: float, test: float) -> Data:
 
 
 def topics() -> str:
-    """The help texts of Python's own statements, embedded in the standard library."""
+    """Return the help texts of Python's statements, embedded in the standard library."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def read(path: pathlib.Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
       UserError: it can't be read or isn't UTF-8.
@@ -73,11 +82,13 @@ def read(path: pathlib.Path) -> str:
             "by iconv for example"
         ) from error
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): give a text file") from error
+        raise UserError(
+            f"{path} can't be read ({error.strerror}): give a text file"
+        ) from error
 
 
 def windows(codes: np.ndarray, context: int) -> Source:
-    """{"text": int32 [context + 1]}, the last character of a window being the first of the next."""
+    """Return {"text": int32 [context + 1]}, the last character of a window being the first of the next."""
 
     def example(i: int) -> tuple[Example, int]:
         window = codes[i * context : (i + 1) * context + 1]

@@ -25,6 +25,8 @@ class NFBlock(nnx.Module):
     0: at first the network is its shortcuts alone, and every branch grows as far as it helps.
     """
 
+    row_parallel = ("second",)
+
     def __init__(
         self,
         in_features: int,
@@ -41,7 +43,9 @@ class NFBlock(nnx.Module):
         self.second = conv(out_features, out_features, (3, 3), strides=1, rngs=rngs)
         changes = strides != 1 or in_features != out_features
         self.shortcut = (
-            conv(in_features, out_features, (1, 1), strides=strides, rngs=rngs) if changes else None
+            conv(in_features, out_features, (1, 1), strides=strides, rngs=rngs)
+            if changes
+            else None
         )
         self.skip_gain = nnx.Param(jnp.zeros(()))
         self.alpha, self.beta = scale
@@ -49,7 +53,7 @@ class NFBlock(nnx.Module):
         self.rate = rate
 
     def __call__(self, x: Array, key: Key | None = None) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]; with a key, branches are dropped."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]; with a key, branches are dropped."""
         out = self.act(x) * self.beta
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.second(self.act(self.first(out)))
@@ -78,6 +82,9 @@ class NFNet(nnx.Module):
         example by itself, with probability drop_rate * i / n. Keys come from the stream "dropout".
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
+
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
 
     def __init__(
         self,
@@ -124,7 +131,7 @@ class NFNet(nnx.Module):
         self.rngs = rngs.dropout.fork() if drop_rate else None
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        """Map images [N, H, W, C] to logits [N, num_classes], computed in the dtype of the images."""
         x = self.stem(x)
         draw = None if self.deterministic else self.rngs
         for block in self.blocks:

@@ -18,7 +18,7 @@ class Layer(nnx.Module):
         self.block = block
 
     def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]."""
         return activated(self.block, x)
 
 
@@ -33,6 +33,9 @@ class RepVGG(nnx.Module):
       block: factory (in_features, out_features, *, strides, rngs) of blocks; `jt.nnx.fuse` deploys them.
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
+
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class RepVGG(nnx.Module):
         self.recompute = recompute
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        """Map images [N, H, W, C] to logits [N, num_classes], computed in the dtype of the images."""
         for layer in self.layers:
             x = jnnx.recompute_grad(layer)(x) if self.recompute else layer(x)
         return self.head(jnp.mean(x, axis=(1, 2)))

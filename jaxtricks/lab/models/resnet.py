@@ -25,17 +25,22 @@ class ConvNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.conv = conv(
-            in_features, out_features, kernel_size, strides=strides, use_bias=False, rngs=rngs
+            in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            use_bias=False,
+            rngs=rngs,
         )
         self.norm = norm(out_features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]."""
         return self.norm(self.conv(x))
 
 
 def activated(unit: Callable[[Array], Array], x: Array) -> Array:
-    """relu(unit(x)) in the dtype of x.
+    """Return relu(unit(x)) in the dtype of x.
 
     Newer versions of Flax's BatchNorm return float32 for bfloat16 inputs, because they count its running
     statistics; what follows would then silently compute in float32.
@@ -45,6 +50,8 @@ def activated(unit: Callable[[Array], Array], x: Array) -> Array:
 
 class Block(nnx.Module):
     """y = relu(unit(relu(unit(x))) + shortcut(x)), the basic residual block."""
+
+    row_parallel = ("second",)
 
     def __init__(
         self,
@@ -67,7 +74,7 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x: Array) -> Array:
-        """[N, H, W, in_features] -> [N, H', W', out_features]."""
+        """Map [N, H, W, in_features] to [N, H', W', out_features]."""
         y = activated(self.first, x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return nnx.relu(self.second(y) + shortcut).astype(x.dtype)
@@ -86,6 +93,9 @@ class ResNet(nnx.Module):
       pointwise: the same for the 1x1 shortcuts.
       recompute: keep only each block's input for the backward pass and run the block again there.
     """
+
+    # The loss needs all the logits of an example in one place.
+    unsplit = ("head",)
 
     def __init__(
         self,
@@ -106,7 +116,12 @@ class ResNet(nnx.Module):
             for j in range(blocks):
                 strides = 2 if i > 0 and j == 0 else 1
                 block = Block(
-                    features, width, strides=strides, unit=unit, pointwise=pointwise, rngs=rngs
+                    features,
+                    width,
+                    strides=strides,
+                    unit=unit,
+                    pointwise=pointwise,
+                    rngs=rngs,
                 )
                 stages.append(block)
                 features = width
@@ -115,7 +130,7 @@ class ResNet(nnx.Module):
         self.recompute = recompute
 
     def __call__(self, x: Array) -> Array:
-        """Images [N, H, W, C] -> logits [N, num_classes], computed in the dtype of the images."""
+        """Map images [N, H, W, C] to logits [N, num_classes], computed in the dtype of the images."""
         x = activated(self.stem, x)
         for block in self.stages:
             x = jnnx.recompute_grad(block)(x) if self.recompute else block(x)

@@ -1,0 +1,5 @@
+"""`python -m jaxtricks` is `jaxtricks`."""
+
+from jaxtricks.lab.cli import main
+
+main()

@@ -1,5 +1,0 @@
-"""`python -m jaxtricks.cli` is `jaxtricks`."""
-
-from jaxtricks.cli import main
-
-main()
