@@ -7,7 +7,7 @@ branches (`_layers`), which `ReparamBlock` builds.
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -143,22 +143,6 @@ def _write_norm(norm: Any, node: reparam.Norm) -> None:
 
 
 # Blocks.
-
-
-class BranchArguments(TypedDict, total=False):
-    """Arguments that all blocks share; see `ReparamBlock`."""
-
-    padding: Padding
-    kernel_dilation: int | Sequence[int] | None
-    conv: Factory
-    norm: Factory
-    mode: Mode
-
-
-class BlockArguments(BranchArguments, total=False):
-    """Those of blocks that are not depthwise by default."""
-
-    feature_group_count: int
 
 
 class ReparamBlock(nnx.Module):
@@ -498,9 +482,14 @@ class ACBlock(ReparamBlock):
         kernel_size: Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        conv: Factory = nnx.Conv,
+        norm: Factory = nnx.BatchNorm,
         gamma_init: float = 1.0,
+        mode: Mode = "branches",
         rngs: nnx.Rngs,
-        **block_arguments: Unpack[BlockArguments],
     ):
         self.gamma_init = gamma_init
         super().__init__(
@@ -508,8 +497,13 @@ class ACBlock(ReparamBlock):
             out_features,
             kernel_size,
             strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            conv=conv,
+            norm=norm,
+            mode=mode,
             rngs=rngs,
-            **block_arguments,
         )
 
     def table(self) -> _layers.Table:
@@ -607,9 +601,14 @@ class DiverseBranchBlock(ReparamBlock):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        conv: Factory = nnx.Conv,
+        norm: Factory = nnx.BatchNorm,
         internal_features: int | None = None,
+        mode: Mode = "branches",
         rngs: nnx.Rngs,
-        **block_arguments: Unpack[BlockArguments],
     ):
         self.internal_features = internal_features
         super().__init__(
@@ -617,8 +616,13 @@ class DiverseBranchBlock(ReparamBlock):
             out_features,
             kernel_size,
             strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            conv=conv,
+            norm=norm,
+            mode=mode,
             rngs=rngs,
-            **block_arguments,
         )
 
     def table(self) -> _layers.Table:
@@ -671,9 +675,14 @@ class MobileOneBlock(ReparamBlock):
         kernel_size: int | Sequence[int] = (3, 3),
         strides: int | Sequence[int] | None = 1,
         *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        conv: Factory = nnx.Conv,
+        norm: Factory = nnx.BatchNorm,
         num_branches: int = 4,
+        mode: Mode = "branches",
         rngs: nnx.Rngs,
-        **block_arguments: Unpack[BlockArguments],
     ):
         self.num_branches = num_branches
         super().__init__(
@@ -681,8 +690,13 @@ class MobileOneBlock(ReparamBlock):
             out_features,
             kernel_size,
             strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            conv=conv,
+            norm=norm,
+            mode=mode,
             rngs=rngs,
-            **block_arguments,
         )
 
     def table(self) -> _layers.Table:
@@ -733,11 +747,15 @@ class DilatedReparamBlock(ReparamBlock):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int | None = None,
+        conv: Factory = nnx.Conv,
+        norm: Factory = nnx.BatchNorm,
         kernel_sizes: Sequence[int] | None = None,
         dilates: Sequence[int] | None = None,
+        mode: Mode = "branches",
         rngs: nnx.Rngs,
-        **block_arguments: Unpack[BranchArguments],
     ):
         # Tuples: nnx compares static attributes, and lists are not hashable.
         self.kernel_sizes = None if kernel_sizes is None else tuple(kernel_sizes)
@@ -747,9 +765,13 @@ class DilatedReparamBlock(ReparamBlock):
             out_features,
             kernel_size,
             strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count or in_features,
+            conv=conv,
+            norm=norm,
+            mode=mode,
             rngs=rngs,
-            **block_arguments,
         )
 
     def table(self) -> _layers.Table:
