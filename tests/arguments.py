@@ -65,7 +65,7 @@ CALLS = {
     "roles.exact": (roles.exact, {"roles": {"a": ("in",)}, "assumed": ()}),
     "roles.infer": (roles.infer, {"path": "Dense_0/kernel", "shape": (3, 4)}),
     "roles.is_kernel": (roles.is_kernel, {"path": "a/kernel", "shape": (3, 4)}),
-    "roles.describe": (roles.describe, {"params": PARAMS, "rule": roles.infer}),
+    "roles.describe": (roles.describe, {"params": PARAMS, "roles": roles.infer}),
     "memopt.adafactor": (
         lambda **k: memopt.adafactor(**k).init(PARAMS),
         {
