@@ -43,7 +43,7 @@ demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.runs)
 	$(BIN)/jaxtricks ablate --no-search --resume
 
 # Twice, for speed: see XLA_FLAGS in tests/conftest.py.
-STOCK_TESTS = $(shell grep -l mark.stock tests/test_*.py tests/lab/test_*.py)
+STOCK_TESTS = $(shell grep -rl mark.stock tests --include='test_*.py')
 test: $(VENV)/.installed
 	CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock' $(TESTS)
 	$(PYTEST) -m 'stock and not slow' $(or $(TESTS),$(STOCK_TESTS))
@@ -59,7 +59,8 @@ test-all: $(VENV)/.installed $(TPU_VENV)/.installed
 	TPU_PYTHON=$(abspath $(TPU_VENV))/bin/python $(PYTEST)
 
 # The laws under what jax offers early, a flag at a time; tests/flags.py lists what fails and why.
-NEXT_TESTS := $(patsubst %,tests/test_%.py,laws laws_wrappers laws_modules autocast remat remat_names)
+NEXT_TESTS := $(wildcard tests/laws/test_laws*.py tests/rooms/test_amp_autocast.py) \
+	tests/rooms/test_remat.py tests/rooms/test_remat_names.py
 test-next: $(VENV)/.installed
 	for flag in JAX_REMAT3 JAX_CUSTOM_JVP3 JAX_CUSTOM_VJP3 JAX_SCAN3; do \
 	env $$flag=1 CHEAP_COMPILER=1 $(PYTEST) -m 'not slow and not stock' $(NEXT_TESTS) || exit 1; done
@@ -99,7 +100,9 @@ test-colab:
 # `make test-py311 PY311_TESTS=` runs the whole suite there.
 has-py311:
 	@test -n '$(PY311)'
-PY311_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,compat primitives laws* *golden memopt agc ebn cyclical longtail reparam))
+PY311_ROOMS := $(patsubst %,tests/rooms/test_%.py,memopt agc ebn cyclical longtail reparam)
+PY311_TESTS ?= $(PY311_ROOMS) \
+	$(wildcard tests/ground/test_compat.py tests/ground/test_primitives.py tests/laws/test_laws*.py tests/*/test_*golden.py)
 test-py311:
 	@if [ -z '$(PY311)' ]; then echo 'no Python 3.11 here: set PY311=/path/to/python3.11'; exit 1; fi
 	$(MAKE) test VENV=.venv-py311 CONSTRAINTS=constraints/py311.txt PYTHON=$(PY311) TESTS='$(PY311_TESTS)'

@@ -2,7 +2,7 @@
 
 Names that moved, primitives that were renamed, and where an equation holds its bodies
 and counts. Versions are never compared: the code looks for what differs. Rooms read
-equations through `_jaxpr`, which builds on this module (tests/test_compat.py).
+equations through `_jaxpr`, which builds on this module (tests/ground/test_compat.py).
 """
 
 import contextlib

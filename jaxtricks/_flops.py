@@ -130,7 +130,7 @@ def _none(eqn: Any) -> int:
     return 0
 
 
-# What counts the operations -> primitives of jax 0.7 to 0.12; tests/test_primitives.py
+# What counts the operations -> primitives of jax 0.7 to 0.12; tests/ground/test_primitives.py
 # says which one is missing. Equations that hold jaxprs (reduce, scatter-add, composite)
 # count what these do.
 _ROWS = {

@@ -2,7 +2,7 @@
 
 Each is one line below, in the order in which they compose: model (weightstd, ebn, reparam), loss
 (longtail), remat, gradients (amp), optimizer (agc, memopt, cyclical, amp), reads (echo). The command
-trains every pair and writes the matrix of the README; tests/test_composition.py asserts on the same
+trains every pair and writes the matrix of the README; tests/laws/test_composition.py asserts on the same
 runs.
 """
 
@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import optax
-from benchmarks import readme
-from flax import linen, nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtricks import KEYS, _table
 from jaxtricks.lab.models import ConvNorm
+
+from benchmarks import readme
+from flax import linen, nnx
 
 CLASSES, BATCH, STEPS = 4, 16, 12
 COUNTS = np.array([40, 20, 10, 5])

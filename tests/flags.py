@@ -11,13 +11,15 @@ HAS_REMAT3 = hasattr(jax.config, "jax_remat3")
 EXPECTED = {
     "jax_scan3": {
         "jax has no gradient and no vmap of Scan3 yet": {
-            "test_autocast.py::test_gradients_are_as_close_as_cast_by_hand": ["transformer, remat"],
-            "test_autocast.py::test_gradients_of_a_recurrent_network_are_close": [],
-            "test_autocast.py::test_nothing_in_the_zoo_is_unknown": [
+            "test_amp_autocast.py::test_gradients_are_as_close_as_cast_by_hand": [
+                "transformer, remat"
+            ],
+            "test_amp_autocast.py::test_gradients_of_a_recurrent_network_are_close": [],
+            "test_amp_autocast.py::test_nothing_in_the_zoo_is_unknown": [
                 *("LSTM", "control flow", "custom rules", "data parallel"),
                 *("transformer, remat", "transformer, scan"),
             ],
-            "test_autocast.py::test_products_are_low_and_sums_are_not": [
+            "test_amp_autocast.py::test_products_are_low_and_sums_are_not": [
                 "control flow-bfloat16-autocast(grad)",
                 "transformer, remat-float16-autocast(grad)",
                 "transformer, scan-bfloat16-autocast(grad)",
@@ -30,14 +32,14 @@ EXPECTED = {
             "test_remat_names.py::test_vmap_scan_and_bfloat16": ["remat", "remat3"],
         },
         "the carry of Scan3 is a Ref, which autocast refuses": {
-            "test_autocast.py::test_explain_names_the_silent_cases": [],
-            "test_autocast.py::test_products_are_low_and_sums_are_not": [
+            "test_amp_autocast.py::test_explain_names_the_silent_cases": [],
+            "test_amp_autocast.py::test_products_are_low_and_sums_are_not": [
                 "LSTM-float16-grad(autocast)",
                 "custom rules-float16-grad(autocast)",
                 "data parallel-float16-grad(autocast)",
                 "transformer, remat-bfloat16-grad(autocast)",
             ],
-            "test_autocast.py::test_scan_carries": [],
+            "test_amp_autocast.py::test_scan_carries": [],
         },
         "within jit a Scan3 without stacked outputs does not run (findings/scan3_values.sh)": {
             "test_laws_modules.py::test_gradients_under_remat_vmap_and_scan": [
@@ -59,7 +61,8 @@ def mark(items):
         for case in ([f"[{case}]" for case in cases] or [""])
     }
     for item in items:
-        reason = expected.get(item.nodeid.partition("tests/")[2])
+        path, bracket, case = item.nodeid.partition("[")
+        reason = expected.get(path.rpartition("/")[2] + bracket + case)
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 

@@ -1,4 +1,4 @@
-"""One canonical setting of every public transform; tests/test_laws.py runs every law over all of them.
+"""One canonical setting of every public transform; tests/laws/test_laws.py runs every law over all of them.
 
 A new public transform is not done before it has its line here.
 """

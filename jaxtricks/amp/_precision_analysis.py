@@ -18,7 +18,7 @@ from jaxtricks import _jaxpr
 MATMUL, DENY, LOCAL, WIDE = "matmul", "deny", "local", "wide"
 FOLLOW, LAYOUT, EXACT, OPAQUE = "follow", "layout", "exact", "opaque"
 
-# Class -> primitives, of jax 0.7 to 0.12; tests/test_primitives.py says which one is
+# Class -> primitives, of jax 0.7 to 0.12; tests/ground/test_primitives.py says which one is
 # missing.
 TABLE = {
     # Operands in the compute dtype, and so is the result; the hardware accumulates in
