@@ -9,7 +9,9 @@ def main() -> None:
     heading = f"{hardware()}; {amp.ROUNDS} rounds in turn, medians"
     common.publish([amp.table(), amp.build_table(), recompute.table()], heading)
     print()
-    common.publish(optimizers.tables(), optimizers.heading("python -m benchmarks"))
+    common.publish(
+        optimizers.tables(), optimizers.heading("python -m benchmarks")
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ SIZE = lm.Size(layers=6, width=64, heads=4, length=32, batch=2, vocabulary=64)
 def pairs() -> dict[str, tuple[Any, Any]]:
     """name -> (ours, the peer's)."""
     adam = optax.adam(1e-3)
-    return {"dynamic_loss_scale(adam) / adam": (jt.amp.dynamic_loss_scale(adam), adam)}
+    return {
+        "dynamic_loss_scale(adam) / adam": (
+            jt.amp.dynamic_loss_scale(adam),
+            adam,
+        )
+    }
 
 
 def table() -> _table.Table:
@@ -34,10 +39,16 @@ def table() -> _table.Table:
         runs, seconds, sizes = zip(
             *(compiled_update(tx, params) for tx in (ours, peer)), strict=True
         )
-        times = common.in_turn(dict(zip(("ours", "peer"), runs, strict=True)), ROUNDS)
+        times = common.in_turn(
+            dict(zip(("ours", "peer"), runs, strict=True)), ROUNDS
+        )
         ratio = float(np.median(times["ours"] / times["peer"]))
-        rows.append((name, ratio, seconds[0] / seconds[1], f"{sizes[0]} / {sizes[1]}"))
-    return _table.make(("ours / peer", "time", "compile time", "state bytes"), rows)
+        rows.append(
+            (name, ratio, seconds[0] / seconds[1], f"{sizes[0]} / {sizes[1]}")
+        )
+    return _table.make(
+        ("ours / peer", "time", "compile time", "state bytes"), rows
+    )
 
 
 def compiled_update(tx: Any, params: Any) -> tuple[Any, float, int]:
@@ -68,7 +79,10 @@ def build_table() -> _table.Table:
             "cast": jax.grad(cast),
         }
         ways["cast grad"] = jt.amp.autocast(jax.grad(loss))
-        builds = [{n: build(fn, args) for n, fn in ways.items()} for _ in range(BUILDS)]
+        builds = [
+            {n: build(fn, args) for n, fn in ways.items()}
+            for _ in range(BUILDS)
+        ]
         traced, compiled = (
             {n: float(np.median([b[n][i] for b in builds])) for n in ways}
             for i in (0, 1)
@@ -87,7 +101,9 @@ def build_table() -> _table.Table:
     ratios = ("grad(autocast)", "autocast(grad)")
     headers = ["decoder, 6 layers", "trace: autocast(loss) / loss"]
     headers += [
-        f"{what}: {way} / by hand" for what in ("trace", "compile") for way in ratios
+        f"{what}: {way} / by hand"
+        for what in ("trace", "compile")
+        for way in ratios
     ]
     return _table.make(tuple(headers), rows)
 

@@ -49,7 +49,9 @@ def mlp(params: Any, batch: Any) -> Any:
 def tasks() -> dict[str, tuple[Fn, Fn, tuple[Any, Any]]]:
     """name -> (loss, the same cast by hand, its arguments)."""
     keys = jax.random.split(jax.random.key(0), 5)
-    layers = [(jax.random.normal(k, (64, 64)) / 8, jnp.zeros(64)) for k in keys[:3]]
+    layers = [
+        (jax.random.normal(k, (64, 64)) / 8, jnp.zeros(64)) for k in keys[:3]
+    ]
     batch = (
         jax.random.normal(keys[3], (128, 64)),
         jax.random.randint(keys[4], (128,), 0, 64),
@@ -63,7 +65,10 @@ def tasks() -> dict[str, tuple[Fn, Fn, tuple[Any, Any]]]:
     }
     for form in lm.FORMS:
         losses = lm.loss(SIZE, form), lm.loss(SIZE, form, jnp.bfloat16)
-        found[f"transformer, {form}"] = (*losses, lm.draw(SIZE, form != "unrolled"))
+        found[f"transformer, {form}"] = (
+            *losses,
+            lm.draw(SIZE, form != "unrolled"),
+        )
     return found
 
 
@@ -77,13 +82,17 @@ def ways(loss: Fn, hand: Fn) -> dict[str, Fn]:
     }
     for name, make in _PEERS.items():
         with contextlib.suppress(PackageNotFoundError):
-            found[f"{name} {version(name)}"] = make(importlib.import_module(name), loss)
+            found[f"{name} {version(name)}"] = make(
+                importlib.import_module(name), loss
+            )
     return found
 
 
 def _jmp(module: Any, fn: Fn) -> Fn:
     policy = module.get_policy("params=float32,compute=bfloat16,output=float32")
-    return lambda *args: policy.cast_to_output(fn(*policy.cast_to_compute(args)))
+    return lambda *args: policy.cast_to_output(
+        fn(*policy.cast_to_compute(args))
+    )
 
 
 _PEERS: dict[str, Callable[[Any, Fn], Fn]] = {
@@ -103,9 +112,15 @@ def row(name: str, fn: Fn, args: Any, exact: Any) -> tuple[Any, ...]:
             lambda *xs: jax.vjp(lambda p: fn(p, *xs[1:]), xs[0])[1], *args
         )
     except Exception as e:  # a peer's; whatever it is
-        return (name, f"{type(e).__name__}: {str(e)[:40]}", *[""] * (len(HEADERS) - 2))
+        return (
+            name,
+            f"{type(e).__name__}: {str(e)[:40]}",
+            *[""] * (len(HEADERS) - 2),
+        )
     casts = sum(
-        n for (primitive, _), n in found.items() if primitive == "convert_element_type"
+        n
+        for (primitive, _), n in found.items()
+        if primitive == "convert_element_type"
     )
     shares = [share(found, names) for names in (PRODUCTS, SUMS, SENSITIVE)]
     return name, f"{error:.1e}", *shares, casts, _tree.nbytes(kept) / 2**20
@@ -113,7 +128,10 @@ def row(name: str, fn: Fn, args: Any, exact: Any) -> tuple[Any, ...]:
 
 def share(found: Counter[tuple[str, str]], names: tuple[str, ...]) -> str:
     """ "n of m": bfloat16 ones among the floating ones."""
-    counts = {d: sum(found[name, d] for name in names) for d in ("bfloat16", "float32")}
+    counts = {
+        d: sum(found[name, d] for name in names)
+        for d in ("bfloat16", "float32")
+    }
     return f"{counts['bfloat16']} of {sum(counts.values())}"
 
 
@@ -122,7 +140,8 @@ def gradient64(loss: Fn, args: Any) -> Any:
     with _compat.enable_x64():
         wide = [
             jax.tree.map(
-                lambda x: x.astype(np.float64) if _dtypes.is_floating(x) else x, a
+                lambda x: x.astype(np.float64) if _dtypes.is_floating(x) else x,
+                a,
             )
             for a in args
         ]
@@ -131,7 +150,9 @@ def gradient64(loss: Fn, args: Any) -> Any:
 
 def distance(found: Any, exact: Any) -> float:
     """Relative L2 distance of trees."""
-    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True))
+    pairs = list(
+        zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    )
     off = sum(np.sum((np.asarray(a, np.float64) - b) ** 2) for a, b in pairs)
     return float(np.sqrt(off / sum(np.sum(b**2) for _, b in pairs)))
 
@@ -155,7 +176,9 @@ def main() -> None:
         "arguments included."
     )
     common.publish(
-        [table(name, *task) for name, task in tasks().items()], heading, args.out
+        [table(name, *task) for name, task in tasks().items()],
+        heading,
+        args.out,
     )
 
 

@@ -29,7 +29,9 @@ from jaxtricks.lab.report import hardware
 POLICY = "p=f32,c={},o=f32"
 INIT, GROWTH_INTERVAL = 2.0**24, 50  # of the loss scale
 TEXT_RATE = 2e-3  # AdamW's best in `training`
-IMAGE_RATE = 0.1  # the batch-norm ResNet's best in `networks` at 32 images a step
+IMAGE_RATE = (
+    0.1  # the batch-norm ResNet's best in `networks` at 32 images a step
+)
 PER_CLASS = {"train": 1000, "validation": 100, "test": 300}
 LOSS_TARGET = 1.01  # of float32's
 ARMS = (
@@ -58,7 +60,9 @@ def ways(control: bool = False) -> list[Way]:
     if control:
         return [Way("float32"), Way("float32, steps skipped", protect=skipping)]
     default = jt.amp.dynamic_loss_scale
-    forced = functools.partial(default, init=INIT, growth_interval=GROWTH_INTERVAL)
+    forced = functools.partial(
+        default, init=INIT, growth_interval=GROWTH_INTERVAL
+    )
     return [
         Way("float32"),
         Way("float32, nudged", start=nudged),
@@ -80,7 +84,9 @@ def skipping(tx: Any) -> Any:
 
 def nudged(params: Any) -> Any:
     """The parameters, rounded to bfloat16."""
-    return jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(p.dtype), params)
+    return jax.tree.map(
+        lambda p: p.astype(jnp.bfloat16).astype(p.dtype), params
+    )
 
 
 def hand_cast(
@@ -100,7 +106,9 @@ def autocast(dtype: str) -> Callable[..., Callable[..., Any]]:
         loss: Callable[..., Any], state: Any, **options: Any
     ) -> Callable[..., Any]:
         scale = jt.amp.loss_scale(state) if dtype == "f16" else None
-        return jt.amp.value_and_grad(loss, POLICY.format(dtype), scale=scale, **options)
+        return jt.amp.value_and_grad(
+            loss, POLICY.format(dtype), scale=scale, **options
+        )
 
     return differentiate
 
@@ -120,7 +128,11 @@ def text_runs(
         train = text_task.trainer(task, arm, steps=steps, batch=batch)
         runs = [train(seed, TEXT_RATE) for seed in range(seeds)]
         found[way.name] = [
-            {"loss": text_task.tail(r), "validation loss": r.validation, **r.metrics}
+            {
+                "loss": text_task.tail(r),
+                "validation loss": r.validation,
+                **r.metrics,
+            }
             for r in runs
         ]
     return found
@@ -159,14 +171,18 @@ def image_runs(
 
 def table(runs: dict[str, list[dict[str, Any]]], last: str) -> _table.Table:
     """One row an arm; `last` names the figure beside the training loss."""
-    base, held_base = (column(next(iter(runs.values())), key) for key in ("loss", last))
+    base, held_base = (
+        column(next(iter(runs.values())), key) for key in ("loss", last)
+    )
     spread = functools.partial(networks.spread, digits=4)
     rows, notes = [], []
     for name, found in runs.items():
         loss, held = column(found, "loss"), column(found, last)
         ratio = loss / base
         skipped = [
-            f"{r['amp/skipped_steps']:.0f}" for r in found if "amp/skipped_steps" in r
+            f"{r['amp/skipped_steps']:.0f}"
+            for r in found
+            if "amp/skipped_steps" in r
         ]
         scale = [
             f"2^{np.log2(r['amp/loss_scale']):.0f}"
@@ -229,13 +245,20 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--data", type=pathlib.Path, required=True, help="CIFAR-10, as `networks`"
+        "--data",
+        type=pathlib.Path,
+        required=True,
+        help="CIFAR-10, as `networks`",
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, help="write the tables here too, as Markdown"
+        "--out",
+        type=pathlib.Path,
+        help="write the tables here too, as Markdown",
     )
     parser.add_argument(
-        "--control", action="store_true", help="float32 with steps skipped, alone"
+        "--control",
+        action="store_true",
+        help="float32 with steps skipped, alone",
     )
     sizes = {
         "text-steps": 250,
@@ -257,7 +280,9 @@ def main() -> None:
     images = image_runs(
         compared, given.data, given.image_steps, given.image_batch, given.seeds
     )
-    out = " --control" * given.control + (f" --out {given.out}" if given.out else "")
+    out = " --control" * given.control + (
+        f" --out {given.out}" if given.out else ""
+    )
     command = f"python -m benchmarks.amp_training --data {given.data.name}{out}"
     tables = [table(text, "validation loss"), table(images, "test %")]
     common.publish(tables, heading(command, given), given.out)

@@ -29,7 +29,9 @@ def norms(channels: int) -> dict[str, Callable[[], Any]]:
         "ExtendedBatchNorm": lambda: jt.nnx.ExtendedBatchNorm(
             channels, rngs=nnx.Rngs(0)
         ),
-        "BatchNorm": lambda: batch_norm(use_fast_variance=False, rngs=nnx.Rngs(0)),
+        "BatchNorm": lambda: batch_norm(
+            use_fast_variance=False, rngs=nnx.Rngs(0)
+        ),
         "BatchNorm, fast variance": lambda: batch_norm(
             use_fast_variance=True, rngs=nnx.Rngs(0)
         ),
@@ -55,12 +57,15 @@ def compiled(
     return step.lower(params, x, x).compile(), (params, x, x)
 
 
-def norm_bytes(make: Callable[[], Any], dtype: str = "float32") -> tuple[float, float]:
+def norm_bytes(
+    make: Callable[[], Any], dtype: str = "float32"
+) -> tuple[float, float]:
     """Bytes accessed by the forward pass in training and by the train step, in sizes of x."""
     x = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, CHANNELS), jnp.dtype(dtype))
     size = x.size * x.dtype.itemsize
     costs = [
-        compiled(make(), x, grad=grad)[0].cost_analysis() for grad in (False, True)
+        compiled(make(), x, grad=grad)[0].cost_analysis()
+        for grad in (False, True)
     ]
     return costs[0]["bytes accessed"] / size, costs[1]["bytes accessed"] / size
 
@@ -111,7 +116,11 @@ def microbatch_steps(microbatches: int = 32) -> Runs:
 
     def loss(kernel: Any, x: Any) -> Any:
         y = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return jnp.sum(y * y)
 
@@ -174,7 +183,9 @@ def branch_steps() -> Runs:
     }
     norm = norms(CHANNELS)["BatchNorm, fast variance"]()
     return runs | {
-        "nnx.Conv, BatchNorm": runner(nnx.Sequential(convolution(use_bias=False), norm))
+        "nnx.Conv, BatchNorm": runner(
+            nnx.Sequential(convolution(use_bias=False), norm)
+        )
     }
 
 
@@ -196,7 +207,12 @@ def time_table(title: str, rounds: int) -> _table.Table:
     common.in_turn(runs, 1)  # warm
     times = common.in_turn(runs, rounds)
     rows = [
-        (name, 1e3 * float(np.median(ts)), float(np.median(ts / times[base])), base)
+        (
+            name,
+            1e3 * float(np.median(ts)),
+            float(np.median(ts / times[base])),
+            base,
+        )
         for name, ts in times.items()
     ]
     return _table.make((title, *TIMES[1:]), rows)
@@ -209,7 +225,9 @@ def bytes_table() -> _table.Table:
         for dtype in ("float32", "bfloat16")
         for name, make in norms(CHANNELS).items()
     ]
-    return _table.make(("bytes / size of x", "x", "forward", "train step"), rows)
+    return _table.make(
+        ("bytes / size of x", "x", "forward", "train step"), rows
+    )
 
 
 def heading(command: str, rounds: int = ROUNDS) -> str:
@@ -226,7 +244,10 @@ def heading(command: str, rounds: int = ROUNDS) -> str:
 def main() -> None:
     """Measure and print; `--out FILE` writes the same as Markdown."""
     command, args = common.arguments("benchmarks.blocks", rounds=ROUNDS)
-    tables = [bytes_table(), *(time_table(title, args.rounds) for title in TABLES)]
+    tables = [
+        bytes_table(),
+        *(time_table(title, args.rounds) for title in TABLES),
+    ]
     common.publish(tables, heading(command, args.rounds), args.out)
 
 

@@ -15,7 +15,15 @@ from jaxtricks import _table
 from jaxtricks.lab.report import hardware
 
 OUT = pathlib.Path(__file__).parents[1] / "claims.md"
-HEADERS = ("verdict", "trick", "claimed effect", "by", "metric", "with it", "baseline")
+HEADERS = (
+    "verdict",
+    "trick",
+    "claimed effect",
+    "by",
+    "metric",
+    "with it",
+    "baseline",
+)
 HEADERS += ("change", "n", "held if", "hardware", "from")
 WORDS = (HELD, NOT_HELD, NOT_TESTABLE)
 INTRO = """\
@@ -46,7 +54,8 @@ class Row(NamedTuple):
 
 
 def judged(
-    claims: Sequence[Claim], wanted: Callable[[Claim], bool] = lambda claim: True
+    claims: Sequence[Claim],
+    wanted: Callable[[Claim], bool] = lambda claim: True,
 ) -> list[Row]:
     """The wanted claims with their figures and verdicts."""
     rows = []
@@ -118,7 +127,9 @@ def sources(claims: Sequence[Claim], here: str) -> list[str]:
             lines.append(f"- {letter}: measured by `{FRESH}`. {here}.")
             continue
         command, machine = evidence.made(origin)
-        only = dict.fromkeys(c.only for c in claims if c.origin == origin and c.only)
+        only = dict.fromkeys(
+            c.only for c in claims if c.origin == origin and c.only
+        )
         options = ", ".join(f"`--only {name}`" for name in only)
         lines.append(
             f"- {letter}: `benchmarks/results/{origin}`, made by `{command}`"
@@ -140,7 +151,10 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row], here: str) -> str:
     """The whole page; `here` is the machine that measures."""
     parts = [INTRO, overview(rows).markdown(), table(rows).markdown()]
-    parts += ["## What did not hold, or could not be tested", "\n".join(remarks(rows))]
+    parts += [
+        "## What did not hold, or could not be tested",
+        "\n".join(remarks(rows)),
+    ]
     parts += ["## From where", "\n".join(sources(CLAIMS, here))]
     return "\n\n".join(parts) + "\n"
 

@@ -48,7 +48,9 @@ class Rule(NamedTuple):
     by_error: bool = False
 
 
-MORE = Rule("more, beyond 2 standard errors", lambda f: f.change > 2 * _error(f), True)
+MORE = Rule(
+    "more, beyond 2 standard errors", lambda f: f.change > 2 * _error(f), True
+)
 FEWER = Rule(
     "fewer, beyond 2 standard errors", lambda f: f.change < -2 * _error(f), True
 )
@@ -74,7 +76,9 @@ def verdict(figures: Figures | None, rule: Rule) -> str:
     """One of the three words; without figures, or without the error a rule needs, nothing is decided."""
     if figures is None or not math.isfinite(figures.change):
         return NOT_TESTABLE
-    if rule.by_error and (figures.error is None or not math.isfinite(figures.error)):
+    if rule.by_error and (
+        figures.error is None or not math.isfinite(figures.error)
+    ):
         return NOT_TESTABLE
     return HELD if rule.holds(figures) else NOT_HELD
 
@@ -86,17 +90,25 @@ def _error(figures: Figures) -> float:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def paired(ours: Sequence[float], base: Sequence[float], digits: int = 2) -> Figures:
+def paired(
+    ours: Sequence[float], base: Sequence[float], digits: int = 2
+) -> Figures:
     """Runs of the same seeds, in the same order: the mean difference and its standard error."""
     difference = np.asarray(ours, np.float64) - np.asarray(base, np.float64)
     n = len(difference)
     error = seeds.standard_error(difference) if n > 1 else math.nan
     return Figures(
-        spread(ours, digits), spread(base, digits), float(difference.mean()), error, n
+        spread(ours, digits),
+        spread(base, digits),
+        float(difference.mean()),
+        error,
+        n,
     )
 
 
-def ratio(ours: float, base: float, text: str = "{:.4g}", n: int = 1) -> Figures:
+def ratio(
+    ours: float, base: float, text: str = "{:.4g}", n: int = 1
+) -> Figures:
     """Two numbers."""
     return Figures(text.format(ours), text.format(base), ours / base, None, n)
 
@@ -105,7 +117,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean +- sample standard deviation."""
     if len(values) < 2:
         return f"{np.mean(values):.{digits}f}"
-    return f"{np.mean(values):.{digits}f} +- {seeds.deviation(values):.{digits}f}"
+    return (
+        f"{np.mean(values):.{digits}f} +- {seeds.deviation(values):.{digits}f}"
+    )
 
 
 # --- recorded results ----------------------------------------------------------------------------
@@ -128,7 +142,10 @@ def tables(text: str) -> dict[str, tuple[list[str], list[list[str]]]]:
             if line
         )
         count = sum(key.split(" #")[0] == headers[0] for key in found)
-        found[headers[0] + (f" #{count + 1}" if count else "")] = (headers, rows)
+        found[headers[0] + (f" #{count + 1}" if count else "")] = (
+            headers,
+            rows,
+        )
     return found
 
 
@@ -148,10 +165,14 @@ def quotient(
     name: str, table: str, column: str, ours: str, base: str, n: int = 1
 ) -> Figures:
     """Two rows of one column."""
-    return ratio(*(number(name, table, column, label) for label in (ours, base)), n=n)
+    return ratio(
+        *(number(name, table, column, label) for label in (ours, base)), n=n
+    )
 
 
-def networks(experiment: str, ours: str, base: str, figure: str = "test") -> Figures:
+def networks(
+    experiment: str, ours: str, base: str, figure: str = "test"
+) -> Figures:
     """Two arms of `networks`: "test" in percent, or "reached" in steps.
 
     A run that never reaches the target counts as if it had in its last step.
@@ -159,7 +180,10 @@ def networks(experiment: str, ours: str, base: str, figure: str = "test") -> Fig
     rows = recorded("networks.json")["experiments"][experiment]
     if figure == "test":
         return paired(
-            *([100 * r["test"] for r in rows[key]["runs"]] for key in (ours, base))
+            *(
+                [100 * r["test"] for r in rows[key]["runs"]]
+                for key in (ours, base)
+            )
         )
     found = paired(
         *(
@@ -168,9 +192,12 @@ def networks(experiment: str, ours: str, base: str, figure: str = "test") -> Fig
         ),
         0,
     )
-    missed = [sum(not r["reached"] for r in rows[key]["runs"]) for key in (ours, base)]
+    missed = [
+        sum(not r["reached"] for r in rows[key]["runs"]) for key in (ours, base)
+    ]
     texts = (
-        t + f" ({m} never)" * bool(m) for t, m in zip(found[:2], missed, strict=True)
+        t + f" ({m} never)" * bool(m)
+        for t, m in zip(found[:2], missed, strict=True)
     )
     return Figures(*texts, *found[2:])
 
@@ -182,7 +209,8 @@ def best(experiment: str, ours: str, base: str) -> Figures:
     def chosen(kind: str) -> str:
         mine = [key for key in rows if key.split()[0] == kind]
         return max(
-            mine, key=lambda k: np.mean([r["validation"] for r in rows[k]["runs"]])
+            mine,
+            key=lambda k: np.mean([r["validation"] for r in rows[k]["runs"]]),
         )
 
     return networks(experiment, chosen(ours), chosen(base))
@@ -195,24 +223,32 @@ def stable(experiment: str, ours: str, base: str) -> Figures:
     def largest(kind: str) -> float:
         mine = [row for key, row in rows.items() if key.split()[0] == kind]
         return max(
-            row["rate"] for row in mine if not any(r["diverged"] for r in row["runs"])
+            row["rate"]
+            for row in mine
+            if not any(r["diverged"] for r in row["runs"])
         )
 
-    return ratio(largest(ours), largest(base), n=len(next(iter(rows.values()))["runs"]))
+    return ratio(
+        largest(ours), largest(base), n=len(next(iter(rows.values()))["runs"])
+    )
 
 
 def fused(experiment: str, arm: str) -> Figures:
     """The largest difference of a logit after fusing, to the largest logit."""
     runs = recorded("networks.json")["experiments"][experiment][arm]["runs"]
     return ratio(
-        max(r["difference"] for r in runs), max(r["largest"] for r in runs), n=len(runs)
+        max(r["difference"] for r in runs),
+        max(r["largest"] for r in runs),
+        n=len(runs),
     )
 
 
 def echoed(ours: str, base: str) -> Figures:
     """Test accuracy of two arms of `echo_quality`, percent."""
     rows = recorded("echo_quality.json")["rows"]
-    return paired(*([100 * r["test"] for r in rows[key]] for key in (ours, base)))
+    return paired(
+        *([100 * r["test"] for r in rows[key]] for key in (ours, base))
+    )
 
 
 def sped_up() -> Figures:
@@ -238,7 +274,9 @@ def optimizer(ours: str) -> Figures:
 def cast(task: str, arm: str) -> Figures:
     """Training loss beside float32's; the ratio is the mean of the seeds'."""
     name = "amp_training.md"
-    ours, base = (cells(name, task, "training loss", key) for key in (arm, "float32"))
+    ours, base = (
+        cells(name, task, "training loss", key) for key in (arm, "float32")
+    )
     return Figures(ours, base, number(name, task, "mean", arm), None, 3)
 
 
@@ -247,7 +285,9 @@ def tail(
 ) -> Figures:
     """A method of the long-tail bench beside cross entropy, in points."""
     name, table = "longtail_methods.md", "method"
-    ours, base = (cells(name, table, column, key) for key in (method, "cross_entropy"))
+    ours, base = (
+        cells(name, table, column, key) for key in (method, "cross_entropy")
+    )
     difference, _, error = cells(name, table, change, method).split()
     n = int(cells(name, table, "n", method))
     return Figures(ours, base, float(difference), float(error), n)
@@ -271,5 +311,7 @@ def made(name: str) -> tuple[str, str]:
     command = re.findall(r"`((?:python|jaxtricks) [^`]*)`", text)[0]
     line = next(x for x in text.split("\n") if re.search(r"cores|libtpu \d", x))
     if line.startswith("{"):
-        return command, report.machine_line(*map(ast.literal_eval, line.split("; ")))
+        return command, report.machine_line(
+            *map(ast.literal_eval, line.split("; "))
+        )
     return command, line.split("; `")[0].rstrip(".")

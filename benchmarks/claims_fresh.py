@@ -34,7 +34,9 @@ def compiled_loss() -> Figures:
 
     def temp(fn: Callable[..., Any]) -> float:
         return (
-            common.temp_bytes(jax.jit(jax.value_and_grad(fn)).lower(*args).compile())
+            common.temp_bytes(
+                jax.jit(jax.value_and_grad(fn)).lower(*args).compile()
+            )
             / 2**20
         )
 
@@ -52,7 +54,8 @@ def times() -> dict[str, np.ndarray]:
         "autocast": jax.jit(jax.value_and_grad(jt.amp.autocast(loss))),
     }
     runs = {
-        name: lambda f=f: jax.block_until_ready(f(*args)) for name, f in ways.items()
+        name: lambda f=f: jax.block_until_ready(f(*args))
+        for name, f in ways.items()
     }
     common.in_turn(runs, 2)  # compiles
     return common.in_turn(runs, ROUNDS)
@@ -65,7 +68,9 @@ def timed(ours: str, base: str) -> Figures:
         f"{1e3 * t.mean():.1f} +- {1e3 * t.std(ddof=1):.1f}"
         for t in (found[ours], found[base])
     )
-    return Figures(*text, float(np.median(found[ours] / found[base])), None, ROUNDS)
+    return Figures(
+        *text, float(np.median(found[ours] / found[base])), None, ROUNDS
+    )
 
 
 def recomputed() -> Figures:
@@ -73,7 +78,8 @@ def recomputed() -> Figures:
     args = recompute.arguments()
     wraps = (jt.remat.recompute_grad, lambda f: f)
     found = (
-        jt.remat.memory_analysis(recompute.deep_mlp(wrap), *args).temp for wrap in wraps
+        jt.remat.memory_analysis(recompute.deep_mlp(wrap), *args).temp
+        for wrap in wraps
     )
     return ratio(*(temp / 2**20 for temp in found))
 
@@ -82,11 +88,15 @@ def growth(segments: str) -> Figures:
     """How temporaries of a gradient grow from 16 to 64 layers, recomputed in segments; MiB."""
 
     def temp(layers: int) -> float:
-        run = jt.remat.sequential([lambda w, x: jnp.tanh(x @ w)] * layers, segments)
+        run = jt.remat.sequential(
+            [lambda w, x: jnp.tanh(x @ w)] * layers, segments
+        )
         # By the weights: those gradients are results. By x alone they would count as temporaries.
         gradient = jax.grad(lambda ws, x: (run(ws, x) ** 2).mean())
         return (
-            jt.remat.memory_analysis(gradient, *recompute.arguments(layers)).temp
+            jt.remat.memory_analysis(
+                gradient, *recompute.arguments(layers)
+            ).temp
             / 2**20
         )
 

@@ -20,9 +20,7 @@ from benchmarks.claims_evidence import (
     no_loss,
 )
 
-FRESH = (
-    "make claims"  # the origin of what is measured anew: `exact` is equal everywhere
-)
+FRESH = "make claims"  # the origin of what is measured anew: `exact` is equal everywhere
 EXACT, COMPILED, TIMED = "exact", "compiled", "timed"
 GAIN = at_most(0.9)  # of times and bytes
 HALF = at_most(0.6)
@@ -58,7 +56,9 @@ class Claim(NamedTuple):
     only: str = ""
 
 
-def part(function: Callable[..., Figures], *given: Any) -> Callable[[], Figures]:
+def part(
+    function: Callable[..., Figures], *given: Any
+) -> Callable[[], Figures]:
     """The function with its arguments, to be called later."""
     return functools.partial(function, *given)
 
@@ -67,9 +67,17 @@ CHOI = "Choi et al. 1907.05550"
 MICIKEVICIUS = "Micikevicius et al. 1710.03740"
 SHAZEER, ANIL = "Shazeer, Stern 1804.04235", "Anil et al. 1901.11150"
 QIAO, BROCK = "Qiao et al. 1903.10520", "Brock et al. 2102.06171"
-CHEN, LUO, SMITH = "Chen et al. 1604.06174", "Luo, Peng 2003.05569", "Smith 1506.01186"
+CHEN, LUO, SMITH = (
+    "Chen et al. 1604.06174",
+    "Luo, Peng 2003.05569",
+    "Smith 1506.01186",
+)
 DING, DING_VGG = "Ding et al. 1908.03930", "Ding et al. 2101.03697"
-NETS, TAIL, TEXT = "networks.json", "longtail_methods.md", "memopt_training.json"
+NETS, TAIL, TEXT = (
+    "networks.json",
+    "longtail_methods.md",
+    "memopt_training.json",
+)
 PEERS_TPU, PLAN, CAST = "tpu_amp.md", "remat_plan.md", "amp_training.md"
 LAB_TPU, SPEED, COPIES = "tpu_aot.md", "echo_speed.md", "echo_quality.json"
 TEST = "test accuracy, %"
@@ -90,15 +98,29 @@ def net(
     metric = TEST if figure == "test" else "steps to the target"
     found = part(recorded.networks, experiment, ours, base, figure)
     return Claim(
-        key, effect, source, metric, name, rule, NETS, found, otherwise, only=experiment
+        key,
+        effect,
+        source,
+        metric,
+        name,
+        rule,
+        NETS,
+        found,
+        otherwise,
+        only=experiment,
     )
 
 
 def tailed(method: str, name: str, source: str, otherwise: str = "") -> Claim:
     """A row of the long-tail bench: balanced accuracy against cross entropy."""
     metric, base = "balanced accuracy, %", "cross entropy"
-    found, effect = part(recorded.tail, method), f"{name}: higher balanced accuracy"
-    return Claim("longtail", effect, source, metric, base, MORE, TAIL, found, otherwise)
+    found, effect = (
+        part(recorded.tail, method),
+        f"{name}: higher balanced accuracy",
+    )
+    return Claim(
+        "longtail", effect, source, metric, base, MORE, TAIL, found, otherwise
+    )
 
 
 ECHO = [

@@ -174,13 +174,17 @@ def table(sizes: dict[str, Size]) -> _table.Table:
     )
     rows = [row(name, size) for name, size in {**sizes, **totals}.items()]
     single = single_importers()
-    return _table.make(headers, rows, [f"modules with one importer: {len(single)}"])
+    return _table.make(
+        headers, rows, [f"modules with one importer: {len(single)}"]
+    )
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, help="also write Markdown there")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="also write Markdown there"
+    )
     args = parser.parse_args()
     result = table(measure())
     print(result)

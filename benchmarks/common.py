@@ -63,7 +63,9 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         "memopt.sm3 momentum 0.9": memopt.sm3(1e-3, momentum=0.9),
         "optax.sm3 momentum 0.9": optax.sm3(1e-3, momentum=0.9),
         "memopt.sm3": memopt.sm3(1e-3),
-        "agc, sgd momentum 0.9": optax.chain(jt.agc.adaptive_grad_clip(0.01), sgd),
+        "agc, sgd momentum 0.9": optax.chain(
+            jt.agc.adaptive_grad_clip(0.01), sgd
+        ),
         "optax's agc, sgd momentum 0.9": optax.chain(
             optax.adaptive_grad_clip(0.01), sgd
         ),
@@ -79,7 +81,8 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 def shapes(**table: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """float32 parameters as shapes, by name."""
     return {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in table.items()
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in table.items()
     }
 
 
@@ -88,9 +91,17 @@ def transformer(
 ) -> dict[str, Any]:
     """Shapes of a transformer's parameters: 12 layers have 145 leaves, 10.5 M parameters."""
     square, vector, wide = (width, width), (width,), 4 * width
-    layer = {"q": square, "k": square, "v": square, "o": square, "up": (width, wide)}
+    layer = {
+        "q": square,
+        "k": square,
+        "v": square,
+        "o": square,
+        "up": (width, wide),
+    }
     layer |= {"down": (wide, width), "up_bias": (wide,), "down_bias": vector}
-    layer |= {f"norm{i}_{name}": vector for i in (1, 2) for name in ("scale", "bias")}
+    layer |= {
+        f"norm{i}_{name}": vector for i in (1, 2) for name in ("scale", "bias")
+    }
     blocks = {f"layer_{i}": shapes(**layer) for i in range(layers)}
     return {"embedding": shapes(kernel=(vocabulary, width)), **blocks}
 
@@ -100,7 +111,8 @@ def draw(params: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     arrays = [
-        0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
+        0.02 * jax.random.normal(k, x.shape)
+        for k, x in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, arrays)
 
@@ -131,7 +143,9 @@ def cost(compiled: Any, tx: Any, params: Any) -> Cost:
     """Costs of what `compile_step` gives."""
     n, accessed = count(params), compiled.cost_analysis()["bytes accessed"]
     return Cost(
-        accessed / n, temp_bytes(compiled), jt.memopt.state_bytes(tx, params) / n
+        accessed / n,
+        temp_bytes(compiled),
+        jt.memopt.state_bytes(tx, params) / n,
     )
 
 
@@ -157,7 +171,9 @@ def build_ratios(
     }
 
 
-def stepper(compiled: Any, tx: Any, params: Any, grads: Any) -> Callable[[], None]:
+def stepper(
+    compiled: Any, tx: Any, params: Any, grads: Any
+) -> Callable[[], None]:
     """A function that takes one step, from where its last call ended."""
     held = [jax.tree.map(jnp.copy, params), tx.init(params)]
 
@@ -168,7 +184,9 @@ def stepper(compiled: Any, tx: Any, params: Any, grads: Any) -> Callable[[], Non
     return run
 
 
-def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+def in_turn(
+    runs: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, np.ndarray]:
     """Seconds of every run in every round; in a round each runs once, one after the other."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -183,7 +201,9 @@ def arguments(module: str, **numbers: int) -> tuple[str, argparse.Namespace]:
     """(the command line as it was typed, its arguments: `--out` and the numbers, with defaults)."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument(
-        "--out", type=pathlib.Path, help="write the tables here too, as Markdown"
+        "--out",
+        type=pathlib.Path,
+        help="write the tables here too, as Markdown",
     )
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -191,9 +211,13 @@ def arguments(module: str, **numbers: int) -> tuple[str, argparse.Namespace]:
 
 
 def publish(
-    tables: Sequence[_table.Table], heading: str, out: pathlib.Path | None = None
+    tables: Sequence[_table.Table],
+    heading: str,
+    out: pathlib.Path | None = None,
 ) -> None:
     """Print heading and tables; with `out`, write them as Markdown too."""
     print("\n\n".join([heading, *map(str, tables)]), flush=True)
     if out is not None:
-        out.write_text("\n\n".join([heading, *(t.markdown() for t in tables)]) + "\n")
+        out.write_text(
+            "\n\n".join([heading, *(t.markdown() for t in tables)]) + "\n"
+        )

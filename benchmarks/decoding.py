@@ -51,7 +51,9 @@ class Cost(NamedTuple):
     cpu: float
 
 
-def loaders(d: data.Data, path: pathlib.Path) -> dict[str, Callable[[], Iterator[Any]]]:
+def loaders(
+    d: data.Data, path: pathlib.Path
+) -> dict[str, Callable[[], Iterator[Any]]]:
     """Name -> a function that starts it; each gives batches of the same images in the same order."""
     pipeline = lambda **options: data.pipeline(
         d.train, **{"batch": BATCH, "seed": 0, "transform": None} | options
@@ -65,13 +67,17 @@ def loaders(d: data.Data, path: pathlib.Path) -> dict[str, Callable[[], Iterator
     )
     return {
         OURS: pipeline,
-        "pipeline, in a thread": lambda: pipeline(to_device=lambda batch: batch),
+        "pipeline, in a thread": lambda: pipeline(
+            to_device=lambda batch: batch
+        ),
         "pipeline, 2 readers": lambda: pipeline(readers=2),
         "pipeline, echo 2": lambda: pipeline(
             transform=lambda ds: jt.echo.echo(ds, 2, batch_size=BATCH)
         ),
         "pipeline, Pillow": pipeline,
-        "Grain by examples, no threads": lambda: in_grain(grain.ReadOptions(0, 0)),
+        "Grain by examples, no threads": lambda: in_grain(
+            grain.ReadOptions(0, 0)
+        ),
         "Grain's defaults: 16 threads, buffer 500": in_grain,
         "generator": lambda: generator(d),
         "zipfile and Pillow, a list": lambda: by_pillow(d, path),
@@ -82,8 +88,13 @@ def generator(d: data.Data) -> Iterator[Any]:
     """Nothing but a loop over our source; it can't be resumed."""
     order = shuffled(len(d.train), 0)
     for k in itertools.count():
-        examples = [d.train[order(i)] for i in range(k * BATCH, (k + 1) * BATCH)]
-        yield {key: np.stack([e[key] for e in examples]) for key in ("image", "label")}
+        examples = [
+            d.train[order(i)] for i in range(k * BATCH, (k + 1) * BATCH)
+        ]
+        yield {
+            key: np.stack([e[key] for e in examples])
+            for key in ("image", "label")
+        }
 
 
 def by_pillow(d: data.Data, path: pathlib.Path) -> Iterator[Any]:
@@ -93,7 +104,9 @@ def by_pillow(d: data.Data, path: pathlib.Path) -> Iterator[Any]:
         {name: i for i, name in enumerate(d.classes)},
     )
     names = [
-        n for n in sorted(archive.namelist()) if n.startswith("train/") and "." in n
+        n
+        for n in sorted(archive.namelist())
+        if n.startswith("train/") and "." in n
     ]
     order = shuffled(len(names), 0)
     for k in itertools.count():
@@ -125,7 +138,9 @@ def measure(name: str, start: Callable[[], Iterator[Any]]) -> Cost:
 def same(starts: dict[str, Callable[[], Iterator[Any]]]) -> None:
     """Raise unless the first batches are equal, but for the echoed one's."""
     first = {
-        name: next(start()) for name, start in starts.items() if "echo" not in name
+        name: next(start())
+        for name, start in starts.items()
+        if "echo" not in name
     }
     for name, batch in first.items():
         np.testing.assert_array_equal(
@@ -184,7 +199,10 @@ def main() -> None:
     """Measure and print; `--out FILE` writes the same as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding")
     parser.add_argument(
-        "--data", type=pathlib.Path, required=True, help="a zip with train/CLASS/*.jpg"
+        "--data",
+        type=pathlib.Path,
+        required=True,
+        help="a zip with train/CLASS/*.jpg",
     )
     parser.add_argument(
         "--out", type=pathlib.Path, help="write the table here too, as Markdown"
@@ -196,7 +214,9 @@ def main() -> None:
     shown = [args.data.name if x == str(args.data) else x for x in sys.argv[1:]]
     command = " ".join([parser.prog, *shown])
     common.publish(
-        [found], heading(command, args.rounds, (before, os.getloadavg()[0])), args.out
+        [found],
+        heading(command, args.rounds, (before, os.getloadavg()[0])),
+        args.out,
     )
 
 

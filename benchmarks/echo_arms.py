@@ -51,12 +51,19 @@ def arms() -> dict[str, Arm]:
     both = {
         "adjacent": Arm("images, in a row", "each", row),
         "pool": Arm(
-            f"images, pool {POOL}", "each", {"schedule": "pool", "distance": POOL}
+            f"images, pool {POOL}",
+            "each",
+            {"schedule": "pool", "distance": POOL},
         ),
-        "spread": Arm("images, spread, the default", "each", {"batch_size": BATCH}),
+        "spread": Arm(
+            "images, spread, the default", "each", {"batch_size": BATCH}
+        ),
         "batch": Arm("batches, in a row", "each", row, batches=True),
         "batch spread": Arm(
-            "batches, spread, the default", "each", {"batch_size": 1}, batches=True
+            "batches, spread, the default",
+            "each",
+            {"batch_size": 1},
+            batches=True,
         ),
     }
     found = {
@@ -98,10 +105,16 @@ class Reader:
       given: the index of every image read so far.
     """
 
-    def __init__(self, split: Split, order: np.ndarray, batch: int | None = None):
+    def __init__(
+        self, split: Split, order: np.ndarray, batch: int | None = None
+    ):
         self._split, self.given = split, []
-        self._order = order if batch is None else order[: len(order) // batch * batch]
-        self._parts = self._order if batch is None else self._order.reshape(-1, batch)
+        self._order = (
+            order if batch is None else order[: len(order) // batch * batch]
+        )
+        self._parts = (
+            self._order if batch is None else self._order.reshape(-1, batch)
+        )
 
     def __iter__(self) -> Iterator[Split]:
         for index in self._parts:
@@ -109,7 +122,9 @@ class Reader:
             yield Split(self._split.images[index], self._split.labels[index])
 
 
-def stream(arm: Arm, source: Iterable[Any], batch: int = BATCH) -> Iterator[Batch]:
+def stream(
+    arm: Arm, source: Iterable[Any], batch: int = BATCH
+) -> Iterator[Batch]:
     """The batches of an arm; a rest that does not fill one is dropped."""
     stage = iter(jt.echo.echo(source, arm.factor, tag=True, **arm.options))
     if arm.batches:
@@ -118,14 +133,18 @@ def stream(arm: Arm, source: Iterable[Any], batch: int = BATCH) -> Iterator[Batc
             yield Batch(images, labels, where, np.full(batch, copy))
         return
     while len(chunk := list(itertools.islice(stage, batch))) == batch:
-        images, labels = map(np.stack, zip(*(e.element for e in chunk), strict=True))
+        images, labels = map(
+            np.stack, zip(*(e.element for e in chunk), strict=True)
+        )
         ordinals, copies = np.array([(e.ordinal, e.copy) for e in chunk]).T
         yield Batch(images, labels, ordinals, copies)
 
 
 def shared(ordinals: np.ndarray) -> float:
     """Share of the places in a batch that hold another copy of what the batch holds: [steps, B] -> []."""
-    return float(np.mean([1 - len(np.unique(row)) / len(row) for row in ordinals]))
+    return float(
+        np.mean([1 - len(np.unique(row)) / len(row) for row in ordinals])
+    )
 
 
 def apart(ordinals: np.ndarray) -> int | None:

@@ -45,7 +45,9 @@ def augmented(seed: Any, batch: Batch) -> Any:
 
     def one(image: Any, ordinal: Any, copy: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), ordinal)
-        return image_task.augmented(jax.random.fold_in(key, copy), image[None])[0]
+        return image_task.augmented(jax.random.fold_in(key, copy), image[None])[
+            0
+        ]
 
     return jax.vmap(one)(batch.images, batch.ordinals, batch.copies)
 
@@ -83,13 +85,20 @@ def trainer(task: Task) -> Callable[[Arm, int, int], dict[str, Any]]:
     def accuracy(carry: Any) -> float:
         images, labels = task.test
         starts = range(0, len(labels), EVALUATED)
-        parts = [(images[i : i + EVALUATED], labels[i : i + EVALUATED]) for i in starts]
-        return sum(int(right(*carry[:2], *part)) for part in parts) / len(labels)
+        parts = [
+            (images[i : i + EVALUATED], labels[i : i + EVALUATED])
+            for i in starts
+        ]
+        return sum(int(right(*carry[:2], *part)) for part in parts) / len(
+            labels
+        )
 
     def run(arm: Arm, seed: int, reads: int) -> dict[str, Any]:
         start, losses, origins = time.perf_counter(), [], []
         order = echo_arms.order(arm, len(task.train.labels), reads, seed)
-        reader = echo_arms.Reader(task.train, order, BATCH if arm.batches else None)
+        reader = echo_arms.Reader(
+            task.train, order, BATCH if arm.batches else None
+        )
         _, params, state = jt.nnx.functional(build(nnx.Rngs(seed)))
         carry = (params, state, optimizer(0.0).init(params))
         steps = jt.echo.num_steps(len(order), BATCH, arm.factor)
@@ -104,7 +113,9 @@ def trainer(task: Task) -> Callable[[Arm, int, int], dict[str, Any]]:
             "seed": seed,
             "steps": len(losses),
             "test": accuracy(carry),
-            "loss": float(np.mean(losses[-max(1, round(text_task.TAIL * steps)) :])),
+            "loss": float(
+                np.mean(losses[-max(1, round(text_task.TAIL * steps)) :])
+            ),
             "reads": len(reader.given),
             "distinct": len(set(reader.given)),
             "shared": echo_arms.shared(np.array(origins)),
@@ -127,7 +138,9 @@ def measure(
 ) -> None:
     """Train every arm, or `only` some, with every seed that has no figures yet, seed by seed."""
     run = trainer(task)
-    for seed, (key, arm) in itertools.product(range(seeds), echo_arms.arms().items()):
+    for seed, (key, arm) in itertools.product(
+        range(seeds), echo_arms.arms().items()
+    ):
         done = any(r["seed"] == seed for r in rows.get(key, []))
         if done or key not in (only or echo_arms.arms()):
             continue
@@ -140,7 +153,11 @@ def difference(runs: list[Any], base: list[Any]) -> np.ndarray:
     """Percentage points of test accuracy over the base arm's, of every seed that both have."""
     other = {r["seed"]: r["test"] for r in base}
     return np.array(
-        [100 * (r["test"] - other[r["seed"]]) for r in runs if r["seed"] in other]
+        [
+            100 * (r["test"] - other[r["seed"]])
+            for r in runs
+            if r["seed"] in other
+        ]
     )
 
 
@@ -286,7 +303,9 @@ def main() -> None:
             given.out.with_suffix(".md").write_text(markdown(found))
 
     task = image_task.make_task(given.data, PER_CLASS)
-    measure(task, rows, save, seeds=given.seeds, reads=given.reads, only=given.only)
+    measure(
+        task, rows, save, seeds=given.seeds, reads=given.reads, only=given.only
+    )
     save()
     print(markdown(found))
 

@@ -38,7 +38,10 @@ def main() -> None:
         "benchmarks.echo_speed", steps=60, rounds=3, settle=100
     )
     heading = f"{hardware()}; `{command}`"
-    tables = [overhead(args.rounds), speed_ups(args.steps, args.rounds, args.settle)]
+    tables = [
+        overhead(args.rounds),
+        speed_ups(args.steps, args.rounds, args.settle),
+    ]
     common.publish(tables, heading, args.out)
 
 
@@ -71,7 +74,9 @@ def speed_ups(steps: int, rounds: int, settle: int) -> _table.Table:
         f"{settle} batches, its bound R or 6",
     )
     return _table.make(
-        ("R", "factor", "speed-up", "least", "bound", "of the bound"), rows, notes
+        ("R", "factor", "speed-up", "least", "bound", "of the bound"),
+        rows,
+        notes,
     )
 
 
@@ -112,7 +117,9 @@ def rate(
         stage = echo.echo(stage, factor, batch_size=BATCH, distance=BATCH)
     batches = stage.batch(BATCH)
     iterator = iter(
-        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+        grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=2
+        )
     )
     for _ in range(first):
         step(next(iterator))
@@ -159,7 +166,11 @@ def jpegs(n: int = 2048, size: int = 32) -> list[bytes]:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    photos, rng, files = load_sample_images().images, np.random.default_rng(0), []
+    photos, rng, files = (
+        load_sample_images().images,
+        np.random.default_rng(0),
+        [],
+    )
     for i in range(n):
         photo = photos[i % len(photos)]
         y, x = (int(rng.integers(0, side - size)) for side in photo.shape[:2])
@@ -186,7 +197,9 @@ def overhead(rounds: int) -> _table.Table:
         f"least of {rounds} rounds of {AFTER_ELEMENTS} outputs; elements are dicts of an array and a number",
     )
     return _table.make(
-        ("factor", "stage", "behind Grain, us", "behind a generator, us"), rows, notes
+        ("factor", "stage", "behind Grain, us", "behind a generator, us"),
+        rows,
+        notes,
     )
 
 
@@ -199,7 +212,9 @@ def stages(factor: int) -> dict[str, Callable[[Any], Any]]:
             out[name] = lambda parent, s=schedule, g=guard: echo.echo(
                 parent, factor, schedule=s, guard=g
             )
-    flat = lambda parent: grain.experimental.FlatMapIterDataset(parent, Repeat(factor))
+    flat = lambda parent: grain.experimental.FlatMapIterDataset(
+        parent, Repeat(factor)
+    )
     out["grain FlatMap"] = flat
     out[f"grain FlatMap + WindowShuffle({WINDOW})"] = lambda parent: (
         grain.experimental.WindowShuffleIterDataset(
@@ -221,7 +236,9 @@ class Repeat(grain.experimental.FlatMapTransform):
         return [element] * self._factor
 
 
-def in_parents(make: Callable[[Any], Any], factor: int) -> tuple[float, float | None]:
+def in_parents(
+    make: Callable[[Any], Any], factor: int
+) -> tuple[float, float | None]:
     """Microseconds behind each kind of parent."""
     behind_grain = (
         spent(make(grain_parent()), factor) - spent(grain_parent(), 1) / factor
@@ -249,7 +266,9 @@ def spent(dataset: Any, factor: int) -> float:
 def grain_parent() -> Any:
     """Grain's cheapest reader."""
     shared = np.zeros((32, 32, 3), np.uint8)
-    dataset = grain.MapDataset.range(10**7).map(lambda i: {"image": shared, "label": i})
+    dataset = grain.MapDataset.range(10**7).map(
+        lambda i: {"image": shared, "label": i}
+    )
     return dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )

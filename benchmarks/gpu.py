@@ -9,7 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from benchmarks import amp, amp_peers, blocks, common, optimizers, recompute
 from jaxtricks.lab.report import hardware
 
-CUDA = ("jaxlib", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "nvidia-cublas-cu12")
+CUDA = (
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "nvidia-cudnn-cu12",
+    "nvidia-cublas-cu12",
+)
 QUERY = (
     "nvidia-smi",
     "--query-gpu=name,driver_version,memory.total",
@@ -48,7 +53,9 @@ def main() -> None:
         "head of the other files here: amp_peers (error, kept), optimizers, blocks."
     )
     tables = [amp.table(), amp.build_table(), recompute.table()]
-    tables += [amp_peers.table(name, *task) for name, task in amp_peers.tasks().items()]
+    tables += [
+        amp_peers.table(name, *task) for name, task in amp_peers.tasks().items()
+    ]
     tables += optimizers.tables(args.rounds)
     tables += [
         blocks.bytes_table(),

@@ -18,7 +18,9 @@ HEADERS = ("stacked / leaf by leaf", "step", "step min", "trace+compile")
 def makers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """name -> maker of an optimizer that takes `axes`."""
     return {
-        "memopt.adafactor": lambda axes=None: jt.memopt.adafactor(1e-3, roles=axes),
+        "memopt.adafactor": lambda axes=None: jt.memopt.adafactor(
+            1e-3, roles=axes
+        ),
         "memopt.sm3": lambda axes=None: jt.memopt.sm3(1e-3, roles=axes),
     }
 
@@ -35,7 +37,9 @@ def stacked(make: Callable[..., Any]) -> optax.GradientTransformation:
             structure, [next(rows[_name(x)]) for x in leaves]
         ), state
 
-    return optax.GradientTransformation(lambda params: tx.init(_stack(params)), update)
+    return optax.GradientTransformation(
+        lambda params: tx.init(_stack(params)), update
+    )
 
 
 def table(params: Any, rounds: int, builds: int) -> _table.Table:
@@ -45,14 +49,23 @@ def table(params: Any, rounds: int, builds: int) -> _table.Table:
     for name, make in makers().items():
         txs = {"leaf by leaf": make(), "stacked": stacked(make)}
         runs = {
-            key: common.stepper(common.compile_step(tx, params), tx, arrays, arrays)
+            key: common.stepper(
+                common.compile_step(tx, params), tx, arrays, arrays
+            )
             for key, tx in txs.items()
         }
         times = common.in_turn(runs, rounds)
         one, other = times["stacked"], times["leaf by leaf"]
-        build = common.build_ratios(txs, params, builds, base="leaf by leaf")["stacked"]
+        build = common.build_ratios(txs, params, builds, base="leaf by leaf")[
+            "stacked"
+        ]
         rows.append(
-            (name, float(np.median(one / other)), float(one.min() / other.min()), build)
+            (
+                name,
+                float(np.median(one / other)),
+                float(one.min() / other.min()),
+                build,
+            )
         )
     return _table.make(HEADERS, rows)
 

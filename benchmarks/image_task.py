@@ -66,7 +66,9 @@ class Arm(NamedTuple):
     images: int
     rates: tuple[float, ...] = ()
     like: tuple[str, float] | None = None
-    tx: Callable[[Any], Any] = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+    tx: Callable[[Any], Any] = functools.partial(
+        optax.sgd, momentum=0.9, nesterov=True
+    )
     target: float | None = None
     fuse: bool = False
     differentiate: Callable[..., Any] = in_float32
@@ -93,7 +95,8 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
     for label in range(len(stored.classes)):
         mine = stored.labels == label
         train, test = (
-            np.flatnonzero(mine & (stored.where == w)) for w in ("train", "test")
+            np.flatnonzero(mine & (stored.where == w))
+            for w in ("train", "test")
         )
         cut = per_class["validation"]
         chosen["validation"] += [*train[:cut]]
@@ -104,8 +107,12 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
         images = np.stack([halved(stored.read(int(i))[0]) for i in index])
         splits[name] = Split(images, stored.labels[index])
     pixels = splits["train"].images.astype(np.float32)
-    mean, deviation = (f((0, 1, 2), keepdims=True) for f in (pixels.mean, pixels.std))
-    return Task(**splits, classes=len(stored.classes), mean=mean, deviation=deviation)
+    mean, deviation = (
+        f((0, 1, 2), keepdims=True) for f in (pixels.mean, pixels.std)
+    )
+    return Task(
+        **splits, classes=len(stored.classes), mean=mean, deviation=deviation
+    )
 
 
 def halved(image: np.ndarray) -> np.ndarray:
@@ -124,7 +131,9 @@ def augmented(key: Any, x: Any) -> Any:
     starts = jax.random.randint(shift_key, (x.shape[0], 2), 0, 2 * SHIFT + 1)
 
     def cut(image: Any, start: Any) -> Any:
-        return jax.lax.dynamic_slice(image, (start[0], start[1], 0), x.shape[1:])
+        return jax.lax.dynamic_slice(
+            image, (start[0], start[1], 0), x.shape[1:]
+        )
 
     return jax.vmap(cut)(wide, starts)
 
@@ -132,7 +141,10 @@ def augmented(key: Any, x: Any) -> Any:
 def order(count: int, needed: int, seed: int) -> np.ndarray:
     """Indices of the images seen: every epoch once through, the same for every arm and batch size."""
     epochs = math.ceil(needed / count)
-    lists = [np.random.default_rng((seed, e)).permutation(count) for e in range(epochs)]
+    lists = [
+        np.random.default_rng((seed, e)).permutation(count)
+        for e in range(epochs)
+    ]
     return np.concatenate(lists)[:needed]
 
 
@@ -151,7 +163,9 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
     is compiled, and a call costs less than a millisecond.
     """
     apply, *_ = jt.nnx.functional(arm.build(nnx.Rngs(0)))
-    chosen = task.train if arm.counts is None else thinned(task.train, arm.counts)
+    chosen = (
+        task.train if arm.counts is None else thinned(task.train, arm.counts)
+    )
     train = Split(*map(jnp.asarray, chosen))
 
     def scaled(images: Any) -> Any:
@@ -161,7 +175,10 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
     def step(carry: Any, index: Any, seed: Any, count: Any, rate: Any) -> Any:
         params, state, moments = carry
         key = jax.random.fold_in(jax.random.key(seed), count)
-        x, labels = augmented(key, scaled(train.images[index])), train.labels[index]
+        x, labels = (
+            augmented(key, scaled(train.images[index])),
+            train.labels[index],
+        )
 
         def loss_fn(params: Any, x: Any) -> Any:
             logits, after = apply(params, state, x, train=True)
@@ -180,7 +197,8 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
 
     def accuracy(carry: Any, split: Split) -> float:
         return sum(
-            int(right(*carry[:2], images, labels)) for images, labels in _parts(split)
+            int(right(*carry[:2], images, labels))
+            for images, labels in _parts(split)
         ) / len(split.labels)
 
     def run(seed: int, rate: float) -> dict[str, Any]:
@@ -201,7 +219,9 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
                 break
             if arm.target is not None and reached is None:
                 reached = (
-                    i + 1 if accuracy(carry, task.validation) >= arm.target else None
+                    i + 1
+                    if accuracy(carry, task.validation) >= arm.target
+                    else None
                 )
         last = float(np.mean(losses[-max(1, round(TAIL * arm.steps)) :]))
         found = {
@@ -233,12 +253,15 @@ def fused(
     deployed, _ = jt.nnx.fuse(model)
     parts = [scaled(images) for images, _ in _parts(split)]
     branches, plain = (
-        np.concatenate([nnx.jit(m)(x) for x in parts]) for m in (model, deployed)
+        np.concatenate([nnx.jit(m)(x) for x in parts])
+        for m in (model, deployed)
     )
     return {
         "difference": float(np.abs(branches - plain).max()),
         "largest": float(np.abs(branches).max()),
-        "other_predictions": int(np.sum(branches.argmax(-1) != plain.argmax(-1))),
+        "other_predictions": int(
+            np.sum(branches.argmax(-1) != plain.argmax(-1))
+        ),
     }
 
 

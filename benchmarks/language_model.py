@@ -24,22 +24,39 @@ class Size(NamedTuple):
 def shapes(size: Size, stacked: bool) -> tuple[Any, Any]:
     """(parameters, tokens int32 [batch, length + 1]) as shapes; `stacked` puts the layers into one leaf."""
     d = size.width
-    table = {"qkv": (d, 3 * d), "out": (d, d), "up": (d, 4 * d), "down": (4 * d, d)}
-    table |= {"up_bias": (4 * d,), "down_bias": (d,), "norm1": (d,), "norm2": (d,)}
+    table = {
+        "qkv": (d, 3 * d),
+        "out": (d, d),
+        "up": (d, 4 * d),
+        "down": (4 * d, d),
+    }
+    table |= {
+        "up_bias": (4 * d,),
+        "down_bias": (d,),
+        "norm1": (d,),
+        "norm2": (d,),
+    }
 
     def leaves(*lead: int) -> dict[str, Any]:
         return {
-            n: jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for n, s in table.items()
+            n: jax.ShapeDtypeStruct((*lead, *s), jnp.float32)
+            for n, s in table.items()
         }
 
-    layers = leaves(size.layers) if stacked else [leaves() for _ in range(size.layers)]
+    layers = (
+        leaves(size.layers)
+        if stacked
+        else [leaves() for _ in range(size.layers)]
+    )
     embedding = jax.ShapeDtypeStruct((size.vocabulary, d), jnp.float32)
     params = {
         "embedding": embedding,
         "layers": layers,
         "norm": jax.ShapeDtypeStruct((d,), jnp.float32),
     }
-    return params, jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
+    return params, jax.ShapeDtypeStruct(
+        (size.batch, size.length + 1), jnp.int32
+    )
 
 
 def draw(size: Size, stacked: bool, seed: int = 0) -> tuple[Any, Any]:
@@ -77,17 +94,21 @@ def loss(size: Size, form: str = "unrolled", low: Any = None) -> Loss:
 
     def attention(x: Any, p: Any) -> Any:
         b, t, d = x.shape
-        q, k, v = jnp.split((x @ down(p["qkv"])).reshape(b, t, size.heads, -1), 3, -1)
+        q, k, v = jnp.split(
+            (x @ down(p["qkv"])).reshape(b, t, size.heads, -1), 3, -1
+        )
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (d // size.heads) ** -0.5
         mask = jnp.tril(jnp.ones((t, t), bool))
         weights = down(jax.nn.softmax(jnp.where(mask, up(scores), -1e9)))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d) @ down(
-            p["out"]
-        )
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(
+            b, t, d
+        ) @ down(p["out"])
 
     def layer(x: Any, p: Any) -> Any:
         x = x + attention(norm(x, p["norm1"]), p)
-        h = jax.nn.gelu(norm(x, p["norm2"]) @ down(p["up"]) + down(p["up_bias"]))
+        h = jax.nn.gelu(
+            norm(x, p["norm2"]) @ down(p["up"]) + down(p["up_bias"])
+        )
         return x + h @ down(p["down"]) + down(p["down_bias"])
 
     def run(params: Any, tokens: Any) -> Any:
@@ -97,7 +118,9 @@ def loss(size: Size, form: str = "unrolled", low: Any = None) -> Loss:
                 x = layer(x, p)
         else:
             step = jax.checkpoint(layer) if form == "remat" else layer
-            x, _ = jax.lax.scan(lambda x, p: (step(x, p), None), x, params["layers"])
+            x, _ = jax.lax.scan(
+                lambda x, p: (step(x, p), None), x, params["layers"]
+            )
         logits = up(norm(x, params["norm"]) @ down(params["embedding"]).T)
         picked = jnp.take_along_axis(
             jax.nn.log_softmax(logits), tokens[:, 1:, None], -1

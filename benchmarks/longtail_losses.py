@@ -31,7 +31,9 @@ def table(rounds: int) -> _table.Table:
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(EXAMPLES, CLASSES)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, EXAMPLES), jnp.int32)
-    programs = {name: compiled(loss, logits, labels) for name, loss in losses().items()}
+    programs = {
+        name: compiled(loss, logits, labels) for name, loss in losses().items()
+    }
     runs = {
         name: lambda f=f: jax.block_until_ready(f(logits, labels))
         for name, f in programs.items()
@@ -39,10 +41,12 @@ def table(rounds: int) -> _table.Table:
     common.in_turn(runs, 3)  # warm
     times = common.in_turn(runs, rounds)
     temp = {
-        name: f.memory_analysis().temp_size_in_bytes for name, f in programs.items()
+        name: f.memory_analysis().temp_size_in_bytes
+        for name, f in programs.items()
     }
     accessed = {
-        name: f.cost_analysis()["bytes accessed"] for name, f in programs.items()
+        name: f.cost_analysis()["bytes accessed"]
+        for name, f in programs.items()
     }
     rows = [
         (
@@ -62,7 +66,9 @@ def table(rounds: int) -> _table.Table:
         "bytes / optax",
     )
     return _table.make(
-        headers, rows, (f"{rounds} rounds in turn, {EXAMPLES} x {CLASSES} logits",)
+        headers,
+        rows,
+        (f"{rounds} rounds in turn, {EXAMPLES} x {CLASSES} logits",),
     )
 
 

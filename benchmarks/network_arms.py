@@ -49,11 +49,15 @@ def nfnet(rngs: nnx.Rngs) -> NFNet:
     return NFNet(3, 10, rngs=rngs)
 
 
-def clipped_sgd(*left_out: str) -> Callable[[Any], optax.GradientTransformation]:
+def clipped_sgd(
+    *left_out: str,
+) -> Callable[[Any], optax.GradientTransformation]:
     """Adaptive clipping before the momentum, of all but the classifier's kernel and what is named."""
     where = jt.agc.exclude("head/kernel", *left_out)
     clip = jt.agc.adaptive_grad_clip(CLIPPING, path_filter=where)
-    return lambda rate: optax.chain(clip, optax.sgd(rate, momentum=0.9, nesterov=True))
+    return lambda rate: optax.chain(
+        clip, optax.sgd(rate, momentum=0.9, nesterov=True)
+    )
 
 
 def large_batch(size: int = 24_576) -> Experiment:
@@ -75,7 +79,9 @@ def large_batch(size: int = 24_576) -> Experiment:
         "The branches' gains, which start at 0, are not clipped here: a first try on the tuning seed was "
         "better so. In `clipping` all but the classifier's kernel is clipped."
     )
-    return Experiment("NFNet with AGC against a batch-norm ResNet", arms, (note,))
+    return Experiment(
+        "NFNet with AGC against a batch-norm ResNet", arms, (note,)
+    )
 
 
 def standardization(size: int = 25_600, batch: int = 128) -> Experiment:
@@ -96,7 +102,9 @@ def standardization(size: int = 25_600, batch: int = 128) -> Experiment:
         f"Steps: until the accuracy on the validation images, looked at every {image_task.LOOK} steps, "
         f"is first {TARGET}."
     )
-    return Experiment("Weight standardization: steps to a target", arms, (note,))
+    return Experiment(
+        "Weight standardization: steps to a target", arms, (note,)
+    )
 
 
 def clipping(size: int = 12_288, batch: int = 512) -> Experiment:
@@ -115,7 +123,12 @@ def clipping(size: int = 12_288, batch: int = 512) -> Experiment:
 def small_batches(size: int = 8_192) -> Experiment:
     """One variance for all channels, at batches down to 2; GroupNorm knows no batch."""
     arms = {}
-    names = ("BatchNorm", "ExtendedBatchNorm", "GroupNorm", "GroupNorm, standardized")
+    names = (
+        "BatchNorm",
+        "ExtendedBatchNorm",
+        "GroupNorm",
+        "GroupNorm, standardized",
+    )
     for batch in (32, 8, 4, 2):
         norms = {
             "BatchNorm": batch_norm(batch),
@@ -129,7 +142,8 @@ def small_batches(size: int = 8_192) -> Experiment:
             arms[f"{name} {batch}"] = Arm(
                 f"ResNet, {name}",
                 resnet(
-                    norms[name], standardized if "standardized" in name else nnx.Conv
+                    norms[name],
+                    standardized if "standardized" in name else nnx.Conv,
                 ),
                 batch,
                 size,
@@ -158,10 +172,17 @@ def branches(size: int = 15_360, batch: int = 128) -> Experiment:
     square = ((3, 3),)
     common = {"batch": batch, "images": size, "rates": (0.1, 0.3)}
     arms = {
-        "plain": Arm("convolution, batch norm", stack(ConvNorm, square), **common),
-        "acblock": Arm("ACBlock", stack(jt.nnx.ACBlock, square), fuse=True, **common),
+        "plain": Arm(
+            "convolution, batch norm", stack(ConvNorm, square), **common
+        ),
+        "acblock": Arm(
+            "ACBlock", stack(jt.nnx.ACBlock, square), fuse=True, **common
+        ),
         "repvgg": Arm(
-            "RepVGGBlock", stack(jt.nnx.RepVGGBlock, square), fuse=True, **common
+            "RepVGGBlock",
+            stack(jt.nnx.RepVGGBlock, square),
+            fuse=True,
+            **common,
         ),
     }
     note = (
@@ -203,7 +224,8 @@ def cycles(size: int = 40_000, batch: int = 100) -> Experiment:
     }
     build = resnet(batch_norm(batch))
     arms = {
-        k: Arm(n, build, batch, size, share=s, **common) for k, (n, s) in shares.items()
+        k: Arm(n, build, batch, size, share=s, **common)
+        for k, (n, s) in shares.items()
     }
     note = (
         f"Steps: as above, to {CYCLES_TARGET}. 400 steps are 4 epochs of 1,000 images a class: the legs of "
@@ -215,12 +237,18 @@ def cycles(size: int = 40_000, batch: int = 100) -> Experiment:
 
 def long_tail(size: int = 38_400, batch: int = 128) -> Experiment:
     """Steps to a balanced accuracy, trained on a long tail."""
-    counts = tuple(map(int, jt.longtail.data.exponential_counts(2000, 10, 100.0)))
+    counts = tuple(
+        map(int, jt.longtail.data.exponential_counts(2000, 10, 100.0))
+    )
     losses = {"cross entropy": jt.longtail.cross_entropy()}
     losses["balanced softmax"] = jt.longtail.balanced_softmax(
         jnp.asarray(counts, jnp.float32)
     )
-    common = {"rates": (0.03, 0.1, 0.3), "target": TAIL_TARGET, "counts": counts}
+    common = {
+        "rates": (0.03, 0.1, 0.3),
+        "target": TAIL_TARGET,
+        "counts": counts,
+    }
     build = resnet(batch_norm(batch))
     arms = {
         name: Arm(name, build, batch, size, loss=f, **common)
@@ -230,7 +258,9 @@ def long_tail(size: int = 38_400, batch: int = 128) -> Experiment:
         f"Trained on {counts} images of the ten classes, tested on equally many of each. Steps: as above, to "
         f"{TAIL_TARGET}. Training losses of different kinds can't be compared."
     )
-    return Experiment("A long tail: steps to a balanced accuracy", arms, (note,))
+    return Experiment(
+        "A long tail: steps to a balanced accuracy", arms, (note,)
+    )
 
 
 EXPERIMENTS = {

@@ -38,17 +38,26 @@ def measure(
             continue
         run = image_task.trainer(task, arm)
         tried = (
-            [run(TUNING_SEED, rate) for rate in arm.rates] if len(arm.rates) > 1 else []
+            [run(TUNING_SEED, rate) for rate in arm.rates]
+            if len(arm.rates) > 1
+            else []
         )
         if arm.like is not None:
             rate = rows[arm.like[0]]["rate"] * arm.like[1]
         else:
             best = max(
-                tried, key=lambda r: (not r["diverged"], r["validation"]), default=None
+                tried,
+                key=lambda r: (not r["diverged"], r["validation"]),
+                default=None,
             )
             rate = arm.rates[0] if best is None else best["rate"]
         runs = [run(seed, rate) for seed in range(seeds)]
-        about = {"name": arm.name, "batch": arm.batch, "steps": arm.steps, "rate": rate}
+        about = {
+            "name": arm.name,
+            "batch": arm.batch,
+            "steps": arm.steps,
+            "rate": rate,
+        }
         rows[key] = {**about, "runs": runs, "tried": tried}
         save()
 
@@ -65,7 +74,11 @@ def spread(values: list[Any], digits: int = 2) -> str | None:
 def table(rows: dict[str, Any], experiment: Experiment) -> _table.Table:
     """One row an arm; columns that no arm fills are left out."""
     lines = [cells(row) for row in rows.values()]
-    kept = [name for name in lines[0] if any(line[name] is not None for line in lines)]
+    kept = [
+        name
+        for name in lines[0]
+        if any(line[name] is not None for line in lines)
+    ]
     body = [[line[name] for name in kept] for line in lines]
     return _table.make(kept, body, (*experiment.notes, *candidates(rows)))
 
@@ -88,7 +101,9 @@ def cells(row: dict[str, Any]) -> dict[str, Any]:
         else None,
         "difference": max((r["difference"] for r in fused), default=None),
         "largest logit": max((r["largest"] for r in fused), default=None),
-        "changed": sum(r["other_predictions"] for r in fused) if fused else None,
+        "changed": sum(r["other_predictions"] for r in fused)
+        if fused
+        else None,
     }
 
 
@@ -97,7 +112,8 @@ def candidates(rows: dict[str, Any]) -> list[str]:
     return [
         f"{row['name']}, batch {row['batch']}: {row['rate']:g} was the best of "
         + ", ".join(
-            f"{r['rate']:g} ({100 * r['validation']:.1f} %)" for r in row["tried"]
+            f"{r['rate']:g} ({100 * r['validation']:.1f} %)"
+            for r in row["tried"]
         )
         + " on the tuning seed."
         for row in rows.values()
@@ -145,7 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument(
-        "--only", choices=EXPERIMENTS, help="run this one again, keep the others"
+        "--only",
+        choices=EXPERIMENTS,
+        help="run this one again, keep the others",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep the arms that are finished"
@@ -156,7 +174,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     given = parser.parse_args()
-    old = json.loads(given.out.read_text())["experiments"] if given.out.exists() else {}
+    old = (
+        json.loads(given.out.read_text())["experiments"]
+        if given.out.exists()
+        else {}
+    )
     if not given.resume:
         old = {k: v for k, v in old.items() if given.only not in (None, k)}
     found = {

@@ -27,8 +27,13 @@ HEADERS = (
 def rows(rounds: int, builds: int) -> list[tuple[Any, ...]]:
     """One row an optimizer; see `HEADERS`. Step and build are ratios to AdamW's."""
     params, txs = common.transformer(12), common.optimizers()
-    compiled = {name: common.compile_step(tx, params) for name, tx in txs.items()}
-    costs = {name: common.cost(compiled[name], tx, params) for name, tx in txs.items()}
+    compiled = {
+        name: common.compile_step(tx, params) for name, tx in txs.items()
+    }
+    costs = {
+        name: common.cost(compiled[name], tx, params)
+        for name, tx in txs.items()
+    }
     times = step_times(txs, compiled, params, rounds)
     build, deep = build_times(txs, params, builds)
     base = times[common.BASE]
@@ -53,7 +58,9 @@ def build_times(
     """Ratios for 12 layers and for 24; int8 takes minutes: built once, and not for 24 layers."""
     plain = {name: tx for name, tx in txs.items() if "int8" not in name}
     coded = {
-        name: tx for name, tx in txs.items() if name not in plain or name == common.BASE
+        name: tx
+        for name, tx in txs.items()
+        if name not in plain or name == common.BASE
     }
     ratios = common.build_ratios(coded, params, 1) | common.build_ratios(
         plain, params, builds

@@ -82,7 +82,11 @@ def optimizers() -> Iterator[Pair]:
         ours, peer = name.split(" / ")
         programs = tuple(Program(run, size) for run, _, size in found)
         yield Pair(
-            f"amp.{ours}", f"optax.{peer}", programs, "state", "update of 6 layers"
+            f"amp.{ours}",
+            f"optax.{peer}",
+            programs,
+            "state",
+            "update of 6 layers",
         )
 
 
@@ -101,11 +105,26 @@ def layers() -> Iterator[Pair]:
         run = lambda: jax.block_until_ready(step(*args))
         return Program(run, step.cost_analysis()["bytes accessed"])
 
-    ebn, batch_norm = norms["ExtendedBatchNorm"](), norms["BatchNorm, fast variance"]()
+    ebn, batch_norm = (
+        norms["ExtendedBatchNorm"](),
+        norms["BatchNorm, fast variance"](),
+    )
     infer = {"train": False, "grad": False}
     for ours, peer, modules, how, task in (
-        ("ExtendedBatchNorm", "nnx.BatchNorm", (ebn, batch_norm), {}, "train step"),
-        ("WSConv", "nnx.Conv", (standardized, blocks.convolution()), {}, "train step"),
+        (
+            "ExtendedBatchNorm",
+            "nnx.BatchNorm",
+            (ebn, batch_norm),
+            {},
+            "train step",
+        ),
+        (
+            "WSConv",
+            "nnx.Conv",
+            (standardized, blocks.convolution()),
+            {},
+            "train step",
+        ),
         (
             "ACBlock, fused",
             "nnx.Conv",
@@ -116,7 +135,11 @@ def layers() -> Iterator[Pair]:
     ):
         programs = tuple(program(module, **how) for module in modules)
         yield Pair(
-            f"nnx.{ours}", peer, programs, "accessed", f"{task}, {BATCH} x 32 x 32 x 64"
+            f"nnx.{ours}",
+            peer,
+            programs,
+            "accessed",
+            f"{task}, {BATCH} x 32 x 32 x 64",
         )
 
 
@@ -148,8 +171,12 @@ def recomputation() -> Iterator[Pair]:
 
     ours = program(recompute.deep_mlp(jt.remat.recompute_grad), weights, x)
     peers = {
-        "nothing recomputed": program(recompute.deep_mlp(lambda f: f), weights, x),
-        "jax.checkpoint": program(recompute.deep_mlp(jax.checkpoint), weights, x),
+        "nothing recomputed": program(
+            recompute.deep_mlp(lambda f: f), weights, x
+        ),
+        "jax.checkpoint": program(
+            recompute.deep_mlp(jax.checkpoint), weights, x
+        ),
         "linen.remat": program(flax, variables, x),
     }
     for peer, other in peers.items():
@@ -177,14 +204,20 @@ def precision() -> Iterator[Pair]:
             return Program(
                 failed=f"{type(e).__name__}: {str(e)[:50]}".replace("\n", " ")
             )
-        return Program(lambda: jax.block_until_ready(step(*args)), _tree.nbytes(kept))
+        return Program(
+            lambda: jax.block_until_ready(step(*args)), _tree.nbytes(kept)
+        )
 
     ours = program(jt.amp.autocast(loss))
     for name, fn in amp_peers.ways(loss, hand).items():
         if not name.startswith("amp."):
             programs = ours, program(fn)
             yield Pair(
-                "amp.autocast", name, programs, "kept", "gradient, 2-layer transformer"
+                "amp.autocast",
+                name,
+                programs,
+                "kept",
+                "gradient, 2-layer transformer",
             )
 
 
@@ -207,7 +240,9 @@ def losses() -> Iterator[Pair]:
     for ours in ("cross_entropy", "balanced_softmax"):
         programs = program(ours), peer
         task = f"loss and gradient, {longtail.EXAMPLES} x {longtail.CLASSES}"
-        yield Pair(f"longtail.{ours}", longtail.BASE, programs, "accessed", task)
+        yield Pair(
+            f"longtail.{ours}", longtail.BASE, programs, "accessed", task
+        )
 
 
 def echoes() -> Iterator[Pair]:
@@ -215,7 +250,10 @@ def echoes() -> Iterator[Pair]:
     stages = echo_speed.stages(2)
 
     def examples() -> Iterator[Any]:
-        return ({"image": np.zeros(8, np.uint8), "label": i} for i in itertools.count())
+        return (
+            {"image": np.zeros(8, np.uint8), "label": i}
+            for i in itertools.count()
+        )
 
     def plain() -> Iterator[Any]:
         for example in examples():
@@ -227,7 +265,9 @@ def echoes() -> Iterator[Pair]:
 
     ours = run(lambda: stages["spread"](examples()))
     task = f"{OUTPUTS} outputs of a generator, factor 2"
-    yield Pair("echo.echo", "a loop that yields twice", (ours, run(plain)), "", task)
+    yield Pair(
+        "echo.echo", "a loop that yields twice", (ours, run(plain)), "", task
+    )
 
 
 def row(pair: Pair, rounds: int) -> tuple[Any, ...]:
@@ -272,7 +312,9 @@ def heading(command: str, rounds: int) -> str:
 
 def main() -> None:
     """Measure and print; `--readme 1` writes the table into README.md."""
-    command, args = common.arguments("benchmarks.peers", rounds=ROUNDS, readme=0)
+    command, args = common.arguments(
+        "benchmarks.peers", rounds=ROUNDS, readme=0
+    )
     found, said = table(args.rounds), heading(command, args.rounds)
     common.publish([found], said, args.out)
     if args.readme:

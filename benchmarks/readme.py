@@ -22,16 +22,22 @@ def part(name: str, path: pathlib.Path = README) -> str:
       ValueError: the file does not have it exactly once.
     """
     begin, end = map(re.escape, markers(name))
-    found = re.findall(f"{begin}\n(.*?)\n{end}", path.read_text(), flags=re.DOTALL)
+    found = re.findall(
+        f"{begin}\n(.*?)\n{end}", path.read_text(), flags=re.DOTALL
+    )
     if len(found) != 1:
-        raise ValueError(f"{path.name} has {len(found)} parts {name!r}: it needs one")
+        raise ValueError(
+            f"{path.name} has {len(found)} parts {name!r}: it needs one"
+        )
     return found[0]
 
 
 def replace(name: str, text: str, path: pathlib.Path = README) -> None:
     """Write the text of a part; errors as `part`."""
     begin, end = markers(name)
-    old, new = (f"{begin}\n{body}\n{end}" for body in (part(name, path), text.strip()))
+    old, new = (
+        f"{begin}\n{body}\n{end}" for body in (part(name, path), text.strip())
+    )
     path.write_text(path.read_text().replace(old, new))
 
 
@@ -41,7 +47,9 @@ def main() -> None:
     parser.add_argument(
         "run", type=pathlib.Path, help="run directory of `jaxtricks ablate`"
     )
-    parser.add_argument("--name", default="ablation", help="the place in README.md")
+    parser.add_argument(
+        "--name", default="ablation", help="the place in README.md"
+    )
     args = parser.parse_args()
     rows = json.loads((args.run / "results.json").read_text())
     replace(args.name, ablate.table(rows).markdown())

@@ -19,7 +19,8 @@ def table() -> _table.Table:
         for name, wrap in wraps.items()
     }
     body = [
-        (n, _table.format_bytes(r.temp), f"{r.flops:.3e}") for n, r in reports.items()
+        (n, _table.format_bytes(r.temp), f"{r.flops:.3e}")
+        for n, r in reports.items()
     ]
     return _table.make(("16-layer MLP, 4 groups", "temporaries", "flops"), body)
 

@@ -10,7 +10,9 @@ import jax
 
 Block = Callable[[Any, Any], Any]  # (parameters, activations) -> activations
 Wrap = Callable[[Block], Block]
-Chain = Callable[[Sequence[Block], Any, Any], Any]  # (blocks, their parameters, x) -> x
+Chain = Callable[
+    [Sequence[Block], Any, Any], Any
+]  # (blocks, their parameters, x) -> x
 
 
 def plain(blocks: Sequence[Block], params: Any, x: Any) -> Any:
@@ -33,7 +35,9 @@ def segments(wrap: Wrap, inner: Chain = plain) -> Chain:
         k = math.isqrt(n - 1) + 1
         bounds = [i * n // k for i in range(k + 1)]
         for a, b in itertools.pairwise(bounds):
-            x = wrap(lambda p, x, part=blocks[a:b]: inner(part, p, x))(params[a:b], x)
+            x = wrap(lambda p, x, part=blocks[a:b]: inner(part, p, x))(
+                params[a:b], x
+            )
         return x
 
     return run

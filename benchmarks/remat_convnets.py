@@ -15,7 +15,9 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
 
     def block(stride: int) -> Callable[[Any, Any], Any]:
         def run(p: Any, x: Any) -> Any:
-            h = jax.nn.relu(batch_norm(p["norm1"], layers.conv(x, p["conv1"], stride)))
+            h = jax.nn.relu(
+                batch_norm(p["norm1"], layers.conv(x, p["conv1"], stride))
+            )
             h = batch_norm(p["norm2"], layers.conv(h, p["conv2"]))
             return jax.nn.relu(
                 h + (layers.conv(x, p["skip"], stride) if "skip" in p else x)
@@ -30,7 +32,8 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
         key, *keys = jax.random.split(key, len(plan) + 1)
         k1, k2, k3 = jax.random.split(key, 3)
         blocks = [
-            _block_params(k, i, o, o) for k, (i, o, _) in zip(keys, plan, strict=True)
+            _block_params(k, i, o, o)
+            for k, (i, o, _) in zip(keys, plan, strict=True)
         ]
         embed = {
             "conv": layers.normal(k1, 3, 3, 3, width),
@@ -50,7 +53,9 @@ def resnet(blocks_a_stage: int = 2, width: int = 8, batch: int = 16) -> Model:
         embed=lambda p, batch: jax.nn.relu(
             batch_norm(p["norm"], layers.conv(batch[0], p["conv"]))
         ),
-        head=lambda p, x, batch: layers.cross_entropy(x.mean((1, 2)) @ p, batch[1]),
+        head=lambda p, x, batch: layers.cross_entropy(
+            x.mean((1, 2)) @ p, batch[1]
+        ),
     )
 
 
@@ -61,7 +66,9 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
     def activate(p: Any, x: Any) -> Any:
         grouped = x.reshape(*x.shape[:-1], 4, -1)
         shaped = {name: a.reshape(4, -1) for name, a in p.items()}
-        return jax.nn.relu(layers.norm(shaped, grouped, (1, 2, 4)).reshape(x.shape))
+        return jax.nn.relu(
+            layers.norm(shaped, grouped, (1, 2, 4)).reshape(x.shape)
+        )
 
     def block(stride: int) -> Callable[[Any, Any], Any]:
         def run(p: Any, x: Any) -> Any:
@@ -75,7 +82,8 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
         key, *keys = jax.random.split(key, len(plan) + 1)
         k1, k2, k3 = jax.random.split(key, 3)
         blocks = [
-            _block_params(k, i, o, i) for k, (i, o, _) in zip(keys, plan, strict=True)
+            _block_params(k, i, o, i)
+            for k, (i, o, _) in zip(keys, plan, strict=True)
         ]
         head = {
             "norm": layers.norm_params(2 * width),
@@ -102,7 +110,10 @@ def preact(blocks_a_stage: int = 4, width: int = 16, batch: int = 8) -> Model:
 
 def _block_params(key: Any, fan_in: int, features: int, first_norm: int) -> Any:
     keys = jax.random.split(key, 3)
-    p = {"norm1": layers.norm_params(first_norm), "norm2": layers.norm_params(features)}
+    p = {
+        "norm1": layers.norm_params(first_norm),
+        "norm2": layers.norm_params(features),
+    }
     p |= {"conv1": layers.normal(keys[0], 3, 3, fan_in, features)}
     p |= {"conv2": layers.normal(keys[1], 3, 3, features, features)}
     if fan_in == features:
@@ -110,7 +121,9 @@ def _block_params(key: Any, fan_in: int, features: int, first_norm: int) -> Any:
     return p | {"skip": layers.normal(keys[2], 1, 1, fan_in, features)}
 
 
-def _stages(width: int, blocks: int, count: int = 3) -> list[tuple[int, int, int]]:
+def _stages(
+    width: int, blocks: int, count: int = 3
+) -> list[tuple[int, int, int]]:
     # (features in, out, stride) of every block; a stage but the first doubles features, halves the image.
     found = []
     for stage in range(count):

@@ -25,15 +25,20 @@ def models() -> dict[str, Callable[[], Model]]:
     }
 
 
-def mlp(n: int, width: int = 128, batch: int = 1024, *, stacked: bool = False) -> Model:
+def mlp(
+    n: int, width: int = 128, batch: int = 1024, *, stacked: bool = False
+) -> Model:
     """tanh layers and a squared error; `stacked` runs them by `lax.scan`."""
 
     def draw(key: Any) -> tuple[Any, Any]:
         key, *keys = jax.random.split(key, n + 1)
         cells = [
-            {"w": layers.normal(k, width, width), "b": jnp.zeros(width)} for k in keys
+            {"w": layers.normal(k, width, width), "b": jnp.zeros(width)}
+            for k in keys
         ]
-        blocks = jax.tree.map(lambda *a: jnp.stack(a), *cells) if stacked else cells
+        blocks = (
+            jax.tree.map(lambda *a: jnp.stack(a), *cells) if stacked else cells
+        )
         x, y = jax.random.normal(key, (2, batch, width))
         return {"embed": (), "blocks": blocks, "head": ()}, (x, y)
 
@@ -67,7 +72,10 @@ def transformer(
             "norm2": layers.norm_params(d),
             "qkv": layers.normal(keys[0], d, 3 * d),
             "out": layers.normal(keys[1], d, d),
-            "up": {"w": layers.normal(keys[2], d, 4 * d), "b": jnp.zeros(4 * d)},
+            "up": {
+                "w": layers.normal(keys[2], d, 4 * d),
+                "b": jnp.zeros(4 * d),
+            },
             "down": {"w": layers.normal(keys[3], 4 * d, d), "b": jnp.zeros(d)},
         }
 
@@ -90,16 +98,22 @@ def transformer(
         }, tokens
 
     def attention(p: Any, x: Any) -> Any:
-        q, k, v = jnp.split((x @ p["qkv"]).reshape(batch, length, heads, -1), 3, -1)
+        q, k, v = jnp.split(
+            (x @ p["qkv"]).reshape(batch, length, heads, -1), 3, -1
+        )
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // heads) ** -0.5
         causal = jnp.tril(jnp.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ p["out"]
+        return (
+            jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+            @ p["out"]
+        )
 
     def layer(p: Any, x: Any) -> Any:
         x = x + attention(p, layers.norm(p["norm1"], x))
         return x + layers.dense(
-            p["down"], jax.nn.gelu(layers.dense(p["up"], layers.norm(p["norm2"], x)))
+            p["down"],
+            jax.nn.gelu(layers.dense(p["up"], layers.norm(p["norm2"], x))),
         )
 
     return Model(
@@ -125,10 +139,17 @@ def rnn(steps: int = 40, width: int = 128, batch: int = 256) -> Model:
             }
         }
         cell |= {
-            "new": {"w": layers.normal(k2, 2 * width, width), "b": jnp.zeros(width)}
+            "new": {
+                "w": layers.normal(k2, 2 * width, width),
+                "b": jnp.zeros(width),
+            }
         }
         inputs = jax.random.normal(k4, (steps, batch, width))
-        params = {"embed": (), "blocks": cell, "head": layers.normal(k3, width, 10)}
+        params = {
+            "embed": (),
+            "blocks": cell,
+            "head": layers.normal(k3, width, 10),
+        }
         return params, (inputs, jax.random.randint(k5, (batch,), 0, 10))
 
     def step(p: Any, h: Any) -> Any:
@@ -137,7 +158,9 @@ def rnn(steps: int = 40, width: int = 128, batch: int = 256) -> Model:
         reset, update = jnp.split(
             jax.nn.sigmoid(layers.dense(cell["gates"], both)), 2, -1
         )
-        new = jnp.tanh(layers.dense(cell["new"], jnp.concatenate([x, reset * h], -1)))
+        new = jnp.tanh(
+            layers.dense(cell["new"], jnp.concatenate([x, reset * h], -1))
+        )
         return update * h + (1 - update) * new
 
     return Model(
@@ -150,7 +173,9 @@ def rnn(steps: int = 40, width: int = 128, batch: int = 256) -> Model:
     )
 
 
-def mixer(n: int = 10, width: int = 64, patches: int = 64, batch: int = 8) -> Model:
+def mixer(
+    n: int = 10, width: int = 64, patches: int = 64, batch: int = 8
+) -> Model:
     """An MLP-mixer: a network across the patches, then one across the features."""
 
     def pair(key: Any, d: int, hidden: int) -> Any:
@@ -176,7 +201,10 @@ def mixer(n: int = 10, width: int = 64, patches: int = 64, batch: int = 8) -> Mo
         key, *keys = jax.random.split(key, n + 1)
         k1, k2, k3 = jax.random.split(key, 3)
         embed = layers.normal(k1, 3 * 32 * 32 // patches, width)
-        head = {"norm": layers.norm_params(width), "w": layers.normal(k2, width, 10)}
+        head = {
+            "norm": layers.norm_params(width),
+            "w": layers.normal(k2, width, 10),
+        }
         params = {
             "embed": embed,
             "blocks": [layer_params(k) for k in keys],
@@ -188,7 +216,9 @@ def mixer(n: int = 10, width: int = 64, patches: int = 64, batch: int = 8) -> Mo
         return layers.dense(p["down"], jax.nn.gelu(layers.dense(p["up"], x)))
 
     def layer(p: Any, x: Any) -> Any:
-        mixed = mlp(p["patches"], jnp.swapaxes(layers.norm(p["norm1"], x), 1, 2))
+        mixed = mlp(
+            p["patches"], jnp.swapaxes(layers.norm(p["norm1"], x), 1, 2)
+        )
         x = x + jnp.swapaxes(mixed, 1, 2)
         return x + mlp(p["features"], layers.norm(p["norm2"], x))
 

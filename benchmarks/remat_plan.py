@@ -54,7 +54,9 @@ def build(loss: Callable[..., Any], args: tuple[Any, Any]) -> Built:
     traced = jax.jit(jax.value_and_grad(loss)).trace(*args)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
-    return Built(_memory.report(compiled, traced.jaxpr), compiled(*args)[1], seconds)
+    return Built(
+        _memory.report(compiled, traced.jaxpr), compiled(*args)[1], seconds
+    )
 
 
 def by_hand(model: chains.Model) -> dict[str, chains.Chain]:
@@ -93,7 +95,9 @@ def rows(name: str) -> Iterator[tuple[Any, ...]]:
             None,
             seconds(built.seconds),
         )
-    for budget in BUDGETS.get(name) or [f * plain.report.temp / MB for f in FRACTIONS]:
+    for budget in BUDGETS.get(name) or [
+        f * plain.report.temp / MB for f in FRACTIONS
+    ]:
         yield planned(model, args, budget, plain)
 
 
@@ -134,14 +138,21 @@ def costs(
     """(compiled here, what the planner said, FLOPs beyond the plain, error of the gradients)."""
     said = None if peak is None else f"{peak / MB:.2f}"
     error = gradient_error(built.grads, plain.grads)
-    return f"{built.report.temp / MB:.2f}", said, f"{100 * extra:+.1f}%", f"{error:.1e}"
+    return (
+        f"{built.report.temp / MB:.2f}",
+        said,
+        f"{100 * extra:+.1f}%",
+        f"{error:.1e}",
+    )
 
 
 def gradient_error(grads: Any, plain: Any) -> float:
     """Largest difference in a leaf relative to its largest number, over the leaves."""
 
     def leaf(a: Any, b: Any) -> float:
-        return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-30))
+        return float(
+            jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-30)
+        )
 
     return max(jax.tree.leaves(jax.tree.map(leaf, grads, plain)))
 
@@ -169,7 +180,9 @@ def arguments() -> argparse.Namespace:
     names = list(remat_models.models())
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument(
-        "--out", type=pathlib.Path, help="write the tables here too, as Markdown"
+        "--out",
+        type=pathlib.Path,
+        help="write the tables here too, as Markdown",
     )
     return parser.parse_args()
 
@@ -183,7 +196,9 @@ def show(row: Sequence[Any]) -> tuple[Any, ...]:
 def main() -> None:
     """Print model after model; `--out FILE` has, as Markdown, what is there so far."""
     given = arguments()
-    parts = [heading(" ".join(["python -m benchmarks.remat_plan", *sys.argv[1:]]))]
+    parts = [
+        heading(" ".join(["python -m benchmarks.remat_plan", *sys.argv[1:]]))
+    ]
     print(parts[0], flush=True)
     for name in given.models:
         found = _table.make((name, *HEADERS), [show(row) for row in rows(name)])

@@ -27,7 +27,9 @@ def arms(task: Task) -> dict[str, Arm]:
     """float32, bfloat16 rounded to the nearest, bfloat16 rounded at random."""
 
     def plain(rate: Any) -> optax.GradientTransformation:
-        return jt.memopt.adafactor(rate, roles=task.roles, min_dim_size_to_factor=32)
+        return jt.memopt.adafactor(
+            rate, roles=task.roles, min_dim_size_to_factor=32
+        )
 
     def rounded(rate: Any) -> optax.GradientTransformation:
         return optax.chain(plain(rate), jt.memopt.stochastic_round(0))
@@ -39,18 +41,26 @@ def arms(task: Task) -> dict[str, Arm]:
     }
 
 
-def measure(task: Task, *, steps: int, batch: int, seeds: int) -> list[dict[str, Any]]:
+def measure(
+    task: Task, *, steps: int, batch: int, seeds: int
+) -> list[dict[str, Any]]:
     """Figures of every arm at every rate."""
     params, rows = jax.eval_shape(lambda: task.init(0)), []
     for key, arm in arms(task).items():
         run = text_task.trainer(task, arm, steps=steps, batch=batch)
         size = sum(
-            arm.dtype(0).dtype.itemsize * p.size for p in jax.tree.leaves(params)
+            arm.dtype(0).dtype.itemsize * p.size
+            for p in jax.tree.leaves(params)
         )
         for rate in RATES:
             runs = [run(seed, rate) for seed in range(seeds)]
             figures = text_task.summary(runs)
-            name = {"key": key, "name": arm.name, "rate": rate, "param_bytes": size}
+            name = {
+                "key": key,
+                "name": arm.name,
+                "rate": rate,
+                "param_bytes": size,
+            }
             rows.append({**name, **figures})
     base = {row["rate"]: row for row in rows if row["key"] == "float32"}
     for row in rows:
@@ -91,7 +101,9 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for rate in RATES:
         of = {
-            r["key"]: r["of_float32"]["validation"] for r in rows if r["rate"] == rate
+            r["key"]: r["of_float32"]["validation"]
+            for r in rows
+            if r["rate"] == rate
         }
         met = "met" if of["rounded"] <= LOSS_TARGET else "MISSED"
         lines.append(
@@ -110,7 +122,11 @@ def main() -> None:
     given = parser.parse_args()
     task = text_task.make_task()
     rows = measure(task, **vars(given))
-    settings = {**vars(given), "model": text_task.model_settings(), "rates": RATES}
+    settings = {
+        **vars(given),
+        "model": text_task.model_settings(),
+        "rates": RATES,
+    }
     about = text_task.about(COMMAND)
     text_task.save("rounding", {**about, "settings": settings, "rows": rows})
     print(f"\n{about['hardware']}\n{about['versions']}")

@@ -47,7 +47,10 @@ class Slice(NamedTuple):
     hbm: float
 
 
-SLICES = {"v5e-16": Slice("v5e:4x4", 15.75), "v5p-64": Slice("v5p:2x4x4", 95.74)}
+SLICES = {
+    "v5e-16": Slice("v5e:4x4", 15.75),
+    "v5p-64": Slice("v5p:2x4x4", 95.74),
+}
 
 
 class Row(NamedTuple):
@@ -144,7 +147,10 @@ def paper() -> list[tuple[Any, ...]]:
                 params = model.shapes(
                     dims, jnp.bfloat16 if optimizer == ROUNDED else jnp.float32
                 )
-                p, s = (b / GIB for b in paper_bytes(params, tx, mesh(tpus.topology)))
+                p, s = (
+                    b / GIB
+                    for b in paper_bytes(params, tx, mesh(tpus.topology))
+                )
                 found.append(
                     (
                         size,
@@ -314,7 +320,10 @@ def main() -> None:
             start = time.monotonic()
             found[asked] = row(asked)
             print(
-                *found[asked], f"{time.monotonic() - start:.0f} s", sep=", ", flush=True
+                *found[asked],
+                f"{time.monotonic() - start:.0f} s",
+                sep=", ",
+                flush=True,
             )
             kept.write(found)
     rows = [judged(found[asked]) for asked in sorted(ROWS, key=order)]

@@ -53,8 +53,12 @@ def shapes(size: Size, dtype: Any = jnp.float32) -> dict[str, Any]:
     layer |= {"norm1": (d,), "norm2": (d,)}
     table = {"embedding": (v, d), "head": (d, v), "norm": (d,)}
     made = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    stacked = {name: made((size.layers, *shape)) for name, shape in layer.items()}
-    return {"layers": stacked} | {name: made(shape) for name, shape in table.items()}
+    stacked = {
+        name: made((size.layers, *shape)) for name, shape in layer.items()
+    }
+    return {"layers": stacked} | {
+        name: made(shape) for name, shape in table.items()
+    }
 
 
 def draw(size: Size, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -81,7 +85,9 @@ def specs(params: Any) -> Any:
 
 
 def loss(
-    size: Size, mesh: Mesh, recompute: Callable[[Any], Any] = lambda layer: layer
+    size: Size,
+    mesh: Mesh,
+    recompute: Callable[[Any], Any] = lambda layer: layer,
 ) -> Loss:
     """(params, tokens [batch, length + 1]) -> nats per token.
 
@@ -95,14 +101,20 @@ def loss(
 
     def attention(x: Any, p: Any) -> Any:
         b, t, d = x.shape
-        q, k, v = ((x @ p[name]).reshape(b, t, size.heads, -1) for name in "qkv")
+        q, k, v = (
+            (x @ p[name]).reshape(b, t, size.heads, -1) for name in "qkv"
+        )
         scores = jnp.einsum("bqhd,bkhd->bhqk", _rotated(q), _rotated(k)).astype(
             jnp.float32
         )
         scores = scores * (d // size.heads) ** -0.5
         causal = jnp.tril(jnp.ones((1, 1, t, t), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(x.dtype)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d) @ p["o"]
+        weights = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(
+            x.dtype
+        )
+        return (
+            jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d) @ p["o"]
+        )
 
     def layer(x: Any, p: Any) -> Any:
         p = gathered(p)
@@ -112,9 +124,13 @@ def loss(
         return _placed(x, mesh, P(AXIS))
 
     def run(params: Any, tokens: Any) -> Any:
-        x = _placed(gathered(params["embedding"])[tokens[:, :-1]], mesh, P(AXIS))
+        x = _placed(
+            gathered(params["embedding"])[tokens[:, :-1]], mesh, P(AXIS)
+        )
         again = recompute(layer)
-        x, _ = jax.lax.scan(lambda x, p: (again(x, p), None), x, params["layers"])
+        x, _ = jax.lax.scan(
+            lambda x, p: (again(x, p), None), x, params["layers"]
+        )
         logits = _normed(x, gathered(params["norm"])) @ gathered(params["head"])
         terms = jax.nn.log_softmax(logits.astype(jnp.float32))
         return -jnp.mean(jnp.take_along_axis(terms, tokens[:, 1:, None], -1))
@@ -147,20 +163,27 @@ def jitted(tx: Any, params: Any, mesh: Mesh) -> Callable[[Loss], Any]:
 
     def within(fn: Loss) -> Any:
         return jax.jit(
-            step(tx, fn), in_shardings=ins, out_shardings=outs, donate_argnums=(0, 1)
+            step(tx, fn),
+            in_shardings=ins,
+            out_shardings=outs,
+            donate_argnums=(0, 1),
         )
 
     return within
 
 
-def arguments(tx: Any, params: Any, tokens: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+def arguments(
+    tx: Any, params: Any, tokens: Any, mesh: Mesh
+) -> tuple[Any, Any, Any]:
     """(params, state, tokens) of the step, as shapes in their places."""
     state = jax.eval_shape(tx.init, params)
 
     def place(x: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(place, (params, state, tokens), layout(tx, params, mesh))
+    return jax.tree.map(
+        place, (params, state, tokens), layout(tx, params, mesh)
+    )
 
 
 def _gathering(mesh: Mesh) -> Callable[[Any], Any]:
@@ -193,4 +216,6 @@ def _rotated(x: Any) -> Any:
     angle = jnp.arange(x.shape[1])[None, :, None, None] * rate[None, None, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(
+        x.dtype
+    )

@@ -100,7 +100,9 @@ def make_task() -> Task:
     def loss(params: Any, windows: Any) -> Any:
         logits, _ = apply(params, state, windows[:, :-1], train=True)
         logits, labels = logits.astype(jnp.float32), windows[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, labels
+        ).mean()
 
     def init(seed: int) -> Any:
         return jt.nnx.functional(build(nnx.Rngs(seed)))[1]
@@ -134,7 +136,9 @@ def trainer(
     """(seed, peak rate) -> Run; seed and rate are data, so one compiled step serves every run."""
     draw = batches(task.train, batch)
     stop = (len(task.validation) - 1) // CONTEXT
-    held = task.validation[np.arange(stop)[:, None] * CONTEXT + np.arange(CONTEXT + 1)]
+    held = task.validation[
+        np.arange(stop)[:, None] * CONTEXT + np.arange(CONTEXT + 1)
+    ]
 
     @jax.jit
     def step(params: Any, state: Any, windows: Any, rate: Any) -> Any:
@@ -142,11 +146,15 @@ def trainer(
         updates, state = arm.tx(rate).update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    evaluate = jax.jit(lambda params, windows: task.loss(_wide(params), windows))
+    evaluate = jax.jit(
+        lambda params, windows: task.loss(_wide(params), windows)
+    )
 
     def run(seed: int, rate: float) -> Run:
         start = time.perf_counter()
-        params = jax.tree.map(lambda p: p.astype(arm.dtype), arm.start(task.init(seed)))
+        params = jax.tree.map(
+            lambda p: p.astype(arm.dtype), arm.start(task.init(seed))
+        )
         state, losses = arm.tx(0.0).init(params), []
         for i in range(steps):
             now = np.float32(rate * schedule(i, steps))
@@ -180,7 +188,10 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     chunks = np.array_split(np.arange(len(curve)), min(POINTS, len(curve)))
     return {
         "n": len(runs),
-        "train": {"mean": float(np.mean(train)), "std": float(np.std(train, ddof=1))},
+        "train": {
+            "mean": float(np.mean(train)),
+            "std": float(np.std(train, ddof=1)),
+        },
         "validation": {
             "mean": float(np.mean(held)),
             "std": float(np.std(held, ddof=1)),
@@ -206,7 +217,9 @@ def save(section: str, found: dict[str, Any]) -> None:
     """Write one section of the results file and leave the others."""
     RESULTS.parent.mkdir(exist_ok=True)
     sections = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**sections, section: found}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({**sections, section: found}, indent=1) + "\n"
+    )
 
 
 def spread(figure: dict[str, float]) -> str:
@@ -216,7 +229,12 @@ def spread(figure: dict[str, float]) -> str:
 
 def model_settings() -> dict[str, int]:
     """The size of the model."""
-    return {"context": CONTEXT, "features": FEATURES, "layers": LAYERS, "heads": HEADS}
+    return {
+        "context": CONTEXT,
+        "features": FEATURES,
+        "layers": LAYERS,
+        "heads": HEADS,
+    }
 
 
 def _wide(params: Any) -> Any:

@@ -63,7 +63,9 @@ def leaf() -> dict[str, Any]:
 def rows(params: Any, with_int8: bool = True) -> list[tuple[Any, ...]]:
     """One row an optimizer; see `HEADERS`."""
     txs = {
-        n: tx for n, tx in common.optimizers().items() if with_int8 or "int8" not in n
+        n: tx
+        for n, tx in common.optimizers().items()
+        if with_int8 or "int8" not in n
     }
     costs = {
         name: common.cost(common.compile_step(tx, params, place), tx, params)
@@ -89,7 +91,8 @@ def main() -> None:
     )
     trees = {"one leaf of 8192 x 8192": (leaf(), True)}
     trees |= {
-        f"transformer, {n} layers": (common.transformer(n), False) for n in (4, 12)
+        f"transformer, {n} layers": (common.transformer(n), False)
+        for n in (4, 12)
     }
     tables = [
         _table.make((name, *HEADERS[1:]), rows(params, with_int8))

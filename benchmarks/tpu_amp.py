@@ -16,7 +16,9 @@ from benchmarks import common
 from benchmarks import language_model as lm
 from jaxtricks import _table, amp
 
-SIZE = lm.Size(layers=3, width=512, heads=8, length=512, batch=8, vocabulary=1024)
+SIZE = lm.Size(
+    layers=3, width=512, heads=8, length=512, batch=8, vocabulary=1024
+)
 HEADERS = ("way", "temp MiB", "to by hand", "GiB accessed", "to by hand")
 
 
@@ -53,12 +55,16 @@ def rows(form: str, names: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
 def main() -> None:
     """Compile and print; `--out FILE` writes the same as Markdown."""
     command, args = common.arguments("benchmarks.tpu_amp")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "libtpu")
+    )
     heading = (
         f"Gradient of a decoder, compiled for one chip of TPU {tpu.TOPOLOGY}: `{command}`\n\n{packages}.\n"
         f"{SIZE}.\nExact counts of the compiler; nothing is run."
     )
-    tables = [_table.make((form, *HEADERS[1:]), rows(form)) for form in lm.FORMS]
+    tables = [
+        _table.make((form, *HEADERS[1:]), rows(form)) for form in lm.FORMS
+    ]
     common.publish(tables, heading, args.out)
 
 

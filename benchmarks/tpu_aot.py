@@ -69,15 +69,21 @@ def cost(cfg: Plan) -> common.StepCost:
     )
 
 
-def one_chip(model: str, names: tuple[str, ...] = ()) -> dict[str, common.StepCost]:
+def one_chip(
+    model: str, names: tuple[str, ...] = ()
+) -> dict[str, common.StepCost]:
     """Name of `tricks` -> its cost (of those named)."""
     found = tricks(model)
     return {name: cost(settings(model, found[name])) for name in names or found}
 
 
-def four_chips(model: str, names: tuple[str, ...] = ()) -> dict[str, common.StepCost]:
+def four_chips(
+    model: str, names: tuple[str, ...] = ()
+) -> dict[str, common.StepCost]:
     """Name of `MESHES` -> the baseline's cost there (on those named)."""
-    return {n: cost(settings(model, Tricks(), MESHES[n])) for n in names or MESHES}
+    return {
+        n: cost(settings(model, Tricks(), MESHES[n])) for n in names or MESHES
+    }
 
 
 def table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
@@ -94,7 +100,8 @@ def table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
         ]
         rows.append((name, *(x for pair in pairs for x in pair)))
     headers = [
-        (h, "to first") for h in ("temp MiB", "args MiB", "GiB accessed", "GFLOP")
+        (h, "to first")
+        for h in ("temp MiB", "args MiB", "GiB accessed", "GFLOP")
     ]
     return _table.make((model, *(h for pair in headers for h in pair)), rows)
 
@@ -106,9 +113,17 @@ def sent_table(model: str, costs: dict[str, common.StepCost]) -> _table.Table:
         for kind in dict.fromkeys(kind for kind, *_ in found.sent):
             sizes = [size for k, size, _ in found.sent if k == kind]
             rows.append(
-                (name, kind, len(sizes), sum(sizes) / 2**20, sum(sizes) / found.params)
+                (
+                    name,
+                    kind,
+                    len(sizes),
+                    sum(sizes) / 2**20,
+                    sum(sizes) / found.params,
+                )
             )
-    return _table.make((model, "collective", "how many", "MiB", "to parameters"), rows)
+    return _table.make(
+        (model, "collective", "how many", "MiB", "to parameters"), rows
+    )
 
 
 def tables(

@@ -33,7 +33,9 @@ def arms(task: Task) -> dict[str, Arm]:
     """The optimizers by the key of their rates; "sm3 int8" has those of sm3."""
 
     def adafactor(rate: Any) -> optax.GradientTransformation:
-        return jt.memopt.adafactor(rate, roles=task.roles, min_dim_size_to_factor=32)
+        return jt.memopt.adafactor(
+            rate, roles=task.roles, min_dim_size_to_factor=32
+        )
 
     def sm3(dtype: str | None) -> Any:
         return lambda rate: jt.memopt.sm3(
@@ -58,14 +60,18 @@ def measure(
             continue
         run = text_task.trainer(task, arm, steps=steps, batch=batch)
         if key in RATES:
-            tried = {rate: run(TUNING_SEED, rate).validation for rate in RATES[key]}
+            tried = {
+                rate: run(TUNING_SEED, rate).validation for rate in RATES[key]
+            }
             rate = min(tried, key=tried.get)
         else:
             tried, rate = {}, found["sm3"]["rate"]
         found[key] = {
             "name": arm.name,
             "rate": rate,
-            "tried": [{"rate": r, "validation": loss} for r, loss in tried.items()],
+            "tried": [
+                {"rate": r, "validation": loss} for r, loss in tried.items()
+            ],
             "state_bytes": jt.memopt.state_bytes(arm.tx(0.0), params),
             **text_task.summary([run(seed, rate) for seed in range(seeds)]),
         }
@@ -78,7 +84,8 @@ def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
     for row in found.values():
         row["of_adamw"] = {
             "train": row["train"]["mean"] / base["train"]["mean"],
-            "validation": row["validation"]["mean"] / base["validation"]["mean"],
+            "validation": row["validation"]["mean"]
+            / base["validation"]["mean"],
             "state": row["state_bytes"] / base["state_bytes"],
         }
     return found
@@ -153,7 +160,9 @@ def kept(only: str | None, size: dict[str, int]) -> dict[str, Any]:
         raise SystemExit(
             f"the results are of {saved['settings']}: run all of them again"
         )
-    return {key: row for key, row in saved["rows"].items() if key.split()[0] != only}
+    return {
+        key: row for key, row in saved["rows"].items() if key.split()[0] != only
+    }
 
 
 def main() -> None:

@@ -72,7 +72,9 @@ def checked(function: Function) -> Function:
         for p in parameters
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    rest = next(
+        (p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None
+    )
     kinds: dict[str, list[_Kind]] = {}
     # Types that were right for an argument before: the usual call is a look into a set
     # per argument.
@@ -94,7 +96,9 @@ def checked(function: Function) -> Function:
         nonlocal read
         if not read:
             kinds.update(_read(function))
-            known.update(dict.fromkeys(known.keys() - kinds.keys(), _EVERY_TYPE))
+            known.update(
+                dict.fromkeys(known.keys() - kinds.keys(), _EVERY_TYPE)
+            )
             read = True
         for name, value in zip(positional, args, strict=False):
             if type(value) not in known[name]:
@@ -123,7 +127,9 @@ def known_number(x: Any) -> float | None:
 def _read(function: Callable[..., Any]) -> dict[str, list[_Kind]]:
     """Return {argument: allowed kinds} where the annotations say so."""
     hints = typing.get_type_hints(function)
-    kinds = {name: _kinds(hint) for name, hint in hints.items() if name != "return"}
+    kinds = {
+        name: _kinds(hint) for name, hint in hints.items() if name != "return"
+    }
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
@@ -163,7 +169,11 @@ def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
         # Beside numbers it is a scalar: a number, or an array from one.
         array = [] if float in hints else [np.ndarray]
         hints = (
-            *(h for h in hints if h not in (int, np.generic, jax.Array, np.ndarray)),
+            *(
+                h
+                for h in hints
+                if h not in (int, np.generic, jax.Array, np.ndarray)
+            ),
             *array,
         )
     if any(isinstance(h, type) and issubclass(h, AbstractArray) for h in hints):
@@ -185,7 +195,9 @@ def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
 
 def _instance(*classes: type) -> Callable[[Any], bool]:
     def holds(x: Any) -> bool:
-        return isinstance(x, classes) and (bool in classes or not isinstance(x, bool))
+        return isinstance(x, classes) and (
+            bool in classes or not isinstance(x, bool)
+        )
 
     return holds
 
@@ -204,7 +216,9 @@ def _is_integer(x: Any) -> bool:
 
 def _is_key(x: Any) -> bool:
     """Return whether it is a PRNG key, typed or legacy."""
-    return hasattr(x, "dtype") and (_dtype_kind(x.dtype) == "k" or x.dtype == np.uint32)
+    return hasattr(x, "dtype") and (
+        _dtype_kind(x.dtype) == "k" or x.dtype == np.uint32
+    )
 
 
 def _is_array(
@@ -227,12 +241,16 @@ def _is_array(
     if isinstance(x, bool):
         return "b" in letters
     if isinstance(x, numbers.Real):
-        return "f" in letters or (isinstance(x, numbers.Integral) and "i" in letters)
+        return "f" in letters or (
+            isinstance(x, numbers.Integral) and "i" in letters
+        )
     return isinstance(x, complex) and "c" in letters
 
 
 def _is_sequence(x: Any) -> bool:
-    return isinstance(x, collections.abc.Sequence) and not isinstance(x, str | bytes)
+    return isinstance(x, collections.abc.Sequence) and not isinstance(
+        x, str | bytes
+    )
 
 
 def _rank(x: Any) -> int:
@@ -245,7 +263,9 @@ def _rank(x: Any) -> int:
 def _array_of(hint: Any) -> _Kind:
     """Return the kind of a jaxtyping annotation: dtypes and rank."""
     listed = isinstance(hint.dtypes, list | tuple)
-    letters = {_letter(name) for name in hint.dtypes} if listed else set("ifcbk")
+    letters = (
+        {_letter(name) for name in hint.dtypes} if listed else set("ifcbk")
+    )
     if letters == {"b"}:
         letters = {"b", "i"}  # masks of 0 and 1
     of = {
@@ -339,7 +359,9 @@ _GENERIC = {
 def _name(function: Callable[..., Any]) -> str:
     """Return the room and the function: "longtail.balanced_softmax"."""
     room = function.__module__.removeprefix("jaxtricks.").split(".")[0]
-    return f"{room}.{function.__qualname__.removesuffix('.__call__').lstrip('_')}"
+    return (
+        f"{room}.{function.__qualname__.removesuffix('.__call__').lstrip('_')}"
+    )
 
 
 def described(x: Any) -> str:
@@ -351,10 +373,18 @@ def described(x: Any) -> str:
     name = type(x).__name__
     if isinstance(x, list | tuple):
         items = sorted({type(item).__name__ for item in x[:_LOOKED_AT]})
-        return f"a {name} of {' and '.join(items)}" if items else f"an empty {name}"
+        return (
+            f"a {name} of {' and '.join(items)}"
+            if items
+            else f"an empty {name}"
+        )
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _listed(kinds: list[_Kind]) -> str:
     words = [kind.words for kind in kinds]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return (
+        words[0]
+        if len(words) == 1
+        else f"{', '.join(words[:-1])} or {words[-1]}"
+    )

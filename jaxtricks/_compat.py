@@ -101,7 +101,14 @@ def params(eqn: Any) -> Mapping[str, Any]:
 # Where an equation holds what runs when it runs; what differentiates it lies elsewhere.
 _BODY_KEYS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "traced")
 CALLS = frozenset(
-    ("jit", "call", "checkpoint", "shard_map", "custom_jvp_call", "custom_vjp_call")
+    (
+        "jit",
+        "call",
+        "checkpoint",
+        "shard_map",
+        "custom_jvp_call",
+        "custom_vjp_call",
+    )
 )
 """Primitives whose one body takes the operands as they are and returns the results."""
 WITH_BODIES = CALLS | {"scan", "cond", "while"}
@@ -228,7 +235,9 @@ def scan_outputs(
     parameters = with_bodies(eqn, [body])
     if "ft_out" in parameters:
         parameters["ft_out"] = parameters["ft_out"].filter_with_mask(list(used))
-    outvars = [v for v, is_used in zip(eqn.outvars, used, strict=True) if is_used]
+    outvars = [
+        v for v, is_used in zip(eqn.outvars, used, strict=True) if is_used
+    ]
     return eqn.replace(outvars=outvars, params=parameters)
 
 
@@ -254,7 +263,9 @@ def shard_map_arguments(eqn: Any) -> dict[str, Any]:
       NotImplementedError: jax writes shard_map in a way that we have not met.
     """
     parameters = params(eqn)
-    axes = parameters.get("manual_axes", parameters.get("newly_manual_axes", ()))
+    axes = parameters.get(
+        "manual_axes", parameters.get("newly_manual_axes", ())
+    )
     try:
         return dict(
             mesh=parameters["mesh"],

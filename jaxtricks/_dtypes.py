@@ -41,14 +41,14 @@ def wide_dtype(*xs: Any) -> np.dtype:
     return common_dtype(*xs, np.zeros((), np.float32))
 
 
-def common_dtype(*xs: Any, given: Any = None) -> np.dtype:
+def common_dtype(*xs: Any, override: Any = None) -> np.dtype:
     """Return the dtype that holds all the arrays; `override` replaces it.
 
     `jnp.promote_types` refuses mixed dtypes under strict promotion, which asks for an
     explicit choice: this is ours.
     """
-    if given is not None:
-        return np.dtype(given)
+    if override is not None:
+        return np.dtype(override)
     dtypes = {x.dtype for x in xs if hasattr(x, "dtype")}
     if len(dtypes) > 1:
         dtypes = {_promotable(dtype) for dtype in dtypes}

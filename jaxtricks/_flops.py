@@ -79,7 +79,9 @@ def _ragged_dot(eqn: Any) -> int:
     (_, contracting), (_, batch) = numbers.dot_dimension_numbers
     lhs, rhs = eqn.invars[:2]
     shared = {*contracting, *batch, *numbers.rhs_group_dimensions}
-    columns = math.prod(n for i, n in enumerate(rhs.aval.shape) if i not in shared)
+    columns = math.prod(
+        n for i, n in enumerate(rhs.aval.shape) if i not in shared
+    )
     return 2 * _size(lhs) * columns
 
 
@@ -92,7 +94,9 @@ def _convolution(eqn: Any) -> int:
     features_axis = parameters["dimension_numbers"].rhs_spec[0]
     kernel = eqn.invars[1].aval.shape
     per_output = math.prod(kernel)
-    sums = 2 * _size(eqn.outvars[0]) * per_output // max(1, kernel[features_axis])
+    sums = (
+        2 * _size(eqn.outvars[0]) * per_output // max(1, kernel[features_axis])
+    )
     # The gradient of a strided convolution reads zeros between its inputs: no work.
     return sums // math.prod(parameters["lhs_dilation"])
 
@@ -184,4 +188,6 @@ _ROWS = {
 }
 
 
-_COUNT = {name: count for count, names in _ROWS.items() for name in names.split()}
+_COUNT = {
+    name: count for count, names in _ROWS.items() for name in names.split()
+}

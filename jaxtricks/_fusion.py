@@ -265,7 +265,9 @@ class FusibleLayer(NamedTuple):
         if self.norm is not None:
             node = Sequential(node, self.norm.node)
         merged = reparam.fuse(node, conv.kernel_size)
-        padded, padding = pad_by_mode(x, conv.padding, conv.kernel_size, conv.dilation)
+        padded, padding = pad_by_mode(
+            x, conv.padding, conv.kernel_size, conv.dilation
+        )
         bound = reparam.error_bound(
             node,
             padded,
@@ -277,7 +279,9 @@ class FusibleLayer(NamedTuple):
         )
         # The bound is for rounding in x's dtype; parameters or a normalization may have
         # a coarser one.
-        coarser = jnp.finfo(self._coarsest(x.dtype)).eps / jnp.finfo(x.dtype).eps
+        coarser = (
+            jnp.finfo(self._coarsest(x.dtype)).eps / jnp.finfo(x.dtype).eps
+        )
         make_plain = functools.partial(conv.make_plain, merged)
         return x, make_plain(None), float(bound) * float(coarser), make_plain
 
@@ -482,7 +486,9 @@ def pair_with_norms(
             norm_behind[source] = norm
         except ValueError as error:
             reasons[path] = str(error)
-    others = {path: layer for path, layer in layers.items() if path not in norm_behind}
+    others = {
+        path: layer for path, layer in layers.items() if path not in norm_behind
+    }
     alone, more_reasons = standalone(others)
     by_path = {fusible.path: fusible for fusible in alone}
     for path, norm in norm_behind.items():
@@ -613,7 +619,9 @@ def is_altered(stored: Any, used: Any) -> bool:
 # A model that runs on an example while its layers are watched.
 
 
-_DRAWS = 4  # random signs with which the bounds of layers are carried to the output
+_DRAWS = (
+    4  # random signs with which the bounds of layers are carried to the output
+)
 
 
 class Probe:
@@ -653,7 +661,9 @@ class Probe:
                 dtypes.setdefault(path, x.dtype)
             elif path not in inputs:
                 is_traced = isinstance(x, jax.core.Tracer)
-                inputs[path] = random_input(x.shape, x.dtype) if is_traced else x
+                inputs[path] = (
+                    random_input(x.shape, x.dtype) if is_traced else x
+                )
             return x
 
         self.run(record, *self.example)
@@ -698,7 +708,8 @@ def compare_models(
         others = [probe.disturbed(bounds, seed) for seed in range(_DRAWS)]
     carried = max(largest_difference(y, other) for other in others)
     before, after = (
-        _flops.flops(traced(fn, probe.example).jaxpr) for fn in (probe, fused_call)
+        _flops.flops(traced(fn, probe.example).jaxpr)
+        for fn in (probe, fused_call)
     )
     row = FusedLayer(
         "",
@@ -743,7 +754,9 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 
-def traced(fn: Callable[..., Any], example: Sequence[Any]) -> _jaxpr.ClosedJaxpr:
+def traced(
+    fn: Callable[..., Any], example: Sequence[Any]
+) -> _jaxpr.ClosedJaxpr:
     """Return the trace of fn(*example); flags among the inputs stay as they are."""
     indices = [i for i, x in enumerate(example) if _has_arrays_only(x)]
     example_arrays = [example[i] for i in indices]

@@ -33,6 +33,8 @@ class Meeting:
         name = f"{self._name}/{self._count}"
         self._client.key_value_set(f"{name}/{self._id}", text)
         return [
-            self._client.blocking_key_value_get(f"{name}/{i}", int(timeout * 1000))
+            self._client.blocking_key_value_get(
+                f"{name}/{i}", int(timeout * 1000)
+            )
             for i in range(self._size)
         ]

@@ -10,7 +10,14 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import jax
@@ -156,7 +163,9 @@ def with_plain_names(jaxpr: Jaxpr) -> Jaxpr:
     for eqn in jaxpr.eqns:
         label = label_of(eqn)
         if is_high(eqn) and label is not None:
-            eqn = eqn.replace(primitive=primitives.name_p, params={"name": label})
+            eqn = eqn.replace(
+                primitive=primitives.name_p, params={"name": label}
+            )
         eqns.append(eqn)
     return build(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, eqns)
 

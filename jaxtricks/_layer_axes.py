@@ -60,7 +60,9 @@ def _fits(layer_axes: Sequence[Axis], sizes: Sequence[int]) -> bool:
     return True
 
 
-def einsum_roles(equation: str | None, rank: int, bias_rank: int) -> dict[str, Roles]:
+def einsum_roles(
+    equation: str | None, rank: int, bias_rank: int
+) -> dict[str, Roles]:
     """Return the roles of an einsum layer's kernel, its second operand, and of its bias.
 
     An axis of the kernel that only the output has is "out", one that both input and
@@ -73,7 +75,9 @@ def einsum_roles(equation: str | None, rank: int, bias_rank: int) -> dict[str, R
     if match is None or len(match[2]) != rank:
         return {"bias": NONE * bias_rank}
     inputs, kernel, outputs = match.groups()
-    role_of = {letter: _einsum_role(letter, inputs, outputs) for letter in kernel}
+    role_of = {
+        letter: _einsum_role(letter, inputs, outputs) for letter in kernel
+    }
     if set(role_of.values()) == {"batch"}:
         return {"kernel": NONE * rank, "bias": NONE * bias_rank}
     # Flax gives the bias the axes that kernel and output share, in the output's order.
@@ -101,7 +105,9 @@ def _einsum_role(letter: str, inputs: str, outputs: str) -> str:
 def layer_axes(module: Any) -> LayerAxes:
     """Return {attribute: axes} of the parameters of one layer; empty for unknown types."""
     for cls in type(module).__mro__:
-        is_library_type = cls.__module__.startswith(("flax.nnx.", "jaxtricks.nnx."))
+        is_library_type = cls.__module__.startswith(
+            ("flax.nnx.", "jaxtricks.nnx.")
+        )
         if is_library_type and cls.__name__ in _RULES:
             return _RULES[cls.__name__](module)
     return {}
@@ -206,7 +212,9 @@ def _head(module: Any) -> LayerAxes:
         "kernel": _matrix(module.in_features, module.out_features),
         "confidence_kernel": _matrix(module.in_features, 1),
         "confidence_bias": _axes("none", 1),
-        **dict.fromkeys(("bias", "scale", "logit_scale", "logit_bias"), per_class),
+        **dict.fromkeys(
+            ("bias", "scale", "logit_scale", "logit_bias"), per_class
+        ),
     }
 
 

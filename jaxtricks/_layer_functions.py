@@ -21,7 +21,13 @@ from jaxtricks._typing import Array
 from jaxtricks.longtail import heads
 from jaxtricks.reparam import Conv, Identity, Norm, Sequential, Sum, _nodes
 from jaxtricks.reparam._apply import norm_factor
-from jaxtricks.reparam._nodes import convolve, per_axis, place, resolve, zero_pad
+from jaxtricks.reparam._nodes import (
+    convolve,
+    per_axis,
+    place,
+    resolve,
+    zero_pad,
+)
 
 Padding = _nodes.Padding
 Pads = _nodes.Pads
@@ -134,7 +140,9 @@ def hooked_kernel(conv: Any, kernel: Array, mask: Array | None) -> Array:
 
 def has_hook(conv: Any) -> bool:
     """Return whether a convolution standardizes its kernel by a hook."""
-    return isinstance(getattr(conv, "conv_general_dilated", None), weightstd.Hook)
+    return isinstance(
+        getattr(conv, "conv_general_dilated", None), weightstd.Hook
+    )
 
 
 def matching_filters(
@@ -226,7 +234,7 @@ def normalize_to(
     dtype: Any,
 ) -> Array:
     """Return `ebn.normalize` in `dtype` (None: that of x, scale and bias together)."""
-    out_dtype = common_dtype(x, scale, bias, given=dtype)
+    out_dtype = common_dtype(x, scale, bias, override=dtype)
     wide = jnp.asarray(x, wide_dtype(x))
     mean, var = statistics
     y = ebn.normalize(wide, mean, var, scale, bias, epsilon=epsilon)
@@ -234,7 +242,11 @@ def normalize_to(
 
 
 def pooled_variance(
-    variances: Array, scale: Array | None, *, old_epsilon: float, new_epsilon: float
+    variances: Array,
+    scale: Array | None,
+    *,
+    old_epsilon: float,
+    new_epsilon: float,
 ) -> tuple[Array, Array]:
     """Return (variance [], scale [C]) that normalize like one variance per channel.
 
@@ -296,7 +308,9 @@ def block_geometry(
     dilation = per_axis("kernel_dilation", kernel_dilation or 1, rank)
     # Padding from which no branch can derive its padding fails here, not in a step.
     resolve(padding, size, size, steps, dilation)
-    return BlockGeometry(in_features, out_features, size, steps, dilation, groups)
+    return BlockGeometry(
+        in_features, out_features, size, steps, dilation, groups
+    )
 
 
 def branch_pads(
@@ -411,7 +425,9 @@ def branch_sum(branches: Sequence[BranchNodes]) -> Sum:
     return Sum(*(branch.node() for branch in branches))
 
 
-def block_node(branches: Sequence[BranchNodes], norm: Norm | None) -> Sum | Sequential:
+def block_node(
+    branches: Sequence[BranchNodes], norm: Norm | None
+) -> Sum | Sequential:
     """Return a block as a node: the sum, and an online block's normalization behind it."""
     total = branch_sum(branches)
     return total if norm is None else Sequential(total, norm)
@@ -487,7 +503,9 @@ STANDARDIZED_START = (
 )
 
 
-def _started(branch: BranchNodes, block: BlockGeometry, std: Array) -> BranchNodes:
+def _started(
+    branch: BranchNodes, block: BlockGeometry, std: Array
+) -> BranchNodes:
     """Return the branch with statistics for white input and this output std."""
     if branch.first is not None:
         var = _white_variance([branch.pointwise()], block)
@@ -508,7 +526,9 @@ def _power(kernel: Array) -> Array:
     return jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)))
 
 
-def _with_statistics(norm: Norm, var: Array, scale: Array | float | None) -> Norm:
+def _with_statistics(
+    norm: Norm, var: Array, scale: Array | float | None
+) -> Norm:
     """Return the normalization with mean 0, bias 0, this variance and this scale.
 
     A scalar variance becomes the mean of `var`; a scale of None makes the factor 1.
@@ -549,7 +569,9 @@ _HOOKS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_layer(layer: Any, cls: type, extension_points: tuple[str, ...] = ()) -> None:
+def check_layer(
+    layer: Any, cls: type, extension_points: tuple[str, ...] = ()
+) -> None:
     """Raise if the layer may compute something else than a `cls` with its variables.
 
     The text of the error continues the name of the layer.
@@ -584,7 +606,9 @@ def check_hooks(layer: Any, cls: type, ignored: tuple[str, ...] = ()) -> None:
     """
     dilation = getattr(layer, "input_dilation", None) or 1
     if set(_integers.listed(dilation)) != {1}:
-        raise ValueError(f"has `input_dilation` {dilation}, which has no counterpart")
+        raise ValueError(
+            f"has `input_dilation` {dilation}, which has no counterpart"
+        )
     for hook, neutral in _HOOKS.items():
         value = getattr(layer, hook, None)
         if value is None or hook in ignored:
@@ -593,7 +617,9 @@ def check_hooks(layer: Any, cls: type, ignored: tuple[str, ...] = ()) -> None:
             continue  # its kernel is known
         harmless = (*neutral, _default(cls, hook))
         if not any(value is v for v in harmless):
-            raise ValueError(f"has a custom `{hook}`, so what it computes is not known")
+            raise ValueError(
+                f"has a custom `{hook}`, so what it computes is not known"
+            )
 
 
 def _default(cls: type, name: str) -> Any:

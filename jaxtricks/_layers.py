@@ -71,7 +71,9 @@ class BranchSpec(NamedTuple):
         """Initial gain per channel where no normalization follows the branch."""
         # For white input the mean over n taps has a standard deviation of 1 / sqrt(n),
         # which a normalization would undo.
-        return math.prod(self.size) ** 0.5 if self.kind == "pool" else self.scale
+        return (
+            math.prod(self.size) ** 0.5 if self.kind == "pool" else self.scale
+        )
 
 
 class BlockGeometry(NamedTuple):
@@ -149,7 +151,9 @@ def mobileone_branches(block: BlockGeometry, *, num_branches: int) -> Table:
     return (*squares, *points, *_identity(block))
 
 
-def diverse_branches(block: BlockGeometry, *, internal_features: int | None) -> Table:
+def diverse_branches(
+    block: BlockGeometry, *, internal_features: int | None
+) -> Table:
     """Return the table of DiverseBranchBlock: KxK, 1x1, 1x1-average and 1x1-KxK.
 
     Args:
@@ -218,7 +222,11 @@ def dilated_branches(
                 f"{sorted(DILATED_KERNELS)} per axis, or `kernel_sizes` and `dilates`"
             )
         kernel_sizes, dilates = DILATED_KERNELS[large[0]]
-    if kernel_sizes is None or dilates is None or len(kernel_sizes) != len(dilates):
+    if (
+        kernel_sizes is None
+        or dilates is None
+        or len(kernel_sizes) != len(dilates)
+    ):
         raise ValueError(
             "DilatedReparamBlock: give `kernel_sizes` and `dilates` together, one "
             "dilation per size"
@@ -255,14 +263,19 @@ def check_groups(name: str, ins: int, outs: int, groups: int) -> None:
 def check_mode(name: str, mode: str) -> None:
     """Raise ValueError unless the mode is "branches" or "online"."""
     if mode not in ("branches", "online"):
-        raise ValueError(f"{name}: `mode` is {mode!r}; give 'branches' or 'online'")
+        raise ValueError(
+            f"{name}: `mode` is {mode!r}; give 'branches' or 'online'"
+        )
 
 
 # Arguments of convolutions.
 
 
 def conv_kernel_shape(
-    in_features: int, out_features: int, kernel_size: int | Sequence[int], groups: int
+    in_features: int,
+    out_features: int,
+    kernel_size: int | Sequence[int],
+    groups: int,
 ) -> tuple[int, ...]:
     """Return [*kernel_size, in / groups, out], the shape of WSConv's kernel."""
     check_groups("WSConv", in_features, out_features, groups)
@@ -348,7 +361,9 @@ def use_running_statistics(
     return setting
 
 
-def moving_mean(mean: Array, x: Array, momentum: float, axis_name: Any) -> Array:
+def moving_mean(
+    mean: Array, x: Array, momentum: float, axis_name: Any
+) -> Array:
     """Return momentum * mean + (1 - momentum) * (mean of x per channel).
 
     Args:
@@ -409,11 +424,15 @@ def average_pool(x: Array, size: Size, strides: Size, dilation: Size) -> Array:
 
 def split_equation(equation: str) -> tuple[str, str, str]:
     """Return (inputs, kernel, outputs) of an einsum layer's equation."""
-    inputs, kernel, outputs = equation.replace(" ", "").replace("->", ",").split(",")
+    inputs, kernel, outputs = (
+        equation.replace(" ", "").replace("->", ",").split(",")
+    )
     return inputs, kernel, outputs
 
 
-def einsum_bias_shape(equation: str, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+def einsum_bias_shape(
+    equation: str, kernel_shape: Sequence[int]
+) -> tuple[int, ...]:
     """Return the sizes of the axes that kernel and output share, in the output's order."""
     _, kernel, outputs = split_equation(equation)
     sizes = dict(zip(kernel, kernel_shape, strict=False))
@@ -484,7 +503,9 @@ def mode_rule(name: str, cls: type, train_kwargs: TrainKwargs) -> ModeRule:
         )
     in_training = dict(train_kwargs)
 
-    def rule(train: bool, inputs: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def rule(
+        train: bool, inputs: Any, kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
         flags = {flag: value == train for flag, value in in_training.items()}
         return {**flags, **kwargs}
 
@@ -531,10 +552,14 @@ def open_parameters(
     except (TypeError, ValueError):
         # The call itself will raise, and say what is wrong with its arguments.
         return {}
-    return {name: p for name, p in signature.parameters.items() if name not in bound}
+    return {
+        name: p for name, p in signature.parameters.items() if name not in bound
+    }
 
 
-def attribute_flags(attributes: Mapping[str, Any], train: bool) -> dict[str, bool]:
+def attribute_flags(
+    attributes: Mapping[str, Any], train: bool
+) -> dict[str, bool]:
     """Return the attributes of a module that are flags, set for this mode."""
     return {
         flag: value == train
@@ -555,7 +580,11 @@ def _is_flag(parameter: inspect.Parameter | None) -> bool:
     if parameter is None:
         return False
     default = parameter.default
-    return default is parameter.empty or default is None or isinstance(default, bool)
+    return (
+        default is parameter.empty
+        or default is None
+        or isinstance(default, bool)
+    )
 
 
 # Arguments and results of functional forms.
@@ -572,7 +601,9 @@ def static_train(train: Any) -> bool:
 
 def checked_key(key: Any) -> Key:
     """Return `key`, or raise ValueError if it is not a typed PRNG key."""
-    if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if not jax.dtypes.issubdtype(
+        getattr(key, "dtype", None), jax.dtypes.prng_key
+    ):
         raise ValueError(
             "functional: `key` is not a typed PRNG key; make it with jax.random.key"
         )
@@ -683,7 +714,9 @@ CANNOT_CONVERT_STACKED = (
 def with_settings(factory: Factory, settings: Mapping[str, Any]) -> Factory:
     """Return the factory with the settings that it takes and does not bind."""
     names = unbound_arguments(factory, settings)
-    return functools.partial(factory, **{name: settings[name] for name in names})
+    return functools.partial(
+        factory, **{name: settings[name] for name in names}
+    )
 
 
 def unbound_arguments(factory: Factory, names: Iterable[str]) -> list[str]:
@@ -727,7 +760,9 @@ class NormSettings:
         self._features = features
         self._read_by = read_by
 
-    def of(self, path: str, features: int, names: Iterable[str]) -> dict[str, Any]:
+    def of(
+        self, path: str, features: int, names: Iterable[str]
+    ) -> dict[str, Any]:
         """Return {name: value}; empty if the model has no normalization.
 
         Of several that may be the one behind, all must agree: those that the trace
@@ -742,7 +777,9 @@ class NormSettings:
           ValueError: they do not agree.
         """
         parent = path.rpartition("/")[0]
-        readers = [reader for uses in self._read_by.get(path, ()) for reader in uses]
+        readers = [
+            reader for uses in self._read_by.get(path, ()) for reader in uses
+        ]
         behind = [reader for reader in readers if reader in self._norms]
         beside = [
             p
@@ -760,7 +797,9 @@ class NormSettings:
 
 
 def _common_value(name: str, norms: Iterable[Any]) -> Any:
-    first, *others = (getattr(norm, name) for norm in norms if hasattr(norm, name))
+    first, *others = (
+        getattr(norm, name) for norm in norms if hasattr(norm, name)
+    )
     for other in others:
         if other != first:
             raise ValueError(

@@ -96,7 +96,9 @@ def refuse_module(fn: Callable[..., Any], name: str) -> None:
     """
     # By name: Flax is not imported on this floor.
     for base in type(fn).__mro__:
-        if base.__name__ == "Module" and base.__module__.startswith("flax.nnx."):
+        if base.__name__ == "Module" and base.__module__.startswith(
+            "flax.nnx."
+        ):
             raise ValueError(
                 f"remat.{name}: `fn` is a flax.nnx module ({type(fn).__name__}): use "
                 f"jaxtricks.nnx.{name}, which returns a module and updates its "
@@ -143,7 +145,9 @@ def _with_arrays(
 
 def _is_array(x: Any) -> bool:
     # Python numbers stay static, so `if flag:` and `range(n)` keep working inside fn.
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(
+        x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    )
 
 
 def _as_jax(x: Any) -> Any:
@@ -158,7 +162,9 @@ def _module_hint(nnx: str) -> Iterator[None]:
     except Exception as error:
         # By name, as above: flax.nnx raises it from the user's function.
         if type(error).__name__ == "TraceContextError":
-            error.add_note(f"{_advice(nnx)}, and pass the module as an argument")
+            error.add_note(
+                f"{_advice(nnx)}, and pass the module as an argument"
+            )
         raise
 
 
@@ -179,7 +185,9 @@ def _refuse_changes(
     after, _ = jax.tree_util.tree_flatten_with_path(arguments)
     # By identity: comparing values would wait for them, and tracers have none.
     changed = [
-        path for (path, x), old in zip(after, before, strict=False) if x is not old
+        path
+        for (path, x), old in zip(after, before, strict=False)
+        if x is not old
     ]
     if changed or len(after) != len(before):
         where = f" ({jax.tree_util.keystr(changed[0])})" if changed else ""

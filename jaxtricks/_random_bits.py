@@ -36,7 +36,9 @@ def uniform(seed: Array, shape: tuple[int, ...]) -> Array:
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(
+            stride
+        )
     bits = _mix(_mix(index ^ seed[0]) + seed[1]) >> jnp.uint32(16)
     return bits.astype(jnp.float32) / 2**16
 
@@ -56,7 +58,9 @@ _GOLDEN = np.uint32(0x9E3779B9)
 
 
 def permuted(
-    place: UInt32[Array, "*n"], size: UInt32[Array, "*_"], seed: UInt32[Array, "*_"]
+    place: UInt32[Array, "*n"],
+    size: UInt32[Array, "*_"],
+    seed: UInt32[Array, "*_"],
 ) -> UInt32[Array, "*n"]:
     """Permute `size` places by a seed (swap-or-not): return where a place goes.
 
@@ -85,7 +89,9 @@ def permuted(
     return jax.lax.fori_loop(0, _ROUNDS, swap_or_not, place)
 
 
-def mixed(a: UInt32[Array, "*_"], b: UInt32[Array, "*_"]) -> UInt32[Array, "*_"]:
+def mixed(
+    a: UInt32[Array, "*_"], b: UInt32[Array, "*_"]
+) -> UInt32[Array, "*_"]:
     """Hash two words so that every bit depends on both (MurmurHash3 twice)."""
     return _finalized(a ^ _finalized(b + _GOLDEN))
 

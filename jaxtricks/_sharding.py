@@ -19,7 +19,9 @@ def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
     words = jax.lax.bitcast_convert_type(
         jax.lax.stop_gradient(x), f"uint{info(x.dtype).bits}"
     )
-    return (jax.lax.population_count(words) >> words.dtype.type(7)).astype(dtype)
+    return (jax.lax.population_count(words) >> words.dtype.type(7)).astype(
+        dtype
+    )
 
 
 def placed_like(x: jax.Array, other: jax.Array) -> jax.Array:
@@ -34,7 +36,9 @@ def on_mesh(*xs: Any) -> bool:
     """
     meshes = [jax.typeof(x).sharding.mesh for x in xs]
     axes = [
-        axis for m in meshes for axis in zip(m.axis_sizes, m.axis_types, strict=True)
+        axis
+        for m in meshes
+        for axis in zip(m.axis_sizes, m.axis_types, strict=True)
     ]
     return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 

@@ -22,7 +22,8 @@ class Table(NamedTuple):
         cells = [self.headers, *(tuple(map(cell, row)) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         right = [
-            all(_numeric(r[i]) for r in self.rows) for i in range(len(self.headers))
+            all(_numeric(r[i]) for r in self.rows)
+            for i in range(len(self.headers))
         ]
         lines = [_line(row, widths, right) for row in cells]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -40,7 +41,9 @@ class Table(NamedTuple):
 
 
 def make(
-    headers: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()
+    headers: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    notes: Sequence[str] = (),
 ) -> Table:
     """Build a table from any sequences."""
     return Table(tuple(headers), tuple(map(tuple, rows)), tuple(notes))
@@ -60,7 +63,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in text
     )
 
 
@@ -79,6 +83,10 @@ def _numeric(x: Any) -> bool:
     return x is None or isinstance(x, int | float)
 
 
-def _line(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+def _line(
+    row: Sequence[str], widths: Sequence[int], right: Sequence[bool]
+) -> str:
     pairs = zip(row, widths, right, strict=True)
-    return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in pairs).rstrip()
+    return "  ".join(
+        c.rjust(w) if r else c.ljust(w) for c, w, r in pairs
+    ).rstrip()

@@ -44,7 +44,9 @@ def leaves_with_paths(
     return [(path_str(path), leaf) for path, leaf in leaves]
 
 
-def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def by_path(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
     """Return {path: leaf} in flattening order.
 
     Raises:
@@ -82,7 +84,9 @@ def _leaf_bytes(x: Any) -> int:
     if not hasattr(x, "shape"):
         x = np.asarray(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        x = jax.eval_shape(
+            jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype)
+        )
     return math.prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
@@ -91,7 +95,9 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata=STATIC, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(
+    frozen_default=True, field_specifiers=(static, dataclasses.field)
+)
 def node(cls: type[T]) -> type[T]:
     """Make cls a frozen dataclass and a pytree; fields declared by `static()` are structure.
 
@@ -106,7 +112,9 @@ def node(cls: type[T]) -> type[T]:
     meta = tuple(f.name for f in fields if f.metadata.get("static"))
 
     def flatten(x: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(x, n) for n in data), tuple(getattr(x, n) for n in meta)
+        return tuple(getattr(x, n) for n in data), tuple(
+            getattr(x, n) for n in meta
+        )
 
     def flatten_with_keys(x: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         children, aux = flatten(x)
@@ -119,5 +127,7 @@ def node(cls: type[T]) -> type[T]:
             object.__setattr__(x, name, value)
         return x
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    jax.tree_util.register_pytree_with_keys(
+        cls, flatten_with_keys, unflatten, flatten
+    )
     return cls

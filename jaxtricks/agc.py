@@ -134,7 +134,9 @@ def exclude(*regex: str) -> Exclude:
         try:
             re.compile(pattern)
         except re.error as error:
-            message = f"agc.exclude: {pattern!r} is not a regular expression: {error}"
+            message = (
+                f"agc.exclude: {pattern!r} is not a regular expression: {error}"
+            )
             raise ValueError(message) from None
     return Exclude(tuple(regex))
 
@@ -222,10 +224,16 @@ def adaptive_grad_clip(
     def init_fn(params: Params) -> AgcState:
         leaves = _tree.by_path(params)
         # optax calls init with an empty tree to locate the parameters' trees in a state.
-        if isinstance(path_filter, Exclude) and leaves and not _tree.has_masked(params):
+        if (
+            isinstance(path_filter, Exclude)
+            and leaves
+            and not _tree.has_masked(params)
+        ):
             path_filter.check(leaves)
         leaf_roles = roles_lib.leaf_roles(roles, params)
-        for (path, leaf), axis_roles in zip(leaves.items(), leaf_roles, strict=True):
+        for (path, leaf), axis_roles in zip(
+            leaves.items(), leaf_roles, strict=True
+        ):
             _unit_axes(path, tuple(jnp.shape(leaf)), axis_roles)
             _check_dtype(path, leaf, path_filter)
         # Two arrays, because a donated state must not hold one buffer twice.
@@ -251,16 +259,22 @@ def adaptive_grad_clip(
         grads = _tree.by_path(updates)
         reports: list[_Units] = []
         for path, g in grads.items():
-            if jnp.size(g) == 0 or (path_filter is not None and not path_filter(path)):
+            if jnp.size(g) == 0 or (
+                path_filter is not None and not path_filter(path)
+            ):
                 continue
             if path not in weights:
                 raise ValueError(
                     f"agc: {path!r} has a gradient but is not among `params`"
                 )
             unit = _unit_axes(path, tuple(jnp.shape(g)), leaf_roles[path])
-            grads[path], units = _clip_leaf(g, weights[path], clip, floor, axes=unit)
+            grads[path], units = _clip_leaf(
+                g, weights[path], clip, floor, axes=unit
+            )
             reports.append(units)
-        clipped = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
+        clipped = jax.tree.unflatten(
+            jax.tree.structure(updates), list(grads.values())
+        )
         count = optax.safe_increment(state.count) if scheduled else None
         return clipped, AgcState(*_summary(reports, clip, floor), count)
 
@@ -289,7 +303,8 @@ def _check_dtype(
 def _matches(pattern: str, path: str) -> bool:
     keys = path.split("/")
     return any(
-        re.fullmatch(pattern, "/".join(keys[:n])) for n in range(1, len(keys) + 1)
+        re.fullmatch(pattern, "/".join(keys[:n]))
+        for n in range(1, len(keys) + 1)
     )
 
 
@@ -338,7 +353,9 @@ def _clip_leaf(
     return (g.astype(dtype) * factor).astype(g.dtype), units
 
 
-def _summary(leaves: list[_Units], clipping: Any, eps: Any) -> tuple[Array, Array]:
+def _summary(
+    leaves: list[_Units], clipping: Any, eps: Any
+) -> tuple[Array, Array]:
     """Return (fraction of units clipped, largest ratio) of all leaves, float32 []."""
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
@@ -361,7 +378,9 @@ def _joined(leaves: list[_Units]) -> _Units:
 
 
 @jax.jit
-def _count_clipped(units: _Units, clipping: Any, eps: Any) -> tuple[Array, Array]:
+def _count_clipped(
+    units: _Units, clipping: Any, eps: Any
+) -> tuple[Array, Array]:
     """Return (number of clipped units, largest ratio), float32 []."""
     size, bound = _floored(units, clipping, eps)
     ratio = units.g / jnp.maximum(size, jnp.finfo(units.g.dtype).tiny)

@@ -141,7 +141,9 @@ def moments(
       6.0
     """
     if variance not in ("channel", "grand"):
-        raise ValueError(f"ebn: `variance` is {variance!r}; use 'channel' or 'grand'")
+        raise ValueError(
+            f"ebn: `variance` is {variance!r}; use 'channel' or 'grand'"
+        )
     _dtypes.check_floating("ebn: `x`", x)
     x = jnp.asarray(x, _dtypes.wide_dtype(x))
     over = tuple(range(x.ndim - 1))
@@ -229,7 +231,9 @@ def _affine(x: Array, shift: Array, factor: Array, offset: Array) -> Array:
     x) once, write it at the size of x and read it twice. Barriers around the small
     vectors make the two passes differ, so each is fused into its reader.
     """
-    shift, factor, offset = map(jax.lax.optimization_barrier, (shift, factor, offset))
+    shift, factor, offset = map(
+        jax.lax.optimization_barrier, (shift, factor, offset)
+    )
     return (x - _row(shift, x)) * _row(factor, x) + _row(offset, x)
 
 
@@ -277,7 +281,10 @@ def _sums(x: Array) -> tuple[Array, Array]:
     if x.ndim > 1:
         zero = jnp.zeros_like(x, shape=())
         pair = jax.lax.reduce(
-            pair, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 2,)
+            pair,
+            (zero, zero),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            (x.ndim - 2,),
         )
     over = tuple(range(x.ndim - 2))
     return jnp.sum(pair[0], axis=over), jnp.sum(pair[1], axis=over)

@@ -106,7 +106,9 @@ def _timeline(axis: Any, p: Any) -> None:
     if p.timeline is None:
         axis.set(xticks=(), yticks=())
         text = "no timeline: this plan was read,\nplan again to see it"
-        axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center")
+        axis.text(
+            0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center"
+        )
         return
     peaks = [max(alive, default=0) for alive in p.timeline]
     unit, name = _unit([p.budget, *peaks])
@@ -121,7 +123,9 @@ def _timeline(axis: Any, p: Any) -> None:
 
 
 def _trade(axis: Any, p: Any) -> None:
-    unit, name = _unit([p.budget, p.baseline, *(nbytes for nbytes, _ in p.tried)])
+    unit, name = _unit(
+        [p.budget, p.baseline, *(nbytes for nbytes, _ in p.tried)]
+    )
     if len(p.frontier):
         nbytes, extra = np.asarray(p.frontier).T
         axis.plot(
@@ -134,9 +138,17 @@ def _trade(axis: Any, p: Any) -> None:
         )
     if p.tried:
         nbytes, extra = np.array(p.tried).T
-        axis.scatter(nbytes / unit, 100 * extra, 40, "gray", label="tried", zorder=2)
+        axis.scatter(
+            nbytes / unit, 100 * extra, 40, "gray", label="tried", zorder=2
+        )
     axis.scatter(
-        p.baseline / unit, 0, 60, "black", marker="s", label="unplanned", zorder=2
+        p.baseline / unit,
+        0,
+        60,
+        "black",
+        marker="s",
+        label="unplanned",
+        zorder=2,
     )
     # Hollow and large: what lies below it stays visible.
     looks = {
@@ -146,7 +158,12 @@ def _trade(axis: Any, p: Any) -> None:
         "zorder": 3,
     }
     axis.scatter(
-        p.peak / unit, 100 * p.extra_flops, 190, marker="D", label="planned", **looks
+        p.peak / unit,
+        100 * p.extra_flops,
+        190,
+        marker="D",
+        label="planned",
+        **looks,
     )
     axis.axvline(p.budget / unit, label="budget", **_BUDGET)
     axis.margins(0.12)
@@ -207,7 +224,9 @@ def shots(
     _means(right, methods, ends)
     if not single:
         figure.legend(
-            *left.get_legend_handles_labels(), loc="outside upper center", ncols=4
+            *left.get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=4,
         )
     return figure
 
@@ -231,11 +250,14 @@ def _classes(axis: Any, methods: Mapping[str, Any], counts: np.ndarray) -> None:
     axis.grid(alpha=0.3)
 
 
-def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> None:
+def _means(
+    axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]
+) -> None:
     width = 0.84 / max(len(methods), 1)
     for i, (name, summary) in enumerate(methods.items()):
         centres = [
-            x + (i - (len(methods) - 1) / 2) * width for x in range(len(_GROUPS))
+            x + (i - (len(methods) - 1) / 2) * width
+            for x in range(len(_GROUPS))
         ]
         shares = [float(summary[group]) for group in _GROUPS]
         look = {
@@ -244,7 +266,9 @@ def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> No
         }
         labelled_bars(axis, centres, shares, 0.92 * width, alpha=0.55, **look)
         _intervals(axis, centres, ends.get(name, {}))
-    axis.set_xticks(range(len(_GROUPS)), [group_label(name, None) for name in _GROUPS])
+    axis.set_xticks(
+        range(len(_GROUPS)), [group_label(name, None) for name in _GROUPS]
+    )
     axis.set_xlim(-0.5, len(_GROUPS) - 0.5)
     axis.set_ylim(0, 108)
     axis.set_ylabel("mean accuracy of the classes (%)")
@@ -252,7 +276,9 @@ def _means(axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]) -> No
     axis.set_axisbelow(True)
 
 
-def _intervals(axis: Any, centres: Sequence[float], ends: Mapping[str, Any]) -> None:
+def _intervals(
+    axis: Any, centres: Sequence[float], ends: Mapping[str, Any]
+) -> None:
     """Draw lines through the tops of the bars, whose values move above them."""
     values = {text.xy[0]: text for text in axis.texts if hasattr(text, "xy")}
     for x, group in zip(centres, _GROUPS, strict=True):
@@ -278,7 +304,9 @@ def labelled_bars(
 ) -> None:
     """Draw bars of shares in percent, the value above each, "none" where it is not finite."""
     points = [
-        (x, 100 * y) for x, y in zip(centres, shares, strict=True) if math.isfinite(y)
+        (x, 100 * y)
+        for x, y in zip(centres, shares, strict=True)
+        if math.isfinite(y)
     ]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     axis.bar(xs, ys, width, edgecolor="black", **style)
@@ -292,7 +320,9 @@ def labelled_bars(
             fontsize=9,
         )
     for x in set(centres) - set(xs):
-        axis.text(x, 2, "none", ha="center", va="bottom", color="dimgray", fontsize=9)
+        axis.text(
+            x, 2, "none", ha="center", va="bottom", color="dimgray", fontsize=9
+        )
 
 
 def group_label(name: str, counts: Mapping[str, int] | None) -> str:

@@ -100,7 +100,11 @@ class Rule:
                 )
 
     def _matching(self, path: str) -> list[str]:
-        return [pattern for pattern, _ in self.patterns if re.fullmatch(pattern, path)]
+        return [
+            pattern
+            for pattern, _ in self.patterns
+            if re.fullmatch(pattern, path)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +137,9 @@ class Exact:
         if not unknown or not self.table:
             return
         if not any(path in self.table for path in paths):
-            nearest = difflib.get_close_matches(unknown[0], self.table, 1, 0.0)[0]
+            nearest = difflib.get_close_matches(unknown[0], self.table, 1, 0.0)[
+                0
+            ]
             raise ValueError(
                 f"roles: the roles know none of the parameters: {unknown[0]!r} is not among them, and "
                 f"the nearest is {nearest!r}; take them from the model that is trained (jt.nnx.roles, "
@@ -184,7 +190,9 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
             raise ValueError(
                 f"roles: the rule {pattern!r} is not a regular expression: {error}"
             ) from None
-    patterns = tuple((pattern, tuple(roles)) for pattern, roles in rules.items())
+    patterns = tuple(
+        (pattern, tuple(roles)) for pattern, roles in rules.items()
+    )
     return Rule(patterns, strict)
 
 
@@ -301,7 +309,9 @@ which cannot tell stacked layers and heads; take the roles from the model \
     assumed = roles.assumed if isinstance(roles, Exact) else frozenset()
     rows = []
     undecided = []
-    for (path, leaf), axis_roles in zip(leaves, leaf_roles(roles, params), strict=True):
+    for (path, leaf), axis_roles in zip(
+        leaves, leaf_roles(roles, params), strict=True
+    ):
         shape = "x".join(map(str, np.shape(leaf))) or "scalar"
         decision = _decision(leaf, axis_roles, path in assumed)
         rows.append((path, shape, decision))

@@ -76,13 +76,17 @@ class LongtailBench:
     steps: int = option(1000, "Optimizer steps a run.")
     batch: int = option(128, "Images a step.")
     rate: float = option(0.1, "Peak learning rate, the same for all methods.")
-    imbalance: float = option(100.0, "Images of the largest over the smallest class.")
+    imbalance: float = option(
+        100.0, "Images of the largest over the smallest class."
+    )
     size: int = option(
         0,
         "Side of the square that images are resized to; 0 takes what most of them have.",
     )
     widths: tuple[int, ...] = option((16, 32, 64), "Channels of each stage.")
-    blocks: int = option(1, "Residual blocks a stage: 1 is a ResNet-8, 5 a ResNet-32.")
+    blocks: int = option(
+        1, "Residual blocks a stage: 1 is a ResNet-8, 5 a ResNet-32."
+    )
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
@@ -170,7 +174,9 @@ def write(
         table(rows).markdown(),
         f"{hardware()}.",
     ]
-    folder.write_text(REPORT, "\n\n".join(line for line in lines if line) + "\n")
+    folder.write_text(
+        REPORT, "\n\n".join(line for line in lines if line) + "\n"
+    )
 
 
 def _spread(values: list[float]) -> str:
@@ -246,7 +252,11 @@ def run(cfg: LongtailBench, command: str = "") -> list[dict[str, Any]]:
 
 def _load(cfg: LongtailBench, seed: int) -> data_lib.Data:
     return data_lib.load(
-        cfg.data, root=cfg.root, imbalance=cfg.imbalance, seed=seed, size=cfg.size
+        cfg.data,
+        root=cfg.root,
+        imbalance=cfg.imbalance,
+        seed=seed,
+        size=cfg.size,
     )
 
 
@@ -274,7 +284,9 @@ def of_seed(
             base = carry if name == BASE else base
             logits = trainer.logits(carry, test)
         else:
-            logits = second_stage(name, trainer, base, train, test, counts, cfg, seed)
+            logits = second_stage(
+                name, trainer, base, train, test, counts, cfg, seed
+            )
         yield name, scores(logits, test.labels, counts)
 
 
@@ -292,12 +304,19 @@ def second_stage(
     if name == "post_hoc":
         return longtail.posthoc.adjust(trainer.logits(base, test), counts)
     if name == "tau_norm":
-        kernel = longtail.heads.tau_normalize(base.params["head"]["kernel"], 1.0)
-        head = {"kernel": kernel, "bias": jnp.zeros_like(base.params["head"]["bias"])}
+        kernel = longtail.heads.tau_normalize(
+            base.params["head"]["kernel"], 1.0
+        )
+        head = {
+            "kernel": kernel,
+            "bias": jnp.zeros_like(base.params["head"]["bias"]),
+        }
         carry = base._replace(params={**base.params, "head": head})
         return trainer.logits(carry, test)
     steps = max(1, round(SECOND_STAGE * cfg.steps))
-    return trainer.logits(trainer.retrained(base, train, counts, seed, steps), test)
+    return trainer.logits(
+        trainer.retrained(base, train, counts, seed, steps), test
+    )
 
 
 def scores(logits: Any, labels: Any, counts: Any) -> dict[str, float]:
@@ -321,7 +340,10 @@ class Trainer:
 
     def __init__(self, cfg: LongtailBench, method: Method, data: data_lib.Data):
         self._cfg, self._method, self._classes = cfg, method, len(data.classes)
-        self._channels, self._examples = data.shape[-1], step_lib.image_examples(data)
+        self._channels, self._examples = (
+            data.shape[-1],
+            step_lib.image_examples(data),
+        )
         self._apply, *_ = self._trunk(0)
         self._step = jax.jit(self._update, donate_argnums=0)
         self._head_step = jax.jit(
@@ -340,7 +362,10 @@ class Trainer:
                 order += rng.permutation(len(train.labels)).tolist()
             index, order = order[: self._cfg.batch], order[self._cfg.batch :]
             carry = self._step(
-                carry, *_taken(train, index), counts, *_clock(i, steps, seed, self._cfg)
+                carry,
+                *_taken(train, index),
+                counts,
+                *_clock(i, steps, seed, self._cfg),
             )
         return carry
 
@@ -353,7 +378,9 @@ class Trainer:
             jnp.copy, {**base.params, "head": head}
         )  # steps donate it
         carry = Carry(
-            params, jax.tree.map(jnp.copy, base.state), self._tx(0.0).init(params)
+            params,
+            jax.tree.map(jnp.copy, base.state),
+            self._tx(0.0).init(params),
         )
         balanced = longtail.sampling.class_probabilities(counts, 0.0)
         table = longtail.sampling.table(jnp.asarray(train.labels), balanced)
@@ -362,15 +389,22 @@ class Trainer:
             key = jax.random.fold_in(jax.random.key(seed), i)
             index = np.asarray(draw(key, table, self._cfg.batch))
             clock = _clock(i, steps, seed, self._cfg)
-            carry = self._head_step(carry, *_taken(train, index), counts, *clock)
+            carry = self._head_step(
+                carry, *_taken(train, index), counts, *clock
+            )
         return carry
 
     def logits(self, carry: Carry, split: Images) -> Any:
         """[N, C] of all images."""
         count = len(split.labels)
-        parts = [split.images[i : i + _EVALUATED] for i in range(0, count, _EVALUATED)]
+        parts = [
+            split.images[i : i + _EVALUATED]
+            for i in range(0, count, _EVALUATED)
+        ]
         short = _EVALUATED - len(parts[-1])
-        parts[-1] = np.concatenate([parts[-1], np.repeat(parts[-1][:1], short, axis=0)])
+        parts[-1] = np.concatenate(
+            [parts[-1], np.repeat(parts[-1][:1], short, axis=0)]
+        )
         return jnp.concatenate([self._forward(carry, x) for x in parts])[:count]
 
     def _trunk(self, seed: int) -> Any:
@@ -407,7 +441,9 @@ class Trainer:
         head_only: bool = False,
     ) -> Carry:
         augment_key, mix_key = jax.random.split(key)
-        x, targets = self._examples({"image": images, "label": labels}, augment_key)
+        x, targets = self._examples(
+            {"image": images, "label": labels}, augment_key
+        )
         if self._method.mixup:
             x, targets = longtail.mix.mixup(mix_key, x, labels, self._classes)
 
@@ -416,17 +452,23 @@ class Trainer:
                 params["trunk"], carry.state, x, train=not head_only
             )
             logits = methods.logits_of(self._method, params["head"], features)
-            return self._method.loss(logits, targets, counts, share).mean(), state
+            return self._method.loss(
+                logits, targets, counts, share
+            ).mean(), state
 
         grads, state = jax.grad(loss_fn, has_aux=True)(carry.params)
-        updates, moments = self._tx(rate).update(grads, carry.moments, carry.params)
+        updates, moments = self._tx(rate).update(
+            grads, carry.moments, carry.params
+        )
         if head_only:
             updates = _of_head(updates)
         return Carry(optax.apply_updates(carry.params, updates), state, moments)
 
     def _predict(self, carry: Carry, images: Any) -> Any:
         x = step_lib.to_float(images)
-        features, _ = self._apply(carry.params["trunk"], carry.state, x, train=False)
+        features, _ = self._apply(
+            carry.params["trunk"], carry.state, x, train=False
+        )
         logits = methods.logits_of(self._method, carry.params["head"], features)
         return methods.predicted(self._method, logits)
 

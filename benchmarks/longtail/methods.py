@@ -41,10 +41,14 @@ def _of(make: Callable[[Array], Any]) -> Loss:
 def _drw(counts: Array, share: Array) -> Array:
     """Class weights: none until DRW_START, then by effective numbers."""
     after = longtail.weights.effective_number(counts, BETA)
-    return longtail.weights.deferred(share, DRW_START, jnp.ones_like(after), after)
+    return longtail.weights.deferred(
+        share, DRW_START, jnp.ones_like(after), after
+    )
 
 
-def _ldam_drw(logits: Array, labels: Array, counts: Array, share: Array) -> Array:
+def _ldam_drw(
+    logits: Array, labels: Array, counts: Array, share: Array
+) -> Array:
     return longtail.ldam(counts)(logits, labels) * _drw(counts, share)[labels]
 
 

@@ -147,7 +147,9 @@ def explain(
         carries_full=carries[FULL],
         opaque=opaque,
         unknown=unknown,
-        islands=tuple(Island(*key, count) for key, count in islands.most_common()),
+        islands=tuple(
+            Island(*key, count) for key, count in islands.most_common()
+        ),
         notes=tuple(filter(None, notes)),
     )
 
@@ -160,7 +162,9 @@ def _steps(
 
     Equations of a library have the line that called it.
     """
-    for eqn, decision in zip(analysis.jaxpr.eqns, analysis.decisions, strict=True):
+    for eqn, decision in zip(
+        analysis.jaxpr.eqns, analysis.decisions, strict=True
+    ):
         line = _jaxpr.source_line(eqn) or outer
         yield eqn, decision, line
         for body in decision.bodies:
@@ -251,7 +255,9 @@ def _note(
             "included; give it the float32 model instead."
         )
     if products[False]:
-        return "No product is rewritten: the table says why each stays in float32."
+        return (
+            "No product is rewritten: the table says why each stays in float32."
+        )
     return (
         "The function has no matrix product or convolution in float32: autocast "
         "changes nothing."

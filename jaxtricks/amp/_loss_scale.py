@@ -138,12 +138,19 @@ def check_settings(
         ),
         ("growth", growth, "a finite number >= 1", lambda x: 1 <= x < math.inf),
         ("backoff", backoff, "a number between 0 and 1", lambda x: 0 < x < 1),
-        ("min_scale", min_scale, "a finite number > 0", lambda x: 0 < x < math.inf),
+        (
+            "min_scale",
+            min_scale,
+            "a finite number > 0",
+            lambda x: 0 < x < math.inf,
+        ),
     ]
     for argument, value, requirement, holds in rules:
         number = known_number(value)
         if number is not None and not holds(number):
-            raise ValueError(f"amp.{name}: `{argument}` is {value}: give {requirement}")
+            raise ValueError(
+                f"amp.{name}: `{argument}` is {value}: give {requirement}"
+            )
     argument, first = init
     low, high = known_number(min_scale), known_number(first)
     if low is not None and high is not None and low > high:
@@ -207,7 +214,9 @@ def all_finite(
         needed.
     """
     checks = [
-        jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _dtypes.is_inexact(x)
+        jnp.isfinite(x).all()
+        for x in jax.tree.leaves(tree)
+        if _dtypes.is_inexact(x)
     ]
     finite = jnp.stack(checks).all() if checks else jnp.bool_(True)
     if axis_name is None:
@@ -237,7 +246,9 @@ def _multiply(tree: T, factor: Array) -> T:
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # Part by part: as a complex number the factor would make NaN of an infinite
             # part.
-            real, imag = (part * factor.astype(part.dtype) for part in (x.real, x.imag))
+            real, imag = (
+                part * factor.astype(part.dtype) for part in (x.real, x.imag)
+            )
             return jax.lax.complex(real, imag)
         return x * factor.astype(x.dtype)
 
@@ -399,7 +410,9 @@ def dynamic_loss_scale(
       Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2.
     """
     name = "dynamic_loss_scale"
-    check_settings(name, ("init", init), growth_interval, growth, backoff, min_scale)
+    check_settings(
+        name, ("init", init), growth_interval, growth, backoff, min_scale
+    )
     check_max_consecutive(name, max_consecutive)
     inner = optax.with_extra_args_support(inner)
 
@@ -411,7 +424,12 @@ def dynamic_loss_scale(
                 "amp.dynamic_loss_scale: `inner` has a loss scale too, which would "
                 "divide again; keep the outermost one"
             )
-        counters = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(max_consecutive)
+        counters = (
+            jnp.int32(0),
+            jnp.int32(0),
+            jnp.int32(0),
+            jnp.int32(max_consecutive),
+        )
         return DynamicLossScaleState(jnp.float32(init), *counters, inner_state)
 
     def update_fn(
@@ -430,7 +448,9 @@ def dynamic_loss_scale(
             # Moments of 16 bits stay so: the gradients that they take in are wider now.
             return updates, jax.tree.map(_as_before, new_state, inner_state)
 
-        updates, inner_state = _guarded(step, finite, updates, state.inner_state)
+        updates, inner_state = _guarded(
+            step, finite, updates, state.inner_state
+        )
         scale, clean = next_scale(
             state.scale,
             state.clean,
@@ -486,7 +506,9 @@ def skip_nonfinite(
         def step(grads: Any, inner_state: Any) -> Any:
             return inner.update(grads, inner_state, params, **extra)
 
-        updates, inner_state = _guarded(step, finite, updates, state.inner_state)
+        updates, inner_state = _guarded(
+            step, finite, updates, state.inner_state
+        )
         skipped, consecutive = _counted(finite, state)
         return updates, SkipNonfiniteState(
             consecutive, skipped, state.max_consecutive, inner_state
@@ -557,7 +579,10 @@ def step_applied(before: Any, after: Any) -> Array:
       >>> bool(step_applied(state, tx.update(jnp.full(2, jnp.nan), state)[1]))
       False
     """
-    old_states, new_states = _states(before, _SKIPPING), _states(after, _SKIPPING)
+    old_states, new_states = (
+        _states(before, _SKIPPING),
+        _states(after, _SKIPPING),
+    )
     if not old_states or not new_states:
         raise ValueError(
             "amp.step_applied: `before` has neither dynamic_loss_scale nor "
@@ -606,9 +631,13 @@ def _guarded(
         return _branched(step, finite, grads, state)
     # Zeros instead of NaN go in, so that nothing inside trips over them (jax_debug_nans
     # included).
-    safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
+    safe = jax.tree.map(
+        lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads
+    )
     updates, new_state = step(safe, state)
-    updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+    updates = jax.tree.map(
+        lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
+    )
     return updates, select_tree(finite, new_state, state)
 
 
@@ -634,7 +663,9 @@ def _branched(
     With `where` around it XLA computes new moments twice, for the updates and for the
     state.
     """
-    closed, (updates, new_state) = jax.make_jaxpr(step, return_shape=True)(grads, state)
+    closed, (updates, new_state) = jax.make_jaxpr(step, return_shape=True)(
+        grads, state
+    )
     structure = jax.tree.structure((updates, new_state))
 
     def apply(grads: Any, state: Any) -> list[Any]:

@@ -29,7 +29,12 @@ _DTYPES = {
     "f64": jnp.float64,
     "float64": jnp.float64,
 }
-_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+_SHORT = {
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float32": "f32",
+    "float64": "f64",
+}
 _FIELDS = {
     "p": "param",
     "params": "param",

@@ -167,7 +167,9 @@ def _why_not_low(eqn: Any, low: np.dtype) -> str:
         return "an inner product: a reduction"
     for v in eqn.invars:
         dtype = v.aval.dtype
-        if dtype not in (np.float32, low) and jnp.issubdtype(dtype, jnp.inexact):
+        if dtype not in (np.float32, low) and jnp.issubdtype(
+            dtype, jnp.inexact
+        ):
             return f"an operand is {dtype}"
     return ""
 
@@ -407,7 +409,9 @@ class Analyzer:
                 for v, is_low in zip(carries, may_lower, strict=True)
             ]
             demanded = [s == FULL for s in carry] + stacked
-            body = self.analyse(jaxpr, (*ins[:first], *carry, *ins[last:]), demanded)
+            body = self.analyse(
+                jaxpr, (*ins[:first], *carry, *ins[last:]), demanded
+            )
             leaving = body.outs[: len(carry)]
             still_low = [
                 is_low and s != FULL
@@ -476,11 +480,14 @@ class Analyzer:
         demanded: Sequence[bool],
     ) -> Decision:
         branches = [
-            self.analyse(jaxpr, ins[1:], demanded) for jaxpr in _open_bodies(eqn)
+            self.analyse(jaxpr, ins[1:], demanded)
+            for jaxpr in _open_bodies(eqn)
         ]
         outs = tuple(
             None if states[0] is None else max(states)
-            for states in zip(*(branch.outs for branch in branches), strict=True)
+            for states in zip(
+                *(branch.outs for branch in branches), strict=True
+            )
         )
         rewritten = tuple(branch.leaving(outs) for branch in branches)
         return Decision(BODY, "", None, outs, rewritten)
@@ -579,7 +586,9 @@ def _there_unless_demanded(
     joined: int,
     demanded: bool,
 ) -> tuple[int, int]:
-    return (FULL, FULL) if joined == LOW and demanded else _there(joined, demanded)
+    return (
+        (FULL, FULL) if joined == LOW and demanded else _there(joined, demanded)
+    )
 
 
 # Class -> (joined state of the operands, demanded in float32) -> (state to run in,

@@ -71,7 +71,11 @@ class Emitter:
 
         def read(v: Any, state: State) -> Any:
             if _jaxpr.is_literal(v):
-                return np.asarray(v.val, self._dtype(state)) if is_full(v) else v.val
+                return (
+                    np.asarray(v.val, self._dtype(state))
+                    if is_full(v)
+                    else v.val
+                )
             x = values[v]
             if not is_full(v) or state is None:
                 return x
@@ -79,14 +83,19 @@ class Emitter:
                 return self.cast(x, state)
             # Low, and needed in float32.
             if v not in raised:
-                raised[v] = self._rounded(x) if v in compared else self.cast(x, FULL)
+                raised[v] = (
+                    self._rounded(x) if v in compared else self.cast(x, FULL)
+                )
             return raised[v]
 
         for eqn, decision in zip(jaxpr.eqns, analysis.decisions, strict=True):
             with _jaxpr.source_context(eqn) as bare:
                 results = self._bind(bare, decision, read)
             values.update(zip(eqn.outvars, results, strict=True))
-        return [read(v, s) for v, s in zip(jaxpr.outvars, analysis.outs, strict=True)]
+        return [
+            read(v, s)
+            for v, s in zip(jaxpr.outvars, analysis.outs, strict=True)
+        ]
 
     def cast(
         self,
@@ -107,7 +116,9 @@ class Emitter:
         if key not in self._rewritten:
             avals = [
                 v.aval.update(dtype=self.low) if state == LOW else v.aval
-                for v, state in zip(analysis.jaxpr.invars, analysis.ins, strict=True)
+                for v, state in zip(
+                    analysis.jaxpr.invars, analysis.ins, strict=True
+                )
             ]
             run = lambda *args: self.run(analysis, consts, args)  # noqa: E731
             self._rewritten[key] = jax.make_jaxpr(run)(*avals)
@@ -126,7 +137,11 @@ class Emitter:
             return self._bind_with_bodies(eqn, decision, read)
         name = _jaxpr.primitive(eqn)
         runs_low = decision.run == LOW
-        if name == table.CONVERT and decision.run is None and is_full(eqn.invars[0]):
+        if (
+            name == table.CONVERT
+            and decision.run is None
+            and is_full(eqn.invars[0])
+        ):
             # To float32 again, or to low and already there.
             return [read(eqn.invars[0], None)]
         if decision.kind == table.FOLLOW and runs_low:
@@ -173,7 +188,9 @@ class Emitter:
         """
         bits = jnp.finfo(self.low)
         return lax.reduce_precision(
-            self.cast(x, FULL), exponent_bits=bits.nexp, mantissa_bits=bits.nmant
+            self.cast(x, FULL),
+            exponent_bits=bits.nexp,
+            mantissa_bits=bits.nmant,
         )
 
     def _bind_with_bodies(
@@ -193,7 +210,9 @@ class Emitter:
         if name == "shard_map":
             # Its body can be traced only inside it, where its axes are bound.
             run = lambda *args: self.run(analyses[0], (), args)  # noqa: E731
-            return jax.shard_map(run, **_jaxpr.shard_map_arguments(eqn))(*operands)
+            return jax.shard_map(run, **_jaxpr.shard_map_arguments(eqn))(
+                *operands
+            )
         # Loops, branches, jit and checkpoint take any bodies that fit together.
         pairs = zip(analyses, _jaxpr.bodies(eqn), strict=True)
         new_bodies = [self._closed(body, old.consts) for body, old in pairs]

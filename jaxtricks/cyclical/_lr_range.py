@@ -125,7 +125,9 @@ def lr_range_test(
     """
     lrs = _rates(lo, hi, num_steps, spacing)
     weights = _weights(smoothing, stop_factor, num_steps)
-    carry = jax.tree.map(lambda x: x.copy() if isinstance(x, Array) else x, carry)
+    carry = jax.tree.map(
+        lambda x: x.copy() if isinstance(x, Array) else x, carry
+    )
     sweep = _on_device if _is_stacked(batches) else _on_host
     curve = sweep(step, carry, batches, lrs, weights, stop_factor)
     suggestion = _steepest(lrs, curve.smoothed, curve.count)
@@ -147,7 +149,9 @@ def _rates(lo: Any, hi: Any, num_steps: int, spacing: str) -> Array:
     if num_steps < 2:
         raise ValueError(f"{says}`num_steps` is {num_steps}: give at least 2")
     if spacing not in ("exp", "linear"):
-        raise ValueError(f"{says}`spacing` is {spacing!r}: give 'exp' or 'linear'")
+        raise ValueError(
+            f"{says}`spacing` is {spacing!r}: give 'exp' or 'linear'"
+        )
     spaced = np.geomspace if spacing == "exp" else np.linspace
     return jnp.asarray(spaced(lo, hi, num_steps), jnp.result_type(float))
 
@@ -169,7 +173,9 @@ def _weights(smoothing: float, stop_factor: float, num_steps: int) -> Array:
 def _is_stacked(batches: Any) -> bool:
     """Return whether it is a pytree of arrays [batches, ...]; a list never is."""
     leaves = jax.tree.leaves(batches, is_leaf=_is_loader)
-    if not hasattr(batches, "__iter__") and (not leaves or leaves[0] is batches):
+    if not hasattr(batches, "__iter__") and (
+        not leaves or leaves[0] is batches
+    ):
         raise ValueError(
             f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: give an iterable of "
             "batches, or all of them stacked"
@@ -192,11 +198,18 @@ def _is_loader(x: Any) -> bool:
 
 
 def _on_host(
-    step: Step, carry: Any, batches: Any, lrs: Array, weights: Array, stop_factor: float
+    step: Step,
+    carry: Any,
+    batches: Any,
+    lrs: Array,
+    weights: Array,
+    stop_factor: float,
 ) -> _Curve:
     curve = _empty_curve(lrs)
     observe = jax.jit(_observe)
-    for batch, lr in zip(itertools.islice(batches, len(lrs)), lrs, strict=False):
+    for batch, lr in zip(
+        itertools.islice(batches, len(lrs)), lrs, strict=False
+    ):
         carry, loss = step(carry, batch, lr)
         curve = observe(curve, _scalar(loss), weights, stop_factor)
         if curve.stopped:
@@ -205,7 +218,12 @@ def _on_host(
 
 
 def _on_device(
-    step: Step, carry: Any, batches: Any, lrs: Array, weights: Array, stop_factor: float
+    step: Step,
+    carry: Any,
+    batches: Any,
+    lrs: Array,
+    weights: Array,
+    stop_factor: float,
 ) -> _Curve:
     batches = jax.tree.map(jnp.asarray, batches)
     limit = min(len(lrs), len(jax.tree.leaves(batches)[0]))
@@ -229,7 +247,9 @@ def _on_device(
 def _empty_curve(lrs: Array) -> _Curve:
     zero = jnp.zeros([], lrs.dtype)
     blank = jnp.full(lrs.shape, jnp.nan, lrs.dtype)
-    return _Curve(jnp.int32(0), jnp.bool_(False), zero, zero + jnp.inf, blank, blank)
+    return _Curve(
+        jnp.int32(0), jnp.bool_(False), zero, zero + jnp.inf, blank, blank
+    )
 
 
 def _scalar(loss: Any) -> Array:
@@ -240,7 +260,9 @@ def _scalar(loss: Any) -> Array:
     return jnp.asarray(loss).astype(jnp.result_type(float))
 
 
-def _observe(curve: _Curve, loss: Array, weights: Array, stop_factor: Any) -> _Curve:
+def _observe(
+    curve: _Curve, loss: Array, weights: Array, stop_factor: Any
+) -> _Curve:
     i = curve.count
     finite = jnp.isfinite(loss)
     average = curve.average + weights[i] * (loss - curve.average)
@@ -256,7 +278,9 @@ def _observe(curve: _Curve, loss: Array, weights: Array, stop_factor: Any) -> _C
     )
     # A step with a loss that is not finite must leave no trace in the averages, so the
     # whole curve is selected rather than the loss.
-    latest = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, curve)
+    latest = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), after, curve
+    )
     return latest._replace(stopped=diverged | ~finite)
 
 
@@ -269,7 +293,9 @@ def _steepest(lrs: Array, smoothed: Array, count: Array) -> Array:
     step = jnp.diff(jnp.log(lrs))
     slope = jnp.diff(smoothed) / step
     # An inner point has the mean of both slopes; the nearer neighbour counts more.
-    inner = (slope[:-1] * step[1:] + slope[1:] * step[:-1]) / (step[:-1] + step[1:])
+    inner = (slope[:-1] * step[1:] + slope[1:] * step[:-1]) / (
+        step[:-1] + step[1:]
+    )
     slopes = jnp.concatenate([slope[:1], inner, slope[-1:]])
     index = jnp.arange(len(lrs))
     # After an early stop the last point has only the slope before it.

@@ -29,7 +29,9 @@ def plain(name: str, x: Any) -> float:
         raise ValueError(f"cyclical.{name} is traced: give a plain number")
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
     if not is_number or np.iscomplexobj(x) or np.ndim(x) != 0:
-        raise ValueError(f"cyclical.{name} is {described(x)}: give a plain number")
+        raise ValueError(
+            f"cyclical.{name} is {described(x)}: give a plain number"
+        )
     return float(x)
 
 
@@ -43,7 +45,9 @@ def check_number(name: str, x: Any, low: float = -math.inf) -> None:
     values = np.asarray(x)
     expected = "finite number" if low == -math.inf else f"number > {low:g}"
     if values.ndim or values.dtype.kind not in "iuf":
-        raise ValueError(f"cyclical.{name} is {described(x)}: give a {expected}")
+        raise ValueError(
+            f"cyclical.{name} is {described(x)}: give a {expected}"
+        )
     if not low < values < math.inf:
         raise ValueError(f"cyclical.{name} is {x}: give a {expected}")
 
@@ -94,7 +98,9 @@ def phase(n: Array, period: Fraction) -> tuple[Array, Array]:
     b = period.denominator
     q, r = _divmod(n, a)
     shift = 32 - a.bit_length()
-    digits = [b >> i & (1 << shift) - 1 for i in range(0, b.bit_length(), shift)][::-1]
+    digits = [
+        b >> i & (1 << shift) - 1 for i in range(0, b.bit_length(), shift)
+    ][::-1]
     cycle = jnp.zeros_like(n)
     position = jnp.zeros_like(n)
     for digit in digits:
@@ -118,7 +124,9 @@ def _divmod_sum(
     return q1 + q2 + q3, r3
 
 
-def blend(start: Any, end: Any, done: Array, left: Array, *, cos: bool) -> Array:
+def blend(
+    start: Any, end: Any, done: Array, left: Array, *, cos: bool
+) -> Array:
     """Interpolate from start (done 0, left 1) to end (done 1, left 0).
 
     Two fractions instead of one, so that nothing cancels: each end is met exactly,
@@ -277,8 +285,12 @@ def _triangles(
         dtype = jnp.result_type(float)
         cycle, position = phase(n, period)
         if scale_fn is not None:
-            position_of_scale = n if scale_by == "iteration" else cycle + np.uint32(1)
-            scale = jnp.asarray(scale_fn(position_of_scale.astype(dtype))).astype(dtype)
+            position_of_scale = (
+                n if scale_by == "iteration" else cycle + np.uint32(1)
+            )
+            scale = jnp.asarray(
+                scale_fn(position_of_scale.astype(dtype))
+            ).astype(dtype)
         else:
             scale = _scale(mode, gamma, n, cycle, dtype)
         x = _triangle(position, up, down, period, dtype) * scale
@@ -314,7 +326,9 @@ def _triangle(
     return jnp.minimum(rising, left * float(1 / (down * period.denominator)))
 
 
-def _scale(mode: str, gamma: Scalar, n: Array, cycle: Array, dtype: Any) -> Array:
+def _scale(
+    mode: str, gamma: Scalar, n: Array, cycle: Array, dtype: Any
+) -> Array:
     if mode == "triangular2":
         halvings = jnp.minimum(cycle, np.uint32(1000)).astype(jnp.int32)
         return jnp.ldexp(jnp.ones(n.shape, dtype), -halvings)
@@ -442,7 +456,9 @@ def one_cycle_momentum(
     """
     check_number("one_cycle_momentum: `base`", base)
     check_number("one_cycle_momentum: `peak`", peak)
-    ends = _ends("one_cycle_momentum", total_steps, pct_start, anneal, three_phase)
+    ends = _ends(
+        "one_cycle_momentum", total_steps, pct_start, anneal, three_phase
+    )
 
     def values(dtype: Any) -> list[Array]:
         low = cast(base, dtype)
@@ -453,7 +469,11 @@ def one_cycle_momentum(
 
 
 def _ends(
-    function: str, total_steps: Any, pct_start: Any, anneal: str, three_phase: bool
+    function: str,
+    total_steps: Any,
+    pct_start: Any,
+    anneal: str,
+    three_phase: bool,
 ) -> list[float]:
     """Return where the phases end, in iterations; fractional, and below 0 for no rise."""
     total = plain(f"{function}: `total_steps`", total_steps)
@@ -488,7 +508,9 @@ def _path(ends: list[float], values: Any, anneal: str) -> Schedule:
     """
     last = int(ends[-1])
     spans = list(zip([0.0, *ends], ends, strict=False))
-    legs = [i for i, (start, end) in enumerate(spans) if end > start and end >= 0]
+    legs = [
+        i for i, (start, end) in enumerate(spans) if end > start and end >= 0
+    ]
     if not legs:  # A single step that should rise: it is the last one.
         legs = [len(spans) - 1]
         spans[-1] = (-1.0, 0.0)
@@ -517,7 +539,9 @@ def _leg(
     left = (final - n).astype(dtype) + (end - final)
     length = end - start
     is_cosine = anneal == "cos"
-    return blend(points[0], points[1], done / length, left / length, cos=is_cosine)
+    return blend(
+        points[0], points[1], done / length, left / length, cos=is_cosine
+    )
 
 
 # Cosine annealing with warm restarts: any number of them in a graph of one size.
@@ -530,7 +554,11 @@ _GRAIN = 2**128
 
 @checked
 def warm_restarts(
-    peak: Scalar, first_period: Scalar, *, period_mult: Scalar = 1, floor: Scalar = 0.0
+    peak: Scalar,
+    first_period: Scalar,
+    *,
+    period_mult: Scalar = 1,
+    floor: Scalar = 0.0,
 ) -> Schedule:
     """Fall along half a cosine from peak to floor, and restart, in ever longer cycles.
 
@@ -615,7 +643,9 @@ def _starts(period: Fraction, mult: float) -> list[Fraction]:
     return starts
 
 
-def _growing(n: Array, starts: list[Fraction], dtype: Any) -> tuple[Array, Array]:
+def _growing(
+    n: Array, starts: list[Fraction], dtype: Any
+) -> tuple[Array, Array]:
     """Return (iterations into the cycle, its length) from the table of starts."""
     # Step n is in the last cycle whose start, rounded up, is not after n.
     bounds = np.asarray([math.ceil(s) for s in starts[1:-1]], np.uint32)
@@ -624,5 +654,7 @@ def _growing(n: Array, starts: list[Fraction], dtype: Any) -> tuple[Array, Array
     whole = np.asarray([math.floor(s) for s in starts[:-1]], np.uint32)
     rest = np.asarray([float(s - math.floor(s)) for s in starts[:-1]])
     lengths = np.asarray([float(b - a) for a, b in itertools.pairwise(starts)])
-    t = (n - jnp.asarray(whole)[cycle]).astype(dtype) - jnp.asarray(rest, dtype)[cycle]
+    t = (n - jnp.asarray(whole)[cycle]).astype(dtype) - jnp.asarray(
+        rest, dtype
+    )[cycle]
     return t, jnp.asarray(lengths, dtype)[cycle]

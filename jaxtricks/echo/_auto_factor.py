@@ -71,7 +71,9 @@ class Tuner:
         self._next: int | None = None
         self._warm = False
         self._run = 0  # moves in the same direction so far, negative for down
-        self._enough = Fraction(1)  # a quarter above the last factor that was too small
+        self._enough = Fraction(
+            1
+        )  # a quarter above the last factor that was too small
         self._below = 0  # moves to below that, in a row
         self._trusted = False  # whether R has agreed with it
         self._ratio = 0.0  # R when the factor went below it
@@ -139,7 +141,9 @@ class Tuner:
         ratio = max(Fraction(math.ceil(4 * share * gain), 4), Fraction(1))
         if factor > self._enough:
             return max(
-                factor - (step if self._run < 0 else QUARTER), ratio, self._enough
+                factor - (step if self._run < 0 else QUARTER),
+                ratio,
+                self._enough,
             )
         self._low += (
             gain <= factor / SETTLED
@@ -153,5 +157,6 @@ class Tuner:
         if self._meeting is None:
             self._meeting = _host_exchange.Meeting("echo")
         return [
-            Fraction(text) for text in self._meeting.exchange(str(factor), _TIMEOUT)
+            Fraction(text)
+            for text in self._meeting.exchange(str(factor), _TIMEOUT)
         ]

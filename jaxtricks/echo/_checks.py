@@ -16,7 +16,9 @@ MOST_READ = 2**63 - 1
 _SHOWN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 
 
-def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+def whole(
+    name: str, value: Any, least: int = 1, most: int | None = None
+) -> int:
     """Return the argument as an int from `least` to `most`.
 
     Args:

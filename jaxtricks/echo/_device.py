@@ -14,7 +14,9 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @checked
-def augmentation_keys(key: Key, ordinal: Array | int, copy: Array | int) -> Array:
+def augmentation_keys(
+    key: Key, ordinal: Array | int, copy: Array | int
+) -> Array:
     """Derive the key of an augmentation, elementwise.
 
     fold_in(fold_in(key, ordinal), copy)
@@ -36,7 +38,9 @@ def augmentation_keys(key: Key, ordinal: Array | int, copy: Array | int) -> Arra
     >>> augmentation_keys(jax.random.key(0), jnp.arange(4), jnp.zeros(4, int)).shape
     (4,)
     """
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = hasattr(key, "dtype") and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
     if not typed or jnp.shape(key):
         description = (
             f"an array of {jnp.shape(key)} keys" if typed else "not a typed key"
@@ -45,7 +49,9 @@ def augmentation_keys(key: Key, ordinal: Array | int, copy: Array | int) -> Arra
             f"echo.augmentation_keys: `key` is {description}: pass one key of "
             "jax.random.key, or for a legacy jax.random.PRNGKey its jax.random.wrap_key_data"
         )
-    ordinal, copy = jnp.broadcast_arrays(jnp.asarray(ordinal), jnp.asarray(copy))
+    ordinal, copy = jnp.broadcast_arrays(
+        jnp.asarray(ordinal), jnp.asarray(copy)
+    )
 
     def one(ordinal: Array, copy: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, ordinal), copy)
@@ -103,7 +109,9 @@ def echo_step(
             "echo.echo"
         )
 
-    def run(carry: Any, batch: Any, ordinal: Array, key: Array) -> tuple[Any, Any]:
+    def run(
+        carry: Any, batch: Any, ordinal: Array, key: Array
+    ) -> tuple[Any, Any]:
         key = jax.random.fold_in(key, ordinal)
 
         def update(carry: Any, copy: Array) -> tuple[Any, Any]:
@@ -124,7 +132,9 @@ def echo_step(
         _refuse_deleted(
             carry, "carry", "go on with the one that the last call returned"
         )
-        _refuse_deleted(batch, "batch", "no step may donate the batch that comes again")
+        _refuse_deleted(
+            batch, "batch", "no step may donate the batch that comes again"
+        )
         return compiled(carry, batch, ordinal, key)
 
     return echoed
@@ -132,7 +142,9 @@ def echo_step(
 
 def _refuse_deleted(tree: Any, name: str, cure: str) -> None:
     for leaf in jax.tree.leaves(tree):
-        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        concrete = isinstance(leaf, jax.Array) and not isinstance(
+            leaf, jax.core.Tracer
+        )
         if concrete and leaf.is_deleted():
             raise ValueError(
                 f"echo.echo_step: `{name}` was donated to an earlier call: {cure}"

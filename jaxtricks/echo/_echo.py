@@ -108,8 +108,12 @@ def echo(
     auto = isinstance(factor, str) and factor == "auto"
     factors = ((0, Fraction(1)),) if auto else _factors(factor, class_of)
     if auto and class_of is not None:
-        raise ValueError('echo.echo: `class_of` needs a `factor` per class, not "auto"')
-    limit = _checks.whole("echo.echo: `max_factor`", max_factor, 1, _checks.MOST_COPIES)
+        raise ValueError(
+            'echo.echo: `class_of` needs a `factor` per class, not "auto"'
+        )
+    limit = _checks.whole(
+        "echo.echo: `max_factor`", max_factor, 1, _checks.MOST_COPIES
+    )
     batch = (
         None
         if batch_size is None
@@ -179,13 +183,16 @@ def _factors(factor: Any, class_of: Any) -> Factor:
 
 def _changes(factor: Sequence[Any]) -> Factor:
     starts = [
-        _checks.whole("echo.echo: an element in `factor`", i, 0) for i, _ in factor
+        _checks.whole("echo.echo: an element in `factor`", i, 0)
+        for i, _ in factor
     ]
     if starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(
             "echo.echo: (element, factor) pairs in `factor` must begin at element 0 and go up"
         )
-    return tuple((i, rational(f)) for i, (_, f) in zip(starts, factor, strict=True))
+    return tuple(
+        (i, rational(f)) for i, (_, f) in zip(starts, factor, strict=True)
+    )
 
 
 def _budget(max_bytes: int | None, schedule: str) -> int | None:
@@ -210,11 +217,20 @@ def _distance(
         return 1, 1
     if distance is None:
         distance = (
-            DEFAULT_DISTANCE if batch_size is None else BATCHES_APART * batch_size
+            DEFAULT_DISTANCE
+            if batch_size is None
+            else BATCHES_APART * batch_size
         )
-        return distance, 1 if batch_size is None or schedule == "pool" else batch_size
+        return (
+            distance,
+            1 if batch_size is None or schedule == "pool" else batch_size,
+        )
     distance = _checks.whole("echo.echo: `distance`", distance, 1, MOST_APART)
-    if schedule == "spread" and batch_size is not None and distance < batch_size:
+    if (
+        schedule == "spread"
+        and batch_size is not None
+        and distance < batch_size
+    ):
         raise ValueError(
             f"echo.echo: `distance` {distance} is smaller than `batch_size` {batch_size}, so that "
             "copies could share a batch: leave it out or make it larger"

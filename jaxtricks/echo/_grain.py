@@ -55,7 +55,9 @@ def _workers(state: Any) -> Iterator[int]:
 
 def _spell(workers: list[int]) -> str:
     return (
-        f"{workers[0]} workers" if len(workers) == 1 else f"workers {workers or 'none'}"
+        f"{workers[0]} workers"
+        if len(workers) == 1
+        else f"workers {workers or 'none'}"
     )
 
 
@@ -75,7 +77,9 @@ class EchoDatasetIterator(StreamIterator, grain.DatasetIterator):
 
     def close(self) -> None:
         """Stop the threads and workers of the pipeline."""
-        if hasattr(self, "_stream"):  # Grain closes what could not be built, too
+        if hasattr(
+            self, "_stream"
+        ):  # Grain closes what could not be built, too
             self._stream.close()
         super().close()
 
@@ -87,7 +91,9 @@ class EchoIterDataset(grain.IterDataset):
         super().__init__(parent)
         self._recipe = recipe
         self.distance, self.held = recipe.distance, recipe.held
-        self.min_distance = recipe.min_distance(None)  # not every dataset has a length
+        self.min_distance = recipe.min_distance(
+            None
+        )  # not every dataset has a length
 
     def __iter__(self) -> EchoDatasetIterator:
         parent = self.parents[0]

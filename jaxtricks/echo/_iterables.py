@@ -79,7 +79,9 @@ class Recipe:
         tuner = None
         if self.auto and isinstance(copies, Changing):
             source = ahead = ReadAhead(source)
-            tuner = Tuner(copies, lambda: ahead.busy, batch_size=self.batch_size)
+            tuner = Tuner(
+                copies, lambda: ahead.busy, batch_size=self.batch_size
+            )
         shared = {
             "name": str(self),
             "elements": elements,
@@ -135,12 +137,19 @@ class Recipe:
             return Constant(self.factor)
         if self.class_of is not None:
             return PerClass(
-                [f for f in self.factor if isinstance(f, Fraction)], self.class_of
+                [f for f in self.factor if isinstance(f, Fraction)],
+                self.class_of,
             )
-        return Changing([f for f in self.factor if isinstance(f, tuple)], self.most)
+        return Changing(
+            [f for f in self.factor if isinstance(f, tuple)], self.most
+        )
 
     def _held(self, distance: int) -> int:
-        return distance if self.schedule == "pool" else self.calendar(distance).held
+        return (
+            distance
+            if self.schedule == "pool"
+            else self.calendar(distance).held
+        )
 
     def _choose(self, nbytes: int) -> int:
         """Choose the distance for elements of this size, where 0 leaves it open."""
@@ -151,7 +160,9 @@ class Recipe:
         distance = min(
             self.distance, room if pool else 1 + room // max(self.most - 1, 1)
         )
-        while distance > 1 and self._held(distance) > room:  # a lag is rounded up
+        while (
+            distance > 1 and self._held(distance) > room
+        ):  # a lag is rounded up
             distance -= 1
         if distance < self.least:
             need = self._held(self.least) * nbytes
@@ -186,7 +197,9 @@ class IterableSource:
         self._source = source
         self._iterator = start(source)
         self._read = 0
-        self._broken: tuple[Any] | None = None  # where a generator ended in an error
+        self._broken: tuple[Any] | None = (
+            None  # where a generator ended in an error
+        )
         self._of_iterator = _methods(self._iterator)
         self._of_source = None if self._of_iterator else _methods(source)
         self.fast_forwards = not (self._of_iterator or self._of_source)
@@ -298,7 +311,9 @@ class EchoIterator(StreamIterator, Iterator[Any]):
     """
 
     def __init__(
-        self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe
+        self,
+        source: Iterable[Any] | Callable[[], Iterable[Any]],
+        recipe: Recipe,
     ):
         adapter = IterableSource(source)
         self._stream = recipe.stream(adapter, _length(source))
@@ -314,7 +329,9 @@ class EchoIterable(Iterable[Any]):
     """
 
     def __init__(
-        self, source: Iterable[Any] | Callable[[], Iterable[Any]], recipe: Recipe
+        self,
+        source: Iterable[Any] | Callable[[], Iterable[Any]],
+        recipe: Recipe,
     ):
         once = isinstance(source, Iterator) and not _methods(source)
         self._source, self._recipe = OneShot(source) if once else source, recipe

@@ -19,7 +19,9 @@ from jaxtricks.echo._streams import ReadAhead
 _STORED_BATCHES = 4  # batches that the step is timed on
 _WARM = 2  # steps before the clock: compilation
 
-Placement = Literal["before augmentation", "after augmentation", "batch", "none"]
+Placement = Literal[
+    "before augmentation", "after augmentation", "batch", "none"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Report:
     def __str__(self) -> str:
         rows = [
             ("upstream, ms a batch", 1e3 * self.upstream),
-            ("host work after it, ms a batch", 1e3 * (self.after + self.collate)),
+            (
+                "host work after it, ms a batch",
+                1e3 * (self.after + self.collate),
+            ),
             ("step, ms", 1e3 * self.step),
             ("R = upstream / step", self.ratio),
             ("place the stage", self.placement),
@@ -104,15 +109,22 @@ def report(
     steps = _checks.whole("echo.report: `steps`", steps)
     if batch_size is not None:
         batch_size = _checks.whole("echo.report: `batch_size`", batch_size)
-    if isinstance(max_factor, bool) or not 1 <= max_factor <= _checks.MOST_COPIES:
+    if (
+        isinstance(max_factor, bool)
+        or not 1 <= max_factor <= _checks.MOST_COPIES
+    ):
         raise ValueError(
             f"echo.report: `max_factor` is {_checks.spell(max_factor)}: pass a number from 1 to "
             f"{_checks.MOST_COPIES}"
         )
     work = after or _same
     upstream, groups = _time_reading(source, batch_size or 1, steps)
-    (done, host) = _timed(lambda: [[work(x) for x in group] for group in groups])
-    (batches, stack) = _timed(lambda: [_collate(group, batch_size) for group in done])
+    (done, host) = _timed(
+        lambda: [[work(x) for x in group] for group in groups]
+    )
+    (batches, stack) = _timed(
+        lambda: [_collate(group, batch_size) for group in done]
+    )
     host, stack = (
         t / len(groups) if used else 0.0
         for t, used in ((host, after), (stack, batch_size))
@@ -126,7 +138,9 @@ def report(
             for e in (1, factor)
         ]
         measured = rates[1] / rates[0]
-    behind = {"after augmentation": stack, "batch": 0.0}.get(placement, host + stack)
+    behind = {"after augmentation": stack, "batch": 0.0}.get(
+        placement, host + stack
+    )
     ahead = upstream + host + stack - behind
     return Report(
         upstream=upstream,
@@ -136,7 +150,8 @@ def report(
         ratio=upstream / device,
         placement=placement,
         factor=factor,
-        expected=max(ahead + behind, device) / max(ahead / factor + behind, device),
+        expected=max(ahead + behind, device)
+        / max(ahead / factor + behind, device),
         measured=measured,
     )
 
@@ -171,18 +186,24 @@ def _elements(source: Any) -> Iterator[Any]:
             )
 
 
-def _time_reading(source: Any, size: int, steps: int) -> tuple[float, list[list[Any]]]:
+def _time_reading(
+    source: Any, size: int, steps: int
+) -> tuple[float, list[list[Any]]]:
     elements = _elements(source)
     next(elements)  # what is opened, is opened once
     batches = [
         list(itertools.islice(elements, size))
         for _ in range(min(_STORED_BATCHES, steps))
     ]
-    _, seconds = _timed(lambda: [next(elements) for _ in range(size * steps)] and None)
+    _, seconds = _timed(
+        lambda: [next(elements) for _ in range(size * steps)] and None
+    )
     return seconds / steps, batches
 
 
-def _time_step(step: Callable[[Any], Any], batches: list[Any], steps: int) -> float:
+def _time_step(
+    step: Callable[[Any], Any], batches: list[Any], steps: int
+) -> float:
     turns = itertools.cycle(batches)
     for _ in range(_WARM):
         jax.block_until_ready(step(next(turns)))
@@ -206,7 +227,9 @@ def _rate(
     for _ in range(_WARM):
         jax.block_until_ready(step(ahead.read()[1]))
     _, seconds = _timed(
-        lambda: [jax.block_until_ready(step(ahead.read()[1])) for _ in range(steps)]
+        lambda: [
+            jax.block_until_ready(step(ahead.read()[1])) for _ in range(steps)
+        ]
     )
     return steps / seconds
 
@@ -249,12 +272,16 @@ class _Batches:
 
 def _grouped(elements: Iterator[Any], batch_size: int | None) -> Iterator[Any]:
     while True:
-        yield _collate(list(itertools.islice(elements, batch_size or 1)), batch_size)
+        yield _collate(
+            list(itertools.islice(elements, batch_size or 1)), batch_size
+        )
 
 
 def _collate(group: list[Any], batch_size: int | None) -> Any:
     return (
-        group[0] if batch_size is None else jax.tree.map(lambda *x: np.stack(x), *group)
+        group[0]
+        if batch_size is None
+        else jax.tree.map(lambda *x: np.stack(x), *group)
     )
 
 

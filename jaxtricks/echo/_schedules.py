@@ -84,7 +84,9 @@ class Constant:
 class PerClass:
     """The same rule within each class: element number j of class c makes copies_c(j)."""
 
-    def __init__(self, factors: Sequence[Fraction], class_of: Callable[[Any], int]):
+    def __init__(
+        self, factors: Sequence[Fraction], class_of: Callable[[Any], int]
+    ):
         self._rules = [Constant(factor) for factor in factors]
         self._class_of = class_of
         self.most = max(rule.most for rule in self._rules)
@@ -116,7 +118,9 @@ class PerClass:
 
     def check(self, state: Any, first: int) -> None:
         """Check a count per class, of all elements before the first one."""
-        counts = _checks.numbers({"copies": state}, "copies", lambda count: count >= 0)
+        counts = _checks.numbers(
+            {"copies": state}, "copies", lambda count: count >= 0
+        )
         if len(counts) != len(self._rules) or sum(counts) != first:
             raise _checks.damaged("copies", state)
 
@@ -144,7 +148,10 @@ class Changing:
 
     def take(self, i: int, element: Any = None) -> int:
         """Return the copies of element i."""
-        while self._at + 1 < len(self.changes) and i >= self.changes[self._at + 1][0]:
+        while (
+            self._at + 1 < len(self.changes)
+            and i >= self.changes[self._at + 1][0]
+        ):
             self._enter(self._at + 1)
         return self._rule.take(i - self._since)
 
@@ -157,13 +164,17 @@ class Changing:
 
     def state(self) -> list[list[int]]:
         """Return the newest changes as [element, numerator, denominator], padded with -1."""
-        rows = [[i, f.numerator, f.denominator] for i, f in self.changes[-CHANGES:]]
+        rows = [
+            [i, f.numerator, f.denominator] for i, f in self.changes[-CHANGES:]
+        ]
         return rows + [[-1, -1, -1]] * (CHANGES - len(rows))
 
     def check(self, state: Any, first: int) -> None:
         """Check rows as `state` returns them: rising elements, factors in range."""
         rows = (
-            state if isinstance(state, Sequence) and len(state) == CHANGES else [state]
+            state
+            if isinstance(state, Sequence) and len(state) == CHANGES
+            else [state]
         )
         before = -1
         for row in rows:
@@ -180,7 +191,9 @@ class Changing:
 
     def restore(self, state: Sequence[Sequence[int]]) -> None:
         """Take over the changes of a state."""
-        self.changes = tuple((i, Fraction(up, down)) for i, up, down in state if i >= 0)
+        self.changes = tuple(
+            (i, Fraction(up, down)) for i, up, down in state if i >= 0
+        )
         self._enter(0)
 
     def _enter(self, at: int) -> None:
@@ -274,7 +287,9 @@ class Calendar:
         """Return the largest number of elements that wait for a copy."""
         thin_last = self.factor < 2
         return (
-            math.ceil(self.lags[-1] * (self.factor - 1)) if thin_last else self.lags[-1]
+            math.ceil(self.lags[-1] * (self.factor - 1))
+            if thin_last
+            else self.lags[-1]
         )
 
     def least_distance(self, n: int) -> int:
@@ -289,12 +304,19 @@ class Calendar:
         full = self._takers(i + 1, self.thin) > self._takers(i, self.thin)
         rounds = range(len(self.lags))
         least = min(
-            (self._gap(i[full], r - 1, r, n) for r in rounds[1:]), default=self.distance
+            (self._gap(i[full], r - 1, r, n) for r in rounds[1:]),
+            default=self.distance,
         )
         if 0 < self.thin < len(self.lags) - 1:
-            least = min(least, self._gap(i[~full], self.thin - 1, self.thin + 1, n))
-            others = [r for r in rounds[1:] if r not in (self.thin, self.thin + 1)]
-            least = min([least, *(self._gap(i[~full], r - 1, r, n) for r in others)])
+            least = min(
+                least, self._gap(i[~full], self.thin - 1, self.thin + 1, n)
+            )
+            others = [
+                r for r in rounds[1:] if r not in (self.thin, self.thin + 1)
+            ]
+            least = min(
+                [least, *(self._gap(i[~full], r - 1, r, n) for r in others)]
+            )
         return least
 
     def _gap(self, i: np.ndarray, before: int, after: int, n: int) -> int:
@@ -397,6 +419,8 @@ def num_steps(fresh: int, batch: int, factor: float | Fraction) -> int:
     """
     batch = _checks.whole("echo.num_steps: `batch`", batch)
     return (
-        total(rational(factor), _checks.whole("echo.num_steps: `fresh`", fresh, 0))
+        total(
+            rational(factor), _checks.whole("echo.num_steps: `fresh`", fresh, 0)
+        )
         // batch
     )

@@ -123,11 +123,15 @@ class Stream:
         self._rewound = (
             False  # whether the source stands where the pending state begins
         )
-        self._unplanned: tuple[Any, Any] | None = None  # read, and not yet counted
+        self._unplanned: tuple[Any, Any] | None = (
+            None  # read, and not yet counted
+        )
         self._start(first=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {
+            name: value for name, value in vars(self).items() if name != "_lock"
+        }
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         vars(self).update(attributes)
@@ -252,14 +256,20 @@ class Stream:
         self.settle()
         if isinstance(self._copies, Changing):
             return self._copies.changes
-        return ((0, self._copies.factor),) if isinstance(self._copies, Constant) else ()
+        return (
+            ((0, self._copies.factor),)
+            if isinstance(self._copies, Constant)
+            else ()
+        )
 
     def _snapshot(self) -> Any:
         """Return the source's state before the oldest element that is still needed."""
         if self._snapshots:
             return self._snapshots[0]
         return (
-            self._source.snapshot() if self._unplanned is None else self._unplanned[0]
+            self._source.snapshot()
+            if self._unplanned is None
+            else self._unplanned[0]
         )
 
     def _check(self, state: Any) -> None:
@@ -295,7 +305,9 @@ class Stream:
                 f"{self._elements}: use the same data, and in Grain the same number of workers"
             )
         first = _checks.field(
-            state, "first", most=elements if elements >= 0 else _checks.MOST_READ
+            state,
+            "first",
+            most=elements if elements >= 0 else _checks.MOST_READ,
         )
         self._copies.check(state["copies"], first)
         largest = self._choose(0)
@@ -332,14 +344,14 @@ class Stream:
         if self._end is not None:
             return None
         try:
-            snapshot, element = unplanned = self._unplanned or self._source.read()
+            snapshot, element = unplanned = (
+                self._unplanned or self._source.read()
+            )
         except StopIteration:
             self._end = self._read
             return None
         i = self._read
-        self._unplanned = (
-            unplanned  # if `class_of` fails, it is asked again about the same element
-        )
+        self._unplanned = unplanned  # if `class_of` fails, it is asked again about the same element
         if not self.distance:
             self._use(self._choose(nbytes(element)))
         if self._guard:
@@ -507,9 +519,7 @@ def _freeze_leaf(x: Any) -> Any:
 
 
 _DEPTH = 2  # elements ahead: enough to overlap, few enough to measure
-_PATIENCE = (
-    0.1  # seconds after which a thread that cannot put looks whether it should stop
-)
+_PATIENCE = 0.1  # seconds after which a thread that cannot put looks whether it should stop
 
 
 class ReadAhead:
@@ -579,7 +589,9 @@ class _Thread:
     @property
     def busy(self) -> float:
         since = self._since
-        return self._done + (0.0 if since is None else time.perf_counter() - since)
+        return self._done + (
+            0.0 if since is None else time.perf_counter() - since
+        )
 
     def end(self) -> None:
         self.stopped.set()
@@ -634,7 +646,9 @@ class PoolStream(Stream):
     def _clear(self) -> None:
         self._drawn = 0
         self._filling = True
-        self._waiting: list[tuple[int, int]] = []  # (ordinal, copy), in no order
+        self._waiting: list[
+            tuple[int, int]
+        ] = []  # (ordinal, copy), in no order
         self._left: collections.Counter[int] = collections.Counter()
         self._live: dict[int, Any] = {}
         self._numbers: list[float] = []
@@ -649,7 +663,8 @@ class PoolStream(Stream):
                 return [(i, 0, element)]
             self._filling = False
         while (
-            len(self._waiting) < self.distance and (pulled := self._pull()) is not None
+            len(self._waiting) < self.distance
+            and (pulled := self._pull()) is not None
         ):
             self._keep(*pulled, begin=0)
         if not self._waiting:
@@ -717,10 +732,16 @@ class PoolStream(Stream):
         _checks.field(state, "drawn")
         if not isinstance(state["filling"], bool):
             raise _checks.damaged("filling", state["filling"])
-        codes = _checks.numbers(state, "waiting", lambda code: -1 <= code < read * most)
+        codes = _checks.numbers(
+            state, "waiting", lambda code: -1 <= code < read * most
+        )
         waiting = [code for code in codes if code >= 0]
         oldest = min([*(code // most for code in waiting), max(read - 1, 0)])
-        if len(codes) != room or len(set(waiting)) != len(waiting) or oldest != first:
+        if (
+            len(codes) != room
+            or len(set(waiting)) != len(waiting)
+            or oldest != first
+        ):
             raise _checks.damaged("waiting", state["waiting"])
 
     def _replay_to(self, position: Mapping[str, Any]) -> list[Output]:
@@ -785,7 +806,9 @@ class CalendarStream(Stream):
         super()._use(distance)
         self._calendar = self._calendar_of(distance)
         self._age = self._calendar.age
-        self._lags: dict[int, list[tuple[int, int]]] = {}  # copies -> (copy, lag)
+        self._lags: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # copies -> (copy, lag)
 
     def _decide(self) -> list[Output]:
         pulled = self._pull()
@@ -812,7 +835,9 @@ class CalendarStream(Stream):
         """Return the next tick with outputs; a source too short leaves gaps."""
         if not self._due:
             raise StopIteration
-        if self._tick == self._read - 1 and isinstance(self._calendar, VaryingCalendar):
+        if self._tick == self._read - 1 and isinstance(
+            self._calendar, VaryingCalendar
+        ):
             self._due, self._least = drain(self._due, self._read, self.distance)
         if not self._left:
             self._left = sorted(self._due, reverse=True)
@@ -874,7 +899,9 @@ def drain(due: Due, end: int, distance: int) -> tuple[Due, int]:
                 waiting.append((tick + 1, output[0]))
             left.setdefault(output[0], []).append(output)
     heapq.heapify(waiting)
-    ready: list[tuple[int, int, int]] = []  # (minus copies left, that tick, ordinal)
+    ready: list[
+        tuple[int, int, int]
+    ] = []  # (minus copies left, that tick, ordinal)
     plan = {}
     least = distance
     now = end

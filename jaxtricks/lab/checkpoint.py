@@ -60,7 +60,9 @@ class Checkpoints:
       UserError: the folder can't be created.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int, hosts: Hosts | None = None):
+    def __init__(
+        self, folder: pathlib.Path, keep: int, hosts: Hosts | None = None
+    ):
         import orbax.checkpoint as ocp
 
         self._cleanup = contextlib.ExitStack()
@@ -82,7 +84,9 @@ class Checkpoints:
         def open_manager() -> Any:
             # Orbax would do this in the background, where it may meet the next writer.
             for leftover in (
-                self._folder.glob("*.orbax-checkpoint-tmp") if is_first() else ()
+                self._folder.glob("*.orbax-checkpoint-tmp")
+                if is_first()
+                else ()
             ):
                 shutil.rmtree(leftover)
             return ocp.CheckpointManager(self._folder, options=options)
@@ -106,7 +110,8 @@ class Checkpoints:
             "layout": {path: _layout(x) for path, x in arrays.items()},
         }
         items = self._args.Composite(
-            state=self._args.StandardSave(arrays), host=self._args.JsonSave(host)
+            state=self._args.StandardSave(arrays),
+            host=self._args.JsonSave(host),
         )
         self._writing(lambda: self._manager.save(step, args=items, force=True))
 
@@ -129,11 +134,15 @@ class Checkpoints:
             damage = self._hosts.on_first(
                 lambda step=step: _damage(self._folder / str(step))
             )
-            restored, reason = (None, damage) if damage else self._try(step, like)
+            restored, reason = (
+                (None, damage) if damage else self._try(step, like)
+            )
             reasons = list(filter(None, self._hosts.gather(reason)))
             if not reasons:
                 return restored
-            tell(f"checkpoint {self._folder / str(step)} can't be read ({reasons[0]})")
+            tell(
+                f"checkpoint {self._folder / str(step)} can't be read ({reasons[0]})"
+            )
             self._hosts.on_first(lambda step=step: self._set_aside(step))
             self._manager.reload()
         if steps:
@@ -168,7 +177,9 @@ class Checkpoints:
             step, args=args.Composite(host=args.JsonRestore())
         )["host"]
         self._check_layout(
-            step, host["layout"], {path: _layout(x) for path, x in arrays.items()}
+            step,
+            host["layout"],
+            {path: _layout(x) for path, x in arrays.items()},
         )
         targets = jax.tree.map(_target, arrays)
         items = self._manager.restore(
@@ -208,16 +219,16 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         aside = self._folder.with_name(self._folder.name + "-unreadable")
         aside.mkdir(exist_ok=True)
-        same_step = [p for p in aside.iterdir() if p.name.split(".")[0] == str(step)]
+        same_step = [
+            p for p in aside.iterdir() if p.name.split(".")[0] == str(step)
+        ]
         name = f"{step}.{len(same_step)}" if same_step else str(step)
         (self._folder / str(step)).rename(aside / name)
 
     def _writing(self, action: Callable[[], T]) -> T:
         try:
             return action()
-        except (
-            Exception
-        ) as error:  # a full disk: OSError here, ValueError from TensorStore there
+        except Exception as error:  # a full disk: OSError here, ValueError from TensorStore there
             raise UserError(
                 f"can't write checkpoints to {self._folder} ({_reason(error)}): free space or give "
                 "another --out; what was saved before is whole, and --resume goes on from there"
@@ -272,7 +283,10 @@ def _checksums(folder: pathlib.Path) -> dict[str, str]:
 def _damage(folder: pathlib.Path) -> str:
     """Say what is wrong with the files of a checkpoint; "" if nothing is."""
     try:
-        saved, actual = rundir.parse((folder / SUMS).read_bytes()), _checksums(folder)
+        saved, actual = (
+            rundir.parse((folder / SUMS).read_bytes()),
+            _checksums(folder),
+        )
         if not isinstance(saved, dict):
             return f"{SUMS} is damaged"
     except Exception as error:  # no file, or not JSON

@@ -69,7 +69,10 @@ def guarded(action: Callable[[], None], name: str) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _LAB_PACKAGES:
             raise
-        _exit(USER_ERROR, f"{name} needs {error.name}: pip install 'jaxtricks[lab]'")
+        _exit(
+            USER_ERROR,
+            f"{name} needs {error.name}: pip install 'jaxtricks[lab]'",
+        )
     except UserError as error:
         _exit(USER_ERROR, str(error))
     except HostLostError as error:
@@ -120,13 +123,17 @@ def parse(args: Sequence[str]) -> Any:
     if name not in COMMANDS:
         meanings = {command: command for command in COMMANDS}
         meanings |= {"help": "--help", "version": "--version", "v": "--version"}
-        similar = difflib.get_close_matches(name.lower().strip("-"), meanings, n=1)
+        similar = difflib.get_close_matches(
+            name.lower().strip("-"), meanings, n=1
+        )
         hint = (
             f"did you mean {meanings[similar[0]]}? The commands are"
             if similar
             else "use"
         )
-        raise UserError(f"unknown command {name[:60]!r}: {hint} {', '.join(COMMANDS)}")
+        raise UserError(
+            f"unknown command {name[:60]!r}: {hint} {', '.join(COMMANDS)}"
+        )
     cfg = read(COMMANDS[name], f"jaxtricks {name}", rest)
     cfg.check()
     return cfg
@@ -172,7 +179,10 @@ def card(key: str) -> str:
     config.Explain(key).check()
     spec = importlib.util.find_spec(f"jaxtricks.{key.lower()}")
     assert spec is not None and spec.origin is not None
-    return ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())) or ""
+    return (
+        ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text()))
+        or ""
+    )
 
 
 def usage() -> str:
@@ -184,9 +194,13 @@ def usage() -> str:
         "Ten training techniques for JAX.",
         "",
     ]
-    lines += [f"  {name:<{width}} {cls.__doc__}" for name, cls in COMMANDS.items()]
+    lines += [
+        f"  {name:<{width}} {cls.__doc__}" for name, cls in COMMANDS.items()
+    ]
     lines += ["", "jaxtricks COMMAND --help lists the options of a command."]
-    return "\n".join([*lines, "jaxtricks --version prints what a bug report needs."])
+    return "\n".join(
+        [*lines, "jaxtricks --version prints what a bug report needs."]
+    )
 
 
 def versions() -> str:
@@ -229,7 +243,8 @@ def read(cls: type, prog: str, args: Sequence[str]) -> Any:
         parser.refuse(unknown[0])
     values = vars(namespace)
     groups = {
-        name: group(**_values(group, values)) for name, group in _groups(cls).items()
+        name: group(**_values(group, values))
+        for name, group in _groups(cls).items()
     }
     return cls(**groups, **_values(cls, values))
 
@@ -263,10 +278,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print with the usage and exit by."""
         message = re.sub(
-            "^argument ([^:]+): expected .*", r"argument \1: needs a value", message
+            "^argument ([^:]+): expected .*",
+            r"argument \1: needs a value",
+            message,
         )
         message = re.sub(
-            "^argument ([^:]+): ignored .*", r"argument \1: takes no value", message
+            "^argument ([^:]+): ignored .*",
+            r"argument \1: takes no value",
+            message,
         )
         message = re.sub("^argument ([^:]+): ", r"\1 ", message)
         raise UserError(message)
@@ -275,7 +294,9 @@ class _Parser(argparse.ArgumentParser):
         """Raise UserError for a word that is not an option; name the option that may be meant."""
         name = word.partition("=")[0]
         if not name.startswith("-"):
-            positionals = [a.metavar for a in self._actions if not a.option_strings]
+            positionals = [
+                a.metavar for a in self._actions if not a.option_strings
+            ]
             if positionals:
                 command = self.prog.split()[-1]
                 raise UserError(
@@ -284,10 +305,14 @@ class _Parser(argparse.ArgumentParser):
             raise UserError(
                 f"{_REPR.repr(word)} is not an option: see {self.prog} --help"
             )
-        options = [text for action in self._actions for text in action.option_strings]
+        options = [
+            text for action in self._actions for text in action.option_strings
+        ]
         # Compared without the dashes, in which all are alike.
         bare = {text.lstrip("-"): text for text in options}
-        similar = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.7)
+        similar = difflib.get_close_matches(
+            name.lstrip("-"), bare, n=1, cutoff=0.7
+        )
         hint = (
             f"did you mean {bare[similar[0]]}?"
             if similar
@@ -300,7 +325,9 @@ def _normalized(args: Sequence[str]) -> list[str]:
     """Write options with dashes, and join negative numbers to theirs: argparse takes -1 for an option."""
     words: list[str] = []
     for word in args:
-        after_option = bool(words) and re.match("--[^=]+$", words[-1]) is not None
+        after_option = (
+            bool(words) and re.match("--[^=]+$", words[-1]) is not None
+        )
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             words.append(name.replace("_", "-") + equals + value)
@@ -317,7 +344,9 @@ def _groups(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     return {
-        name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])
+        name: hints[name]
+        for name in names
+        if dataclasses.is_dataclass(hints[name])
     }
 
 
@@ -325,14 +354,19 @@ def _groups(cls: type) -> dict[str, Any]:
 def _fields(cls: type) -> list[tuple[Any, Any]]:
     """Return (field, type) of the other fields."""
     hints, groups = typing.get_type_hints(cls), _groups(cls)
-    return [(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in groups]
+    return [
+        (f, hints[f.name])
+        for f in dataclasses.fields(cls)
+        if f.name not in groups
+    ]
 
 
 def _values(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Select the parsed values of a dataclass's fields; absent ones have their defaults."""
     names = [field.name for field, _ in _fields(cls) if field.name in values]
     return {
-        n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names
+        n: tuple(values[n]) if isinstance(values[n], list) else values[n]
+        for n in names
     }
 
 
@@ -351,7 +385,10 @@ def _add_option(section: Any, field: Any, kind: Any, *, hidden: bool) -> None:
     else:
         arguments |= {"type": _reader(kind), "metavar": _metavar(kind)}
     if field.metadata.get("positional"):
-        arguments |= {"nargs": "*" if is_list else "?", "metavar": field.name.upper()}
+        arguments |= {
+            "nargs": "*" if is_list else "?",
+            "metavar": field.name.upper(),
+        }
         section.add_argument(field.name, **arguments)
         return
     if is_list:

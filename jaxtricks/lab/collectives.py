@@ -71,7 +71,8 @@ def census(program: Any) -> tuple[Collective, ...]:
         elif match := _LINE.match(line):
             chain = _CHAIN.search(line)
             collectives.setdefault(
-                chain.groups() if chain else i, _collective(line, match, scattered)
+                chain.groups() if chain else i,
+                _collective(line, match, scattered),
             )
     return tuple(collectives.values())
 
@@ -96,7 +97,9 @@ def table(collectives: tuple[Collective, ...]) -> _table.Table:
     return _table.make(("collective", "how many", "bytes"), rows)
 
 
-def _collective(line: str, match: re.Match[str], scattered: str | None) -> Collective:
+def _collective(
+    line: str, match: re.Match[str], scattered: str | None
+) -> Collective:
     shape, kind, start = match.groups()
     if scattered and kind == "all-reduce":
         shape, kind = scattered, "reduce-scatter"

@@ -57,7 +57,9 @@ _SYNONYMS = {
     "reparam": "acnet dbb repvgg fuse",
     "longtail": "focal imbalance ldam logitadjustment",
 }
-_KEY_OF = {name: key for key, names in _SYNONYMS.items() for name in names.split()}
+_KEY_OF = {
+    name: key for key, names in _SYNONYMS.items() for name in names.split()
+}
 
 
 class UserError(Exception):
@@ -95,14 +97,18 @@ def at_most(value: float, most: float, name: str) -> None:
 def check_positive(value: float, name: str) -> None:
     """Raise UserError unless 0 < value < infinity."""
     if not 0 < value < math.inf:
-        finite = "positive" if math.isfinite(value) else "a finite positive number"
+        finite = (
+            "positive" if math.isfinite(value) else "a finite positive number"
+        )
         raise UserError(f"{name} must be {finite}, not {value}")
 
 
 def check_fraction(value: float, name: str) -> None:
     """Raise UserError unless 0 <= value < 1."""
     if not 0 <= value < 1:
-        raise UserError(f"{name} must be at least 0 and less than 1, not {value}")
+        raise UserError(
+            f"{name} must be at least 0 and less than 1, not {value}"
+        )
 
 
 def check_budget(text: str, name: str) -> None:
@@ -169,7 +175,9 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
       metadata: `least`, `most`: the range of its numbers, checked by `check_ranges`; `positional=True`
         for an argument without a flag; `name`, if the option is called otherwise than the field.
     """
-    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+    return dataclasses.field(
+        default=default, metadata={"help": text, **metadata}
+    )
 
 
 def check_ranges(settings: Any) -> None:
@@ -201,7 +209,9 @@ class Parallel:
         "Several hosts: HOST:PORT of process 0, the same everywhere, with --processes and --process; or "
         "auto on a cluster (Slurm, Open MPI, Kubernetes, Cloud TPU). --out must be on a shared disk.",
     )
-    processes: int = option(0, "Processes, one per host, with --coordinator HOST:PORT.")
+    processes: int = option(
+        0, "Processes, one per host, with --coordinator HOST:PORT."
+    )
     process: int = option(-1, "Index of this process, from 0.")
 
     @property
@@ -241,7 +251,9 @@ class Parallel:
     def check_alone(self, command: str) -> None:
         """Raise UserError if a command of one process is to have several."""
         if self.coordinator:
-            raise UserError(f"{command} runs in one process: drop --coordinator")
+            raise UserError(
+                f"{command} runs in one process: drop --coordinator"
+            )
 
     def _check_hosts(self) -> None:
         has_count = self.processes != 0 or self.process != -1
@@ -283,9 +295,13 @@ class Tricks:
     memopt: bool = option(
         False, "Adafactor in place of AdamW: factored second moments."
     )
-    weightstd: bool = option(False, "Weight standardization of every convolution.")
+    weightstd: bool = option(
+        False, "Weight standardization of every convolution."
+    )
     agc: bool = option(False, "Adaptive gradient clipping, unit by unit.")
-    remat: bool = option(False, "Recompute each residual block in the backward pass.")
+    remat: bool = option(
+        False, "Recompute each residual block in the backward pass."
+    )
     ebn: bool = option(
         False, "Extended batch normalization in place of batch normalization."
     )
@@ -295,7 +311,9 @@ class Tricks:
     reparam: bool = option(
         False, "Asymmetric convolution blocks in place of 3x3 convolutions."
     )
-    longtail: bool = option(False, "Logit-adjusted loss in place of cross entropy.")
+    longtail: bool = option(
+        False, "Logit-adjusted loss in place of cross entropy."
+    )
 
     @classmethod
     def of(cls, *keys: str) -> "Tricks":
@@ -311,7 +329,11 @@ class Tricks:
             similar = difflib.get_close_matches(key.lower(), KEYS, n=1)
             if meant is None and similar:
                 meant = similar[0]
-            hint = f"did you mean {meant}? The tricks are" if meant else "use one of"
+            hint = (
+                f"did you mean {meant}? The tricks are"
+                if meant
+                else "use one of"
+            )
             raise UserError(f"unknown trick {key!r}: {hint} {', '.join(KEYS)}")
         return cls(**dict.fromkeys(keys, True))
 
@@ -326,9 +348,14 @@ class Text:
     """The transformer over characters."""
 
     context: int = option(
-        64, "Characters per window; --batch counts windows.", least=1, most=2**20
+        64,
+        "Characters per window; --batch counts windows.",
+        least=1,
+        most=2**20,
     )
-    features: int = option(128, "Width of the residual stream.", least=1, most=2**16)
+    features: int = option(
+        128, "Width of the residual stream.", least=1, most=2**16
+    )
     layers: int = option(2, "Attention blocks.", least=1, most=1000)
     heads: int = option(
         4, "Attention heads; they divide the features.", least=1, most=2**16
@@ -369,7 +396,8 @@ class Train:
         most=8000,
     )
     validation: float = option(
-        0.1, "Share of every class held out, where the data has no validation split."
+        0.1,
+        "Share of every class held out, where the data has no validation split.",
     )
     test: float = option(0.2, "The same for the test split.")
     out: str = option(
@@ -391,7 +419,10 @@ class Train:
     steps: int = option(300, "Optimizer steps.", least=1, most=MOST)
     batch: int = option(64, "Images per step.", least=1, most=2**20)
     accumulate: int = option(
-        1, "Micro-batches per step; their gradients are averaged.", least=1, most=MOST
+        1,
+        "Micro-batches per step; their gradients are averaged.",
+        least=1,
+        most=MOST,
     )
     learning_rate: float = option(3e-3, "Peak learning rate.")
     weight_decay: float = option(
@@ -412,10 +443,12 @@ class Train:
         "Images of the largest over the smallest class; 1: the data as it is.",
         least=1,
     )
-    sampling: Literal["instance", "square-root", "balanced", "progressive"] = option(
-        "instance",
-        "How classes are sampled: as the data has them, by the square root of their counts, evenly, or "
-        "from the data to evenly over the run. All but instance sample with replacement.",
+    sampling: Literal["instance", "square-root", "balanced", "progressive"] = (
+        option(
+            "instance",
+            "How classes are sampled: as the data has them, by the square root of their counts, evenly, or "
+            "from the data to evenly over the run. All but instance sample with replacement.",
+        )
     )
     echo_factor: float | Literal["auto"] = option(
         2.0,
@@ -443,8 +476,12 @@ class Train:
         least=0,
         most=MOST,
     )
-    save_every: int = option(100, "Steps between two checkpoints.", least=1, most=MOST)
-    keep: int = option(3, "Checkpoints that stay on the disk.", least=1, most=MOST)
+    save_every: int = option(
+        100, "Steps between two checkpoints.", least=1, most=MOST
+    )
+    keep: int = option(
+        3, "Checkpoints that stay on the disk.", least=1, most=MOST
+    )
     tensorboard: bool = option(
         False,
         "Write TensorBoard events into the run directory too; needs jaxtricks[tensorboard].",
@@ -469,7 +506,9 @@ class Train:
         """Raise UserError for a value that can't be meant."""
         check_ranges(self)
         # The step counts micro-batches.
-        at_most(self.steps * self.accumulate, MOST, "--steps times --accumulate")
+        at_most(
+            self.steps * self.accumulate, MOST, "--steps times --accumulate"
+        )
         for name in ("label_smoothing", "ema", "validation", "test"):
             check_fraction(getattr(self, name), flag(name))
         # Both are shares of what is there before either is held out.
@@ -574,11 +613,13 @@ class LrFind(Train):
 
     UNUSED = _ONLY_TRAIN | {"accumulate", "ema"}
     out: str = option(
-        "runs/lr-find", "Run directory to create: report.md, lr_range.png, range.json."
+        "runs/lr-find",
+        "Run directory to create: report.md, lr_range.png, range.json.",
     )
     lo: float = option(1e-6, "First learning rate.")
     hi: float = option(
-        1.0, "Last learning rate; the sweep ends earlier where the loss explodes."
+        1.0,
+        "Last learning rate; the sweep ends earlier where the loss explodes.",
     )
     rates: int = option(100, "Rates, one step at each.", least=2, most=MOST)
 
@@ -620,7 +661,10 @@ class Plan(Train):
         "A TPU that is not attached, such as v5e:2x2: its first chip. Needs jaxtricks[tpu].",
     )
     max_compiles: int = option(
-        6, "Programs that may be compiled after the unplanned one.", least=1, most=MOST
+        6,
+        "Programs that may be compiled after the unplanned one.",
+        least=1,
+        most=MOST,
     )
     data: str = option(
         "auto",
@@ -633,7 +677,10 @@ class Plan(Train):
         most=8000,
     )
     channels: int = option(
-        3, "Channels of the images: 3 for colour, 1 for gray.", least=1, most=2**20
+        3,
+        "Channels of the images: 3 for colour, 1 for gray.",
+        least=1,
+        most=2**20,
     )
     classes: int = option(
         0,
@@ -642,7 +689,8 @@ class Plan(Train):
         most=2**20,
     )
     out: str = option(
-        "", "Run directory to create, with plan.json and plan.png; none if absent."
+        "",
+        "Run directory to create, with plan.json and plan.png; none if absent.",
     )
 
     def check(self) -> None:
@@ -655,7 +703,9 @@ class Plan(Train):
         super().check()
         self.check_alone("plan")
         if self.topology and self.parallel.devices > 1:
-            raise UserError("--topology plans for the first chip alone: drop --mesh")
+            raise UserError(
+                "--topology plans for the first chip alone: drop --mesh"
+            )
 
     def _check_paths(self) -> None:
         check_path(self.data, "--data")
@@ -669,7 +719,9 @@ class Compare:
     runs: tuple[str, ...] = option(
         (), "Run directories of `jaxtricks train`.", positional=True
     )
-    picture: str = option("", "PNG to draw: their curves, and accuracy against cost.")
+    picture: str = option(
+        "", "PNG to draw: their curves, and accuracy against cost."
+    )
 
     def check(self) -> None:
         """Raise UserError if there is nothing to compare."""
@@ -693,13 +745,18 @@ class Fuse:
         "Directory to create: model.safetensors, model.stablehlo, fuse.json; RUN/fused if absent.",
     )
     batch: int = option(
-        64, "Images on which both models are compared and timed.", least=1, most=2**20
+        64,
+        "Images on which both models are compared and timed.",
+        least=1,
+        most=2**20,
     )
 
     def check(self) -> None:
         """Raise UserError for a value that can't be meant."""
         if not self.run:
-            raise UserError("fuse needs a run directory: give one of `jaxtricks train`")
+            raise UserError(
+                "fuse needs a run directory: give one of `jaxtricks train`"
+            )
         check_ranges(self)
 
 
@@ -720,12 +777,19 @@ class Ablate:
     )
     tricks: tuple[str, ...] = option(KEYS, "The tricks to compare.")
     seeds: int = option(
-        2, "Repetitions; mean and standard deviation are over them.", least=1, most=MOST
+        2,
+        "Repetitions; mean and standard deviation are over them.",
+        least=1,
+        most=MOST,
     )
     steps: int = option(160, "Optimizer steps per run.")
     batch: int = option(64, "Images per step.")
-    imbalance: float = option(20.0, "Images of the largest over the smallest class.")
-    size: int = option(0, "Side to which images are resized; 0: the commonest size.")
+    imbalance: float = option(
+        20.0, "Images of the largest over the smallest class."
+    )
+    size: int = option(
+        0, "Side to which images are resized; 0: the commonest size."
+    )
     widths: tuple[int, ...] = option((16, 32), "Channels of each stage.")
     search: bool = option(
         True,
@@ -740,14 +804,25 @@ class Ablate:
         """Raise UserError for a value that can't be meant."""
         check_ranges(self)
         if not self.tricks:
-            raise UserError(f"--tricks is empty: name some of {', '.join(KEYS)}")
+            raise UserError(
+                f"--tricks is empty: name some of {', '.join(KEYS)}"
+            )
         Tricks.of(*self.tricks)
         # The rest is checked as the settings of a run.
         self.train(Tricks(), 0).check()
 
     def train(self, tricks: Tricks, seed: int) -> Train:
         """Return the settings of the run of one row and seed."""
-        names = ("data", "root", "out", "steps", "batch", "imbalance", "size", "widths")
+        names = (
+            "data",
+            "root",
+            "out",
+            "steps",
+            "batch",
+            "imbalance",
+            "size",
+            "widths",
+        )
         shared = {name: getattr(self, name) for name in names}
         return Train(tricks=tricks, seed=seed, **shared)
 
@@ -761,5 +836,7 @@ class Explain:
     def check(self) -> None:
         """Raise UserError for an unknown key."""
         if not self.key:
-            raise UserError(f"explain needs a trick: give one of {', '.join(KEYS)}")
+            raise UserError(
+                f"explain needs a trick: give one of {', '.join(KEYS)}"
+            )
         Tricks.of(self.key.lower())

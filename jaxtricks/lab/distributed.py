@@ -46,7 +46,9 @@ class Placement:
     fsdp: bool = False
 
     @classmethod
-    def of(cls, cfg: Parallel, devices: Sequence[Any] | None = None) -> "Placement":
+    def of(
+        cls, cfg: Parallel, devices: Sequence[Any] | None = None
+    ) -> "Placement":
         """Make the mesh of the settings over the first devices; several hosts use all devices.
 
         Args:
@@ -72,7 +74,10 @@ class Placement:
             )
         types = (AxisType.Auto,) * len(axes)
         mesh = jax.make_mesh(
-            tuple(axes.values()), tuple(axes), axis_types=types, devices=devices[:size]
+            tuple(axes.values()),
+            tuple(axes),
+            axis_types=types,
+            devices=devices[:size],
         )
         return cls(mesh, cfg.fsdp)
 
@@ -97,15 +102,20 @@ class Placement:
     def rows(self, batch: int) -> np.ndarray:
         """Return the rows of a batch that this process reads: those on its devices."""
         slices: Any = self.batch.addressable_devices_indices_map((batch,))
-        bounds = sorted({part[0].indices(batch)[:2] for part in slices.values()})
-        return np.concatenate([np.arange(start, stop) for start, stop in bounds])
+        bounds = sorted(
+            {part[0].indices(batch)[:2] for part in slices.values()}
+        )
+        return np.concatenate(
+            [np.arange(start, stop) for start, stop in bounds]
+        )
 
     def put(self, batch: Any) -> Any:
         """Move a batch to its devices, from this process's rows."""
         if jax.process_count() == 1:
             return jax.device_put(batch, self.batch)
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self.batch, x), batch
+            lambda x: jax.make_array_from_process_local_data(self.batch, x),
+            batch,
         )
 
     def parameters(
@@ -137,7 +147,9 @@ class Placement:
         axes: Sequence[int],
     ) -> None:
         size = self.mesh.shape[name]
-        divisible = [i for i in axes if spec[i] is None and shape[i] % size == 0]
+        divisible = [
+            i for i in axes if spec[i] is None and shape[i] % size == 0
+        ]
         if divisible and size > 1:
             # Of equal axes the last: the features of a kernel, not its spatial axes.
             spec[max(divisible, key=lambda i: (shape[i], i))] = name
@@ -193,7 +205,9 @@ def leave(code: int) -> None:
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        shutdown = threading.Thread(
+            target=jax.distributed.shutdown, daemon=True
+        )
         shutdown.start()
         shutdown.join(_SECONDS_TO_LEAVE)
         os._exit(code)
@@ -243,7 +257,9 @@ class Hosts:
         """Return whether to stop after this step, as a process got SIGTERM; called at every step."""
         from jax.experimental import multihost_utils
 
-        return self.count > 1 and multihost_utils.reached_preemption_sync_point(step)
+        return self.count > 1 and multihost_utils.reached_preemption_sync_point(
+            step
+        )
 
 
 # Signals.
@@ -279,7 +295,9 @@ class Interrupt:
             return self
         alone = self._hosts.count == 1
         handler = self._note if alone else _pass_on
-        for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+        for number in (
+            (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+        ):
             self._previous[number] = signal.signal(number, handler)
         return self
 

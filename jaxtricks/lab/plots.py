@@ -65,7 +65,11 @@ def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
         *_line(left, _series(rows, "loss"), "training", **_THIN),
         *_line(left, _series(rows, "val_loss"), "validation", **_THICK),
     ]
-    if values and min(values) > 0 and max(values) > 50 * statistics.median(values):
+    if (
+        values
+        and min(values) > 0
+        and max(values) > 50 * statistics.median(values)
+    ):
         left.set_yscale("log")  # one outburst would flatten all the rest
     left.set_ylabel(f"loss ({unit})" if unit else "loss")
     _line(right, _series(rows, "accuracy", 100), "training", **_THIN)
@@ -77,12 +81,17 @@ def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
         _finish_steps(axis)
         if axis.get_lines():
             axis.legend(
-                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1),
+                ncols=3,
+                frameon=False,
             )
     return figure
 
 
-def groups(result: Mapping[str, Any], counts: Mapping[str, int] | None = None) -> Any:
+def groups(
+    result: Mapping[str, Any], counts: Mapping[str, int] | None = None
+) -> Any:
     """Draw the accuracy of the many-, medium- and few-shot classes of each split.
 
     Args:
@@ -99,22 +108,32 @@ def groups(result: Mapping[str, Any], counts: Mapping[str, int] | None = None) -
     from matplotlib.figure import Figure
 
     names = ("many", "medium", "few")
-    splits = [split for split in _BARS if isinstance(result.get(split), Mapping)]
+    splits = [
+        split for split in _BARS if isinstance(result.get(split), Mapping)
+    ]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.add_subplot()
     width = 0.84 / max(len(splits), 1)
     for i, split in enumerate(splits):
-        centres = [x + (i - (len(splits) - 1) / 2) * width for x in range(len(names))]
+        centres = [
+            x + (i - (len(splits) - 1) / 2) * width for x in range(len(names))
+        ]
         shares = [_number(result[split].get(name)) for name in names]
-        labelled_bars(axis, centres, shares, 0.92 * width, label=split, **_BARS[split])
-    axis.set_xticks(range(len(names)), [group_label(name, counts) for name in names])
+        labelled_bars(
+            axis, centres, shares, 0.92 * width, label=split, **_BARS[split]
+        )
+    axis.set_xticks(
+        range(len(names)), [group_label(name, counts) for name in names]
+    )
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.set_ylim(0, 108)
     axis.set_ylabel("mean accuracy of the classes (%)")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     if splits:
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+        axis.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False
+        )
     return figure
 
 
@@ -179,7 +198,9 @@ class _Measure(NamedTuple):
 
 
 _NATS = _Measure("loss", ("val_loss", "loss"), 1, "nats per character")
-_ACCURACY = _Measure("accuracy", ("val_accuracy", "accuracy"), 100, "accuracy (%)")
+_ACCURACY = _Measure(
+    "accuracy", ("val_accuracy", "accuracy"), 100, "accuracy (%)"
+)
 _BALANCED = _Measure(
     "balanced_accuracy",
     ("val_balanced_accuracy", "accuracy"),
@@ -208,7 +229,9 @@ def _history(
 def _series(
     rows: Sequence[Mapping[str, Any]], name: str, scale: float = 1
 ) -> list[tuple[int, float]]:
-    return [(row["step"], scale * _number(row[name])) for row in rows if name in row]
+    return [
+        (row["step"], scale * _number(row[name])) for row in rows if name in row
+    ]
 
 
 def _number(value: float | None) -> float:
@@ -228,12 +251,17 @@ def _line(
         return []
     values = [y for _, y in points if math.isfinite(y)]
     lost = len(points) - len(values)
-    if len(points) < 3 or lost:  # a point between two gaps has no line to show it
+    if (
+        len(points) < 3 or lost
+    ):  # a point between two gaps has no line to show it
         style = {"marker": ".", "ms": 7, **style}
     steps, ys = zip(*points, strict=True)
     finite = [y if math.isfinite(y) else math.nan for y in ys]
     axis.plot(
-        steps, finite, label=f"{label} ({lost} not finite)" if lost else label, **style
+        steps,
+        finite,
+        label=f"{label} ({lost} not finite)" if lost else label,
+        **style,
     )
     return values
 
@@ -264,7 +292,11 @@ def _legend(figure: Any, axis: Any) -> None:
             figure.get_figheight() + 0.22 * math.ceil(len(labels) / ncols)
         )
         figure.legend(
-            handles, labels, loc="outside upper center", ncols=ncols, frameon=False
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=ncols,
+            frameon=False,
         )
 
 
@@ -294,7 +326,11 @@ def _say_if_empty(axis: Any) -> None:
     if not axis.get_lines():
         axis.set(xticks=(), yticks=())
         axis.text(
-            0.5, 0.5, "nothing to show yet", transform=axis.transAxes, ha="center"
+            0.5,
+            0.5,
+            "nothing to show yet",
+            transform=axis.transAxes,
+            ha="center",
         )
 
 
@@ -326,12 +362,17 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Any:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.margins(0.16)
-        name_points(axis, [row["key"].removeprefix("all ") for row in rows], points)
+        name_points(
+            axis, [row["key"].removeprefix("all ") for row in rows], points
+        )
     figure.axes[0].set_ylabel("balanced accuracy, test")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
-        unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique)
+        unique.values(),
+        unique.keys(),
+        loc="outside upper center",
+        ncols=len(unique),
     )
     return figure
 
@@ -355,9 +396,17 @@ def _mark(axis: Any, row: dict[str, Any], x: float) -> None:
         else "one trick"
     )
     marker, colour, size = _KINDS[kind]
-    axis.errorbar(x, row["metric"], yerr=row["std"], color=colour, alpha=0.35, zorder=1)
+    axis.errorbar(
+        x, row["metric"], yerr=row["std"], color=colour, alpha=0.35, zorder=1
+    )
     axis.scatter(
-        x, row["metric"], s=size, color=colour, marker=marker, label=kind, zorder=2
+        x,
+        row["metric"],
+        s=size,
+        color=colour,
+        marker=marker,
+        label=kind,
+        zorder=2,
     )
 
 
@@ -389,7 +438,8 @@ def name_points(
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     # A point is taken too: a name over another's marker can't be told from that one's.
     shares = [
-        ((x - left) / (right - left), (y - low) / (high - low)) for x, y in points
+        ((x - left) / (right - left), (y - low) / (high - low))
+        for x, y in points
     ]
     taken = [(u - _GAP / 2, u + _GAP / 2, v) for u, v in shares]
     order = sorted(

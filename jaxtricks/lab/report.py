@@ -11,7 +11,14 @@ from jaxtricks.lab import rundir
 from jaxtricks.lab.config import Tricks
 from jaxtricks.lab.rundir import Run, look, writing
 
-__all__ = ["counted", "group_sizes", "hardware", "machine_line", "markdown", "write"]
+__all__ = [
+    "counted",
+    "group_sizes",
+    "hardware",
+    "machine_line",
+    "markdown",
+    "write",
+]
 
 GROUPS = ("many", "medium", "few")
 SPLITS = {"train": "training", "validation": "validation", "test": "the test"}
@@ -41,7 +48,10 @@ def group_sizes(counts: Sequence[int]) -> dict[str, int]:
     if len(counts) < _RANKED:
         many = few = len(counts) // 3
     else:
-        many, few = sum(n > _MANY for n in counts), sum(n < _FEW for n in counts)
+        many, few = (
+            sum(n > _MANY for n in counts),
+            sum(n < _FEW for n in counts),
+        )
     return {"many": many, "medium": len(counts) - many - few, "few": few}
 
 
@@ -89,7 +99,10 @@ def markdown(run: Run, pictures: Sequence[str]) -> str:
 
 
 def _title(run: Run) -> str:
-    model, name = look(run.about, "config", "model"), look(run.about, "data", "name")
+    model, name = (
+        look(run.about, "config", "model"),
+        look(run.about, "data", "name"),
+    )
     title = f"{model or 'A model'} on {name or 'unknown data'}"
     if len(run.tricks) > 2:
         return f"{title}, with {len(run.tricks)} tricks"
@@ -119,17 +132,23 @@ def _task(run: Run, data: dict[str, Any]) -> str:
     if run.is_text:
         goal, unit = "predict the next character of", "windows of characters"
     else:
-        goal = f"tell {len(data.get('classes') or ()) or 'the'} classes apart in"
+        goal = (
+            f"tell {len(data.get('classes') or ()) or 'the'} classes apart in"
+        )
         unit = f"images of {shape}" if shape else "images"
     # Runs of older versions may lack any of the fields.
     sizes = [
-        f"{data[name]:,} for {use}" for name, use in SPLITS.items() if data.get(name)
+        f"{data[name]:,} for {use}"
+        for name, use in SPLITS.items()
+        if data.get(name)
     ]
     model, name = (
         look(run.about, "config", "model") or "model",
         data.get("name") or "its data",
     )
-    return f"The {model} learned to {goal} `{name}`: {', '.join([unit, *sizes])}."
+    return (
+        f"The {model} learned to {goal} `{name}`: {', '.join([unit, *sizes])}."
+    )
 
 
 def _counts(data: dict[str, Any]) -> str:
@@ -137,7 +156,9 @@ def _counts(data: dict[str, Any]) -> str:
     if not counts:
         return ""
     if len(counts) == len(classes) <= _LISTED:
-        pairs = (f"{name}: {n:,}" for name, n in zip(classes, counts, strict=True))
+        pairs = (
+            f"{name}: {n:,}" for name, n in zip(classes, counts, strict=True)
+        )
         return f"Training images by class: {', '.join(pairs)}."
     return f"A class has {min(counts):,} to {max(counts):,} training images."
 
@@ -157,10 +178,17 @@ def _length(run: Run) -> str:
 def _tricks(run: Run) -> str:
     if not run.tricks:
         return "No trick is on: this is plain training."
-    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(Tricks)}
+    helps = {
+        field.name: field.metadata["help"]
+        for field in dataclasses.fields(Tricks)
+    }
     lines = [f"- {key}: {helps[key]}" for key in run.tricks]
     return "\n".join(
-        ["Tricks that are on (`jaxtricks explain NAME` tells more):", "", *lines]
+        [
+            "Tricks that are on (`jaxtricks explain NAME` tells more):",
+            "",
+            *lines,
+        ]
     )
 
 
@@ -182,7 +210,9 @@ def _unfinished(run: Run) -> str:
 
 
 def _quality(run: Run) -> str:
-    splits = {name: run.result[name] for name in SPLITS if look(run.result, name)}
+    splits = {
+        name: run.result[name] for name in SPLITS if look(run.result, name)
+    }
     if not splits:
         return ""
     if run.is_text:
@@ -192,7 +222,9 @@ def _quality(run: Run) -> str:
             "bits per character",
             "next character right %",
         )
-        body = [(name, *_text_cells(summary)) for name, summary in splits.items()]
+        body = [
+            (name, *_text_cells(summary)) for name, summary in splits.items()
+        ]
         legend = (
             "Nats and bits per character are the same loss in two units (1 nat is 1.443 bits): lower is "
             "better, and a uniform guess among K characters scores log2 K bits."
@@ -205,7 +237,9 @@ def _quality(run: Run) -> str:
             "balanced %",
             *(f"{group} %" for group in GROUPS),
         )
-        cells = {name: map(_percent, map(s.get, names)) for name, s in splits.items()}
+        cells = {
+            name: map(_percent, map(s.get, names)) for name, s in splits.items()
+        }
         body = [(name, *values) for name, values in cells.items()]
         legend = _legend(look(run.about, "data", "counts") or ())
     sample = "A large training split is measured on a sample."
@@ -250,7 +284,9 @@ def _legend(counts: Sequence[int]) -> str:
 def _costs(run: Run) -> str:
     result, size = run.result, _table.format_bytes
     bytes_read = result.get("bytes_read")
-    per_step = bytes_read / run.done if bytes_read is not None and run.done else None
+    per_step = (
+        bytes_read / run.done if bytes_read is not None and run.done else None
+    )
     rows: list[tuple[str, Callable[[Any], str | None], Any]] = [
         ("parameters", "{:,}".format, result.get("parameters")),
         ("optimizer state", size, result.get("state_bytes")),
@@ -275,18 +311,24 @@ def _costs(run: Run) -> str:
 
 
 def _planned(plan: dict[str, Any]) -> str | None:
-    figures = ("peak_bytes", "unplanned_peak_bytes", "budget_bytes", "extra_flops")
+    figures = (
+        "peak_bytes",
+        "unplanned_peak_bytes",
+        "budget_bytes",
+        "extra_flops",
+    )
     if any(plan.get(name) is None for name in figures):
         return None
-    peak, unplanned, asked = (_table.format_bytes(plan[name]) for name in figures[:3])
-    return (
-        f"{peak} of {unplanned} (budget {asked}), {plan['extra_flops']:+.1%} operations"
+    peak, unplanned, asked = (
+        _table.format_bytes(plan[name]) for name in figures[:3]
     )
+    return f"{peak} of {unplanned} (budget {asked}), {plan['extra_flops']:+.1%} operations"
 
 
 def _mesh(mesh: dict[str, Any]) -> str | None:
     if any(
-        mesh.get(name) is None for name in ("axes", "processes", "device_state_bytes")
+        mesh.get(name) is None
+        for name in ("axes", "processes", "device_state_bytes")
     ):
         return None
     held = _table.format_bytes(mesh["device_state_bytes"])
@@ -322,7 +364,9 @@ def _origin(about: dict[str, Any]) -> str:
 def _hardware(hardware: dict[str, Any]) -> str:
     devices, cores = hardware.get("devices") or (), hardware.get("cores")
     parts = (
-        f"{len(devices)} x {hardware.get('kind') or devices[0]}" if devices else "",
+        f"{len(devices)} x {hardware.get('kind') or devices[0]}"
+        if devices
+        else "",
         f"{cores} processor cores" if cores else "",
         str(hardware.get("machine") or ""),
     )

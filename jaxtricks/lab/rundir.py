@@ -42,11 +42,27 @@ CONFIG, METRICS, TIMING, RESULT = (
 )
 LOCK = ".lock"
 # Settings that change no number of a run, or none beyond rounding; the others must stay what they were.
-FREE = {"out", "resume", "save_every", "keep", "tensorboard", "wandb", "check_data"}
+FREE = {
+    "out",
+    "resume",
+    "save_every",
+    "keep",
+    "tensorboard",
+    "wandb",
+    "check_data",
+}
 FREE |= {"mesh", "fsdp", "coordinator", "processes", "process"}
 # A run that was killed while it wrote its first file has not begun.
 _LEFTOVERS = {f".{CONFIG}.partial", LOCK}
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "grain",
+    "orbax-checkpoint",
+    "numpy",
+)
 MAX_DEPTH = 64
 """JSON values nested more deeply are refused: whatever walks them would run out of stack."""
 
@@ -211,7 +227,9 @@ def check_writable(path: str) -> None:
     with writing(pathlib.Path(path)):
         while not folder.exists():
             folder = folder.parent
-        if folder.is_dir():  # what `can_begin` says of a file is more to the point
+        if (
+            folder.is_dir()
+        ):  # what `can_begin` says of a file is more to the point
             with tempfile.TemporaryFile(dir=folder):
                 pass
 
@@ -223,7 +241,9 @@ def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """
     now = json.loads(json.dumps(finite(now)))
     old, new = _flat(before.get("config", {})), _flat(now["config"])
-    defaults = json.loads(json.dumps(finite(_flat(dataclasses.asdict(Train())))))
+    defaults = json.loads(
+        json.dumps(finite(_flat(dataclasses.asdict(Train()))))
+    )
     old = {name: value for name, value in defaults.items() if name in new} | old
     for name in new:
         if name not in FREE and old.get(name) != new[name]:
@@ -263,16 +283,24 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _version(about: dict[str, Any]) -> str:
     versions = about.get("versions")
-    return str(versions.get("jaxtricks", "?")) if isinstance(versions, dict) else "?"
+    return (
+        str(versions.get("jaxtricks", "?"))
+        if isinstance(versions, dict)
+        else "?"
+    )
 
 
-def _other_versions(path: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _other_versions(
+    path: str, before: dict[str, Any], now: dict[str, Any]
+) -> str:
     """Return a sentence on packages that are not those that a run began with."""
     then, here = before.get("versions"), now.get("versions")
     if not isinstance(then, dict) or not isinstance(here, dict):
         return ""
     others = [
-        f"{k} {then[k]} (now {v})" for k, v in here.items() if then.get(k, v) != v
+        f"{k} {then[k]} (now {v})"
+        for k, v in here.items()
+        if then.get(k, v) != v
     ]
     if not others:
         return ""
@@ -289,7 +317,9 @@ def _lines_until(path: pathlib.Path, step: int) -> str:
     """Return the lines of a log up to a step, as they were written."""
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # a killed writer may leave half a line
+        with contextlib.suppress(
+            ValueError
+        ):  # a killed writer may leave half a line
             row = parse(line)
             if (
                 isinstance(row, dict)
@@ -341,7 +371,9 @@ def _lock(folder: pathlib.Path) -> int | None:
         return None
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+        os.write(
+            descriptor, f"process {os.getpid()} on {platform.node()}\n".encode()
+        )
     return descriptor
 
 
@@ -366,9 +398,15 @@ def writing(
         yield path
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        saved = "; checkpoints that were saved before are whole" if in_mid_run else ""
+        saved = (
+            "; checkpoints that were saved before are whole"
+            if in_mid_run
+            else ""
+        )
         cure = cure or "free space or give a writable --out"
-        raise UserError(f"can't write {path} ({reason}): {cure}{saved}") from error
+        raise UserError(
+            f"can't write {path} ({reason}): {cure}{saved}"
+        ) from error
 
 
 # JSON that may be damaged or come from somebody else.
@@ -384,7 +422,9 @@ def parse(text: str | bytes) -> Any:
     """
     too_deep = f"it is nested more than {MAX_DEPTH} deep"
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+        value = json.loads(
+            text if isinstance(text, str) else text.decode("utf-8")
+        )
     except RecursionError as error:
         raise ValueError(too_deep) from error
     level = [value]
@@ -407,7 +447,9 @@ def finite(value: Any) -> Any:
         return {key: finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
         return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return (
+        None if isinstance(value, float) and not math.isfinite(value) else value
+    )
 
 
 def misfit(value: Any, schema: Any) -> str:
@@ -430,7 +472,9 @@ def schema(name: str, fields: Mapping[str, Any]) -> Any:
     """
     import msgspec
 
-    optional = [(key, _bounded(kind) | None, None) for key, kind in fields.items()]
+    optional = [
+        (key, _bounded(kind) | None, None) for key, kind in fields.items()
+    ]
     return msgspec.defstruct(name, optional)
 
 
@@ -487,7 +531,9 @@ def _schemas() -> tuple[Any, Any, Any]:
     }
     summary = ("loss", "accuracy", "balanced_accuracy", "many", "medium", "few")
     split = schema("Summary", dict.fromkeys(summary, float))
-    plan = dict.fromkeys(("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int)
+    plan = dict.fromkeys(
+        ("peak_bytes", "unplanned_peak_bytes", "budget_bytes"), int
+    )
     mesh = dict.fromkeys(
         ("processes", "device_parameter_bytes", "device_state_bytes"), int
     )
@@ -529,12 +575,16 @@ class Run(NamedTuple):
     @property
     def is_text(self) -> bool:
         """Whether the run modelled text rather than classified images."""
-        return (look(self.about, "data", "kind") or self.result.get("kind")) == "text"
+        return (
+            look(self.about, "data", "kind") or self.result.get("kind")
+        ) == "text"
 
     @property
     def tricks(self) -> tuple[str, ...]:
         """Keys of the tricks that were on."""
-        return tuple(key for key in KEYS if look(self.about, "config", "tricks", key))
+        return tuple(
+            key for key in KEYS if look(self.about, "config", "tricks", key)
+        )
 
     @property
     def done(self) -> int:
@@ -606,7 +656,9 @@ def read(path: str | pathlib.Path) -> Run:
             raise UserError(
                 f"{folder / name} is damaged ({problem}): restore it, or leave out the run"
             )
-    return Run(folder, about, _rows(folder / METRICS), _rows(folder / TIMING), result)
+    return Run(
+        folder, about, _rows(folder / METRICS), _rows(folder / TIMING), result
+    )
 
 
 def look(value: Any, *keys: str) -> Any:
@@ -625,18 +677,24 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {}
     # Half characters, of names that are not UTF-8, could not be printed.
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return json.loads(
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    )
 
 
 def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else ()
+    lines = (
+        file.read_text(errors="replace").splitlines() if file.is_file() else ()
+    )
     for row in filter(None, map(_row, lines)):
         while (
             rows and rows[-1]["step"] > row["step"]
         ):  # a resumed run goes through steps again
             rows.pop()
-        same_step = rows.pop() if rows and rows[-1]["step"] == row["step"] else {}
+        same_step = (
+            rows.pop() if rows and rows[-1]["step"] == row["step"] else {}
+        )
         rows.append({**same_step, **row})
     return rows
 
@@ -664,7 +722,9 @@ def session(command: str) -> dict[str, Any]:
     """Return the command, when, with which versions, on what."""
     return {
         "command": command,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(
+            timespec="seconds"
+        ),
         "versions": versions(),
         "hardware": hardware(),
         "git": git(),
@@ -674,7 +734,10 @@ def session(command: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, this library, and what it stands on."""
     here = {"python": platform.python_version(), "jaxtricks": jt.__version__}
-    return {**here, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    return {
+        **here,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -703,7 +766,11 @@ def git() -> dict[str, Any] | None:
 def _git(*args: str) -> str | None:
     try:
         process = subprocess.run(
-            ["git", *args], capture_output=True, text=True, timeout=10, check=True
+            ["git", *args],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -106,7 +106,9 @@ class TrainStep:
         self._used = self.placement.parameters(params, split_axes, fsdp=False)
         # amp: products in bfloat16.
         self.loss = (
-            jt.amp.autocast(self._loss, BFLOAT16) if cfg.tricks.amp else self._loss
+            jt.amp.autocast(self._loss, BFLOAT16)
+            if cfg.tricks.amp
+            else self._loss
         )
         self.shapes = self._placed_shapes()
 
@@ -143,16 +145,22 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Return (state, metrics) after one micro-batch; not jitted. A rate multiplies the updates."""
         grad_fn = self._differentiated(state.opt_state)
-        (value, (model_state, accuracy)), grads = grad_fn(*self.inputs(state, batch))
+        (value, (model_state, accuracy)), grads = grad_fn(
+            *self.inputs(state, batch)
+        )
         grads = self._constrained(grads, self._stored)
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = self._tx.update(
+            grads, state.opt_state, state.params
+        )
         if rate is not None:
             updates = optax.tree.scale(rate, updates)
         params = optax.apply_updates(state.params, updates)
         if self._cfg.tricks.amp:
             # amp: a skipped step leaves no statistics of its batch behind, as it leaves no parameters.
             applied = jt.amp.step_applied(state.opt_state, opt_state)
-            model_state = jt.amp.select_tree(applied, model_state, state.model_state)
+            model_state = jt.amp.select_tree(
+                applied, model_state, state.model_state
+            )
         metrics = {"loss": value, "accuracy": accuracy, **jt.metrics(opt_state)}
         step = state.step + 1
         return TrainState(
@@ -171,14 +179,18 @@ class TrainStep:
             return state.params
         leaves = jax.tree.leaves(state.opt_state, is_leaf=_is_ema)
         ema = next(filter(_is_ema, leaves))
-        corrected = optax.tree.bias_correction(ema.ema, self._cfg.ema, ema.count)
+        corrected = optax.tree.bias_correction(
+            ema.ema, self._cfg.ema, ema.count
+        )
         # Nothing is averaged before the first update.
         started = ema.count > 0
         return jax.tree.map(
             lambda x, p: jnp.where(started, x, p), corrected, state.params
         )
 
-    def predict(self, params: Any, model_state: Any, batch: Any) -> tuple[Array, Array]:
+    def predict(
+        self, params: Any, model_state: Any, batch: Any
+    ) -> tuple[Array, Array]:
         """Return (logits float32, labels) of a batch, in evaluation mode.
 
         In float32 whatever the training used: evaluation is what is compared.
@@ -199,7 +211,9 @@ class TrainStep:
         out = self.shardings, self.placement.replicated
         return jax.jit(self.step, donate_argnums=0, out_shardings=out)
 
-    def compile(self, state: TrainState, batch: Any) -> tuple[Callable[..., Any], int]:
+    def compile(
+        self, state: TrainState, batch: Any
+    ) -> tuple[Callable[..., Any], int]:
         """Return (the step compiled for arguments like these, bytes of its temporaries)."""
         traced = self.jitted().trace(state, batch)
         executable = traced.lower().compile()
@@ -208,10 +222,15 @@ class TrainStep:
     def batch_shapes(self) -> dict[str, Any]:
         """Return the shapes of a micro-batch, with their shardings."""
         shape = self._cfg.micro_batch, *self._data.shape
-        array = functools.partial(jax.ShapeDtypeStruct, sharding=self.placement.batch)
+        array = functools.partial(
+            jax.ShapeDtypeStruct, sharding=self.placement.batch
+        )
         if self._data.kind == "text":
             return {"text": array(shape, np.int32)}
-        return {"image": array(shape, np.uint8), "label": array(shape[:1], np.int32)}
+        return {
+            "image": array(shape, np.uint8),
+            "label": array(shape[:1], np.int32),
+        }
 
     def example_batch(self) -> Any:
         """Return a micro-batch of zeros on its devices."""
@@ -260,8 +279,12 @@ class TrainStep:
                 topology=topology,
             )
         except ValueError as error:
-            option = "--budget" if isinstance(self._cfg, Plan) else "--remat-budget"
-            raise UserError(str(error).replace("budget_bytes", option)) from error
+            option = (
+                "--budget" if isinstance(self._cfg, Plan) else "--remat-budget"
+            )
+            raise UserError(
+                str(error).replace("budget_bytes", option)
+            ) from error
 
     def _model(self, key: Key) -> nnx.Module:
         return build_model(
@@ -269,11 +292,18 @@ class TrainStep:
         )
 
     def _loss(
-        self, params: Any, model_state: Any, inputs: Array, labels: Array, counts: Array
+        self,
+        params: Any,
+        model_state: Any,
+        inputs: Array,
+        labels: Array,
+        counts: Array,
     ) -> Any:
         # Under fsdp each parameter is gathered here; its gradient is summed and split on the way back.
         params = self._constrained(params, self._used)
-        logits, model_state = self._apply(params, model_state, inputs, train=True)
+        logits, model_state = self._apply(
+            params, model_state, inputs, train=True
+        )
         logits = self._constrained(logits, self.placement.batch)
         loss = build_loss(self._cfg, counts)(logits, labels)
         correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
@@ -293,15 +323,25 @@ class TrainStep:
 
     def _placed_shapes(self) -> TrainState:
         """Return the shapes of the state: the optimizer's lie like the parameters, the rest is replicated."""
-        shapes = jax.eval_shape(functools.partial(self.init, 0, self._data.counts))
+        shapes = jax.eval_shape(
+            functools.partial(self.init, 0, self._data.counts)
+        )
         specs = jt.memopt.state_specs(self._tx, shapes.params, self._stored)
-        opt_state = jax.tree.map(lambda s: NamedSharding(self.placement.mesh, s), specs)
+        opt_state = jax.tree.map(
+            lambda s: NamedSharding(self.placement.mesh, s), specs
+        )
         others = shapes.model_state, (shapes.step, shapes.key, shapes.counts)
-        model_state, rest = jax.tree.map(lambda _: self.placement.replicated, others)
+        model_state, rest = jax.tree.map(
+            lambda _: self.placement.replicated, others
+        )
         # In the order of the fields of the state.
-        shardings = jax.tree.leaves((self._stored, model_state, opt_state, rest))
+        shardings = jax.tree.leaves(
+            (self._stored, model_state, opt_state, rest)
+        )
         leaves, structure = jax.tree.flatten(shapes)
-        return jax.tree.unflatten(structure, map(_memory.shape, leaves, shardings))
+        return jax.tree.unflatten(
+            structure, map(_memory.shape, leaves, shardings)
+        )
 
 
 def prepare(
@@ -331,7 +371,9 @@ def _budget(text: str) -> str | float:
 # The model.
 
 
-def build_model(cfg: Train, inputs: int, num_classes: int, key: Key) -> nnx.Module:
+def build_model(
+    cfg: Train, inputs: int, num_classes: int, key: Key
+) -> nnx.Module:
     """Make the network with the tricks that change it.
 
     Args:
@@ -344,7 +386,9 @@ def build_model(cfg: Train, inputs: int, num_classes: int, key: Key) -> nnx.Modu
     recompute = cfg.tricks.remat and not cfg.remat_budget
     common: dict[str, Any] = {"recompute": recompute, "rngs": nnx.Rngs(key)}
     if cfg.model == "transformer":
-        return models.Transformer(num_classes, **dataclasses.asdict(cfg.text), **common)
+        return models.Transformer(
+            num_classes, **dataclasses.asdict(cfg.text), **common
+        )
     common |= {"widths": cfg.widths, "blocks": cfg.blocks}
     if cfg.model == "nfnet":
         return models.NFNet(inputs, num_classes, **common)
@@ -356,7 +400,9 @@ def build_model(cfg: Train, inputs: int, num_classes: int, key: Key) -> nnx.Modu
     # reparam: 3x3 + 3x1 + 1x3 branches in training; one 3x3 convolution after `fuse`.
     if cfg.tricks.reparam:
         unit = functools.partial(jt.nnx.ACBlock, **layers)
-    return models.ResNet(inputs, num_classes, unit=unit, pointwise=pointwise, **common)
+    return models.ResNet(
+        inputs, num_classes, unit=unit, pointwise=pointwise, **common
+    )
 
 
 def _layers(tricks: Tricks) -> dict[str, Callable[..., Any]]:
@@ -401,7 +447,9 @@ def build_optimizer(
     # agc: first in the chain, on raw gradients; the classifier's kernel is left alone.
     if tricks.agc:
         clipped = jt.agc.exclude(*(f"{path}/kernel" for path in classifiers))
-        links.append(jt.agc.adaptive_grad_clip(0.02, roles=roles, path_filter=clipped))
+        links.append(
+            jt.agc.adaptive_grad_clip(0.02, roles=roles, path_filter=clipped)
+        )
     # memopt: row and column moments instead of two full buffers; the rate stays absolute.
     if tricks.memopt:
         links.append(
@@ -415,7 +463,9 @@ def build_optimizer(
             )
         )
     else:
-        links.append(optax.adamw(rate, weight_decay=cfg.weight_decay, mask=kernel_mask))
+        links.append(
+            optax.adamw(rate, weight_decay=cfg.weight_decay, mask=kernel_mask)
+        )
     if cfg.ema:
         links.append(averaging(cfg.ema))
     tx = optax.chain(*links)
@@ -433,7 +483,9 @@ def averaging(decay: float) -> optax.GradientTransformation:
     ema = optax.ema(decay)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return updates, ema.update(optax.apply_updates(params, updates), state)[1]
+        return updates, ema.update(optax.apply_updates(params, updates), state)[
+            1
+        ]
 
     return optax.GradientTransformation(ema.init, update)
 
@@ -454,7 +506,9 @@ def build_schedule(cfg: Train) -> Callable[[Any], Any]:
     peak, steps = cfg.learning_rate, cfg.steps
     # cyclical: two triangles from a tenth of the peak, ending low; else warm-up and cosine.
     if cfg.tricks.cyclical:
-        return jt.cyclical.cyclical(peak / 10, peak, max(1, steps // (2 * _CYCLES)))
+        return jt.cyclical.cyclical(
+            peak / 10, peak, max(1, steps // (2 * _CYCLES))
+        )
     # (a run of one step ends in its warm-up)
     return optax.warmup_cosine_decay_schedule(
         peak / 10, peak, max(1, steps // 10), max(2, steps)
@@ -520,10 +574,14 @@ def augment(key: Key, images: Array, *, pad: int, flip: bool) -> Array:
     n, height, width, channels = images.shape
     shift_key, flip_key = jax.random.split(key)
     shifts = jax.random.randint(shift_key, (n, 2), 0, 2 * pad + 1)
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    padded = jnp.pad(
+        images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge"
+    )
 
     def crop(image: Array, shift: Array) -> Array:
-        return jax.lax.dynamic_slice(image, (*shift, 0), (height, width, channels))
+        return jax.lax.dynamic_slice(
+            image, (*shift, 0), (height, width, channels)
+        )
 
     images = jax.vmap(crop)(padded, shifts)
     if not flip:
@@ -558,7 +616,9 @@ def build_order(cfg: Train, data: data_lib.Data) -> Callable[[int], int]:
     if cfg.sampling != "progressive":
         return data_lib.sampled(data.train.labels, probabilities, cfg.seed)
     even = np.asarray(sampling.class_probabilities(data.counts, 0.0))
-    uses = cfg.echo_factor if cfg.tricks.echo and cfg.echo_factor != "auto" else 1
+    uses = (
+        cfg.echo_factor if cfg.tricks.echo and cfg.echo_factor != "auto" else 1
+    )
     reads = max(1, round(cfg.steps * cfg.batch / uses))
     return data_lib.sampled(
         data.train.labels, probabilities, cfg.seed, after=even, over=reads

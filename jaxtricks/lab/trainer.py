@@ -29,10 +29,14 @@ from jaxtricks.lab.distributed import (
 from jaxtricks.lab.rundir import RunDir
 from jaxtricks.lab.step import TrainState, TrainStep
 
-_SAMPLE = 4096  # examples, spread evenly, behind the curves and the training figure
+_SAMPLE = (
+    4096  # examples, spread evenly, behind the curves and the training figure
+)
 _CURVES = ("loss", "accuracy", "balanced_accuracy")
 _STATUS = {"loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
-_READERS = 4  # threads that decode large images; small ones are faster decoded without
+_READERS = (
+    4  # threads that decode large images; small ones are faster decoded without
+)
 _SMALL = 64 * 64  # pixels
 # The usual thresholds (100 and 20 images) leave groups empty where classes are few.
 _MANY_CLASSES = 100
@@ -75,9 +79,13 @@ class Trainer:
         self.skipped_before: set[str] = set()
         self._reported = 0  # images that broke, of those that were named
         self.divergence = Divergence(cfg, self.placement)
-        self._step, self.temp_bytes = step.compile(self.state, step.batch_shapes())
+        self._step, self.temp_bytes = step.compile(
+            self.state, step.batch_shapes()
+        )
 
-    def restore(self, tell: Callable[[str], None], session: dict[str, Any]) -> int:
+    def restore(
+        self, tell: Callable[[str], None], session: dict[str, Any]
+    ) -> int:
         """Go back to the newest checkpoint and cut the logs there; return the number of steps done."""
         restored = self.checkpoints.restore(self.state, tell) or Restored(
             0, self.state, None
@@ -85,17 +93,25 @@ class Trainer:
         self.state, self.divergence.saved_step = restored.state, restored.step
         if restored.host:
             self._continue(restored, tell)
-        self.hosts.on_first(lambda: self.folder.begin_again(restored.step, session))
+        self.hosts.on_first(
+            lambda: self.folder.begin_again(restored.step, session)
+        )
         tell(f"going on after step {restored.step} of {self.cfg.steps}")
         return restored.step
 
-    def _continue(self, restored: Restored, tell: Callable[[str], None]) -> None:
+    def _continue(
+        self, restored: Restored, tell: Callable[[str], None]
+    ) -> None:
         rows = self.hosts.gather(self.batches.rows)
         try:
-            sentence = self.batches.resume(restored.step, restored.host["feeds"], rows)
+            sentence = self.batches.resume(
+                restored.step, restored.host["feeds"], rows
+            )
             self.meter = Meter(restored.host["window"])
             self.bytes_before = int(restored.host["bytes_read"])
-            self.skipped_before = set(map(str, restored.host.get("skipped", ())))
+            self.skipped_before = set(
+                map(str, restored.host.get("skipped", ()))
+            )
         except (
             Exception
         ) as error:  # the datasets of Grain and those here fail in many ways
@@ -107,7 +123,11 @@ class Trainer:
             tell(sentence)
 
     def fit(
-        self, start: int, interrupt: Interrupt, outputs: list[Any], progress: Progress
+        self,
+        start: int,
+        interrupt: Interrupt,
+        outputs: list[Any],
+        progress: Progress,
     ) -> None:
         """Train from `start` to the last step, or until interrupted; log, evaluate and save on the way."""
         cfg = self.cfg
@@ -116,22 +136,28 @@ class Trainer:
         # A step that is evaluated ends a window of the log.
         every = cfg.eval_every or max(1, cfg.steps // 5)
         every = math.ceil(every / cfg.log_every) * cfg.log_every
-        task = progress.add_task("", total=cfg.steps, completed=start, status="")
+        task = progress.add_task(
+            "", total=cfg.steps, completed=start, status=""
+        )
 
-        def after(step: int, state: TrainState, means: dict[str, float] | None) -> bool:
+        def after(
+            step: int, state: TrainState, means: dict[str, float] | None
+        ) -> bool:
             self.state = state
             if means is not None:
                 self.divergence.check(step, [means["loss"]], state)
-                timing = stopwatch.timing(step, cfg.batch) | self._report_skipped(
-                    progress
-                )
+                timing = stopwatch.timing(
+                    step, cfg.batch
+                ) | self._report_skipped(progress)
                 if step % every == 0 or step == cfg.steps:
                     means = {**means, **self.validate()}
                 if is_first():
                     self.folder.log(step, means, timing)
                 for output in outputs:
                     output.write(step, means)
-                progress.update(task, completed=step, status=status(means, timing))
+                progress.update(
+                    task, completed=step, status=status(means, timing)
+                )
             stop = interrupt.due(step)
             if stop or step % cfg.save_every == 0 or step == cfg.steps:
                 self.save(step)
@@ -156,7 +182,9 @@ class Trainer:
         if self.data.validation is None:
             return {}
         summary = self.evaluate(self.state, self.data.validation, _SAMPLE)
-        return {f"val_{name}": summary[name] for name in _CURVES if name in summary}
+        return {
+            f"val_{name}": summary[name] for name in _CURVES if name in summary
+        }
 
     def save(self, step: int) -> None:
         """Save everything that the next step depends on.
@@ -177,14 +205,18 @@ class Trainer:
 
     def bytes_read(self) -> int:
         """Return the bytes of examples read by all hosts, earlier sessions included, prefetched ones too."""
-        return self.bytes_before + sum(self.hosts.gather(self.data.train.bytes_read))
+        return self.bytes_before + sum(
+            self.hosts.gather(self.data.train.bytes_read)
+        )
 
     def skipped(self) -> list[str]:
         """Return the names of the examples that could not be read since the run began, on all hosts."""
         if not self.cfg.skip_unreadable:
             return []
         here = [
-            name for _, source in self.data.splits() for name in list(source.skipped)
+            name
+            for _, source in self.data.splits()
+            for name in list(source.skipped)
         ]
         return sorted(self.skipped_before.union(*self.hosts.gather(here)))
 
@@ -211,7 +243,9 @@ class Trainer:
         for name, source in self.data.splits():
             limit = _SAMPLE if name == "train" else None
             result[name] = self.evaluate(self.state, source, limit)
-        result["parameters"] = sum(x.size for x in jax.tree.leaves(self.state.params))
+        result["parameters"] = sum(
+            x.size for x in jax.tree.leaves(self.state.params)
+        )
         result["state_bytes"] = _tree.nbytes(self.state.opt_state)
         result["temp_bytes"] = self.temp_bytes
         if self.plan:
@@ -225,11 +259,15 @@ class Trainer:
         if skipped:
             result["skipped_records"] = len(skipped)
         if self.placement.mesh.size > 1:
-            result["mesh"] = mesh_figures(self.placement, self.state, self._step)
+            result["mesh"] = mesh_figures(
+                self.placement, self.state, self._step
+            )
         return {**result, "bytes_read": bytes_read}
 
 
-def mesh_figures(placement: Placement, state: TrainState, step: Any) -> dict[str, Any]:
+def mesh_figures(
+    placement: Placement, state: TrainState, step: Any
+) -> dict[str, Any]:
     """Return a mesh's axes, what one device holds, and what a compiled step sends."""
     rows = collectives.table(collectives.census(step)).rows
     return {
@@ -247,7 +285,9 @@ def mesh_figures(placement: Placement, state: TrainState, step: Any) -> dict[str
 def status(means: dict[str, float], timing: dict[str, float]) -> str:
     """Return throughput and the newest figures, short enough for a line of 80 columns."""
     figures = [
-        f"{name} {means[key]:.3f}" for key, name in _STATUS.items() if key in means
+        f"{name} {means[key]:.3f}"
+        for key, name in _STATUS.items()
+        if key in means
     ]
     return "  ".join([f"{timing['examples_per_s']:.0f}/s", *figures])
 
@@ -302,7 +342,10 @@ class Meter:
     def mean(self) -> dict[str, float]:
         """Return the means, and empty the window."""
         rows, self._rows = self.rows(), []
-        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        return {
+            name: float(np.mean([row[name] for row in rows]))
+            for name in rows[0]
+        }
 
 
 def fit(
@@ -315,9 +358,9 @@ def fit(
     accumulate: int = 1,
     log_every: int = 10,
     meter: Meter | None = None,
-    after: Callable[[int, TrainState, dict[str, float] | None], bool] = lambda *_: (
-        False
-    ),
+    after: Callable[
+        [int, TrainState, dict[str, float] | None], bool
+    ] = lambda *_: False,
 ) -> TrainState:
     """Run steps start + 1 ... steps; the device is read only every log_every steps.
 
@@ -364,7 +407,9 @@ class Divergence:
             jt.amp.all_finite, out_shardings=placement.replicated
         )
 
-    def check(self, step: int, losses: Iterable[float], state: TrainState) -> None:
+    def check(
+        self, step: int, losses: Iterable[float], state: TrainState
+    ) -> None:
         """Raise unless the losses since the last check, and the state after `step`, are finite.
 
         With amp, which skips steps whose gradients are not finite, a loss alone may be anything.
@@ -376,7 +421,9 @@ class Divergence:
             try:
                 jt.amp.check_skipped(state.opt_state)
             except FloatingPointError as error:
-                skipped = str(error).removeprefix("amp.check_skipped: ").split(";")[0]
+                skipped = (
+                    str(error).removeprefix("amp.check_skipped: ").split(";")[0]
+                )
                 raise self._diverged(f"{skipped}, until step {step}") from error
             losses = ()
         # Parameters too: a relu that XLA makes of a fast maximum turns NaN into a loss that looks right.
@@ -409,14 +456,23 @@ class Evaluator:
     """
 
     def __init__(self, step: TrainStep, data: data_lib.Data, batch: int):
-        self._num_classes, self._batch, self._kind = len(data.classes), batch, data.kind
+        self._num_classes, self._batch, self._kind = (
+            len(data.classes),
+            batch,
+            data.kind,
+        )
         self._step, self._placement = step, step.placement
-        jit = functools.partial(jax.jit, out_shardings=self._placement.replicated)
+        jit = functools.partial(
+            jax.jit, out_shardings=self._placement.replicated
+        )
         self._update, self._summary = jit(self._updated), jit(self._summarized)
         self._averaged = jax.jit(step.averaged)
 
     def __call__(
-        self, state: TrainState, source: data_lib.Source, limit: int | None = None
+        self,
+        state: TrainState,
+        source: data_lib.Source,
+        limit: int | None = None,
     ) -> dict[str, Any]:
         """Summarize the source (or `limit` examples spread over it); host values.
 
@@ -437,9 +493,13 @@ class Evaluator:
         values = self._summary(totals, state.counts)
         if self._kind == "text":
             values = {name: values[name] for name in ("loss", "accuracy")}
-        return {name: np.asarray(value).tolist() for name, value in values.items()}
+        return {
+            name: np.asarray(value).tolist() for name, value in values.items()
+        }
 
-    def _updated(self, totals: Any, params: Any, model_state: Any, batch: Any) -> Any:
+    def _updated(
+        self, totals: Any, params: Any, model_state: Any, batch: Any
+    ) -> Any:
         metrics, loss, count = totals
         logits, labels = self._step.predict(params, model_state, batch)
         # Text has a label per character.
@@ -546,7 +606,9 @@ class Reads:
       read: position in the stream of all hosts behind the last batch that was begun to be read.
     """
 
-    def __init__(self, order: Callable[[int], int], rows: Sequence[int], batch: int):
+    def __init__(
+        self, order: Callable[[int], int], rows: Sequence[int], batch: int
+    ):
         self._order, self._rows, self._batch = order, rows, batch
         self.begin_at(0)
 

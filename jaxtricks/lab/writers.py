@@ -126,7 +126,9 @@ def check(cfg: Train) -> None:
             _load(_MODULES[name], name, f"--{name}")
 
 
-def open_writers(cfg: Train, folder: pathlib.Path, start_step: int = 0) -> list[Writer]:
+def open_writers(
+    cfg: Train, folder: pathlib.Path, start_step: int = 0
+) -> list[Writer]:
     """Open the writers that a run asks for.
 
     Args:
@@ -142,7 +144,9 @@ def open_writers(cfg: Train, folder: pathlib.Path, start_step: int = 0) -> list[
     """
     writers: list[Writer] = []
     if cfg.wandb:
-        writers.append(WandB(cfg.wandb, folder, dataclasses.asdict(cfg), start_step))
+        writers.append(
+            WandB(cfg.wandb, folder, dataclasses.asdict(cfg), start_step)
+        )
     if cfg.tensorboard:
         writers.append(TensorBoard(folder / "tensorboard", start_step))
     return writers

@@ -140,7 +140,9 @@ class ConvNorm(_Part):
             self.spec.size,
             strides=block.strides,
             padding="VALID",  # its input is padded already
-            kernel_dilation=tuple(d * self.spec.dilation for d in block.dilation),
+            kernel_dilation=tuple(
+                d * self.spec.dilation for d in block.dilation
+            ),
             feature_group_count=block.groups,
             use_bias=False,
             **how,
@@ -162,7 +164,9 @@ class ConvNorm(_Part):
         linear = None
         if self.spec.kind == "conv":
             conv = self.conv_layer(parent=None)
-            linear = conv_node(conv, at_path(variables, "conv"), self.spec.dilation)
+            linear = conv_node(
+                conv, at_path(variables, "conv"), self.spec.dilation
+            )
         elif self.spec.kind == "pool":
             linear = reparam.AvgPool(self.block.kernel_size)
         affine = self.affine_node(variables)
@@ -175,7 +179,9 @@ class ConvNorm(_Part):
         return BranchNodes(
             linear,
             affine,
-            conv_node(first.conv_layer(parent=None), at_path(first_variables, "conv")),
+            conv_node(
+                first.conv_layer(parent=None), at_path(first_variables, "conv")
+            ),
             first.affine_node(first_variables),
             self.spec.first.residual,
         )
@@ -222,13 +228,19 @@ class ReparamBlock(nn.Module):
         """Return the rows of the block's table, the one with the largest kernel first."""
         raise NotImplementedError
 
-    def branch(self, spec: BranchSpec, block: BlockGeometry, **how: Any) -> ConvNorm:
+    def branch(
+        self, spec: BranchSpec, block: BlockGeometry, **how: Any
+    ) -> ConvNorm:
         """Return the branch of one row; `how` says where it belongs."""
         is_online = self.mode == "online"
-        return ConvNorm(block, self.conv, self.norm, is_online, spec=spec, **how)
+        return ConvNorm(
+            block, self.conv, self.norm, is_online, spec=spec, **how
+        )
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None
+    ) -> Array:
         """Map [..., *spatial, in_features] to [..., *spatial', features].
 
         Args:
@@ -243,7 +255,9 @@ class ReparamBlock(nn.Module):
         outputs = []
         for spec in self.table(block):
             branch = self.branch(spec, block, name=spec.name)
-            pads = _layer_functions.branch_pads(x, self.padding, block, spec.extent)
+            pads = _layer_functions.branch_pads(
+                x, self.padding, block, spec.extent
+            )
             outputs.append(branch(x, pads, flags))
         if self.mode == "online":
             y = self._one_convolution(x, outputs, block)
@@ -262,7 +276,7 @@ class ReparamBlock(nn.Module):
             branches,
             block,
             padding=self.padding,
-            dtype=_dtypes.common_dtype(x, kernel, given=conv.dtype),
+            dtype=_dtypes.common_dtype(x, kernel, override=conv.dtype),
             precision=conv.precision,
         )
 
@@ -276,7 +290,9 @@ class ReparamBlock(nn.Module):
           block: its geometry.
         """
         return [
-            self.branch(spec, block, parent=None).nodes(at_path(variables, spec.name))
+            self.branch(spec, block, parent=None).nodes(
+                at_path(variables, spec.name)
+            )
             for spec in self.table(block)
         ]
 
@@ -315,7 +331,9 @@ class ReparamBlock(nn.Module):
         # An unbound module: layers are built for their settings alone.
         branches = self.branch_nodes(variables, block)
         norm = self.norm_node(variables)
-        norms = [branch.affine for branch in branches] if norm is None else [norm]
+        norms = (
+            [branch.affine for branch in branches] if norm is None else [norm]
+        )
         base, _ = _layers.unwrap_partial(self.norm)
         norm_name = getattr(base, "__name__", "normalization")
         _layer_functions.check_startable(name, [(norm_name, n) for n in norms])
@@ -330,7 +348,10 @@ class ReparamBlock(nn.Module):
             _write_norm(norm, params, statistics)
             return {"params": params, "batch_stats": statistics}
         for spec, branch in zip(table, branches, strict=True):
-            branch_params, branch_statistics = params[spec.name], statistics[spec.name]
+            branch_params, branch_statistics = (
+                params[spec.name],
+                statistics[spec.name],
+            )
             _write_norm(branch.affine, branch_params, branch_statistics)
             if spec.first is not None:
                 _write_norm(
@@ -426,7 +447,9 @@ class DiverseBranchBlock(ReparamBlock):
 
     def table(self, block: BlockGeometry) -> _layers.Table:
         """Return the rows of the KxK, 1x1 (if any), average and 1x1-KxK branch."""
-        return _layers.diverse_branches(block, internal_features=self.internal_features)
+        return _layers.diverse_branches(
+            block, internal_features=self.internal_features
+        )
 
 
 class MobileOneBlock(ReparamBlock):

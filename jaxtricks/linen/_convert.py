@@ -25,7 +25,12 @@ from jaxtricks.linen._layers import (
     effective_kernel,
 )
 from jaxtricks.linen._substitution import substituted
-from jaxtricks.linen._variables import at_path, copied, replace_at, without_empty
+from jaxtricks.linen._variables import (
+    at_path,
+    copied,
+    replace_at,
+    without_empty,
+)
 
 
 @checked
@@ -109,16 +114,22 @@ def convert(
             if init == "preserve" and isinstance(layer, nn.BatchNorm):
                 # The scales take up what the variances of the channels differ by.
                 arguments["use_scale"] = True
-            new = target(**_accepted_arguments(layer, target, arguments, look_up))
+            new = target(
+                **_accepted_arguments(layer, target, arguments, look_up)
+            )
             # Each layer has a key of its number, whatever the other rules are.
-            initial = _initialized(new, inputs[path], jax.random.fold_in(key, i))
+            initial = _initialized(
+                new, inputs[path], jax.random.fold_in(key, i)
+            )
             if init == "preserve":
                 initial = _with_function_of(
                     layer, layer_variables, new, initial, inputs[path][-1]
                 )
         except (ValueError, TypeError) as error:
             name = type(layer).__name__
-            raise ValueError(f"linen.convert: {path!r} ({name}): {error}") from error
+            raise ValueError(
+                f"linen.convert: {path!r} ({name}): {error}"
+            ) from error
         layers[path] = new
         replace_at(new_variables, path, initial)
     # Of the module as it was passed in: the flags of evaluation were for the trace.
@@ -140,7 +151,8 @@ def _norm_settings(
     norms = {
         path: layer
         for path, layer in called.items()
-        if isinstance(layer, NORMS) and not any(path.startswith(b) for b in blocks)
+        if isinstance(layer, NORMS)
+        and not any(path.startswith(b) for b in blocks)
     }
     probe = Probe(WatchedModule(evaluated), evaluated.example)
     features = {path: inputs[path][-1] for path in norms}
@@ -160,7 +172,9 @@ def _matching_layers(
         rule = matching.match(path, module)
         target = None if rule is None else matching.use(rule)
         if target is not None:
-            decisions.append((path, module.clone(parent=None, name=None), target))
+            decisions.append(
+                (path, module.clone(parent=None, name=None), target)
+            )
         if rule is not None or isinstance(module, ReparamBlock):
             prefixes.append(_layers.path_prefix(path))
     matching.check_all_used()
@@ -232,7 +246,9 @@ def _accepted_arguments(
     is_conv = "kernel_size" in arguments
     # A linear layer has no window that a convolution could take over.
     if "kernel_size" in parameters and not is_conv:
-        raise ValueError("only nn.Conv and WSConv turn into convolutions and blocks")
+        raise ValueError(
+            "only nn.Conv and WSConv turn into convolutions and blocks"
+        )
     accepted = {
         name: value
         for name, value in arguments.items()
@@ -258,7 +274,9 @@ def _accepted_arguments(
     return accepted
 
 
-def _initialized(layer: Any, shape: tuple[int, ...], key: Key) -> dict[str, Any]:
+def _initialized(
+    layer: Any, shape: tuple[int, ...], key: Key
+) -> dict[str, Any]:
     """Return the initial variables of a layer, for an input of this shape."""
     # In evaluation mode, where statistics do not move.
     has_mode = "use_running_average" in layer.__dataclass_fields__
@@ -273,7 +291,11 @@ def _initialized(layer: Any, shape: tuple[int, ...], key: Key) -> dict[str, Any]
 
 
 def _with_function_of(
-    old: Any, old_variables: Variables, new: Any, initial: dict[str, Any], features: int
+    old: Any,
+    old_variables: Variables,
+    new: Any,
+    initial: dict[str, Any],
+    features: int,
 ) -> dict[str, Any]:
     """Return variables with which `new` computes in evaluation what `old` does.
 
@@ -309,7 +331,9 @@ def _with_function_of(
 
 
 def _like(value: Array | None, initial: Array) -> Array:
-    return initial if value is None else jnp.asarray(value).astype(initial.dtype)
+    return (
+        initial if value is None else jnp.asarray(value).astype(initial.dtype)
+    )
 
 
 def _filters(old: Any, variables: Variables, new: WSConv) -> dict[str, Any]:
@@ -347,7 +371,9 @@ def _linear(
 ) -> dict[str, Any]:
     """Return the linear head; what a second stage adds starts without effect."""
     if old.use_bias and not new.use_bias:
-        raise ValueError("to compute the same, the head needs the bias of the layer")
+        raise ValueError(
+            "to compute the same, the head needs the bias of the layer"
+        )
     if isinstance(new, DisAlignHead) and new.compat is not None:
         raise ValueError(
             "compat=\"reference\" starts with another function: use init='fresh'"

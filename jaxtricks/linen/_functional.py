@@ -12,7 +12,11 @@ from jaxtricks import _layers
 from jaxtricks._arguments import checked
 from jaxtricks._typing import ApplyFn, Key, Params, State
 from jaxtricks.linen._layers import ExtendedBatchNorm
-from jaxtricks.linen._substitution import SubstitutedModule, original, substituted
+from jaxtricks.linen._substitution import (
+    SubstitutedModule,
+    original,
+    substituted,
+)
 from jaxtricks.linen._variables import layer_path
 
 STATISTICS = "batch_stats"
@@ -70,7 +74,9 @@ def functional(
     # The modules for both modes are built once, not in every step.
     call = _Call(module, train_kwargs)
     initial_state = {
-        name: _plain(tree) for name, tree in variables.items() if name != "params"
+        name: _plain(tree)
+        for name, tree in variables.items()
+        if name != "params"
     }
 
     def apply(
@@ -103,7 +109,9 @@ class _Call:
     def __init__(self, module: nn.Module, train_kwargs: _layers.TrainKwargs):
         cls = type(original(module))
         self.kwargs = _layers.mode_rule("linen.functional", cls, train_kwargs)
-        self.modules = {train: in_mode(module, train) for train in (True, False)}
+        self.modules = {
+            train: in_mode(module, train) for train in (True, False)
+        }
         self.finds_flags = train_kwargs is None
         # Without flags only the collections that are mutable tell the module to train;
         # a fused one does not train at all.
@@ -160,7 +168,9 @@ def evaluated(
         except _IMMUTABLE as error:
             # The error has the name of the collection in its text alone.
             others = {name for name in variables if name != "params"} - written
-            new = {name for name in others if f'collection "{name}"' in str(error)}
+            new = {
+                name for name in others if f'collection "{name}"' in str(error)
+            }
             if not new:
                 raise
             written |= new
@@ -174,10 +184,14 @@ def in_mode(module: nn.Module, train: bool) -> nn.Module:
             return module
         return substituted(inner, module.layers, is_fused=module.is_fused)
     # A flag that the call has too is the call's to set.
-    fields = {name: getattr(module, name) for name in module.__dataclass_fields__}
+    fields = {
+        name: getattr(module, name) for name in module.__dataclass_fields__
+    }
     parameters = _layers.open_parameters(type(module), (), {})
     flags = _layers.attribute_flags(fields, train)
-    changes: dict[str, Any] = {n: v for n, v in flags.items() if n not in parameters}
+    changes: dict[str, Any] = {
+        n: v for n, v in flags.items() if n not in parameters
+    }
     return module.clone(**changes) if changes else module
 
 

@@ -94,7 +94,10 @@ class PlainConv(nn.Module):
         Other arguments, such as the mode of a block, have no effect.
         """
         shape = _layers.conv_kernel_shape(
-            x.shape[-1], self.features, self.kernel_size, self.feature_group_count
+            x.shape[-1],
+            self.features,
+            self.kernel_size,
+            self.feature_group_count,
         )
         zeros = nn.initializers.zeros
         kernel = self.param("kernel", zeros, shape)
@@ -103,7 +106,7 @@ class PlainConv(nn.Module):
             x,
             kernel,
             bias,
-            dtype=_dtypes.common_dtype(x, kernel, bias, given=self.dtype),
+            dtype=_dtypes.common_dtype(x, kernel, bias, override=self.dtype),
             strides=self.strides,
             padding=self.padding,
             dilation=self.kernel_dilation,
@@ -198,7 +201,9 @@ def fuse(
             replace_at(plain_variables, path, {})
     plain_variables = without_empty(plain_variables)
     fused_module = substituted(evaluated.module, plain_layers, is_fused=True)
-    call = functools.partial(fused_module.apply, plain_variables, **evaluated.kwargs)
+    call = functools.partial(
+        fused_module.apply, plain_variables, **evaluated.kwargs
+    )
     sizes = _size(variables), _size(plain_variables)
     whole = compare_models(probe, call, fused, sizes)
     report = reparam.FuseReport(fused.rows, whole, fused.remaining())
@@ -228,7 +233,9 @@ class WatchedModule:
         path = layer_path(context.module)
         stored = at_path(self.evaluated.variables, path)["params"].get("kernel")
         if stored is not None:
-            used = nn.meta.unbox(context.module.get_variable("params", "kernel"))
+            used = nn.meta.unbox(
+                context.module.get_variable("params", "kernel")
+            )
             if is_altered(stored, used):
                 self.altered.add(path)
         args, kwargs = with_input(lambda x: watch(x, "in", path), args, kwargs)
@@ -275,11 +282,16 @@ def _describe(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return ({path: layer}, {path: normalization}) without those inside blocks."""
     called, shapes, training = called_layers(evaluated, CLASSES)
-    blocks = {p for p, layer in called.items() if isinstance(layer, ReparamBlock)}
+    blocks = {
+        p for p, layer in called.items() if isinstance(layer, ReparamBlock)
+    }
     prefixes = [_layers.path_prefix(path) for path in blocks]
     layers, norms = {}, {}
     for path, bound in called.items():
-        if any(path.startswith(prefix) and path not in blocks for prefix in prefixes):
+        if any(
+            path.startswith(prefix) and path not in blocks
+            for prefix in prefixes
+        ):
             continue
         variables = at_path(evaluated.variables, path)
         # The bound one belongs to a trace that is over.
@@ -319,7 +331,9 @@ def _conv_layer(
     path: str, module: Any, variables: Variables, is_composite: bool
 ) -> ConvLayer:
     kernel = variables["params"]["kernel"]
-    dtypes = [kernel.dtype] if module.dtype is None else [kernel.dtype, module.dtype]
+    dtypes = (
+        [kernel.dtype] if module.dtype is None else [kernel.dtype, module.dtype]
+    )
     return _described_conv(
         path,
         module,
@@ -384,7 +398,10 @@ def _block_parts(
         kernels.append((conv, conv_variables["params"]["kernel"]))
 
     def add_norm(path: str) -> None:
-        norm, norm_variables = module.norm(parent=None), at_path(variables, path)
+        norm, norm_variables = (
+            module.norm(parent=None),
+            at_path(variables, path),
+        )
         norm_path = f"{prefix}{path}"
         frozen_norm(norm, norm_variables)
         _check_known(norm_path, norm, norm_variables)
@@ -473,7 +490,9 @@ def _affine_layer(path: str, module: Any, variables: Variables) -> AffineLayer:
     def make(kernel: Array, bias: Array | None, dtype: Any) -> PlainLayer:
         # With a dtype it is computed for the error bound, else it is the result.
         how: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        if dtype is not None and getattr(module, "preferred_element_type", None):
+        if dtype is not None and getattr(
+            module, "preferred_element_type", None
+        ):
             how["preferred_element_type"] = dtype
         new_params = {"kernel": kernel}
         if bias is not None:

@@ -66,7 +66,10 @@ class WSConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Map [..., *spatial, in_features] to [..., *spatial', features]."""
         shape = _layers.conv_kernel_shape(
-            x.shape[-1], self.features, self.kernel_size, self.feature_group_count
+            x.shape[-1],
+            self.features,
+            self.kernel_size,
+            self.feature_group_count,
         )
         kernel_init = self.kernel_init or _layers.unit_variance_init()
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
@@ -82,7 +85,7 @@ class WSConv(nn.Module):
                 kernel, gain, preset=self.preset, eps=self.eps
             ),
             bias,
-            dtype=_dtypes.common_dtype(x, kernel, bias, given=self.dtype),
+            dtype=_dtypes.common_dtype(x, kernel, bias, override=self.dtype),
             strides=self.strides or 1,
             padding=self.padding,
             dilation=self.kernel_dilation or 1,
@@ -183,12 +186,16 @@ class _Head(nn.Module):
 
     features: int
 
-    def _kernel(self, x: Array, init: Initializer | None, param_dtype: Any) -> Array:
+    def _kernel(
+        self, x: Array, init: Initializer | None, param_dtype: Any
+    ) -> Array:
         shape = (x.shape[-1], self.features)
         init = init or _layers.unit_variance_init()
         return self.param("kernel", init, shape, param_dtype)
 
-    def _per_class(self, name: str, init: Initializer, param_dtype: Any) -> Array:
+    def _per_class(
+        self, name: str, init: Initializer, param_dtype: Any
+    ) -> Array:
         return self.param(name, init, (self.features,), param_dtype)
 
 
@@ -212,7 +219,7 @@ class CosineHead(_Head):
     def __call__(self, x: Array) -> Array:
         """Map features [..., D] to logits [..., C]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        dtype = _dtypes.common_dtype(x, kernel, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, override=self.dtype)
         return heads.cosine(x, kernel, self.s).astype(dtype)
 
 
@@ -242,7 +249,7 @@ class NormedHead(_Head):
     def __call__(self, x: Array) -> Array:
         """Map features [..., D] to logits [..., C] in [-s, s]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        dtype = _dtypes.common_dtype(x, kernel, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, override=self.dtype)
         return heads.normed(x, kernel, self.s).astype(dtype)
 
 
@@ -269,9 +276,11 @@ class LWSHead(_Head):
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self._per_class("bias", nn.initializers.zeros, self.param_dtype)
+            bias = self._per_class(
+                "bias", nn.initializers.zeros, self.param_dtype
+            )
         scale = self._per_class("scale", nn.initializers.ones, self.param_dtype)
-        dtype = _dtypes.common_dtype(x, kernel, bias, given=self.dtype)
+        dtype = _dtypes.common_dtype(x, kernel, bias, override=self.dtype)
         logits = _layers.affine(x, kernel, bias, dtype)
         return heads.lws(logits, scale).astype(dtype)
 
@@ -301,9 +310,13 @@ class DisAlignHead(_Head):
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self._per_class("bias", nn.initializers.zeros, self.param_dtype)
-        dtype = _dtypes.common_dtype(x, kernel, bias, given=self.dtype)
-        start = decoupling.disalign_start(kernel.shape, self.param_dtype, self.compat)
+            bias = self._per_class(
+                "bias", nn.initializers.zeros, self.param_dtype
+            )
+        dtype = _dtypes.common_dtype(x, kernel, bias, override=self.dtype)
+        start = decoupling.disalign_start(
+            kernel.shape, self.param_dtype, self.compat
+        )
         calibration = {
             name: self.param(name, lambda _, value=value: value)
             for name, value in start.items()
@@ -343,7 +356,9 @@ class CausalHead(_Head):
     use_running_average: bool | None = False
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None
+    ) -> Array:
         """Map features [..., D] to logits [..., C]; in training the mean moves.
 
         Args:
@@ -352,7 +367,9 @@ class CausalHead(_Head):
         """
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
         wide = _layers.statistics_dtype(self.param_dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, kernel.shape[:1], wide)
+        mean = self.variable(
+            "batch_stats", "mean", jnp.zeros, kernel.shape[:1], wide
+        )
         direction = mean.value
         if not _layers.use_running_statistics(
             use_running_average, self.use_running_average, "CausalHead"
@@ -372,13 +389,17 @@ class CausalHead(_Head):
             gamma=self.gamma,
             alpha=self.alpha,
         )
-        return logits.astype(_dtypes.common_dtype(x, kernel, given=self.dtype))
+        return logits.astype(
+            _dtypes.common_dtype(x, kernel, override=self.dtype)
+        )
 
 
 # Layers as nodes of `reparam`.
 
 
-def effective_kernel(conv: nn.Module, variables: Variables) -> tuple[Array, Any]:
+def effective_kernel(
+    conv: nn.Module, variables: Variables
+) -> tuple[Array, Any]:
     """Return (kernel, bias or None) of the plain convolution that a layer computes.
 
     Args:
@@ -399,7 +420,9 @@ def effective_kernel(conv: nn.Module, variables: Variables) -> tuple[Array, Any]
     return _layer_functions.hooked_kernel(conv, kernel, mask), bias
 
 
-def conv_node(conv: nn.Module, variables: Variables, dilation: int = 1) -> reparam.Conv:
+def conv_node(
+    conv: nn.Module, variables: Variables, dilation: int = 1
+) -> reparam.Conv:
     """Return the convolution that a layer computes as a node."""
     kernel, bias = effective_kernel(conv, variables)
     groups: Any = getattr(conv, "feature_group_count", 1)
@@ -425,7 +448,9 @@ def frozen_norm(norm: nn.Module, variables: Variables) -> reparam.Norm:
     params = variables.get("params", {})
     mean, var = (jnp.asarray(statistics[name]) for name in ("mean", "var"))
     epsilon: Any = getattr(norm, "epsilon", 0.0)
-    return reparam.Norm(mean, var, params.get("scale"), params.get("bias"), epsilon)
+    return reparam.Norm(
+        mean, var, params.get("scale"), params.get("bias"), epsilon
+    )
 
 
 def is_standardized(conv: nn.Module) -> bool:

@@ -42,7 +42,9 @@ HEADS = (CausalHead, CosineHead, DisAlignHead, LWSHead, NormedHead)
 
 
 @checked
-def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.Exact:
+def roles(
+    module: nn.Module, *init_args: Any, **init_kwargs: Any
+) -> roles_lib.Exact:
     """Return a rule for `roles=` that is exact for the layers of flax.linen and ours.
 
     The module is initialized abstractly (nothing is computed or allocated) and its
@@ -77,7 +79,11 @@ def roles(module: nn.Module, *init_args: Any, **init_kwargs: Any) -> roles_lib.E
     params = init(_recorder(axes))
     candidates: dict[str, list[Roles]] = {}
     for path, leaf in _tree.leaves_with_paths(params):
-        placed = _layer_axes.placements(axes[path], leaf.shape) if path in axes else []
+        placed = (
+            _layer_axes.placements(axes[path], leaf.shape)
+            if path in axes
+            else []
+        )
         if placed:
             candidates[path] = placed
     # Boxes tell for sure, but not every module can be initialized with them.
@@ -182,7 +188,8 @@ LayerRoles = dict[str, tuple[Roles, Any]]
 
 
 def tagged_roles(
-    init: Callable[[Callable[..., Any]], Any], layer_roles: Callable[..., LayerRoles]
+    init: Callable[[Callable[..., Any]], Any],
+    layer_roles: Callable[..., LayerRoles],
 ) -> dict[str, Roles]:
     """Return {path: roles}, stacked axes included, by boxing the parameters.
 
@@ -202,7 +209,9 @@ def tagged_roles(
         # Of any kind: the code of the module works without our boxes, and met one.
         return {}
     table = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_tag):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=_is_tag
+    ):
         if _is_tag(leaf):
             # The empty key of a box leaves an empty part in the path.
             table[_tree.path_str(path).replace("//", "/")] = leaf.roles
@@ -255,7 +264,9 @@ def layer_roles(
         # Flax takes the equation of the module or that of the call, not both.
         in_call = args[1] if len(args) > 1 else kwargs.get("einsum_str")
         roles_of = _layer_axes.einsum_roles(
-            module.einsum_str or in_call, len(module.shape), ranks.get("bias", 0)
+            module.einsum_str or in_call,
+            len(module.shape),
+            ranks.get("bias", 0),
         )
     return {
         name: (roles_of[name], leaf)
@@ -269,7 +280,9 @@ def _parameters(module: nn.Module) -> dict[str, Any]:
     params = module.variables.get("params", {})
     # What a bridge has below it belongs to no other linen module.
     if not isinstance(module, nnx.bridge.ToLinen):
-        params = {name: x for name, x in params.items() if not isinstance(x, Mapping)}
+        params = {
+            name: x for name, x in params.items() if not isinstance(x, Mapping)
+        }
     leaves = jax.tree_util.tree_leaves_with_path(
         params, is_leaf=nn.meta.is_axis_metadata
     )
@@ -298,10 +311,17 @@ def _roles_of(module: nn.Module, ranks: Mapping[str, int]) -> dict[str, Roles]:
             return {"kernel": ("in", "out"), "bias": NONE}
         case nn.Conv() | WSConv():
             spatial = ("in",) * _rank(module.kernel_size)
-            return {"kernel": (*spatial, "in", "out"), "bias": NONE, "gain": NONE}
+            return {
+                "kernel": (*spatial, "in", "out"),
+                "bias": NONE,
+                "gain": NONE,
+            }
         case nn.ConvLocal():
             positions = ("batch",) * _rank(module.kernel_size)
-            return {"kernel": (*positions, "in", "out"), "bias": (*positions, "none")}
+            return {
+                "kernel": (*positions, "in", "out"),
+                "bias": (*positions, "none"),
+            }
         case nn.ConvTranspose():
             spatial = ("in",) * _rank(module.kernel_size)
             last = ("out", "in") if module.transpose_kernel else ("in", "out")

@@ -111,10 +111,14 @@ class _Interceptor:
         layers: Mapping[str, nn.Module],
         bound: dict[tuple[str, int], tuple[Any, Any]],
     ):
-        self._root = root  # path of the module, which those of the layers continue
+        self._root = (
+            root  # path of the module, which those of the layers continue
+        )
         self._layers = layers
         self._bound = bound
-        self._modes: list[bool] = []  # of the enclosing calls that say whether to train
+        self._modes: list[
+            bool
+        ] = []  # of the enclosing calls that say whether to train
         self._running: set[str] = set()
 
     def __call__(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -142,7 +146,11 @@ class _Interceptor:
             self._bound[key] = module.scope, layer
         _, layer = self._bound[key]
         says_mode = "use_running_average" in layer.__dataclass_fields__
-        if says_mode and len(args) < 2 and kwargs.get("use_running_average") is None:
+        if (
+            says_mode
+            and len(args) < 2
+            and kwargs.get("use_running_average") is None
+        ):
             setting = layer.use_running_average
             if setting is None:
                 setting = getattr(module, "use_running_average", None)
@@ -177,5 +185,8 @@ def _mode_of_call(
         trains = None
     if trains is not None:
         return trains
-    fields = {name: getattr(module, name, None) for name in module.__dataclass_fields__}
+    fields = {
+        name: getattr(module, name, None)
+        for name in module.__dataclass_fields__
+    }
     return _layers.training_flag(fields)

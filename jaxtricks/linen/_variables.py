@@ -41,7 +41,9 @@ def copied(variables: Mapping[str, Any]) -> dict[str, Any]:
     return copy(variables)
 
 
-def replace_at(variables: dict[str, Any], path: str, layer: Mapping[str, Any]) -> None:
+def replace_at(
+    variables: dict[str, Any], path: str, layer: Mapping[str, Any]
+) -> None:
     """Write the variables of the layer at a path, in place of those that are there."""
     for collection in COLLECTIONS:
         values = layer.get(collection) or {}

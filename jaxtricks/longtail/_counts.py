@@ -85,7 +85,11 @@ def _counted(labels: Array, *, num_classes: int) -> Array:
     target = jnp.where(
         labels < 0, num_classes, labels
     )  # a negative index would wrap around
-    return jnp.zeros(num_classes, jnp.int32).at[target.reshape(-1)].add(1, mode="drop")
+    return (
+        jnp.zeros(num_classes, jnp.int32)
+        .at[target.reshape(-1)]
+        .add(1, mode="drop")
+    )
 
 
 def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
@@ -96,7 +100,10 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
             f"longtail.class_counts: `names` are {len(names)}, {len(set(names))} of them different, for "
             f"{num_classes} classes: give every class a number"
         )
-    if not isinstance(labels, jnp.ndarray) and np.asarray(labels).dtype.kind in "USO":
+    if (
+        not isinstance(labels, jnp.ndarray)
+        and np.asarray(labels).dtype.kind in "USO"
+    ):
         index = {name: c for c, name in enumerate(names)}
         flat = [str(label) for label in np.asarray(labels).reshape(-1)]
         if unknown := sorted(set(flat) - set(names)):
@@ -106,7 +113,9 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
             )
         return np.array([index[label] for label in flat], np.int64)
     if names != _in_order(names):
-        c = next(c for c, name in enumerate(_in_order(names)) if name != names[c])
+        c = next(
+            c for c, name in enumerate(_in_order(names)) if name != names[c]
+        )
         raise ValueError(
             f"longtail.class_counts: `names` has {names[c]!r} in place {c}, which is the order of strings, "
             "not of numbers: sort them by number, or count labels that are names"
@@ -182,7 +191,9 @@ def class_indices(labels: Any) -> Array:
     labels = jnp.asarray(labels)
     if jnp.iinfo(labels.dtype).max > jnp.iinfo(jnp.int32).max:
         fits = (labels >= 0) & (labels <= jnp.iinfo(jnp.int32).max)
-        labels = jnp.where(fits, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32)
+        labels = jnp.where(fits, labels, jnp.zeros((), labels.dtype)).astype(
+            jnp.int32
+        )
         return jnp.where(fits, labels, -1)
     return labels.astype(jnp.int32)
 
@@ -226,11 +237,15 @@ def floating(values: Array) -> Array:
     Raises:
       ValueError: the values are not real numbers.
     """
-    if not (jnp.issubdtype(values.dtype, jnp.integer) or _dtypes.is_floating(values)):
+    if not (
+        jnp.issubdtype(values.dtype, jnp.integer) or _dtypes.is_floating(values)
+    ):
         raise ValueError(
             f"longtail: an argument is an array of {values.dtype}: give real numbers"
         )
-    return values.astype(values.dtype if values.dtype == jnp.float64 else jnp.float32)
+    return values.astype(
+        values.dtype if values.dtype == jnp.float64 else jnp.float32
+    )
 
 
 def has_examples(counts: Real[Array, "C"]) -> Bool[Array, "C"]:

@@ -129,7 +129,9 @@ def class_balanced(counts: Counts, beta: Scalar = 0.9999) -> SoftmaxLoss:
 
 
 @checked
-def ldam(counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0) -> SoftmaxLoss:
+def ldam(
+    counts: Counts, max_margin: Scalar = 0.5, s: Scalar = 30.0
+) -> SoftmaxLoss:
     """Build the label-distribution-aware margin loss.
 
     CE(s (z - m_y e_y)), m_c = max_margin (n_min / n_c)^(1/4)
@@ -258,7 +260,9 @@ def cdt(counts: Counts, gamma: Scalar) -> SoftmaxLoss:
 class _OfCosines(SoftmaxLoss):
     """A loss that warns of logits that cannot be cosines."""
 
-    def __call__(self, logits: Array, labels: Array, *, where: Any = None) -> Array:
+    def __call__(
+        self, logits: Array, labels: Array, *, where: Any = None
+    ) -> Array:
         loss = super().__call__(logits, labels, where=where)
         if not any(isinstance(a, jax.core.Tracer) for a in (logits, where)):
             check_normed(logits, where)
@@ -269,7 +273,9 @@ class _OfCosines(SoftmaxLoss):
 # averages it.
 
 
-PRIOR_EPS = 1e-9  # of LADE's log(pi + eps), which also defines a class without examples
+PRIOR_EPS = (
+    1e-9  # of LADE's log(pi + eps), which also defines a class without examples
+)
 
 
 @node
@@ -295,11 +301,14 @@ class LabelAwareSmoothing:
         z, q, inside = read_inputs(logits, labels, where)
         e = _vector("label_aware_smoothing: `counts`", self.smoothing, z)
         each, offered = _cross_entropies(z)
-        number = jnp.maximum(jnp.sum(offered, axis=-1, keepdims=True), 1).astype(
-            z.dtype
-        )
+        number = jnp.maximum(
+            jnp.sum(offered, axis=-1, keepdims=True), 1
+        ).astype(z.dtype)
         mean = jnp.sum(jnp.where(offered, each / number, 0), axis=-1)
-        loss = expected(q * (1 - e), each, offered) + jnp.sum(q * e, axis=-1) * mean
+        loss = (
+            expected(q * (1 - e), each, offered)
+            + jnp.sum(q * e, axis=-1) * mean
+        )
         return finish(loss, inside, where)
 
 
@@ -347,9 +356,15 @@ class Seesaw:
         q = jnp.asarray(self.q).astype(z.dtype)
         mitigation = p * jnp.minimum(log_n - at_label(log_n), 0)
         least = jnp.log(jnp.asarray(0.01, z.dtype))
-        compensation = q * jnp.maximum(log_p - jnp.maximum(at_label(log_p), least), 0)
-        others = jnp.where(one_hot > 0, lowest(z), z + mitigation + compensation)
-        return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1) - at_label(z)[..., 0])
+        compensation = q * jnp.maximum(
+            log_p - jnp.maximum(at_label(log_p), least), 0
+        )
+        others = jnp.where(
+            one_hot > 0, lowest(z), z + mitigation + compensation
+        )
+        return jax.nn.softplus(
+            jax.nn.logsumexp(others, axis=-1) - at_label(z)[..., 0]
+        )
 
 
 @node
@@ -380,16 +395,26 @@ class Lade:
         prior = n / jnp.maximum(jnp.sum(n), 1)
         each = expected(q, *_cross_entropies(z + jnp.log(prior + PRIOR_EPS)))
         keep = (
-            jnp.ones(each.shape, bool) if where is None else as_mask(where, each.shape)
+            jnp.ones(each.shape, bool)
+            if where is None
+            else as_mask(where, each.shape)
         )
         keep = keep if inside is None else keep & inside
-        rows = z.reshape(-1, z.shape[-1]), q.reshape(-1, z.shape[-1]), keep.reshape(-1)
+        rows = (
+            z.reshape(-1, z.shape[-1]),
+            q.reshape(-1, z.shape[-1]),
+            keep.reshape(-1),
+        )
         alpha = jnp.asarray(self.alpha).astype(z.dtype)
         return finish(
-            each + alpha * self._regulariser(*rows, prior.reshape(-1)), inside, where
+            each + alpha * self._regulariser(*rows, prior.reshape(-1)),
+            inside,
+            where,
         )
 
-    def _regulariser(self, z: Array, q: Array, keep: Array, prior: Array) -> Array:
+    def _regulariser(
+        self, z: Array, q: Array, keep: Array, prior: Array
+    ) -> Array:
         finite = jnp.where(keep[:, None] & ~jnp.isneginf(z), z, 0)
         of_label = jnp.sum(q * finite, axis=0) / (jnp.sum(q, axis=0) + 1e-8)
         counted = jnp.where(keep[:, None], z, -jnp.inf)
@@ -433,7 +458,9 @@ class Equalization:
         gamma = jnp.asarray(self.gamma).astype(z.dtype)
         left_out = rare & jax.random.bernoulli(key, gamma, z.shape)
         distance, offered = gaps(z, left_out)
-        return finish(expected(q, jax.nn.softplus(distance), offered), inside, where)
+        return finish(
+            expected(q, jax.nn.softplus(distance), offered), inside, where
+        )
 
 
 @node
@@ -471,7 +498,9 @@ class InfluenceBalanced:
         # ||p - onehot||_1 = 2 (1 - p_c), and 1 - p_c = sigmoid(gap) without
         # cancellation.
         influence = (
-            2 * jax.nn.sigmoid(gap) * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
+            2
+            * jax.nn.sigmoid(gap)
+            * jnp.sum(jnp.abs(h), axis=-1, keepdims=True)
         )
         alpha = jnp.asarray(self.alpha).astype(z.dtype)
         gamma = jnp.asarray(self.focal_gamma).astype(z.dtype)
@@ -589,7 +618,9 @@ def label_aware_smoothing(
         rise = 1 - jnp.cos(jnp.pi / 2 * r)
     elif shape == "exp":
         exponent = jnp.asarray(power).astype(n.dtype)
-        rise = jnp.where(r > 0, jnp.exp(exponent * jnp.log(jnp.where(r > 0, r, 1))), 0)
+        rise = jnp.where(
+            r > 0, jnp.exp(exponent * jnp.log(jnp.where(r > 0, r, 1))), 0
+        )
     else:
         raise ValueError(
             f'longtail.label_aware_smoothing: `shape` is {shape!r}: pass "concave", "linear", '
@@ -694,7 +725,9 @@ def equalization(
       Tan et al., Equalization loss for long-tailed object recognition, arXiv
       2003.05176.
     """
-    return Equalization(as_vector("equalization: `counts`", counts), gamma, threshold)
+    return Equalization(
+        as_vector("equalization: `counts`", counts), gamma, threshold
+    )
 
 
 @checked
@@ -734,5 +767,9 @@ def influence_balanced(
       Park et al., Influence-balanced loss for imbalanced visual classification, arXiv
       2110.02444.
     """
-    w = None if weights is None else as_vector("influence_balanced: `weights`", weights)
+    w = (
+        None
+        if weights is None
+        else as_vector("influence_balanced: `weights`", weights)
+    )
     return InfluenceBalanced(w, alpha, focal_gamma, eps)

@@ -59,23 +59,35 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
 def _top(z: Array, gain: Array, offset: Array) -> Array:
     """Return nearly the largest of gain z + offset, within _SLACK / 2."""
     largest = jnp.max(z, axis=-1)
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)  # a row without any class
+    largest = jnp.where(
+        jnp.isneginf(largest), 0, largest
+    )  # a row without any class
     ends = jnp.min(gain) * largest, jnp.max(gain) * largest
     low = jnp.minimum(*ends) + jnp.min(offset)
     high = jnp.maximum(*ends) + jnp.max(offset)
     # With a single gain the offsets [C] alone decide how far apart the bounds are, so
     # the batch need not be reduced.
-    apart = jnp.max(offset) - jnp.min(offset) if gain.ndim == 0 else jnp.max(high - low)
+    apart = (
+        jnp.max(offset) - jnp.min(offset)
+        if gain.ndim == 0
+        else jnp.max(high - low)
+    )
     return jax.lax.cond(
         apart <= _SLACK,
-        lambda z: low / 2 + high / 2,  # their sum may be beyond the largest float
-        lambda z: jnp.maximum(jnp.max(_affine(z, gain, offset), axis=-1), lowest(z)),
+        lambda z: (
+            low / 2 + high / 2
+        ),  # their sum may be beyond the largest float
+        lambda z: jnp.maximum(
+            jnp.max(_affine(z, gain, offset), axis=-1), lowest(z)
+        ),
         z,
     )
 
 
 @jax.custom_jvp
-def _gap(z: Array, gain: Array, offset: Array, top: Array, labels: Array) -> Array:
+def _gap(
+    z: Array, gain: Array, offset: Array, top: Array, labels: Array
+) -> Array:
     return _parts(z, gain, offset, top, labels)[0]
 
 
@@ -128,9 +140,13 @@ def _parts(
 
 def of_label(vector: Array, labels: Array, z: Array) -> Array:
     """Return vector[labels] of a [C] vector, for labels [...] of logits z [..., C]."""
-    if _sharding.is_explicit(z):  # because a gather does not propagate the sharding
+    if _sharding.is_explicit(
+        z
+    ):  # because a gather does not propagate the sharding
         zero = jnp.zeros((), vector.dtype)
-        return jnp.sum(jnp.where(is_label(labels, z), rows(vector, z), zero), axis=-1)
+        return jnp.sum(
+            jnp.where(is_label(labels, z), rows(vector, z), zero), axis=-1
+        )
     return vector[jnp.clip(labels, 0, z.shape[-1] - 1)]
 
 
@@ -154,7 +170,9 @@ def _by_mask(terms: Array, z: Array, labels: Array) -> tuple[Array, Array]:
 
 def is_label(labels: Array, z: Array) -> Array:
     """Return the one-hot classes of labels, bool [..., C]; none outside [0, C)."""
-    return labels[..., None] == rows(jnp.arange(z.shape[-1], dtype=labels.dtype), z)
+    return labels[..., None] == rows(
+        jnp.arange(z.shape[-1], dtype=labels.dtype), z
+    )
 
 
 def _affine(z: Array, gain: Array, offset: Array) -> Array:
@@ -204,11 +222,17 @@ def _logsumexp_of_others(z: Array) -> Array:
 
     Logits of -inf are not in the sum.
     """
-    top = jnp.argmax(z, axis=-1, keepdims=True) == rows(jnp.arange(z.shape[-1]), z)
+    top = jnp.argmax(z, axis=-1, keepdims=True) == rows(
+        jnp.arange(z.shape[-1]), z
+    )
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     # The lowest float adds nothing to the others, and has a gradient if there are none.
-    without_top = jax.nn.logsumexp(jnp.where(top, lowest(z), z), axis=-1, keepdims=True)
-    share = jnp.exp(jnp.where(top, total - 1, z) - total)  # <= 1/2 wherever it is used
+    without_top = jax.nn.logsumexp(
+        jnp.where(top, lowest(z), z), axis=-1, keepdims=True
+    )
+    share = jnp.exp(
+        jnp.where(top, total - 1, z) - total
+    )  # <= 1/2 wherever it is used
     return jnp.where(top, without_top, total + jnp.log1p(-share))
 
 
@@ -283,7 +307,9 @@ class _AddLogPrior:
     def __call__(self, form: Affine) -> Affine:
         counts = _per_class("add_log_prior: `counts`", self.counts, form)
         tau = jnp.asarray(self.tau).astype(form.gain.dtype)
-        return Affine(form.gain, form.offset + tau * log_prior(counts), form.margin)
+        return Affine(
+            form.gain, form.offset + tau * log_prior(counts), form.margin
+        )
 
 
 @node
@@ -296,7 +322,9 @@ class _Temper:
         n = at_least_rarest(_per_class("temper: `counts`", self.counts, form))
         gamma = jnp.asarray(self.gamma).astype(n.dtype)
         factor = jnp.exp(gamma * (jnp.log(n) - jnp.log(jnp.max(n))))
-        return Affine(form.gain * factor, form.offset * factor, form.margin * factor)
+        return Affine(
+            form.gain * factor, form.offset * factor, form.margin * factor
+        )
 
 
 @checked
@@ -446,7 +474,9 @@ class SoftmaxLoss:
     def _soft(self, z: Array, labels: Array, form: Affine) -> Array:
         distance, offered = gaps(z)
         q = labels.astype(z.dtype) * rows(self._class_weights(form), z)
-        return expected(q, self._of_gap(distance + rows(form.margin, z)), offered)
+        return expected(
+            q, self._of_gap(distance + rows(form.margin, z)), offered
+        )
 
     def _of_gap(self, distance: Array) -> Array:
         # p_y = sigmoid(-gap): -log p_y and log(1 - p_y) are exact even where p_y rounds
@@ -458,7 +488,9 @@ class SoftmaxLoss:
         # NaN.
         infinite = jnp.isposinf(distance)
         finite = jnp.where(infinite, 0, distance)
-        loss = jax.nn.softplus(finite) * jnp.exp(-gamma * jax.nn.softplus(-finite))
+        loss = jax.nn.softplus(finite) * jnp.exp(
+            -gamma * jax.nn.softplus(-finite)
+        )
         return jnp.where(infinite, distance, loss)
 
     def _class_weights(self, form: Affine) -> Array:
@@ -469,7 +501,9 @@ class SoftmaxLoss:
 
 @checked
 def softmax_loss(
-    *transforms: Transform, weights: Counts | None = None, focal_gamma: Scalar = 0.0
+    *transforms: Transform,
+    weights: Counts | None = None,
+    focal_gamma: Scalar = 0.0,
 ) -> SoftmaxLoss:
     """Build cross entropy of transformed logits, the algebra behind every preset.
 
@@ -489,7 +523,11 @@ def softmax_loss(
     >>> loss(jnp.zeros((1, 2)), jnp.array([1])).round(3)
     Array([2.072], dtype=float32)
     """
-    w = None if weights is None else as_vector("softmax_loss: `weights`", weights)
+    w = (
+        None
+        if weights is None
+        else as_vector("softmax_loss: `weights`", weights)
+    )
     return SoftmaxLoss(tuple(transforms), w, focal_gamma)
 
 

@@ -118,18 +118,28 @@ class EqualizationV2:
         negative = state.negative.astype(z.dtype)
         gamma = jnp.asarray(self.gamma).astype(z.dtype)
         mu = jnp.asarray(self.mu).astype(z.dtype)
-        weight = jax.nn.sigmoid(gamma * (positive / (negative + RATIO_EPS) - mu))
-        weight = jnp.where(positive + negative > 0, weight, 1)  # nothing is known yet
+        weight = jax.nn.sigmoid(
+            gamma * (positive / (negative + RATIO_EPS) - mu)
+        )
+        weight = jnp.where(
+            positive + negative > 0, weight, 1
+        )  # nothing is known yet
         if self.background:
             weight = jnp.append(weight, jnp.ones((), z.dtype))
-        return jax.lax.stop_gradient(weight.reshape((1,) * (z.ndim - 1) + (-1,)))
+        return jax.lax.stop_gradient(
+            weight.reshape((1,) * (z.ndim - 1) + (-1,))
+        )
 
     def _add(self, total: Array, gradient: Array, keep: Array) -> Array:
-        gradient = jnp.where(keep[..., None], jax.lax.stop_gradient(gradient), 0)
+        gradient = jnp.where(
+            keep[..., None], jax.lax.stop_gradient(gradient), 0
+        )
         batch = jnp.sum(gradient.reshape(-1, gradient.shape[-1]), axis=0)[
             : self.num_classes
         ]
-        return total + sum_over_devices(batch, self.axis_name).astype(total.dtype)
+        return total + sum_over_devices(batch, self.axis_name).astype(
+            total.dtype
+        )
 
 
 @checked
@@ -179,7 +189,9 @@ def equalization_v2(
       Tan et al., Equalization loss v2, arXiv 2012.08548.
     """
     check_num_classes("equalization_v2", num_classes)
-    return EqualizationV2(gamma, mu, alpha, int(num_classes), background, axis_name)
+    return EqualizationV2(
+        gamma, mu, alpha, int(num_classes), background, axis_name
+    )
 
 
 def check_num_classes(name: str, num_classes: int) -> None:
@@ -292,13 +304,17 @@ class ClassMean:
         x = floating(jax.lax.stop_gradient(jnp.asarray(features)))
         keep = usable(x, None, where)
         x = jnp.where(keep[..., None], x, 0).reshape(-1, x.shape[-1])
-        member = jnp.where(keep[..., None], self._members(labels, features, x), 0)
+        member = jnp.where(
+            keep[..., None], self._members(labels, features, x), 0
+        )
         member = member.reshape(-1, self.num_classes)
         keep = keep.reshape(-1).astype(x.dtype)
         batch = (member.T @ x, jnp.sum(member, axis=0), keep @ x, jnp.sum(keep))
         sums, total, sum_, number = _summed_all(batch, self.axis_name)
         new = ClassMeanState(
-            self._moved(state.sums, _ratio(sums, total[:, None]), total[:, None]),
+            self._moved(
+                state.sums, _ratio(sums, total[:, None]), total[:, None]
+            ),
             self._moved(state.weights, jnp.ones_like(total), total),
             self._moved(state.sum, _ratio(sum_, number), number),
             self._moved(state.weight, jnp.ones_like(number), number),
@@ -314,7 +330,9 @@ class ClassMean:
 
     def _moved(self, old: Array, batch: Array, total: Array) -> Array:
         mu = jnp.asarray(self.momentum).astype(old.dtype)
-        return jnp.where(total > 0, mu * old + (1 - mu) * batch.astype(old.dtype), old)
+        return jnp.where(
+            total > 0, mu * old + (1 - mu) * batch.astype(old.dtype), old
+        )
 
 
 @checked

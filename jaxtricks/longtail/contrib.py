@@ -14,7 +14,11 @@ from jaxtricks.longtail._counts import (
     at_least_rarest,
 )
 from jaxtricks.longtail._losses import Seesaw, read_inputs
-from jaxtricks.longtail._stateful import Axis, check_num_classes, sum_over_devices
+from jaxtricks.longtail._stateful import (
+    Axis,
+    check_num_classes,
+    sum_over_devices,
+)
 from jaxtricks.longtail.distill import Loss, kd
 
 __all__ = [
@@ -71,7 +75,9 @@ class OnlineSeesaw:
         """Count the batch, then `seesaw` with the counts; the arguments are those of a loss."""
         _, target, _ = read_inputs(logits, labels, where)
         batch = jnp.sum(target.reshape(-1, target.shape[-1]), axis=0)
-        batch = sum_over_devices(batch, self.axis_name).astype(state.counts.dtype)
+        batch = sum_over_devices(batch, self.axis_name).astype(
+            state.counts.dtype
+        )
         if batch.shape != state.counts.shape:
             raise ValueError(
                 f"longtail.online_seesaw: `logits` have {batch.shape[0]} classes where the state "
@@ -84,7 +90,11 @@ class OnlineSeesaw:
 
 @checked
 def online_seesaw(
-    num_classes: int, *, p: Scalar = 0.8, q: Scalar = 2.0, axis_name: Axis = None
+    num_classes: int,
+    *,
+    p: Scalar = 0.8,
+    q: Scalar = 2.0,
+    axis_name: Axis = None,
 ) -> OnlineSeesaw:
     """Build `seesaw` with running counts, which include the batch.
 
@@ -151,7 +161,11 @@ class Dive:
 
 @checked
 def dive(
-    base: Loss, *, alpha: Scalar = 0.5, temperature: Scalar = 3.0, power: Scalar = 0.5
+    base: Loss,
+    *,
+    alpha: Scalar = 0.5,
+    temperature: Scalar = 3.0,
+    power: Scalar = 0.5,
 ) -> Dive:
     """Build the loss of distilling virtual examples.
 
@@ -213,4 +227,6 @@ def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
     # Relative to the mean of the extreme logarithms, so that no power overflows.
     log_n = jnp.log(n)
     log_rate = -power * (log_n - (jnp.max(log_n) + jnp.min(log_n)) / 2)
-    return jnp.exp(log_rate) / (jnp.exp(jnp.max(log_rate)) + jnp.exp(jnp.min(log_rate)))
+    return jnp.exp(log_rate) / (
+        jnp.exp(jnp.max(log_rate)) + jnp.exp(jnp.min(log_rate))
+    )

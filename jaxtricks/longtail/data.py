@@ -202,7 +202,9 @@ def longtail_indices(
 
 def _check(name: str, n_max: Real, num_classes: Whole, imbalance: Real) -> None:
     if num_classes < 1 or n_max < 1:
-        raise ValueError(f"longtail.data.{name} needs `n_max` and `num_classes` >= 1")
+        raise ValueError(
+            f"longtail.data.{name} needs `n_max` and `num_classes` >= 1"
+        )
     if not imbalance >= 1:
         raise ValueError(
             f"longtail.data.{name}: `imbalance` is n_max / n_min >= 1, got {imbalance}: "

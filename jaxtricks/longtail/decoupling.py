@@ -58,7 +58,9 @@ def find(name: str, params: Params, head: str) -> Head:
         kernels = [keys for keys in kernels if keys[-1] == "kernel"] or kernels
     if len(kernels) != 1:
         some = (
-            kernels or [keys for keys in leaves if keys[-1] == "kernel"] or list(leaves)
+            kernels
+            or [keys for keys in leaves if keys[-1] == "kernel"]
+            or list(leaves)
         )
         raise ValueError(
             f"longtail.decoupling.{name}: `head` {head!r} matches {len(kernels) or 'no'} "
@@ -95,7 +97,8 @@ def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
 
 def _matches(pattern: str, keys: Keys) -> bool:
     return any(
-        re.fullmatch(pattern, path_of(keys[:n])) for n in range(1, len(keys) + 1)
+        re.fullmatch(pattern, path_of(keys[:n]))
+        for n in range(1, len(keys) + 1)
     )
 
 
@@ -124,7 +127,9 @@ def replaced(tree: Any, new: Mapping[Keys, Any]) -> Any:
         return new[()]
     out = dict(tree)
     for first in dict.fromkeys(keys[0] for keys in new):
-        below = {keys[1:]: value for keys, value in new.items() if keys[0] == first}
+        below = {
+            keys[1:]: value for keys, value in new.items() if keys[0] == first
+        }
         out[first] = below[()] if () in below else replaced(tree[first], below)
     return out
 
@@ -180,7 +185,11 @@ Compat = Literal["reference"] | None
 
 @checked
 def crt(
-    params: Params, *, head: str, key: Key, init: Callable[..., Any] | None = None
+    params: Params,
+    *,
+    head: str,
+    key: Key,
+    init: Callable[..., Any] | None = None,
 ) -> tuple[Params, Mask]:
     """Re-initialize the classifier and train the head alone (cRT).
 
@@ -208,7 +217,11 @@ def crt(
     """
     classifier = find("crt", params, head)
     draw = init or jax.nn.initializers.lecun_normal()
-    new = {classifier.kernel: draw(key, classifier.value.shape, classifier.value.dtype)}
+    new = {
+        classifier.kernel: draw(
+            key, classifier.value.shape, classifier.value.dtype
+        )
+    }
     if classifier.bias is not None:
         new[classifier.bias] = jnp.zeros_like(get(params, classifier.bias))
     return replaced(params, new), mask(params, classifier.all)
@@ -283,10 +296,14 @@ def fold_lws(params: Params, *, head: str) -> Params:
     folded: dict[Keys, Any] = {}
     for path in paths:
         leaf = jnp.asarray(get(params, path))
-        wide = heads.lws(jnp.atleast_2d(leaf), layer["scale"]).reshape(leaf.shape)
+        wide = heads.lws(jnp.atleast_2d(leaf), layer["scale"]).reshape(
+            leaf.shape
+        )
         folded[path] = wide.astype(leaf.dtype)
     whole = replaced(params, folded)
-    rest = {k: v for k, v in get(whole, classifier.layer).items() if k != "scale"}
+    rest = {
+        k: v for k, v in get(whole, classifier.layer).items() if k != "scale"
+    }
     return replaced(whole, {classifier.layer: rest})
 
 
@@ -318,7 +335,9 @@ def disalign(
       Zhang et al., Distribution alignment, arXiv 2103.16370, section 3.3.
     """
     classifier = find("disalign", params, head)
-    start = disalign_start(classifier.value.shape, classifier.value.dtype, compat)
+    start = disalign_start(
+        classifier.value.shape, classifier.value.dtype, compat
+    )
     return beside("disalign", params, classifier, start)
 
 
@@ -392,7 +411,10 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
             f"longtail.decoupling.ncm: there is no bias beside {path_of(classifier.kernel)!r}: give the "
             "head one, or use heads.ncm on the features"
         )
-    if centroids.kind != "un" or centroids.means.shape != classifier.value.shape[::-1]:
+    if (
+        centroids.kind != "un"
+        or centroids.means.shape != classifier.value.shape[::-1]
+    ):
         raise ValueError(
             f"longtail.decoupling.ncm: `centroids` of kind {centroids.kind!r} and shape "
             f"{centroids.means.shape} do not fit the kernel {classifier.value.shape}: pass those of kind "
@@ -402,7 +424,8 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     bias = jnp.where(centroids.present, -jnp.sum(means**2, axis=-1), -jnp.inf)
     new = {classifier.kernel: 2 * means.T, classifier.bias: bias}
     return replaced(
-        params, {path: x.astype(get(params, path).dtype) for path, x in new.items()}
+        params,
+        {path: x.astype(get(params, path).dtype) for path, x in new.items()},
     )
 
 

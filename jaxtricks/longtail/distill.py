@@ -50,7 +50,9 @@ def kd(
       Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
     """
     z = floating(jnp.asarray(logits))
-    t = jax.lax.stop_gradient(same_shape("teacher", teacher, z.shape)).astype(z.dtype)
+    t = jax.lax.stop_gradient(same_shape("teacher", teacher, z.shape)).astype(
+        z.dtype
+    )
     if (
         where is not None
     ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
@@ -59,7 +61,9 @@ def kd(
         t = jnp.where(keep, t, 0)
     temperature = jnp.asarray(temperature).astype(z.dtype)
     power = jnp.asarray(power).astype(z.dtype)
-    return temperature**2 * kl_divergence(power * t / temperature, z / temperature)
+    return temperature**2 * kl_divergence(
+        power * t / temperature, z / temperature
+    )
 
 
 @checked

@@ -111,7 +111,9 @@ def divergence(
         z = jnp.where(as_mask(where, z.shape[1:-1])[None, ..., None], z, 0)
     t = jnp.asarray(temperature).astype(z.dtype)
     mean = jax.lax.stop_gradient(jnp.mean(z, axis=0, keepdims=True))
-    z, mean = (x / t.reshape((1,) * (z.ndim - t.ndim) + t.shape) for x in (z, mean))
+    z, mean = (
+        x / t.reshape((1,) * (z.ndim - t.ndim) + t.shape) for x in (z, mean)
+    )
     each = jax.vmap(lambda expert: kl_divergence(mean[0], expert))(z)
     return jnp.mean(t) ** 2 * jnp.sum(each, axis=0)
 
@@ -140,9 +142,12 @@ class Ride:
     ) -> Float[Array, "*batch"]:
         """Compute the loss of every example, summed over experts; `logits` [E, ..., C]."""
         total = jnp.sum(
-            jax.vmap(lambda z: self.base(z, labels, where=where))(logits), axis=0
+            jax.vmap(lambda z: self.base(z, labels, where=where))(logits),
+            axis=0,
         )
-        apart = divergence(logits, self.temperature, where=where).astype(total.dtype)
+        apart = divergence(logits, self.temperature, where=where).astype(
+            total.dtype
+        )
         apart = jnp.where(are_classes(labels, logits.shape[-1]), apart, 0)
         return total + jnp.asarray(self.diversity).astype(total.dtype) * apart
 
@@ -356,7 +361,9 @@ class Paco:
     def init(self) -> PacoState:
         """Return an empty queue."""
         labels = jnp.full(self.queue, NOBODY, jnp.int32)
-        return PacoState(jnp.zeros((self.queue, self.num_features), float), labels)
+        return PacoState(
+            jnp.zeros((self.queue, self.num_features), float), labels
+        )
 
     @checked
     def update(
@@ -395,15 +402,19 @@ class Paco:
             else as_mask(where, z.shape[:1])
         )
         z, f, k = (
-            jnp.where(keep[:, None], x.astype(z.dtype), 0) for x in (z, features, keys)
+            jnp.where(keep[:, None], x.astype(z.dtype), 0)
+            for x in (z, features, keys)
         )
         inside = are_classes(labels, z.shape[-1])
         y = jnp.where(keep & inside, class_indices(labels), NOBODY)
         state = PacoState(
-            jnp.asarray(state.features), jnp.asarray(state.labels).astype(jnp.int32)
+            jnp.asarray(state.features),
+            jnp.asarray(state.labels).astype(jnp.int32),
         )
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
-        loss = self._loss(z, f, y, others, jnp.concatenate([y, y, state.labels]))
+        loss = self._loss(
+            z, f, y, others, jnp.concatenate([y, y, state.labels])
+        )
         loss = jnp.where(inside, loss, 0)
         return jnp.where(keep, loss, 0), self._enqueue(state, k, y)
 
@@ -464,7 +475,9 @@ class Paco:
         top = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
         return jnp.concatenate([terms, top + math.log(1e-12)], axis=1)
 
-    def _enqueue(self, state: PacoState, keys: Array, labels: Array) -> PacoState:
+    def _enqueue(
+        self, state: PacoState, keys: Array, labels: Array
+    ) -> PacoState:
         keys = jax.lax.stop_gradient(keys).astype(state.features.dtype)
         if self.axis_name is not None:
             keys = _gathered(keys, self.axis_name)
@@ -559,7 +572,9 @@ def _gathered(x: Array, axis_name: Axis) -> Array:
     size = jax.lax.psum(1, axis_name)
     mine = jnp.arange(size) == jax.lax.axis_index(axis_name)
     mine = mine.reshape((-1,) + (1,) * x.ndim)
-    every = jax.lax.psum(jnp.where(mine, x[None], jnp.zeros((), x.dtype)), axis_name)
+    every = jax.lax.psum(
+        jnp.where(mine, x[None], jnp.zeros((), x.dtype)), axis_name
+    )
     return every.reshape(-1, *x.shape[1:])
 
 
@@ -657,7 +672,9 @@ def _reversed(n: Array) -> Array:
     stop = jnp.searchsorted(rising, n, side="right")
     until = jnp.append(jnp.zeros((), n.dtype), jnp.cumsum(falling))
     mean = (until[stop] - until[start]) / (stop - start).astype(n.dtype)
-    alone = stop - start == 1  # exact there: the difference of two large sums is not
+    alone = (
+        stop - start == 1
+    )  # exact there: the difference of two large sums is not
     return jnp.where(alone, falling[start], mean) / jnp.sum(n)
 
 

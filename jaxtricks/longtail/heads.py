@@ -27,7 +27,9 @@ __all__ = [
 
 
 @checked
-def tau_normalize(kernel: Float[Array, "D C"], tau: Scalar) -> Float[Array, "D C"]:
+def tau_normalize(
+    kernel: Float[Array, "D C"], tau: Scalar
+) -> Float[Array, "D C"]:
     """Divide each class's weights by a power of their norm: w_c / ||w_c||^tau.
 
     For a trained kernel, whose norms follow the class counts. Choose tau in [0, 2] on
@@ -80,7 +82,9 @@ def max_norm_radius(
 
 
 @checked
-def max_norm(kernel: Float[Array, "D C"], radius: Scalar) -> Float[Array, "D C"]:
+def max_norm(
+    kernel: Float[Array, "D C"], radius: Scalar
+) -> Float[Array, "D C"]:
     """Project each class's weights into a ball, after every update.
 
     w_c min(1, radius / ||w_c||)
@@ -130,12 +134,19 @@ def check_normed(
     if any(isinstance(a, jax.core.Tracer) for a in (logits, where)):
         size = jnp.abs(floating(jnp.asarray(logits)))
         if where is not None:
-            size = jnp.where(as_mask(where, size.shape[:-1])[..., None], size, 0)
+            size = jnp.where(
+                as_mask(where, size.shape[:-1])[..., None], size, 0
+            )
         outside = jnp.any(~(size <= _ROUNDED_ONE))
         # XLA's maximum on CPU passes over a NaN.
-        largest = jnp.where(jnp.isnan(jnp.sum(size)), jnp.nan, jnp.max(size, initial=0))
+        largest = jnp.where(
+            jnp.isnan(jnp.sum(size)), jnp.nan, jnp.max(size, initial=0)
+        )
         jax.lax.cond(
-            outside, lambda x: jax.debug.callback(_warn, x), lambda x: None, largest
+            outside,
+            lambda x: jax.debug.callback(_warn, x),
+            lambda x: None,
+            largest,
         )
         return
     z = np.asarray(logits, np.float64)
@@ -311,13 +322,16 @@ def centroids(
     keep = jnp.ones(y.shape, bool) if where is None else as_mask(where, y.shape)
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)
-    member = (y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]) & keep[
-        :, None
-    ]
+    member = (
+        y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
+    ) & keep[:, None]
     total = jnp.sum(member, axis=0)
     sums = member.astype(x.dtype).T @ _normalized(x, center, kind)
     return Centroids(
-        sums / jnp.maximum(total, 1).astype(x.dtype)[:, None], total > 0, center, kind
+        sums / jnp.maximum(total, 1).astype(x.dtype)[:, None],
+        total > 0,
+        center,
+        kind,
     )
 
 
@@ -360,7 +374,8 @@ def ncm(
     x = _normalized(x, center, centroids.kind)
     if metric == "l2":
         z = -jnp.sum(
-            (x[..., None, :] - means.reshape((1,) * (x.ndim - 1) + means.shape)) ** 2,
+            (x[..., None, :] - means.reshape((1,) * (x.ndim - 1) + means.shape))
+            ** 2,
             -1,
         )
     else:
@@ -460,7 +475,11 @@ def tde(
     w = jnp.asarray(kernel).astype(x.dtype)
     w = w.reshape((heads, -1, w.shape[-1]))
     w = w / (norm(w, axis=1) + gamma)
-    return tau / heads * _product("tde", part.reshape(x.shape), w.reshape(kernel.shape))
+    return (
+        tau
+        / heads
+        * _product("tde", part.reshape(x.shape), w.reshape(kernel.shape))
+    )
 
 
 def _unit_columns(kernel: Array, x: Array) -> Array:

@@ -12,7 +12,12 @@ from jaxtricks import _sharding
 from jaxtricks._arguments import checked
 from jaxtricks._tree import node
 from jaxtricks._typing import Array, Key, Scalar
-from jaxtricks.longtail._counts import Counts, as_vector, class_indices, floating
+from jaxtricks.longtail._counts import (
+    Counts,
+    as_vector,
+    class_indices,
+    floating,
+)
 
 __all__ = [
     "State",
@@ -74,7 +79,9 @@ def scores(
     weight = jnp.where(total > 0, weight, 0)
     counted = weight > 0
     all_classes = jnp.sum(weight)
-    balanced = ratio(jnp.sum(jnp.where(counted, weight * per_class, 0)), all_classes)
+    balanced = ratio(
+        jnp.sum(jnp.where(counted, weight * per_class, 0)), all_classes
+    )
     log_mean = ratio(
         jnp.sum(jnp.where(counted, weight * jnp.log(per_class), 0)), all_classes
     )
@@ -111,13 +118,15 @@ def calibration_error(
 
     sum_b |correct predictions - confidences| / examples
     """
-    count = jnp.sum(jnp.where(member[:, None], count, 0), axis=0).astype(jnp.float32)
+    count = jnp.sum(jnp.where(member[:, None], count, 0), axis=0).astype(
+        jnp.float32
+    )
     correct = jnp.sum(jnp.where(member[:, None], correct, 0), axis=0).astype(
         jnp.float32
     )
-    confidence = jnp.sum(jnp.where(member[:, None], confidence, 0), axis=0).astype(
-        jnp.float32
-    )
+    confidence = jnp.sum(
+        jnp.where(member[:, None], confidence, 0), axis=0
+    ).astype(jnp.float32)
     return ratio(jnp.sum(jnp.abs(correct - confidence)), jnp.sum(count))
 
 
@@ -183,7 +192,9 @@ def init(num_classes: int, *, bins: int = ECE_BINS) -> State:
       ValueError: if num_classes or bins is below 1.
     """
     if num_classes < 1 or bins < 1:
-        raise ValueError("longtail.metrics.init needs `num_classes` and `bins` >= 1")
+        raise ValueError(
+            "longtail.metrics.init needs `num_classes` and `bins` >= 1"
+        )
     shape = (num_classes, bins)
     return State(
         confusion=jnp.zeros((num_classes, num_classes + 1), jnp.int32),
@@ -260,7 +271,11 @@ def update_predictions(
 
 
 def _updated(
-    state: State, predictions: Array, confidence: Array, labels: Array, counted: Array
+    state: State,
+    predictions: Array,
+    confidence: Array,
+    labels: Array,
+    counted: Array,
 ) -> State:
     num_classes, bins = state.class_bin_count.shape
     labels = class_indices(labels).reshape(-1)
@@ -271,7 +286,9 @@ def _updated(
     row = jnp.where(inside & counted, labels, num_classes)
     confidence = jnp.asarray(confidence).astype(jnp.float32).reshape(-1)
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)
-    column = jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
+    column = (
+        jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
+    )
     column = jnp.where(column >= 0, column, bins)
     correct = (labels == predictions).astype(jnp.int32)
 
@@ -282,8 +299,11 @@ def _updated(
         confusion=add(state.confusion, predictions, 1),
         class_bin_count=add(state.class_bin_count, column, 1),
         class_bin_correct=add(state.class_bin_correct, column, correct),
-        class_bin_confidence=add(state.class_bin_confidence, column, confidence),
-        out_of_range=state.out_of_range + jnp.sum(~inside & counted, dtype=jnp.int32),
+        class_bin_confidence=add(
+            state.class_bin_confidence, column, confidence
+        ),
+        out_of_range=state.out_of_range
+        + jnp.sum(~inside & counted, dtype=jnp.int32),
     )
 
 
@@ -341,7 +361,11 @@ def summary(
     """
     correct, total = _per_class(state)
     members = groups(_fitting(counts, state), many, few, split)
-    bins = (state.class_bin_count, state.class_bin_correct, state.class_bin_confidence)
+    bins = (
+        state.class_bin_count,
+        state.class_bin_correct,
+        state.class_bin_confidence,
+    )
     everyone = {"": jnp.ones_like(total, bool)}
     errors = {
         f"ece_{name}" if name else "ece": calibration_error(*bins, member)
@@ -410,7 +434,9 @@ def bootstrap(
         weights = _class_draws(key, total > 0, samples)
         values = jax.vmap(lambda w: scores(correct, total, members, w))(weights)
     tails = jnp.array([(1 - level) / 2, (1 + level) / 2], jnp.float32)
-    return {name: jnp.nanquantile(value, tails) for name, value in values.items()}
+    return {
+        name: jnp.nanquantile(value, tails) for name, value in values.items()
+    }
 
 
 @checked
@@ -460,13 +486,19 @@ def _fitting(counts: Counts, state: State) -> Float[Array, "C"]:
     return counts
 
 
-def _class_draws(key: Key, present: Array, samples: int) -> Float[Array, "samples C"]:
+def _class_draws(
+    key: Key, present: Array, samples: int
+) -> Float[Array, "samples C"]:
     """Draw as many examples as there are, with replacement; count them by class."""
     num_classes = present.shape[0]
     many = jnp.sum(present, dtype=jnp.int32)
-    draws = jax.random.randint(key, (samples, num_classes), 0, jnp.maximum(many, 1))
+    draws = jax.random.randint(
+        key, (samples, num_classes), 0, jnp.maximum(many, 1)
+    )
     # Without the draws beyond the number of present classes; those go nowhere.
     used = jnp.arange(num_classes)[None] < many
-    classes = jnp.where(used, jnp.argsort(~present, stable=True)[draws], num_classes)
+    classes = jnp.where(
+        used, jnp.argsort(~present, stable=True)[draws], num_classes
+    )
     zeros = jnp.zeros(num_classes, jnp.float32)
     return jax.vmap(lambda c: zeros.at[c].add(1, mode="drop"))(classes)

@@ -101,7 +101,9 @@ def remix(
     to_partner = (count >= kappa * partner_count) & (lam < tau)
     to_first = (kappa * count <= partner_count) & (1 - lam < tau)
     share = jnp.where(to_partner, 0, jnp.where(to_first, 1, lam))
-    return _blend(x, partner, lam), _blend(_soft(labels, n.shape[0]), partner, share)
+    return _blend(x, partner, lam), _blend(
+        _soft(labels, n.shape[0]), partner, share
+    )
 
 
 @checked
@@ -144,11 +146,15 @@ def unimix(
     count = n[labels]
     log_p = jnp.asarray(tau).astype(n.dtype) * jnp.log(count)
     partner = jax.random.categorical(partner_key, log_p, shape=labels.shape)
-    draws = jax.random.beta(beta_key, alpha, alpha, labels.shape).astype(n.dtype)
+    draws = jax.random.beta(beta_key, alpha, alpha, labels.shape).astype(
+        n.dtype
+    )
     partner_count = count[partner]
     lam = draws + partner_count / (count + partner_count)
     lam = jnp.where(lam > 1, lam - 1, lam)
-    return _blend(x, partner, lam), _blend(_soft(labels, n.shape[0]), partner, lam)
+    return _blend(x, partner, lam), _blend(
+        _soft(labels, n.shape[0]), partner, lam
+    )
 
 
 def _draw(name: str, key: Key, size: int, alpha: Scalar) -> tuple[Array, Array]:
@@ -169,7 +175,9 @@ def _checked(name: str, alpha: Scalar) -> Array:
 def _soft(labels: Array, num_classes: int) -> Array:
     labels = jnp.asarray(labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        return jax.nn.one_hot(class_indices(labels), num_classes, dtype=jnp.float32)
+        return jax.nn.one_hot(
+            class_indices(labels), num_classes, dtype=jnp.float32
+        )
     return floating(labels)
 
 

@@ -68,7 +68,9 @@ def balanced(values: Array, held: HeldOut) -> Array:
     )
     members = jnp.zeros(size, values.dtype).at[held.labels].add(member)
     means = total / jnp.maximum(members, 1)
-    return jnp.sum(means) / jnp.maximum(jnp.sum(members > 0), 1).astype(values.dtype)
+    return jnp.sum(means) / jnp.maximum(jnp.sum(members > 0), 1).astype(
+        values.dtype
+    )
 
 
 def centered_shift(counts: Array) -> tuple[Array, Array]:
@@ -79,7 +81,9 @@ def centered_shift(counts: Array) -> tuple[Array, Array]:
     present = has_examples(counts)
     offered = present | ~jnp.any(present)
     shift = jnp.where(present, -log_prior(counts), 0)
-    center = jnp.sum(shift) / jnp.maximum(jnp.sum(present), 1).astype(shift.dtype)
+    center = jnp.sum(shift) / jnp.maximum(jnp.sum(present), 1).astype(
+        shift.dtype
+    )
     return offered, jnp.where(present, shift - center, 0)
 
 
@@ -90,7 +94,9 @@ def balanced_cross_entropy(
 
     The scores are theta_0 z + theta_1 shift.
     """
-    scores = jnp.where(offered[None], theta[0] * z + theta[1] * shift[None], -jnp.inf)
+    scores = jnp.where(
+        offered[None], theta[0] * z + theta[1] * shift[None], -jnp.inf
+    )
     log_p = jax.nn.log_softmax(scores, axis=-1)
     label_index = held.labels[:, None]
     p = jnp.exp(log_p)
@@ -255,9 +261,9 @@ def fit_tau(
     grid = jnp.asarray(taus).astype(held.logits.dtype)
 
     def score(tau: Array) -> Array:
-        prediction = jnp.argmax(adjust(held.logits, counts, tau), axis=-1).astype(
-            jnp.int32
-        )
+        prediction = jnp.argmax(
+            adjust(held.logits, counts, tau), axis=-1
+        ).astype(jnp.int32)
         right = prediction == held.labels
         return balanced(right.astype(held.logits.dtype), held)
 
@@ -326,7 +332,10 @@ def calibrate(
     z = z - jnp.mean(z, axis=-1, keepdims=True)
 
     def newton(state: _Newton) -> _Newton:
-        ridge = state.damping * jnp.trace(state.hessian) + jnp.finfo(dtype).tiny ** 0.5
+        ridge = (
+            state.damping * jnp.trace(state.hessian)
+            + jnp.finfo(dtype).tiny ** 0.5
+        )
         step = jnp.linalg.solve(
             state.hessian + ridge * jnp.eye(2, dtype=dtype), state.gradient
         )
@@ -357,9 +366,17 @@ def calibrate(
 
     first = jnp.array([1, 0], dtype)
     one = jnp.ones((), dtype)
-    value, gradient, hessian = balanced_cross_entropy(first, z, shift, offered, held)
+    value, gradient, hessian = balanced_cross_entropy(
+        first, z, shift, offered, held
+    )
     start = _Newton(
-        first, value, gradient, hessian, one * 1e-3, one, jnp.zeros((), jnp.int32)
+        first,
+        value,
+        gradient,
+        hessian,
+        one * 1e-3,
+        one,
+        jnp.zeros((), jnp.int32),
     )
     last = jax.lax.while_loop(going, newton, start)
     return Calibration(last.theta[1], 1 / last.theta[0])
@@ -411,7 +428,9 @@ def estimate_prior(
     offered = has_examples(prior)
     prior = jnp.where(jnp.any(offered), prior, 1 / z.shape[-1])
     keep = (
-        jnp.ones(z.shape[:-1], bool) if where is None else as_mask(where, z.shape[:-1])
+        jnp.ones(z.shape[:-1], bool)
+        if where is None
+        else as_mask(where, z.shape[:-1])
     )
     z = z.reshape(-1, z.shape[-1])
     keep = keep.reshape(-1)
@@ -423,7 +442,9 @@ def estimate_prior(
         q, _, n = state
         members = jax.nn.softmax(z + jnp.log(q)[None], axis=-1)
         new = jnp.sum(jnp.where(keep[:, None], members, 0), axis=0) / total
-        new = jnp.where(jnp.any(keep), new / jnp.maximum(jnp.sum(new), 1e-30), q)
+        new = jnp.where(
+            jnp.any(keep), new / jnp.maximum(jnp.sum(new), 1e-30), q
+        )
         return new, jnp.max(jnp.abs(new - q)), n + 1
 
     def going(state: tuple[Array, Array, Array]) -> Array:
@@ -447,7 +468,9 @@ class _Newton(NamedTuple):
     step: Array
 
 
-def _prior(name: str, values: Counts, z: Array, function: str = "shift_prior") -> Array:
+def _prior(
+    name: str, values: Counts, z: Array, function: str = "shift_prior"
+) -> Array:
     n = as_vector(f"posthoc.{function}: `{name}`", values).astype(z.dtype)
     check_classes(function, name, n, z)
     total = jnp.sum(n)

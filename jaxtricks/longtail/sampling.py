@@ -50,7 +50,9 @@ class Table:
 
 
 @checked
-def table(labels: Integer[Array, "N"], probabilities: Float[Array, "C"]) -> Table:
+def table(
+    labels: Integer[Array, "N"], probabilities: Float[Array, "C"]
+) -> Table:
     """Sort the examples by class, once, on the host.
 
     Args:
@@ -118,15 +120,21 @@ def sample_indices(
     class_key, example_key = jax.random.split(key)
     ends = jnp.cumsum(_parts(table))
     total = ends[-1]
-    at = jax.random.randint(class_key, (n,), 0, jnp.maximum(total, 1), dtype=jnp.uint32)
+    at = jax.random.randint(
+        class_key, (n,), 0, jnp.maximum(total, 1), dtype=jnp.uint32
+    )
     classes = jnp.searchsorted(ends, at, side="right").astype(jnp.int32)
-    classes = jnp.minimum(classes, ends.shape[0] - 1)  # where there is nothing to draw
+    classes = jnp.minimum(
+        classes, ends.shape[0] - 1
+    )  # where there is nothing to draw
     within = jax.random.randint(
         example_key, (n,), 0, jnp.maximum(table.counts[classes], 1)
     )
     # All is drawn by global position and then cut, so that the parts are those of one
     # draw.
-    places = jax.lax.dynamic_slice_in_dim(table.starts[classes] + within, first, m)
+    places = jax.lax.dynamic_slice_in_dim(
+        table.starts[classes] + within, first, m
+    )
     return jnp.where(total > 0, table.order[places], -1)
 
 
@@ -167,7 +175,9 @@ def class_aware_indices(
       Shen et al., Relay backpropagation, arXiv 1512.05830).
     """
     if per_class < 1:
-        raise ValueError("longtail.sampling.class_aware_indices needs `per_class` >= 1")
+        raise ValueError(
+            "longtail.sampling.class_aware_indices needs `per_class` >= 1"
+        )
     first, m = _part("class_aware_indices", n, shard)
     seeds = jax.random.bits(key, (2,))
     start = jnp.asarray(step).astype(jnp.uint32) * np.uint32(n) + first.astype(
@@ -229,7 +239,9 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
 
 
 @checked
-def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"]:
+def class_probabilities(
+    counts: Counts, power: Scalar = 0.0
+) -> Float[Array, "C"]:
     """Return the probability to draw each class: p_c ~ n_c^power.
 
     Args:
@@ -250,7 +262,9 @@ def class_probabilities(counts: Counts, power: Scalar = 0.0) -> Float[Array, "C"
     n = floating(as_vector("sampling.class_probabilities: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
     raw = jnp.where(
-        has_examples(n), jnp.exp(power * jnp.log(jnp.where(has_examples(n), n, 1))), 0
+        has_examples(n),
+        jnp.exp(power * jnp.log(jnp.where(has_examples(n), n, 1))),
+        0,
     )
     return _normalized(raw)
 
@@ -281,7 +295,9 @@ def progressive(counts: Counts, t: Scalar) -> Float[Array, "C"]:
 
 
 @checked
-def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
+def effective_number(
+    counts: Counts, beta: Scalar = 0.9999
+) -> Float[Array, "C"]:
     """Return class probabilities by inverse effective numbers.
 
     p_c ~ n_c (1 - beta) / (1 - beta^n_c)

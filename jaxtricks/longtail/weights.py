@@ -23,7 +23,9 @@ __all__ = [
 
 
 @checked
-def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]:
+def effective_number(
+    counts: Counts, beta: Scalar = 0.9999
+) -> Float[Array, "C"]:
     """Return inverse effective numbers of examples.
 
     w_c ~ (1 - beta) / (1 - beta^n_c), sum w = C
@@ -57,7 +59,9 @@ def effective_number(counts: Counts, beta: Scalar = 0.9999) -> Float[Array, "C"]
     # of n.
     rest = 1 - beta if isinstance(beta, int | float) else 1 - jnp.asarray(beta)
     rest = jnp.asarray(rest).astype(n.dtype)
-    inverse = 1 / -jnp.expm1(jnp.where(has_examples(n), n, 1) * jnp.log1p(-rest))
+    inverse = 1 / -jnp.expm1(
+        jnp.where(has_examples(n), n, 1) * jnp.log1p(-rest)
+    )
     return _sum_to_classes(n, inverse)
 
 
@@ -141,7 +145,9 @@ def ramp(
     stop = jnp.asarray(stop)
     # Differences before the cast: float32 would round large steps.
     over = (step - start).astype(jnp.float32)
-    x = jnp.clip(over / jnp.maximum((stop - start).astype(jnp.float32), 1e-30), 0, 1)
+    x = jnp.clip(
+        over / jnp.maximum((stop - start).astype(jnp.float32), 1e-30), 0, 1
+    )
     return (1 - jnp.cos(jnp.pi * x)) / 2 if shape == "cosine" else x
 
 
@@ -203,7 +209,9 @@ def _pair(name: str, before: Counts, after: Counts) -> tuple[Array, Array]:
     return first, second
 
 
-def _sum_to_classes(n: Real[Array, "C"], raw: Float[Array, "C"]) -> Float[Array, "C"]:
+def _sum_to_classes(
+    n: Real[Array, "C"], raw: Float[Array, "C"]
+) -> Float[Array, "C"]:
     raw = jnp.where(has_examples(n), raw, 0)
     total = jnp.sum(raw)
     return raw * (n.shape[0] / jnp.where(total > 0, total, 1))

@@ -73,11 +73,15 @@ def state_table(
     owned = _by_owner(jax.tree.map(_tree.nbytes, state), owners, table)
     local = None
     if shardings is not None:
-        local = _by_owner(_local_bytes(tx, params, state, shardings), owners, table)
+        local = _by_owner(
+            _local_bytes(tx, params, state, shardings), owners, table
+        )
     order = sorted(table, key=lambda path: -owned[path])
     rows = [_row(path, table[path], path, owned, local) for path in order]
     rows.append(_row("others", None, None, owned, local))
-    rows.append(_row("total", table, "total", _with_total(owned), _with_total(local)))
+    rows.append(
+        _row("total", table, "total", _with_total(owned), _with_total(local))
+    )
     headers = ("parameter", "shape", "state", "state/param")
     notes = _unfactored(tx, params, state, order)
     return _table.make(
@@ -87,7 +91,9 @@ def state_table(
 
 def _shapes(params: Params) -> Params:
     """Return the parameters as shapes on one device."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), params)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), params
+    )
 
 
 def _dtype(x: Any) -> Any:
@@ -118,7 +124,9 @@ def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
 
     # Called with every subtree of the state that has the parameters' structure.
     def mark(tree: Any) -> Any:
-        return _tree.map_with_path(lambda path, _: _Owner(_prefix(path, table)), tree)
+        return _tree.map_with_path(
+            lambda path, _: _Owner(_prefix(path, table)), tree
+        )
 
     def leave(tree: Any) -> Any:
         return jax.tree.map(lambda _: _Owner(None), tree)
@@ -130,7 +138,9 @@ def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
     # A transformation whose state is no such tree may fail in any way. Then the paths
     # inside the state decide.
     except Exception:
-        return [_owner(path, table) for path, _ in _tree.leaves_with_paths(state)]
+        return [
+            _owner(path, table) for path, _ in _tree.leaves_with_paths(state)
+        ]
     return [owner.path for owner in jax.tree.leaves(marked)]
 
 
@@ -154,7 +164,9 @@ def _owner(path: str, table: dict[str, Any]) -> str | None:
 
 def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
     specs = state_specs(tx, params, shardings)
-    named = (s for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding))
+    named = (
+        s for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding)
+    )
     mesh = next(named).mesh
 
     def local(x: Any, spec: PartitionSpec) -> int:
@@ -181,11 +193,15 @@ def _row(
     return row if local is None else (*row, _table.format_bytes(local[key]))
 
 
-def _with_total(sizes: dict[str | None, int] | None) -> dict[str | None, int] | None:
+def _with_total(
+    sizes: dict[str | None, int] | None,
+) -> dict[str | None, int] | None:
     return None if sizes is None else {"total": sum(sizes.values())}
 
 
-def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[str]:
+def _unfactored(
+    tx: Any, params: Params, state: Any, paths: list[str]
+) -> list[str]:
     """Say for each matrix that is too small to factor what that costs, and the cure.
 
     A chain does not reveal the arguments of its links, so init is probed with very long
@@ -193,7 +209,11 @@ def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[s
     roles; where the sides swap with the lengths, it is the lengths that decide them.
     """
     table = _tree.by_path(_shapes(params))
-    whole = [path for path in paths if _is_whole_matrix(state, path, table[path].shape)]
+    whole = [
+        path
+        for path in paths
+        if _is_whole_matrix(state, path, table[path].shape)
+    ]
     if not whole:
         return []
     rising, falling = (_long(tx, params, order) for order in (1, -1))
@@ -212,13 +232,17 @@ def _unfactored(tx: Any, params: Params, state: Any, paths: list[str]) -> list[s
         fewest = min(_factored_size(shape, pair) for pair in sides)
         if fewest >= math.prod(shape):
             continue
-        itemsize = next(v.v.dtype.itemsize for v in _second_moments(state, path))
+        itemsize = next(
+            v.v.dtype.itemsize for v in _second_moments(state, path)
+        )
         size = _table.format_bytes(itemsize * math.prod(shape))
         enough = _table.format_bytes(itemsize * fewest)
         cure = "lower min_dim_size_to_factor"
         if by_length:
             cure = f"pass roles=, or {cure}"
-        notes.append(f"{path} is not factored: {size}, where {enough} would do: {cure}")
+        notes.append(
+            f"{path} is not factored: {size}, where {enough} would do: {cure}"
+        )
     return notes
 
 
@@ -256,11 +280,15 @@ def _sides(
     if not moments or any(isinstance(v, Full) for v in moments):
         return None
     lengths = shapes[path].shape  # all different, so they identify the axes
-    return tuple([lengths.index(n) for n in factor.shape] for factor in moments[0])
+    return tuple(
+        [lengths.index(n) for n in factor.shape] for factor in moments[0]
+    )
 
 
 def _second_moments(state: Any, path: str) -> list[Any]:
-    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AdafactorState))
+    states = jax.tree.leaves(
+        state, is_leaf=lambda x: isinstance(x, AdafactorState)
+    )
     tables = [
         _leaves.nodes_by_path(x.v, is_second_moment)
         for x in states
@@ -319,13 +347,19 @@ def state_specs(
     return jax.tree.map(_spec_of, state)
 
 
-def _explicit_mesh(specs: list[PartitionSpec], hints: list[Any]) -> AbstractMesh:
+def _explicit_mesh(
+    specs: list[PartitionSpec], hints: list[Any]
+) -> AbstractMesh:
     """Build a mesh with the axes that the specs name; shardings give their sizes."""
-    names = tuple(dict.fromkeys(name for spec in specs for name in _names(spec)))
+    names = tuple(
+        dict.fromkeys(name for spec in specs for name in _names(spec))
+    )
     sizes = dict.fromkeys(names, 1)  # 1 divides every axis
     for x in hints:
         sharding = getattr(x, "sharding", x)
-        sizes.update(sharding.mesh.shape if isinstance(sharding, NamedSharding) else {})
+        sizes.update(
+            sharding.mesh.shape if isinstance(sharding, NamedSharding) else {}
+        )
     types = (AxisType.Explicit,) * len(names)
     return AbstractMesh(tuple(sizes[n] for n in names), names, axis_types=types)
 
@@ -333,7 +367,9 @@ def _explicit_mesh(specs: list[PartitionSpec], hints: list[Any]) -> AbstractMesh
 def shardings_of(params: Params) -> Any | None:
     """Return the NamedShardings of params; None unless they span several devices."""
     shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
-    on_mesh = [s for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding)]
+    on_mesh = [
+        s for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding)
+    ]
     return shardings if any(s.mesh.size > 1 for s in on_mesh) else None
 
 

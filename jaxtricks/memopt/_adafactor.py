@@ -153,7 +153,9 @@ def step(
     # Multiply small operands first: numbers, then the smaller factor, then the leaf.
     scale = _scale(direction, hyper, config)
     small, *factors = direction.factors
-    u = functools.reduce(jnp.multiply, [small * scale, *factors], g.astype(dtype))
+    u = functools.reduce(
+        jnp.multiply, [small * scale, *factors], g.astype(dtype)
+    )
     if hyper.rate is None:
         return u.astype(result), v, m
     if m is not None:
@@ -173,7 +175,11 @@ def _full(
     new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
     slices = _slices(hyper, leaf_layout, config)
     ratio = square / new
-    if slices is not None and config.parameter_scale and slices == leaf_layout.others:
+    if (
+        slices is not None
+        and config.parameter_scale
+        and slices == leaf_layout.others
+    ):
         # Both means are over the same axes: one reduction computes them.
         means = _means(ratio, jnp.square(p.astype(new.dtype)), slices)
     else:
@@ -184,7 +190,12 @@ def _full(
 
 
 def _factored(
-    g: Any, p: Any, v: Factored, hyper: Hyper, leaf_layout: Layout, config: Config
+    g: Any,
+    p: Any,
+    v: Factored,
+    hyper: Hyper,
+    leaf_layout: Layout,
+    config: Config,
 ) -> tuple[Factored, _Direction]:
     dtype = v.v_in.dtype
     # v_in and v_out are means over these axes.
@@ -206,7 +217,9 @@ def _factored(
     # mean(v_in) = mean(v_out), averages of the same mean of g^2, so take the cheaper.
     # It varies along "batch" and "none" axes alone, as does its cofactor.
     norm, square = _means(late, weighted / late, sides[first])
-    mean_square = _optional_mean(norm * square, _slices(hyper, leaf_layout, config))
+    mean_square = _optional_mean(
+        norm * square, _slices(hyper, leaf_layout, config)
+    )
     # V is never formed: the product of the two means may leave the range of the dtype.
     direction = _Direction(
         size=jnp.sqrt(norm),
@@ -235,7 +248,9 @@ def _parameter_square(
     return _optional_mean(jnp.square(p.astype(dtype)), axes)
 
 
-def _two_means(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def _two_means(
+    g: Array, v: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
     """Compute (mean of g^2, mean of g^2 / v) over the axes, in one pass over g."""
     if _sharding.is_explicit(g, v):
         # With explicit shardings the two forms may differ in that of their results,
@@ -257,7 +272,9 @@ def two_means_separate(
     return _mean(square, axes), _mean(square * (1 / v), axes)
 
 
-def two_means_stacked(g: Array, v: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def two_means_stacked(
+    g: Array, v: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
     """Compute both means by one reduction with an additional axis.
 
     XLA's CPU backend vectorizes no reduction with two results.
@@ -277,7 +294,9 @@ def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
     if direction.size is not None:
         factors.append(direction.size)
     if direction.parameter_square is not None:
-        size = jnp.maximum(jnp.sqrt(direction.parameter_square), hyper.eps_scale)
+        size = jnp.maximum(
+            jnp.sqrt(direction.parameter_square), hyper.eps_scale
+        )
         if hyper.max_scale is not None:
             size = jnp.minimum(size, hyper.max_scale)
         factors.append(size)
@@ -342,7 +361,9 @@ def check_decay(
 ) -> None:
     """Raise for an unknown decay or numbers that cannot decay."""
     if decay not in ("pow", "adam"):
-        raise ValueError(f"memopt.{name}: `decay` is {decay!r}: give 'pow' or 'adam'")
+        raise ValueError(
+            f"memopt.{name}: `decay` is {decay!r}: give 'pow' or 'adam'"
+        )
     _leaves.check_number(
         name, "decay_rate", rate, 0, 1 if decay == "adam" else float("inf")
     )
@@ -370,8 +391,12 @@ def one_minus_beta2(
     if decay == "pow":
         return jnp.maximum(t ** -_leaves.value(rate, count, dtype), floor)
     # At least one rounding error, so that rate 1 gives the limit 1 / t, not 0 / 0.
-    complement = jnp.maximum(_complement(rate, count, dtype), jnp.finfo(dtype).eps)
-    return jnp.maximum(complement / -jnp.expm1(t * jnp.log1p(-complement)), floor)
+    complement = jnp.maximum(
+        _complement(rate, count, dtype), jnp.finfo(dtype).eps
+    )
+    return jnp.maximum(
+        complement / -jnp.expm1(t * jnp.log1p(-complement)), floor
+    )
 
 
 def _complement(x: Any, count: Any, dtype: Any) -> Array:
@@ -453,7 +478,9 @@ def scale_by_adafactor(
         clipping_threshold,
         max_parameter_scale,
     )
-    config = Config(factored, multiply_by_parameter_scale, clip_per_slice, False)
+    config = Config(
+        factored, multiply_by_parameter_scale, clip_per_slice, False
+    )
 
     def hyper(count: Any, dtype: Any) -> Hyper:
         return _hyper(
@@ -464,8 +491,12 @@ def scale_by_adafactor(
     def init_fn(params: Params) -> Any:
         return _init(name, params, roles, config, min_dim_size_to_factor)
 
-    def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
-        return _update(name, updates, state, params, roles, config, hyper, set())
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None
+    ) -> Any:
+        return _update(
+            name, updates, state, params, roles, config, hyper, set()
+        )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -571,7 +602,10 @@ def adafactor(
         )
     momentum_dtype = _momentum.checked_dtype("adafactor", momentum_dtype)
     config = Config(
-        factored, multiply_by_parameter_scale, clip_per_slice, momentum_before_lr
+        factored,
+        multiply_by_parameter_scale,
+        clip_per_slice,
+        momentum_before_lr,
     )
 
     def hyper(count: Any, dtype: Any) -> Hyper:
@@ -589,14 +623,18 @@ def adafactor(
         )  # fmt: skip
 
     def init_fn(params: Params) -> Any:
-        state = _init("adafactor", params, roles, config, min_dim_size_to_factor)
+        state = _init(
+            "adafactor", params, roles, config, min_dim_size_to_factor
+        )
         if _leaves.is_zero(beta1):
             return state
         table = _leaves.checked("adafactor", params)
         m = [_momentum.zeros(x, momentum_dtype) for x in table.values()]
         return state._replace(m=_leaves.tree_like(m, params))
 
-    def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None
+    ) -> Any:
         decayed = set()
         if params is not None and not _leaves.is_zero(weight_decay):
             decayed = _leaves.decayed_paths(weight_decay_mask, params)
@@ -683,7 +721,14 @@ def _update(
         leaf_layout = layout(tuple(p.shape), leaf_roles[path])
         m = new_m.get(path)
         u, new_v[path], m = step(
-            g, p, v, m, seeds.get(path), h, leaf_layout=leaf_layout, config=config
+            g,
+            p,
+            v,
+            m,
+            seeds.get(path),
+            h,
+            leaf_layout=leaf_layout,
+            config=config,
         )
         if m is not None:
             new_m[path] = _momentum.sharded_like(m, new_m[path])
@@ -721,7 +766,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "mesh": MappingProxyType({"clip_per_slice": False}),
         "t5x": MappingProxyType({"clip_per_slice": True}),
-        "hf": MappingProxyType({"roles": _last_two, "min_dim_size_to_factor": 0}),
+        "hf": MappingProxyType(
+            {"roles": _last_two, "min_dim_size_to_factor": 0}
+        ),
         "big_vision": MappingProxyType(
             {
                 "roles": _largest_late,

@@ -16,7 +16,9 @@ from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 
 def checked(name: str, params: Params) -> dict[str, Array]:
     """Return {path: array} of the parameters; raise unless all are real floating."""
-    table = {path: _as_array(leaf) for path, leaf in _tree.by_path(params).items()}
+    table = {
+        path: _as_array(leaf) for path, leaf in _tree.by_path(params).items()
+    }
     for path, leaf in table.items():
         if not _dtypes.is_floating(leaf):
             raise ValueError(
@@ -61,7 +63,9 @@ def nodes_by_path(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
     return _tree.by_path(tree, is_node)
 
 
-def with_nodes(tree: Any, is_node: Callable[[Any], bool], table: dict[str, Any]) -> Any:
+def with_nodes(
+    tree: Any, is_node: Callable[[Any], bool], table: dict[str, Any]
+) -> Any:
     """Return the tree with these nodes, in the order of `nodes_by_path`."""
     structure = jax.tree.structure(tree, is_leaf=is_node)
     return jax.tree.unflatten(structure, list(table.values()))
@@ -129,7 +133,9 @@ def value(x: ScalarOrSchedule, count: Any, dtype: Any) -> Array:
     return jnp.asarray(x(count) if callable(x) else x).astype(dtype)
 
 
-def optional(x: ScalarOrSchedule | None, count: Any, dtype: Any) -> Array | None:
+def optional(
+    x: ScalarOrSchedule | None, count: Any, dtype: Any
+) -> Array | None:
     """Return `value`, or None for None."""
     return None if x is None else value(x, count, dtype)
 
@@ -139,7 +145,9 @@ def is_zero(x: Any) -> bool:
 
     An array may change later (optax.inject_hyperparams), so its buffer must exist.
     """
-    return x is None or (isinstance(x, int | float | np.generic) and bool(x == 0))
+    return x is None or (
+        isinstance(x, int | float | np.generic) and bool(x == 0)
+    )
 
 
 def check_number(
@@ -149,7 +157,9 @@ def check_number(
     number = known_number(x)
     if number is not None and not low <= number <= high:
         limit = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
-        raise ValueError(f"memopt.{name}: `{argument}` is {x}: give a number {limit}")
+        raise ValueError(
+            f"memopt.{name}: `{argument}` is {x}: give a number {limit}"
+        )
 
 
 def decayed_paths(mask: Any, params: Params) -> set[str]:
@@ -158,10 +168,14 @@ def decayed_paths(mask: Any, params: Params) -> set[str]:
         return set(_tree.by_path(params))
     if callable(mask) and len(inspect.signature(mask).parameters) == 2:
         leaves = _tree.by_path(params).items()
-        return {path for path, leaf in leaves if mask(path, tuple(jnp.shape(leaf)))}
+        return {
+            path for path, leaf in leaves if mask(path, tuple(jnp.shape(leaf)))
+        }
     tree = mask(params) if callable(mask) else mask
     # A mask may be a prefix of the tree: spread its entries over the leaves below.
-    full = jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), tree, params)
+    full = jax.tree.map(
+        lambda on, part: jax.tree.map(lambda _: on, part), tree, params
+    )
     return {path for path, on in _tree.leaves_with_paths(full) if bool(on)}
 
 

@@ -92,7 +92,9 @@ def write(x: Array, like: Any, seed: Any) -> Any:
     """Encode x in the form of `like`; int8 rounds at random, without bias."""
     if not isinstance(like, Int8):
         return x.astype(like.dtype)
-    return Int8(*_regrouped(_encode, lambda whole, scale: (whole, scale), x, seed))
+    return Int8(
+        *_regrouped(_encode, lambda whole, scale: (whole, scale), x, seed)
+    )
 
 
 def sharded_like(new: Any, old: Any) -> Any:
@@ -105,7 +107,9 @@ def sharded_like(new: Any, old: Any) -> Any:
         return new
     if isinstance(new.values, jax.core.Tracer):
         return jax.tree.map(_sharding.placed_like, new, old)
-    if not all(isinstance(x, jax.Array) for x in old):  # NumPy, from a checkpoint
+    if not all(
+        isinstance(x, jax.Array) for x in old
+    ):  # NumPy, from a checkpoint
         return new
     return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
 
@@ -113,10 +117,15 @@ def sharded_like(new: Any, old: Any) -> Any:
 def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
     blocks = _split(x)
     scale = jnp.max(jnp.abs(blocks), axis=-1) / _LARGEST
-    steps = blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
+    steps = (
+        blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
+    )
     lower = jnp.floor(steps)
     # Up with the probability of the remainder: the expectation is x.
-    up = _split(_random_bits.uniform(seed, x.shape)).astype(x.dtype) < steps - lower
+    up = (
+        _split(_random_bits.uniform(seed, x.shape)).astype(x.dtype)
+        < steps - lower
+    )
     rounded = jnp.clip(lower + up.astype(x.dtype), -_LARGEST, _LARGEST)
     return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
 
@@ -141,7 +150,9 @@ def _split(x: Array) -> Array:
     *leading, width = _merged(x.shape)
     count = math.ceil(width / BLOCK)
     flat = x.reshape(*leading, width)
-    padded = jnp.pad(flat, [(0, 0)] * len(leading) + [(0, count * BLOCK - width)])
+    padded = jnp.pad(
+        flat, [(0, 0)] * len(leading) + [(0, count * BLOCK - width)]
+    )
     return padded.reshape(*leading, count, BLOCK)
 
 
@@ -166,8 +177,12 @@ def _regrouped(
     # The first of the merged axes may stay sharded if every shard holds whole blocks.
     last = spec[len(leading)] if x.ndim else None
     last = None if width % (BLOCK * _shards(sharding.mesh, last)) else last
-    scale = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(leading)], last))
-    return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(x, *rest)
+    scale = NamedSharding(
+        sharding.mesh, PartitionSpec(*spec[: len(leading)], last)
+    )
+    return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(
+        x, *rest
+    )
 
 
 def _shards(mesh: Any, names: Any) -> int:

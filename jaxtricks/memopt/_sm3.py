@@ -70,7 +70,9 @@ def scale_by_sm3(
       Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv
       1901.11150, algorithm SM3-II.
     """
-    return _transform("scale_by_sm3", None, momentum, momentum_dtype, roles, eps)
+    return _transform(
+        "scale_by_sm3", None, momentum, momentum_dtype, roles, eps
+    )
 
 
 @checked
@@ -122,11 +124,18 @@ def sm3(
       Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", arXiv
       1901.11150, algorithm SM3-II.
     """
-    return _transform("sm3", learning_rate, momentum, momentum_dtype, roles, eps)
+    return _transform(
+        "sm3", learning_rate, momentum, momentum_dtype, roles, eps
+    )
 
 
 def _transform(
-    name: str, rate: Any, momentum: Any, momentum_dtype: Any, roles: Any, eps: Any
+    name: str,
+    rate: Any,
+    momentum: Any,
+    momentum_dtype: Any,
+    roles: Any,
+    eps: Any,
 ) -> optax.GradientTransformation:
     momentum_dtype = _momentum.checked_dtype(name, momentum_dtype)
     _leaves.check_number(name, "learning_rate", rate, 0)
@@ -137,16 +146,21 @@ def _transform(
         weights = _leaves.checked(name, params)
         leaf_roles = _leaves.roles_by_path(roles, params)
         accumulators = [
-            _zeros(x, _axes(x.shape, leaf_roles[path])) for path, x in weights.items()
+            _zeros(x, _axes(x.shape, leaf_roles[path]))
+            for path, x in weights.items()
         ]
         v = _leaves.tree_like(accumulators, params)
         m = None
         if not _leaves.is_zero(momentum):
-            averages = [_momentum.zeros(x, momentum_dtype) for x in weights.values()]
+            averages = [
+                _momentum.zeros(x, momentum_dtype) for x in weights.values()
+            ]
             m = _leaves.tree_like(averages, params)
         return Sm3State(jnp.zeros([], jnp.int32), v, m)
 
-    def update_fn(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None
+    ) -> Any:
         tree = updates if params is None else params
         weights = _leaves.checked(name, tree)
         leaf_roles = _leaves.roles_by_path(roles, tree)
@@ -163,7 +177,9 @@ def _transform(
                 for x in (rate, momentum, eps)
             ]
             axes = _axes(g.shape, leaf_roles[path])
-            u, new_v[path], m = _step(g, v, m, seeds.get(path), *hyper, axes=axes)
+            u, new_v[path], m = _step(
+                g, v, m, seeds.get(path), *hyper, axes=axes
+            )
             if m is not None:
                 new_m[path] = _momentum.sharded_like(m, new_m[path])
             out.append(u.astype(_leaves.update_dtype(g, p)))
@@ -182,7 +198,9 @@ def _is_accumulators(x: Any) -> bool:
     return isinstance(x, tuple) and bool(x) and jax.tree_util.all_leaves(x)
 
 
-def _axes(shape: tuple[int, ...], roles: Roles | None) -> tuple[int, ...] | None:
+def _axes(
+    shape: tuple[int, ...], roles: Roles | None
+) -> tuple[int, ...] | None:
     """Return the axes that have an accumulator each; None = one for the whole leaf."""
     batch = () if roles is None else roles_lib.positions(roles, "batch")
     sliced_axes = tuple(i for i in range(len(shape)) if i not in batch)
@@ -197,13 +215,22 @@ def _zeros(leaf: Any, sliced_axes: tuple[int, ...] | None) -> tuple[Array, ...]:
     if sliced_axes is None:
         return (_leaves.zeros(leaf),)
     return tuple(
-        _leaves.zeros(leaf, without=_others(axis, sliced_axes)) for axis in sliced_axes
+        _leaves.zeros(leaf, without=_others(axis, sliced_axes))
+        for axis in sliced_axes
     )
 
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _step(
-    g: Any, v: Any, m: Any, seed: Any, rate: Any, momentum: Any, eps: Any, *, axes: Any
+    g: Any,
+    v: Any,
+    m: Any,
+    seed: Any,
+    rate: Any,
+    momentum: Any,
+    eps: Any,
+    *,
+    axes: Any,
 ) -> Any:
     """Return (update, v, m) of one leaf in the dtype of its state."""
     maxima = []
@@ -229,6 +256,7 @@ def _bound(g: Array, v: Sequence[Array], axes: tuple[int, ...] | None) -> Array:
     if axes is None:
         return v[0] + square
     covers = [
-        jnp.expand_dims(a, _others(axis, axes)) for axis, a in zip(axes, v, strict=True)
+        jnp.expand_dims(a, _others(axis, axes))
+        for axis, a in zip(axes, v, strict=True)
     ]
     return functools.reduce(jnp.minimum, covers) + square

@@ -87,7 +87,9 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
 
 
 @checked
-def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Params:
+def apply_updates(
+    params: Params, updates: Any, *, key: Key | None = None
+) -> Params:
     """Return params + updates in the dtypes of params, rounded at random with a key.
 
     Args:
@@ -110,7 +112,9 @@ def apply_updates(params: Params, updates: Any, *, key: Key | None = None) -> Pa
 
 
 def _key(seed: Any) -> Key:
-    typed = hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    typed = hasattr(seed, "dtype") and jnp.issubdtype(
+        seed.dtype, jax.dtypes.prng_key
+    )
     return seed if typed else jax.random.key(seed)
 
 
@@ -123,8 +127,12 @@ def _rounded(updates: Any, params: Params, at_step: Array) -> Any:
         if not _dtypes.is_floating(p) or p.dtype.itemsize > 2:
             return u
         wide = p.astype(jnp.float32)
-        chance = _random_bits.uniform(_random_bits.of_leaf(at_step, path), p.shape)
-        return to_neighbour(wide + u.astype(jnp.float32), p.dtype, chance) - wide
+        chance = _random_bits.uniform(
+            _random_bits.of_leaf(at_step, path), p.shape
+        )
+        return (
+            to_neighbour(wide + u.astype(jnp.float32), p.dtype, chance) - wide
+        )
 
     return _tree.map_with_path(round_leaf, updates)
 

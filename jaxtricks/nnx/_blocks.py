@@ -15,7 +15,13 @@ from jaxtyping import Float
 
 from jaxtricks import _dtypes, _layer_functions, _layers, reparam
 from jaxtricks._layer_functions import BranchNodes, Padding, Pads
-from jaxtricks._layers import BlockGeometry, BranchSpec, Factory, Mode, PointwiseSpec
+from jaxtricks._layers import (
+    BlockGeometry,
+    BranchSpec,
+    Factory,
+    Mode,
+    PointwiseSpec,
+)
 from jaxtricks._typing import Array
 from jaxtricks.nnx._conv import conv_node, is_standardized, plain_conv
 from jaxtricks.nnx._norm import frozen_norm
@@ -66,7 +72,9 @@ class PointwiseNorm(nnx.Module):
         if self.residual:
             y = y + x.astype(y.dtype)
         y = self.norm(y, **mode)
-        return _layer_functions.pad_with_zero_response(y, pads, frozen_norm(self.norm))
+        return _layer_functions.pad_with_zero_response(
+            y, pads, frozen_norm(self.norm)
+        )
 
 
 class ConvNorm(nnx.Module):
@@ -121,7 +129,11 @@ class ConvNorm(nnx.Module):
             return BranchNodes(linear, affine)
         first = self.first
         return BranchNodes(
-            linear, affine, conv_node(first.conv), _affine(first), first.residual
+            linear,
+            affine,
+            conv_node(first.conv),
+            _affine(first),
+            first.residual,
         )
 
     def set_nodes(self, nodes: BranchNodes) -> None:
@@ -262,7 +274,9 @@ class ReparamBlock(nnx.Module):
         # A dilated branch has its extent, not its size, centred on the window.
         outputs = []
         for spec in self.table():
-            pads = _layer_functions.branch_pads(x, self.padding, block, spec.extent)
+            pads = _layer_functions.branch_pads(
+                x, self.padding, block, spec.extent
+            )
             outputs.append(getattr(self, spec.name)(x, pads, mode))
         return functools.reduce(operator.add, outputs)
 
@@ -273,7 +287,9 @@ class ReparamBlock(nnx.Module):
             self._branch_nodes(),
             self.geometry,
             padding=self.padding,
-            dtype=_dtypes.common_dtype(x, conv.kernel[...], given=conv.dtype),
+            dtype=_dtypes.common_dtype(
+                x, conv.kernel[...], override=conv.dtype
+            ),
             precision=conv.precision,
         )
 
@@ -305,7 +321,9 @@ class ReparamBlock(nnx.Module):
         return plain_conv(self.largest_conv, self, merged)
 
     def start_from(
-        self, kernel: Float[Array, "..."], bias: Float[Array, " out"] | None = None
+        self,
+        kernel: Float[Array, "..."],
+        bias: Float[Array, " out"] | None = None,
     ) -> None:
         """Set the variables so that in evaluation the block computes conv(x, kernel) + bias.
 
@@ -378,7 +396,12 @@ class _Builder:
         features = self.block.out_features
         norm, gain = self._norm_or_gain(features, spec.scale, spec.initial_gain)
         return ConvNorm(
-            layer, norm, gain, first=first, dilation=spec.dilation, features=features
+            layer,
+            norm,
+            gain,
+            first=first,
+            dilation=spec.dilation,
+            features=features,
         )
 
     def _convolution(self, spec: BranchSpec) -> Any:
@@ -418,7 +441,9 @@ class _Builder:
         self, features: int, scale: float, initial_gain: float
     ) -> tuple[Any, Any]:
         if self.mode == "online":
-            return None, nnx.Param(jnp.full(features, initial_gain, jnp.float32))
+            return None, nnx.Param(
+                jnp.full(features, initial_gain, jnp.float32)
+            )
         init = {}
         # Not passed otherwise: a partial may bind another initializer.
         if scale != 1.0:
@@ -508,7 +533,9 @@ class ACBlock(ReparamBlock):
 
     def table(self) -> _layers.Table:
         """Return the rows of the whole kernel and of one line along each axis."""
-        return _layers.asymmetric_branches(self.geometry, gamma_init=self.gamma_init)
+        return _layers.asymmetric_branches(
+            self.geometry, gamma_init=self.gamma_init
+        )
 
 
 class RepVGGBlock(ReparamBlock):
@@ -701,7 +728,9 @@ class MobileOneBlock(ReparamBlock):
 
     def table(self) -> _layers.Table:
         """Return the rows of the KxK branches, and of the 1x1 and identity branch if any."""
-        return _layers.mobileone_branches(self.geometry, num_branches=self.num_branches)
+        return _layers.mobileone_branches(
+            self.geometry, num_branches=self.num_branches
+        )
 
 
 class DilatedReparamBlock(ReparamBlock):
@@ -758,7 +787,9 @@ class DilatedReparamBlock(ReparamBlock):
         rngs: nnx.Rngs,
     ):
         # Tuples: nnx compares static attributes, and lists are not hashable.
-        self.kernel_sizes = None if kernel_sizes is None else tuple(kernel_sizes)
+        self.kernel_sizes = (
+            None if kernel_sizes is None else tuple(kernel_sizes)
+        )
         self.dilates = None if dilates is None else tuple(dilates)
         super().__init__(
             in_features,

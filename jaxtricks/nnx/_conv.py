@@ -78,7 +78,9 @@ class WSConv(nnx.Module):
         shape = _layers.conv_kernel_shape(
             in_features, out_features, kernel_size, feature_group_count
         )
-        init = _layers.unit_variance_init() if kernel_init is None else kernel_init
+        init = (
+            _layers.unit_variance_init() if kernel_init is None else kernel_init
+        )
         # Absent parameters are data too, so that the structure can change later.
         ones = jnp.ones(out_features, param_dtype)
         zeros = jnp.zeros(out_features, param_dtype)
@@ -120,7 +122,9 @@ class WSConv(nnx.Module):
             x,
             self.standardized_kernel(),
             bias,
-            dtype=_dtypes.common_dtype(x, self.kernel[...], bias, given=self.dtype),
+            dtype=_dtypes.common_dtype(
+                x, self.kernel[...], bias, override=self.dtype
+            ),
             strides=self.strides,
             padding=self.padding,
             dilation=self.kernel_dilation,
@@ -185,7 +189,9 @@ def plain_conv(
         kernel_init=nnx.initializers.zeros,
         rngs=nnx.Rngs(0),
     )
-    element_type = output_dtype or getattr(template, "preferred_element_type", None)
+    element_type = output_dtype or getattr(
+        template, "preferred_element_type", None
+    )
     if element_type is not None:
         # Not an argument in older releases of Flax.
         conv.preferred_element_type = element_type

@@ -82,7 +82,9 @@ def convert(
       ['ACBlock', 'ExtendedBatchNorm']
     """
     if init not in ("preserve", "fresh"):
-        raise ValueError(f"nnx.convert: `init` is {init!r}; use 'preserve' or 'fresh'")
+        raise ValueError(
+            f"nnx.convert: `init` is {init!r}; use 'preserve' or 'fresh'"
+        )
     norm_settings = _norm_settings(model, example, example_kwargs)
     # The settings are read from the old model, whose trace names its layers.
     copy = nnx.clone(model)
@@ -91,10 +93,14 @@ def convert(
     for path, layer, target in _matching_layers(copy, rules):
         look_up = functools.partial(norm_settings.of, path)
         try:
-            new = _successor(layer, target, rngs, look_up, preserve=init == "preserve")
+            new = _successor(
+                layer, target, rngs, look_up, preserve=init == "preserve"
+            )
         except (ValueError, TypeError) as error:
             name = type(layer).__name__
-            raise ValueError(f"nnx.convert: {path!r} ({name}): {error}") from error
+            raise ValueError(
+                f"nnx.convert: {path!r} ({name}): {error}"
+            ) from error
         if evaluates:
             new.eval()
         # By identity, so that a shared layer stays one layer.
@@ -191,7 +197,12 @@ def _matching_layers(
 
 
 def _successor(
-    layer: Any, target: Factory, rngs: nnx.Rngs, look_up: LookUp, *, preserve: bool
+    layer: Any,
+    target: Factory,
+    rngs: nnx.Rngs,
+    look_up: LookUp,
+    *,
+    preserve: bool,
 ) -> Any:
     """Return the layer that takes the place of `layer`."""
     arguments = _arguments(layer)
@@ -212,7 +223,9 @@ def _arguments(layer: Any) -> dict[str, Any]:
       ValueError: layers of this type, or with these settings, are not exchanged.
     """
     if isinstance(layer, nnx.Conv | WSConv):
-        _check_hooks(layer, (nnx.Conv, WSConv), ignored=("conv_general_dilated",))
+        _check_hooks(
+            layer, (nnx.Conv, WSConv), ignored=("conv_general_dilated",)
+        )
         if getattr(layer, "mask", None) is not None:
             raise ValueError(
                 "its `mask` would be lost in training: leave it as it is (None)"
@@ -262,14 +275,18 @@ def _accepted_arguments(
     is_conv = "kernel_size" in arguments
     is_linear = "in_features" in arguments and not is_conv
     if is_linear and "kernel_size" in parameters:
-        raise ValueError("only nnx.Conv and WSConv turn into convolutions and blocks")
+        raise ValueError(
+            "only nnx.Conv and WSConv turn into convolutions and blocks"
+        )
     accepted = {
         name: value
         for name, value in arguments.items()
         if name in parameters and name not in bound
     }
     if is_conv:
-        accepted |= _part_factories(layer, parameters, bound, arguments, look_up)
+        accepted |= _part_factories(
+            layer, parameters, bound, arguments, look_up
+        )
     return accepted
 
 
@@ -326,7 +343,9 @@ def _copy_function(old: Any, new: Any) -> None:
         _copy_filters(old, new)
     elif isinstance(new, ExtendedBatchNorm) and isinstance(old, nnx.BatchNorm):
         _copy_statistics(old, new)
-    elif isinstance(new, LWSHead | DisAlignHead) and isinstance(old, nnx.Linear):
+    elif isinstance(new, LWSHead | DisAlignHead) and isinstance(
+        old, nnx.Linear
+    ):
         _copy_linear(old, new)
     else:
         raise ValueError(
@@ -373,8 +392,12 @@ def _copy_statistics(old: Any, new: ExtendedBatchNorm) -> None:
 def _copy_linear(old: Any, new: LWSHead | DisAlignHead) -> None:
     """Copy the linear head; what a second stage adds starts without effect."""
     if old.bias is not None and new.bias is None:
-        raise ValueError("to compute the same, the head needs the bias of the layer")
-    if isinstance(new, DisAlignHead) and bool(jnp.any(new.logit_scale[...] != 0)):
+        raise ValueError(
+            "to compute the same, the head needs the bias of the layer"
+        )
+    if isinstance(new, DisAlignHead) and bool(
+        jnp.any(new.logit_scale[...] != 0)
+    ):
         raise ValueError(
             "compat=\"reference\" starts with another function: use init='fresh'"
         )
@@ -391,6 +414,10 @@ def _evaluates(model: nnx.Module) -> bool:
     """Return whether the normalizations of the model are in evaluation mode."""
     # A model without normalizations has no mode that a new layer could follow.
     norms: list[Any] = [
-        module for _, module in _module_tree.modules(model) if isinstance(module, NORMS)
+        module
+        for _, module in _module_tree.modules(model)
+        if isinstance(module, NORMS)
     ]
-    return bool(norms) and all(norm.use_running_average is True for norm in norms)
+    return bool(norms) and all(
+        norm.use_running_average is True for norm in norms
+    )

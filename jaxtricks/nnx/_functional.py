@@ -84,7 +84,9 @@ def with_variables(model: nnx.Module, params: Params, state: State) -> Any:
       >>> with_variables(model, params, state).mean[...].tolist() == state["mean"].tolist()
       True
     """
-    graph, old_params, keys, old_state = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
+    graph, old_params, keys, old_state = nnx.split(
+        model, nnx.Param, nnx.RngKey, _REST
+    )
     _check_structure("params", params, old_params)
     _check_structure("state", state, old_state)
     return nnx.merge(
@@ -104,9 +106,13 @@ class _Functional:
 
     def __init__(self, model: nnx.Module, train_kwargs: _layers.TrainKwargs):
         self.cls = type(model)
-        self.kwargs = _layers.mode_rule("nnx.functional", self.cls, train_kwargs)
+        self.kwargs = _layers.mode_rule(
+            "nnx.functional", self.cls, train_kwargs
+        )
         _set_mode(model, train=True)
-        train_graph, params, keys, rest = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
+        train_graph, params, keys, rest = nnx.split(
+            model, nnx.Param, nnx.RngKey, _REST
+        )
         _set_mode(model, train=False)
         eval_graph, *_ = nnx.split(model, nnx.Param, nnx.RngKey, _REST)
         self.graphs = {True: train_graph, False: eval_graph}
@@ -134,7 +140,9 @@ class _Functional:
 
         def run() -> tuple[Any, State]:
             rngs = call_rngs(self.cls, inputs, kwargs, key)
-            return self._run(graph, keys, params, state, inputs, {**kwargs, **rngs})
+            return self._run(
+                graph, keys, params, state, inputs, {**kwargs, **rngs}
+            )
 
         if key is None and self.has_streams:
             _refuse_random_numbers(run)
@@ -168,7 +176,9 @@ class _Functional:
         keys = []
         for i, leaf in enumerate(jax.tree.leaves(self.keys_like)):
             stream = jax.random.fold_in(key, i)
-            keys.append(jax.random.split(stream, leaf.shape) if leaf.shape else stream)
+            keys.append(
+                jax.random.split(stream, leaf.shape) if leaf.shape else stream
+            )
         return keys
 
 
@@ -202,7 +212,11 @@ def _set_mode(model: nnx.Module, *, train: bool) -> None:
 
 def _refuse_random_numbers(run: Callable[[], Any]) -> None:
     def arrays() -> list[Any]:
-        return [leaf for leaf in jax.tree.leaves(run()) if isinstance(leaf, jax.Array)]
+        return [
+            leaf
+            for leaf in jax.tree.leaves(run())
+            if isinstance(leaf, jax.Array)
+        ]
 
     closed, _ = _jaxpr.trace(arrays)
     if any(map(_draws, _jaxpr.walk(closed.jaxpr))):

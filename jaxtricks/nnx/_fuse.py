@@ -122,8 +122,12 @@ def fuse(
         flow, (inputs, dtypes) = probe.flow(), probe.values()
         altered = watched.altered
         _set_modes(layer_modules | norm_modules, watched.modes)
-    layers = {path: _layer(path, m, altered) for path, m in layer_modules.items()}
-    norms = {path: _norm_or_refusal(path, m) for path, m in norm_modules.items()}
+    layers = {
+        path: _layer(path, m, altered) for path, m in layer_modules.items()
+    }
+    norms = {
+        path: _norm_or_refusal(path, m) for path, m in norm_modules.items()
+    }
     if flow is None:
         fusible, reasons = standalone(layers)
         unknown = "without `example` it is not known what feeds it"
@@ -143,7 +147,10 @@ def fuse(
     fused_model = _module_tree.replaced(copy, changes)
     whole = None
     if probe is not None:
-        call, sizes = pure_call(fused_model, kwargs), (size(model), size(fused_model))
+        call, sizes = (
+            pure_call(fused_model, kwargs),
+            (size(model), size(fused_model)),
+        )
         whole = compare_models(probe, call, fused, sizes)
     return fused_model, reparam.FuseReport(fused.rows, whole, fused.remaining())
 
@@ -200,7 +207,9 @@ def _layer(
         # The parts of a block count too: each may be a subclass.
         for inner_path, inner in _module_tree.modules(module):
             if isinstance(inner, LAYERS + NORMS):
-                full_path = f"{_layers.path_prefix(path)}{inner_path}".rstrip("/")
+                full_path = f"{_layers.path_prefix(path)}{inner_path}".rstrip(
+                    "/"
+                )
                 _check_known(full_path, inner)
         if isinstance(module, AFFINE_LAYERS):
             return _affine_layer(path, module)
@@ -349,11 +358,15 @@ def _bias_shape(layer: Any) -> tuple[int, ...]:
         case nnx.LinearGeneral():
             return (*layer.batch_axis.values(), *layer.out_features)
         case nnx.Einsum():
-            return _layers.einsum_bias_shape(layer.einsum_str, layer.kernel_shape)
+            return _layers.einsum_bias_shape(
+                layer.einsum_str, layer.kernel_shape
+            )
     return (layer.out_features,)
 
 
-def _with_variables(layer: Any, kernel: Array, bias: Array | None, dtype: Any) -> Any:
+def _with_variables(
+    layer: Any, kernel: Array, bias: Array | None, dtype: Any
+) -> Any:
     """Return a copy of an affine layer with this kernel and bias.
 
     Args:
@@ -374,7 +387,9 @@ def _with_variables(layer: Any, kernel: Array, bias: Array | None, dtype: Any) -
         return copy
     # A bias of lower rank is that of statistics, without the layer's leading axes.
     bias = jnp.broadcast_to(bias, _bias_shape(layer))
-    copy.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
+    copy.bias = (
+        nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
+    )
     if isinstance(layer, nnx.Einsum):
         copy.bias_shape = bias.shape
     else:
@@ -435,7 +450,9 @@ class WatchedModel:
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 report._note_call(path, self, base, stored, args, kwargs)
                 watch: Any = report._watch
-                args, kwargs = with_input(lambda x: watch(x, "in", path), args, kwargs)
+                args, kwargs = with_input(
+                    lambda x: watch(x, "in", path), args, kwargs
+                )
                 return watch(base.__call__(self, *args, **kwargs), "out", path)
 
         copy: Any = object.__new__(Watched)

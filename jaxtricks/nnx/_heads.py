@@ -27,7 +27,9 @@ class Head(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        init = _layers.unit_variance_init() if kernel_init is None else kernel_init
+        init = (
+            _layers.unit_variance_init() if kernel_init is None else kernel_init
+        )
         self.kernel = nnx.Param(
             init(rngs.params(), (in_features, out_features), param_dtype)
         )
@@ -37,7 +39,9 @@ class Head(nnx.Module):
         self.param_dtype = param_dtype
 
     def _dtype(self, x: Array, *others: Array | None) -> Any:
-        return _dtypes.common_dtype(x, self.kernel[...], *others, given=self.dtype)
+        return _dtypes.common_dtype(
+            x, self.kernel[...], *others, override=self.dtype
+        )
 
 
 class CosineHead(Head):
@@ -326,12 +330,15 @@ class CausalHead(Head):
 
     def _logits(self, x: Array, direction: Array | None) -> Array:
         settings = {
-            name: getattr(self, name) for name in ("heads", "tau", "gamma", "alpha")
+            name: getattr(self, name)
+            for name in ("heads", "tau", "gamma", "alpha")
         }
         return tde(x, self.kernel[...], direction, **settings)
 
     def __call__(
-        self, x: Float[Array, "*batch D"], use_running_average: bool | None = None
+        self,
+        x: Float[Array, "*batch D"],
+        use_running_average: bool | None = None,
     ) -> Float[Array, "*batch C"]:
         """Map features [..., D] to logits [..., C]; in training the mean moves.
 
@@ -347,8 +354,12 @@ class CausalHead(Head):
         )
         mean = self.mean[...]
         if not evaluates:
-            self.mean[...] = _layers.moving_mean(mean, x, self.momentum, self.axis_name)
-        return self._logits(x, mean if evaluates else None).astype(self._dtype(x))
+            self.mean[...] = _layers.moving_mean(
+                mean, x, self.momentum, self.axis_name
+            )
+        return self._logits(x, mean if evaluates else None).astype(
+            self._dtype(x)
+        )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Set the mode, as `nnx.view(model, use_running_average=...)` asks."""

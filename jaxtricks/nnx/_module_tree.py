@@ -13,7 +13,9 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """
     visited: set[int] = set()
 
-    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, nnx.Module]]:
+    def walk(
+        value: Any, path: tuple[str, ...]
+    ) -> Iterator[tuple[str, nnx.Module]]:
         if isinstance(value, nnx.Module):
             yield "/".join(path), value
             if id(value) in visited:
@@ -25,7 +27,9 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     return walk(model, ())
 
 
-def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module:
+def replaced(
+    model: nnx.Module, changes: Mapping[int, nnx.Module]
+) -> nnx.Module:
     """Return the model with some modules replaced wherever they are referred to.
 
     The model itself is changed.
@@ -50,7 +54,9 @@ def replaced(model: nnx.Module, changes: Mapping[int, nnx.Module]) -> nnx.Module
 
 def _attributes(module: nnx.Module) -> list[tuple[str, Any]]:
     items = vars(module).items()
-    return [(name, value) for name, value in items if not name.startswith("_pytree")]
+    return [
+        (name, value) for name, value in items if not name.startswith("_pytree")
+    ]
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:

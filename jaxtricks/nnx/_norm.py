@@ -154,4 +154,6 @@ def frozen_norm(norm: Any) -> reparam.Norm:
             "use nnx.BatchNorm or ExtendedBatchNorm"
         )
     scale, bias = _compat.read(norm.scale), _compat.read(norm.bias)
-    return reparam.Norm(norm.mean[...], norm.var[...], scale, bias, norm.epsilon)
+    return reparam.Norm(
+        norm.mean[...], norm.var[...], scale, bias, norm.epsilon
+    )

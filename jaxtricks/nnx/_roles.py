@@ -71,7 +71,10 @@ def _parameters(model: nnx.Module) -> Iterator[_Parameter]:
         layer = []
         for name, axes in _layer_axes.layer_axes(module).items():
             variable = _layer_axes.named_parameter(module, name)
-            if not isinstance(variable, nnx.Variable) or id(variable) in visited:
+            if (
+                not isinstance(variable, nnx.Variable)
+                or id(variable) in visited
+            ):
                 continue
             visited.add(id(variable))
             candidates = _layer_axes.placements(axes, variable.shape)
@@ -81,7 +84,9 @@ def _parameters(model: nnx.Module) -> Iterator[_Parameter]:
                 layer.append((variable, candidates))
         for variable, candidates in _stacked_alike(layer):
             path = "/".join(map(str, paths[id(variable)]))
-            yield _Parameter(path, candidates, _compat.partition_names(variable))
+            yield _Parameter(
+                path, candidates, _compat.partition_names(variable)
+            )
 
 
 def _stacked_alike(
@@ -125,13 +130,17 @@ def _stack_names(parameters: Iterable[_Parameter]) -> set[Any]:
     return stacked - others
 
 
-def _matching_names(parameter: _Parameter, stack_names: set[Any]) -> list[Roles]:
+def _matching_names(
+    parameter: _Parameter, stack_names: set[Any]
+) -> list[Roles]:
     """Return the candidates that the names of the axes allow; all if they allow none."""
     candidates, names = parameter.candidates, parameter.partition_names
     if len(candidates) == 1 or not names or len(names) != len(candidates[0]):
         return candidates
     is_stacked = [name in stack_names for name in names]
     allowed = [
-        roles for roles in candidates if [r == "batch" for r in roles] == is_stacked
+        roles
+        for roles in candidates
+        if [r == "batch" for r in roles] == is_stacked
     ]
     return allowed or candidates

@@ -245,7 +245,10 @@ def auto_remat(fn: Fn, budget_bytes: int | float | str, **settings: Any) -> Fn:
       ()
     """
     plans: dict[Any, remat.Plan] = {}
-    argnums, has_aux = settings.pop("argnums", 0), settings.pop("has_aux", False)
+    argnums, has_aux = (
+        settings.pop("argnums", 0),
+        settings.pop("has_aux", False),
+    )
 
     @functools.wraps(fn)
     def planned(*args: Any, **kwargs: Any) -> Any:
@@ -253,7 +256,9 @@ def auto_remat(fn: Fn, budget_bytes: int | float | str, **settings: Any) -> Fn:
         positions = _integers.positions(argnums, len(args))
         arguments = _SplitArguments.of(args, positions).with_shapes()
         # Like the cache of jax.jit: one plan for each structure and shapes.
-        leaves, structure = jax.tree.flatten((arguments.moving, arguments.fixed))
+        leaves, structure = jax.tree.flatten(
+            (arguments.moving, arguments.fixed)
+        )
         shapes = tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
         signature = arguments.graph, arguments.structure, structure, shapes
         if signature not in plans:
@@ -332,7 +337,9 @@ class _SplitArguments(NamedTuple):
     fixed: Any
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], positions: Sequence[int]) -> "_SplitArguments":
+    def of(
+        cls, args: tuple[Any, ...], positions: Sequence[int]
+    ) -> "_SplitArguments":
         # An argument is differentiated as a whole, with all nodes inside it.
         trees, leaves, moves = [], [], []
         for i, arg in enumerate(args):
@@ -340,7 +347,9 @@ class _SplitArguments(NamedTuple):
             trees.append(tree)
             leaves += arg_leaves
             moves += [i in positions] * len(arg_leaves)
-        kinds = tuple((is_node(x), m) for x, m in zip(leaves, moves, strict=True))
+        kinds = tuple(
+            (is_node(x), m) for x, m in zip(leaves, moves, strict=True)
+        )
         nodes = tuple(x for x in leaves if is_node(x))
         graph, params, rest = nnx.split(nodes, _differentiated(kinds), ...)
         others = [None if is_node(x) else x for x in leaves]
@@ -355,7 +364,9 @@ class _SplitArguments(NamedTuple):
         moving, fixed = jax.tree.map(shape, (self.moving, self.fixed))
         return self._replace(moving=moving, fixed=fixed)
 
-    def merged(self, moving: Any, fixed: Any) -> tuple[tuple[Any, ...], list[Any]]:
+    def merged(
+        self, moving: Any, fixed: Any
+    ) -> tuple[tuple[Any, ...], list[Any]]:
         """Return new nodes with these variables, and the arguments around them."""
         nodes = nnx.merge(self.graph, moving[0], fixed[0], copy=True)
         trees, kinds = self.structure

@@ -39,7 +39,11 @@ References. Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv
 1911.13214.
 """
 
-from jaxtricks.remat._checkpoint import checkpoint, checkpoint_name, saved_residuals
+from jaxtricks.remat._checkpoint import (
+    checkpoint,
+    checkpoint_name,
+    saved_residuals,
+)
 from jaxtricks.remat._memory import (
     Effect,
     Report,

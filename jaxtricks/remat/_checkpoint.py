@@ -217,7 +217,9 @@ def saved_residuals(
     closed, _ = _jaxpr.trace(forward, *args)
     jaxpr = _jaxpr.inline(closed).jaxpr
     origins, sources = _trace_origins(jaxpr, args)
-    residuals = [sources.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)]
+    residuals = [
+        sources.get(v, v) for v in jaxpr.outvars if not _jaxpr.is_literal(v)
+    ]
     sizes = {v: _jaxpr.var_bytes(v) for v in residuals}
     # Without a size they are keys' wrappers and the like.
     largest_first = sorted(filter(sizes.get, sizes), key=lambda v: -sizes[v])

@@ -200,7 +200,9 @@ def with_costs(
     return dataclasses.replace(
         stage,
         options=tuple(_undominated(relative)),
-        forward=math.inf if stage.has_collective else work(jaxpr, flops_per_byte),
+        forward=math.inf
+        if stage.has_collective
+        else work(jaxpr, flops_per_byte),
         forward_bytes=peak_live(jaxpr),
     )
 
@@ -250,7 +252,9 @@ def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
         return _flops.eqn_flops(eqn) / max(1, _jaxpr.output_bytes(eqn))
 
     products = [
-        i for i, eqn in enumerate(jaxpr.eqns) if _jaxpr.primitive(eqn) in _PRODUCTS
+        i
+        for i, eqn in enumerate(jaxpr.eqns)
+        if _jaxpr.primitive(eqn) in _PRODUCTS
     ]
     return sorted(products, key=lambda i: -intensity(i))[:_MAX_PRODUCTS]
 
@@ -291,10 +295,14 @@ def _measured(
     first = _jaxpr.live(jax.make_jaxpr(forward)(*shapes))
     outputs = len(jaxpr.outvars)
     outs, residuals = first.outvars[:outputs], first.outvars[outputs:]
-    residual_bytes = written_bytes(first, _variables(residuals), _variables(outs))
+    residual_bytes = written_bytes(
+        first, _variables(residuals), _variables(outs)
+    )
     residual_shapes = list(map(shape_of, residuals))
     cotangent_shapes = list(map(shape_of, outs))
-    second = _jaxpr.live(jax.make_jaxpr(backward)(residual_shapes, cotangent_shapes))
+    second = _jaxpr.live(
+        jax.make_jaxpr(backward)(residual_shapes, cotangent_shapes)
+    )
     total = work(first, flops_per_byte) + work(second, flops_per_byte)
     return Option(
         saved,
@@ -324,5 +332,6 @@ def _beats(a: Option, b: Option) -> bool:
     return (
         a.residual_bytes <= b.residual_bytes
         and a.extra <= b.extra
-        and a.residual_bytes + a.backward_bytes <= b.residual_bytes + b.backward_bytes
+        and a.residual_bytes + a.backward_bytes
+        <= b.residual_bytes + b.backward_bytes
     )

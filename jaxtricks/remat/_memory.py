@@ -196,7 +196,9 @@ def check_effective(
     """
     closed, _ = _jaxpr.trace(fn, *args)
     if [getattr(aval, "shape", None) for aval in closed.out_avals] != [()]:
-        raise ValueError("remat.check_effective: `fn` must return one scalar, the loss")
+        raise ValueError(
+            "remat.check_effective: `fn` must return one scalar, the loss"
+        )
     if not any(map(_is_checkpoint, _jaxpr.walk(closed.jaxpr))):
         raise ValueError(
             "remat.check_effective: `fn` has no checkpoint: wrap its blocks in "
@@ -210,7 +212,8 @@ def check_effective(
         return _jaxpr.as_fun(bare.jaxpr)(bare.consts, *leaves)[0]
 
     reports = [
-        memory_analysis(jax.value_and_grad(f, argnums), *args) for f in (fn, plain)
+        memory_analysis(jax.value_and_grad(f, argnums), *args)
+        for f in (fn, plain)
     ]
     effect = Effect(*reports)
     if not effect:

@@ -75,8 +75,12 @@ class Plan(Generic[P, R]):
     timeline: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(
         default=None, repr=False
     )
-    rows: tuple[tuple[Any, ...], ...] = dataclasses.field(default=(), repr=False)
-    unknown: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+    rows: tuple[tuple[Any, ...], ...] = dataclasses.field(
+        default=(), repr=False
+    )
+    unknown: dict[str, int] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def describe(self) -> _table.Table:
         """Return a table of what becomes of each run of stages, and the figures."""
@@ -148,7 +152,9 @@ def plan_from_json(
         if content.pop("format") != _FORMAT:
             raise ValueError("written by another version")
         packed = content.pop("schedule")
-        steps = None if packed is None else _unpack(packed, len(content["ends"]))
+        steps = (
+            None if packed is None else _unpack(packed, len(content["ends"]))
+        )
         ends, fingerprints = content.pop("ends"), content.pop("prints")
         schedule = Schedule(tuple(ends), tuple(fingerprints), steps)
         _check_schedule(schedule)
@@ -171,7 +177,9 @@ def plan_from_json(
         ValueError,
         RecursionError,
     ) as error:
-        raise ValueError(f"text is no plan written by Plan.to_json: {error}") from error
+        raise ValueError(
+            f"text is no plan written by Plan.to_json: {error}"
+        ) from error
 
 
 def _check_schedule(schedule: Schedule) -> None:
@@ -216,7 +224,9 @@ def _check_figures(content: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is beyond any size")
     for row in content["rows"]:
         if not isinstance(row, list) or len(row) != len(_HEADERS):
-            raise ValueError(f"its rows have not the columns {', '.join(_HEADERS)}")
+            raise ValueError(
+                f"its rows have not the columns {', '.join(_HEADERS)}"
+            )
 
 
 # A run is [stage, [saved, outer]] in the text, a rerun {"again": steps}.
@@ -234,7 +244,9 @@ def _pack(steps: Steps) -> list[Any]:
 
 def _unpack(packed: Sequence[Any], max_depth: int) -> Steps:
     if max_depth < 0:
-        raise ValueError("its groups are nested more deeply than there are stages")
+        raise ValueError(
+            "its groups are nested more deeply than there are stages"
+        )
     steps: list[Run | Rerun] = []
     for item in packed:
         if isinstance(item, dict):

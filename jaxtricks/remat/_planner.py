@@ -91,7 +91,9 @@ def plan(
     """
     if wrt not in ("peak", "temp"):
         raise ValueError(f'wrt must be "peak" or "temp", not {wrt!r}')
-    parse_budget(budget_bytes, 1)  # a mistake in it is reported before the first trace
+    parse_budget(
+        budget_bytes, 1
+    )  # a mistake in it is reported before the first trace
     argnums = _integers.plain(argnums)
     positions = _integers.positions(argnums, len(args))
     program = _traced(fn, args, positions, argnums, has_aux).jaxpr
@@ -113,7 +115,9 @@ def plan(
         step: Any
         step_args: Any = args
         if within is None:
-            step = jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=has_aux))
+            step = jax.jit(
+                jax.value_and_grad(loss, argnums=argnums, has_aux=has_aux)
+            )
         else:
             step = within(loss)
         if isinstance(step, tuple):
@@ -142,7 +146,9 @@ def plan(
     schedule = schedule_of(best.steps)
     base = unplanned.report.flops
     expected = [frontier.memory + fixed, frontier.extra / frontier.step]
-    trials = [(t.temp + fixed, t.report.flops / base - 1) for t in search.trials]
+    trials = [
+        (t.temp + fixed, t.report.flops / base - 1) for t in search.trials
+    ]
     return Plan(
         fn=schedule.apply(fn),
         peak=best.temp + fixed,
@@ -191,7 +197,10 @@ def auto_remat(
         arguments = positional(fn, args, kwargs, "remat.auto_remat")
         shapes = jax.tree.map(_memory.shape, arguments)
         leaves, structure = jax.tree.flatten(shapes)
-        signature = structure, tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
+        signature = (
+            structure,
+            tuple((x.shape, x.dtype, x.weak_type) for x in leaves),
+        )
         if signature not in plans:
             plans[signature] = plan(
                 unchanging,
@@ -208,7 +217,9 @@ def auto_remat(
 
 
 _MAX_BYTES = 2**63
-_BUDGET_ADVICE = 'write bytes, a size such as "4GiB" or "500 MB", or a fraction up to 1'
+_BUDGET_ADVICE = (
+    'write bytes, a size such as "4GiB" or "500 MB", or a fraction up to 1'
+)
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 _UNITS |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
@@ -284,7 +295,9 @@ def parse_budget(budget: Budget, unplanned: int) -> int:
 
 def _parse_size(text: str) -> float | None:
     """Return the bytes of a number with a unit; None if the text is neither."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    match = re.fullmatch(
+        r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower()
+    )
     if match is None or match[2] not in _UNITS:
         return None
     try:
@@ -321,12 +334,16 @@ def _traced(
             "fn returns one of its arguments as it is: there is nothing to recompute"
         )
     leaves = jax.tree.leaves([args[i] for i in positions])
-    if not any(jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in leaves):
+    if not any(
+        jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in leaves
+    ):
         raise ValueError(
             f"argnums={argnums} holds no float array: name the arguments to "
             "differentiate, the parameters"
         )
-    effects = [str(e) for e in closed.effects if type(e).__name__ != "NamedAxisEffect"]
+    effects = [
+        str(e) for e in closed.effects if type(e).__name__ != "NamedAxisEffect"
+    ]
     if effects:
         raise ValueError(
             f"fn has side effects ({', '.join(effects)}) that recomputation would run "
@@ -362,7 +379,9 @@ def _costed_stages(
     """
     varied_vars = set(itertools.compress(program.invars, varied))
     for eqn in program.eqns:
-        if any(isinstance(v, _jaxpr.Var) and v in varied_vars for v in eqn.invars):
+        if any(
+            isinstance(v, _jaxpr.Var) and v in varied_vars for v in eqn.invars
+        ):
             varied_vars.update(eqn.outvars)
     flops_per_byte = _costs.FLOPS_PER_BYTE[platform]
     # Equal stages, as the layers of a network, are costed once.
@@ -528,7 +547,9 @@ class _Search:
                 return
             trial = self._try(self._frontier.steps(i))
             fits = trial.fits(temp)
-            self._measured[i] = trial.temp if fits else max(trial.temp, temp + 1)
+            self._measured[i] = (
+                trial.temp if fits else max(trial.temp, temp + 1)
+            )
 
     def _next(self, temp: int) -> int | None:
         """Return the schedule to compile next; None if nothing is to be gained."""
@@ -576,7 +597,8 @@ class _Search:
         memory, extra = self._frontier.cost(steps)
         fitting = [t.steps for t in self._fitting(temp) if t.steps]
         cheapest = min(
-            (self._frontier.cost(other)[1] for other in fitting), default=math.inf
+            (self._frontier.cost(other)[1] for other in fitting),
+            default=math.inf,
         )
         return bool(memory < _ERROR * temp and extra < cheapest)
 
@@ -624,7 +646,9 @@ def _products_saved(stages: Sequence[Stage]) -> Steps:
     """
     runs = [_most_saved(i, stage) for i, stage in enumerate(stages)]
     steps: list[Run | Rerun] = []
-    for saves_all, group in itertools.groupby(runs, key=lambda r: r.saved is None):
+    for saves_all, group in itertools.groupby(
+        runs, key=lambda r: r.saved is None
+    ):
         neighbours = tuple(group)
         # Collectives never run twice: their cost is infinite.
         forward = [stages[run.stage].forward for run in neighbours]

@@ -56,9 +56,13 @@ def wait(
     elif barriers_hold():
         out = _barrier(*inputs)
     else:
-        out = jax.lax.platform_dependent(*inputs, cpu=_conditional, default=_barrier)
+        out = jax.lax.platform_dependent(
+            *inputs, cpu=_conditional, default=_barrier
+        )
     late: list[Any] = [
-        x if impl is None else jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
+        x
+        if impl is None
+        else jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
         for x, impl in zip(out[: len(xs)], key_impls, strict=True)
     ]
     passed = iter(out[len(xs) :])
@@ -78,7 +82,9 @@ def barriers_hold() -> bool:
 
     try:
         cpu = SingleDeviceSharding(jax.devices("cpu")[0])
-    except RuntimeError:  # this process has no CPU backend: nothing is compiled for one
+    except (
+        RuntimeError
+    ):  # this process has no CPU backend: nothing is compiled for one
         return True
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=cpu)
     cost: Any = jax.jit(square_twice).lower(shape).compile().cost_analysis()
@@ -154,7 +160,9 @@ def tied_inputs(
         # What one input of a recomputed block reaches inside it need not be all of the
         # block.
         closed = _jaxpr.ClosedJaxpr(jaxpr, jaxpr.constvars)
-        jaxpr = _jaxpr.inline(closed, (*_jaxpr.PLAIN_CALLS, *_jaxpr.RULES)).jaxpr
+        jaxpr = _jaxpr.inline(
+            closed, (*_jaxpr.PLAIN_CALLS, *_jaxpr.RULES)
+        ).jaxpr
     reach = [_reached(jaxpr, [v], saved) for v in inputs]
     saved_vars = _jaxpr.computed_variables([jaxpr.eqns[i] for i in saved])
     waiting = _reached(jaxpr, saved_vars, saved)
@@ -186,7 +194,9 @@ def _reached(
     for i, eqn in enumerate(jaxpr.eqns):
         if i in saved:
             continue
-        if any(isinstance(v, _jaxpr.Var) and v in dependent for v in eqn.invars):
+        if any(
+            isinstance(v, _jaxpr.Var) and v in dependent for v in eqn.invars
+        ):
             dependent.update(eqn.outvars)
             reached[i] = _jaxpr.output_bytes(eqn)
     return reached
@@ -367,7 +377,9 @@ def is_recomputed(eqn: Any) -> bool:
     if _jaxpr.primitive(eqn) != "custom_vjp_call":
         return False
     info = _jaxpr.bodies(eqn)[0].jaxpr.debug_info
-    return info is not None and info.func_src_info.startswith("jaxtricks_recomputed ")
+    return info is not None and info.func_src_info.startswith(
+        "jaxtricks_recomputed "
+    )
 
 
 def _instantiated(ct: Any) -> Any:

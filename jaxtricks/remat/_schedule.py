@@ -117,7 +117,9 @@ class Schedule:
         if len(program.eqns) == count:
             stages = _stages.split(program, self.ends)
             pairs = zip(stages, self.fingerprints, strict=True)
-            different = [i for i, (s, f) in enumerate(pairs) if s.fingerprint != f]
+            different = [
+                i for i, (s, f) in enumerate(pairs) if s.fingerprint != f
+            ]
             if not different:
                 return stages
             where = f"stage {different[0]} of {len(stages)} differs"

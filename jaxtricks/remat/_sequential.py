@@ -150,7 +150,9 @@ def nested(
     else:
         carry, first = loops(carry)
         carry, last = rest(carry)
-    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, last)
+    return carry, jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]), first, last
+    )
 
 
 def _recomputed_step(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +195,9 @@ def _outer(
         # A loop of b steps stacks b carries, b log_b(n) in all: as many at 4 as at 2,
         # in half the forward passes and with fewer copies of xs (measured, n = 256: 3.7
         # MB at 4, 6.4 at 2).
-        levels = 2 if levels == "sqrt" else max(1, round(math.log(max(n, 1), 4)))
+        levels = (
+            2 if levels == "sqrt" else max(1, round(math.log(max(n, 1), 4)))
+        )
     levels = _integers.plain(levels)
     if isinstance(levels, tuple):
         lengths = list(levels)
@@ -203,7 +207,9 @@ def _outer(
             )
         return [k for k in lengths if k != 1][:-1]
     if levels < 1:
-        raise ValueError(f"remat.scan: `levels` must be 1 or more, not {levels}")
+        raise ValueError(
+            f"remat.scan: `levels` must be 1 or more, not {levels}"
+        )
     outer = []
     while levels > 1 and n > 3:
         outer.append(_nearest_divisor(n, max(2, round(n ** (1 / levels)))))
@@ -265,7 +271,9 @@ def sequential(
     fns = list(fns)
     n = len(fns)
     if not fns:
-        raise ValueError("remat.sequential: `fns` is empty: give at least one function")
+        raise ValueError(
+            "remat.sequential: `fns` is empty: give at least one function"
+        )
     is_recursive = isinstance(segments, str) and segments == "log"
     sizes = None if is_recursive else _sizes(segments, n)
 

@@ -54,13 +54,17 @@ class Frontier:
         most_residuals = 0.0
         most_transient = 0.0
         for stage in stages:
-            most_residuals += max(option.residual_bytes for option in stage.options)
+            most_residuals += max(
+                option.residual_bytes for option in stage.options
+            )
             backward = max(option.backward_bytes for option in stage.options)
             most_transient = max(most_transient, backward + stage.forward_bytes)
         # No schedule needs more.
         most = most_residuals + carries.diagonal().sum() + most_transient
         self._slot_bytes = max(1.0, most / slots)
-        self._carry_slots = np.ceil(carries / self._slot_bytes - _TOLERANCE).astype(int)
+        self._carry_slots = np.ceil(
+            carries / self._slot_bytes - _TOLERANCE
+        ).astype(int)
         # A backward pass costs about two forward ones.
         forward = [s.forward for s in stages if math.isfinite(s.forward)]
         self.step = 3 * sum(forward)

@@ -122,7 +122,9 @@ def _run(node: Node, x: Array, place: _Place) -> Array:
             return _conv(node, x, place)
         case AvgPool():
             return _conv(
-                pool_kernel(node, x.shape[-1], len(place.kernel), x.dtype), x, place
+                pool_kernel(node, x.shape[-1], len(place.kernel), x.dtype),
+                x,
+                place,
             )
     return _affine(node, _pick(x, place))
 
@@ -131,7 +133,9 @@ def _sequence(node: Sequential, x: Array, place: _Place) -> Array:
     axes = len(place.kernel)
     at = spatial_index(node, axes)
     if at is None:
-        at = next((i for i, n in enumerate(node.nodes) if isinstance(n, Conv)), 0)
+        at = next(
+            (i for i, n in enumerate(node.nodes) if isinstance(n, Conv)), 0
+        )
     if at:
         # Padding the input, not the intermediate, gives the latter its value on zero
         # input.
@@ -192,7 +196,9 @@ def pool_kernel(node: AvgPool, features: int, axes: int, dtype: Any) -> Conv:
     """Return an average pooling as a depthwise convolution."""
     size = _nodes.per_axis("size", node.size, axes)
     count = functools.reduce(operator.mul, size)
-    return Conv(jnp.full((*size, 1, features), 1 / count, dtype), groups=features)
+    return Conv(
+        jnp.full((*size, 1, features), 1 / count, dtype), groups=features
+    )
 
 
 def check_features(node: Node, features: int) -> None:

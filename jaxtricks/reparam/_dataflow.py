@@ -78,7 +78,9 @@ class Flow(NamedTuple):
             subject = "has an output that"
             if len(uses) > 1:
                 subject = f"is called {len(uses)} times, and its output"
-            raise ValueError(f"{conv!r} {subject} is used by more than {norm!r}")
+            raise ValueError(
+                f"{conv!r} {subject} is used by more than {norm!r}"
+            )
         return conv
 
 
@@ -86,7 +88,10 @@ def read(closed: _jaxpr.ClosedJaxpr) -> Flow:
     """Return the flow between the marks of a trace."""
     trace = _Trace()
     trace.use_unmarked(trace.run(closed.jaxpr, {}))
-    reads, read_by = collections.defaultdict(list), collections.defaultdict(list)
+    reads, read_by = (
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+    )
     for value, label in trace.marks.items():
         if label.side == "out":
             users = [_layer(user, "in") for user in trace.users[value]]
@@ -108,7 +113,9 @@ class _Trace:
     def __init__(self) -> None:
         self.numbers = itertools.count()
         self.marks: dict[int, Mark] = {}  # marked value -> its mark
-        self.inputs: dict[int, int] = {}  # marked value -> the value before the mark
+        self.inputs: dict[
+            int, int
+        ] = {}  # marked value -> the value before the mark
         self.users: dict[int, list[Mark | None]] = collections.defaultdict(list)
 
     def use_unmarked(self, values: list[int]) -> None:

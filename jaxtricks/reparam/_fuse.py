@@ -14,7 +14,12 @@ from jaxtricks import _dtypes, _integers
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array
 from jaxtricks.reparam import _nodes
-from jaxtricks.reparam._apply import apply, check_features, norm_factor, pool_kernel
+from jaxtricks.reparam._apply import (
+    apply,
+    check_features,
+    norm_factor,
+    pool_kernel,
+)
 from jaxtricks.reparam._nodes import (
     AvgPool,
     Conv,
@@ -73,7 +78,9 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
       Ding, Zhang, Han, Ding, "Diverse Branch Block", arXiv 2103.13425.
     """
     axes = rank(node)
-    has_sizes = kernel_size is not None and not _integers.is_integer(kernel_size)
+    has_sizes = kernel_size is not None and not _integers.is_integer(
+        kernel_size
+    )
     if axes is None and has_sizes:
         axes = len(tuple(kernel_size))
     features = features_in(node)
@@ -114,7 +121,9 @@ def _fold(node: Node, features: int, kind: _Kind) -> Conv:
             return _diagonal(node.gain, kind.axes)
         case Norm():
             # Frozen statistics make it a depthwise 1x1 convolution.
-            return _normalized(_diagonal(jnp.ones_like(node.mean), kind.axes), node)
+            return _normalized(
+                _diagonal(jnp.ones_like(node.mean), kind.axes), node
+            )
     raise ValueError(
         f"reparam.fuse: {type(node).__name__} is not a node; use Conv, Norm, AvgPool, ..."
     )
@@ -137,7 +146,9 @@ def _chain(node: Sequential, features: int, kind: _Kind) -> Conv:
 def _normalized(conv: Conv, norm: Norm) -> Conv:
     factor, bias = norm_factor(norm)
     # (b - mean) t and not b t - mean t, whose terms may be large and close.
-    shift = (-norm.mean if conv.bias is None else conv.bias - norm.mean) * factor
+    shift = (
+        -norm.mean if conv.bias is None else conv.bias - norm.mean
+    ) * factor
     return Conv(_scaled(conv.kernel, factor), _plus(shift, bias), conv.groups)
 
 
@@ -194,7 +205,9 @@ def _add(convs: Sequence[Conv]) -> Conv:
     size = largest([c.kernel.shape[:-2] for c in convs])
     convs = [_embed(_regroup(c, groups), size) for c in convs]
     kernel = functools.reduce(jnp.add, [c.kernel for c in convs])
-    return Conv(kernel, functools.reduce(_plus, [c.bias for c in convs]), groups)
+    return Conv(
+        kernel, functools.reduce(_plus, [c.bias for c in convs]), groups
+    )
 
 
 def _embed(conv: Conv, size: tuple[int, ...]) -> Conv:
@@ -307,14 +320,18 @@ def unfuse(conv: Conv, like: Node) -> Node:
       Ding, Guo, Ding, Han, "ACNet", arXiv 1908.03930, section 3.3, read backwards.
     """
     dtype = _dtypes.wide_dtype(*jax.tree.leaves((conv, like)))
-    conv, like = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (conv, like))
+    conv, like = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype), (conv, like)
+    )
     branches = list(like.nodes) if isinstance(like, Sum) else [like]
     at = _free(branches)
     is_sequence = isinstance(branches[at], Sequential)
     first, *behind = branches[at].nodes if is_sequence else [branches[at]]
     # The other branches, and what the free one adds with a kernel of zeros.
     empty = Conv(jnp.zeros_like(first.kernel), first.bias, first.groups)
-    rest = fuse(Sum(*branches[:at], Sequential(empty, *behind), *branches[at + 1 :]))
+    rest = fuse(
+        Sum(*branches[:at], Sequential(empty, *behind), *branches[at + 1 :])
+    )
     _check(conv, first, rest)
     minus = Scale(-jnp.ones(rest.kernel.shape[-1], dtype))
     missing = fuse(Sum(conv, Sequential(rest, minus)))
@@ -330,8 +347,14 @@ def _free(branches: Sequence[Node]) -> int:
         node = branches[i]
         conv = node.nodes[0] if isinstance(node, Sequential) else node
         behind = node.nodes[1:] if isinstance(node, Sequential) else ()
-        simple = isinstance(conv, Conv) and all(isinstance(n, _AFFINE) for n in behind)
-        return (math.prod(conv.kernel.shape[:-2]), -conv.groups) if simple else (0, 0)
+        simple = isinstance(conv, Conv) and all(
+            isinstance(n, _AFFINE) for n in behind
+        )
+        return (
+            (math.prod(conv.kernel.shape[:-2]), -conv.groups)
+            if simple
+            else (0, 0)
+        )
 
     at = max(range(len(branches)), key=reach)
     if reach(at) == (0, 0):
@@ -358,7 +381,8 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
             f"together {tuple(window)}; no branch reaches every tap"
         )
     channels = [
-        (c.kernel.shape[-2] * c.groups, c.kernel.shape[-1]) for c in (conv, first)
+        (c.kernel.shape[-2] * c.groups, c.kernel.shape[-1])
+        for c in (conv, first)
     ]
     if channels[0] != channels[1]:
         raise ValueError(
@@ -380,7 +404,11 @@ def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
     after = jnp.ones(first.kernel.shape[-1], first.kernel.dtype)
     lack = missing.bias
     for node in reversed(behind):
-        if isinstance(node, Norm) and node.bias is not None and lack is not None:
+        if (
+            isinstance(node, Norm)
+            and node.bias is not None
+            and lack is not None
+        ):
             node = dataclasses.replace(node, bias=node.bias + lack / after)
             lack = None
         after = after * _factor(node)
@@ -394,7 +422,9 @@ def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
             "reparam.unfuse: neither the Conv nor a Norm of the largest branch has a bias, which the "
             "convolution or another branch needs; give its Norm one"
         )
-    kernel = missing.kernel / after.reshape((1,) * (missing.kernel.ndim - 1) + (-1,))
+    kernel = missing.kernel / after.reshape(
+        (1,) * (missing.kernel.ndim - 1) + (-1,)
+    )
     return [Conv(kernel, bias, first.groups), *reversed(nodes)]
 
 
@@ -465,7 +495,9 @@ def error_bound(
     # Wider than x: sums of absolute values overflow sixteen bits before the output
     # does.
     wide = jnp.abs(jnp.asarray(x, _dtypes.wide_dtype(x)))
-    how: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation)
+    how: dict[str, Any] = dict(
+        strides=strides, padding=padding, dilation=dilation
+    )
 
     def largest(part: Node) -> Array:
         return jnp.max(apply(magnitude(part), wide, kernel_size=size, **how))
@@ -488,13 +520,18 @@ def magnitude(node: Node) -> Node:
             return Sequential(*map(magnitude, node.nodes))
         case Conv():
             return Conv(
-                jnp.abs(node.kernel), size(node.bias), node.groups, node.dilation
+                jnp.abs(node.kernel),
+                size(node.bias),
+                node.groups,
+                node.dilation,
             )
         case Scale():
             return Scale(jnp.abs(node.gain))
         case Norm():
             mean = -jnp.abs(node.mean)  # it is subtracted
-            return Norm(mean, node.var, size(node.scale), size(node.bias), node.epsilon)
+            return Norm(
+                mean, node.var, size(node.scale), size(node.bias), node.epsilon
+            )
         case AvgPool() | Identity():
             return node
     raise ValueError(

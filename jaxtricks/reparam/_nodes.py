@@ -15,7 +15,9 @@ Pads = tuple[tuple[int, int], ...]
 Padding = str | int | Sequence[int | Sequence[int]]
 
 
-def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+def per_axis(
+    name: str, value: int | Sequence[int], rank: int
+) -> tuple[int, ...]:
     """Return one positive integer per spatial axis."""
     values = _integers.plain(value)
     values = (values,) * rank if isinstance(values, int) else values
@@ -47,7 +49,9 @@ def resolve(
             )
         pads = jax.lax.padtype_to_pads(spatial, extents, strides, name)
         return tuple((int(low), int(high)) for low, high in pads)
-    pairs = (padding,) * rank if _integers.is_integer(padding) else tuple(padding)
+    pairs = (
+        (padding,) * rank if _integers.is_integer(padding) else tuple(padding)
+    )
     pads = tuple((p, p) if _integers.is_integer(p) else tuple(p) for p in pairs)
     if len(pads) != rank or any(len(p) != 2 for p in pads):
         raise ValueError(
@@ -57,7 +61,10 @@ def resolve(
 
 
 def place(
-    pads: Pads, outer: Sequence[int], inner: Sequence[int], dilation: Sequence[int]
+    pads: Pads,
+    outer: Sequence[int],
+    inner: Sequence[int],
+    dilation: Sequence[int],
 ) -> Pads:
     """Return the padding that puts the inner kernel's centre tap on the outer's.
 
@@ -72,8 +79,13 @@ def place(
         return size - 1 - size // 2
 
     return tuple(
-        (low - d * (big // 2 - small // 2), high - d * (after(big) - after(small)))
-        for (low, high), big, small, d in zip(pads, outer, inner, dilation, strict=True)
+        (
+            low - d * (big // 2 - small // 2),
+            high - d * (after(big) - after(small)),
+        )
+        for (low, high), big, small, d in zip(
+            pads, outer, inner, dilation, strict=True
+        )
     )
 
 
@@ -82,7 +94,11 @@ def zero_pad(x: Array, pads: Pads) -> Array:
     if all(p == (0, 0) for p in pads):
         return x
     lead = x.ndim - len(pads) - 1
-    config = [(0, 0, 0)] * lead + [(low, high, 0) for low, high in pads] + [(0, 0, 0)]
+    config = (
+        [(0, 0, 0)] * lead
+        + [(low, high, 0) for low, high in pads]
+        + [(0, 0, 0)]
+    )
     return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
@@ -304,7 +320,9 @@ def extent(node: Node, axes: int) -> tuple[int, ...]:
 
 def spatial_index(node: Sequential, axes: int) -> int | None:
     """Return the position of the one node with a kernel above 1, or None."""
-    candidates = [i for i, n in enumerate(node.nodes) if math.prod(extent(n, axes)) > 1]
+    candidates = [
+        i for i, n in enumerate(node.nodes) if math.prod(extent(n, axes)) > 1
+    ]
     if len(candidates) > 1:
         names = " and ".join(_name(node.nodes[i]) for i in candidates)
         raise ValueError(

@@ -65,4 +65,11 @@ class FuseReport(NamedTuple):
 
 
 def _row(name: str, layer: FusedLayer) -> tuple[object, ...]:
-    return (name, layer.branches, layer.max_error, layer.bound, layer.ratio, *layer[4:])
+    return (
+        name,
+        layer.branches,
+        layer.max_error,
+        layer.bound,
+        layer.ratio,
+        *layer[4:],
+    )

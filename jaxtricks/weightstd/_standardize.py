@@ -99,7 +99,9 @@ def standardize(
     # Relative to its first weight a constant channel is exactly zero, and a large mean
     # costs no digits. The result does not depend on that weight, so no gradient needs
     # to flow through it.
-    first = tuple(slice(None) if i in out_axes else slice(1) for i in range(w.ndim))
+    first = tuple(
+        slice(None) if i in out_axes else slice(1) for i in range(w.ndim)
+    )
     w = w - jax.lax.stop_gradient(w[first])
     w = w - jnp.mean(w, axis=reduced, keepdims=True)
     factor = _factor(jnp.sum(w * w, axis=reduced, keepdims=True), fan_in, rule)
@@ -117,7 +119,9 @@ def checked_preset(name: str, eps: float | None) -> Preset:
     return PRESETS[name] if eps is None else PRESETS[name]._replace(eps=eps)
 
 
-def _positive_axes(kernel: Array, out_axis: int | Sequence[int]) -> tuple[int, ...]:
+def _positive_axes(
+    kernel: Array, out_axis: int | Sequence[int]
+) -> tuple[int, ...]:
     axes = _integers.listed(out_axis)
     if any(not -kernel.ndim <= i < kernel.ndim for i in axes):
         raise ValueError(
@@ -208,13 +212,20 @@ class Hook:
     def kernel(self, kernel: Array, out_axis: int = -1) -> Array:
         """Return what the convolution uses in place of `kernel`."""
         return standardize(
-            kernel, self.gain, preset=self.preset, eps=self.eps, out_axis=out_axis
+            kernel,
+            self.gain,
+            preset=self.preset,
+            eps=self.eps,
+            out_axis=out_axis,
         )
 
 
 @checked
 def standardized(
-    *, gain: float | None = None, preset: str = "nfnet", eps: float | None = None
+    *,
+    gain: float | None = None,
+    preset: str = "nfnet",
+    eps: float | None = None,
 ) -> Hook:
     """Build a `conv_general_dilated=` for Flax layers that standardizes their kernels.
 
@@ -289,7 +300,9 @@ def standardize_params(
         if not path_filter(path):
             return leaf
         out_axis = _out_axes(leaf_roles[path])
-        return _at(path, standardize, leaf, preset=preset, eps=eps, out_axis=out_axis)
+        return _at(
+            path, standardize, leaf, preset=preset, eps=eps, out_axis=out_axis
+        )
 
     return _tree.map_with_path(change, params)
 
@@ -342,7 +355,9 @@ def fold_params(
 
     def fold(node: Any, prefix: str) -> Any:
         if isinstance(node, list | tuple):
-            items = [fold(child, f"{prefix}{i}/") for i, child in enumerate(node)]
+            items = [
+                fold(child, f"{prefix}{i}/") for i, child in enumerate(node)
+            ]
             return type(node)(items)
         if not isinstance(node, Mapping):
             return node
@@ -359,7 +374,9 @@ def fold_params(
                 eps=eps,
                 out_axis=_out_axes(leaf_roles[path]),
             )
-        return {key: fold(child, f"{prefix}{key}/") for key, child in new.items()}
+        return {
+            key: fold(child, f"{prefix}{key}/") for key, child in new.items()
+        }
 
     folded = fold(params, "")
     if not folded_paths:
@@ -407,7 +424,9 @@ def l2(
         else:
             is_chosen = path_filter(path)
         if is_chosen:
-            _dtypes.check_floating(f"weightstd.l2: the parameter {path!r}", leaf)
+            _dtypes.check_floating(
+                f"weightstd.l2: the parameter {path!r}", leaf
+            )
             penalized.append(leaf)
     dtype = _dtypes.wide_dtype(*penalized)
     total = jnp.zeros((), dtype)
@@ -416,7 +435,9 @@ def l2(
     return jnp.asarray(scale, dtype) * total
 
 
-def _roles_by_path(roles: PathRule | Any, params: Params) -> dict[str, Roles | None]:
+def _roles_by_path(
+    roles: PathRule | Any, params: Params
+) -> dict[str, Roles | None]:
     per_leaf = roles_lib.leaf_roles(roles, params)
     return dict(zip(_tree.by_path(params), per_leaf, strict=True))
 

@@ -32,14 +32,21 @@ from jaxtricks.lab.trainer import Evaluator
 
 RESULTS, REPORT, PICTURE = "results.json", "report.md", "ablation.png"
 _HELD_OUT = 0.1  # of the training images, for the search
-_ROUNDS = 15  # interleaved timing rounds; the median of each row's steps is reported
+_ROUNDS = (
+    15  # interleaved timing rounds; the median of each row's steps is reported
+)
 _COSTS = {
     "step_ms": "step time",
     "temp_bytes": "temporaries",
     "state_bytes": "state",
     "reads": "reads",
 }
-_NOTABLE = {"step_ms": 0.15, "temp_bytes": 0.05, "state_bytes": 0.05, "reads": 0.05}
+_NOTABLE = {
+    "step_ms": 0.15,
+    "temp_bytes": 0.05,
+    "state_bytes": 0.05,
+    "reads": 0.05,
+}
 # Of a row before its step is timed.
 _FIELDS: dict[str, Any] = {
     "key": str,
@@ -90,7 +97,9 @@ def run(cfg: Ablate, command: str = "") -> list[Row]:
         except KeyboardInterrupt:
             rows = annotate(ablation.rows())
             write(folder, rows, [], data[0], cfg, command, complete=False)
-            say(f"stopped after {counted(len(rows), 'row')}: go on with --resume")
+            say(
+                f"stopped after {counted(len(rows), 'row')}: go on with --resume"
+            )
             say(f"report: {folder.path / REPORT}")
             raise
         rows = annotate(ablation.rows())
@@ -173,18 +182,29 @@ class Ablation:
     """
 
     def __init__(
-        self, cfg: Ablate, data: list[data_lib.Data], folder: RunDir, console: Console
+        self,
+        cfg: Ablate,
+        data: list[data_lib.Data],
+        folder: RunDir,
+        console: Console,
     ):
         self.trained: list[Trained] = []
         self.best: Trained | None = None
         self.trials: list[Trial] = []
-        self._cfg, self._data, self._folder, self._console = cfg, data, folder, console
+        self._cfg, self._data, self._folder, self._console = (
+            cfg,
+            data,
+            folder,
+            console,
+        )
         self._evaluators: dict[Any, Evaluator] = {}
 
     def rows(self) -> list[Row]:
         """Return the rows of the table; "best" is the last."""
         rows = [entry.row for entry in self.trained]
-        if self.best and self.best.row["key"] != "best":  # one of the arrangements won
+        if (
+            self.best and self.best.row["key"] != "best"
+        ):  # one of the arrangements won
             rows.append({**self.best.row, "key": "best"})
         return rows
 
@@ -199,7 +219,8 @@ class Ablation:
             progress = stack.enter_context(_progress(self._console))
             # XLA compiles the next arrangement while this one trains; times are taken at the end, alone.
             futures = [
-                compiler.submit(compile_row, cfg, on, self._data[0]) for _, on in plan
+                compiler.submit(compile_row, cfg, on, self._data[0])
+                for _, on in plan
             ]
             task = progress.add_task("", total=len(plan))
             for (key, _), future in zip(plan, futures, strict=True):
@@ -222,31 +243,41 @@ class Ablation:
         ):
             entry.row["step_ms"] = milliseconds
 
-    def _add(self, key: str, compiled: Compiled, rows_before: dict[str, Row]) -> None:
+    def _add(
+        self, key: str, compiled: Compiled, rows_before: dict[str, Row]
+    ) -> None:
         if key in rows_before:
             state = compiled.step.start(0, self._data[0].counts)
             entry = Trained(rows_before[key], compiled, state)
         else:
-            entry = train_row(key, self._cfg, compiled, self._data, self._evaluators)
+            entry = train_row(
+                key, self._cfg, compiled, self._data, self._evaluators
+            )
         self.trained.append(entry)
         self._folder.write(RESULTS, [entry.row for entry in self.trained])
 
     def _search(self, advance: Callable[[], None]) -> None:
         """Search the best subset by validation scores; what has been measured is not run again."""
         cfg = self._cfg
-        by_tricks = {tuple(entry.row["tricks"]): entry for entry in self.trained}
+        by_tricks = {
+            tuple(entry.row["tricks"]): entry for entry in self.trained
+        }
 
         def measure(subset: Subset) -> list[float]:
             if subset not in by_tricks:
                 compiled = compile_row(cfg, Tricks.of(*subset), self._data[0])
-                entry = train_row("best", cfg, compiled, self._data, self._evaluators)
+                entry = train_row(
+                    "best", cfg, compiled, self._data, self._evaluators
+                )
                 by_tricks[subset] = entry
             if len(subset) > 1:
                 advance()
                 self._print(f"search {joined(subset)}")
             return by_tricks[subset].row["by_seed"]["validation"]
 
-        best, self.trials = search([k for k in KEYS if k in cfg.tricks], measure)
+        best, self.trials = search(
+            [k for k in KEYS if k in cfg.tricks], measure
+        )
         self.best = by_tricks[best]
         if self.best.row["key"] == "best":  # not one of the arrangements
             self.trained.append(self.best)
@@ -269,7 +300,9 @@ def finished(cfg: Ablate, folder: RunDir) -> dict[str, Row]:
     )
     fields = {**_FIELDS, "by_seed": by_seed}
     row_schema = rundir.schema("Row", fields)
-    expected = {key: list(tricks.on) for key, tricks in arrangements(cfg.tricks)}
+    expected = {
+        key: list(tricks.on) for key, tricks in arrangements(cfg.tricks)
+    }
     by_key = {}
     for row in rows if isinstance(rows, list) else ():
         if rundir.misfit(row, row_schema) or any(
@@ -277,7 +310,10 @@ def finished(cfg: Ablate, folder: RunDir) -> dict[str, Row]:
         ):
             continue
         scores = row["by_seed"].get("validation") or ()
-        if expected.get(row["key"]) == row["tricks"] and len(scores) == cfg.seeds:
+        if (
+            expected.get(row["key"]) == row["tricks"]
+            and len(scores) == cfg.seeds
+        ):
             by_key[row["key"]] = {name: row[name] for name in fields}
     return by_key
 
@@ -327,7 +363,11 @@ def train_row(
 
 
 def _train_seed(
-    seed: int, cfg: Ablate, compiled: Compiled, data: data_lib.Data, evaluate: Evaluator
+    seed: int,
+    cfg: Ablate,
+    compiled: Compiled,
+    data: data_lib.Data,
+    evaluate: Evaluator,
 ) -> tuple[dict[str, float], int, step_lib.TrainState]:
     """Train one seed; return the scores by split, the bytes read and the state."""
     run_cfg = cfg.train(compiled.tricks, seed)
@@ -350,7 +390,9 @@ def interleaved_times(trained: list[Trained]) -> list[float]:
     for _ in range(_ROUNDS):
         for i, entry in enumerate(trained):
             elapsed = 0.0
-            for _ in range(2):  # the first step finds the caches full of the row before
+            for _ in range(
+                2
+            ):  # the first step finds the caches full of the row before
                 start = time.perf_counter()
                 states[i], metrics = entry.compiled.executable(
                     states[i], entry.compiled.batch
@@ -366,7 +408,9 @@ def _batches(
 ) -> Iterator[Any]:
     # No prefetch thread: what is read is then exactly what the steps used.
     echo = step_lib.build_echo(cfg, cfg.batch)
-    batches = data_lib.pipeline(source, batch=cfg.batch, seed=cfg.seed, transform=echo)
+    batches = data_lib.pipeline(
+        source, batch=cfg.batch, seed=cfg.seed, transform=echo
+    )
     return map(placement.put, batches)
 
 
@@ -424,7 +468,9 @@ def search(
         new_scores = np.asarray(measure(subset))
         differences = new_scores - scores
         gain, error = float(np.mean(differences)), standard_error(differences)
-        trials.append(Trial(subset, key, gain, error, gain > error, len(differences)))
+        trials.append(
+            Trial(subset, key, gain, error, gain > error, len(differences))
+        )
         if trials[-1].accepted:
             best, scores = subset, new_scores
     return best, trials
@@ -481,10 +527,14 @@ def verdict(row: Row, reference: Row) -> str:
     elif abs(points) > spread:
         accuracy = f"{points:+.1f} points"
     else:
-        accuracy = f"no difference beyond the seeds' spread ({points:+.1f} points)"
+        accuracy = (
+            f"no difference beyond the seeds' spread ({points:+.1f} points)"
+        )
     clauses = [accuracy, *_changes(row, reference)]
     if points <= spread and row["key"] in step_lib.PURPOSE:
-        clauses.append(f"does not help accuracy here; {step_lib.PURPOSE[row['key']]}")
+        clauses.append(
+            f"does not help accuracy here; {step_lib.PURPOSE[row['key']]}"
+        )
     return "; ".join(clauses)
 
 
@@ -495,7 +545,9 @@ def _changes(row: Row, reference: Row) -> list[str]:
             continue
         change = row[name] / reference[name] - 1
         # No change of figures that look the same in the table.
-        if abs(change) >= _NOTABLE[name] and _cost(row, name) != _cost(reference, name):
+        if abs(change) >= _NOTABLE[name] and _cost(row, name) != _cost(
+            reference, name
+        ):
             clauses.append(f"{label} {100 * change:+.0f} %")
     return clauses
 
@@ -544,7 +596,8 @@ def write(
     """Write results.json and report.md; that of all rows shows PICTURE, which `main` draws."""
     folder.write(RESULTS, rows)
     counts = ", ".join(
-        str(int((data.train.labels == c).sum())) for c in range(len(data.classes))
+        str(int((data.train.labels == c).sum()))
+        for c in range(len(data.classes))
     )
     stopped, picture = "", f"![Balanced accuracy against cost]({PICTURE})"
     if not complete:
@@ -582,7 +635,11 @@ def search_section(trials: list[Trial]) -> str:
     for trial in trials:
         gain = f"{100 * trial.gain:+.1f} +- {spell(100 * trial.error, trial.n)}"
         body.append(
-            (joined(trial.subset), gain, trial.offered if trial.accepted else "")
+            (
+                joined(trial.subset),
+                gain,
+                trial.offered if trial.accepted else "",
+            )
         )
     return f"""
 ## The best subset that a greedy search finds

@@ -13,7 +13,12 @@ from jaxtricks.lab.rundir import FREE, Run, look
 
 _WIDTH = 100  # columns of a terminal
 _WORD = 30  # characters of a word there
-_WORDS = ("data", "model", "tricks", "seed")  # columns that are settings, not figures
+_WORDS = (
+    "data",
+    "model",
+    "tricks",
+    "seed",
+)  # columns that are settings, not figures
 
 
 class _Quality(NamedTuple):
@@ -59,7 +64,9 @@ def table(runs: Sequence[Run]) -> _table.Table:
       UserError: there are no runs.
     """
     if not runs:
-        raise UserError("nothing to compare: name the directories of one or more runs")
+        raise UserError(
+            "nothing to compare: name the directories of one or more runs"
+        )
     columns = _columns(runs)
     notes = [*_legend(columns), *_differences(runs), *_warnings(runs)]
     return _table.make(
@@ -82,7 +89,9 @@ def for_terminal(runs: Sequence[Run]) -> str:
     full = table(runs)
     columns = dict(zip(full.headers, zip(*full.rows, strict=True), strict=True))
     shared = {
-        name: columns.pop(name)[0] for name in _WORDS if len(set(columns[name])) == 1
+        name: columns.pop(name)[0]
+        for name in _WORDS
+        if len(set(columns[name])) == 1
     }
     columns["run"] = tuple(_short_names(columns["run"]))
     words = {}
@@ -91,7 +100,9 @@ def for_terminal(runs: Sequence[Run]) -> str:
             words[name] = tuple(_shorten(x, _WORD) for x in columns.pop(name))
     run_names = columns.pop("run")
     figures = dict(_right(header, cells) for header, cells in columns.items())
-    parts = [_text(part) for part in _fitting({"run": run_names, **figures, **words})]
+    parts = [
+        _text(part) for part in _fitting({"run": run_names, **figures, **words})
+    ]
     if shared:
         who = "All runs" if len(runs) > 1 else "Run"
         settings = ", ".join(
@@ -100,7 +111,8 @@ def for_terminal(runs: Sequence[Run]) -> str:
         parts.insert(0, textwrap.fill(f"{who}: {settings}", _WIDTH))
     if full.notes:
         notes = [
-            textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in full.notes
+            textwrap.fill(note, _WIDTH, subsequent_indent="  ")
+            for note in full.notes
         ]
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
@@ -119,7 +131,12 @@ def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
     dicts = []
     for name, run in zip(_short_names(names(runs)), runs, strict=True):
         test = look(run.result, "test") or {}
-        point = {"name": name, "text": run.is_text, "rows": run.rows, "test": test}
+        point = {
+            "name": name,
+            "text": run.is_text,
+            "rows": run.rows,
+            "test": test,
+        }
         dicts.append({**point, "step_ms": run.step_ms})
     return dicts
 
@@ -158,7 +175,9 @@ def _columns(runs: Sequence[Run]) -> dict[str, Sequence[Any]]:
         "-" if x.step_ms is None else f"{x.step_ms:.2f}" for x in runs
     ]
     states = [run.result.get("state_bytes") for run in runs]
-    columns["state KiB"] = ["-" if x is None else f"{x / 1024:.1f}" for x in states]
+    columns["state KiB"] = [
+        "-" if x is None else f"{x / 1024:.1f}" for x in states
+    ]
     columns["seed"] = [setting.get("seed") for setting in settings]
     return columns
 
@@ -190,7 +209,9 @@ def _tested(quality: _Quality, run: Run) -> float | None:
 
 def _steps(run: Run) -> str:
     total = look(run.about, "config", "steps")
-    return str(total) if run.finished and total else f"{run.done}/{total or '?'}"
+    return (
+        str(total) if run.finished and total else f"{run.done}/{total or '?'}"
+    )
 
 
 def _legend(columns: Mapping[str, Sequence[Any]]) -> Iterator[str]:
@@ -214,7 +235,10 @@ def _differences(runs: Sequence[Run]) -> Iterator[str]:
                 value = _written(settings[setting])
                 runs_of.setdefault(value, []).append(name)
         if len(runs_of) > 1:
-            who = [f"{value} ({', '.join(users)})" for value, users in runs_of.items()]
+            who = [
+                f"{value} ({', '.join(users)})"
+                for value, users in runs_of.items()
+            ]
             yield f"{setting}: {', '.join(who)}."
 
 
@@ -231,7 +255,9 @@ def _differ(runs: Sequence[Run], section: str, names: Sequence[str]) -> bool:
     first = runs[0]
     for run in runs:
         for name in names:
-            if look(run.about, section, name) != look(first.about, section, name):
+            if look(run.about, section, name) != look(
+                first.about, section, name
+            ):
                 return True
     return False
 
@@ -244,12 +270,18 @@ def _settings(run: Run) -> dict[str, Any]:
     text = (config.pop("text", None) or {}) if run.is_text else {}
     settings = {**config, **text, "data": data, "tricks": tricks(run)}
     return {
-        name: value for name, value in settings.items() if name not in FREE | {"text"}
+        name: value
+        for name, value in settings.items()
+        if name not in FREE | {"text"}
     }
 
 
 def _written(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else _table.cell(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else _table.cell(value)
+    )
 
 
 def _right(header: str, cells: Sequence[str]) -> tuple[str, list[str]]:
@@ -280,16 +312,23 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _text(columns: Mapping[str, Sequence[Any]]) -> str:
-    return str(_table.make(tuple(columns), tuple(zip(*columns.values(), strict=True))))
+    return str(
+        _table.make(tuple(columns), tuple(zip(*columns.values(), strict=True)))
+    )
 
 
-def _fitting(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Sequence[Any]]]:
+def _fitting(
+    columns: Mapping[str, Sequence[Any]],
+) -> list[dict[str, Sequence[Any]]]:
     """Split the columns into tables that fit the terminal, each beginning with the runs."""
     names = {"run": columns["run"]}
     tables = [names]
     for name, cells in columns.items():
         wider = {**tables[-1], name: cells}
-        if max(map(len, _text(wider).splitlines())) > _WIDTH and tables[-1] != names:
+        if (
+            max(map(len, _text(wider).splitlines())) > _WIDTH
+            and tables[-1] != names
+        ):
             tables.append({**names, name: cells})
         else:
             tables[-1] = wider

@@ -75,11 +75,15 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     source = rundir.read(cfg.run)
     settings = settings_of(source)
     if settings.model == "transformer":
-        raise UserError(f"{cfg.run} is a transformer, which has no convolution to fuse")
+        raise UserError(
+            f"{cfg.run} is a transformer, which has no convolution to fuse"
+        )
     out = cfg.out or str(source.path / "fused")
     check_outside(out, data=settings.data, root=settings.root)
     can_begin(out)
-    data = train.load(dataclasses.replace(settings, resume=True, out=str(source.path)))
+    data = train.load(
+        dataclasses.replace(settings, resume=True, out=str(source.path))
+    )
     # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.
     with only_writer(source.path):
         model = restored(settings, data, source.path, say)
@@ -87,7 +91,9 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     # Of the test split: what the model is deployed for.
     images = next(data_lib.eval_batches(data.test, cfg.batch))["image"]
     try:
-        fused, report = jt.nnx.fuse(model, example=to_float(jnp.asarray(images)))
+        fused, report = jt.nnx.fuse(
+            model, example=to_float(jnp.asarray(images))
+        )
     except ValueError as error:  # statistics that were never updated, say
         raise UserError(str(error)) from error
     say(str(report))
@@ -135,7 +141,10 @@ def settings_of(source: rundir.Run) -> Train:
 
 
 def restored(
-    cfg: Train, data: data_lib.Data, path: pathlib.Path, say: Callable[[str], None]
+    cfg: Train,
+    data: data_lib.Data,
+    path: pathlib.Path,
+    say: Callable[[str], None],
 ) -> Any:
     """Return the model of the newest checkpoint in evaluation mode, averaged where the run averaged."""
     folder = path / "checkpoints"
@@ -152,7 +161,9 @@ def restored(
     if checkpoint is None:
         raise missing
     say(f"step {checkpoint.step} of {path}")
-    model = step_lib.build_model(cfg, data.shape[-1], len(data.classes), like.key)
+    model = step_lib.build_model(
+        cfg, data.shape[-1], len(data.classes), like.key
+    )
     model = jt.nnx.with_variables(
         model, step.averaged(checkpoint.state), checkpoint.state.model_state
     )
@@ -167,9 +178,9 @@ def exported(model: nnx.Module, images: Array) -> Artifact:
 
     def predict(weights: dict[str, Array], images: Array) -> Array:
         filled = _tree.map_with_path(lambda path, _: weights[path], state)
-        return nnx.merge(graph, filled, rest, copy=True)(to_float(images)).astype(
-            jnp.float32
-        )
+        return nnx.merge(graph, filled, rest, copy=True)(
+            to_float(images)
+        ).astype(jnp.float32)
 
     # b is symbolic: the program takes any number of images.
     shape = export.symbolic_shape("b," + ",".join(map(str, images.shape[1:])))
@@ -198,7 +209,9 @@ def compared(
     """Return differences of logits, and times of both models, one after the other in every round."""
     x = to_float(jnp.asarray(images))
     calls = {"before": _call(model), "after": _call(fused)}
-    logits = {name: np.asarray(call(x), np.float32) for name, call in calls.items()}
+    logits = {
+        name: np.asarray(call(x), np.float32) for name, call in calls.items()
+    }
     from_files = export.deserialize(bytearray(artifact.program)).call(
         artifact.weights, images
     )
@@ -213,7 +226,9 @@ def compared(
     same_class = before.argmax(-1) == after.argmax(-1)
     return {
         "difference": float(np.abs(before - after).max()),
-        "difference_of_files": float(np.abs(before - np.asarray(from_files)).max()),
+        "difference_of_files": float(
+            np.abs(before - np.asarray(from_files)).max()
+        ),
         "same_class": float(same_class.mean()),
         "ms_before": statistics.median(times["before"]),
         "ms_after": statistics.median(times["after"]),

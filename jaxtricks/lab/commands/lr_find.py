@@ -71,7 +71,9 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
         num_steps=cfg.rates,
         smoothing=0.9,
     )
-    lists = {name: np.asarray(x).tolist() for name, x in sweep._asdict().items()}
+    lists = {
+        name: np.asarray(x).tolist() for name, x in sweep._asdict().items()
+    }
     folder.write("range.json", lists)
     folder.write_text("report.md", markdown(sweep, data.name, command))
     say(sentence(sweep))

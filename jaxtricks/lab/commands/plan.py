@@ -18,7 +18,11 @@ from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 PLAN, PICTURE = "plan.json", "plan.png"
-_SIDE, _CLASSES, _CHARACTERS = 32, 10, 128  # where the command line says nothing
+_SIDE, _CLASSES, _CHARACTERS = (
+    32,
+    10,
+    128,
+)  # where the command line says nothing
 
 
 def main(cfg: Plan, command: str) -> None:
@@ -58,7 +62,9 @@ def run(cfg: Plan, command: str = "") -> remat.Plan:
         for name, value in remat.libtpu_environment(cfg.topology).items():
             os.environ.setdefault(name, value)
     step = step_lib.TrainStep(cfg, data)
-    plan = step.plan(wrt=cfg.wrt, max_compiles=cfg.max_compiles, topology=cfg.topology)
+    plan = step.plan(
+        wrt=cfg.wrt, max_compiles=cfg.max_compiles, topology=cfg.topology
+    )
     say(str(plan.describe()))
     if cfg.out:
         folder = RunDir(cfg.out, rundir.describe(cfg, command))

@@ -114,15 +114,23 @@ def _run(
         if folder.note:
             say(folder.note)
         with contextlib.ExitStack() as stack:
-            checkpoints = Checkpoints(folder.path / "checkpoints", cfg.keep, hosts)
+            checkpoints = Checkpoints(
+                folder.path / "checkpoints", cfg.keep, hosts
+            )
             stack.callback(checkpoints.close)
             trainer = Trainer(cfg, data, step, plan, folder, checkpoints, hosts)
             start = (
-                trainer.restore(say, rundir.session(command)) if folder.resumed else 0
+                trainer.restore(say, rundir.session(command))
+                if folder.resumed
+                else 0
             )
             is_first = distributed.is_first()
             # One host writes, and all others compute the same metrics.
-            outputs = writers.open_writers(cfg, folder.path, start) if is_first else []
+            outputs = (
+                writers.open_writers(cfg, folder.path, start)
+                if is_first
+                else []
+            )
             for writer in outputs:
                 stack.callback(writer.close)
             with _progress(console) as progress:
@@ -143,7 +151,9 @@ def _check_outputs(cfg: Train) -> None:
     writers.check(cfg)
 
 
-def open_folder(cfg: Train, about: dict[str, Any], hosts: distributed.Hosts) -> RunDir:
+def open_folder(
+    cfg: Train, about: dict[str, Any], hosts: distributed.Hosts
+) -> RunDir:
     """Open the run directory, which the first host creates.
 
     Raises:
@@ -220,7 +230,10 @@ def check_data(cfg: Train) -> None:
 def _data_options(cfg: Train) -> dict[str, Any]:
     """Return how the data set is read, split and shaped."""
     names = ("root", "skip_unreadable", "seed", "validation", "test", "size")
-    return {"context": cfg.text.context, **{name: getattr(cfg, name) for name in names}}
+    return {
+        "context": cfg.text.context,
+        **{name: getattr(cfg, name) for name in names},
+    }
 
 
 def introduce(data: data_lib.Data, say: Say) -> None:
@@ -245,7 +258,9 @@ def summary_table(result: dict[str, Any]) -> _table.Table:
     for split in ("train", "validation", "test"):
         if split in result:
             rows.append((split, *(result[split][name] for name in names)))
-    return _table.make(("split", *(name.replace("_", " ") for name in names)), rows)
+    return _table.make(
+        ("split", *(name.replace("_", " ") for name in names)), rows
+    )
 
 
 def _progress(console: Console) -> Progress:

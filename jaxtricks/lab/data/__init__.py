@@ -1,6 +1,12 @@
 """Images or text in, batches out: what can be read, its splits, long tails, and the Grain pipeline."""
 
-from jaxtricks.lab.data.dataset import Data, Source, UnreadableError, sampled, shuffled
+from jaxtricks.lab.data.dataset import (
+    Data,
+    Source,
+    UnreadableError,
+    sampled,
+    shuffled,
+)
 from jaxtricks.lab.data.loading import Report, check, is_text, load
 from jaxtricks.lab.data.pipeline import eval_batches, pipeline
 

@@ -19,7 +19,9 @@ MAX_PACKED, MAX_RATIO = 2**30, 100
 
 _HEADER = 16_384  # bytes; NumPy reads no header of more than 10,000
 
-_KEYS = {f"{split}_{{}}": where for split, where in SPLITS.items()} | {"{}": "train"}
+_KEYS = {f"{split}_{{}}": where for split, where in SPLITS.items()} | {
+    "{}": "train"
+}
 _XY = {"x_train": "train", "x_val": "validation", "x_test": "test"}
 _NEEDS = "it needs images and labels, or train_images, train_labels, test_images, test_labels"
 
@@ -43,7 +45,9 @@ def npz(path: pathlib.Path) -> Stored:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            names = [
+                name for name in archive.namelist() if name.endswith(".npy")
+            ]
             pairs = _pairs(path, {name.removesuffix(".npy") for name in names})
             parts = {}
             for split, (x, y) in pairs.items():
@@ -60,7 +64,9 @@ def npz(path: pathlib.Path) -> Stored:
         images = check_images(images, f"{x} in {path}")
         labels = check_labels(labels, len(images), f"{y} in {path}")
         if not len(labels):
-            raise UserError(f"{x} in {path} is empty: add images, or leave it out")
+            raise UserError(
+                f"{x} in {path} is empty: add images, or leave it out"
+            )
         checked[split] = images, labels
     return _stored(str(path), checked)
 
@@ -71,10 +77,16 @@ def check_images(images: np.ndarray, name: str, ndim: int = 4) -> np.ndarray:
         how = "(255 * x).round().astype(np.uint8) if x is in [0, 1]"
         if images.dtype.kind in "iub":
             how = "x.astype(np.uint8) if x is in [0, 255]"
-        raise UserError(f"{name} is {images.dtype}, not uint8: convert it, by {how}")
+        raise UserError(
+            f"{name} is {images.dtype}, not uint8: convert it, by {how}"
+        )
     if images.ndim == ndim - 1:
         images = images[..., None]
-    if images.ndim != ndim or images.shape[-1] not in (1, 3) or 0 in images.shape[-3:]:
+    if (
+        images.ndim != ndim
+        or images.shape[-1] not in (1, 3)
+        or 0 in images.shape[-3:]
+    ):
         axes = "[N, H, W, C]" if ndim == 4 else "[H, W, C]"
         raise UserError(
             f"{name} has the shape {list(images.shape)}: it must be {axes} with C 1 or 3, or "
@@ -86,7 +98,9 @@ def check_images(images: np.ndarray, name: str, ndim: int = 4) -> np.ndarray:
 def check_labels(labels: np.ndarray, length: int, name: str) -> np.ndarray:
     """Return integers [N] or [N, 1] as [N], or raise UserError."""
     if labels.dtype.kind not in "iu":
-        raise UserError(f"{name} is {labels.dtype}: labels must be integers, 0 to C-1")
+        raise UserError(
+            f"{name} is {labels.dtype}: labels must be integers, 0 to C-1"
+        )
     if labels.shape not in ((length,), (length, 1)):
         raise UserError(
             f"{name} has the shape {list(labels.shape)} for {length} images: there must be one label "
@@ -96,9 +110,13 @@ def check_labels(labels: np.ndarray, length: int, name: str) -> np.ndarray:
 
 
 def _stored(
-    name: str, parts: dict[str, tuple[np.ndarray, np.ndarray]], flip: bool | None = None
+    name: str,
+    parts: dict[str, tuple[np.ndarray, np.ndarray]],
+    flip: bool | None = None,
 ) -> Stored:
-    labels = np.concatenate([labels.astype(np.int64) for _, labels in parts.values()])
+    labels = np.concatenate(
+        [labels.astype(np.int64) for _, labels in parts.values()]
+    )
     num_classes = dataset.check_classes(labels, name)
     arrays = [images for images, _ in parts.values()]
     ends = np.cumsum([len(images) for images in arrays])
@@ -134,7 +152,9 @@ def _pairs(path: pathlib.Path, keys: set[str]) -> dict[str, tuple[str, str]]:
     pairs = {}
     for images, (labels, split) in names.items():
         if (images in keys) != (labels in keys):
-            here, absent = (images, labels) if images in keys else (labels, images)
+            here, absent = (
+                (images, labels) if images in keys else (labels, images)
+            )
             raise UserError(f"{path} has {here} but no {absent}: {_NEEDS}")
         if images in keys and split in pairs:
             raise UserError(
@@ -164,14 +184,18 @@ def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # a broken file may raise anything
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        reason = (
+            str(error).splitlines()[0] if str(error) else "it ends too early"
+        )
         raise UserError(
             f"{key} in {path} is broken ({reason}): save it again"
         ) from error
     return array
 
 
-def _refuse(path: pathlib.Path, key: str, file: Any, entry: zipfile.ZipInfo) -> None:
+def _refuse(
+    path: pathlib.Path, key: str, file: Any, entry: zipfile.ZipInfo
+) -> None:
     """Refuse arrays by their header, before anything is allocated."""
     readers: dict[Any, Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,

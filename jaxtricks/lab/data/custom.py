@@ -40,7 +40,11 @@ def stored(name: str) -> Stored:
         together, name, None if classes is None else len(classes)
     )
     # One list of all examples, whatever the number of splits.
-    flat = [(split, i) for split, source in sources.items() for i in range(len(source))]
+    flat = [
+        (split, i)
+        for split, source in sources.items()
+        for i in range(len(source))
+    ]
 
     def read(i: int) -> tuple[np.ndarray, int]:
         split, j = flat[i]
@@ -118,13 +122,19 @@ def _labels(name: str, split: str, source: Any) -> np.ndarray:
     if _has_labels(source):
         labels = source.labels
     else:
-        labels = [_element(name, split, source, i)[1] for i in range(len(source))]
+        labels = [
+            _element(name, split, source, i)[1] for i in range(len(source))
+        ]
     # An array of the user may be lazy, and raise here.
     labels = _guard(f"labels of {name}", lambda: np.asarray(labels))
-    return arrays.check_labels(labels, len(source), f"labels of {name} ({split})")
+    return arrays.check_labels(
+        labels, len(source), f"labels of {name} ({split})"
+    )
 
 
-def _element(name: str, split: str, source: Any, i: int) -> tuple[np.ndarray, Any]:
+def _element(
+    name: str, split: str, source: Any, i: int
+) -> tuple[np.ndarray, Any]:
     # Messages name an example by its index in its split, as the user's code has it.
     title = _title(name, split, i)
     try:
@@ -142,7 +152,9 @@ def _element(name: str, split: str, source: Any, i: int) -> tuple[np.ndarray, An
             f'{title} is a {type(element).__name__}: it must be {{"image": ..., "label": ...}} or '
             "(image, label)"
         )
-    return arrays.check_images(np.asarray(image), f"image of {title}", ndim=3), label
+    return arrays.check_images(
+        np.asarray(image), f"image of {title}", ndim=3
+    ), label
 
 
 def _title(name: str, split: str, i: int) -> str:

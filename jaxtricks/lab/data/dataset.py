@@ -80,7 +80,11 @@ class Source:
 
     def __getitem__(self, index: int | np.integer) -> Example:
         example = self.readable(index)
-        return self._instead(int(index) % self._length) if example is None else example
+        return (
+            self._instead(int(index) % self._length)
+            if example is None
+            else example
+        )
 
     def readable(self, index: int | np.integer) -> Example | None:
         """Return the example; None for one that is to be skipped."""
@@ -131,7 +135,10 @@ class Source:
         read = self._read
         labels = None if self._labels is None else self._labels[indices]
         return Source(
-            lambda i: read(int(indices[i])), len(indices), labels, skips=self._skips
+            lambda i: read(int(indices[i])),
+            len(indices),
+            labels,
+            skips=self._skips,
         )
 
 
@@ -170,7 +177,9 @@ class Data(NamedTuple):
             "test": self.test,
         }
         return [
-            (name, source) for name, source in sources.items() if source is not None
+            (name, source)
+            for name, source in sources.items()
+            if source is not None
         ]
 
     def description(self) -> dict[str, Any]:
@@ -225,7 +234,9 @@ class Stored(NamedTuple):
         )
 
 
-def check_classes(labels: np.ndarray, name: str, classes: int | None = None) -> int:
+def check_classes(
+    labels: np.ndarray, name: str, classes: int | None = None
+) -> int:
     """Return the number of classes C if the labels are 0 to C-1, or raise UserError.
 
     Args:
@@ -290,7 +301,11 @@ def shuffled(length: int, seed: int) -> Callable[[int], int]:
         epoch, i = divmod(position, length)
         key = (seed + epoch) % 2**32
         i = index_shuffle(i, max_index=top, seed=key, rounds=4)
-        return i if i <= last else index_shuffle(i, max_index=top, seed=key, rounds=4)
+        return (
+            i
+            if i <= last
+            else index_shuffle(i, max_index=top, seed=key, rounds=4)
+        )
 
     return index
 
@@ -325,7 +340,9 @@ def sampled(
       ValueError: a label that has no probability, or no class that can be sampled.
     """
     labels = np.asarray(labels)
-    if labels.size and not 0 <= labels.min() <= labels.max() < len(probabilities):
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(
+        probabilities
+    ):
         raise ValueError(
             f"labels go from {labels.min()} to {labels.max()}: give `probabilities` of each class"
         )

@@ -101,14 +101,18 @@ def open_folder(path: pathlib.Path) -> Tree:
     images, others, folders, visited = {}, [], set(), set()
     for root, children, files in os.walk(path, followlinks=True):
         real = os.path.realpath(root)
-        children[:] = [] if real in visited else sorted(filter(_visible, children))
+        children[:] = (
+            [] if real in visited else sorted(filter(_visible, children))
+        )
         if real in visited:
             continue
         visited.add(real)
         parts = pathlib.Path(root).relative_to(path).parts
         folders |= {(*parts, child) for child in children}
         files = list(filter(_visible, files))
-        images |= {(*parts, f): "/".join((*parts, f)) for f in files if _image(f)}
+        images |= {
+            (*parts, f): "/".join((*parts, f)) for f in files if _image(f)
+        }
         others += [(*parts, f) for f in files if not _image(f)]
     read = functools.partial(read_file, path)
     return Tree(dict(sorted(images.items())), others, folders, read)
@@ -127,7 +131,10 @@ def read_file(folder: pathlib.Path, name: str) -> bytes:
         if status.st_size > MAX_BYTES:
             raise UnreadableError(name, _TOO_LONG)
         return (folder / name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a name that no file can have
         raise UnreadableError(
             name, getattr(error, "strerror", None) or str(error)
         ) from error
@@ -157,7 +164,9 @@ def open_zip(path: pathlib.Path) -> Tree:
             with lock:
                 return _unpack(archive, entry)
         except BROKEN as error:
-            raise UnreadableError(name, str(error) or "it ends too early") from error
+            raise UnreadableError(
+                name, str(error) or "it ends too early"
+            ) from error
 
     return Tree(dict(sorted(images.items())), others, folders, read)
 
@@ -170,7 +179,9 @@ def points_outside(name: str) -> bool:
 
 def _contents(
     path: pathlib.Path, archive: zipfile.ZipFile
-) -> tuple[dict[str, zipfile.ZipInfo], dict[Parts, str], list[Parts], set[Parts]]:
+) -> tuple[
+    dict[str, zipfile.ZipInfo], dict[Parts, str], list[Parts], set[Parts]
+]:
     """Return name -> entry, path -> name of the images, paths of the other files, folders."""
     entries, images, others, folders = {}, {}, [], set()
     for entry in archive.infolist():
@@ -216,7 +227,10 @@ def _image(name: str) -> bool:
 
 def _visible(part: str) -> bool:
     # Finder, Explorer, notebooks and git leave their files and folders behind.
-    return not part.startswith((".", "__MACOSX")) and part.lower() not in _LEFT_BEHIND
+    return (
+        not part.startswith((".", "__MACOSX"))
+        and part.lower() not in _LEFT_BEHIND
+    )
 
 
 # Class folders of image files, below a directory or inside a zip.
@@ -238,10 +252,16 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     tree = open_folder(path) if path.is_dir() else open_zip(path)
     depth = _around(tree)
     all_images = {parts[depth:]: name for parts, name in tree.images.items()}
-    directories = {parts[depth:] for parts in tree.folders if len(parts) > depth}
+    directories = {
+        parts[depth:] for parts in tree.folders if len(parts) > depth
+    }
     others = [parts[depth:] for parts in tree.others]
-    split = any(len(parts) > 2 and parts[0].lower() in SPLITS for parts in all_images)
-    images = {parts: name for parts, name in all_images.items() if len(parts) > 1}
+    split = any(
+        len(parts) > 2 and parts[0].lower() in SPLITS for parts in all_images
+    )
+    images = {
+        parts: name for parts, name in all_images.items() if len(parts) > 1
+    }
     if not images and all_images:
         raise UserError(
             f"{path} holds images ({len(all_images)}) but no class folders: give the folder that holds them, "
@@ -257,13 +277,17 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     empty = _empty_classes(path, images, directories, split)
     if empty and not skip_unreadable:
         raise UserError(_sentence_on_empty(path, empty, others, split))
-    loose = [printable(name) for parts, name in all_images.items() if len(parts) == 1]
+    loose = [
+        printable(name) for parts, name in all_images.items() if len(parts) == 1
+    ]
     classes = sorted({parts[split] for parts in images}, key=_natural)
     label = {name: i for i, name in enumerate(classes)}
     names = list(images.values())
     notes = {
         "left out, as they are in no class folder: ": listed(loose),
-        "left out, as files of these extensions are not read: ": extensions(others),
+        "left out, as files of these extensions are not read: ": extensions(
+            others
+        ),
         "left out, as these class folders hold no image: ": listed(
             map(printable, empty)
         ),
@@ -329,7 +353,10 @@ def _refuse_stray(path: pathlib.Path, images: Iterable[Parts]) -> None:
 
 
 def _empty_classes(
-    path: pathlib.Path, images: Iterable[Parts], folders: Iterable[Parts], split: bool
+    path: pathlib.Path,
+    images: Iterable[Parts],
+    folders: Iterable[Parts],
+    split: bool,
 ) -> list[str]:
     """Return the class folders without an image; raise UserError for a split without one."""
     tops = {parts[0] for parts in images}
@@ -350,7 +377,9 @@ def _sentence_on_empty(
     path: pathlib.Path, empty: list[str], others: Iterable[Parts], split: bool
 ) -> str:
     inside = [
-        parts for parts in others if len(parts) > 1 + split and parts[split] in empty
+        parts
+        for parts in others
+        if len(parts) > 1 + split and parts[split] in empty
     ]
     has = f" (but {extensions(inside)})" if inside else ""
     if len(empty) == 1:
@@ -367,11 +396,15 @@ def _looks_split(images: Iterable[Parts]) -> str:
     """Return a sentence if all top folders hold the same sub-folders: these may be the classes."""
     inside: dict[str, set[str]] = {}
     for parts in images:
-        inside.setdefault(parts[0], set()).update(parts[1:2] if len(parts) > 2 else ())
+        inside.setdefault(parts[0], set()).update(
+            parts[1:2] if len(parts) > 2 else ()
+        )
     first, *others = inside.values()
     if not others or len(first) < 2 or any(names != first for names in others):
         return ""
-    tops, names = (listed(sorted(map(printable, x)), 5) for x in (inside, first))
+    tops, names = (
+        listed(sorted(map(printable, x)), 5) for x in (inside, first)
+    )
     return (
         f"the classes are the top folders ({tops}), and all of them hold the same sub-folders ({names}): "
         "if those are the classes, call the top folders train, val and test"
@@ -380,7 +413,11 @@ def _looks_split(images: Iterable[Parts]) -> str:
 
 def _natural(name: str) -> tuple[int, int, str]:
     # Class "10" after class "9": a sorted list of strings would permute numbered classes.
-    return (0, int(name), name) if name.isdecimal() and len(name) < 20 else (1, 0, name)
+    return (
+        (0, int(name), name)
+        if name.isdecimal() and len(name) < 20
+        else (1, 0, name)
+    )
 
 
 # Lists of image files with their labels, as ImageNet-LT, Places-LT and iNaturalist ship them.
@@ -406,10 +443,14 @@ def stored_list(path: pathlib.Path, root: pathlib.Path) -> Stored:
         )
     lists = _of_splits(path)
     entries = [
-        (split, *entry) for split, file in lists.items() for entry in _entries(file)
+        (split, *entry)
+        for split, file in lists.items()
+        for entry in _entries(file)
     ]
     if not entries:
-        raise UserError(f"{path} lists no images: write 'PATH LABEL' on each line")
+        raise UserError(
+            f"{path} lists no images: write 'PATH LABEL' on each line"
+        )
     splits, names, labels = map(list, zip(*entries, strict=True))
     num_classes = dataset.check_classes(np.array(labels, np.int64), str(path))
     read_below_root = functools.partial(read_file, root)
@@ -426,7 +467,8 @@ def stored_list(path: pathlib.Path, root: pathlib.Path) -> Stored:
         split=np.array(splits),
         classes=tuple(map(str, range(num_classes))),
         notes=tuple(
-            f"{split}: the list {printable(file.name)}" for split, file in lists.items()
+            f"{split}: the list {printable(file.name)}"
+            for split, file in lists.items()
         ),
     )
 
@@ -439,7 +481,11 @@ def _of_splits(path: pathlib.Path) -> dict[str, pathlib.Path]:
     lists = {SPLITS[word]: path}
     for other in sorted(path.parent.iterdir()):
         other_stem, other_word = _split_word(other)
-        same = other_stem == stem and other.suffix == path.suffix and other.is_file()
+        same = (
+            other_stem == stem
+            and other.suffix == path.suffix
+            and other.is_file()
+        )
         if not same or other_word not in SPLITS or other == path:
             continue
         split = SPLITS[other_word]

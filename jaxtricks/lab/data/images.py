@@ -76,7 +76,10 @@ def _decode(raw: bytes) -> np.ndarray:
         _check_size(*picture.size)
         if picture.format == "TIFF":
             # A whole tile is unpacked, however little of it the picture shows.
-            sides = [picture.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
+            sides = [
+                picture.tag_v2.get(tag, 0)
+                for tag in (_TILE_WIDTH, _TILE_HEIGHT)
+            ]
             if math.prod(sides) > MAX_PIXELS:
                 _check_size(*sides)
         pixels = None
@@ -117,7 +120,9 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"its header says {width}x{height}")
     if width * height > MAX_PIXELS:
         limit = MAX_PIXELS // 10**6
-        raise ValueError(f"{width}x{height} is over the limit of {limit} megapixels")
+        raise ValueError(
+            f"{width}x{height} is over the limit of {limit} megapixels"
+        )
 
 
 def _check_scans(raw: bytes) -> None:
@@ -133,7 +138,11 @@ def _decode_jpeg(raw: bytes) -> np.ndarray | None:
     try:
         height, width, colours, _ = library.decode_jpeg_header(raw)
         _check_size(width, height)
-        if colours not in ("Gray", "YCbCr", "RGB"):  # it inverts some CMYK files
+        if colours not in (
+            "Gray",
+            "YCbCr",
+            "RGB",
+        ):  # it inverts some CMYK files
             return None
         return library.decode_jpeg(raw, "GRAY" if colours == "Gray" else "RGB")
     except ValueError as error:
@@ -146,7 +155,9 @@ def _decode_jpeg(raw: bytes) -> np.ndarray | None:
 def _count_pairs(raw: bytes, pair: bytes) -> int:
     """Return raw.count(pair) in a tenth of the time."""
     values = np.frombuffer(raw, np.uint8)
-    return int(np.count_nonzero((values[:-1] == pair[0]) & (values[1:] == pair[1])))
+    return int(
+        np.count_nonzero((values[:-1] == pair[0]) & (values[1:] == pair[1]))
+    )
 
 
 def _count_scans(raw: bytes) -> int:
@@ -178,7 +189,9 @@ def _orientation(exif: bytes) -> int:
         for at in range(start + 2, start + 2 + 12 * entries, 12):
             tag, kind, count = struct.unpack_from(order + "HHI", raw, at)
             if tag == _ORIENTATION and count == 1 and kind in _WHOLE_NUMBERS:
-                (value,) = struct.unpack_from(order + _WHOLE_NUMBERS[kind], raw, at + 8)
+                (value,) = struct.unpack_from(
+                    order + _WHOLE_NUMBERS[kind], raw, at + 8
+                )
                 return value if value in range(1, 9) else 1
     except struct.error:  # it ends too early
         pass
@@ -208,7 +221,9 @@ def _load(picture: Any) -> np.ndarray:
         raise ValueError(
             "its pixels are 32-bit or floating-point: save it with 8 or 16 bits"
         )
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow's conversion would clip
+    if picture.mode.startswith(
+        "I"
+    ):  # 16 bits, which Pillow's conversion would clip
         deep = np.asarray(picture).astype(np.uint32)
         return ((deep + 128) // 257).astype(np.uint8).reshape(shape)
     mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
@@ -296,7 +311,9 @@ def scan(stored: Stored, *, everything: bool = False) -> Scan:
         indices = np.linspace(0, total - 1, SAMPLE).astype(int)
     sizes: collections.Counter[Size] = collections.Counter()
     gray, unreadable = 0, {}
-    for i, outcome in zip(indices.tolist(), _shapes(stored, indices), strict=True):
+    for i, outcome in zip(
+        indices.tolist(), _shapes(stored, indices), strict=True
+    ):
         if isinstance(outcome, UnreadableError):
             unreadable[i] = outcome
         else:
@@ -319,7 +336,9 @@ def refuse_unreadable(scan: Scan) -> None:
     )
 
 
-def common_shape(scan: Scan, size: int, name: str) -> tuple[Shape, tuple[str, ...]]:
+def common_shape(
+    scan: Scan, size: int, name: str
+) -> tuple[Shape, tuple[str, ...]]:
     """Return the shape that all images get, and sentences on what that changes.
 
     Args:
@@ -332,14 +351,18 @@ def common_shape(scan: Scan, size: int, name: str) -> tuple[Shape, tuple[str, ..
       UserError: there is nothing that can be read.
     """
     if not scan.readable:
-        raise UserError(f"no image of {name} can be read: --check-data says why")
+        raise UserError(
+            f"no image of {name} can be read: --check-data says why"
+        )
     channels = 1 if scan.gray == scan.readable else 3
     shape = (*_size(scan.sizes, size), channels)
     notes = []
     other = {s: n for s, n in scan.sizes.items() if s != shape[:2]}
     if other:
         ends = f"{spell(smallest(other))} to {spell(largest(other))}"
-        ends = spell(smallest(other)) if len(other) == 1 else f"sizes from {ends}"
+        ends = (
+            spell(smallest(other)) if len(other) == 1 else f"sizes from {ends}"
+        )
         notes.append(
             f"resized to {spell(shape)}, scaled to cover and cut to the middle: {sum(other.values())} "
             f"of the {scan.extent}, {ends}"
@@ -377,7 +400,9 @@ def _size(sizes: collections.Counter[Size], side: int) -> Size:
     return side, side
 
 
-def _shapes(stored: Stored, indices: np.ndarray) -> Iterator[Shape | UnreadableError]:
+def _shapes(
+    stored: Stored, indices: np.ndarray
+) -> Iterator[Shape | UnreadableError]:
     def shape_of(i: int) -> Shape | UnreadableError:
         try:
             return stored.read(i)[0].shape
@@ -386,4 +411,6 @@ def _shapes(stored: Stored, indices: np.ndarray) -> Iterator[Shape | UnreadableE
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(indices), _BLOCK):
-            yield from pool.map(shape_of, indices[start : start + _BLOCK].tolist())
+            yield from pool.map(
+                shape_of, indices[start : start + _BLOCK].tolist()
+            )

@@ -77,15 +77,21 @@ def load(
             raise UserError(
                 "--imbalance thins out classes of images, and text has none: drop it"
             )
-        return text.load(name, context=context, validation=validation, test=test)
+        return text.load(
+            name, context=context, validation=validation, test=test
+        )
     stored = open_images(name, root, skip_unreadable=skip_unreadable)
     shares = {"validation": validation, "test": test, "seed": seed}
-    index, split_notes = assign(stored, **shares)  # before the scan, which takes longer
+    index, split_notes = assign(
+        stored, **shares
+    )  # before the scan, which takes longer
     scan = images.scan(stored, everything=skip_unreadable)
     broken = scan.unreadable
     if left_out is not None:
         before = set(left_out)
-        broken = {i: error for i, error in broken.items() if stored.names[i] in before}
+        broken = {
+            i: error for i, error in broken.items() if stored.names[i] in before
+        }
     if skip_unreadable and broken and scan.readable:
         stored = leave_out(stored, broken)
         index, split_notes = assign(stored, **shares)
@@ -94,11 +100,17 @@ def load(
     shape, notes = images.common_shape(scan, size, name)
     if imbalance != 1:
         train = index["train"]
-        tail = long_tail(stored.labels[train], len(stored.classes), imbalance, seed)
+        tail = long_tail(
+            stored.labels[train], len(stored.classes), imbalance, seed
+        )
         index["train"] = train[tail]
     all_notes = (*stored.notes, *split_notes, *notes)
-    data = _data(stored, index, shape, all_notes, skip_unreadable=skip_unreadable)
-    return data._replace(left_out=tuple(error.name for error in broken.values()))
+    data = _data(
+        stored, index, shape, all_notes, skip_unreadable=skip_unreadable
+    )
+    return data._replace(
+        left_out=tuple(error.name for error in broken.values())
+    )
 
 
 def is_text(name: str, root: str = "") -> bool:
@@ -109,7 +121,9 @@ def is_text(name: str, root: str = "") -> bool:
     )
 
 
-def open_images(name: str, root: str = "", *, skip_unreadable: bool = False) -> Stored:
+def open_images(
+    name: str, root: str = "", *, skip_unreadable: bool = False
+) -> Stored:
     """Return the images called name, as they are stored.
 
     Args:
@@ -147,7 +161,9 @@ def open_images(name: str, root: str = "", *, skip_unreadable: bool = False) -> 
 
 def leave_out(stored: Stored, broken: Mapping[int, UnreadableError]) -> Stored:
     """Leave out the images that can't be read; a note names them."""
-    readable = stored.subset(np.setdiff1d(np.arange(len(stored.names)), list(broken)))
+    readable = stored.subset(
+        np.setdiff1d(np.arange(len(stored.names)), list(broken))
+    )
     named = folders.listed(f"{e.name} ({e.reason})" for e in broken.values())
     notes = *stored.notes, f"left out, as they can't be read: {named}"
     have, left = np.unique(stored.labels), np.unique(readable.labels)
@@ -191,7 +207,9 @@ def _data(
         shape=shape,
         # What is stored as gray is mostly scans and symbols, whose mirror image is something else.
         flip=shape[-1] == 3 if stored.flip is None else stored.flip,
-        counts=np.bincount(labels[index["train"]], minlength=len(stored.classes)),
+        counts=np.bincount(
+            labels[index["train"]], minlength=len(stored.classes)
+        ),
         notes=notes,
     )
 
@@ -224,16 +242,24 @@ def assign(
     notes = []
     if len(index["validation"]) and not len(index["test"]):
         index["test"], index["validation"] = index["validation"], index["test"]
-        notes.append("test: the data's own validation split, as it has no test split")
+        notes.append(
+            "test: the data's own validation split, as it has no test split"
+        )
     if not len(index["train"]):
-        raise UserError(f"{stored.name} has no training images: it needs a train split")
+        raise UserError(
+            f"{stored.name} has no training images: it needs a train split"
+        )
     shares = {"test": test, "validation": validation}
     held = {
-        name: share for name, share in shares.items() if share and not len(index[name])
+        name: share
+        for name, share in shares.items()
+        if share and not len(index[name])
     }
     if not notes:
         notes += [
-            f"{name}: the data's own split" for name in shares if len(index[name])
+            f"{name}: the data's own split"
+            for name in shares
+            if len(index[name])
         ]
     notes += [
         f"{name}: {share:.3g} of every class of the training images, held out by seed {seed}"
@@ -250,12 +276,14 @@ def assign(
             f"{stored.name} has no test split: hold one out, with --test above 0"
         )
     _check_classes(stored, index)
-    return {name: indices for name, indices in index.items() if len(indices)}, tuple(
-        notes
-    )
+    return {
+        name: indices for name, indices in index.items() if len(indices)
+    }, tuple(notes)
 
 
-def hold_out(labels: np.ndarray, seed: int, *shares: float) -> tuple[np.ndarray, ...]:
+def hold_out(
+    labels: np.ndarray, seed: int, *shares: float
+) -> tuple[np.ndarray, ...]:
     """Return indices (rest, held out, ...): the same share of every class, and at least one of each.
 
     What is held out for the first share does not depend on the shares after it.
@@ -281,7 +309,9 @@ def long_tail(
     """Return indices that make a split long-tailed: an exponential profile, class 0 the largest."""
     # A class can't have more than it has: the profile is cut there.
     have = np.bincount(labels, minlength=num_classes)
-    profile = profiles.exponential_counts(int(have.max()), num_classes, imbalance)
+    profile = profiles.exponential_counts(
+        int(have.max()), num_classes, imbalance
+    )
     return np.asarray(
         profiles.longtail_indices(labels, np.minimum(profile, have), seed)
     )
@@ -291,7 +321,9 @@ def _held(share: float, size: int) -> int:
     return max(1, round(share * size))
 
 
-def _check_sizes(stored: Stored, train: np.ndarray, held: dict[str, float]) -> None:
+def _check_sizes(
+    stored: Stored, train: np.ndarray, held: dict[str, float]
+) -> None:
     counts = np.bincount(stored.labels[train], minlength=len(stored.classes))
     for name, size in zip(stored.classes, counts.tolist(), strict=True):
         taken = {split: _held(share, size) for split, share in held.items()}
@@ -305,7 +337,9 @@ def _check_sizes(stored: Stored, train: np.ndarray, held: dict[str, float]) -> N
 
 def _check_classes(stored: Stored, index: Indices) -> None:
     for split, indices in index.items():
-        counts = np.bincount(stored.labels[indices], minlength=len(stored.classes))
+        counts = np.bincount(
+            stored.labels[indices], minlength=len(stored.classes)
+        )
         if len(indices) and not counts.all():
             name = stored.classes[int(np.argmin(counts))]
             raise UserError(
@@ -352,9 +386,15 @@ class Report:
             rows.append(("all", *(int(n.sum()) for n in self.splits.values())))
         what = "images" if self.kind == "image" else "windows of text"
         lines = [f"{self.name}: {self.files} {what}", *self._lines()]
-        lines += ["", str(_table.make(("class", *self.splits), rows)), "", *self.notes]
         lines += [
-            f"can't be read: {name} ({reason})" for name, reason in self.unreadable
+            "",
+            str(_table.make(("class", *self.splits), rows)),
+            "",
+            *self.notes,
+        ]
+        lines += [
+            f"can't be read: {name} ({reason})"
+            for name, reason in self.unreadable
         ]
         return "\n".join(lines)
 
@@ -362,7 +402,10 @@ class Report:
         if not self.sizes:
             return []
         [(common, n)] = self.sizes.most_common(1)
-        smallest, largest = images.smallest(self.sizes), images.largest(self.sizes)
+        smallest, largest = (
+            images.smallest(self.sizes),
+            images.largest(self.sizes),
+        )
         total = self.sizes.total()
         return (
             f"sizes: {images.spell(smallest)} to {images.spell(largest)}, most often "

@@ -51,7 +51,11 @@ def pipeline(
         options = grain.ReadOptions(
             num_threads=readers, prefetch_buffer_size=ahead * readers
         )
-        return grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options)
+        return (
+            grain.MapDataset.range(sys.maxsize)
+            .map(read)
+            .to_iter_dataset(options)
+        )
 
     if transform is not None:
         examples = transform(stream(lambda i: source[index(i)], _AHEAD))
@@ -61,7 +65,9 @@ def pipeline(
         width = _largest_divisor(batch, _BLOCK) if readers else batch
 
         def block(k: int) -> Example:
-            return stack([source[index(i)] for i in range(k * width, (k + 1) * width)])
+            return stack(
+                [source[index(i)] for i in range(k * width, (k + 1) * width)]
+            )
 
         batches = stream(block, _AHEAD // width)
         if width < batch:
@@ -76,12 +82,18 @@ def pipeline(
 def stack(examples: Sequence[Example]) -> Example:
     """Stack examples to a batch; np.array takes half the time of np.stack for small ones."""
     names = examples[0].keys()
-    return {name: np.array([example[name] for example in examples]) for name in names}
+    return {
+        name: np.array([example[name] for example in examples])
+        for name in names
+    }
 
 
 def _join(blocks: Sequence[Example]) -> Example:
     names = blocks[0].keys()
-    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
+    return {
+        name: np.concatenate([block[name] for block in blocks])
+        for name in names
+    }
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -89,7 +101,10 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def eval_batches(
-    source: Source, batch: int, limit: int | None = None, rows: np.ndarray | None = None
+    source: Source,
+    batch: int,
+    limit: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield all examples once, the last batch padded; "where" (bool [batch]) marks the real ones.
 

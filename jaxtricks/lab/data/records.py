@@ -66,7 +66,11 @@ def stored(path: pathlib.Path) -> Stored:
     """
     files = shards(path)
     sources = {split: _open(path, paths) for split, paths in files.items()}
-    flat = [(split, i) for split, source in sources.items() for i in range(len(source))]
+    flat = [
+        (split, i)
+        for split, source in sources.items()
+        for i in range(len(source))
+    ]
     names = [f"record {i} of {path} ({split})" for split, i in flat]
     features_and_labels = _labels(names, sources)
     feature, notes = features_and_labels[0][0], []
@@ -82,16 +86,16 @@ def stored(path: pathlib.Path) -> Stored:
             labels - 1,
             ["labels are from 1 in the records, and from 0 here"],
         )
-    num_classes = dataset.check_classes(labels, str(path), len(class_names) or None)
+    num_classes = dataset.check_classes(
+        labels, str(path), len(class_names) or None
+    )
 
     def read(i: int) -> tuple[np.ndarray, int]:
         split, j = flat[i]
         try:
             raw = sources[split][j]
             encoded = image(raw)
-        except (
-            Exception
-        ) as error:  # what the library raises for a broken file is not documented
+        except Exception as error:  # what the library raises for a broken file is not documented
             raise UnreadableError(names[i], _first_line(error)) from error
         return decode(encoded, names[i]), len(raw)
 
@@ -125,7 +129,9 @@ def _refuse_absent(path: pathlib.Path, matches: list[re.Match[str]]) -> None:
 
 def _open(path: pathlib.Path, files: list[pathlib.Path]) -> Any:
     try:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from array_record.python.array_record_data_source import (
+            ArrayRecordDataSource,
+        )
     except ImportError as error:
         raise UserError(
             f"{path} holds ArrayRecord files, and array_record is not installed: pip install array_record"
@@ -137,7 +143,9 @@ def _open(path: pathlib.Path, files: list[pathlib.Path]) -> Any:
             f"{path} has a broken ArrayRecord file ({_first_line(error)}): fetch it again"
         ) from error
     if not len(source):
-        raise UserError(f"{files[0]} holds no records: add some, or remove the file")
+        raise UserError(
+            f"{files[0]} holds no records: add some, or remove the file"
+        )
     if len(source) > _MOST * sum(file.stat().st_size for file in files):
         raise UserError(
             f"{path} claims {len(source)} records, too many for its length: fetch it again"
@@ -153,9 +161,7 @@ def _labels(names: list[str], sources: dict[str, Any]) -> list[tuple[str, int]]:
             try:
                 raws = source.__getitems__(range(start, stop))
             except Exception as error:
-                where = (
-                    f"{names[len(labels)]} or one of the {stop - start - 1} after it"
-                )
+                where = f"{names[len(labels)]} or one of the {stop - start - 1} after it"
                 raise UserError(
                     f"{where} can't be read ({_first_line(error)}): fetch or write the file again"
                 ) from error
@@ -208,7 +214,9 @@ def label(raw: bytes) -> tuple[str, int]:
     key, feature = _one_of(LABEL, "an integer", by_name)
     values = integers(feature)
     if len(values) != 1:
-        raise ValueError(f"it has {len(values)} integers in {key!r}, and needs one")
+        raise ValueError(
+            f"it has {len(values)} integers in {key!r}, and needs one"
+        )
     return key, values[0]
 
 
@@ -260,11 +268,20 @@ def _example_class() -> Any:
     single, repeated = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
 
     def add(
-        message: Any, name: str, number: int, label: Any, kind: Any, of: str = ""
+        message: Any,
+        name: str,
+        number: int,
+        label: Any,
+        kind: Any,
+        of: str = "",
     ) -> None:
         type_name = f".jaxtricks.{of}" if of else None
         message.field.add(
-            name=name, number=number, label=label, type=kind, type_name=type_name
+            name=name,
+            number=number,
+            label=label,
+            type=kind,
+            type_name=type_name,
         )
 
     feature = descriptor_pb2.DescriptorProto(name="Feature")
@@ -275,13 +292,26 @@ def _example_class() -> Any:
         "Int64": kinds.TYPE_INT64,
     }
     for number, (name, kind) in enumerate(numbers.items(), 1):
-        add(file.message_type.add(name=f"{name}List"), "value", 1, repeated, kind)
+        add(
+            file.message_type.add(name=f"{name}List"),
+            "value",
+            1,
+            repeated,
+            kind,
+        )
         field = f"{name.lower()}_list"
         add(feature, field, number, single, kinds.TYPE_MESSAGE, f"{name}List")
         feature.field[-1].oneof_index = 0
     file.message_type.append(feature)
     by_name = file.message_type.add(name="Features")
-    add(by_name, "feature", 1, repeated, kinds.TYPE_MESSAGE, "Features.FeatureEntry")
+    add(
+        by_name,
+        "feature",
+        1,
+        repeated,
+        kinds.TYPE_MESSAGE,
+        "Features.FeatureEntry",
+    )
     entry = by_name.nested_type.add(name="FeatureEntry")
     entry.options.map_entry = True
     add(entry, "key", 1, single, kinds.TYPE_STRING)

@@ -45,7 +45,9 @@ def load(name: str, *, context: int, validation: float, test: float) -> Data:
                 f"{name} is too short: its {split} split has {len(stretch)} characters and a window "
                 f"needs {context + 1}, so give a longer text or a smaller --context"
             )
-    parts = {split: windows(stretch, context) for split, stretch in stretches.items()}
+    parts = {
+        split: windows(stretch, context) for split, stretch in stretches.items()
+    }
     targets = stretches["train"][1 : len(parts["train"]) * context + 1]
     return Data(
         name=name,

@@ -39,8 +39,12 @@ class NFBlock(nnx.Module):
         rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        self.first = conv(in_features, out_features, (3, 3), strides=strides, rngs=rngs)
-        self.second = conv(out_features, out_features, (3, 3), strides=1, rngs=rngs)
+        self.first = conv(
+            in_features, out_features, (3, 3), strides=strides, rngs=rngs
+        )
+        self.second = conv(
+            out_features, out_features, (3, 3), strides=1, rngs=rngs
+        )
         changes = strides != 1 or in_features != out_features
         self.shortcut = (
             conv(in_features, out_features, (1, 1), strides=strides, rngs=rngs)
@@ -101,7 +105,9 @@ class NFNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if not 0 <= drop_rate <= 1:
-            raise ValueError(f"NFNet: `drop_rate` is {drop_rate}; give one in [0, 1]")
+            raise ValueError(
+                f"NFNet: `drop_rate` is {drop_rate}; give one in [0, 1]"
+            )
         self.act = weightstd.scaled_activation(activation)
         self.stem = conv(in_channels, widths[0], (3, 3), strides=1, rngs=rngs)
         layers = []
@@ -125,7 +131,9 @@ class NFNet(nnx.Module):
         self.blocks = nnx.data(layers)
         # Nothing normalizes what reaches the head, so it starts small: all classes equally likely.
         small = nnx.initializers.normal(0.01)
-        self.head = nnx.Linear(features, num_classes, kernel_init=small, rngs=rngs)
+        self.head = nnx.Linear(
+            features, num_classes, kernel_init=small, rngs=rngs
+        )
         self.recompute = recompute
         self.deterministic = False  # set by model.train() and model.eval()
         self.rngs = rngs.dropout.fork() if drop_rate else None

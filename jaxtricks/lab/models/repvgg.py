@@ -53,7 +53,9 @@ class RepVGG(nnx.Module):
         for i, width in enumerate(widths):
             for j in range(blocks):
                 strides = 2 if i > 0 and j == 0 else 1
-                layers.append(Layer(block(features, width, strides=strides, rngs=rngs)))
+                layers.append(
+                    Layer(block(features, width, strides=strides, rngs=rngs))
+                )
                 features = width
         self.layers = nnx.data(layers)
         self.head = nnx.Linear(features, num_classes, rngs=rngs)

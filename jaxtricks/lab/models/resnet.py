@@ -63,12 +63,18 @@ class Block(nnx.Module):
         pointwise: Callable[..., Any],
         rngs: nnx.Rngs,
     ):
-        self.first = unit(in_features, out_features, (3, 3), strides=strides, rngs=rngs)
-        self.second = unit(out_features, out_features, (3, 3), strides=1, rngs=rngs)
+        self.first = unit(
+            in_features, out_features, (3, 3), strides=strides, rngs=rngs
+        )
+        self.second = unit(
+            out_features, out_features, (3, 3), strides=1, rngs=rngs
+        )
         changes = strides != 1 or in_features != out_features
         # A 1x1 convolution where the shape changes; elsewhere the input passes as it is.
         self.shortcut = (
-            pointwise(in_features, out_features, (1, 1), strides=strides, rngs=rngs)
+            pointwise(
+                in_features, out_features, (1, 1), strides=strides, rngs=rngs
+            )
             if changes
             else None
         )

@@ -31,7 +31,12 @@ class Attention(nnx.Module):
     row_parallel = ("out",)
 
     def __init__(
-        self, features: int, heads: int, *, out_init: nnx.Initializer, rngs: nnx.Rngs
+        self,
+        features: int,
+        heads: int,
+        *,
+        out_init: nnx.Initializer,
+        rngs: nnx.Rngs,
     ):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.qkv = linear(features, 3 * features, kernel_init=_kernel_init())
@@ -42,7 +47,9 @@ class Attention(nnx.Module):
         """Map [N, T, features] to [N, T, features]; position t sees positions up to t."""
         n, t, features = x.shape
         # Heads first: a product that is split over devices is split by heads.
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, t, self.heads, 3, -1), 3, 0)
+        q, k, v = jnp.moveaxis(
+            self.qkv(x).reshape(n, t, self.heads, 3, -1), 3, 0
+        )
         y = causal_attention(q, k, v)
         return self.out(y.reshape(n, t, features))
 
@@ -68,11 +75,18 @@ class Block(nnx.Module):
     row_parallel = ("contract",)
 
     def __init__(
-        self, features: int, heads: int, *, out_init: nnx.Initializer, rngs: nnx.Rngs
+        self,
+        features: int,
+        heads: int,
+        *,
+        out_init: nnx.Initializer,
+        rngs: nnx.Rngs,
     ):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(features, rngs=rngs)
-        self.attention = Attention(features, heads, out_init=out_init, rngs=rngs)
+        self.attention = Attention(
+            features, heads, out_init=out_init, rngs=rngs
+        )
         self.mlp_norm = nnx.LayerNorm(features, rngs=rngs)
         self.expand = linear(features, 4 * features, kernel_init=_kernel_init())
         self.contract = linear(4 * features, features, kernel_init=out_init)
@@ -124,7 +138,8 @@ class Transformer(nnx.Module):
         # 2 * layers branches add up in the stream: each starts with its share of the variance.
         out_init = _kernel_init(1 / (2 * layers))
         blocks = [
-            Block(features, heads, out_init=out_init, rngs=rngs) for _ in range(layers)
+            Block(features, heads, out_init=out_init, rngs=rngs)
+            for _ in range(layers)
         ]
         self.blocks = nnx.data(blocks)
         self.norm = nnx.LayerNorm(features, rngs=rngs)
@@ -144,7 +159,10 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"Transformer: {length} tokens in a context of {self.context}"
             )
-        x = self.tokens(jnp.asarray(tokens)) + self.positions(jnp.arange(length))[None]
+        x = (
+            self.tokens(jnp.asarray(tokens))
+            + self.positions(jnp.arange(length))[None]
+        )
         # What follows the lookup is in the dtype of the table.
         x = x.astype(self.tokens.embedding[...].dtype)
         for block in self.blocks:
