@@ -88,7 +88,8 @@ def checked(function: Function) -> Function:
                     known[name].add(type(value))
                 return
         raise ArgumentTypeError(
-            f"{_name(function)}: `{name}` is {described(value)}: give {_listed(kinds[name])}"
+            f"{_name(function)}: `{name}` is {described(value)}: give "
+            f"{_listed(kinds[name])}"
         )
 
     @functools.wraps(function)

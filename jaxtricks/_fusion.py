@@ -392,7 +392,8 @@ def check_bound(row: FusedLayer) -> FusedLayer:
     # Not "error > bound": that would let NaN pass.
     if not row.max_error <= row.bound:
         raise ValueError(
-            f"fused and unfused {row.layer or 'model'!r} differ by {row.max_error:.3g}, "
+            f"fused and unfused {row.layer or 'model'!r} differ by "
+            f"{row.max_error:.3g}, "
             f"where rounding allows {row.bound:.3g}, so they are different functions: "
             f"leave {'it' if row.layer else 'layers'} out by `path_filter`"
         )

@@ -36,7 +36,8 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
     numbers = listed(argnums)
     if any(not -count <= i < count for i in numbers):
         raise ValueError(
-            f"argnums={argnums} is of no argument: give positions among the {count} that fn takes here"
+            f"argnums={argnums} is of no argument: give positions among the "
+            f"{count} that fn takes here"
         )
     return tuple(i % count for i in numbers)
 

@@ -493,7 +493,8 @@ def check_startable(name: str, norm_types: Sequence[tuple[str, Norm]]) -> None:
     for type_name, norm in norm_types:
         if norm.scale is None or norm.bias is None:
             raise ValueError(
-                f"{name}: a {type_name} has no scale or no bias to set; use one with both"
+                f"{name}: a {type_name} has no scale or no bias to set; use "
+                "one with both"
             )
 
 

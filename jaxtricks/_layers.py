@@ -169,7 +169,8 @@ def diverse_branches(
         features = block.in_features * (2 if block.is_depthwise else 1)
     if features < 1 or features % block.groups:
         raise ValueError(
-            f"DiverseBranchBlock: `internal_features` is {features}; give a multiple of "
+            f"DiverseBranchBlock: `internal_features` is {features}; give a "
+            "multiple of "
             f"the {block.groups} groups"
         )
     inner = PointwiseSpec(features, residual=features == block.in_features)
@@ -218,7 +219,8 @@ def dilated_branches(
     if kernel_sizes is None and dilates is None:
         if len(set(large)) != 1 or large[0] not in DILATED_KERNELS:
             raise ValueError(
-                f"DilatedReparamBlock: no default for `kernel_size` {large}; give one of "
+                f"DilatedReparamBlock: no default for `kernel_size` {large}; "
+                "give one of "
                 f"{sorted(DILATED_KERNELS)} per axis, or `kernel_sizes` and `dilates`"
             )
         kernel_sizes, dilates = DILATED_KERNELS[large[0]]
@@ -236,7 +238,8 @@ def dilated_branches(
         reach = dilation * (k - 1) + 1
         if k < 1 or dilation < 1 or reach > min(large):
             raise ValueError(
-                f"DilatedReparamBlock: a kernel of {k} with dilation {dilation} reaches "
+                f"DilatedReparamBlock: a kernel of {k} with dilation "
+                f"{dilation} reaches "
                 f"over {reach} inputs, the large kernel over {large}; give smaller "
                 "`kernel_sizes` or `dilates`"
             )
@@ -525,7 +528,8 @@ def call_flags(
         is_switch = isinstance(parameter.default, bool)
         if name not in FLAGS and is_switch and _LOOKS_LIKE_A_FLAG.search(name):
             raise ValueError(
-                f"the call of {cls.__name__} has an argument `{name}` that looks like a "
+                f"the call of {cls.__name__} has an argument `{name}` that "
+                "looks like a "
                 "flag of training but is not known: give it, in `example_kwargs` to "
                 "fuse, or say in `train_kwargs` what it is"
             )
@@ -674,7 +678,8 @@ class Rules:
         if name is not None:
             raise ValueError(
                 f"{self._name}: {path!r} is a {type(module).__name__} that overrides "
-                f"`{name}`, which the rule {cls.__name__} would lose: name it in a rule "
+                f"`{name}`, which the rule {cls.__name__} would lose: name it "
+                "in a rule "
                 "in front (None leaves it as it is)"
             )
 
@@ -803,7 +808,8 @@ def _common_value(name: str, norms: Iterable[Any]) -> Any:
     for other in others:
         if other != first:
             raise ValueError(
-                f"the normalizations that may stand behind it have `{name}` {first} and "
+                f"the normalizations that may stand behind it have `{name}` "
+                f"{first} and "
                 f"{other}: give `example`, with which the trace tells, or bind the "
                 f"block's `norm` (functools.partial(nnx.BatchNorm, {name}=...))"
             )

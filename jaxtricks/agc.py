@@ -104,7 +104,8 @@ class Exclude:
             if not any(_matches(pattern, path) for path in paths):
                 some = ", ".join(map(repr, paths[:3])) or "nothing"
                 raise ValueError(
-                    f"agc.exclude: {pattern!r} matches no parameter; paths look like {some}"
+                    f"agc.exclude: {pattern!r} matches no parameter; paths "
+                    f"look like {some}"
                 )
 
 
@@ -248,7 +249,8 @@ def adaptive_grad_clip(
     ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
-                "agc.adaptive_grad_clip needs `params`: call tx.update(grads, state, params)"
+                "agc.adaptive_grad_clip needs `params`: call tx.update(grads, "
+                "state, params)"
             )
         weights = _tree.by_path(params)
         leaf_roles = dict(
@@ -295,7 +297,8 @@ def _check_dtype(
     if not is_clipped or _dtypes.is_floating(jnp.asarray(leaf)):
         return
     raise ValueError(
-        f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it out by `path_filter`, or hide "
+        f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it "
+        "out by `path_filter`, or hide "
         "it with optax.masked"
     )
 
@@ -319,7 +322,8 @@ def _unit_axes(
         return tuple(range(rank))
     if rank > 5:
         raise ValueError(
-            f"agc: {name!r} has rank {rank} and the reference has no rule above 5: pass `roles=`"
+            f"agc: {name!r} has rank {rank} and the reference has no rule "
+            "above 5: pass `roles=`"
         )
     return tuple(range(rank - 1)) if rank > 3 else (0,)
 

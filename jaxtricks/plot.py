@@ -215,7 +215,8 @@ def shots(
     for name, summary in methods.items():
         if np.shape(summary["per_class"]) != counts.shape:
             raise ValueError(
-                f"plot.shots: `counts` is {counts.shape} and {name} has {np.shape(summary['per_class'])} "
+                f"plot.shots: `counts` is {counts.shape} and {name} has "
+                f"{np.shape(summary['per_class'])} "
                 "classes: pass the training counts"
             )
     figure = Figure(figsize=(11, 4.2), layout="constrained")

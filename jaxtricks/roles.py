@@ -86,17 +86,20 @@ class Rule:
             matched = [path for path in paths if pattern in matching[path]]
             if not matched:
                 raise ValueError(
-                    f"roles: the rule {pattern!r} matches no parameter; paths look like {_some(paths)}"
+                    f"roles: the rule {pattern!r} matches no parameter; paths "
+                    f"look like {_some(paths)}"
                 )
             if all(matching[path][0] != pattern for path in matched):
                 earlier = matching[matched[0]][0]
                 raise ValueError(
-                    f"roles: the rule {pattern!r} is never used, since {earlier!r} comes first; swap them"
+                    f"roles: the rule {pattern!r} is never used, since "
+                    f"{earlier!r} comes first; swap them"
                 )
         for path in paths:
             if not matching[path]:
                 raise ValueError(
-                    f"roles: no rule matches the parameter {path!r}; add one or pass strict=False"
+                    f"roles: no rule matches the parameter {path!r}; add one "
+                    "or pass strict=False"
                 )
 
     def _matching(self, path: str) -> list[str]:
@@ -141,15 +144,19 @@ class Exact:
                 0
             ]
             raise ValueError(
-                f"roles: the roles know none of the parameters: {unknown[0]!r} is not among them, and "
-                f"the nearest is {nearest!r}; take them from the model that is trained (jt.nnx.roles, "
+                f"roles: the roles know none of the parameters: {unknown[0]!r} "
+                "is not among them, and "
+                f"the nearest is {nearest!r}; take them from the model that is "
+                "trained (jt.nnx.roles, "
                 "jt.linen.roles)"
             )
         if not self.table.keys() <= set(paths):
             unused = next(path for path in self.table if path not in paths)
             warnings.warn(
-                f"roles: the roles do not know the parameter {unknown[0]!r}, and know {unused!r}, which "
-                "is not there: do they describe the model before a change (convert, fuse)?",
+                f"roles: the roles do not know the parameter {unknown[0]!r}, "
+                f"and know {unused!r}, which "
+                "is not there: do they describe the model before a change "
+                "(convert, fuse)?",
                 stacklevel=4,
             )
 
@@ -303,7 +310,8 @@ which cannot tell stacked layers and heads; take the roles from the model \
     """
     if callable(params) or isinstance(params, Rule | Exact):
         raise ValueError(
-            "roles.describe: `params` is a rule: the parameters come first, describe(params, roles)"
+            "roles.describe: `params` is a rule: the parameters come first, "
+            "describe(params, roles)"
         )
     leaves = _tree.leaves_with_paths(params)
     assumed = roles.assumed if isinstance(roles, Exact) else frozenset()
@@ -364,11 +372,13 @@ def _check_rule(roles: Any) -> None:
     bases = type(roles).__mro__
     if callable(roles) and any(c.__module__.startswith("flax.") for c in bases):
         raise ValueError(
-            "roles: `roles` is a model: pass its roles, jt.nnx.roles(model) or jt.linen.roles(module, x)"
+            "roles: `roles` is a model: pass its roles, jt.nnx.roles(model) or "
+            "jt.linen.roles(module, x)"
         )
     if isinstance(roles, str | bytes | bool | int | float | complex | type):
         raise ValueError(
-            f"roles: `roles` is a {type(roles).__name__}: give a function (path, shape) -> roles, a rule "
+            f"roles: `roles` is a {type(roles).__name__}: give a function "
+            "(path, shape) -> roles, a rule "
             "(roles.by_path, jt.nnx.roles) or a tree of roles"
         )
 
@@ -388,7 +398,8 @@ def _flatten_like(params: Params, roles: Any) -> list[Any]:
         roles = structure.flatten_up_to(roles)
     except ValueError:
         raise ValueError(
-            f"roles: `roles` is a {type(roles).__name__} whose structure is not that of the parameters: give "
+            f"roles: `roles` is a {type(roles).__name__} whose structure is "
+            "not that of the parameters: give "
             "a tuple of roles in place of every parameter, or a function or a rule"
         ) from None
     return [r for x, r in zip(leaves, roles, strict=True) if not empty(x)]
@@ -400,7 +411,8 @@ def _checked(path: str, shape: tuple[int, ...], roles: Any) -> Roles | None:
     _check_words(path, roles)
     if len(roles) != len(shape):
         raise ValueError(
-            f"roles: {path!r} has shape {tuple(shape)} but the roles {tuple(roles)}; give one per axis"
+            f"roles: {path!r} has shape {tuple(shape)} but the roles "
+            f"{tuple(roles)}; give one per axis"
         )
     return tuple(roles)
 
@@ -414,7 +426,8 @@ def _check_words(name: str, roles: Any) -> None:
         )
     if any(role not in ROLES for role in roles):
         raise ValueError(
-            f"roles: roles of {name!r} are {tuple(roles)}; use a tuple of {', '.join(ROLES)}"
+            f"roles: roles of {name!r} are {tuple(roles)}; use a tuple of "
+            f"{', '.join(ROLES)}"
         )
 
 
@@ -447,18 +460,22 @@ def _notes(decisions: list[str], by_rank: list[Any], exact: bool) -> list[str]:
     notes = []
     if undecided:
         cure = (
-            "no layer that the model's roles know has them; write roles.by_path for them"
+            "no layer that the model's roles know has them; write "
+            "roles.by_path for them"
             if exact
             else "take the roles from the model (jt.nnx.roles, jt.linen.roles) or write roles.by_path"
         )
         notes.append(
-            f"{undecided} of {len(decisions)} leaves: {_BY_RANK}, as the transform's reference does "
+            f"{undecided} of {len(decisions)} leaves: {_BY_RANK}, as the "
+            "transform's reference does "
             f"without `roles`, which cannot tell stacked layers and heads; {cure}"
         )
     if assumed:
         notes.append(
-            f"{assumed} of {len(decisions)} leaves{_ASSUMED}: their sizes do not show which axis was "
-            "stacked, so the first that fits is taken; if it is another one, write roles.by_path"
+            f"{assumed} of {len(decisions)} leaves{_ASSUMED}: their sizes do "
+            "not show which axis was "
+            "stacked, so the first that fits is taken; if it is another one, "
+            "write roles.by_path"
         )
     return notes
 

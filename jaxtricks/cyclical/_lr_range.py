@@ -160,7 +160,8 @@ def _weights(smoothing: float, stop_factor: float, num_steps: int) -> Array:
     """Return the weights of average += weight (loss - average), with bias correction."""
     if not 0 <= smoothing < 1:
         raise ValueError(
-            f"cyclical.lr_range_test: `smoothing` is {smoothing}: give a number in [0, 1)"
+            f"cyclical.lr_range_test: `smoothing` is {smoothing}: give a "
+            "number in [0, 1)"
         )
     if not stop_factor > 1:
         raise ValueError(
@@ -177,7 +178,8 @@ def _is_stacked(batches: Any) -> bool:
         not leaves or leaves[0] is batches
     ):
         raise ValueError(
-            f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: give an iterable of "
+            f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: "
+            "give an iterable of "
             "batches, or all of them stacked"
         )
     if isinstance(batches, list) or not all(
@@ -186,7 +188,8 @@ def _is_stacked(batches: Any) -> bool:
         return False
     if len({len(x) for x in leaves}) > 1:
         raise ValueError(
-            "cyclical.lr_range_test: `batches` has leaves of different length: stack the same number"
+            "cyclical.lr_range_test: `batches` has leaves of different length: "
+            "stack the same number"
             " of batches in each, or give a list of batches"
         )
     return bool(leaves)
@@ -255,7 +258,8 @@ def _empty_curve(lrs: Array) -> _Curve:
 def _scalar(loss: Any) -> Array:
     if jnp.shape(loss) != ():
         raise ValueError(
-            f"cyclical.lr_range_test: `step` returned a loss of shape {jnp.shape(loss)}: return its mean"
+            "cyclical.lr_range_test: `step` returned a loss of shape "
+            f"{jnp.shape(loss)}: return its mean"
         )
     return jnp.asarray(loss).astype(jnp.result_type(float))
 

@@ -68,7 +68,8 @@ def representable(name: str, period: Fraction) -> Fraction:
     """
     if period < 1:
         raise ValueError(
-            f"cyclical.{name} makes cycles of {float(period):g} iterations: lengthen it, to 1 or more"
+            f"cyclical.{name} makes cycles of {float(period):g} iterations: "
+            "lengthen it, to 1 or more"
         )
     # Only legs with two different, large denominators are affected.
     return period.limit_denominator(max(1, (_LIMIT - 1) // math.ceil(period)))
@@ -479,7 +480,8 @@ def _ends(
     total = plain(f"{function}: `total_steps`", total_steps)
     if not (0 < total < _MAX_STEPS and total.is_integer()):
         raise ValueError(
-            f"cyclical.{function}: `total_steps` is {total_steps}: give an integer in (0, 2^30)"
+            f"cyclical.{function}: `total_steps` is {total_steps}: give an "
+            "integer in (0, 2^30)"
         )
     if anneal not in ("cos", "linear"):
         raise ValueError(
@@ -489,7 +491,8 @@ def _ends(
     summit = rise * total - 1
     if three_phase and not (summit > 0 and rise <= 0.5):
         raise ValueError(
-            f"cyclical.{function}: `pct_start` is {rise}: with three phases give a number in"
+            f"cyclical.{function}: `pct_start` is {rise}: with three phases "
+            "give a number in"
             " (1 / total_steps, 0.5]"
         )
     if not 0 <= rise <= 1:
@@ -637,7 +640,8 @@ def _starts(period: Fraction, mult: float) -> list[Fraction]:
             length = Fraction(round(length * _GRAIN), _GRAIN)
         if len(starts) > _MAX_CYCLES:
             raise ValueError(
-                f"cyclical.warm_restarts: `period_mult` is {float(mult)}: give 1, or a number so large"
+                f"cyclical.warm_restarts: `period_mult` is {float(mult)}: give "
+                "1, or a number so large"
                 f" that there are at most {_MAX_CYCLES} different cycles"
             )
     return starts

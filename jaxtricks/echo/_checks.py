@@ -94,7 +94,8 @@ def numbers(
 def damaged(name: str, value: Any) -> ValueError:
     """Build the error for a value that `get_state` never writes."""
     return ValueError(
-        f"echo: the state is damaged, its `{name}` is {spell(value)}: pass one that get_state() returned"
+        f"echo: the state is damaged, its `{name}` is {spell(value)}: pass one "
+        "that get_state() returned"
     )
 
 
@@ -105,6 +106,7 @@ def states_of_others() -> Iterator[None]:
         yield
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"echo: `source` cannot return to its state ({type(error).__name__}: {error}): pass a state "
+            "echo: `source` cannot return to its state "
+            f"({type(error).__name__}: {error}): pass a state "
             "that get_state() returned for this source"
         ) from error

@@ -47,7 +47,8 @@ def augmentation_keys(
         )
         raise ValueError(
             f"echo.augmentation_keys: `key` is {description}: pass one key of "
-            "jax.random.key, or for a legacy jax.random.PRNGKey its jax.random.wrap_key_data"
+            "jax.random.key, or for a legacy jax.random.PRNGKey its "
+            "jax.random.wrap_key_data"
         )
     ordinal, copy = jnp.broadcast_arrays(
         jnp.asarray(ordinal), jnp.asarray(copy)
@@ -105,7 +106,8 @@ def echo_step(
     copies = _checks.index(factor)
     if copies is None or copies < 1:
         raise ValueError(
-            f"echo.echo_step: `factor` is {_checks.spell(factor)}: pass a whole number >= 1, or use "
+            f"echo.echo_step: `factor` is {_checks.spell(factor)}: pass a "
+            "whole number >= 1, or use "
             "echo.echo"
         )
 

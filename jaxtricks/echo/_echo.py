@@ -188,7 +188,8 @@ def _changes(factor: Sequence[Any]) -> Factor:
     ]
     if starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(
-            "echo.echo: (element, factor) pairs in `factor` must begin at element 0 and go up"
+            "echo.echo: (element, factor) pairs in `factor` must begin at "
+            "element 0 and go up"
         )
     return tuple(
         (i, rational(f)) for i, (_, f) in zip(starts, factor, strict=True)
@@ -232,7 +233,8 @@ def _distance(
         and distance < batch_size
     ):
         raise ValueError(
-            f"echo.echo: `distance` {distance} is smaller than `batch_size` {batch_size}, so that "
+            f"echo.echo: `distance` {distance} is smaller than `batch_size` "
+            f"{batch_size}, so that "
             "copies could share a batch: leave it out or make it larger"
         )
     return distance, distance

@@ -32,7 +32,8 @@ class _GrainSource:
         if saved != current:
             raise ValueError(
                 f"echo: the state was saved with {_spell(saved)}, this pipeline has "
-                f"{_spell(current)}: use the same number of workers (mp_prefetch) and the same steps"
+                f"{_spell(current)}: use the same number of workers "
+                "(mp_prefetch) and the same steps"
             )
 
     def rewind(self, snapshot: Any) -> None:

@@ -167,8 +167,10 @@ class Recipe:
         if distance < self.least:
             need = self._held(self.least) * nbytes
             raise ValueError(
-                f"echo.echo: `max_bytes` {self.max_bytes} is too little for elements of {nbytes} bytes at "
-                f"a distance of {self.least}: give {need}, or a smaller batch_size or distance"
+                f"echo.echo: `max_bytes` {self.max_bytes} is too little for "
+                f"elements of {nbytes} bytes at "
+                f"a distance of {self.least}: give {need}, or a smaller "
+                "batch_size or distance"
             )
         return distance
 
@@ -276,7 +278,8 @@ class IterableSource:
                 self.read()
             except StopIteration:
                 raise ValueError(
-                    f"echo: `source` ended before element {count} of the state: it must give the "
+                    f"echo: `source` ended before element {count} of the "
+                    "state: it must give the "
                     "same elements again"
                 ) from None
 
@@ -378,7 +381,8 @@ def _length(source: Any) -> int:
 
 def _read_already() -> ValueError:
     return ValueError(
-        "echo: `source` is an iterator that has been read already and cannot start again: pass the "
+        "echo: `source` is an iterator that has been read already and cannot "
+        "start again: pass the "
         "function that makes it, or a list"
     )
 

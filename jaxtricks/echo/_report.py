@@ -114,7 +114,8 @@ def report(
         or not 1 <= max_factor <= _checks.MOST_COPIES
     ):
         raise ValueError(
-            f"echo.report: `max_factor` is {_checks.spell(max_factor)}: pass a number from 1 to "
+            f"echo.report: `max_factor` is {_checks.spell(max_factor)}: pass a "
+            "number from 1 to "
             f"{_checks.MOST_COPIES}"
         )
     work = after or _same

@@ -224,7 +224,8 @@ def rational(factor: object) -> Fraction:
         )
     if factor > _checks.MOST_COPIES:
         raise ValueError(
-            f"echo.echo needs `factor` <= {_checks.MOST_COPIES}, got {float(min(factor, 10**300)):.6g}: "
+            f"echo.echo needs `factor` <= {_checks.MOST_COPIES}, got "
+            f"{float(min(factor, 10**300)):.6g}: "
             "repeat less, or clip the factors of the rarest classes"
         )
     return factor

@@ -276,14 +276,16 @@ class Stream:
         """Raise ValueError unless `state` may have returned this, in any process."""
         if not isinstance(state, Mapping):
             raise ValueError(
-                f"echo: the state is {_checks.spell(state)}: pass the dict that get_state() returned"
+                f"echo: the state is {_checks.spell(state)}: pass the dict "
+                "that get_state() returned"
             )
         saved = state.get("schedule", self._name)
         if not isinstance(saved, str):
             raise _checks.damaged("schedule", saved)
         if saved != self._name:
             raise ValueError(
-                f"echo: the state was saved by ({repr(saved)[1:-1]:.200}), this is ({self._name}): "
+                f"echo: the state was saved by ({repr(saved)[1:-1]:.200}), "
+                f"this is ({self._name}): "
                 "use the same factor, schedule and distance"
             )
         for name in (
@@ -296,13 +298,15 @@ class Stream:
         ):
             if name not in state:
                 raise ValueError(
-                    f"echo: the state has no `{name}`: pass the dict that get_state() returned"
+                    f"echo: the state has no `{name}`: pass the dict that "
+                    "get_state() returned"
                 )
         elements = _checks.field(state, "elements", least=-1)
         if min(elements, self._elements) >= 0 and elements != self._elements:
             raise ValueError(
                 f"echo: the state was saved over {elements} elements, this source has "
-                f"{self._elements}: use the same data, and in Grain the same number of workers"
+                f"{self._elements}: use the same data, and in Grain the same "
+                "number of workers"
             )
         first = _checks.field(
             state,
@@ -332,7 +336,8 @@ class Stream:
             ready = self._replay_to(state)
         except StopIteration:
             raise ValueError(
-                "echo: `source` ended before the position of the state: it must give the same elements "
+                "echo: `source` ended before the position of the state: it "
+                "must give the same elements "
                 "again"
             ) from None
         if self._first != state["first"]:
@@ -485,7 +490,8 @@ class Watch:
             for leaf in jax.tree.leaves(element)
         ):
             raise ValueError(
-                f"echo: the arrays of element {ordinal} were deleted before copy {copy} went out: don't "
+                f"echo: the arrays of element {ordinal} were deleted before "
+                f"copy {copy} went out: don't "
                 "donate the batch (donate_argnums) where the same one comes again"
             )
         if (
@@ -493,7 +499,8 @@ class Watch:
             and _fingerprint(jax.tree.leaves(element)) != self._seen
         ):
             raise ValueError(
-                f"echo: `source` has changed the arrays of element {ordinal} after giving them, as one "
+                f"echo: `source` has changed the arrays of element {ordinal} "
+                "after giving them, as one "
                 "that reuses a buffer does: let it give copies, by x.copy()"
             )
         return self._on_device or ordinal < self._ordinal

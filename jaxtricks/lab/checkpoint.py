@@ -147,7 +147,8 @@ class Checkpoints:
             self._manager.reload()
         if steps:
             raise UserError(
-                f"no checkpoint in {self._folder} can be read: give another --out to start anew"
+                f"no checkpoint in {self._folder} can be read: give another "
+                "--out to start anew"
             )
         return None
 
@@ -196,8 +197,10 @@ class Checkpoints:
                     layout.get(path, "nothing") for layout in (saved, target)
                 )
                 raise UserError(
-                    f"checkpoint {self._folder / str(step)} is of another model: {path} is {there} in it "
-                    f"and {here} here; give the settings that it was saved with, or another --out"
+                    f"checkpoint {self._folder / str(step)} is of another "
+                    f"model: {path} is {there} in it "
+                    f"and {here} here; give the settings that it was saved "
+                    "with, or another --out"
                 )
 
     def _steps(self) -> list[int]:
@@ -230,8 +233,10 @@ class Checkpoints:
             return action()
         except Exception as error:  # a full disk: OSError here, ValueError from TensorStore there
             raise UserError(
-                f"can't write checkpoints to {self._folder} ({_reason(error)}): free space or give "
-                "another --out; what was saved before is whole, and --resume goes on from there"
+                f"can't write checkpoints to {self._folder} "
+                f"({_reason(error)}): free space or give "
+                "another --out; what was saved before is whole, and --resume "
+                "goes on from there"
             ) from error
 
 

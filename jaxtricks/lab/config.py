@@ -119,7 +119,8 @@ def check_budget(text: str, name: str) -> None:
         size = float(match[1]) * _UNITS[match[2]]
     if not 0 <= size < 2**63:
         raise UserError(
-            f"{name} is {reprlib.repr(text)}: give a size such as 4GiB, or a fraction such as 0.5"
+            f"{name} is {reprlib.repr(text)}: give a size such as 4GiB, or a "
+            "fraction such as 0.5"
         )
     if not size:
         raise UserError(f"{name} must be above 0, not {text}")
@@ -153,7 +154,8 @@ def check_outside(out: str, **folders: str) -> None:
         inside, around = os.path.realpath(out), os.path.realpath(folder)
         if inside == around or inside.startswith(os.path.join(around, "")):
             raise UserError(
-                f"--out {out} lies in --{name} {folder}, where it would be taken for a class of "
+                f"--out {out} lies in --{name} {folder}, where it would be "
+                "taken for a class of "
                 "images: give an --out outside of it"
             )
 
@@ -198,16 +200,20 @@ class Parallel:
 
     mesh: str = option(
         "",
-        "Devices along each axis of the mesh, such as data=4,model=2: examples are split over data, "
-        "kernels over model. If absent: one device, or all devices of all hosts over data.",
+        "Devices along each axis of the mesh, such as data=4,model=2: examples "
+        "are split over data, "
+        "kernels over model. If absent: one device, or all devices of all "
+        "hosts over data.",
     )
     fsdp: bool = option(
         False, "Split parameters and optimizer state over data too (ZeRO-3)."
     )
     coordinator: str = option(
         "",
-        "Several hosts: HOST:PORT of process 0, the same everywhere, with --processes and --process; or "
-        "auto on a cluster (Slurm, Open MPI, Kubernetes, Cloud TPU). --out must be on a shared disk.",
+        "Several hosts: HOST:PORT of process 0, the same everywhere, with "
+        "--processes and --process; or "
+        "auto on a cluster (Slurm, Open MPI, Kubernetes, Cloud TPU). --out "
+        "must be on a shared disk.",
     )
     processes: int = option(
         0, "Processes, one per host, with --coordinator HOST:PORT."
@@ -228,7 +234,8 @@ class Parallel:
             devices = int(size) if size.isdecimal() and len(size) < 7 else 0
             if name not in (DATA, MODEL) or name in axes or devices < 1:
                 raise UserError(
-                    f"--mesh {self.mesh} can't be read: give sizes such as data=4,model=2"
+                    f"--mesh {self.mesh} can't be read: give sizes such as "
+                    "data=4,model=2"
                 )
             axes[name] = devices
         return axes and {DATA: axes.get(DATA, 1), MODEL: axes.get(MODEL, 1)}
@@ -260,7 +267,8 @@ class Parallel:
         if not self.coordinator or self.coordinator == "auto":
             if has_count:
                 raise UserError(
-                    "--processes and --process need --coordinator HOST:PORT of process 0"
+                    "--processes and --process need --coordinator HOST:PORT of "
+                    "process 0"
                 )
             return
         # From the right: IPv6 addresses have colons.
@@ -272,7 +280,8 @@ class Parallel:
             or not 0 < int(port) < 2**16
         ):
             raise UserError(
-                f"--coordinator {self.coordinator} is not an address: give HOST:PORT of process 0, "
+                f"--coordinator {self.coordinator} is not an address: give "
+                "HOST:PORT of process 0, "
                 "or auto"
             )
         if not 0 <= self.process < self.processes:
@@ -371,14 +380,18 @@ class Train:
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
     data: str = option(
         "auto",
-        "A folder or a zip of class folders ([train|val|test/]CLASS/*), FILE.npz (images, labels), "
-        "FILE.array_record or a folder of them, FILE.txt, LIST.txt with --root, package.module:function "
-        "(any random-access source), 'digits' or 'topics' (both embedded). 'auto' is digits, or topics "
+        "A folder or a zip of class folders ([train|val|test/]CLASS/*), "
+        "FILE.npz (images, labels), "
+        "FILE.array_record or a folder of them, FILE.txt, LIST.txt with "
+        "--root, package.module:function "
+        "(any random-access source), 'digits' or 'topics' (both embedded). "
+        "'auto' is digits, or topics "
         "for the transformer.",
     )
     root: str = option(
         "",
-        "Folder that the paths in --data LIST.txt begin in; each line of the list is a path and a label, "
+        "Folder that the paths in --data LIST.txt begin in; each line of the "
+        "list is a path and a label, "
         "as ImageNet-LT, Places-LT and iNaturalist have them.",
     )
     check_data: bool = option(
@@ -386,7 +399,8 @@ class Train:
     )
     skip_unreadable: bool = option(
         False,
-        "Name the files that can't be read, leave them out, and train; if one breaks later on, another "
+        "Name the files that can't be read, leave them out, and train; if one "
+        "breaks later on, another "
         "one of its class takes its place.",
     )
     size: int = option(
@@ -402,7 +416,8 @@ class Train:
     test: float = option(0.2, "The same for the test split.")
     out: str = option(
         "runs/train",
-        "Run directory to create: report.md, config.json, metrics.jsonl, checkpoints and more.",
+        "Run directory to create: report.md, config.json, metrics.jsonl, "
+        "checkpoints and more.",
     )
     resume: bool = option(
         False,
@@ -436,7 +451,8 @@ class Train:
     )
     ema: float = option(
         0.0,
-        "Decay of the moving average of the parameters that is evaluated; 0: no average.",
+        "Decay of the moving average of the parameters that is evaluated; 0: "
+        "no average.",
     )
     imbalance: float = option(
         1.0,
@@ -446,20 +462,25 @@ class Train:
     sampling: Literal["instance", "square-root", "balanced", "progressive"] = (
         option(
             "instance",
-            "How classes are sampled: as the data has them, by the square root of their counts, evenly, or "
-            "from the data to evenly over the run. All but instance sample with replacement.",
+            "How classes are sampled: as the data has them, by the square root "
+            "of their counts, evenly, or "
+            "from the data to evenly over the run. All but instance sample "
+            "with replacement.",
         )
     )
     echo_factor: float | Literal["auto"] = option(
         2.0,
-        "Uses of each image read, when echo is on; auto follows how much slower reading is than the step.",
+        "Uses of each image read, when echo is on; auto follows how much "
+        "slower reading is than the step.",
         least=1,
         most=1000,
     )
     remat_budget: str | None = option(
         None,
-        "Peak bytes of the training step, such as 4GiB, or a fraction of what it needs, such as 0.5: what "
-        "to recompute is planned once, before training, in place of remat's every block.",
+        "Peak bytes of the training step, such as 4GiB, or a fraction of what "
+        "it needs, such as 0.5: what "
+        "to recompute is planned once, before training, in place of remat's "
+        "every block.",
     )
     seed: int = option(
         0,
@@ -484,7 +505,8 @@ class Train:
     )
     tensorboard: bool = option(
         False,
-        "Write TensorBoard events into the run directory too; needs jaxtricks[tensorboard].",
+        "Write TensorBoard events into the run directory too; needs "
+        "jaxtricks[tensorboard].",
     )
     wandb: str = option(
         "", "Weights & Biases project to log to; needs jaxtricks[wandb]."
@@ -535,7 +557,8 @@ class Train:
         for name in ("resume", "check_data"):
             if getattr(self, name):
                 raise UserError(
-                    f"{flag(name)} is an option of train, and {command} has none: drop it"
+                    f"{flag(name)} is an option of train, and {command} has "
+                    "none: drop it"
                 )
 
     def _check_paths(self) -> None:
@@ -556,7 +579,8 @@ class Train:
         check_ranges(self.text)
         if self.text.features % self.text.heads:
             raise UserError(
-                f"--features {self.text.features} does not divide into {self.text.heads} --heads: "
+                f"--features {self.text.features} does not divide into "
+                f"{self.text.heads} --heads: "
                 "choose a multiple"
             )
         if self.imbalance != 1:
@@ -570,7 +594,8 @@ class Train:
         words = f"--sampling {self.sampling}"
         if self.tricks.longtail:
             raise UserError(
-                f"{words} and --longtail both make up for the class counts, together twice: drop one"
+                f"{words} and --longtail both make up for the class counts, "
+                "together twice: drop one"
             )
         if self.model == "transformer":
             raise UserError(
@@ -582,7 +607,8 @@ class Train:
             and self.echo_factor == "auto"
         ):
             raise UserError(
-                f"{words} must know how many images the run reads: give --echo-factor a number"
+                f"{words} must know how many images the run reads: give "
+                "--echo-factor a number"
             )
 
 
@@ -629,7 +655,8 @@ class LrFind(Train):
         self.check_alone("lr-find")
         if not 0 < self.lo < self.hi < math.inf:
             raise UserError(
-                f"--lo {self.lo} and --hi {self.hi} are not a range: give finite 0 < lo < hi"
+                f"--lo {self.lo} and --hi {self.hi} are not a range: give "
+                "finite 0 < lo < hi"
             )
 
 
@@ -649,7 +676,8 @@ class Plan(Train):
     }
     remat_budget: str | None = option(
         None,
-        "Bytes, such as 4GiB or 12345678, or a fraction of what the step needs as it is, such as 0.5.",
+        "Bytes, such as 4GiB or 12345678, or a fraction of what the step needs "
+        "as it is, such as 0.5.",
         name="budget",
     )
     wrt: Literal["peak", "temp"] = option(
@@ -658,7 +686,8 @@ class Plan(Train):
     )
     topology: str | None = option(
         None,
-        "A TPU that is not attached, such as v5e:2x2: its first chip. Needs jaxtricks[tpu].",
+        "A TPU that is not attached, such as v5e:2x2: its first chip. Needs "
+        "jaxtricks[tpu].",
     )
     max_compiles: int = option(
         6,
@@ -668,7 +697,8 @@ class Plan(Train):
     )
     data: str = option(
         "auto",
-        "Data whose shapes count, as in train; 'auto' reads none, but takes --size and so on.",
+        "Data whose shapes count, as in train; 'auto' reads none, but takes "
+        "--size and so on.",
     )
     size: int = option(
         0,
@@ -742,7 +772,8 @@ class Fuse:
     )
     out: str = option(
         "",
-        "Directory to create: model.safetensors, model.stablehlo, fuse.json; RUN/fused if absent.",
+        "Directory to create: model.safetensors, model.stablehlo, fuse.json; "
+        "RUN/fused if absent.",
     )
     batch: int = option(
         64,
@@ -766,7 +797,8 @@ class Ablate:
 
     data: str = option(
         "digits",
-        "'digits' (embedded), a folder or a zip of class folders, or other images as in train.",
+        "'digits' (embedded), a folder or a zip of class folders, or other "
+        "images as in train.",
     )
     root: str = option(
         "", "Folder that the paths in --data LIST.txt begin in, as in train."
@@ -793,7 +825,8 @@ class Ablate:
     widths: tuple[int, ...] = option((16, 32), "Channels of each stage.")
     search: bool = option(
         True,
-        "Search greedily for the best subset, on the validation split: at most a run per trick.",
+        "Search greedily for the best subset, on the validation split: at most "
+        "a run per trick.",
     )
     resume: bool = option(
         False,

@@ -66,11 +66,13 @@ class Placement:
         size = axes[DATA] * axes[MODEL]
         if size > len(devices):
             raise UserError(
-                f"--mesh {cfg.mesh} has {size} devices, but there are {len(devices)}: lower it"
+                f"--mesh {cfg.mesh} has {size} devices, but there are "
+                f"{len(devices)}: lower it"
             )
         if several_hosts and size < len(devices):
             raise UserError(
-                f"--mesh {cfg.mesh} leaves devices of some host unused: make it {len(devices)} devices"
+                f"--mesh {cfg.mesh} leaves devices of some host unused: make "
+                f"it {len(devices)} devices"
             )
         types = (AxisType.Auto,) * len(axes)
         mesh = jax.make_mesh(
@@ -95,7 +97,8 @@ class Placement:
         """Raise UserError if a micro-batch does not divide over the mesh."""
         if batch % self.mesh.shape[DATA]:
             raise UserError(
-                f"a micro-batch of {batch} does not divide over {self.mesh.shape[DATA]} devices: "
+                f"a micro-batch of {batch} does not divide over "
+                f"{self.mesh.shape[DATA]} devices: "
                 "choose another --batch"
             )
 
@@ -231,7 +234,8 @@ class Hosts:
             texts = self._meeting.exchange(json.dumps(value), _SECONDS_TO_JOIN)
         except RuntimeError as error:
             raise HostLostError(
-                f"another host did not answer within {_SECONDS_TO_JOIN} s: start all of them again "
+                f"another host did not answer within {_SECONDS_TO_JOIN} s: "
+                "start all of them again "
                 "with --resume"
             ) from error
         return [json.loads(text) for text in texts]

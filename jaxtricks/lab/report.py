@@ -226,7 +226,8 @@ def _quality(run: Run) -> str:
             (name, *_text_cells(summary)) for name, summary in splits.items()
         ]
         legend = (
-            "Nats and bits per character are the same loss in two units (1 nat is 1.443 bits): lower is "
+            "Nats and bits per character are the same loss in two units (1 nat "
+            "is 1.443 bits): lower is "
             "better, and a uniform guess among K characters scores log2 K bits."
         )
     else:
@@ -251,7 +252,8 @@ def _skipped(run: Run) -> str:
     if not count:
         return ""
     return (
-        f"{count} images broke while the run read them and were skipped: in training another image of the "
+        f"{count} images broke while the run read them and were skipped: in "
+        "training another image of the "
         "class took the place of each, and the evaluations are without them."
     )
 
@@ -275,7 +277,8 @@ def _legend(counts: Sequence[int]) -> str:
     )
     sizes = ", ".join(f"{n} {name}" for name, n in group_sizes(counts).items())
     return (
-        "Balanced accuracy is the mean over the classes of each class's accuracy, so that rare classes "
+        "Balanced accuracy is the mean over the classes of each class's "
+        "accuracy, so that rare classes "
         f"weigh as much as common ones; many, medium and few are that mean over {by}"
         f"{f' ({sizes})' if counts else ''}."
     )
@@ -393,7 +396,8 @@ def _again(about: dict[str, Any]) -> str:
     resume = shlex.join([*words, "--out", out, "--resume"])
     return (
         f"To repeat it in a new directory:\n\n```\n{repeat}\n```\n\n"
-        f"To go on from the newest checkpoint, if it was stopped:\n\n```\n{resume}\n```\n\n"
+        "To go on from the newest checkpoint, if it was "
+        f"stopped:\n\n```\n{resume}\n```\n\n"
         "config.json beside this report holds every setting, defaults included."
     )
 

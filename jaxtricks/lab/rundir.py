@@ -253,14 +253,17 @@ def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
             )
     for name in old.keys() - new.keys():
         raise UserError(
-            f"--resume: {path} was begun with {_option(name, old[name])}, which this version of jaxtricks "
-            f"does not know: use the one that began it ({_version(before)}), or give another --out"
+            f"--resume: {path} was begun with {_option(name, old[name])}, "
+            "which this version of jaxtricks "
+            f"does not know: use the one that began it ({_version(before)}), "
+            "or give another --out"
         )
     old, new = _flat(before.get("data", {})), _flat(now.get("data", {}))
     for name in new:
         if name != "notes" and old.get(name, new[name]) != new[name]:
             raise UserError(
-                f"--resume: the data set has changed since {path} was begun ({name}: {old.get(name)} then, "
+                f"--resume: the data set has changed since {path} was begun "
+                f"({name}: {old.get(name)} then, "
                 f"{new[name]} now): restore it or give another --out"
             )
 
@@ -364,7 +367,8 @@ def _lock(folder: pathlib.Path) -> int | None:
         )
         os.close(descriptor)
         raise UserError(
-            f"{folder} is being written by {who}: wait until it ends, or give another --out"
+            f"{folder} is being written by {who}: wait until it ends, or give "
+            "another --out"
         ) from error
     except OSError:  # a disk without locks
         os.close(descriptor)
@@ -642,7 +646,8 @@ def read(path: str | pathlib.Path) -> Run:
         )
     if "seeds" in config:
         raise UserError(
-            f"{path} is an ablation, whose runs are compared in {folder / 'report.md'}: "
+            f"{path} is an ablation, whose runs are compared in "
+            f"{folder / 'report.md'}: "
             "give a directory of `jaxtricks train --out`"
         )
     result = _json(folder / RESULT)
@@ -654,7 +659,8 @@ def read(path: str | pathlib.Path) -> Run:
         problem = misfit(value, kind)
         if problem:
             raise UserError(
-                f"{folder / name} is damaged ({problem}): restore it, or leave out the run"
+                f"{folder / name} is damaged ({problem}): restore it, or leave "
+                "out the run"
             )
     return Run(
         folder, about, _rows(folder / METRICS), _rows(folder / TIMING), result

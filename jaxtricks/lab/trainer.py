@@ -116,7 +116,8 @@ class Trainer:
             Exception
         ) as error:  # the datasets of Grain and those here fail in many ways
             raise UserError(
-                f"the checkpoint of step {restored.step} in {self.folder.path} does not say how far its "
+                f"the checkpoint of step {restored.step} in {self.folder.path} "
+                "does not say how far its "
                 f"data was read ({error!r}): remove it to use the one before"
             ) from error
         if sentence:
@@ -228,7 +229,8 @@ class Trainer:
         broken = dict(self.data.train.skipped)
         for name in list(broken)[self._reported :]:
             progress.console.print(
-                f"{name} can't be read any more ({broken[name]}): another image of its class is used",
+                f"{name} can't be read any more ({broken[name]}): another "
+                "image of its class is used",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -430,7 +432,8 @@ class Divergence:
         finite = self._all_finite((state.params, state.model_state))
         if not (all(map(math.isfinite, losses)) and bool(finite)):
             raise self._diverged(
-                f"the loss or a parameter is not finite at step {step} or shortly before"
+                f"the loss or a parameter is not finite at step {step} or "
+                "shortly before"
             )
 
     def _diverged(self, what: str) -> UserError:

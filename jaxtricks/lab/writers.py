@@ -94,7 +94,8 @@ class WandB:
             )
         except wandb.Error as error:
             raise UserError(
-                f"--wandb {project} can't start ({' '.join(str(error).split())}): run `wandb login`, set "
+                f"--wandb {project} can't start "
+                f"({' '.join(str(error).split())}): run `wandb login`, set "
                 "WANDB_MODE=offline, or drop it"
             ) from error
         if (

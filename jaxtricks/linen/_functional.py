@@ -95,7 +95,8 @@ def functional(
             y, updated = call(train, variables, inputs, kwargs, rngs)
         except flax.errors.InvalidRngError as error:
             raise ValueError(
-                "linen.functional: this call draws random numbers and needs `key`: pass "
+                "linen.functional: this call draws random numbers and needs "
+                "`key`: pass "
                 f"key=jax.random.key(...), or train=False ({error})"
             ) from None
         return y, _layers.pruned({**state, **_plain(updated)}, state)
@@ -228,7 +229,8 @@ def _check_modes(train: bool, modes: Mapping[str, bool]) -> None:
     if wrong and (not train or len(wrong) == len(modes)):
         does = "evaluates" if train else "trains"
         raise ValueError(
-            f"linen.functional: {min(wrong)!r} {does} with train={train}, since neither "
+            f"linen.functional: {min(wrong)!r} {does} with train={train}, "
+            "since neither "
             "an argument of the module's call nor an attribute of it is a known flag: "
             "pass `train_kwargs`, or {} if it is meant to stay so"
         )

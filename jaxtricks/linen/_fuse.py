@@ -176,7 +176,8 @@ def fuse(
     """
     if example is None:
         raise ValueError(
-            "linen.fuse: `example` is missing: a linen module makes its layers while it "
+            "linen.fuse: `example` is missing: a linen module makes its layers "
+            "while it "
             "is called; pass an input"
         )
     evaluated = EvaluatedModule(module, variables, example, example_kwargs)

@@ -442,7 +442,8 @@ def frozen_norm(norm: nn.Module, variables: Variables) -> reparam.Norm:
     statistics = variables.get("batch_stats", {})
     if "mean" not in statistics:
         raise ValueError(
-            f"linen: {type(norm).__name__} has no running statistics and does not fuse; "
+            f"linen: {type(norm).__name__} has no running statistics and does "
+            "not fuse; "
             "use nn.BatchNorm or ExtendedBatchNorm"
         )
     params = variables.get("params", {})

@@ -66,7 +66,8 @@ def class_counts(
     num_classes = int(num_classes)
     if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"longtail.class_counts needs integer `labels`, got {labels.dtype}: cast them"
+            "longtail.class_counts needs integer `labels`, got "
+            f"{labels.dtype}: cast them"
         )
     if xp is np:
         if (
@@ -97,7 +98,8 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
     names = [str(name) for name in names]
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise ValueError(
-            f"longtail.class_counts: `names` are {len(names)}, {len(set(names))} of them different, for "
+            f"longtail.class_counts: `names` are {len(names)}, "
+            f"{len(set(names))} of them different, for "
             f"{num_classes} classes: give every class a number"
         )
     if (
@@ -108,7 +110,8 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
         flat = [str(label) for label in np.asarray(labels).reshape(-1)]
         if unknown := sorted(set(flat) - set(names)):
             raise ValueError(
-                f"longtail.class_counts: {unknown[0]!r} is among the `labels` and not among the `names`: "
+                f"longtail.class_counts: {unknown[0]!r} is among the `labels` "
+                "and not among the `names`: "
                 "add it"
             )
         return np.array([index[label] for label in flat], np.int64)
@@ -117,7 +120,8 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
             c for c, name in enumerate(_in_order(names)) if name != names[c]
         )
         raise ValueError(
-            f"longtail.class_counts: `names` has {names[c]!r} in place {c}, which is the order of strings, "
+            f"longtail.class_counts: `names` has {names[c]!r} in place {c}, "
+            "which is the order of strings, "
             "not of numbers: sort them by number, or count labels that are names"
         )
     return labels
@@ -149,7 +153,8 @@ def as_vector(name: str, values: object) -> Array:
     if seen_values is not None and np.any(bad := ~(seen_values >= 0)):
         c = int(np.argmax(bad))
         raise ValueError(
-            f"longtail.{name} is {seen_values[c]} for class {c}: pass numbers that are not negative, 0 for "
+            f"longtail.{name} is {seen_values[c]} for class {c}: pass numbers "
+            "that are not negative, 0 for "
             "a class without examples"
         )
     return vector
@@ -177,7 +182,8 @@ def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
     outside = ((values < 0) | (values >= num_classes)) & mask
     if np.any(outside):
         raise ValueError(
-            f"longtail: `labels` has {values[outside][0]} where the logits have {num_classes} classes: mask "
+            f"longtail: `labels` has {values[outside][0]} where the logits "
+            f"have {num_classes} classes: mask "
             "it with `where`, or correct it"
         )
 
@@ -216,7 +222,8 @@ def same_shape(name: str, values: Any, shape: tuple[int, ...]) -> Array:
     array = jnp.asarray(values)
     if array.shape != tuple(shape):
         raise ValueError(
-            f"longtail: `{name}` has shape {array.shape} where {tuple(shape)} fits the logits: pass one "
+            f"longtail: `{name}` has shape {array.shape} where {tuple(shape)} "
+            "fits the logits: pass one "
             "entry per example"
         )
     return array

@@ -555,7 +555,8 @@ def _vector(name: str, values: Array, z: Array) -> Array:
     """Return [C] values in the logits' dtype, with their leading axes."""
     if values.shape != z.shape[-1:]:
         raise ValueError(
-            f"longtail.{name} has shape {values.shape} where the logits have {z.shape[-1]} "
+            f"longtail.{name} has shape {values.shape} where the logits have "
+            f"{z.shape[-1]} "
             "classes: pass one number per class"
         )
     return rows(values.astype(z.dtype), z)

@@ -549,7 +549,8 @@ def _per_class(name: str, values: Array | Scalar, form: Affine) -> Array:
     num_classes = form.offset.shape[-1]
     if values.shape not in ((), (num_classes,)):
         raise ValueError(
-            f"longtail.{name} has shape {values.shape} where the logits have {num_classes} classes: "
+            f"longtail.{name} has shape {values.shape} where the logits have "
+            f"{num_classes} classes: "
             "pass one number per class"
         )
     return jnp.broadcast_to(values.astype(form.gain.dtype), (num_classes,))

@@ -97,7 +97,8 @@ class EqualizationV2:
         z, q, inside = read_inputs(logits, labels, where)
         if z.shape[-1] != self.num_classes + self.background:
             raise ValueError(
-                f"longtail.equalization_v2: `logits` have {z.shape[-1]} classes where the pair has "
+                f"longtail.equalization_v2: `logits` have {z.shape[-1]} "
+                "classes where the pair has "
                 f"{self.num_classes + self.background}: pass another `num_classes`"
             )
         down = self._negative_weight(state, z)
@@ -197,7 +198,8 @@ def equalization_v2(
 def check_num_classes(name: str, num_classes: int) -> None:
     if num_classes < 1:
         raise ValueError(
-            f"longtail.{name} needs `num_classes` >= 1, got {num_classes}: pass the number of classes"
+            f"longtail.{name} needs `num_classes` >= 1, got {num_classes}: "
+            "pass the number of classes"
         )
 
 
@@ -298,7 +300,8 @@ class ClassMean:
         """
         if features.shape[-1] != self.num_features:
             raise ValueError(
-                f"longtail.class_mean: `features` are {features.shape[-1]} wide where the pair has "
+                f"longtail.class_mean: `features` are {features.shape[-1]} "
+                "wide where the pair has "
                 f"{self.num_features}: pass another `num_features`"
             )
         x = floating(jax.lax.stop_gradient(jnp.asarray(features)))
@@ -377,7 +380,8 @@ def class_mean(
     check_num_classes("class_mean", num_classes)
     if num_features < 1:
         raise ValueError(
-            f"longtail.class_mean needs `num_features` >= 1, got {num_features}: pass the width of "
+            "longtail.class_mean needs `num_features` >= 1, got "
+            f"{num_features}: pass the width of "
             "the features"
         )
     return ClassMean(momentum, int(num_classes), int(num_features), axis_name)

@@ -80,7 +80,8 @@ class OnlineSeesaw:
         )
         if batch.shape != state.counts.shape:
             raise ValueError(
-                f"longtail.online_seesaw: `logits` have {batch.shape[0]} classes where the state "
+                f"longtail.online_seesaw: `logits` have {batch.shape[0]} "
+                "classes where the state "
                 f"has {state.counts.shape[0]}: pass another `num_classes`"
             )
         counts = state.counts + jax.lax.stop_gradient(batch)

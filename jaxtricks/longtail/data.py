@@ -192,7 +192,8 @@ def longtail_indices(
         indices = np.flatnonzero(labels == c)
         if len(indices) < n:
             raise ValueError(
-                f"longtail.data.longtail_indices: `counts` asks for {n} examples of class {c}, "
+                f"longtail.data.longtail_indices: `counts` asks for {n} "
+                f"examples of class {c}, "
                 f"which has {len(indices)}: lower n_max"
             )
         random.shuffle(indices)
@@ -207,7 +208,8 @@ def _check(name: str, n_max: Real, num_classes: Whole, imbalance: Real) -> None:
         )
     if not imbalance >= 1:
         raise ValueError(
-            f"longtail.data.{name}: `imbalance` is n_max / n_min >= 1, got {imbalance}: "
+            f"longtail.data.{name}: `imbalance` is n_max / n_min >= 1, got "
+            f"{imbalance}: "
             "pass its reciprocal"
         )
 

@@ -63,14 +63,16 @@ def find(name: str, params: Params, head: str) -> Head:
             or list(leaves)
         )
         raise ValueError(
-            f"longtail.decoupling.{name}: `head` {head!r} matches {len(kernels) or 'no'} "
+            f"longtail.decoupling.{name}: `head` {head!r} matches "
+            f"{len(kernels) or 'no'} "
             f"kernel{'s' * (len(kernels) != 1)}, and must match one of {_listed(some)}"
         )
     kernel = kernels[0]
     if len(leaves[kernel].shape) != 2:
         raise ValueError(
             f"longtail.decoupling.{name}: the kernel {path_of(kernel)!r} has shape "
-            f"{leaves[kernel].shape}, not [D, C]: pass the path of the classifier as `head`"
+            f"{leaves[kernel].shape}, not [D, C]: pass the path of the "
+            "classifier as `head`"
         )
     bias = (*kernel[:-1], "bias")
     bias = bias if bias in leaves else None
@@ -83,12 +85,14 @@ def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not all(isinstance(key, jax.tree_util.DictKey) for key in path):
             raise ValueError(
-                f"longtail.decoupling.{name}: `params` is not a nested dict at {_tree.path_str(path)!r}: "
+                f"longtail.decoupling.{name}: `params` is not a nested dict at "
+                f"{_tree.path_str(path)!r}: "
                 'pass variables["params"] of linen or the params of jt.nnx.functional'
             )
         if not path or not hasattr(leaf, "shape"):
             raise ValueError(
-                f"longtail.decoupling.{name}: `params` is a {type(params).__name__} with a leaf that is not "
+                f"longtail.decoupling.{name}: `params` is a "
+                f"{type(params).__name__} with a leaf that is not "
                 "an array: give a nested dict of arrays"
             )
         leaves[tuple(key.key for key in path)] = leaf
@@ -141,7 +145,8 @@ def beside(
     for key in new:
         if key in get(params, classifier.layer):
             raise ValueError(
-                f"longtail.decoupling.{name}: there is a {key!r} beside {path_of(classifier.kernel)!r} "
+                f"longtail.decoupling.{name}: there is a {key!r} beside "
+                f"{path_of(classifier.kernel)!r} "
                 "already: pass the params of the first stage"
             )
     paths = {(*classifier.layer, key): value for key, value in new.items()}
@@ -285,7 +290,8 @@ def fold_lws(params: Params, *, head: str) -> Params:
     layer = get(params, classifier.layer)
     if not isinstance(layer.get("scale"), Array):
         raise ValueError(
-            f"longtail.decoupling.fold_lws: there is no scale beside {path_of(classifier.kernel)!r}: pass "
+            "longtail.decoupling.fold_lws: there is no scale beside "
+            f"{path_of(classifier.kernel)!r}: pass "
             "the params that decoupling.lws returned"
         )
     paths = (
@@ -408,7 +414,8 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     classifier = find("ncm", params, head)
     if classifier.bias is None:
         raise ValueError(
-            f"longtail.decoupling.ncm: there is no bias beside {path_of(classifier.kernel)!r}: give the "
+            "longtail.decoupling.ncm: there is no bias beside "
+            f"{path_of(classifier.kernel)!r}: give the "
             "head one, or use heads.ncm on the features"
         )
     if (
@@ -416,8 +423,10 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
         or centroids.means.shape != classifier.value.shape[::-1]
     ):
         raise ValueError(
-            f"longtail.decoupling.ncm: `centroids` of kind {centroids.kind!r} and shape "
-            f"{centroids.means.shape} do not fit the kernel {classifier.value.shape}: pass those of kind "
+            f"longtail.decoupling.ncm: `centroids` of kind {centroids.kind!r} "
+            "and shape "
+            f"{centroids.means.shape} do not fit the kernel "
+            f"{classifier.value.shape}: pass those of kind "
             '"un", [C, D], or use heads.ncm on the features'
         )
     means = floating(jnp.asarray(centroids.means))

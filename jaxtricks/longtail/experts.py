@@ -77,7 +77,8 @@ def aggregate(
     w = jnp.asarray(weights).astype(z.dtype)
     if w.shape != z.shape[:1]:
         raise ValueError(
-            f"longtail.experts.aggregate: `weights` has shape {w.shape} for {z.shape[0]} experts: "
+            f"longtail.experts.aggregate: `weights` has shape {w.shape} for "
+            f"{z.shape[0]} experts: "
             "pass one number per expert"
         )
     w = w.reshape(w.shape + (1,) * (z.ndim - 1))
@@ -459,7 +460,8 @@ class Paco:
         n = self.counts.astype(z.dtype)
         if n.shape != z.shape[-1:]:
             raise ValueError(
-                f"longtail.experts.paco: `counts` has {n.shape[0]} classes where the logits have "
+                f"longtail.experts.paco: `counts` has {n.shape[0]} classes "
+                "where the logits have "
                 f"{z.shape[-1]}: pass one number per class"
             )
         return (
@@ -492,7 +494,8 @@ class Paco:
         for name, x in (("features", features), ("keys", keys)):
             if x.shape != wanted:
                 raise ValueError(
-                    f"longtail.experts.paco: `{name}` has shape {x.shape} where {wanted} fits the "
+                    f"longtail.experts.paco: `{name}` has shape {x.shape} "
+                    f"where {wanted} fits the "
                     "logits and `num_features`: pass one row per example"
                 )
 
@@ -556,7 +559,8 @@ def paco(
     """
     if num_features < 1 or queue < 1:
         raise ValueError(
-            f"longtail.experts.paco needs `num_features` and `queue` >= 1, got {num_features} and "
+            "longtail.experts.paco needs `num_features` and `queue` >= 1, got "
+            f"{num_features} and "
             f"{queue}: pass the width of the features and the length of the queue"
         )
     n = as_vector("experts.paco: `counts`", counts)
@@ -608,7 +612,8 @@ class Sade:
         offsets = self.offsets.astype(z.dtype)
         if (z.shape[0], z.shape[-1]) != offsets.shape:
             raise ValueError(
-                f"longtail.experts.sade: `logits` have shape {z.shape} where the loss has 3 experts "
+                f"longtail.experts.sade: `logits` have shape {z.shape} where "
+                "the loss has 3 experts "
                 f"and {offsets.shape[-1]} classes: pass [3, ..., C]"
             )
 

@@ -163,7 +163,8 @@ _ROUNDED_ONE = 1.01
 
 def _warn(largest: Any) -> None:
     warnings.warn(
-        f"longtail.ldam: the largest |logit| is {float(largest):.3g}, so these are not cosines and "
+        f"longtail.ldam: the largest |logit| is {float(largest):.3g}, so these "
+        "are not cosines and "
         "s = 30 would blow them up: end the model in a normalised head without bias "
         "(longtail.heads.normed, jt.nnx.NormedHead, jt.linen.NormedHead), or pass s=1",
         stacklevel=4,
@@ -461,7 +462,8 @@ def tde(
     x = floating(jnp.asarray(x))
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(
-            f"longtail.heads.tde: `heads` is {heads}, which does not divide the {x.shape[-1]} "
+            f"longtail.heads.tde: `heads` is {heads}, which does not divide "
+            f"the {x.shape[-1]} "
             "features: pass a divisor"
         )
     tau = jnp.asarray(tau).astype(x.dtype)
@@ -489,7 +491,8 @@ def _unit_columns(kernel: Array, x: Array) -> Array:
 def _product(name: str, x: Array, kernel: Array) -> Array:
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(
-            f"longtail.heads.{name}: `kernel` has {kernel.shape[0]} rows for {x.shape[-1]} "
+            f"longtail.heads.{name}: `kernel` has {kernel.shape[0]} rows for "
+            f"{x.shape[-1]} "
             "features: pass [D, C]"
         )
     return x @ kernel
@@ -499,7 +502,8 @@ def _row(name: str, values: Array, z: Array) -> Array:
     values = jnp.asarray(values).astype(z.dtype)
     if values.shape != z.shape[-1:]:
         raise ValueError(
-            f"longtail.heads.{name} has shape {values.shape} where the logits have {z.shape[-1]} "
+            f"longtail.heads.{name} has shape {values.shape} where the logits "
+            f"have {z.shape[-1]} "
             "classes: pass one number per class"
         )
     return values.reshape((1,) * (z.ndim - 1) + values.shape)

@@ -230,7 +230,8 @@ def update(
     num_classes = state.confusion.shape[0]
     if logits.shape[-1] != num_classes:
         raise ValueError(
-            f"longtail.metrics.update: `logits` have {logits.shape[-1]} classes, the state has "
+            f"longtail.metrics.update: `logits` have {logits.shape[-1]} "
+            "classes, the state has "
             f"{num_classes}: call init({logits.shape[-1]})"
         )
     z = floating(jnp.asarray(logits)).astype(jnp.float32)
@@ -421,7 +422,8 @@ def bootstrap(
     """
     if samples < 1 or not 0 < level < 1:
         raise ValueError(
-            "longtail.metrics.bootstrap needs `samples` >= 1 and 0 < `level` < 1: 1000 and 0.95 are usual"
+            "longtail.metrics.bootstrap needs `samples` >= 1 and 0 < `level` < "
+            "1: 1000 and 0.95 are usual"
         )
     correct, total = _per_class(state)
     members = groups(_fitting(counts, state), many, few, split)
@@ -462,7 +464,8 @@ def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
     """
     if not upper:
         raise ValueError(
-            "longtail.metrics.relative_accuracy needs `upper`: an accuracy when balanced"
+            "longtail.metrics.relative_accuracy needs `upper`: an accuracy "
+            "when balanced"
         )
     best = functools.reduce(
         jnp.maximum, (jnp.asarray(x).astype(jnp.float32) for x in upper)

@@ -78,7 +78,8 @@ def table(
     num_classes = probabilities.shape[0]
     if not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
-            f"longtail.sampling.table: `labels` must be in [0, {num_classes}), the length of "
+            f"longtail.sampling.table: `labels` must be in [0, {num_classes}), "
+            "the length of "
             "`probabilities`: drop the others first"
         )
     counts = np.bincount(labels, minlength=num_classes)
@@ -207,7 +208,8 @@ def _parts(table: Table) -> UInt32[Array, "C"]:
     """
     if table.probabilities.shape != table.counts.shape:
         raise ValueError(
-            f"longtail.sampling: `table` has {table.counts.shape[0]} classes and probabilities of shape "
+            f"longtail.sampling: `table` has {table.counts.shape[0]} classes "
+            "and probabilities of shape "
             f"{table.probabilities.shape}: give one per class"
         )
     is_possible = (table.counts > 0) & (table.probabilities > 0)
@@ -223,7 +225,8 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
     index, number = (0, 1) if shard is None else shard
     if number < 1 or n % number:
         raise ValueError(
-            f"longtail.sampling.{name}: `n` is {n}, which {number} shards do not divide: it counts the "
+            f"longtail.sampling.{name}: `n` is {n}, which {number} shards do "
+            "not divide: it counts the "
             "draws of all shards"
         )
     if isinstance(index, int) and not 0 <= index < number:

@@ -203,7 +203,8 @@ def _pair(name: str, before: Counts, after: Counts) -> tuple[Array, Array]:
     second = as_vector(f"{name}: `after`", after).astype(first.dtype)
     if first.shape != second.shape:
         raise ValueError(
-            f"longtail.weights.{name}: `before` has {first.shape[0]} classes and `after` "
+            f"longtail.weights.{name}: `before` has {first.shape[0]} classes "
+            "and `after` "
             f"{second.shape[0]}: pass one number per class in both"
         )
     return first, second

@@ -598,7 +598,8 @@ def adafactor(
     _leaves.check_number("adafactor", "weight_decay", weight_decay, 0)
     if warmup_init and learning_rate is not None:
         raise ValueError(
-            "memopt.adafactor: `warmup_init` is part of the relative step: leave out `learning_rate`"
+            "memopt.adafactor: `warmup_init` is part of the relative step: "
+            "leave out `learning_rate`"
         )
     momentum_dtype = _momentum.checked_dtype("adafactor", momentum_dtype)
     config = Config(
@@ -649,7 +650,8 @@ def _check(name: str, decay: Any, eps: Any, clip: Any, max_scale: Any) -> None:
     check_decay(name, *decay)
     if not isinstance(eps, tuple | list) or len(eps) != 2:
         raise ValueError(
-            f"memopt.{name}: `eps` is a {type(eps).__name__}: give two numbers, (added to g^2, scale floor)"
+            f"memopt.{name}: `eps` is a {type(eps).__name__}: give two "
+            "numbers, (added to g^2, scale floor)"
         )
     tiny = float(np.finfo(np.float32).tiny)
     # A smaller eps would give 0 / 0 for a row of zero gradients.
@@ -676,7 +678,8 @@ def _init(
 ) -> AdafactorState:
     if isinstance(min_dim, jax.core.Tracer):
         raise ValueError(
-            f"memopt.{name}: `min_dim_size_to_factor` is traced but decides shapes: pass "
+            f"memopt.{name}: `min_dim_size_to_factor` is traced but decides "
+            "shapes: pass "
             "static_args='min_dim_size_to_factor' to optax.inject_hyperparams"
         )
     leaf_roles = _leaves.roles_by_path(roles, params)

@@ -22,7 +22,8 @@ def checked(name: str, params: Params) -> dict[str, Array]:
     for path, leaf in table.items():
         if not _dtypes.is_floating(leaf):
             raise ValueError(
-                f"memopt.{name}: the parameter {path!r} is {leaf.dtype}: hide it with optax.masked"
+                f"memopt.{name}: the parameter {path!r} is {leaf.dtype}: hide "
+                "it with optax.masked"
             )
     return table
 
@@ -76,7 +77,8 @@ def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
     if path not in table:
         raise ValueError(
             f"memopt.{name}: {path!r} has a gradient but {what} has no such entry: "
-            "call tx.init(params) and tx.update(grads, state, params) with the same tree; if the "
+            "call tx.init(params) and tx.update(grads, state, params) with the "
+            "same tree; if the "
             "model has changed since (convert, fuse), rebuild the optimizer"
         )
     return table[path]

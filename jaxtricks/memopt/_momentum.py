@@ -46,7 +46,8 @@ def checked_dtype(name: str, dtype: Any) -> Any:
     if isinstance(dtype, str):
         description = repr(dtype)
     raise ValueError(
-        f"memopt.{name}: `momentum_dtype` is {description}: give 'float32', 'bfloat16', 'int8' or None"
+        f"memopt.{name}: `momentum_dtype` is {description}: give 'float32', "
+        "'bfloat16', 'int8' or None"
     )
 
 

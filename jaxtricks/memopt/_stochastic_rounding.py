@@ -77,7 +77,8 @@ def stochastic_round(seed: Any) -> optax.GradientTransformation:
     ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
-                "memopt.stochastic_round needs `params`: call tx.update(grads, state, params)"
+                "memopt.stochastic_round needs `params`: call tx.update(grads, "
+                "state, params)"
             )
         at_step = _random_bits.of_step(_key(seed), state.count)
         count = optax.safe_increment(state.count)

@@ -180,7 +180,8 @@ def _matching_layers(
             first_path, _, target = decisions[id(module)]
             if target is not rules[rule]:
                 raise ValueError(
-                    f"nnx.convert: {first_path!r} and {path!r} are one layer, for which "
+                    f"nnx.convert: {first_path!r} and {path!r} are one layer, "
+                    "for which "
                     "two rules have different targets: give one"
                 )
         if rule is not None or isinstance(module, ReparamBlock):
@@ -248,7 +249,8 @@ def _arguments(layer: Any) -> dict[str, Any]:
         names = ("in_features", "out_features", *_layers.LINEAR_ARGUMENTS)
     else:
         raise ValueError(
-            "only nnx.Linear, nnx.Conv, WSConv, nnx.BatchNorm and ExtendedBatchNorm are "
+            "only nnx.Linear, nnx.Conv, WSConv, nnx.BatchNorm and "
+            "ExtendedBatchNorm are "
             "exchanged"
         )
     if is_stacked:

@@ -109,7 +109,8 @@ def checkpoint(
     """
     if "static_argnums" in jax_checkpoint_arguments:
         raise ValueError(
-            "nnx.checkpoint takes no `static_argnums`: leave it out, arguments that are "
+            "nnx.checkpoint takes no `static_argnums`: leave it out, arguments "
+            "that are "
             "not arrays are static"
         )
     settings = {"save": save, "offload": offload, **jax_checkpoint_arguments}

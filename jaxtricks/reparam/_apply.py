@@ -97,7 +97,8 @@ def apply(
     axes = x.ndim - 2 if axes is None else axes
     if x.ndim != axes + 2:
         raise ValueError(
-            f"reparam.apply: x of shape {tuple(x.shape)} for nodes with {axes} spatial axes; give "
+            f"reparam.apply: x of shape {tuple(x.shape)} for nodes with {axes} "
+            "spatial axes; give "
             "[N, *spatial, C]"
         )
     dtype = _dtypes.wide_dtype(x, *jax.tree.leaves(node))
@@ -206,7 +207,8 @@ def check_features(node: Node, features: int) -> None:
     known = features_in(node)
     if known is not None and known != features:
         raise ValueError(
-            f"reparam: {type(node).__name__} takes {known} channels but receives {features}"
+            f"reparam: {type(node).__name__} takes {known} channels but "
+            f"receives {features}"
         )
 
 

@@ -87,7 +87,8 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
     if axes is None or features is None:
         raise ValueError(
             "reparam.fuse: the node says neither by a Conv nor otherwise how many "
-            f"{'spatial axes' if axes is None else 'channels'} there are; give `kernel_size` as a tuple, "
+            f"{'spatial axes' if axes is None else 'channels'} there are; give "
+            "`kernel_size` as a tuple, "
             "and put an Identity(features) in front"
         )
     # Fuse in float32 at least: rounding then stays below that of the convolution.
@@ -125,7 +126,8 @@ def _fold(node: Node, features: int, kind: _Kind) -> Conv:
                 _diagonal(jnp.ones_like(node.mean), kind.axes), node
             )
     raise ValueError(
-        f"reparam.fuse: {type(node).__name__} is not a node; use Conv, Norm, AvgPool, ..."
+        f"reparam.fuse: {type(node).__name__} is not a node; use Conv, Norm, "
+        "AvgPool, ..."
     )
 
 
@@ -359,7 +361,8 @@ def _free(branches: Sequence[Node]) -> int:
     at = max(range(len(branches)), key=reach)
     if reach(at) == (0, 0):
         raise ValueError(
-            "reparam.unfuse: no branch of `like` is a Conv with nothing but Norm, Scale or Identity behind "
+            "reparam.unfuse: no branch of `like` is a Conv with nothing but "
+            "Norm, Scale or Identity behind "
             "it, and no other can be solved for; add one"
         )
     return at
@@ -371,13 +374,16 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
     size = first.kernel.shape[:-2]
     if conv.kernel.ndim - 2 != axes or extent(conv, axes) != window:
         raise ValueError(
-            f"reparam.unfuse: `conv` has the kernel {tuple(conv.kernel.shape[:-2])} (dilation "
-            f"{conv.dilation}) and the branches {tuple(window)}; give one of that size, as "
+            "reparam.unfuse: `conv` has the kernel "
+            f"{tuple(conv.kernel.shape[:-2])} (dilation "
+            f"{conv.dilation}) and the branches {tuple(window)}; give one of "
+            "that size, as "
             "fuse(conv, size) makes of a smaller one"
         )
     if size != window:
         raise ValueError(
-            f"reparam.unfuse: the largest undilated branch has the kernel {tuple(size)} and the branches "
+            "reparam.unfuse: the largest undilated branch has the kernel "
+            f"{tuple(size)} and the branches "
             f"together {tuple(window)}; no branch reaches every tap"
         )
     channels = [
@@ -386,13 +392,16 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
     ]
     if channels[0] != channels[1]:
         raise ValueError(
-            f"reparam.unfuse: `conv` maps {channels[0][0]} channels to {channels[0][1]}, the branches "
+            f"reparam.unfuse: `conv` maps {channels[0][0]} channels to "
+            f"{channels[0][1]}, the branches "
             f"{channels[1][0]} to {channels[1][1]}; they must agree"
         )
     if conv.groups % first.groups or rest.groups != first.groups:
         raise ValueError(
-            f"reparam.unfuse: the largest branch has {first.groups} groups, `conv` {conv.groups} and all "
-            f"branches together {rest.groups}; it can only compensate for branches of its groups"
+            f"reparam.unfuse: the largest branch has {first.groups} groups, "
+            f"`conv` {conv.groups} and all "
+            f"branches together {rest.groups}; it can only compensate for "
+            "branches of its groups"
         )
 
 
@@ -419,7 +428,8 @@ def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
         lack = None
     if lack is not None:
         raise ValueError(
-            "reparam.unfuse: neither the Conv nor a Norm of the largest branch has a bias, which the "
+            "reparam.unfuse: neither the Conv nor a Norm of the largest branch "
+            "has a bias, which the "
             "convolution or another branch needs; give its Norm one"
         )
     kernel = missing.kernel / after.reshape(

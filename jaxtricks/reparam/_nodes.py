@@ -23,7 +23,8 @@ def per_axis(
     values = (values,) * rank if isinstance(values, int) else values
     if len(values) != rank or any(v < 1 for v in values):
         raise ValueError(
-            f"reparam: `{name}` is {value}; give a positive integer or one per spatial axis ({rank})"
+            f"reparam: `{name}` is {value}; give a positive integer or one per "
+            f"spatial axis ({rank})"
         )
     return values
 
@@ -44,7 +45,8 @@ def resolve(
             return ((extents[0] - 1, 0),)
         if name not in ("SAME", "SAME_LOWER", "VALID"):
             raise ValueError(
-                f"reparam: `padding` {padding!r} has no zero-padded equivalent; use 'SAME', 'VALID' "
+                f"reparam: `padding` {padding!r} has no zero-padded "
+                "equivalent; use 'SAME', 'VALID' "
                 "or (low, high) pairs"
             )
         pads = jax.lax.padtype_to_pads(spatial, extents, strides, name)
@@ -186,7 +188,8 @@ class Conv:
         _dtypes.check_floating("reparam.Conv: `kernel`", self.kernel)
         if len(shape) < 3 or shape[-1] % self.groups:
             raise ValueError(
-                f"reparam.Conv: `kernel` of shape {tuple(shape)} with {self.groups} groups; give "
+                f"reparam.Conv: `kernel` of shape {tuple(shape)} with "
+                f"{self.groups} groups; give "
                 "[*size, in / groups, out] with out divisible by groups"
             )
         per_axis("dilation", self.dilation, len(shape) - 2)
@@ -291,7 +294,8 @@ def rank(node: Node) -> int | None:
             candidates = {r for r in map(rank, node.nodes) if r is not None}
             if len(candidates) > 1:
                 raise ValueError(
-                    f"reparam: nodes with {sorted(candidates)} spatial axes in one {_name(node)}"
+                    f"reparam: nodes with {sorted(candidates)} spatial axes in "
+                    f"one {_name(node)}"
                 )
             return candidates.pop() if candidates else None
     return None
@@ -326,7 +330,8 @@ def spatial_index(node: Sequential, axes: int) -> int | None:
     if len(candidates) > 1:
         names = " and ".join(_name(node.nodes[i]) for i in candidates)
         raise ValueError(
-            f"reparam.Sequential: {names} both have a kernel larger than 1; such a pair is not a "
+            f"reparam.Sequential: {names} both have a kernel larger than 1; "
+            "such a pair is not a "
             "convolution of either size under padding: keep them apart"
         )
     return candidates[0] if candidates else None
@@ -369,7 +374,8 @@ def reference(
     size = per_axis("kernel_size", kernel_size, axes)
     if largest([node_extent, size]) != size:
         raise ValueError(
-            f"reparam: `kernel_size` {size} is smaller than a branch's kernel, {node_extent}"
+            f"reparam: `kernel_size` {size} is smaller than a branch's kernel, "
+            f"{node_extent}"
         )
     return size
 

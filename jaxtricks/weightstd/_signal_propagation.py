@@ -69,12 +69,14 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
         y = np.asarray(jax.jit(fn)(jnp.asarray(z)), np.float64)
     if y.shape != z.shape:
         raise ValueError(
-            f"weightstd.scaled_activation: fn turns shape {z.shape} into {y.shape}; give an elementwise one"
+            f"weightstd.scaled_activation: fn turns shape {z.shape} into "
+            f"{y.shape}; give an elementwise one"
         )
     variance = float(np.sum(density * np.square(y - np.sum(density * y))))
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(
-            f"weightstd.scaled_activation: the variance of fn's output is {variance} for normal inputs; "
+            "weightstd.scaled_activation: the variance of fn's output is "
+            f"{variance} for normal inputs; "
             "give an activation that is finite and not constant"
         )
     return ScaledActivation(fn, 1 / math.sqrt(variance))
@@ -142,7 +144,8 @@ def residual_scales(
     """
     if min(depths, default=0) < 0:
         raise ValueError(
-            f"weightstd.residual_scales: `depths` is {depths}; give the number of blocks per stage"
+            f"weightstd.residual_scales: `depths` is {depths}; give the number "
+            "of blocks per stage"
         )
     variance = 1.0
     stages = []

@@ -92,8 +92,10 @@ def standardize(
     fan_in = math.prod(kernel.shape[i] for i in reduced)
     if fan_in < 2:
         raise ValueError(
-            f"weightstd.standardize: a kernel of shape {tuple(kernel.shape)} has fan-in {fan_in}, which "
-            "standardizing would turn to zero; leave it out (a depthwise 1x1 convolution?)"
+            f"weightstd.standardize: a kernel of shape {tuple(kernel.shape)} "
+            f"has fan-in {fan_in}, which "
+            "standardizing would turn to zero; leave it out (a depthwise 1x1 "
+            "convolution?)"
         )
     w = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
     # Relative to its first weight a constant channel is exactly zero, and a large mean
@@ -125,7 +127,8 @@ def _positive_axes(
     axes = _integers.listed(out_axis)
     if any(not -kernel.ndim <= i < kernel.ndim for i in axes):
         raise ValueError(
-            f"weightstd.standardize: `out_axis` {out_axis} is not an axis of a kernel of shape "
+            f"weightstd.standardize: `out_axis` {out_axis} is not an axis of a "
+            "kernel of shape "
             f"{tuple(kernel.shape)}"
         )
     return tuple(sorted(i % kernel.ndim for i in axes))
@@ -154,7 +157,8 @@ def _gain_like(
     expected = tuple(kernel.shape[i] for i in out_axes)
     if gain.shape not in ((), expected):
         raise ValueError(
-            f"weightstd.standardize: `gain` has shape {gain.shape}; give one factor per output "
+            f"weightstd.standardize: `gain` has shape {gain.shape}; give one "
+            "factor per output "
             f"channel, {expected}, or a scalar"
         )
     if gain.ndim == 0:
@@ -293,7 +297,8 @@ def standardize_params(
     leaf_roles = _roles_by_path(roles, params)
     if not any(map(path_filter, leaf_roles)):
         raise ValueError(
-            "weightstd.standardize_params: `path_filter` chooses no parameter: check its paths"
+            "weightstd.standardize_params: `path_filter` chooses no parameter: "
+            "check its paths"
         )
 
     def change(path: str, leaf: Any) -> Any:
@@ -415,7 +420,8 @@ def l2(
     leaves = _tree.leaves_with_paths(params)
     if any(not hasattr(leaf, "shape") for _, leaf in leaves):
         raise ValueError(
-            "weightstd.l2: `params` has a leaf that is not an array: give a tree of arrays"
+            "weightstd.l2: `params` has a leaf that is not an array: give a "
+            "tree of arrays"
         )
     penalized = []
     for path, leaf in leaves:

@@ -602,7 +602,8 @@ def write(
     stopped, picture = "", f"![Balanced accuracy against cost]({PICTURE})"
     if not complete:
         stopped = (
-            f"**Not finished:** it was stopped after {counted(len(rows), 'row')}, before any step was "
+            "**Not finished:** it was stopped after "
+            f"{counted(len(rows), 'row')}, before any step was "
             "timed; the same command with --resume goes on.\n\n"
         )
         picture = ""

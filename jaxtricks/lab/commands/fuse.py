@@ -102,12 +102,16 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     result = compared(model, fused, artifact, images) | _report(report)
     folder.write(REPORT, result)
     say(
-        f"largest difference of the logits: fused {result['difference']:.2g}, from the files "
-        f"{result['difference_of_files']:.2g}; {cfg.batch} images: {result['ms_before']:.2f} ms before, "
-        f"{result['ms_after']:.2f} ms after ({result['ms_after'] / result['ms_before']:.2f}x)"
+        f"largest difference of the logits: fused {result['difference']:.2g}, "
+        "from the files "
+        f"{result['difference_of_files']:.2g}; {cfg.batch} images: "
+        f"{result['ms_before']:.2f} ms before, "
+        f"{result['ms_after']:.2f} ms after "
+        f"({result['ms_after'] / result['ms_before']:.2f}x)"
     )
     say(
-        f"{folder.path / WEIGHTS} and {folder.path / PROGRAM}; to run them without jaxtricks:\n{USE}"
+        f"{folder.path / WEIGHTS} and {folder.path / PROGRAM}; to run them "
+        f"without jaxtricks:\n{USE}"
     )
     return result
 
@@ -134,7 +138,8 @@ def settings_of(source: rundir.Run) -> Train:
         settings.check()
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{source.path / CONFIG} does not have the settings of this version ({error}): use the "
+            f"{source.path / CONFIG} does not have the settings of this "
+            f"version ({error}): use the "
             "version that wrote it"
         ) from error
     return settings

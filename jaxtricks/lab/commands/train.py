@@ -79,7 +79,8 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
             result = _run(cfg, command, hosts, interrupt, console, say)
     except StopError:
         say(
-            "stopped on SIGTERM before a step was done, nothing to save: go on with --resume"
+            "stopped on SIGTERM before a step was done, nothing to save: go on "
+            "with --resume"
         )
         return None
     # Only now: the handlers of signals are those of before again.
@@ -106,8 +107,10 @@ def _run(
         introduce(data, say)
         if hosts.count > 1:
             say(
-                f"{hosts.count} processes, {jax.device_count()} devices; should one be lost, the others "
-                f"end within {distributed.HEARTBEAT} s: start all of them again with --resume"
+                f"{hosts.count} processes, {jax.device_count()} devices; "
+                "should one be lost, the others "
+                f"end within {distributed.HEARTBEAT} s: start all of them "
+                "again with --resume"
             )
         if plan:
             say(f"recomputation planned: {plan.describe().notes[0]}")
@@ -184,7 +187,8 @@ def load(cfg: Train) -> data_lib.Data:
         refuse_text(cfg.source, cfg.root, why)
     elif not data_lib.is_text(cfg.source, cfg.root):
         raise UserError(
-            f"--data {cfg.source} is no text, and --model transformer reads nothing else: give a .txt "
+            f"--data {cfg.source} is no text, and --model transformer reads "
+            "nothing else: give a .txt "
             "file or topics, or use another model"
         )
     # A run that goes on must leave out what it left out before, or its order would change.
@@ -222,7 +226,8 @@ def check_data(cfg: Train) -> None:
     print(contents)
     if contents.unreadable:
         raise UserError(
-            f"{len(contents.unreadable)} of {contents.files} files of {cfg.source} can't be read (listed "
+            f"{len(contents.unreadable)} of {contents.files} files of "
+            f"{cfg.source} can't be read (listed "
             "above): remove or replace them, or train with --skip-unreadable"
         )
 

@@ -28,7 +28,8 @@ def stored(name: str) -> Stored:
     for split, source in sources.items():
         if not _has_labels(source):
             notes.append(
-                f"{split}: read once through for its labels; give the source `labels` to save that"
+                f"{split}: read once through for its labels; give the source "
+                "`labels` to save that"
             )
         labels.append(_labels(name, split, source))
     classes = None
@@ -96,17 +97,20 @@ def _sources(name: str, value: Any) -> dict[str, Any]:
         if key not in SPLITS or SPLITS[key] in sources:
             keys = ", ".join(map(repr, by_name))
             raise UserError(
-                f"{name} returns a mapping of {keys}: use 'train', 'validation' and 'test'"
+                f"{name} returns a mapping of {keys}: use 'train', "
+                "'validation' and 'test'"
             )
         if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
             raise UserError(
-                f"{name} returns a {type(source).__name__} for {key}, which has no len() and []: return a "
+                f"{name} returns a {type(source).__name__} for {key}, which "
+                "has no len() and []: return a "
                 "random-access source or a list"
             )
         sources[SPLITS[key]] = source
         if not _guard(f"len() of {name}", lambda source=source: len(source)):
             raise UserError(
-                f"the {SPLITS[key]} split of {name} is empty: add examples, or leave it out"
+                f"the {SPLITS[key]} split of {name} is empty: add examples, or "
+                "leave it out"
             )
     if "train" not in sources:
         raise UserError(f"{name} returns no 'train' split: add it")

@@ -114,7 +114,8 @@ class Source:
                 return example
         name, reason = next(reversed(self.skipped.items()))
         raise UserError(
-            f"{name} can't be read ({reason}), nor can the {min(_TRIES, len(members))} images of its "
+            f"{name} can't be read ({reason}), nor can the "
+            f"{min(_TRIES, len(members))} images of its "
             "class after it: see to the disk"
         )
 
@@ -255,7 +256,8 @@ def check_classes(
         if absent:
             parts.append(f"{_few(absent)} do{'es' * (len(absent) == 1)} not")
         raise UserError(
-            f"labels of {name} must be 0 to {num_classes - 1}, but {' and '.join(parts)}: number the "
+            f"labels of {name} must be 0 to {num_classes - 1}, but "
+            f"{' and '.join(parts)}: number the "
             "classes anew, by np.unique(labels, return_inverse=True)[1]"
         )
     return num_classes
@@ -344,7 +346,8 @@ def sampled(
         probabilities
     ):
         raise ValueError(
-            f"labels go from {labels.min()} to {labels.max()}: give `probabilities` of each class"
+            f"labels go from {labels.min()} to {labels.max()}: give "
+            "`probabilities` of each class"
         )
     counts = np.bincount(labels, minlength=len(probabilities))
     ends = np.cumsum(counts).tolist()

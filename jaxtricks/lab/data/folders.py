@@ -51,7 +51,8 @@ def refuse_method(path: pathlib.Path, entry: zipfile.ZipInfo) -> None:
     """Raise UserError for an entry that is compressed in a way that isn't read."""
     if entry.compress_type not in METHODS:
         raise UserError(
-            f"{entry.filename!r} in {path} is compressed by method {entry.compress_type}, which may "
+            f"{entry.filename!r} in {path} is compressed by method "
+            f"{entry.compress_type}, which may "
             "unpack to any size: make the zip by deflate, or without compression"
         )
 
@@ -264,7 +265,8 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     }
     if not images and all_images:
         raise UserError(
-            f"{path} holds images ({len(all_images)}) but no class folders: give the folder that holds them, "
+            f"{path} holds images ({len(all_images)}) but no class folders: "
+            "give the folder that holds them, "
             "with [train|val|test/]CLASS/NAME.jpg"
         )
     if not images:
@@ -342,12 +344,14 @@ def _refuse_stray(path: pathlib.Path, images: Iterable[Parts]) -> None:
     for parts in images:
         if parts[0].lower() not in SPLITS:
             raise UserError(
-                f"{path} has {parts[0]}/ beside its split folders: move its images into train/, or "
+                f"{path} has {parts[0]}/ beside its split folders: move its "
+                "images into train/, or "
                 "remove it"
             )
         if len(parts) == 2:
             raise UserError(
-                f"{'/'.join(parts)} in {path} lies in no class folder: the images of a split must be "
+                f"{'/'.join(parts)} in {path} lies in no class folder: the "
+                "images of a split must be "
                 "in CLASS/NAME.jpg"
             )
 
@@ -365,7 +369,8 @@ def _empty_classes(
     for parts in sorted(folders):
         if parts[0] not in tops and parts[0].lower() in SPLITS:
             raise UserError(
-                f"the {SPLITS[parts[0].lower()]} split of {path} ({parts[0]}/) holds no images: add "
+                f"the {SPLITS[parts[0].lower()]} split of {path} ({parts[0]}/) "
+                "holds no images: add "
                 "some, or remove the folder"
             )
         if len(parts) == 1 + split and parts[split] not in classes:
@@ -406,7 +411,8 @@ def _looks_split(images: Iterable[Parts]) -> str:
         listed(sorted(map(printable, x)), 5) for x in (inside, first)
     )
     return (
-        f"the classes are the top folders ({tops}), and all of them hold the same sub-folders ({names}): "
+        f"the classes are the top folders ({tops}), and all of them hold the "
+        f"same sub-folders ({names}): "
         "if those are the classes, call the top folders train, val and test"
     )
 
@@ -491,7 +497,8 @@ def _of_splits(path: pathlib.Path) -> dict[str, pathlib.Path]:
         split = SPLITS[other_word]
         if split in lists:
             raise UserError(
-                f"{lists[split].name} and {other.name} in {path.parent} are both {split} lists of one "
+                f"{lists[split].name} and {other.name} in {path.parent} are "
+                f"both {split} lists of one "
                 "name: move one of them away"
             )
         lists[split] = other
@@ -518,7 +525,8 @@ def _entries(path: pathlib.Path) -> list[tuple[str, int]]:
         name = match["name"].replace("\\", "/")
         if points_outside(name):
             raise UserError(
-                f"line {number} of {path} points outside of --root ({name[:60]!r}): write paths "
+                f"line {number} of {path} points outside of --root "
+                f"({name[:60]!r}): write paths "
                 "that begin in it"
             )
         entries.append((name, int(match["label"])))

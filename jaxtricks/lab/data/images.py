@@ -331,7 +331,8 @@ def refuse_unreadable(scan: Scan) -> None:
     if not others:
         raise first
     raise UserError(
-        f"{first.name} can't be read ({first.reason}), nor can {len(others)} more of the {scan.extent}: "
+        f"{first.name} can't be read ({first.reason}), nor can {len(others)} "
+        f"more of the {scan.extent}: "
         "remove them, or pass --skip-unreadable (--check-data lists all such files)"
     )
 
@@ -364,7 +365,8 @@ def common_shape(
             spell(smallest(other)) if len(other) == 1 else f"sizes from {ends}"
         )
         notes.append(
-            f"resized to {spell(shape)}, scaled to cover and cut to the middle: {sum(other.values())} "
+            f"resized to {spell(shape)}, scaled to cover and cut to the "
+            f"middle: {sum(other.values())} "
             f"of the {scan.extent}, {ends}"
         )
     if channels == 3 and scan.gray:

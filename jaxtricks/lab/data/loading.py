@@ -30,7 +30,8 @@ Indices = dict[str, np.ndarray]
 
 
 KNOWN = (
-    "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them, "
+    "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a "
+    "folder of them, "
     "FILE.txt, LIST.txt with --root DIR, package.module:function, digits or topics"
 )
 
@@ -172,7 +173,8 @@ def leave_out(stored: Stored, broken: Mapping[int, UnreadableError]) -> Stored:
         gone = [stored.classes[c] for c in np.setdiff1d(have, left)]
         notes = (
             *notes,
-            f"left out, as no image of these classes can be read: {folders.listed(gone)}",
+            "left out, as no image of these classes can be read: "
+            f"{folders.listed(gone)}",
         )
         readable = readable._replace(
             labels=np.searchsorted(left, readable.labels).astype(np.int32),
@@ -262,7 +264,8 @@ def assign(
             if len(index[name])
         ]
     notes += [
-        f"{name}: {share:.3g} of every class of the training images, held out by seed {seed}"
+        f"{name}: {share:.3g} of every class of the training images, held out "
+        f"by seed {seed}"
         for name, share in held.items()
     ]
     train = index["train"]
@@ -330,7 +333,8 @@ def _check_sizes(
         if size and sum(taken.values()) >= size:
             out = " and ".join(f"{n} for {split}" for split, n in taken.items())
             raise UserError(
-                f"class {name!r} of {stored.name} has {size} image{'s' * (size > 1)}, and holding out "
+                f"class {name!r} of {stored.name} has {size} "
+                f"image{'s' * (size > 1)}, and holding out "
                 f"{out} leaves none to train on: add some, or remove the class"
             )
 
@@ -343,7 +347,8 @@ def _check_classes(stored: Stored, index: Indices) -> None:
         if len(indices) and not counts.all():
             name = stored.classes[int(np.argmin(counts))]
             raise UserError(
-                f"class {name!r} of {stored.name} has no {_ADJECTIVES[split]} image: add some"
+                f"class {name!r} of {stored.name} has no {_ADJECTIVES[split]} "
+                "image: add some"
             )
 
 
@@ -410,7 +415,8 @@ class Report:
         return (
             f"sizes: {images.spell(smallest)} to {images.spell(largest)}, most often "
             f"{images.spell(common)} ({n} of {total})",
-            f"colour: {total - self.gray}, gray: {self.gray}, unreadable: {len(self.unreadable)}",
+            f"colour: {total - self.gray}, gray: {self.gray}, unreadable: "
+            f"{len(self.unreadable)}",
         )
 
 

@@ -47,7 +47,8 @@ def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
         splits.setdefault(SPLITS.get(word, ""), []).append(file)
     if "" in splits and len(splits) > 1:
         raise UserError(
-            f"{splits[''][0].name} in {path} has no split in its name, but others have: name it "
+            f"{splits[''][0].name} in {path} has no split in its name, but "
+            "others have: name it "
             "NAME-train.array_record, or move it away"
         )
     return {split or "train": files for split, files in splits.items()}
@@ -122,7 +123,8 @@ def _refuse_absent(path: pathlib.Path, matches: list[re.Match[str]]) -> None:
         absent = next((i for i in range(total) if i not in numbers), None)
         if absent is not None:
             raise UserError(
-                f"{path} has {len(numbers)} of the {total} shards of {stem}: number {absent} is not "
+                f"{path} has {len(numbers)} of the {total} shards of {stem}: "
+                f"number {absent} is not "
                 "there, so fetch it or rename the others"
             )
 
@@ -134,13 +136,15 @@ def _open(path: pathlib.Path, files: list[pathlib.Path]) -> Any:
         )
     except ImportError as error:
         raise UserError(
-            f"{path} holds ArrayRecord files, and array_record is not installed: pip install array_record"
+            f"{path} holds ArrayRecord files, and array_record is not "
+            "installed: pip install array_record"
         ) from error
     try:
         source = ArrayRecordDataSource(files)
     except Exception as error:  # not documented either
         raise UserError(
-            f"{path} has a broken ArrayRecord file ({_first_line(error)}): fetch it again"
+            f"{path} has a broken ArrayRecord file ({_first_line(error)}): "
+            "fetch it again"
         ) from error
     if not len(source):
         raise UserError(
@@ -148,7 +152,8 @@ def _open(path: pathlib.Path, files: list[pathlib.Path]) -> Any:
         )
     if len(source) > _MOST * sum(file.stat().st_size for file in files):
         raise UserError(
-            f"{path} claims {len(source)} records, too many for its length: fetch it again"
+            f"{path} claims {len(source)} records, too many for its length: "
+            "fetch it again"
         )
     return source
 
@@ -163,7 +168,8 @@ def _labels(names: list[str], sources: dict[str, Any]) -> list[tuple[str, int]]:
             except Exception as error:
                 where = f"{names[len(labels)]} or one of the {stop - start - 1} after it"
                 raise UserError(
-                    f"{where} can't be read ({_first_line(error)}): fetch or write the file again"
+                    f"{where} can't be read ({_first_line(error)}): fetch or "
+                    "write the file again"
                 ) from error
             for raw in raws:
                 labels.append(_label(names[len(labels)], raw))
@@ -175,7 +181,8 @@ def _label(name: str, raw: bytes) -> tuple[str, int]:
         return label(raw)
     except ValueError as error:
         raise UserError(
-            f"{name} is not a tf.train.Example of an image ({error}): write an image file in 'image' and "
+            f"{name} is not a tf.train.Example of an image ({error}): write an "
+            "image file in 'image' and "
             "an integer in 'label'"
         ) from error
 

@@ -42,7 +42,8 @@ def load(name: str, *, context: int, validation: float, test: float) -> Data:
     for split, stretch in stretches.items():
         if len(stretch) <= context:
             raise UserError(
-                f"{name} is too short: its {split} split has {len(stretch)} characters and a window "
+                f"{name} is too short: its {split} split has {len(stretch)} "
+                "characters and a window "
                 f"needs {context + 1}, so give a longer text or a smaller --context"
             )
     parts = {
@@ -80,7 +81,8 @@ def read(path: pathlib.Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): convert it, "
+            f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at "
+            f"{error.start}): convert it, "
             "by iconv for example"
         ) from error
     except OSError as error:
