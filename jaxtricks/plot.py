@@ -1,7 +1,8 @@
 """Draw what the rooms return: the learning-rate range test, memory plans, accuracy by class.
 
-Functions return a matplotlib figure; nothing is shown or saved. Figures read in grayscale: position, marker,
-line style and hatching carry the meaning, colour only helps.
+Functions return a matplotlib figure; nothing is shown or saved. Figures read in
+grayscale: position, marker, line style and hatching carry the meaning, colour only
+helps.
 """
 
 import math
@@ -20,8 +21,9 @@ def lr_range(r: Any) -> Any:
       r: a RangeTest.
 
     Returns:
-      A matplotlib figure of one panel: losses (thin), smoothed (thick), a dashed line at the suggestion
-      unless it is NaN. Where the loss explodes it leaves the panel: the scale is that of its fall.
+      A matplotlib figure of one panel: losses (thin), smoothed (thick), a dashed line
+      at the suggestion unless it is NaN. Where the loss explodes it leaves the panel:
+      the scale is that of its fall.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -72,12 +74,14 @@ def plan(p: Any) -> Any:
     """Draw memory over the operations of a step, and bytes against operations run again, of a plan.
 
     Args:
-      p: a `remat.Plan`; one that was read from JSON knows no timeline, which its panel says.
+      p: a `remat.Plan`; one that was read from JSON knows no timeline, which its panel
+        says.
 
     Returns:
-      A matplotlib figure of two panels. Left: bytes alive at each operation, estimated from the traced
-      step. Right: what each compiled program needed, the planned one marked, and as a thin line what
-      the model expected of its best schedules. The budget is dashed in both.
+      A matplotlib figure of two panels. Left: bytes alive at each operation, estimated
+      from the traced step. Right: what each compiled program needed, the planned one
+      marked, and as a thin line what the model expected of its best schedules. The
+      budget is dashed in both.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -177,7 +181,8 @@ def _unit(sizes: Sequence[float]) -> tuple[int, str]:
     return (_GIB, "GiB") if max(sizes) >= _GIB else (_MIB, "MiB")
 
 
-# Pictures of long-tailed classifiers: which classes are learned, by how many examples they have.
+# Pictures of long-tailed classifiers: which classes are learned, by how many examples
+# they have.
 
 
 _GROUPS = ("many", "medium", "few")
@@ -195,12 +200,13 @@ def shots(
     Args:
       m: of `longtail.metrics.summary`, or {name: summary} of several methods.
       counts: [C] training examples per class; a class without any is drawn at 1/2.
-      intervals: of `longtail.metrics.bootstrap`, or {name: intervals}, drawn on the bars.
+      intervals: of `longtail.metrics.bootstrap`, or {name: intervals}, drawn on the
+        bars.
 
     Returns:
-      A matplotlib figure of two panels: a marker per class (a line through them where there are several
-      methods, classes by falling count), and a bar per group and method, its value above it. A class
-      without test examples is not drawn.
+      A matplotlib figure of two panels: a marker per class (a line through them where
+      there are several methods, classes by falling count), and a bar per group and
+      method, its value above it. A class without test examples is not drawn.
 
     Raises:
       ImportError: matplotlib is not installed.

@@ -46,10 +46,10 @@ class Checkpoints:
     """The checkpoints of a run: FOLDER/STEP/{state,host}.
 
     `state` is a flat dict {path: array} ("params/head/kernel"), which anyone's
-    `ocp.StandardCheckpointer().restore(...)` reads; PRNG keys are stored as their data. `host` is JSON. A
-    checkpoint gets its name only when it is whole and has the checksums of its files; what killed writers
-    left behind is removed on opening. Several hosts write and read one checkpoint together, on a disk that
-    they share.
+    `ocp.StandardCheckpointer().restore(...)` reads; PRNG keys are stored as their data.
+    `host` is JSON. A checkpoint gets its name only when it is whole and has the
+    checksums of its files; what killed writers left behind is removed on opening.
+    Several hosts write and read one checkpoint together, on a disk that they share.
 
     Args:
       folder: where; created if missing.
@@ -71,12 +71,13 @@ class Checkpoints:
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            # Skips the metadata of each step: nothing here reads it, and a damaged one would end the run.
+            # Skips the metadata of each step: nothing here reads it, and a damaged one
+            # would end the run.
             lightweight_initialize=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._write_checksums,
-                # Else threads, and the process with them, wait ten minutes for a directory that can't be
-                # created.
+                # Else threads, and the process with them, wait ten minutes for a
+                # directory that can't be created.
                 create_directories_asynchronously=False,
             ),
         )
@@ -122,15 +123,17 @@ class Checkpoints:
 
         Args:
           like: a tree of the same structure, with the shardings to restore to.
-          tell: called with a sentence for every checkpoint that is passed over. It is moved out of the
-            way (checkpoints-unreadable/STEP), so that nothing is lost and that step can be written again.
+          tell: called with a sentence for every checkpoint that is passed over. It is
+            moved out of the way (checkpoints-unreadable/STEP), so that nothing is lost
+            and that step can be written again.
 
         Raises:
           UserError: the checkpoint is of another model, or none can be read.
         """
         steps = self._hosts.on_first(self._steps)
         for step in steps:
-            # One host reads for the sums; all read what they need only if these are right.
+            # One host reads for the sums; all read what they need only if these are
+            # right.
             damage = self._hosts.on_first(
                 lambda step=step: _damage(self._folder / str(step))
             )
@@ -213,8 +216,8 @@ class Checkpoints:
         return sorted(map(int, names), reverse=True)
 
     def _write_checksums(self) -> None:
-        # Orbax calls this when all is written but the name; the directory still has its temporary one.
-        # All hosts have written by then.
+        # Orbax calls this when all is written but the name; the directory still has its
+        # temporary one. All hosts have written by then.
         for path in self._folder.iterdir() if is_first() else ():
             if path.is_dir() and not path.name.isdecimal():
                 (path / SUMS).write_text(json.dumps(_checksums(path)))
@@ -276,7 +279,8 @@ def _layout(x: Array) -> str:
 
 def _checksums(folder: pathlib.Path) -> dict[str, str]:
     checksums = {}
-    # The items only: Orbax touches its metadata beside them after the last moment for sums.
+    # The items only: Orbax touches its metadata beside them after the last moment for
+    # sums.
     for path in folder.glob("*/**/*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -303,7 +307,8 @@ def _damage(folder: pathlib.Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    # TensorStore tells at length which of its files met what, and ends with [os_error_code='28'].
+    # TensorStore tells at length which of its files met what, and ends with
+    # [os_error_code='28'].
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -314,9 +319,9 @@ def _reason(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
     """Leave what is said in one sentence here to that sentence, while checkpoints are open.
 
-    Orbax logs tracebacks through absl, and what its threads can't finish through asyncio; after a failure
-    TensorStore's threads still call an event loop that Orbax has closed, which only `sys.unraisablehook`
-    hears of.
+    Orbax logs tracebacks through absl, and what its threads can't finish through
+    asyncio; after a failure TensorStore's threads still call an event loop that Orbax
+    has closed, which only `sys.unraisablehook` hears of.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     previous = sys.unraisablehook

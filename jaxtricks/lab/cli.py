@@ -1,7 +1,8 @@
 """Run the command line: train, compare, lr-find, fuse, ablate, plan and explain.
 
-Options come from the dataclasses of `config`. explain, --help and --version need nothing but the core;
-the other commands need jaxtricks[lab], and say so. Parsing imports no jax.
+Options come from the dataclasses of `config`. explain, --help and --version need
+nothing but the core; the other commands need jaxtricks[lab], and say so. Parsing
+imports no jax.
 """
 
 import argparse
@@ -229,8 +230,9 @@ def read(cls: type, prog: str, args: Sequence[str]) -> Any:
     """Return an instance of a command's settings.
 
     Args:
-      cls: a frozen dataclass of `config.option` fields; fields that are dataclasses are groups of
-        options. The options in `cls.UNUSED` are read, but absent from the help.
+      cls: a frozen dataclass of `config.option` fields; fields that are dataclasses are
+        groups of options. The options in `cls.UNUSED` are read, but absent from the
+        help.
       prog: how the command is called, such as "jaxtricks train".
       args: the words after it.
 

@@ -15,15 +15,16 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# One line of HLO: "%name = shape kind(operands), ...". The end of an asynchronous one (-done) is no
-# second collective.
+# One line of HLO: "%name = shape kind(operands), ...". The end of an asynchronous one
+# (-done) is no second collective.
 _LINE = re.compile(rf"^\s*(?:ROOT )?\S+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([^\]]*)\]")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
-# One collective of the TPU's compiler that is sent while others compute has these in each of its parts.
+# One collective of the TPU's compiler that is sent while others compute has these in
+# each of its parts.
 _CHAIN = re.compile(r'channel_id=(\d+).*\bchain_id="(\d+)"')
-# The TPU's compiler writes a reduce-scatter as a computation of this name, with an all-reduce inside:
-# "%all-reduce-scatter.6 (input_0: ...) -> (f32[256,64], f32[64]) {".
+# The TPU's compiler writes a reduce-scatter as a computation of this name, with an
+# all-reduce inside: "%all-reduce-scatter.6 (input_0: ...) -> (f32[256,64], f32[64]) {".
 _SCATTER = re.compile(r"^%all-reduce-scatter\S* \(.*\) -> (.+) \{$")
 
 
@@ -32,10 +33,10 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: of its result, as one device holds it: of an all-gather the whole, of a reduce-scatter
-        the device's part.
-      name: where it comes from, as JAX names it ("jit(step)/.../psum"); "" where the compiler
-        created it of nothing that has a name.
+      bytes: of its result, as one device holds it: of an all-gather the whole, of a
+        reduce-scatter the device's part.
+      name: where it comes from, as JAX names it ("jit(step)/.../psum"); "" where the
+        compiler created it of nothing that has a name.
     """
 
     kind: str
@@ -46,9 +47,9 @@ class Collective(NamedTuple):
 def census(program: Any) -> tuple[Collective, ...]:
     """Return the collectives of a program, in the order of its text.
 
-    Those inside a loop's body are counted once, however often it runs, and those of all branches of a
-    conditional, of which one runs. What the TPU's compiler sends while it computes is in its text once
-    for every computation that it overlaps: counted once.
+    Those inside a loop's body are counted once, however often it runs, and those of all
+    branches of a conditional, of which one runs. What the TPU's compiler sends while it
+    computes is in its text once for every computation that it overlaps: counted once.
 
     Args:
       program: what `jax.jit(fn).lower(...).compile()` returns, or its HLO text.

@@ -1,6 +1,7 @@
 """Define the settings of every command, their checks, and the error that ends a command.
 
-The command line makes its options from the fields here. Importing this module imports no jax.
+The command line makes its options from the fields here. Importing this module imports
+no jax.
 """
 
 import dataclasses
@@ -44,7 +45,8 @@ IDLE = {
     },
 }
 
-# What else people call a trick, or a part of it, in lower-case letters and digits alone.
+# What else people call a trick, or a part of it, in lower-case letters and digits
+# alone.
 _SYNONYMS = {
     "echo": "dataecho dataechoing batchecho batchechoing",
     "amp": "mixedprecision bf16 bfloat16 fp16 float16 lossscale lossscaling",
@@ -66,7 +68,8 @@ class UserError(Exception):
     """Tell the user in one sentence what is wrong and what to do; exit code 2."""
 
     def __init__(self, sentence: str):
-        # It may quote names from other people's files, line breaks and terminal codes included.
+        # It may quote names from other people's files, line breaks and terminal codes
+        # included.
         super().__init__(re.sub(r"\S{200,}", _shorten, printable(sentence)))
 
 
@@ -174,8 +177,9 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
     Args:
       default: its value where the option is absent.
       text: its help.
-      metadata: `least`, `most`: the range of its numbers, checked by `check_ranges`; `positional=True`
-        for an argument without a flag; `name`, if the option is called otherwise than the field.
+      metadata: `least`, `most`: the range of its numbers, checked by `check_ranges`;
+        `positional=True` for an argument without a flag; `name`, if the option is
+        called otherwise than the field.
     """
     return dataclasses.field(
         default=default, metadata={"help": text, **metadata}
@@ -230,7 +234,8 @@ class Parallel:
         axes: dict[str, int] = {}
         for part in filter(None, self.mesh.split(",")):
             name, _, size = part.partition("=")
-            # A mesh of a million devices is a typing error, and int() of thousands of digits slow.
+            # A mesh of a million devices is a typing error, and int() of thousands of
+            # digits slow.
             devices = int(size) if size.isdecimal() and len(size) < 7 else 0
             if name not in (DATA, MODEL) or name in axes or devices < 1:
                 raise UserError(
@@ -612,8 +617,8 @@ class Train:
             )
 
 
-# Options of a run that no command but train uses: they are accepted, so that a command line of train
-# can be tried with another command.
+# Options of a run that no command but train uses: they are accepted, so that a command
+# line of train can be tried with another command.
 _ONLY_TRAIN = {
     "resume",
     "check_data",

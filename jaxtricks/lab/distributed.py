@@ -1,8 +1,9 @@
 """Spread a run over devices and hosts: the mesh, the processes and their signals to stop.
 
-Several hosts run one process each, joined by jax.distributed; the first of them writes and speaks. When a
-process is lost, the others can't finish the step that they are in. jax.distributed notices within
-`HEARTBEAT` seconds, says so, and ends them; nothing of that can be caught.
+Several hosts run one process each, joined by jax.distributed; the first of them writes
+and speaks. When a process is lost, the others can't finish the step that they are in.
+jax.distributed notices within `HEARTBEAT` seconds, says so, and ends them; nothing of
+that can be caught.
 """
 
 import dataclasses
@@ -128,9 +129,10 @@ class Placement:
 
         Args:
           params: tree of arrays or shapes.
-          split_axes: (path, shape) -> axes that may be split over model (`models.split_axes`).
-          fsdp: split also over data, along the largest other axis that divides. What divides by
-            neither stays whole.
+          split_axes: (path, shape) -> axes that may be split over model
+            (`models.split_axes`).
+          fsdp: split also over data, along the largest other axis that divides. What
+            divides by neither stays whole.
         """
 
         def sharding(path: str, x: Any) -> NamedSharding:
@@ -276,11 +278,12 @@ class StopError(BaseException):
 class Interrupt:
     """Turns SIGTERM (a machine that is taken back) and Ctrl-C into a flag while it is entered.
 
-    Before `wait` is called, while a run starts up, there is nothing to save, and compiling may take longer
-    than a machine that is taken back has left: SIGTERM is then a `StopError` at once, and Ctrl-C, as always,
-    a KeyboardInterrupt; so is a second Ctrl-C later. Outside the main thread signals can't be caught, and
-    nothing changes. With several hosts jax.distributed catches SIGTERM, which Ctrl-C becomes too: one of
-    them is enough to stop all after the same step.
+    Before `wait` is called, while a run starts up, there is nothing to save, and
+    compiling may take longer than a machine that is taken back has left: SIGTERM is
+    then a `StopError` at once, and Ctrl-C, as always, a KeyboardInterrupt; so is a
+    second Ctrl-C later. Outside the main thread signals can't be caught, and nothing
+    changes. With several hosts jax.distributed catches SIGTERM, which Ctrl-C becomes
+    too: one of them is enough to stop all after the same step.
 
     Args:
       hosts: that stop together.

@@ -1,7 +1,8 @@
 """Draw runs: one over its steps, its groups of classes, several side by side, an ablation.
 
-Functions return a matplotlib figure; nothing is shown or saved. Figures read in grayscale: position, marker,
-line style and hatching carry the meaning, colour only helps.
+Functions return a matplotlib figure; nothing is shown or saved. Figures read in
+grayscale: position, marker, line style and hatching carry the meaning, colour only
+helps.
 """
 
 import itertools
@@ -50,8 +51,9 @@ def curves(rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Any:
     """Draw loss and accuracy of one run against its steps.
 
     Args:
-      rows: as in metrics.jsonl: dicts with step, loss, accuracy and, at evaluations, val_loss, val_accuracy
-        and val_balanced_accuracy, in [0, 1]. What is missing is not drawn, None and NaN leave a gap.
+      rows: as in metrics.jsonl: dicts with step, loss, accuracy and, at evaluations,
+        val_loss, val_accuracy and val_balanced_accuracy, in [0, 1]. What is missing is
+        not drawn, None and NaN leave a gap.
       unit: of the loss, such as "nats per character".
 
     Returns:
@@ -95,8 +97,8 @@ def groups(
     """Draw the accuracy of the many-, medium- and few-shot classes of each split.
 
     Args:
-      result: as in result.json: summaries with many, medium and few in [0, 1], by split; None or NaN for a
-        group without classes.
+      result: as in result.json: summaries with many, medium and few in [0, 1], by
+        split; None or NaN for a group without classes.
       counts: {"many", "medium", "few": classes in the group}, if known.
 
     Returns:
@@ -141,13 +143,15 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> Any:
     """Draw several runs: how each learned, and what it reached at what cost.
 
     Args:
-      runs: dicts with name; text, whether it modelled text; rows, as in metrics.jsonl; test, a summary with
-        accuracy, balanced_accuracy or loss, {} while unfinished; step_ms, the time of a step or None.
+      runs: dicts with name; text, whether it modelled text; rows, as in metrics.jsonl;
+        test, a summary with accuracy, balanced_accuracy or loss, {} while unfinished;
+        step_ms, the time of a step or None.
 
     Returns:
-      A matplotlib figure of two panels: the validation figure (where a run has none, the training figure)
-      against the steps; the test figure (while unfinished, hollow, the newest of the curve) against the
-      time of a step. Balanced accuracy of images, nats per character of text, accuracy if both occur.
+      A matplotlib figure of two panels: the validation figure (where a run has none,
+      the training figure) against the steps; the test figure (while unfinished, hollow,
+      the newest of the curve) against the time of a step. Balanced accuracy of images,
+      nats per character of text, accuracy if both occur.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -338,10 +342,12 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Any:
     """Draw balanced accuracy against cost, one marker per row of `jaxtricks ablate`.
 
     Args:
-      rows: dicts with key, metric, std, step_ms, temp_bytes and state_bytes, as in results.json.
+      rows: dicts with key, metric, std, step_ms, temp_bytes and state_bytes, as in
+        results.json.
 
     Returns:
-      A matplotlib figure of three panels: step time, compiled temporaries, optimizer state.
+      A matplotlib figure of three panels: step time, compiled temporaries, optimizer
+        state.
 
     Raises:
       ImportError: matplotlib is not installed.

@@ -42,8 +42,8 @@ def group_sizes(counts: Sequence[int]) -> dict[str, int]:
       counts: training images of each class.
 
     Returns:
-      {"many", "medium", "few": classes}: thirds by count, or above 100 and below 20 images where there
-      are 100 classes or more.
+      {"many", "medium", "few": classes}: thirds by count, or above 100 and below 20
+      images where there are 100 classes or more.
     """
     if len(counts) < _RANKED:
         many = few = len(counts) // 3
@@ -117,7 +117,8 @@ def _command(about: dict[str, Any]) -> str:
 
 def _what(run: Run) -> str:
     data = look(run.about, "data") or {}
-    # Notes begin in lower case and end without a full stop: they are printed line by line too.
+    # Notes begin in lower case and end without a full stop: they are printed line by
+    # line too.
     notes = [str(note).strip().rstrip(".") for note in data.get("notes") or ()]
     sentences = [_task(run, data)]
     if not run.is_text:

@@ -41,7 +41,8 @@ CONFIG, METRICS, TIMING, RESULT = (
     "result.json",
 )
 LOCK = ".lock"
-# Settings that change no number of a run, or none beyond rounding; the others must stay what they were.
+# Settings that change no number of a run, or none beyond rounding; the others must stay
+# what they were.
 FREE = {
     "out",
     "resume",
@@ -73,7 +74,8 @@ class RunDir:
     Args:
       path: the directory.
       about: what config.json says.
-      resume: go on where config.json is there already; None for commands that can't go on.
+      resume: go on where config.json is there already; None for commands that can't go
+        on.
       lock: whether this process is the one that writes; of several hosts, one is.
 
     Attributes:
@@ -82,8 +84,8 @@ class RunDir:
       note: a sentence, if that run was begun with other versions; "" if not.
 
     Raises:
-      UserError: it can't be created, holds something else, is written by another process, or holds a run
-        of other settings or data; nothing is changed then.
+      UserError: it can't be created, holds something else, is written by another
+        process, or holds a run of other settings or data; nothing is changed then.
     """
 
     def __init__(
@@ -187,7 +189,8 @@ def can_begin(path: str, *, resume: bool | None = None) -> bool:
     """Return whether a run goes on in the directory (rather than begins there).
 
     Raises:
-      UserError: neither can be, or nothing can be written there; nothing is left behind.
+      UserError: neither can be, or nothing can be written there; nothing is left
+        behind.
     """
     folder = pathlib.Path(path)
     if os.path.isfile(path):
@@ -419,7 +422,8 @@ def writing(
 def parse(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
-    Python's parser, as msgspec takes no names that are not UTF-8, which file systems have.
+    Python's parser, as msgspec takes no names that are not UTF-8, which file systems
+    have.
 
     Raises:
       ValueError: it isn't JSON, not in UTF-8, or nested more than 64 deep.
@@ -472,7 +476,8 @@ def schema(name: str, fields: Mapping[str, Any]) -> Any:
 
     Args:
       name: of the type.
-      fields: name -> type: int, float, str, bool, a dataclass, or lists, tuples, dicts and unions of them.
+      fields: name -> type: int, float, str, bool, a dataclass, or lists, tuples, dicts
+        and unions of them.
     """
     import msgspec
 
@@ -631,8 +636,8 @@ def read(path: str | pathlib.Path) -> Run:
       path: --out of `jaxtricks train`.
 
     Returns:
-      The run. Lines that a killed run left torn are skipped; of steps that a resumed run went through
-      twice, the later line counts.
+      The run. Lines that a killed run left torn are skipped; of steps that a resumed
+      run went through twice, the later line counts.
 
     Raises:
       UserError: the path is no run, or an ablation, or says what no run would.
@@ -715,7 +720,8 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if sound else None
 
 
-# What a run directory says of the command: settings, versions, hardware, git state, data.
+# What a run directory says of the command: settings, versions, hardware, git state,
+# data.
 
 
 def describe(cfg: Any, command: str, data: Any = None) -> dict[str, Any]:

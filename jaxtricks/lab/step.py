@@ -1,8 +1,8 @@
 """Compose model, loss and optimizer into one jitted, donated, sharding-ready training step.
 
-This is the one place that knows all ten tricks: a line each, in the order in which they compose.
-model (weightstd, ebn, reparam, remat) -> loss (longtail) -> gradients (amp) -> optimizer (agc, memopt,
-cyclical, amp) -> reads (longtail, echo).
+This is the one place that knows all ten tricks: a line each, in the order in which they
+compose. model (weightstd, ebn, reparam, remat) -> loss (longtail) -> gradients (amp) ->
+optimizer (agc, memopt, cyclical, amp) -> reads (longtail, echo).
 """
 
 import copy
@@ -76,8 +76,8 @@ class TrainStep:
       placement: where arrays lie; None is as the settings say, on the devices at hand.
 
     Attributes:
-      loss: (params, model_state, inputs, labels, counts) -> (loss, (model_state, accuracy)), in the
-        precision of the run; what the step differentiates.
+      loss: (params, model_state, inputs, labels, counts) -> (loss, (model_state,
+        accuracy)), in the precision of the run; what the step differentiates.
       placement: the mesh.
       shapes: of the TrainState, with its shardings.
     """
@@ -156,7 +156,8 @@ class TrainStep:
             updates = optax.tree.scale(rate, updates)
         params = optax.apply_updates(state.params, updates)
         if self._cfg.tricks.amp:
-            # amp: a skipped step leaves no statistics of its batch behind, as it leaves no parameters.
+            # amp: a skipped step leaves no statistics of its batch behind, as it leaves
+            # no parameters.
             applied = jt.amp.step_applied(state.opt_state, opt_state)
             model_state = jt.amp.select_tree(
                 applied, model_state, state.model_state
@@ -299,7 +300,8 @@ class TrainStep:
         labels: Array,
         counts: Array,
     ) -> Any:
-        # Under fsdp each parameter is gathered here; its gradient is summed and split on the way back.
+        # Under fsdp each parameter is gathered here; its gradient is summed and split
+        # on the way back.
         params = self._constrained(params, self._used)
         logits, model_state = self._apply(
             params, model_state, inputs, train=True
@@ -378,11 +380,13 @@ def build_model(
 
     Args:
       cfg: the settings.
-      inputs: channels of the images; the transformer needs none, its inputs are classes.
+      inputs: channels of the images; the transformer needs none, its inputs are
+        classes.
       num_classes: outputs: classes of the images, or characters.
       key: of the initial weights.
     """
-    # remat: only each block's input is saved; with a budget the whole loss is planned instead.
+    # remat: only each block's input is saved; with a budget the whole loss is planned
+    # instead.
     recompute = cfg.tricks.remat and not cfg.remat_budget
     common: dict[str, Any] = {"recompute": recompute, "rngs": nnx.Rngs(key)}
     if cfg.model == "transformer":
@@ -450,7 +454,8 @@ def build_optimizer(
         links.append(
             jt.agc.adaptive_grad_clip(0.02, roles=roles, path_filter=clipped)
         )
-    # memopt: row and column moments instead of two full buffers; the rate stays absolute.
+    # memopt: row and column moments instead of two full buffers; the rate stays
+    # absolute.
     if tricks.memopt:
         links.append(
             jt.memopt.adafactor(
@@ -478,7 +483,8 @@ def build_optimizer(
 def averaging(decay: float) -> optax.GradientTransformation:
     """Apply `optax.ema` to the parameters after each update; the updates pass as they are.
 
-    As the last link of the chain it also counts right inside MultiSteps and under skipped steps.
+    As the last link of the chain it also counts right inside MultiSteps and under
+    skipped steps.
     """
     ema = optax.ema(decay)
 
@@ -504,7 +510,8 @@ def kernel_mask(params: Any) -> Any:
 def build_schedule(cfg: Train) -> Callable[[Any], Any]:
     """Return the learning rate by step."""
     peak, steps = cfg.learning_rate, cfg.steps
-    # cyclical: two triangles from a tenth of the peak, ending low; else warm-up and cosine.
+    # cyclical: two triangles from a tenth of the peak, ending low; else warm-up and
+    # cosine.
     if cfg.tricks.cyclical:
         return jt.cyclical.cyclical(
             peak / 10, peak, max(1, steps // (2 * _CYCLES))
@@ -520,7 +527,8 @@ def build_schedule(cfg: Train) -> Callable[[Any], Any]:
 
 def build_loss(cfg: Train, counts: Array) -> Callable[..., Array]:
     """Return loss(logits [..., C], labels [...]) -> [...]; counts [C] may be traced."""
-    # longtail: the class prior goes into the logits in training, and nowhere at test time.
+    # longtail: the class prior goes into the logits in training, and nowhere at test
+    # time.
     loss = jt.longtail.cross_entropy()
     if cfg.tricks.longtail:
         loss = jt.longtail.logit_adjusted(counts)
@@ -597,7 +605,8 @@ def build_echo(cfg: Train, batch: int) -> Callable[[Any], Any] | None:
     """Return the transform between reading and batching; a step takes `batch` examples here."""
     if not cfg.tricks.echo:
         return None
-    # echo: each image read goes out echo_factor times, whole batches apart, augmented anew on device.
+    # echo: each image read goes out echo_factor times, whole batches apart, augmented
+    # anew on device.
     return lambda dataset: jt.echo.echo(
         dataset, cfg.echo_factor, batch_size=batch, seed=cfg.seed
     )
@@ -607,7 +616,8 @@ def build_order(cfg: Train, data: data_lib.Data) -> Callable[[int], int]:
     """Return position in the stream of examples read -> index of the example."""
     if cfg.sampling == "instance":
         return data_lib.shuffled(len(data.train), cfg.seed)
-    # longtail: classes by the root of their counts, or evenly; progressive goes from the data to evenly.
+    # longtail: classes by the root of their counts, or evenly; progressive goes from
+    # the data to evenly.
     sampling = jt.longtail.sampling
     powers = {"square-root": 0.5, "balanced": 0.0, "progressive": 1.0}
     probabilities = np.asarray(

@@ -224,7 +224,8 @@ class Trainer:
     def _report_skipped(self, progress: Progress) -> dict[str, int]:
         """Name the training images that broke since the last call; how many there are, for the log.
 
-        The log of times, not that of metrics: threads read ahead, and meet them sooner or later.
+        The log of times, not that of metrics: threads read ahead, and meet them sooner
+          or later.
         """
         broken = dict(self.data.train.skipped)
         for name in list(broken)[self._reported :]:
@@ -335,7 +336,8 @@ class Meter:
     def rows(self) -> list[dict[str, float]]:
         """Return the window so far as Python numbers."""
         rows = jax.device_get(self._rows)
-        # float64 from here on: a mean must not depend on whether a checkpoint cut the window in two.
+        # float64 from here on: a mean must not depend on whether a checkpoint cut the
+        # window in two.
         self._rows = [
             {name: float(value) for name, value in row.items()} for row in rows
         ]
@@ -375,8 +377,8 @@ def fit(
       accumulate: micro-batches per step.
       log_every: steps per window.
       meter: the window that an interrupted run left behind.
-      after: called after every step with its number, the state, and the means since the last window at
-        the window's end, else None; True stops.
+      after: called after every step with its number, the state, and the means since the
+        last window at the window's end, else None; True stops.
     """
     meter = meter or Meter()
     for number in range(start + 1, steps + 1):
@@ -414,7 +416,8 @@ class Divergence:
     ) -> None:
         """Raise unless the losses since the last check, and the state after `step`, are finite.
 
-        With amp, which skips steps whose gradients are not finite, a loss alone may be anything.
+        With amp, which skips steps whose gradients are not finite, a loss alone may be
+        anything.
 
         Raises:
           UserError: they are not; with amp: too many steps in a row were skipped.
@@ -428,7 +431,8 @@ class Divergence:
                 )
                 raise self._diverged(f"{skipped}, until step {step}") from error
             losses = ()
-        # Parameters too: a relu that XLA makes of a fast maximum turns NaN into a loss that looks right.
+        # Parameters too: a relu that XLA makes of a fast maximum turns NaN into a loss
+        # that looks right.
         finite = self._all_finite((state.params, state.model_state))
         if not (all(map(math.isfinite, losses)) and bool(finite)):
             raise self._diverged(
@@ -479,8 +483,8 @@ class Evaluator:
     ) -> dict[str, Any]:
         """Summarize the source (or `limit` examples spread over it); host values.
 
-        Images: loss, accuracy and what `longtail.metrics.summary` gives. Text: loss, in nats per
-        character, and accuracy.
+        Images: loss, accuracy and what `longtail.metrics.summary` gives. Text: loss, in
+        nats per character, and accuracy.
         """
         totals = (
             jt.longtail.metrics.init(self._num_classes),
@@ -525,9 +529,9 @@ class Evaluator:
 class Feed:
     """Endless micro-batches of the training split, on their devices.
 
-    Batch k holds positions k * batch, ..., k * batch + batch - 1 of the stream, whatever the number of
-    hosts: each of them reads the rows that lie on its devices. Echoing is local: the copies of an example
-    stay with the host that read it.
+    Batch k holds positions k * batch, ..., k * batch + batch - 1 of the stream,
+    whatever the number of hosts: each of them reads the rows that lie on its devices.
+    Echoing is local: the copies of an example stay with the host that read it.
 
     Args:
       cfg: the settings.
@@ -606,7 +610,8 @@ class Reads:
 
     Attributes:
       first: position in the stream of all hosts where this one begins.
-      read: position in the stream of all hosts behind the last batch that was begun to be read.
+      read: position in the stream of all hosts behind the last batch that was begun to
+        be read.
     """
 
     def __init__(

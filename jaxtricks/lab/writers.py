@@ -30,7 +30,8 @@ class TensorBoard:
 
     Args:
       folder: where the event files go; a resumed run adds one beside those it has.
-      start: steps done already. TensorBoard hides what earlier files say about later steps.
+      start: steps done already. TensorBoard hides what earlier files say about later
+        steps.
 
     Raises:
       UserError: tensorboardX is not installed.
@@ -58,9 +59,10 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run; its id is stored in the folder, so that resuming continues the same run.
 
-    W&B can't be told to forget the last steps of a run (its rewind is a preview that needs the service's
-    consent), so a resumed run writes only steps that W&B does not have; there remain the points from between
-    the checkpoint and the interruption, which the resumed run would compute again from the same state.
+    W&B can't be told to forget the last steps of a run (its rewind is a preview that
+    needs the service's consent), so a resumed run writes only steps that W&B does not
+    have; there remain the points from between the checkpoint and the interruption,
+    which the resumed run would compute again from the same state.
 
     Args:
       project: name of the W&B project.

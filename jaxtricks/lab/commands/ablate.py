@@ -156,7 +156,8 @@ class Trained(NamedTuple):
     """A row of the table, and what its timing needs.
 
     Attributes:
-      row: key, tricks, metric, std, n, validation, by_seed, temp_bytes, state_bytes, reads.
+      row: key, tricks, metric, std, n, validation, by_seed, temp_bytes, state_bytes,
+        reads.
       compiled: its arrangement.
       state: to time the step with.
     """
@@ -217,7 +218,8 @@ class Ablation:
             # Whoever stops it need not wait for the next arrangement's compilation.
             stack.callback(compiler.shutdown, wait=False, cancel_futures=True)
             progress = stack.enter_context(_progress(self._console))
-            # XLA compiles the next arrangement while this one trains; times are taken at the end, alone.
+            # XLA compiles the next arrangement while this one trains; times are taken
+            # at the end, alone.
             futures = [
                 compiler.submit(compile_row, cfg, on, self._data[0])
                 for _, on in plan
@@ -456,7 +458,8 @@ def search(
 
     Args:
       keys: the tricks, in the order in which a subset names them.
-      measure: subset -> a score for each seed, higher is better; on images of no other use.
+      measure: subset -> a score for each seed, higher is better; on images of no other
+        use.
 
     Returns:
       The best subset, and every trial in order.
@@ -497,8 +500,8 @@ def spell(spread: float, n: int) -> str:
 def annotate(rows: list[Row]) -> list[Row]:
     """Add to each row a "note": what the trick changed here, in one clause, from the figures alone.
 
-    A trick alone is compared with the baseline, "all - x" with all. A difference in accuracy counts if
-    it exceeds the two rows' standard deviations added in quadrature.
+    A trick alone is compared with the baseline, "all - x" with all. A difference in
+    accuracy counts if it exceeds the two rows' standard deviations added in quadrature.
     """
     by_key = {row["key"]: row for row in rows}
     for row in rows:

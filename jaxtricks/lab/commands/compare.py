@@ -57,8 +57,9 @@ def table(runs: Sequence[Run]) -> _table.Table:
       runs: as read by `rundir.read`.
 
     Returns:
-      A table whose quality columns are those that apply to some run: the test split of finished runs, the
-      best marked "*", and the newest validation figure of the others, marked "val".
+      A table whose quality columns are those that apply to some run: the test split of
+      finished runs, the best marked "*", and the newest validation figure of the
+      others, marked "val".
 
     Raises:
       UserError: there are no runs.
@@ -125,8 +126,8 @@ def points(runs: Sequence[Run]) -> list[dict[str, Any]]:
       runs: as read by `rundir.read`.
 
     Returns:
-      A dict per run: name; text, whether it modelled text; rows of metrics.jsonl; test, the summary of the
-      test split, {} while unfinished; step_ms, None if not measured.
+      A dict per run: name; text, whether it modelled text; rows of metrics.jsonl; test,
+      the summary of the test split, {} while unfinished; step_ms, None if not measured.
     """
     dicts = []
     for name, run in zip(_short_names(names(runs)), runs, strict=True):

@@ -44,7 +44,8 @@ class Artifact(NamedTuple):
 
     Attributes:
       weights: {path: array}.
-      program: the serialized StableHLO of (weights, images uint8 [b, H, W, C]) -> logits [b, classes].
+      program: the serialized StableHLO of (weights, images uint8 [b, H, W, C]) ->
+        logits [b, classes].
     """
 
     weights: dict[str, np.ndarray]
@@ -84,7 +85,8 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     data = train.load(
         dataclasses.replace(settings, resume=True, out=str(source.path))
     )
-    # Whoever opens checkpoints removes what a killed writer left behind, or one that is still at work.
+    # Whoever opens checkpoints removes what a killed writer left behind, or one that is
+    # still at work.
     with only_writer(source.path):
         model = restored(settings, data, source.path, say)
     folder = RunDir(out, rundir.session(command))

@@ -49,7 +49,8 @@ def run(cfg: LrFind, command: str = "") -> cyclical.RangeTest:
     can_begin(cfg.out)
     Placement.of(cfg.parallel).check(cfg.micro_batch)
     data = train.load(cfg)
-    # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can be scaled.
+    # AdamW and Adafactor as composed here are proportional to the rate, so that 1 can
+    # be scaled.
     train_step, _ = step_lib.prepare(cfg, data, rate=1.0)
     folder = RunDir(cfg.out, rundir.describe(cfg, command, data))
     train.introduce(data, say)

@@ -60,8 +60,8 @@ def run(cfg: Train, command: str = "") -> dict[str, Any] | None:
       command: the command line, for config.json.
 
     Returns:
-      What result.json says; None if the run was told to stop before its end, and on all hosts but the
-      first, which does all the writing.
+      What result.json says; None if the run was told to stop before its end, and on all
+      hosts but the first, which does all the writing.
 
     Raises:
       UserError: something that the user can mend.
@@ -191,7 +191,8 @@ def load(cfg: Train) -> data_lib.Data:
             "nothing else: give a .txt "
             "file or topics, or use another model"
         )
-    # A run that goes on must leave out what it left out before, or its order would change.
+    # A run that goes on must leave out what it left out before, or its order would
+    # change.
     left_out = _left_out_before(cfg)
     options = _data_options(cfg)
     return data_lib.load(
@@ -220,7 +221,8 @@ def check_data(cfg: Train) -> None:
     """Read every file once and print what there is.
 
     Raises:
-      UserError: files that can't be read (they are printed first), or data that can't be used at all.
+      UserError: files that can't be read (they are printed first), or data that can't
+        be used at all.
     """
     contents = data_lib.check(cfg.source, **_data_options(cfg))
     print(contents)

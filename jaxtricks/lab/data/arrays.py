@@ -39,9 +39,9 @@ def npz(path: pathlib.Path) -> Stored:
     """Read [SPLIT_]images and [SPLIT_]labels, or x_train, y_train and so on, of an .npz file.
 
     Raises:
-      UserError: no such keys, lengths that differ, images that aren't uint8, labels that aren't
-        0 to C-1, Python objects, arrays over 16 GiB, arrays over 1 GiB that are 100 times shorter in the
-        file, or a broken file.
+      UserError: no such keys, lengths that differ, images that aren't uint8, labels
+        that aren't 0 to C-1, Python objects, arrays over 16 GiB, arrays over 1 GiB that
+        are 100 times shorter in the file, or a broken file.
     """
     try:
         with zipfile.ZipFile(path) as archive:

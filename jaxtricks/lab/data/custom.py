@@ -16,9 +16,9 @@ from jaxtricks.lab.data.dataset import SPLITS, Stored, UnreadableError
 def stored(name: str) -> Stored:
     """Return the images of the source, or of the sources by split, that package.module:function returns.
 
-    A source has len() and [], and is read from several threads at a time; an element is {"image",
-    "label"} or (image, label), the image uint8 [H, W] or [H, W, C]. `labels` (integers [N]) and
-    `classes` (names) are used where a source has them.
+    A source has len() and [], and is read from several threads at a time; an element is
+    {"image", "label"} or (image, label), the image uint8 [H, W] or [H, W, C]. `labels`
+    (integers [N]) and `classes` (names) are used where a source has them.
 
     Raises:
       UserError: no such function, an error inside it, or something else than that.

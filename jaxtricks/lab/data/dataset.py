@@ -48,14 +48,15 @@ _TRIES = 100  # records of a class that are tried in place of one that broke
 class Source:
     """Random access to examples, from any thread.
 
-    An example is {"image": uint8 [H, W, C], "label": int32 []} or {"text": int32 [context + 1]}.
+    An example is {"image": uint8 [H, W, C], "label": int32 []} or {"text": int32
+    [context + 1]}.
 
     Args:
       read: index -> (example, bytes read); raises UnreadableError.
       length: N.
       labels: int [N], of images.
-      skips: give another example of the class in place of one that can't be read; always the same one, so
-        that a run can be repeated and resumed.
+      skips: give another example of the class in place of one that can't be read;
+        always the same one, so that a run can be repeated and resumed.
 
     Attributes:
       skipped: name -> reason, of the examples that could not be read.
@@ -153,7 +154,8 @@ class Data(NamedTuple):
       classes: names in label order; the characters, for text.
       shape: (H, W, C) of every image, (context + 1,) of every window of text.
       flip: whether a mirrored image keeps its class.
-      counts: int [C] training examples of each class (occurrences of each character as a target).
+      counts: int [C] training examples of each class (occurrences of each character as
+        a target).
       notes: sentences that the user should read.
       left_out: names of the images that could not be read at the start.
     """
@@ -243,7 +245,8 @@ def check_classes(
     Args:
       labels: integers [N].
       name: of the data.
-      classes: C, if the data says so; a class without an example is left to the check of the splits.
+      classes: C, if the data says so; a class without an example is left to the check
+        of the splits.
     """
     have = np.unique(labels).tolist()
     num_classes = len(have) if classes is None else classes
@@ -276,10 +279,11 @@ _SHORT = 2**16
 def shuffled(length: int, seed: int) -> Callable[[int], int]:
     """Return position -> index; each epoch of `length` positions is a permutation.
 
-    Needs no memory, whatever the length: grain.MapDataset.shuffle(seed=seed).repeat() gives the same
-    order, but loses one index and doubles another where the length is 2^k + 1 with an even k from 16
-    on (65,537 or 262,145), as its blocks are a bit too short. There one index more is shuffled, and
-    what falls on it goes where that index went.
+    Needs no memory, whatever the length: grain.MapDataset.shuffle(seed=seed).repeat()
+    gives the same order, but loses one index and doubles another where the length is
+    2^k + 1 with an even k from 16 on (65,537 or 262,145), as its blocks are a bit too
+    short. There one index more is shuffled, and what falls on it goes where that index
+    went.
 
     The first epoch of a seed is the second one of the seed below. A position costs
     about 5 us, and an epoch at least 25 ms, however short.
@@ -327,15 +331,16 @@ def sampled(
 ) -> Callable[[int], int]:
     """Return position -> index: a class by its probability, then any of its examples.
 
-    A function of (seed, position), with replacement, and no slower than `shuffled`. The state of a
-    pipeline that reads in this order is an index, as with the other.
+    A function of (seed, position), with replacement, and no slower than `shuffled`. The
+    state of a pipeline that reads in this order is an index, as with the other.
 
     Args:
       labels: int [N], the class of each example.
-      probabilities: [C] of each class, such as `longtail.sampling.class_probabilities`; they are
-        normalized over the classes that have examples.
+      probabilities: [C] of each class, such as `longtail.sampling.class_probabilities`;
+        they are normalized over the classes that have examples.
       seed: of the draws.
-      after: [C] that the probabilities turn into, linearly over the first `over` positions.
+      after: [C] that the probabilities turn into, linearly over the first `over`
+        positions.
       over: number of those positions.
 
     Raises:

@@ -57,7 +57,8 @@ def refuse_method(path: pathlib.Path, entry: zipfile.ZipInfo) -> None:
         )
 
 
-# Trees of image files, in a directory or inside a zip, which is read in place: nothing is extracted.
+# Trees of image files, in a directory or inside a zip, which is read in place: nothing
+# is extracted.
 
 
 EXTENSIONS = {
@@ -145,8 +146,8 @@ def open_zip(path: pathlib.Path) -> Tree:
     """Return the tree inside a zip.
 
     Raises:
-      UserError: a broken zip, an encrypted entry, one that points outside, or an image that is neither
-        stored nor deflated.
+      UserError: a broken zip, an encrypted entry, one that points outside, or an image
+        that is neither stored nor deflated.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -240,15 +241,16 @@ def _visible(part: str) -> bool:
 def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     """Return the images of [train|val|test/]CLASS/NAME below a directory or inside a zip.
 
-    Everything below a class folder belongs to the class. A folder around all of it is ignored.
+    Everything below a class folder belongs to the class. A folder around all of it is
+    ignored.
 
     Args:
       path: of the directory or the zip.
       skip_unreadable: leave out class folders without an image.
 
     Raises:
-      UserError: no images, a folder without any, images outside the class folders of a split, or a zip
-        that is broken, encrypted or points outside.
+      UserError: no images, a folder without any, images outside the class folders of a
+        split, or a zip that is broken, encrypted or points outside.
     """
     tree = open_folder(path) if path.is_dir() else open_zip(path)
     depth = _around(tree)
@@ -418,7 +420,8 @@ def _looks_split(images: Iterable[Parts]) -> str:
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    # Class "10" after class "9": a sorted list of strings would permute numbered classes.
+    # Class "10" after class "9": a sorted list of strings would permute numbered
+    # classes.
     return (
         (0, int(name), name)
         if name.isdecimal() and len(name) < 20
@@ -426,7 +429,8 @@ def _natural(name: str) -> tuple[int, int, str]:
     )
 
 
-# Lists of image files with their labels, as ImageNet-LT, Places-LT and iNaturalist ship them.
+# Lists of image files with their labels, as ImageNet-LT, Places-LT and iNaturalist ship
+# them.
 
 
 _LINE = re.compile(r"(?P<name>.*[^\s,])[\s,]+(?P<label>-?\d{1,18})")
@@ -436,12 +440,12 @@ _WORD = re.compile(r"(?P<stem>.*?)(?P<word>[A-Za-z]*)", re.DOTALL)
 def stored_list(path: pathlib.Path, root: pathlib.Path) -> Stored:
     """Return the images of a list: on each line the path of an image below `root`, and its label from 0.
 
-    Where the list's name ends in a split, lists beside it that differ in this word alone are the other
-    splits: NAME_train.txt, NAME_val.txt, NAME_test.txt.
+    Where the list's name ends in a split, lists beside it that differ in this word
+    alone are the other splits: NAME_train.txt, NAME_val.txt, NAME_test.txt.
 
     Raises:
-      UserError: no such folder, a line of another kind, a path that points outside, or labels that are
-        not 0 to C-1.
+      UserError: no such folder, a line of another kind, a path that points outside, or
+        labels that are not 0 to C-1.
     """
     if not root.is_dir():
         raise UserError(

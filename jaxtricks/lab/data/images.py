@@ -1,6 +1,7 @@
 """Decode images, bring them to one size, and look at them before training.
 
-Pillow reads the headers, and all pixels but those of most JPEGs, which simplejpeg decodes in half the time.
+Pillow reads the headers, and all pixels but those of most JPEGs, which simplejpeg
+decodes in half the time.
 """
 
 import collections
@@ -41,12 +42,13 @@ _WHOLE_NUMBERS = {3: "H", 4: "I"}  # types of TIFF entries
 def decode(raw: bytes, name: str) -> np.ndarray:
     """Decode an image file to uint8 [H, W, C]: C is 1 if it is stored as gray, else 3.
 
-    Transparent parts are laid on white, 16 bits are scaled to 8, animations give their first frame, and
-    what EXIF says is turned or mirrored is turned back, as viewers do.
+    Transparent parts are laid on white, 16 bits are scaled to 8, animations give their
+    first frame, and what EXIF says is turned or mirrored is turned back, as viewers do.
 
     Raises:
-      UnreadableError: not an image, a truncated or broken one, one of more than 64 megapixels, one of
-        32-bit or floating-point pixels, or a JPEG of more than 100 scans.
+      UnreadableError: not an image, a truncated or broken one, one of more than 64
+        megapixels, one of 32-bit or floating-point pixels, or a JPEG of more than 100
+        scans.
     """
     try:
         return _decode(raw)
@@ -146,7 +148,8 @@ def _decode_jpeg(raw: bytes) -> np.ndarray | None:
             return None
         return library.decode_jpeg(raw, "GRAY" if colours == "Gray" else "RGB")
     except ValueError as error:
-        # Pillow fills the rest of a picture that ends early with gray where an end marker follows.
+        # Pillow fills the rest of a picture that ends early with gray where an end
+        # marker follows.
         if "premature end" in str(error).lower() or "limit" in str(error):
             raise
         return None  # stray bytes between two parts, say: nothing is lost
@@ -237,7 +240,8 @@ def _load(picture: Any) -> np.ndarray:
 def _silence_tags() -> None:
     """Let Pillow not warn of TIFF and EXIF tags that it can't read: the picture is what counts.
 
-    A filter for one module of Pillow; filters for the duration of a call are not safe in threads.
+    A filter for one module of Pillow; filters for the duration of a call are not safe
+    in threads.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
@@ -257,7 +261,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-# A scan of the images before training: which can't be read, and how large and gray they are.
+# A scan of the images before training: which can't be read, and how large and gray they
+# are.
 
 
 ALL_UP_TO = 10_000
@@ -344,8 +349,8 @@ def common_shape(
 
     Args:
       scan: of the images.
-      size: side of a square; 0 takes the size that at least half of the images have, else the square
-        of the median short side, at most 128.
+      size: side of a square; 0 takes the size that at least half of the images have,
+        else the square of the median short side, at most 128.
       name: of the data.
 
     Raises:

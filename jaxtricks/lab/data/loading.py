@@ -51,27 +51,30 @@ def load(
 ) -> Data:
     """Return the data set called name, with a long-tailed training split.
 
-    Scans the images first (all up to 10,000, else 2,000 of them): broken ones must not end a run.
+    Scans the images first (all up to 10,000, else 2,000 of them): broken ones must not
+    end a run.
 
     Args:
-      name: a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder of them,
-        FILE.txt, package.module:function, "digits" or "topics".
-      root: the folder that the paths of FILE.txt begin in, which then is a list of images.
-      imbalance: images of the largest over the smallest class of the training split, whose profile is
-        exponential, class 0 the largest. 1 leaves the split as it is.
+      name: a folder or a zip of class folders, FILE.npz, FILE.array_record or a folder
+        of them, FILE.txt, package.module:function, "digits" or "topics".
+      root: the folder that the paths of FILE.txt begin in, which then is a list of
+        images.
+      imbalance: images of the largest over the smallest class of the training split,
+        whose profile is exponential, class 0 the largest. 1 leaves the split as it is.
       seed: of the images that stay and those that are held out.
-      validation, test: shares of the training images that are held out for a split that the data
-        does not have; 0 makes no validation split.
-      size: side of the square that images are resized to; 0 takes what most of them have.
+      validation, test: shares of the training images that are held out for a split that
+        the data does not have; 0 makes no validation split.
+      size: side of the square that images are resized to; 0 takes what most of them
+        have.
       context: characters per window of text.
-      skip_unreadable: leave out images that can't be read, after a scan of all of them; later on, read
-        another one of the class in place of one that breaks.
-      left_out: names of the images that are left out, by the run that goes on: one that has
-        broken since is skipped, so that the others stay where they are.
+      skip_unreadable: leave out images that can't be read, after a scan of all of them;
+        later on, read another one of the class in place of one that breaks.
+      left_out: names of the images that are left out, by the run that goes on: one that
+        has broken since is skipped, so that the others stay where they are.
 
     Raises:
-      UserError: nothing there, no images, a class without one, or one that can't be read; it names
-        the thing and the cure.
+      UserError: nothing there, no images, a class without one, or one that can't be
+        read; it names the thing and the cure.
     """
     if is_text(name, root):
         if imbalance != 1:
@@ -116,7 +119,8 @@ def load(
 
 def is_text(name: str, root: str = "") -> bool:
     """Return whether the name is that of text; with a root it is that of a list of images."""
-    # os.path, here and below: pathlib raises for names that are too long or in folders of others.
+    # os.path, here and below: pathlib raises for names that are too long or in folders
+    # of others.
     return name == "topics" or (
         name.lower().endswith(".txt") and os.path.isfile(name) and not root
     )
@@ -207,7 +211,8 @@ def _data(
         test=parts["test"],
         classes=stored.classes,
         shape=shape,
-        # What is stored as gray is mostly scans and symbols, whose mirror image is something else.
+        # What is stored as gray is mostly scans and symbols, whose mirror image is
+        # something else.
         flip=shape[-1] == 3 if stored.flip is None else stored.flip,
         counts=np.bincount(
             labels[index["train"]], minlength=len(stored.classes)
@@ -224,8 +229,9 @@ def assign(
 ) -> tuple[Indices, tuple[str, ...]]:
     """Return the indices of each split, and sentences on where they come from.
 
-    A split that the data has is used as it is; the others are held out of the training images. A
-    validation split without a test split is the test split, as ImageNet's is used.
+    A split that the data has is used as it is; the others are held out of the training
+    images. A validation split without a test split is the test split, as ImageNet's is
+    used.
 
     Args:
       stored: the images.
@@ -233,7 +239,8 @@ def assign(
       seed: of what is held out.
 
     Raises:
-      UserError: fewer than two classes, one that has no image in a split, or too few to hold some out.
+      UserError: fewer than two classes, one that has no image in a split, or too few to
+        hold some out.
     """
     if len(stored.classes) < 2:
         only = ", ".join(map(repr, stored.classes))
@@ -363,8 +370,8 @@ class Report:
       name: what the user called it.
       kind: "image" or "text".
       files: images, or windows of text.
-      splits: split -> int [C] images of each class, those that can't be read included; windows of
-        text are one class.
+      splits: split -> int [C] images of each class, those that can't be read included;
+        windows of text are one class.
       classes: names in label order.
       sizes: (height, width) -> images that have it.
       gray: images stored with one channel.

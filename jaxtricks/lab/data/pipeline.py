@@ -29,25 +29,28 @@ def pipeline(
       source: random access to examples.
       batch: examples per batch.
       seed: of the order.
-      transform: IterDataset -> IterDataset of examples (dicts). None lets examples be read and stacked
-        in blocks: with reading threads, Grain's work on a single one takes as long as decoding a small
-        image.
-      to_device: batch -> batch on its devices, run ahead in a thread; None stays in this thread and on
-        the host.
-      readers: threads that read and decode; 0 reads where the batches are asked for, and nothing
-        that is not used.
-      order: position in the stream -> index, in place of shuffled epochs (`dataset.sampled`).
+      transform: IterDataset -> IterDataset of examples (dicts). None lets examples be
+        read and stacked in blocks: with reading threads, Grain's work on a single one
+        takes as long as decoding a small image.
+      to_device: batch -> batch on its devices, run ahead in a thread; None stays in
+        this thread and on the host.
+      readers: threads that read and decode; 0 reads where the batches are asked for,
+        and nothing that is not used.
+      order: position in the stream -> index, in place of shuffled epochs
+        (`dataset.sampled`).
 
     Returns:
-      A grain.DatasetIterator. get_state() is JSON and that of the batches so far, whatever has
-      been read ahead; set_state() on a new pipeline of the same arguments goes on from there.
+      A grain.DatasetIterator. get_state() is JSON and that of the batches so far,
+      whatever has been read ahead; set_state() on a new pipeline of the same arguments
+      goes on from there.
     """
     import grain
 
     index = shuffled(len(source), seed) if order is None else order
 
     def stream(read: Callable[[int], Any], ahead: int) -> Any:
-        # Over a range, not over a source: Grain weighs every element of a source, for 20 us.
+        # Over a range, not over a source: Grain weighs every element of a source, for
+        # 20 us.
         options = grain.ReadOptions(
             num_threads=readers, prefetch_buffer_size=ahead * readers
         )
@@ -61,7 +64,8 @@ def pipeline(
         examples = transform(stream(lambda i: source[index(i)], _AHEAD))
         batches = examples.batch(batch, drop_remainder=True, batch_fn=stack)
     else:
-        # Threads share a batch, so that the first one does not wait for a whole one of each thread.
+        # Threads share a batch, so that the first one does not wait for a whole one of
+        # each thread.
         width = _largest_divisor(batch, _BLOCK) if readers else batch
 
         def block(k: int) -> Example:

@@ -26,8 +26,8 @@ _MOST = 100  # records per byte: a file can claim any number
 def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """Return split -> its files in order, of one file or of a folder of such files; {} if it has none.
 
-    NAME-SPLIT.array_record[-00000-of-00004] or SPLIT[-00000-of-00004].array_record; also arrayrecord.
-    One file alone is the train split, whatever it is called.
+    NAME-SPLIT.array_record[-00000-of-00004] or SPLIT[-00000-of-00004].array_record;
+    also arrayrecord. One file alone is the train split, whatever it is called.
 
     Raises:
       UserError: a shard is not there, or only some of the names have a split in them.
@@ -57,10 +57,10 @@ def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 def stored(path: pathlib.Path) -> Stored:
     """Return the images of the records.
 
-    A record is a tf.train.Example with an image file in "image" or "image/encoded" and one integer in
-    "label" or "image/class/label", from 0, or in the latter from 1. NAME.labels.txt beside the files,
-    NAME the feature, has the names of the classes, as TFDS writes it. The labels are inside the
-    records, so all of them are read once.
+    A record is a tf.train.Example with an image file in "image" or "image/encoded" and
+    one integer in "label" or "image/class/label", from 0, or in the latter from 1.
+    NAME.labels.txt beside the files, NAME the feature, has the names of the classes, as
+    TFDS writes it. The labels are inside the records, so all of them are read once.
 
     Raises:
       UserError: array_record is not installed, or files or records are not like that.

@@ -1,8 +1,9 @@
 """Small networks in Flax NNX, written to be read and copied; their parts can be swapped.
 
-How a network is split over devices is declared by its classes, in class attributes that `split_axes` reads:
-`row_parallel` names the submodules whose kernels are split along their inputs, `unsplit` those that stay
-whole. All other kernels are split along their outputs.
+How a network is split over devices is declared by its classes, in class attributes that
+`split_axes` reads: `row_parallel` names the submodules whose kernels are split along
+their inputs, `unsplit` those that stay whole. All other kernels are split along their
+outputs.
 """
 
 from collections.abc import Callable
@@ -42,10 +43,11 @@ def split_axes(
 ) -> Callable[[str, tuple[int, ...]], list[int]]:
     """Return (path, shape) -> the axes of a parameter that may be split over the mesh axis model.
 
-    The second of two kernels in a row is split along its inputs, so that what lies between the two stays
-    where it is (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3). All others are split along
-    their outputs: the TPU's compiler then scatters the residual stream of a ResNet and gathers it again,
-    which sends what summing it whole would, and takes a third less memory.
+    The second of two kernels in a row is split along its inputs, so that what lies
+    between the two stays where it is (Shoeybi et al., Megatron-LM, arXiv 1909.08053,
+    section 3). All others are split along their outputs: the TPU's compiler then
+    scatters the residual stream of a ResNet and gathers it again, which sends what
+    summing it whole would, and takes a third less memory.
 
     Args:
       model: its classes declare `row_parallel` and `unsplit`.

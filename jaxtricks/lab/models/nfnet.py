@@ -14,15 +14,17 @@ from jaxtricks._typing import Array, Key
 
 Activation = Callable[[Array], Array]
 
-# Kernels with zero mean and variance 1 / fan_in, and a gain and a bias for every output channel.
+# Kernels with zero mean and variance 1 / fan_in, and a gain and a bias for every output
+# channel.
 WSConv = functools.partial(jnnx.WSConv, use_bias=True)
 
 
 class NFBlock(nnx.Module):
     """y = shortcut + alpha * skip_gain * conv(act(conv(beta * act(x)))), the pre-activation block.
 
-    The shortcut is x where the shape stays, else a 1x1 convolution of beta * act(x). skip_gain starts at
-    0: at first the network is its shortcuts alone, and every branch grows as far as it helps.
+    The shortcut is x where the shape stays, else a 1x1 convolution of beta * act(x).
+    skip_gain starts at 0: at first the network is its shortcuts alone, and every branch
+    grows as far as it helps.
     """
 
     row_parallel = ("second",)
@@ -69,22 +71,25 @@ class NFBlock(nnx.Module):
 class NFNet(nnx.Module):
     """Normalizer-free residual network for small images (Brock et al., arXiv 2101.08692, section 4).
 
-    Nothing depends on the batch, and without stochastic depth training computes what evaluation computes.
-    What normalization did is done in advance: kernels are standardized, activations keep the variance of
-    their inputs, and every block knows the variance that it receives. Train it with adaptive gradient
-    clipping (`agc`).
+    Nothing depends on the batch, and without stochastic depth training computes what
+    evaluation computes. What normalization did is done in advance: kernels are
+    standardized, activations keep the variance of their inputs, and every block knows
+    the variance that it receives. Train it with adaptive gradient clipping (`agc`).
 
     Args:
       in_channels: C of the images [N, H, W, C].
       num_classes: outputs.
       widths: channels of each stage; every stage after the first halves the resolution.
       blocks: residual blocks a stage.
-      conv: factory (in_features, out_features, kernel_size, *, strides, rngs) of the convolutions.
+      conv: factory (in_features, out_features, kernel_size, *, strides, rngs) of the
+        convolutions.
       activation: elementwise; it is scaled to unit variance here.
       alpha: scale of every branch.
-      drop_rate: stochastic depth in training: of n blocks the i-th (from 0) drops its branch, for every
-        example by itself, with probability drop_rate * i / n. Keys come from the stream "dropout".
-      recompute: keep only each block's input for the backward pass and run the block again there.
+      drop_rate: stochastic depth in training: of n blocks the i-th (from 0) drops its
+        branch, for every example by itself, with probability drop_rate * i / n. Keys
+        come from the stream "dropout".
+      recompute: keep only each block's input for the backward pass and run the block
+        again there.
     """
 
     # The loss needs all the logits of an example in one place.
@@ -129,7 +134,8 @@ class NFNet(nnx.Module):
                 layers.append(block)
                 features = width
         self.blocks = nnx.data(layers)
-        # Nothing normalizes what reaches the head, so it starts small: all classes equally likely.
+        # Nothing normalizes what reaches the head, so it starts small: all classes
+        # equally likely.
         small = nnx.initializers.normal(0.01)
         self.head = nnx.Linear(
             features, num_classes, kernel_init=small, rngs=rngs

@@ -30,8 +30,10 @@ class RepVGG(nnx.Module):
       num_classes: outputs.
       widths: channels of each stage; every stage after the first halves the resolution.
       blocks: blocks a stage, beside the one that reads the image.
-      block: factory (in_features, out_features, *, strides, rngs) of blocks; `jt.nnx.fuse` deploys them.
-      recompute: keep only each block's input for the backward pass and run the block again there.
+      block: factory (in_features, out_features, *, strides, rngs) of blocks;
+        `jt.nnx.fuse` deploys them.
+      recompute: keep only each block's input for the backward pass and run the block
+        again there.
     """
 
     # The loss needs all the logits of an example in one place.

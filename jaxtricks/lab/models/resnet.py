@@ -42,8 +42,8 @@ class ConvNorm(nnx.Module):
 def activated(unit: Callable[[Array], Array], x: Array) -> Array:
     """Return relu(unit(x)) in the dtype of x.
 
-    Newer versions of Flax's BatchNorm return float32 for bfloat16 inputs, because they count its running
-    statistics; what follows would then silently compute in float32.
+    Newer versions of Flax's BatchNorm return float32 for bfloat16 inputs, because they
+    count its running statistics; what follows would then silently compute in float32.
     """
     return nnx.relu(unit(x)).astype(x.dtype)
 
@@ -70,7 +70,8 @@ class Block(nnx.Module):
             out_features, out_features, (3, 3), strides=1, rngs=rngs
         )
         changes = strides != 1 or in_features != out_features
-        # A 1x1 convolution where the shape changes; elsewhere the input passes as it is.
+        # A 1x1 convolution where the shape changes; elsewhere the input passes as it
+        # is.
         self.shortcut = (
             pointwise(
                 in_features, out_features, (1, 1), strides=strides, rngs=rngs
@@ -94,10 +95,11 @@ class ResNet(nnx.Module):
       num_classes: outputs.
       widths: channels of each stage; every stage after the first halves the resolution.
       blocks: residual blocks a stage.
-      unit: factory (in_features, out_features, kernel_size, *, strides, rngs) of what stands for
-        convolution plus normalization with a 3x3 kernel.
+      unit: factory (in_features, out_features, kernel_size, *, strides, rngs) of what
+        stands for convolution plus normalization with a 3x3 kernel.
       pointwise: the same for the 1x1 shortcuts.
-      recompute: keep only each block's input for the backward pass and run the block again there.
+      recompute: keep only each block's input for the backward pass and run the block
+        again there.
     """
 
     # The loss needs all the logits of an example in one place.

@@ -57,8 +57,9 @@ class Attention(nnx.Module):
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Return softmax(q k^T / sqrt(D)) v over earlier positions, [N, T, heads, D] each.
 
-    Products are in the dtype of the inputs in both passes, and the softmax is in float32 or better.
-    `jax.nn.dot_product_attention` keeps float32 scores, whose gradients then multiply in float32.
+    Products are in the dtype of the inputs in both passes, and the softmax is in
+    float32 or better. `jax.nn.dot_product_attention` keeps float32 scores, whose
+    gradients then multiply in float32.
     """
     t, depth = q.shape[1], q.shape[-1]
     scores = jnp.einsum("nqhd,nkhd->nhqk", q * depth**-0.5, k)
@@ -106,7 +107,8 @@ class Transformer(nnx.Module):
       features: width of the residual stream.
       layers: blocks.
       heads: attention heads; they divide the features.
-      recompute: keep only each block's input for the backward pass and run the block again there.
+      recompute: keep only each block's input for the backward pass and run the block
+        again there.
 
     Raises:
       ValueError: heads that do not divide the features.
@@ -135,7 +137,8 @@ class Transformer(nnx.Module):
         )
         self.tokens = embed(vocab_size, features)
         self.positions = embed(context, features)
-        # 2 * layers branches add up in the stream: each starts with its share of the variance.
+        # 2 * layers branches add up in the stream: each starts with its share of the
+        # variance.
         out_init = _kernel_init(1 / (2 * layers))
         blocks = [
             Block(features, heads, out_init=out_init, rngs=rngs)
