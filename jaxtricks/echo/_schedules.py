@@ -13,7 +13,7 @@ from jaxtricks._arguments import checked
 from jaxtricks.echo import _checks
 
 CHANGES = 64
-"""Changes of the factor that a state keeps; older ones are no longer needed to go on."""
+"""Number of changes of the factor in a state; a resume needs no older ones."""
 
 Change = tuple[int, Fraction]  # (first element it holds for, factor)
 
@@ -70,10 +70,10 @@ class Constant:
         """Do nothing: nothing is counted."""
 
     def state(self) -> None:
-        """Return nothing: nothing is counted."""
+        """Return None: nothing is counted."""
 
     def check(self, state: Any, first: int) -> None:
-        """Do nothing: nothing is counted."""
+        """Raise ValueError unless the state is None."""
         if state is not None:
             raise _checks.damaged("copies", state)
 
@@ -131,7 +131,7 @@ class PerClass:
 
 
 class Changing:
-    """A factor that holds from one element on, until the next: how `factor="auto"` is replayed."""
+    """A factor that changes at given elements, by which `factor="auto"` is replayed."""
 
     def __init__(self, changes: Sequence[Change], most: int):
         self.changes = tuple(changes)
