@@ -620,9 +620,8 @@ def is_altered(stored: Any, used: Any) -> bool:
 # A model that runs on an example while its layers are watched.
 
 
-_DRAWS = (
-    4  # random signs with which the bounds of layers are carried to the output
-)
+# Random signs with which the bounds of layers are carried to the output.
+_DRAWS = 4
 
 
 class Probe:

@@ -103,8 +103,8 @@ def node(cls: type[T]) -> type[T]:
 
     Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and
     would break tree.map and vmap, which put shapes, None and objects where arrays were.
-    Nodes compare and hash by
-    identity, since the arrays inside do neither: a node that is callable can be jitted.
+    Nodes compare and hash by identity, since the arrays inside do neither: a node that
+    is callable can be jitted.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)  # pyrefly: ignore

@@ -46,8 +46,11 @@ def convert(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return module and variables in which the layers that the rules name are exchanged.
 
-    convert(module, variables, {nn.BatchNorm: jt.linen.ExtendedBatchNorm, r"stage\\d/conv":
-    jt.linen.ACBlock}, key=key, example=x)
+        rules = {
+            nn.BatchNorm: jt.linen.ExtendedBatchNorm,
+            r"stage\\d/conv": jt.linen.ACBlock,
+        }
+        module, variables = convert(module, variables, rules, key=key, example=x)
 
     `jt.nnx.convert` for linen. The first rule that fits a layer decides, and layers
     inside our blocks are left alone. An optimizer state for the old variables does not

@@ -37,8 +37,11 @@ def convert(
 ) -> Any:
     """Return a new model in which the layers that the rules name are exchanged.
 
-    convert(model, {nnx.BatchNorm: jt.nnx.ExtendedBatchNorm, r"stage\\d/conv":
-    jt.nnx.ACBlock}, rngs=rngs)
+        rules = {
+            nnx.BatchNorm: jt.nnx.ExtendedBatchNorm,
+            r"stage\\d/conv": jt.nnx.ACBlock,
+        }
+        model = convert(model, rules, rngs=rngs)
 
     The first rule that fits a layer decides. A layer in several places stays one layer.
     Layers inside our blocks are left alone. An optimizer for the old model does not fit

@@ -82,9 +82,8 @@ def barriers_hold() -> bool:
 
     try:
         cpu = SingleDeviceSharding(jax.devices("cpu")[0])
-    except (
-        RuntimeError
-    ):  # this process has no CPU backend: nothing is compiled for one
+    except RuntimeError:
+        # This process has no CPU backend: nothing is compiled for one.
         return True
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=cpu)
     cost: Any = jax.jit(square_twice).lower(shape).compile().cost_analysis()
