@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
-from jaxtricks.reparam import AvgPool, Conv, Identity, Sequential, Sum
-
 from flax import nnx
+from jaxtricks.reparam import AvgPool, Conv, Identity, Sequential, Sum
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 2))
 KERNEL = jax.random.normal(jax.random.key(1), (3, 3, 2, 2))

@@ -5,10 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtricks import _tree
-
 from flax import linen as nn
 from flax import nnx
+from jaxtricks import _tree
 
 
 class CNN(nnx.Module):

@@ -10,11 +10,11 @@ import jaxtricks as jt
 import numpy as np
 import optax
 from benchmarks.amp_peers import mlp
+from flax import linen, nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks import language_model as lm
-from flax import linen, nnx
 
 BATCH, WIDTH = 8, 16
 Case = tuple[Callable[..., Any], tuple[Any, Any]]

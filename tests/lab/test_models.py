@@ -9,10 +9,9 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jaxtricks import _jaxpr, _tree
 from jaxtricks.lab import models
-
-from flax import nnx
 
 IMAGES = (8, 8, 8, 1)
 SHAPE = dict(widths=(4, 8))

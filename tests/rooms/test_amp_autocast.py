@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 from benchmarks.amp_peers import PRODUCTS, distance, gradient64
+from flax import nnx
 from jax import lax
 from jax.experimental import pallas
 from jaxtricks import _compat, _dtypes, _jaxpr, amp
 
-from flax import nnx
 from tests import zoo
 
 CASES = [
