@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import optax
+from benchmarks import language_model as lm
 from benchmarks.amp_peers import mlp
 from flax import linen, nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-
-from benchmarks import language_model as lm
 
 BATCH, WIDTH = 8, 16
 Case = tuple[Callable[..., Any], tuple[Any, Any]]
