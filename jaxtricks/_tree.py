@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxtricks import _dtypes
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ def nbytes(tree: Any) -> int:
 def _leaf_bytes(x: Any) -> int:
     if not hasattr(x, "shape"):
         x = np.asarray(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if _dtypes.is_key(x):
         x = jax.eval_shape(
             jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype)
         )

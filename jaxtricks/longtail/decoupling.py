@@ -45,7 +45,7 @@ __all__ = [
 
 Keys = tuple[Any, ...]
 
-KernelMask = Any
+Mask = Any
 """A tree like the parameters, of Python bools: what optax.partition and optax.masked take."""
 
 
@@ -159,7 +159,7 @@ def replaced(tree: Any, new: Mapping[Keys, Any]) -> Any:
 
 def beside(
     name: str, params: Params, classifier: Head, new: dict[str, Array]
-) -> tuple[Params, KernelMask]:
+) -> tuple[Params, Mask]:
     """Add leaves to the head's layer and return them with their mask."""
     for key in new:
         if key in get(params, classifier.layer):
@@ -173,7 +173,7 @@ def beside(
     return out, mask(out, frozenset(paths))
 
 
-def mask(params: Params, train: frozenset[Keys]) -> KernelMask:
+def mask(params: Params, train: frozenset[Keys]) -> Mask:
     """Return a tree of bools that is True at some key paths."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: tuple(key.key for key in path) in train, params
@@ -183,7 +183,6 @@ def mask(params: Params, train: frozenset[Keys]) -> KernelMask:
 # The second stages.
 
 
-Mask = KernelMask
 Compat = Literal["reference"] | None
 
 
