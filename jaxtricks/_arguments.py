@@ -178,9 +178,8 @@ def _union(hints: tuple[Any, ...]) -> list[_Kind] | None:
             *array,
         )
     if any(isinstance(h, type) and issubclass(h, AbstractArray) for h in hints):
-        hints = tuple(
-            h for h in hints if h != collections.abc.Sequence[Any]
-        )  # lists are arrays
+        # Lists are checked as arrays.
+        hints = tuple(h for h in hints if h != collections.abc.Sequence[Any])
     unique: list[_Kind] = []
     for hint in hints:
         kinds = _kinds(hint)

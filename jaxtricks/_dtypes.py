@@ -25,6 +25,11 @@ def is_inexact(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+def is_key(x: Any) -> bool:
+    """Return whether x is an array (or shape) of typed PRNG keys."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def check_floating(name: str, x: Any) -> None:
     """Raise unless x is of a floating dtype; `name` is "room.function: `argument`".
 

@@ -602,6 +602,11 @@ def _joined(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
 
 
+def is_library_type(layer: Any) -> bool:
+    """Return whether the class of a layer is one of Flax or of this library."""
+    return type(layer).__module__.startswith(("flax.", "jaxtricks."))
+
+
 def altered_reason(path: str) -> str:
     """Return why a layer that is called with another kernel does not fuse."""
     return (
@@ -620,9 +625,8 @@ def is_altered(stored: Any, used: Any) -> bool:
 # A model that runs on an example while its layers are watched.
 
 
-_DRAWS = (
-    4  # random signs with which the bounds of layers are carried to the output
-)
+# Random signs with which the bounds of layers are carried to the output.
+_DRAWS = 4
 
 
 class Probe:

@@ -405,7 +405,7 @@ def _sink_slices(closed: ClosedJaxpr) -> ClosedJaxpr:
                 eqns.append(eqn)
 
     for eqn in program.eqns:
-        reads = _variables(eqn.invars)
+        reads = variables_of(eqn.invars)
         from_inputs = all(v in inputs or v in waiting for v in reads)
         if primitive(eqn) in _SLICING and from_inputs:
             waiting[eqn.outvars[0]] = eqn
@@ -422,7 +422,8 @@ def _sink_slices(closed: ClosedJaxpr) -> ClosedJaxpr:
     return ClosedJaxpr(flat, closed.consts)
 
 
-def _variables(operands: Iterable[Any]) -> list[Any]:
+def variables_of(operands: Iterable[Any]) -> list[Any]:
+    """Return the operands that are variables; literals are left out."""
     return [v for v in operands if isinstance(v, Var)]
 
 
@@ -439,7 +440,7 @@ def free_variables(eqns: Equations) -> list[Any]:
     computed = set(computed_variables(eqns))
     free: dict[Any, None] = {}
     for eqn in eqns:
-        for v in _variables(eqn.invars):
+        for v in variables_of(eqn.invars):
             if v not in computed:
                 free[v] = None
     return list(free)
@@ -473,7 +474,7 @@ def needed_after(
 
     The results of the program count as read.
     """
-    needed = set(_variables(outvars))
+    needed = set(variables_of(outvars))
     after = []
     for eqns in reversed(parts):
         after.append(set(needed))
@@ -559,12 +560,12 @@ def prune(
     outs = jaxpr.outvars
     if used is not None:
         outs = list(itertools.compress(outs, used))
-    needed = set(_variables(outs))
+    needed = set(variables_of(outs))
     reversed_eqns = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             reversed_eqns.append(_prune_body(eqn, needed))
-            needed.update(_variables(eqn.invars))
+            needed.update(variables_of(eqn.invars))
     return build(
         jaxpr.constvars,
         jaxpr.invars,

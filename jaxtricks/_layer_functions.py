@@ -623,6 +623,26 @@ def check_hooks(layer: Any, cls: type, ignored: tuple[str, ...] = ()) -> None:
             )
 
 
+def check_convertible(
+    layer: Any, classes: tuple[type, ...], ignored: tuple[str, ...] = ()
+) -> None:
+    """Raise if `check_hooks` does, for the nearest of the classes.
+
+    Args:
+      layer: an instance of one of the classes.
+      classes: of Flax or of this library.
+      ignored: hooks that may have any value.
+
+    Raises:
+      ValueError: a sentence about "it".
+    """
+    cls = _layers.nearest_type(layer, classes)
+    try:
+        check_hooks(layer, cls, ignored)
+    except ValueError as error:
+        raise ValueError(f"it {error}") from None
+
+
 def _default(cls: type, name: str) -> Any:
     parameter = inspect.signature(cls.__init__).parameters.get(name)
     return None if parameter is None else parameter.default

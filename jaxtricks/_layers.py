@@ -1,7 +1,8 @@
-"""Describe layers without any framework: block tables, train flags, axis roles, statistics.
+"""Share what layers of flax.nnx and flax.linen have in common, without importing Flax.
 
 `jt.nnx` and `jt.linen` build their modules from these functions and tables, so that the
-structure of a block and the meaning of a flag stand in one place. What also needs a
+branches of a block (`BranchSpec`), the meaning of a train flag and the rules of
+`convert` stand in one place. What also needs a
 function of a room is in `_layer_functions`.
 """
 

@@ -28,9 +28,8 @@ def metrics(opt_state: Any) -> dict[str, Any]:
             while unique in values_by_name:
                 n += 1
                 unique = f"{name}_{n}"
-            values_by_name[unique] = jnp.asarray(
-                value
-            )  # an nnx.Optimizer holds Variables
+            # As an array, since an nnx.Optimizer holds Variables.
+            values_by_name[unique] = jnp.asarray(value)
     return values_by_name
 
 

@@ -9,7 +9,7 @@ class Table(NamedTuple):
 
     Attributes:
       headers: the column names.
-      rows: one tuple a row; floats are printed with four significant digits, None as
+      rows: one tuple per row; floats are printed with four significant digits, None as
         "-".
       notes: sentences printed below the table.
     """

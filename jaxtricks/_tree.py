@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxtricks import _dtypes
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ def nbytes(tree: Any) -> int:
 def _leaf_bytes(x: Any) -> int:
     if not hasattr(x, "shape"):
         x = np.asarray(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if _dtypes.is_key(x):
         x = jax.eval_shape(
             jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype)
         )
@@ -103,8 +104,8 @@ def node(cls: type[T]) -> type[T]:
 
     Unflattening bypasses `__init__`: checks in `__post_init__` are for people, and
     would break tree.map and vmap, which put shapes, None and objects where arrays were.
-    Nodes compare and hash by
-    identity, since the arrays inside do neither: a node that is callable can be jitted.
+    Nodes compare and hash by identity, since the arrays inside do neither: a node that
+    is callable can be jitted.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)  # pyrefly: ignore

@@ -85,8 +85,8 @@ def extended_moments(
     Args:
       x: [..., C], channels last.
       mask: which entries count (nonzero = counts). Either the leading axes of x in
-        order, each of full size or 1: [N], [N, H], [N, 1, W], [N, H, W] for x [N, H, W,
-        C]; or as many axes as x, each of full size or 1, the last one being the
+        order, each of full size or 1: [N], [N, H], [N, 1, W], [N, H, W] for
+        x [N, H, W, C]; or as many axes as x, each of full size or 1, the last one being the
         channels: [N, H, W, 1], [1, 1, 1, C].
       axis_name: mapped axes (shard_map, pmap, vmap) to sum over; sums and counts are
         added, so devices may see different counts.

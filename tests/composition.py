@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import optax
+from benchmarks import readme
+from flax import linen, nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtricks import KEYS, _table
 from jaxtricks.lab.models import ConvNorm
-
-from benchmarks import readme
-from flax import linen, nnx
 
 CLASSES, BATCH, STEPS = 4, 16, 12
 COUNTS = np.array([40, 20, 10, 5])

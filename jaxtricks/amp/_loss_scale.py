@@ -679,7 +679,7 @@ def _branched(
     def _copied(old: Any, new: Any) -> Any:
         # What a branch hands on as it is, XLA copies before it branches: every step
         # would pay for it.
-        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+        if _dtypes.is_key(new):
             return old
         if not _dtypes.is_inexact(old):
             return jnp.asarray(old).astype(new.dtype)

@@ -366,10 +366,10 @@ def one_cycle(
     initial = peak / div_factor
     final = initial / final_div_factor
     summit = pct_start total_steps - 1
+    last = total_steps - 1
 
-    two phases: initial -> peak at summit -> final at total_steps - 1
-    three phases: initial -> peak at summit -> initial at 2 summit -> final at
-    total_steps - 1
+    two phases: initial -> peak at summit -> final at last
+    three phases: initial -> peak at summit -> initial at 2 summit -> final at last
 
     Args:
       peak: highest rate; a number or array [].
@@ -388,9 +388,9 @@ def one_cycle(
       (float64 under jax_enable_x64).
 
     Raises:
-      ValueError: an unknown anneal, a total_steps that is not a positive integer, pct_start outside
-        [0, 1] or, with three phases, outside (1 / total_steps, 1/2], a factor that is
-        not positive; when called, a step that is not an integer.
+      ValueError: an unknown anneal, a total_steps that is not a positive integer,
+        pct_start outside [0, 1] or, with three phases, outside (1 / total_steps, 1/2],
+        a factor that is not positive; when called, a step that is not an integer.
 
     Example:
       >>> rate = one_cycle(1.0, 9, pct_start=5 / 9, anneal="linear", div_factor=4.0)

@@ -7,6 +7,7 @@ copies; "adjacent" repeats in a row; "pool" draws from a shuffle buffer. `echo_s
 repeats a batch on the device; `report` says whether echoing pays, where and how often.
 
 Use.
+
     from jaxtricks import echo
 
     stage = echo.echo(range(1000), 2.5, batch_size=32)

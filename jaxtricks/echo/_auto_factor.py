@@ -1,10 +1,10 @@
 """Follow how much slower the source is than its consumer (`factor="auto"`).
 
-A thread reads the source. While it is at work all the time, it is what
-everything waits for, and the factor goes up. While it has to pause, the share of time
-in which it is at work times the outputs per read is how far the factor could go down:
-the time of a read over the time of an output, R. Both hold however much runs in
-parallel before and after the stage.
+A thread reads the source. While it is at work all the time, it is what everything waits
+for, and the factor goes up. While it has to pause, the share of time in which it is at
+work times the outputs per read is how far the factor could go down: the time of a read
+over the time of an output, R. Both hold however much runs in parallel before and after
+the stage.
 """
 
 import math
@@ -39,10 +39,10 @@ class Tuner:
     """Decides on the factor, at elements that are the same on all hosts.
 
     A move is a quarter, or twice the move before if that went the same way, and never
-    below R. A source with a buffer looks idle wherever it isn't the
-    bottleneck; it is known by an R that contradicts a factor that was too small just
-    before. Then a move to such a factor waits for `_patience` windows that ask for it,
-    which doubles whenever the move had to be mended.
+    below R. A source with a buffer looks idle wherever it isn't the bottleneck; it is
+    known by an R that contradicts a factor that was too small just before. Then a move
+    to such a factor waits for `_patience` windows that ask for it, which doubles
+    whenever the move had to be mended.
     """
 
     def __init__(
@@ -71,9 +71,8 @@ class Tuner:
         self._next: int | None = None
         self._warm = False
         self._run = 0  # moves in the same direction so far, negative for down
-        self._enough = Fraction(
-            1
-        )  # a quarter above the last factor that was too small
+        # A quarter above the last factor that was too small.
+        self._enough = Fraction(1)
         self._below = 0  # moves to below that, in a row
         self._trusted = False  # whether R has agreed with it
         self._ratio = 0.0  # R when the factor went below it
@@ -145,9 +144,8 @@ class Tuner:
                 ratio,
                 self._enough,
             )
-        self._low += (
-            gain <= factor / SETTLED
-        )  # else copies of a larger factor are still to go out
+        # Above it, copies of a larger factor are still to go out.
+        self._low += gain <= factor / SETTLED
         if self._low < (TRUSTED if self._trusted else self._patience):
             return factor
         self._ratio = share * gain

@@ -85,8 +85,7 @@ def echo_step(
 
     Returns:
       (carry, batch, ordinal, key) -> (carry, metrics), the metrics of each update
-      stacked [factor,
-      ...]; ordinal is the number of the batch, an integer.
+      stacked [factor, ...]; ordinal is the number of the batch, an integer.
 
     Raises:
       ValueError: factor below 1 or not whole; or a call with arrays that were donated

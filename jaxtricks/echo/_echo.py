@@ -146,9 +146,8 @@ def echo(
 
 def _grain_dataset(source: Any, recipe: Recipe) -> Any:
     """Return the source as a Grain dataset if it is one, else None."""
-    if (
-        "grain" not in sys.modules
-    ):  # then it cannot be one, and the import would be for nothing
+    # If Grain was never imported the source is not one of its datasets.
+    if "grain" not in sys.modules:
         return None
     from jaxtricks.echo import _grain
 

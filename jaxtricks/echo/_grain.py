@@ -78,9 +78,8 @@ class EchoDatasetIterator(StreamIterator, grain.DatasetIterator):
 
     def close(self) -> None:
         """Stop the threads and workers of the pipeline."""
-        if hasattr(
-            self, "_stream"
-        ):  # Grain closes what could not be built, too
+        # Grain also closes an iterator whose constructor raised.
+        if hasattr(self, "_stream"):
             self._stream.close()
         super().close()
 
@@ -92,9 +91,8 @@ class EchoIterDataset(grain.IterDataset):
         super().__init__(parent)
         self._recipe = recipe
         self.distance, self.held = recipe.distance, recipe.held
-        self.min_distance = recipe.min_distance(
-            None
-        )  # not every dataset has a length
+        # Without a length, which not every dataset has.
+        self.min_distance = recipe.min_distance(None)
 
     def __iter__(self) -> EchoDatasetIterator:
         parent = self.parents[0]

@@ -160,9 +160,8 @@ class Recipe:
         distance = min(
             self.distance, room if pool else 1 + room // max(self.most - 1, 1)
         )
-        while (
-            distance > 1 and self._held(distance) > room
-        ):  # a lag is rounded up
+        # A lag is rounded up, so the first guess may hold too many.
+        while distance > 1 and self._held(distance) > room:
             distance -= 1
         if distance < self.least:
             need = self._held(self.least) * nbytes
@@ -199,9 +198,8 @@ class IterableSource:
         self._source = source
         self._iterator = start(source)
         self._read = 0
-        self._broken: tuple[Any] | None = (
-            None  # where a generator ended in an error
-        )
+        # Where a generator ended in an error.
+        self._broken: tuple[Any] | None = None
         self._of_iterator = _methods(self._iterator)
         self._of_source = None if self._of_iterator else _methods(source)
         self.fast_forwards = not (self._of_iterator or self._of_source)
@@ -371,11 +369,8 @@ def _length(source: Any) -> int:
     """Return the number of elements, or -1 if the source does not say."""
     try:
         return len(source)
-    except (
-        TypeError,
-        NotImplementedError,
-        AttributeError,
-    ):  # loaders raise each of them
+    except (TypeError, NotImplementedError, AttributeError):
+        # Loaders raise each of them.
         return -1
 
 

@@ -348,7 +348,7 @@ class VaryingCalendar:
 
     Copy k comes k (D - 1) ticks after the first one. While the source lasts every tick
     has a first copy, so that the distance holds; the drain is planned when it begins,
-    see `engine`.
+    see `_streams.drain`.
 
     Attributes:
       most: the most copies of an element.

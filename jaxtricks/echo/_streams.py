@@ -120,12 +120,10 @@ class Stream:
         self._tuner = tuner
         self._outputs = 0  # decided so far
         self._pending: Mapping[str, Any] | None = None
-        self._rewound = (
-            False  # whether the source stands where the pending state begins
-        )
-        self._unplanned: tuple[Any, Any] | None = (
-            None  # read, and not yet counted
-        )
+        # Whether the source stands where the pending state begins.
+        self._rewound = False
+        # Read, and not yet counted.
+        self._unplanned: tuple[Any, Any] | None = None
         self._start(first=0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,7 +135,7 @@ class Stream:
         vars(self).update(attributes)
         self._lock = threading.RLock()
 
-    # --- what a schedule adds
+    # What a schedule adds.
 
     @property
     def min_distance(self) -> int:
@@ -168,7 +166,7 @@ class Stream:
         """Take this distance."""
         self.distance = distance
 
-    # --- what they share
+    # What all schedules share.
 
     def _start(self, first: int) -> None:
         self._first = first
@@ -367,9 +365,8 @@ class Stream:
         self._snapshots.append(snapshot)
         self._read = i + 1
         self._unplanned = None
-        if (
-            self._tuner is not None and self._pending is None
-        ):  # what is read again is decided
+        # What is read again after a resume is decided already.
+        if self._tuner is not None and self._pending is None:
             self._tuner(self._read, self._outputs)
         return i, copies, element
 
@@ -425,8 +422,8 @@ class StreamIterator:
         return self._stream.changes
 
 
-# Copies of an element stay equal through read-only leaves and new containers,
-# checks.
+# How copies of an element stay equal: read-only leaves, containers of their own, and a
+# check of what cannot be made read-only.
 
 
 _CONTAINERS = (dict, list, tuple)
@@ -521,8 +518,7 @@ def _freeze_leaf(x: Any) -> Any:
     return x
 
 
-# Reading in a thread, by which `factor="auto"` measures how busy the source
-# is.
+# Reading in a thread, by which `factor="auto"` measures how busy the source is.
 
 
 _DEPTH = 2  # elements ahead: enough to overlap, few enough to measure

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 
-from jaxtricks import _tree
+from jaxtricks import _dtypes, _tree
 from jaxtricks._typing import Array
 from jaxtricks.lab import rundir
 from jaxtricks.lab.config import UserError
@@ -254,19 +253,15 @@ def _rebuilt(like: Any, arrays: dict[str, Any]) -> Any:
         new = arrays.get(path, x)
         return (
             jax.random.wrap_key_data(new, impl=jax.random.key_impl(x))
-            if _is_key(x)
+            if _dtypes.is_key(x)
             else new
         )
 
     return _tree.map_with_path(leaf, like)
 
 
-def _is_key(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _plain(x: Array) -> Array:
-    return jax.random.key_data(x) if _is_key(x) else x
+    return jax.random.key_data(x) if _dtypes.is_key(x) else x
 
 
 def _target(x: Any) -> jax.ShapeDtypeStruct:

@@ -255,9 +255,8 @@ def _line(
         return []
     values = [y for _, y in points if math.isfinite(y)]
     lost = len(points) - len(values)
-    if (
-        len(points) < 3 or lost
-    ):  # a point between two gaps has no line to show it
+    # A point between two gaps has no line to show it.
+    if len(points) < 3 or lost:
         style = {"marker": ".", "ms": 7, **style}
     steps, ys = zip(*points, strict=True)
     finite = [y if math.isfinite(y) else math.nan for y in ys]
@@ -484,8 +483,7 @@ def _free(
                 abs(w - b) >= height for b in beside
             ):
                 return w
-        if (
-            shift * height / 5 > 1
-        ):  # no room at all: better over another name than outside
+        # No room at all: better over another name than outside.
+        if shift * height / 5 > 1:
             return v
     raise AssertionError("unreachable")

@@ -28,11 +28,8 @@ _PICTURES = {
     "groups.png": "Accuracy of the many-, medium- and few-shot classes",
 }
 _LISTED = 20  # classes up to which every count is listed
-_MANY, _FEW, _RANKED = (
-    100,
-    20,
-    100,
-)  # thresholds of the groups; below 100 classes they are thirds
+# Thresholds of the groups; below 100 classes they are thirds.
+_MANY, _FEW, _RANKED = 100, 20, 100
 
 
 def group_sizes(counts: Sequence[int]) -> dict[str, int]:

@@ -230,9 +230,8 @@ def check_writable(path: str) -> None:
     with writing(pathlib.Path(path)):
         while not folder.exists():
             folder = folder.parent
-        if (
-            folder.is_dir()
-        ):  # what `can_begin` says of a file is more to the point
+        # What `can_begin` says of a file is more to the point.
+        if folder.is_dir():
             with tempfile.TemporaryFile(dir=folder):
                 pass
 
@@ -323,9 +322,8 @@ def _lines_until(path: pathlib.Path, step: int) -> str:
     """Return the lines of a log up to a step, as they were written."""
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(
-            ValueError
-        ):  # a killed writer may leave half a line
+        # A killed writer may leave half a line.
+        with contextlib.suppress(ValueError):
             row = parse(line)
             if (
                 isinstance(row, dict)
@@ -699,9 +697,8 @@ def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
         file.read_text(errors="replace").splitlines() if file.is_file() else ()
     )
     for row in filter(None, map(_row, lines)):
-        while (
-            rows and rows[-1]["step"] > row["step"]
-        ):  # a resumed run goes through steps again
+        # A resumed run goes through steps again.
+        while rows and rows[-1]["step"] > row["step"]:
             rows.pop()
         same_step = (
             rows.pop() if rows and rows[-1]["step"] == row["step"] else {}

@@ -29,14 +29,12 @@ from jaxtricks.lab.distributed import (
 from jaxtricks.lab.rundir import RunDir
 from jaxtricks.lab.step import TrainState, TrainStep
 
-_SAMPLE = (
-    4096  # examples, spread evenly, behind the curves and the training figure
-)
+# Examples, spread evenly, behind the curves and the training figure.
+_SAMPLE = 4096
 _CURVES = ("loss", "accuracy", "balanced_accuracy")
 _STATUS = {"loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
-_READERS = (
-    4  # threads that decode large images; small ones are faster decoded without
-)
+# Threads that decode large images; small ones are faster decoded without.
+_READERS = 4
 _SMALL = 64 * 64  # pixels
 # The usual thresholds (100 and 20 images) leave groups empty where classes are few.
 _MANY_CLASSES = 100
@@ -225,7 +223,7 @@ class Trainer:
         """Name the training images that broke since the last call; how many there are, for the log.
 
         The log of times, not that of metrics: threads read ahead, and meet them sooner
-          or later.
+        or later.
         """
         broken = dict(self.data.train.skipped)
         for name in list(broken)[self._reported :]:

@@ -100,9 +100,8 @@ class WandB:
                 f"({' '.join(str(error).split())}): run `wandb login`, set "
                 "WANDB_MODE=offline, or drop it"
             ) from error
-        if (
-            not self._run.offline
-        ):  # the server knows what reached it; offline only the file does
+        # The server knows what reached it; offline only the file does.
+        if not self._run.offline:
             self._position["next"] = self._run.step
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:

@@ -46,8 +46,11 @@ def convert(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return module and variables in which the layers that the rules name are exchanged.
 
-    convert(module, variables, {nn.BatchNorm: jt.linen.ExtendedBatchNorm, r"stage\\d/conv":
-    jt.linen.ACBlock}, key=key, example=x)
+        rules = {
+            nn.BatchNorm: jt.linen.ExtendedBatchNorm,
+            r"stage\\d/conv": jt.linen.ACBlock,
+        }
+        module, variables = convert(module, variables, rules, key=key, example=x)
 
     `jt.nnx.convert` for linen. The first rule that fits a layer decides, and layers
     inside our blocks are left alone. An optimizer state for the old variables does not
@@ -192,7 +195,9 @@ def _arguments(layer: Any, variables: Variables) -> dict[str, Any]:
     """
     params = variables["params"]
     if isinstance(layer, CONVS):
-        _check_hooks(layer, CONVS, ignored=("conv_general_dilated",))
+        _layer_functions.check_convertible(
+            layer, CONVS, ignored=("conv_general_dilated",)
+        )
         if getattr(layer, "mask", None) is not None:
             raise ValueError(
                 "its `mask` would be lost in training: leave it as it is (None)"
@@ -201,7 +206,7 @@ def _arguments(layer: Any, variables: Variables) -> dict[str, Any]:
         is_stacked = params["kernel"].ndim != rank + 2
         names = ("features", *_layers.CONV_ARGUMENTS)
     elif isinstance(layer, NORMS):
-        _check_hooks(layer, NORMS)
+        _layer_functions.check_convertible(layer, NORMS)
         has_other_axis = getattr(layer, "axis", -1) not in (-1, (-1,))
         if has_other_axis or getattr(layer, "axis_index_groups", None):
             raise ValueError(
@@ -210,7 +215,7 @@ def _arguments(layer: Any, variables: Variables) -> dict[str, Any]:
         is_stacked = variables["batch_stats"]["mean"].ndim != 1
         names = _layers.NORM_ARGUMENTS
     elif isinstance(layer, nn.Dense):
-        _check_hooks(layer, (nn.Dense,))
+        _layer_functions.check_convertible(layer, (nn.Dense,))
         is_stacked = params["kernel"].ndim != 2
         names = ("features", *_layers.LINEAR_ARGUMENTS)
     else:
@@ -225,16 +230,6 @@ def _arguments(layer: Any, variables: Variables) -> dict[str, Any]:
         # It depends on the call (`not train`), and is read when the layer is called.
         arguments["use_running_average"] = None
     return arguments
-
-
-def _check_hooks(
-    layer: Any, classes: tuple[type, ...], ignored: tuple[str, ...] = ()
-) -> None:
-    cls = _layers.nearest_type(layer, classes)
-    try:
-        _layer_functions.check_hooks(layer, cls, ignored)
-    except ValueError as error:
-        raise ValueError(f"it {error}") from None
 
 
 def _accepted_arguments(

@@ -74,7 +74,7 @@ def functional(
     # The modules for both modes are built once, not in every step.
     call = _Call(module, train_kwargs)
     initial_state = {
-        name: _plain(tree)
+        name: flax.core.unfreeze(tree)
         for name, tree in variables.items()
         if name != "params"
     }
@@ -99,9 +99,11 @@ def functional(
                 "`key`: pass "
                 f"key=jax.random.key(...), or train=False ({error})"
             ) from None
-        return y, _layers.pruned({**state, **_plain(updated)}, state)
+        return y, _layers.pruned(
+            {**state, **flax.core.unfreeze(updated)}, state
+        )
 
-    return apply, _plain(variables.get("params", {})), initial_state
+    return apply, flax.core.unfreeze(variables.get("params", {})), initial_state
 
 
 class _Call:
@@ -240,7 +242,3 @@ def _rngs(key: Key) -> dict[str, Key]:
     # Streams of other names fall back on "params" in linen.
     names = ("params", "dropout", "default")
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
-
-
-def _plain(tree: Any) -> Any:
-    return flax.core.unfreeze(tree)

@@ -27,6 +27,7 @@ from jaxtricks._fusion import (
     count,
     fuse_layers,
     is_altered,
+    is_library_type,
     pair_with_norms,
     traced,
     with_input,
@@ -470,7 +471,7 @@ def _described_conv(
         norms=norms,
         branches=branches,
         size=_size(variables),
-        is_library_type=_is_library_type(module),
+        is_library_type=is_library_type(module),
         make_plain=make_plain,
         **how,
     )
@@ -510,7 +511,7 @@ def _affine_layer(path: str, module: Any, variables: Variables) -> AffineLayer:
         bias_shape=bias_shape,
         dtype=module.dtype,
         size=_size(variables),
-        is_library_type=_is_library_type(module),
+        is_library_type=is_library_type(module),
         make=make,
     )
 
@@ -541,12 +542,8 @@ def _norm_layer(
         evaluates=path not in training,
         size=_size(variables),
         dtype=module.dtype,
-        is_library_type=_is_library_type(module),
+        is_library_type=is_library_type(module),
     )
-
-
-def _is_library_type(module: Any) -> bool:
-    return type(module).__module__.startswith(("flax.", "jaxtricks."))
 
 
 def _size(variables: Mapping[str, Any]) -> int:

@@ -111,9 +111,8 @@ class _Interceptor:
         layers: Mapping[str, nn.Module],
         bound: dict[tuple[str, int], tuple[Any, Any]],
     ):
-        self._root = (
-            root  # path of the module, which those of the layers continue
-        )
+        # Path of the module, which those of the layers continue.
+        self._root = root
         self._layers = layers
         self._bound = bound
         self._modes: list[

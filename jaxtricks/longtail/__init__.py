@@ -8,6 +8,7 @@ Beside them: weights, samplers, heads, second stages (`decoupling`), several exp
 one trunk, mixup variants, test-time adjustment (`posthoc`), metrics with intervals.
 
 Use.
+
     import jax, jax.numpy as jnp
     from jaxtricks import longtail
 

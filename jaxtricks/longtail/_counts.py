@@ -44,7 +44,7 @@ def class_counts(
 
     Returns:
       [C] counts: NumPy int64 for host labels, int32 on device for JAX arrays (works
-        under jit).
+      under jit).
 
     Raises:
       ValueError: if num_classes < 1, the labels are not integers, or the names are not
@@ -70,9 +70,8 @@ def class_counts(
             f"{labels.dtype}: cast them"
         )
     if xp is np:
-        if (
-            labels.dtype.kind not in "iu"
-        ):  # NumPy does not compare the 4 bits of ml_dtypes
+        # NumPy does not compare the 4 bits of ml_dtypes.
+        if labels.dtype.kind not in "iu":
             labels = labels.astype(np.int64)
         inside = labels[(labels >= 0) & (labels < num_classes)].astype(np.int64)
         return np.bincount(inside, minlength=num_classes)
@@ -83,9 +82,8 @@ def class_counts(
 
 def _counted(labels: Array, *, num_classes: int) -> Array:
     labels = class_indices(labels)
-    target = jnp.where(
-        labels < 0, num_classes, labels
-    )  # a negative index would wrap around
+    # A negative index would wrap around.
+    target = jnp.where(labels < 0, num_classes, labels)
     return (
         jnp.zeros(num_classes, jnp.int32)
         .at[target.reshape(-1)]
@@ -192,7 +190,7 @@ def class_indices(labels: Any) -> Array:
     """Return labels as int32; -1 where int32 cannot hold the label.
 
     Of a narrower dtype the number of classes may be out of range: uint8 labels of 256
-      classes.
+    classes.
     """
     labels = jnp.asarray(labels)
     if jnp.iinfo(labels.dtype).max > jnp.iinfo(jnp.int32).max:

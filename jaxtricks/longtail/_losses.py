@@ -198,8 +198,8 @@ def logit_adjusted(counts: Counts, tau: Scalar = 1.0) -> SoftmaxLoss:
 
     CE(z + tau log pi), pi = n / sum n
 
-    Train with it and predict with the raw logits; the test-time twin is
-    `posthoc.adjust`, never together with this one.
+    Train with it and predict with the raw logits; the test-time
+    counterpart is `posthoc.adjust`, never together with this one.
 
     Args:
       counts: [C] training examples per class; may be traced.
@@ -269,13 +269,12 @@ class _OfCosines(SoftmaxLoss):
         return loss
 
 
-# The losses of `losses` as pytrees: each has a loss per label, and a soft label
-# averages it.
+# The losses that are not a logit transform, as pytrees: each has a loss per label,
+# which a soft label averages.
 
 
-PRIOR_EPS = (
-    1e-9  # of LADE's log(pi + eps), which also defines a class without examples
-)
+# Of LADE's log(pi + eps), which also defines a class without examples.
+PRIOR_EPS = 1e-9
 
 
 @node
@@ -516,9 +515,8 @@ def read_inputs(
 ) -> tuple[Array, Array, Array | None]:
     """Return logits, labels as probabilities, and which labels are classes at all."""
     z = floating(jnp.asarray(logits))
-    z = jnp.where(
-        jnp.isposinf(z), jnp.nan, z
-    )  # certain of a class, and beyond correction
+    # A logit of +inf is certain of a class, and beyond correction.
+    z = jnp.where(jnp.isposinf(z), jnp.nan, z)
     labels = jnp.asarray(labels)
     where = None if where is None else as_mask(where, z.shape[:-1])
     if hard := are_hard(labels, z):
@@ -527,9 +525,8 @@ def read_inputs(
     else:
         q = labels
     inside = jnp.any(q, axis=-1) if hard else None
-    if (
-        where is not None
-    ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+    # Before the arithmetic: 0 times the gradient of a NaN is a NaN.
+    if where is not None:
         keep = where[..., None]
         z = jnp.where(keep, z, 0)
         q = jnp.where(keep, q, jnp.zeros((), q.dtype))
@@ -562,8 +559,7 @@ def _vector(name: str, values: Array, z: Array) -> Array:
     return rows(values.astype(z.dtype), z)
 
 
-# Losses that are not a logit transform: smoothing, seesaw, LADE, equalization, influence
-# balance.
+# Their factories.
 
 
 Shape = Literal["concave", "linear", "convex", "exp"]
@@ -581,10 +577,16 @@ def label_aware_smoothing(
 
     (1 - e_y)(-log p_y) + e_y mean_c(-log p_c)
 
-    e rises from tail to head with r = (n - n_min) / (n_max - n_min): concave tail +
-    (head - tail) sin(pi r / 2), linear r, convex 1 - cos(pi r / 2), exp r^power. For
-    the second stage of a decoupled training. A class without examples is smoothed like
-    the rarest one; with balanced counts every class is, by `tail` (the reference
+    e rises from tail to head: e = tail + (head - tail) f(r), with
+    r = (n - n_min) / (n_max - n_min) and f by shape:
+
+    concave: sin(pi r / 2)
+    linear: r
+    convex: 1 - cos(pi r / 2)
+    exp: r^power
+
+    For the second stage of a decoupled training. A class without examples is smoothed
+    like the rarest one; with balanced counts every class is, by `tail` (the reference
     divides 0 by 0 there).
 
     Args:

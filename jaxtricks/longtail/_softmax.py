@@ -59,9 +59,8 @@ def gap(z: Array, gain: Array, offset: Array, labels: Array) -> Array:
 def _top(z: Array, gain: Array, offset: Array) -> Array:
     """Return nearly the largest of gain z + offset, within _SLACK / 2."""
     largest = jnp.max(z, axis=-1)
-    largest = jnp.where(
-        jnp.isneginf(largest), 0, largest
-    )  # a row without any class
+    # -inf is a row without any class.
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
     ends = jnp.min(gain) * largest, jnp.max(gain) * largest
     low = jnp.minimum(*ends) + jnp.min(offset)
     high = jnp.maximum(*ends) + jnp.max(offset)
@@ -140,9 +139,8 @@ def _parts(
 
 def of_label(vector: Array, labels: Array, z: Array) -> Array:
     """Return vector[labels] of a [C] vector, for labels [...] of logits z [..., C]."""
-    if _sharding.is_explicit(
-        z
-    ):  # because a gather does not propagate the sharding
+    # Because a gather does not propagate the sharding.
+    if _sharding.is_explicit(z):
         zero = jnp.zeros((), vector.dtype)
         return jnp.sum(
             jnp.where(is_label(labels, z), rows(vector, z), zero), axis=-1
@@ -230,9 +228,8 @@ def _logsumexp_of_others(z: Array) -> Array:
     without_top = jax.nn.logsumexp(
         jnp.where(top, lowest(z), z), axis=-1, keepdims=True
     )
-    share = jnp.exp(
-        jnp.where(top, total - 1, z) - total
-    )  # <= 1/2 wherever it is used
+    # At most 1/2 wherever it is used.
+    share = jnp.exp(jnp.where(top, total - 1, z) - total)
     return jnp.where(top, without_top, total + jnp.log1p(-share))
 
 
@@ -440,9 +437,8 @@ class SoftmaxLoss:
             outside [0, C) that is not masked, where its value is known.
         """
         logits = floating(jnp.asarray(logits))
-        if (
-            where is not None
-        ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+        # Before the arithmetic: 0 times the gradient of a NaN is a NaN.
+        if where is not None:
             where = as_mask(where, logits.shape[:-1])
             logits = jnp.where(where[..., None], logits, 0)
         form = self._form(logits)

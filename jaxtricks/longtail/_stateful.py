@@ -122,9 +122,8 @@ class EqualizationV2:
         weight = jax.nn.sigmoid(
             gamma * (positive / (negative + RATIO_EPS) - mu)
         )
-        weight = jnp.where(
-            positive + negative > 0, weight, 1
-        )  # nothing is known yet
+        # Before the first batch nothing is known.
+        weight = jnp.where(positive + negative > 0, weight, 1)
         if self.background:
             weight = jnp.append(weight, jnp.ones((), z.dtype))
         return jax.lax.stop_gradient(
@@ -155,11 +154,13 @@ def equalization_v2(
 ) -> EqualizationV2:
     """Build equalization v2: binary losses that balance both signs of gradient.
 
-    loss = sum_c y_c u_c log(1 + e^-z_c) + (1 - y_c) d_c log(1 + e^z_c), d_c =
-    sigmoid(gamma (g_c - mu)), u_c = 1 + alpha (1 - d_c), g_c the ratio of the weighted
-    gradients |sigmoid(z_c) - y_c| that class c has had as a positive and as a negative.
-    A rare class is mostly a negative: it is pushed down less and pulled up more. No
-    counts are needed. Predict by sigmoid(z_c).
+    loss = sum_c y_c u_c log(1 + e^-z_c) + (1 - y_c) d_c log(1 + e^z_c)
+    d_c = sigmoid(gamma (g_c - mu))
+    u_c = 1 + alpha (1 - d_c)
+
+    g_c is the ratio of the weighted gradients |sigmoid(z_c) - y_c| that class c has had
+    as a positive and as a negative. A rare class is mostly a negative: it is pushed
+    down less and pulled up more. No counts are needed. Predict by sigmoid(z_c).
 
     Args:
       num_classes: C.
@@ -173,7 +174,7 @@ def equalization_v2(
 
     Returns:
       A pair: init(), update(state, logits [..., K], labels, where=None) ->
-        (per-example, state).
+      (per-example, state).
 
     Raises:
       ValueError: if num_classes < 1.
@@ -227,8 +228,8 @@ class ClassMeanState:
       sums: [C, D] decayed sum of the batch means of each class.
       weights: [C] decayed sum of ones, so that sums / weights is a mean from the first
         batch on.
-      sum: [D] and
-      weight: [] the same over all classes.
+      sum: [D] decayed sum of the batch means of all examples.
+      weight: [] decayed sum of ones, as `weights`.
     """
 
     sums: Array

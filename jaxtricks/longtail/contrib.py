@@ -107,9 +107,8 @@ def online_seesaw(
 
     Returns:
       A pair: init(), update(state, logits [..., C], labels, where=None) ->
-        (per-example, state). The
-      counts are floats: single increments are lost above 2^24 = 16.8 million, whole
-        batches are not.
+      (per-example, state). The counts are floats: single increments are lost above
+      2^24 = 16.8 million, whole batches are not.
 
     Raises:
       ValueError: if num_classes < 1; in update if the logits have another number of

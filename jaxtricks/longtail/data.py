@@ -85,8 +85,8 @@ def pareto_counts(
 ) -> Integer[np.ndarray, "C"]:
     """Return the Pareto profile: quantiles from n_max to n_max / imbalance.
 
-    q_c = ((c + 1/2) / C)^(-1/alpha); n_c = n_min + (n_max - n_min) (q_c - q_last)/(q_0
-    - q_last).
+    q_c = ((c + 1/2) / C)^(-1/alpha)
+    n_c = n_min + (n_max - n_min) (q_c - q_last) / (q_0 - q_last)
 
     Deterministic, unlike the draws behind ImageNet-LT and Places-LT, which are file
     lists: for the ends of ImageNet-LT (1280, 1000, 256) it gives 104,345 examples, the

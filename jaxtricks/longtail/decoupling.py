@@ -1,4 +1,23 @@
-"""Train the classifier in a second stage: params -> params, and optax masks."""
+"""Train the classifier in a second stage: params -> params, and optax masks.
+
+Each function takes the parameters of the model you have, nested dicts
+(`variables["params"]` of linen, `params` of `jt.nnx.functional`), and the path of its
+head. Those that start a second stage also return a mask, True for what it trains. optax
+does the rest:
+
+    params, mask = decoupling.crt(params, head="head", key=key)
+    tx = optax.partition({True: optax.sgd(0.1), False: optax.set_to_zero()}, mask)
+
+(`optax.masked(tx, mask)` alone would add the raw gradients to everything else.) Draw
+the batches of this stage balanced: `sampling.class_probabilities(counts, 0)`.
+
+`head` is a regular expression for the path of the head's layer ("head", "Dense_0",
+".*/classifier") or of its kernel ("head/kernel"), matched in full as in `agc.exclude`.
+
+References:
+  Kang et al., Decoupling representation and classifier for long-tailed recognition,
+  arXiv 1910.09217.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +45,7 @@ __all__ = [
 
 Keys = tuple[Any, ...]
 
-KernelMask = Any
+Mask = Any
 """A tree like the parameters, of Python bools: what optax.partition and optax.masked take."""
 
 
@@ -140,7 +159,7 @@ def replaced(tree: Any, new: Mapping[Keys, Any]) -> Any:
 
 def beside(
     name: str, params: Params, classifier: Head, new: dict[str, Array]
-) -> tuple[Params, KernelMask]:
+) -> tuple[Params, Mask]:
     """Add leaves to the head's layer and return them with their mask."""
     for key in new:
         if key in get(params, classifier.layer):
@@ -154,37 +173,16 @@ def beside(
     return out, mask(out, frozenset(paths))
 
 
-def mask(params: Params, train: frozenset[Keys]) -> KernelMask:
+def mask(params: Params, train: frozenset[Keys]) -> Mask:
     """Return a tree of bools that is True at some key paths."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: tuple(key.key for key in path) in train, params
     )
 
 
-# The second stage of decoupled training: a new classifier on a trained model's
-# features.
-#
-# Each function takes the parameters of the model you have, nested dicts
-# (`variables["params"]` of linen, `params` of `jt.nnx.functional`), and the path of its
-# head. Those that start a second stage also return a mask, True for what it trains.
-# optax does the rest:
-#
-#     params, mask = decoupling.crt(params, head="head", key=key)
-#     tx = optax.partition({True: optax.sgd(0.1), False: optax.set_to_zero()}, mask)
-#
-# (`optax.masked(tx, mask)` alone would add the raw gradients to everything else.) Draw
-# the batches of this stage balanced: `sampling.class_probabilities(counts, 0)`.
-#
-# `head` is a regular expression for the path of the head's layer ("head", "Dense_0",
-# ".*/classifier") or of its kernel ("head/kernel"), matched in full as in
-# `agc.exclude`.
-#
-# References.
-#   Kang et al., Decoupling representation and classifier for long-tailed recognition,
-# arXiv 1910.09217.
+# The second stages.
 
 
-Mask = KernelMask
 Compat = Literal["reference"] | None
 
 

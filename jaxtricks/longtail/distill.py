@@ -53,9 +53,8 @@ def kd(
     t = jax.lax.stop_gradient(same_shape("teacher", teacher, z.shape)).astype(
         z.dtype
     )
-    if (
-        where is not None
-    ):  # before the arithmetic: 0 times the gradient of a NaN is a NaN
+    # Before the arithmetic: 0 times the gradient of a NaN is a NaN.
+    if where is not None:
         keep = as_mask(where, z.shape[:-1])[..., None]
         z = jnp.where(keep, z, 0)
         t = jnp.where(keep, t, 0)

@@ -1,7 +1,7 @@
 """Train several classifiers over one trunk, and losses with several branches.
 
-Experts are heads with a leading axis. Any trunk serves, and any head,
-vmapped over parameters that were stacked:
+Experts are heads with a leading axis. Any trunk serves, and any head, vmapped over
+stacked parameters:
 
     logits = jax.vmap(heads.normed, in_axes=(None, 0))(features, kernels)  # [E, ..., C]
 
@@ -516,10 +516,13 @@ def paco(
 ) -> Paco:
     """Build PaCo: cross entropy over class centres and other examples at once.
 
-    loss_i = -sum_j w_ij log(e^s_ij / (sum_c e^s_ic + gamma sum_{k != i} e^s_ik)) /
-    sum_j w_ij, with s_ic = (z_ic + log pi_c) / center_temperature for the centres and
-    s_ik = f_i . f_k / temperature for the examples: the batch, its keys and the queue.
-    w is beta for the centre of the example's class and alpha for its other examples, so that a
+    loss_i = -sum_j w_ij log(e^s_ij / Z_i) / sum_j w_ij
+    Z_i = sum_c e^s_ic + gamma sum_{k != i} e^s_ik
+    s_ic = (z_ic + log pi_c) / center_temperature
+    s_ik = f_i . f_k / temperature
+
+    c are the centres, and k the examples: the batch, its keys and the queue. w is beta
+    for the centre of the example's class and alpha for its other examples, so that a
     class with few of those is not outweighed.
 
     Args:
@@ -540,8 +543,8 @@ def paco(
         small number.
 
     Returns:
-      A pair: init(), update(state, logits [B, C], labels [B], features= [B, D], keys=
-      [B, D], where=None) -> (per-example [B], state). The queue starts empty (the
+      A pair: init(), update(state, logits [B, C], labels [B], features= [B, D],
+      keys= [B, D], where=None) -> (per-example [B], state). The queue starts empty (the
       reference fills it with random features and labels).
 
     Raises:
@@ -677,9 +680,8 @@ def _reversed(n: Array) -> Array:
     stop = jnp.searchsorted(rising, n, side="right")
     until = jnp.append(jnp.zeros((), n.dtype), jnp.cumsum(falling))
     mean = (until[stop] - until[start]) / (stop - start).astype(n.dtype)
-    alone = (
-        stop - start == 1
-    )  # exact there: the difference of two large sums is not
+    # Exact, where the difference of two large sums is not.
+    alone = stop - start == 1
     return jnp.where(alone, falling[start], mean) / jnp.sum(n)
 
 

@@ -126,8 +126,8 @@ def check_normed(
       logits: [..., C] as they go into the loss.
       where: [...] booleans; a masked example is not checked.
 
-    Warns: UserWarning: if a logit is beyond [-1, 1] by more than bfloat16 rounds, or
-      not a number.
+    Warns:
+      UserWarning: a logit is beyond [-1, 1] by more than bfloat16 rounds, or NaN.
 
     >>> check_normed(jnp.array([[0.9, -1.0]]))
     """
@@ -435,9 +435,12 @@ def tde(
 
     tau/K sum_k (x_k/|x_k| - alpha cos(x_k, d_k) d_k/|d_k|) . w_k/(|w_k| + gamma)
 
-    Train without `direction`; at test time pass the running mean of the features, m <-
-    mu m + mean(x) with the momentum mu of the optimizer: the part of a feature that
-    momentum alone explains is then subtracted.
+    Train without `direction`; at test time pass the running mean of the features,
+
+    m <- mu m + mean(x)
+
+    with the momentum mu of the optimizer: the part of a feature that momentum alone
+    explains is then subtracted.
 
     Args:
       x: [..., D] features, split into K equal parts.

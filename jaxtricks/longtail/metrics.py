@@ -446,9 +446,9 @@ def relative_accuracy(accuracy: Scalar, *upper: Scalar) -> Float[Array, ""]:
     """Return A_r = A_t / A_u, with A_u the larger of the upper references.
 
     Args:
-      accuracy: A_t, of the method trained on the long-tailed set. *upper: the same
-      backbone trained with cross entropy on `data.balanced_counterpart(counts)`, and
-        the method itself trained on it.
+      accuracy: A_t, of the method trained on the long-tailed set.
+      *upper: accuracies of the same backbone trained with cross entropy on
+        `data.balanced_counterpart(counts)`, and of the method itself trained on it.
 
     Returns:
       float32 [].

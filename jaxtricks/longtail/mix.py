@@ -67,9 +67,13 @@ def remix(
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N C"]]:
     """Mix examples as `mixup`, and give the label to a much rarer class.
 
-    The share of label i is 0 if n_i / n_j >= kappa and lam < tau, 1 if n_i / n_j <= 1 /
-    kappa and
-    1 - lam < tau, else lam. With balanced counts it is mixup (kappa > 1).
+    The share of label i is
+
+    0 if n_i / n_j >= kappa and lam < tau
+    1 if n_i / n_j <= 1 / kappa and 1 - lam < tau
+    lam otherwise
+
+    With balanced counts it is mixup (kappa > 1).
 
     Args:
       key: typed PRNG key, new each step.

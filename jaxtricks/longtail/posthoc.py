@@ -269,9 +269,8 @@ def fit_tau(
         return balanced(right.astype(held.logits.dtype), held)
 
     scores = jax.lax.map(score, grid)  # one at a time: [N, C] and not [T, N, C]
-    best = (
-        scores >= jnp.max(scores) - 1e-6
-    )  # sums of the same fractions differ by rounding
+    # Sums of the same fractions differ by rounding.
+    best = scores >= jnp.max(scores) - 1e-6
     return jnp.min(jnp.where(best, grid, jnp.inf))
 
 

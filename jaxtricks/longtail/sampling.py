@@ -125,9 +125,8 @@ def sample_indices(
         class_key, (n,), 0, jnp.maximum(total, 1), dtype=jnp.uint32
     )
     classes = jnp.searchsorted(ends, at, side="right").astype(jnp.int32)
-    classes = jnp.minimum(
-        classes, ends.shape[0] - 1
-    )  # where there is nothing to draw
+    # Clipped, for tables where there is nothing to draw.
+    classes = jnp.minimum(classes, ends.shape[0] - 1)
     within = jax.random.randint(
         example_key, (n,), 0, jnp.maximum(table.counts[classes], 1)
     )

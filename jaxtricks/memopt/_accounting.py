@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtricks import _table, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Params
-from jaxtricks.memopt import _leaves
 from jaxtricks.memopt._adafactor import AdafactorState, Full, is_second_moment
 
 
@@ -290,7 +289,7 @@ def _second_moments(state: Any, path: str) -> list[Any]:
         state, is_leaf=lambda x: isinstance(x, AdafactorState)
     )
     tables = [
-        _leaves.nodes_by_path(x.v, is_second_moment)
+        _tree.by_path(x.v, is_second_moment)
         for x in states
         if isinstance(x, AdafactorState)
     ]

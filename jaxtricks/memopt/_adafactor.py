@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _sharding
+from jaxtricks import _dtypes, _sharding, _tree
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
@@ -147,7 +147,7 @@ def step(
     Without `rate` the update is the scaled gradient, not negated.
     """
     dtype = v[0].dtype
-    result = _leaves.update_dtype(g, p)
+    result = _dtypes.common_dtype(g, p)
     moments = _factored if isinstance(v, Factored) else _full
     v, direction = moments(g, p, v, hyper, leaf_layout, config)
     # Multiply small operands first: numbers, then the smaller factor, then the leaf.
@@ -708,8 +708,8 @@ def _update(
     weights = _leaves.checked(name, params)
     leaf_roles = _leaves.roles_by_path(roles, params)
     hyper_by_dtype: dict[Any, Hyper] = {}
-    new_v = _leaves.nodes_by_path(state.v, is_second_moment)
-    new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
+    new_v = _tree.by_path(state.v, is_second_moment)
+    new_m = _tree.by_path(state.m, _momentum.is_int8)
     seeds = _momentum.seeds(new_m, state.count)
     out = []
     for path, g in _leaves.checked(name, updates).items():

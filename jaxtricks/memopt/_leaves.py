@@ -59,15 +59,10 @@ def tree_like(nodes: Iterable[Any], params: Params) -> Any:
     return jax.tree.map(place, params, is_leaf=_is_variable)
 
 
-def nodes_by_path(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
-    """Return {path of the parameter: node} of a tree from `tree_like`."""
-    return _tree.by_path(tree, is_node)
-
-
 def with_nodes(
     tree: Any, is_node: Callable[[Any], bool], table: dict[str, Any]
 ) -> Any:
-    """Return the tree with these nodes, in the order of `nodes_by_path`."""
+    """Return the tree with these nodes, in the order of `_tree.by_path`."""
     structure = jax.tree.structure(tree, is_leaf=is_node)
     return jax.tree.unflatten(structure, list(table.values()))
 
@@ -82,11 +77,6 @@ def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
             "model has changed since (convert, fuse), rebuild the optimizer"
         )
     return table[path]
-
-
-def update_dtype(g: Any, p: Any) -> Any:
-    """Return the dtype of the update: the wider of gradient and parameter."""
-    return _dtypes.common_dtype(g, p)
 
 
 def zeros(leaf: Any, without: tuple[int, ...] = (), dtype: Any = None) -> Array:

@@ -108,9 +108,8 @@ def sharded_like(new: Any, old: Any) -> Any:
         return new
     if isinstance(new.values, jax.core.Tracer):
         return jax.tree.map(_sharding.placed_like, new, old)
-    if not all(
-        isinstance(x, jax.Array) for x in old
-    ):  # NumPy, from a checkpoint
+    # NumPy arrays come from a checkpoint.
+    if not all(isinstance(x, jax.Array) for x in old):
         return new
     return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxtricks import _dtypes, _tree
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
@@ -164,8 +165,8 @@ def _transform(
         tree = updates if params is None else params
         weights = _leaves.checked(name, tree)
         leaf_roles = _leaves.roles_by_path(roles, tree)
-        new_v = _leaves.nodes_by_path(state.v, _is_accumulators)
-        new_m = _leaves.nodes_by_path(state.m, _momentum.is_int8)
+        new_v = _tree.by_path(state.v, _is_accumulators)
+        new_m = _tree.by_path(state.m, _momentum.is_int8)
         seeds = _momentum.seeds(new_m, state.count)
         out = []
         for path, g in _leaves.checked(name, updates).items():
@@ -182,7 +183,7 @@ def _transform(
             )
             if m is not None:
                 new_m[path] = _momentum.sharded_like(m, new_m[path])
-            out.append(u.astype(_leaves.update_dtype(g, p)))
+            out.append(u.astype(_dtypes.common_dtype(g, p)))
         new_state = Sm3State(
             optax.safe_increment(state.count),
             _leaves.with_nodes(state.v, _is_accumulators, new_v),

@@ -299,8 +299,15 @@ class ReparamBlock(nnx.Module):
     def node(self) -> reparam.Sum | reparam.Sequential:
         """Return the block as a node of `reparam`, with its current statistics.
 
-        reparam.apply(block.node(), x, strides=block.strides, padding=block.padding,
-        dilation=block.kernel_dilation) is the output of the block in evaluation.
+        The output of the block in evaluation is
+
+            reparam.apply(
+                block.node(),
+                x,
+                strides=block.strides,
+                padding=block.padding,
+                dilation=block.kernel_dilation,
+            )
 
         Returns:
           A Sum of the branches; in online mode that and the normalization behind it.
@@ -601,9 +608,9 @@ class DiverseBranchBlock(ReparamBlock):
         twice that.
       rngs: keys; "params" is used.
 
-    Variables: {square, point, sequence}/conv/kernel, {pool,
-      sequence}/first/conv/kernel, and norm/{scale, bias, mean, var} beside each kernel
-      and in pool; in online mode gain in place of each norm, and norm/.
+    Variables: {square, point, sequence}/conv/kernel,
+      {pool, sequence}/first/conv/kernel, and norm/{scale, bias, mean, var} beside each
+      kernel and in pool; in online mode gain in place of each norm, and norm/.
 
     Raises:
       ValueError: a kernel size without one to three axes, padding that is not zeros, or

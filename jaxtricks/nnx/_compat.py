@@ -52,14 +52,6 @@ def partition_names(variable: nnx.Variable) -> tuple[Any, ...] | None:
     return tuple(names) if names else None
 
 
-# Absent in 0.11.2: PReLU.
-PRELU: tuple[type, ...] = (nnx.PReLU,) if hasattr(nnx, "PReLU") else ()
-
-# Its scales are parameters since 0.12.11; before, no nnx.Param.
-WEIGHT_NORM: tuple[type, ...] = (
-    (nnx.WeightNorm,) if hasattr(nnx, "WeightNorm") else ()
-)
-
 # Absent in 0.11.2: InstanceNorm.
 NORMS: tuple[type, ...] = tuple(
     getattr(nnx, name)

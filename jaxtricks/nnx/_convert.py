@@ -37,8 +37,11 @@ def convert(
 ) -> Any:
     """Return a new model in which the layers that the rules name are exchanged.
 
-    convert(model, {nnx.BatchNorm: jt.nnx.ExtendedBatchNorm, r"stage\\d/conv":
-    jt.nnx.ACBlock}, rngs=rngs)
+        rules = {
+            nnx.BatchNorm: jt.nnx.ExtendedBatchNorm,
+            r"stage\\d/conv": jt.nnx.ACBlock,
+        }
+        model = convert(model, rules, rngs=rngs)
 
     The first rule that fits a layer decides. A layer in several places stays one layer.
     Layers inside our blocks are left alone. An optimizer for the old model does not fit
@@ -224,7 +227,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
       ValueError: layers of this type, or with these settings, are not exchanged.
     """
     if isinstance(layer, nnx.Conv | WSConv):
-        _check_hooks(
+        _layer_functions.check_convertible(
             layer, (nnx.Conv, WSConv), ignored=("conv_general_dilated",)
         )
         if getattr(layer, "mask", None) is not None:
@@ -235,7 +238,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
         is_stacked = layer.kernel[...].ndim != len(layer.kernel_size) + 2
         names = ("in_features", "out_features", *_layers.CONV_ARGUMENTS)
     elif isinstance(layer, NORMS):
-        _check_hooks(layer, NORMS)
+        _layer_functions.check_convertible(layer, NORMS)
         has_other_axis = getattr(layer, "axis", -1) not in (-1, (-1,))
         if has_other_axis or getattr(layer, "axis_index_groups", None):
             raise ValueError(
@@ -244,7 +247,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
         is_stacked = layer.mean[...].ndim != 1
         names = ("num_features", *_layers.NORM_ARGUMENTS)
     elif isinstance(layer, nnx.Linear):
-        _check_hooks(layer, (nnx.Linear,))
+        _layer_functions.check_convertible(layer, (nnx.Linear,))
         is_stacked = layer.kernel[...].ndim != 2
         names = ("in_features", "out_features", *_layers.LINEAR_ARGUMENTS)
     else:
@@ -256,16 +259,6 @@ def _arguments(layer: Any) -> dict[str, Any]:
     if is_stacked:
         raise ValueError(_layers.CANNOT_CONVERT_STACKED)
     return {name: getattr(layer, name) for name in names}
-
-
-def _check_hooks(
-    layer: Any, classes: tuple[type, ...], ignored: tuple[str, ...] = ()
-) -> None:
-    cls = _layers.nearest_type(layer, classes)
-    try:
-        _layer_functions.check_hooks(layer, cls, ignored)
-    except ValueError as error:
-        raise ValueError(f"it {error}") from None
 
 
 def _accepted_arguments(

@@ -24,6 +24,7 @@ from jaxtricks._fusion import (
     count,
     fuse_layers,
     is_altered,
+    is_library_type,
     pair_with_norms,
     standalone,
     with_input,
@@ -248,7 +249,7 @@ def _conv_layer(path: str, module: Any, is_composite: bool) -> ConvLayer:
         branches=len(module.table()) if is_block else 1,
         size=size(module),
         is_composite=is_composite,
-        is_library_type=_is_library_type(module),
+        is_library_type=is_library_type(module),
         make_plain=make_plain,
     )
 
@@ -277,7 +278,7 @@ def _affine_layer(path: str, module: Any) -> AffineLayer:
         bias_shape=_bias_shape(module),
         dtype=module.dtype,
         size=size(module),
-        is_library_type=_is_library_type(module),
+        is_library_type=is_library_type(module),
         make=make,
     )
 
@@ -303,12 +304,8 @@ def _norm_layer(path: str, module: Any) -> NormLayer:
         evaluates=module.use_running_average is True,
         size=size(module),
         dtype=module.dtype,
-        is_library_type=_is_library_type(module),
+        is_library_type=is_library_type(module),
     )
-
-
-def _is_library_type(module: Any) -> bool:
-    return type(module).__module__.startswith(("flax.", "jaxtricks."))
 
 
 def _check_known(path: str, module: Any) -> None:

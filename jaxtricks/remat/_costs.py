@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _flops, _jaxpr
-from jaxtricks._jaxpr import Var, shape_of, var_bytes
+from jaxtricks._jaxpr import shape_of, var_bytes, variables_of
 from jaxtricks.remat import _schedule
 from jaxtricks.remat._schedule import Run
 from jaxtricks.remat._stages import Option, Stage
@@ -76,8 +76,8 @@ def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
     n = len(jaxpr.eqns)
     readers: Counter[Any] = Counter()
     for eqn in jaxpr.eqns:
-        readers.update(_variables(eqn.invars))
-    last_read: dict[Any, int] = dict.fromkeys(_variables(jaxpr.outvars), n)
+        readers.update(variables_of(eqn.invars))
+    last_read: dict[Any, int] = dict.fromkeys(variables_of(jaxpr.outvars), n)
     reader: dict[Any, str] = {}
     change = np.zeros(n + 1)
     inside = np.zeros(n)
@@ -90,7 +90,7 @@ def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
         if name in _CHEAP and readers[out] == 1 and last_read[out] < n:
             is_fused |= reader[out] in _FUSES
         until = last_read[out] if is_fused else i
-        for v in _variables(eqn.invars):
+        for v in variables_of(eqn.invars):
             last_read[v] = max(last_read.get(v, -1), until)
             reader[v] = name
         # Bodies do not run at once: the largest counts.
@@ -134,7 +134,7 @@ def written_bytes(
     )
     for eqn in jaxpr.eqns:
         name = _jaxpr.primitive(eqn)
-        operands = _variables(eqn.invars)
+        operands = variables_of(eqn.invars)
         if name in _CHEAP and all(v in distance for v in operands):
             steps = max((distance[v] for v in operands), default=0)
             steps += name not in _FREE
@@ -296,7 +296,7 @@ def _measured(
     outputs = len(jaxpr.outvars)
     outs, residuals = first.outvars[:outputs], first.outvars[outputs:]
     residual_bytes = written_bytes(
-        first, _variables(residuals), _variables(outs)
+        first, variables_of(residuals), variables_of(outs)
     )
     residual_shapes = list(map(shape_of, residuals))
     cotangent_shapes = list(map(shape_of, outs))
@@ -311,10 +311,6 @@ def _measured(
         total,
         peak_live(second),
     )
-
-
-def _variables(operands: Sequence[Any]) -> list[Any]:
-    return [v for v in operands if isinstance(v, Var)]
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:

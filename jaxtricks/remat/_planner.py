@@ -91,9 +91,8 @@ def plan(
     """
     if wrt not in ("peak", "temp"):
         raise ValueError(f'wrt must be "peak" or "temp", not {wrt!r}')
-    parse_budget(
-        budget_bytes, 1
-    )  # a mistake in it is reported before the first trace
+    # A mistake in it is reported before the first trace.
+    parse_budget(budget_bytes, 1)
     argnums = _integers.plain(argnums)
     positions = _integers.positions(argnums, len(args))
     program = _traced(fn, args, positions, argnums, has_aux).jaxpr

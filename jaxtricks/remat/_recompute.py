@@ -40,7 +40,9 @@ def wait(
       xs: arrays of any dtype, typed keys among them.
       cotangents: those of integer outputs (float0) pass by.
     """
-    key_impls = [jax.random.key_impl(x) if _is_key(x) else None for x in xs]
+    key_impls = [
+        jax.random.key_impl(x) if _dtypes.is_key(x) else None for x in xs
+    ]
     data = [
         x if impl is None else jax.random.key_data(x)
         for x, impl in zip(xs, key_impls, strict=True)
@@ -82,9 +84,8 @@ def barriers_hold() -> bool:
 
     try:
         cpu = SingleDeviceSharding(jax.devices("cpu")[0])
-    except (
-        RuntimeError
-    ):  # this process has no CPU backend: nothing is compiled for one
+    except RuntimeError:
+        # This process has no CPU backend: nothing is compiled for one.
         return True
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=cpu)
     cost: Any = jax.jit(square_twice).lower(shape).compile().cost_analysis()
@@ -106,10 +107,6 @@ def _changed(x: Array) -> Array:
 
 def _barrier(never: Array, *xs: Array) -> list[Array]:
     return list(jax.lax.optimization_barrier((never, *xs))[1:])
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _never(cotangents: Sequence[Array]) -> Array:

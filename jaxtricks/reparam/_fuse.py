@@ -43,14 +43,13 @@ from jaxtricks.reparam._nodes import reference as window_of
 def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
     """Fuse the branches into the one convolution that equals them.
 
-    It is equal for any stride, padding and dilation.
-
-    apply(node, x, **how) == apply(fuse(node), x, **how), up to rounding. With t = scale
-    / sqrt(var + eps):
+    apply(node, x, **how) == apply(fuse(node), x, **how), up to rounding, for any
+    stride, padding and dilation. With t = scale / sqrt(var + eps):
 
         Conv then Norm      K t,  (b - mean) t + bias
         1x1 then KxK        sum_m K1[i, m] K2[..., m, o],  sum_m b1[m] K2[..., m, o] + b2
-        Sum                 kernels zero-padded to one size around the centre tap k // 2, and added
+        Sum                 kernels zero-padded to one size, centre tap k // 2 on
+                            centre tap, and added
 
     It is differentiable: a penalty on the fused kernel is a penalty on the branches.
 

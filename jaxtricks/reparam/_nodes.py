@@ -150,8 +150,7 @@ def channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:
     return jax.lax.ConvDimensionNumbers(images, kernels, images)
 
 
-# The branch algebra: the nodes of a branch, and what each says about its
-# shape.
+# The branch algebra: the nodes of a branch, and what each says about its shape.
 
 
 Node = Any

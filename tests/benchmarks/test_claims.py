@@ -7,12 +7,11 @@ import re
 
 import jaxtricks as jt
 import pytest
+from benchmarks import claims, network_arms
+from benchmarks import claims_evidence as evidence
 from benchmarks.claims_evidence import Figures
 from benchmarks.claims_rows import CLAIMS, COMPILED, EXACT, FRESH, TIMED
 from jaxtricks.lab import cli
-
-from benchmarks import claims, network_arms
-from benchmarks import claims_evidence as evidence
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = claims.OUT.read_text()

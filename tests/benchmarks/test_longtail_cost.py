@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxtricks import _compat, longtail
-
 from benchmarks import longtail_losses as bench
+from jaxtricks import _compat, longtail
 
 pytestmark = pytest.mark.stock
 

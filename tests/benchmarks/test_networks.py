@@ -4,11 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-from jaxtricks.lab.models import RepVGG
-from PIL import Image
-
 from benchmarks import image_task, network_arms, networks
 from flax import nnx
+from jaxtricks.lab.models import RepVGG
+from PIL import Image
 
 COUNTS = {"train": 4, "validation": 2, "test": 2}
 

@@ -4,9 +4,8 @@ import json
 import pathlib
 
 import pytest
-from jaxtricks.lab.commands import ablate
-
 from benchmarks import peers, readme
+from jaxtricks.lab.commands import ablate
 
 
 def test_a_part_is_replaced_and_the_rest_stays(tmp_path):

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxtricks import remat
-
 from benchmarks import remat_chains as chains
 from benchmarks import remat_models, remat_plan
+from jaxtricks import remat
 
 WRAP = remat.recompute_grad
 UNROLLED = {

@@ -4,9 +4,8 @@ import jax
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jax.sharding import Mesh
-
 from benchmarks import scale_model as model
+from jax.sharding import Mesh
 
 SIZE = model.Size(layers=2, width=32, hidden=64, heads=4, length=16, vocabulary=64)
 

@@ -9,8 +9,8 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-
 from flax import nnx
+
 from tests import strangers
 
 ROOT = pathlib.Path(__file__).parents[2]

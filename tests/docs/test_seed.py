@@ -20,9 +20,9 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jaxtricks import _compat, amp
 
-from flax import nnx
 from tests.flax.test_blocks_golden import dbb_names, fill, params_of, repvgg_names, state_of
 from tests.rooms.test_agc import arrays_of
 from tests.rooms.test_ebn import part

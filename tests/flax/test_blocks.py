@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks import reparam
-
 from flax import nnx
+from jaxtricks import reparam
 
 BLOCKS = {
     "ac": jt.nnx.ACBlock,

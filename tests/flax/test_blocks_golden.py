@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks import _tree
-
 from flax import nnx
+from jaxtricks import _tree
 
 NORM = functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import nnx
 from jaxtricks import _tree, weightstd
 
-from flax import nnx
 from tests import strangers
 from tests.flax.test_fuse_layers import REFUSED, VALUES, own_promotion
 from tests.strangers import trained

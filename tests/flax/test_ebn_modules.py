@@ -2,16 +2,16 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-import flax
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from tests.rooms.test_ebn import KERAS, close, part
 
 FLAX = "flax fixed this: remove the sentence from docs/techniques/ebn.md"

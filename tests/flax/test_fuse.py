@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
 from jaxtricks import _tree, weightstd
 
-from flax import nnx
 from tests import strangers
 from tests.strangers import trained
 

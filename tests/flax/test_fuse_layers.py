@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks import weightstd
-
 from flax import linen as nn
 from flax import nnx
+from jaxtricks import weightstd
 
 UNIFORM = nnx.initializers.uniform(0.4)
 

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks import _tree
-from jaxtricks import roles as roles_lib
-
 from flax import linen as nn
 from flax import nnx
+from jaxtricks import _tree
+from jaxtricks import roles as roles_lib
 
 VECTOR = jnp.ones((2, 5, 4))
 IMAGE = jnp.ones((2, 8, 8, 4))

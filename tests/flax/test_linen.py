@@ -2,17 +2,16 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
-from jaxtricks import _tree
-
-import flax
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtricks import _tree
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (6, 9, 8, 4)).astype(np.float32)
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import linen as nn
 from jaxtricks import _tree, weightstd
 
-from flax import linen as nn
 from tests import strangers
 
 STATS = ["batch_stats"]

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks import _tree, longtail
-from jaxtricks.longtail import decoupling, heads
-
 from flax import linen as nn
 from flax import nnx
+from jaxtricks import _tree, longtail
+from jaxtricks.longtail import decoupling, heads
 
 X = np.random.default_rng(0).normal(size=(3, 2, 8)).astype(np.float32)
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import nnx
 from jaxtricks import _tree, reparam, weightstd
 
-from flax import nnx
 from tests.reference import reparam as reference
 
 ACB = [f"case{i:02d}" for i in (0, 1, 4, 6, 7)]

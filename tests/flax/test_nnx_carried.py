@@ -8,10 +8,9 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from flax import nnx
 
 X = np.random.default_rng(0).normal(size=(512, 16)).astype(np.float32)
 BUDGET = {"budget_bytes": 0.75, "wrt": "temp", "max_compiles": 3}

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks import _compat, _tree, reparam
-
 from flax import nnx
+from jaxtricks import _compat, _tree, reparam
 
 CASES = [f"case{i:02d}" for i in (0, 2, 3, 4, 5)]
 NAMES = {"square": "rbr_dense", "point": "rbr_1x1", "identity": "rbr_identity"}

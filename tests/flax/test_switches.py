@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
-from jaxtricks._layers import FLAGS
-
 from flax import linen as nn
 from flax import nnx
+from jaxtricks._layers import FLAGS
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (4, 5, 5, 3)).astype(np.float32)
 NORM = {"momentum": 0.5}

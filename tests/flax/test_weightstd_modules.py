@@ -8,11 +8,11 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jaxtricks import _jaxpr
 from jaxtricks import weightstd as ws
 
-from flax import linen as nn
-from flax import nnx
 from tests.rooms.test_weightstd import HAIKU, TIMM, close, pair, part
 
 X = np.random.default_rng(0).normal(size=(2, 8, 7, 4)).astype(np.float32)

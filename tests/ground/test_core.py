@@ -11,9 +11,8 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-from jaxtricks import _jaxpr, _table, _tree
-
 from flax import nnx
+from jaxtricks import _jaxpr, _table, _tree
 
 
 def test_importing_the_package_imports_no_jax():

@@ -9,10 +9,10 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-from jaxtricks import KEYS
-
 from benchmarks import readme
 from flax import nnx
+from jaxtricks import KEYS
+
 from tests import composition
 
 ALL = frozenset(KEYS)

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmarks import blocks, common, grouping
 from jaxtricks import _jaxpr
 from jaxtricks.memopt import state_bytes
-
-from benchmarks import blocks, common, grouping
 
 pytestmark = pytest.mark.stock
 LEAF = common.shapes(w=(512, 1024))

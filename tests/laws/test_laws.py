@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jaxtricks import _compat, agc, amp, memopt
 
-from flax import nnx
 from tests import registry
 
 TRANSFORMS = sorted(registry.GRADIENT_TRANSFORMS)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import nnx
 from jaxtricks import _tree
 
-from flax import nnx
 from tests import registry
 
 pytestmark = pytest.mark.parametrize("name", sorted(registry.MODULES))

@@ -13,12 +13,12 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtricks import _compat, amp, longtail, memopt, remat
 from jaxtricks.lab import collectives
 
-from flax import nnx
 from tests import registry
 
 pytestmark = pytest.mark.devices

@@ -9,9 +9,8 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-from jaxtricks import amp
-
 from flax import nnx
+from jaxtricks import amp
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 from benchmarks.amp_peers import PRODUCTS, distance, gradient64
+from flax import nnx
 from jax import lax
 from jax.experimental import pallas
 from jaxtricks import _compat, _dtypes, _jaxpr, amp
 
-from flax import nnx
 from tests import zoo
 
 CASES = [
@@ -433,8 +433,13 @@ def test_explain_says_where_and_why():
     found = amp.explain(fn, W, jax.ShapeDtypeStruct(X.shape, X.dtype))
     assert (found.low, found.full, found.compute) == (1, 1, "bfloat16")
     exact = next(i for i in found.islands if i.primitive == "dot_general")
-    assert "HIGHEST" in exact.why and "test_autocast.py" in exact.where and "fn" in exact.where
-    for text in ("exp", "reduce_sum", "1 products in bfloat16, 1 in float32", "test_autocast.py"):
+    assert "HIGHEST" in exact.why and "test_amp_autocast.py" in exact.where and "fn" in exact.where
+    for text in (
+        "exp",
+        "reduce_sum",
+        "1 products in bfloat16, 1 in float32",
+        "test_amp_autocast.py",
+    ):
         assert text in str(found)
     counted = _jaxpr.census(amp.autocast(fn), W, X)
     casts = counted["convert_element_type", "bfloat16"], counted["convert_element_type", "float32"]

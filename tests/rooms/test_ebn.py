@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtricks import ebn
-
-from flax import nnx
 
 KERAS = [f"case{i:02d}" for i in range(9)]
 HAND = [f"case{i:02d}" for i in range(3)]

@@ -8,11 +8,10 @@ import grain
 import jax
 import numpy as np
 import pytest
+from benchmarks import echo_arms, echo_quality
 from benchmarks.image_task import Split
 from grain import experimental as grain_experimental
 from jaxtricks import echo
-
-from benchmarks import echo_arms, echo_quality
 
 N, FACTOR, BATCH = 24, 3, 6
 IMAGES = np.random.default_rng(0).normal(size=(N, 4, 4, 1))

@@ -8,11 +8,11 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jaxtricks import _tree, longtail
 from jaxtricks.longtail import decoupling, heads, posthoc
 
-from flax import linen as nn
-from flax import nnx
 from tests.reference import posthoc as reference
 
 RNG = np.random.default_rng(3)

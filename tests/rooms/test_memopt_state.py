@@ -4,19 +4,18 @@ import dataclasses
 from typing import Any
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtricks import _random_bits, _tree, memopt
 from jaxtricks.memopt import _momentum
-
-import flax
-from flax import nnx
 
 SHAPES = {
     "w": (256, 512),

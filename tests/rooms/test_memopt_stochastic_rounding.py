@@ -6,13 +6,12 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtricks import _random_bits as bits
 from jaxtricks import memopt
 from jaxtricks.memopt import _stochastic_rounding
-
-from flax import nnx
 
 pytestmark = pytest.mark.stock
 LOW = ["bfloat16", "float16"]

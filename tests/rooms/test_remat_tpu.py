@@ -7,8 +7,8 @@ greet every command that looks for devices) and names its interpreter in TPU_PYT
 from typing import NamedTuple
 
 import pytest
-
 from benchmarks import common
+
 from tests.tpu_aot import compiled, costs
 
 pytestmark = pytest.mark.tpu

@@ -6,11 +6,10 @@ import jaxtricks as jt
 import numpy as np
 import optax
 import pytest
-from jaxtricks import agc, memopt
-from jaxtricks import roles as roles_lib
-
 from flax import linen as nn
 from flax import nnx
+from jaxtricks import agc, memopt
+from jaxtricks import roles as roles_lib
 
 
 def shape(*n):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jaxtricks as jt
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jaxtricks import weightstd as ws
 
-from flax import linen, nnx
 from tests.reference import weightstd as reference
 
 HAIKU = [f"case{i:02d}" for i in range(12)]

@@ -32,9 +32,8 @@ from jaxtricks.lab.trainer import Evaluator
 
 RESULTS, REPORT, PICTURE = "results.json", "report.md", "ablation.png"
 _HELD_OUT = 0.1  # of the training images, for the search
-_ROUNDS = (
-    15  # interleaved timing rounds; the median of each row's steps is reported
-)
+# Interleaved timing rounds; the median of each row's steps is reported.
+_ROUNDS = 15
 _COSTS = {
     "step_ms": "step time",
     "temp_bytes": "temporaries",
@@ -203,9 +202,8 @@ class Ablation:
     def rows(self) -> list[Row]:
         """Return the rows of the table; "best" is the last."""
         rows = [entry.row for entry in self.trained]
-        if (
-            self.best and self.best.row["key"] != "best"
-        ):  # one of the arrangements won
+        # An arrangement that won has its row under its own name too.
+        if self.best and self.best.row["key"] != "best":
             rows.append({**self.best.row, "key": "best"})
         return rows
 
@@ -392,9 +390,8 @@ def interleaved_times(trained: list[Trained]) -> list[float]:
     for _ in range(_ROUNDS):
         for i, entry in enumerate(trained):
             elapsed = 0.0
-            for _ in range(
-                2
-            ):  # the first step finds the caches full of the row before
+            # The first step finds the caches full of the row before.
+            for _ in range(2):
                 start = time.perf_counter()
                 states[i], metrics = entry.compiled.executable(
                     states[i], entry.compiled.batch

@@ -13,12 +13,8 @@ from jaxtricks.lab.rundir import FREE, Run, look
 
 _WIDTH = 100  # columns of a terminal
 _WORD = 30  # characters of a word there
-_WORDS = (
-    "data",
-    "model",
-    "tricks",
-    "seed",
-)  # columns that are settings, not figures
+# Columns that are settings, not figures.
+_WORDS = ("data", "model", "tricks", "seed")
 
 
 class _Quality(NamedTuple):

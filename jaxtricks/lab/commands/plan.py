@@ -18,11 +18,8 @@ from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.rundir import RunDir, can_begin
 
 PLAN, PICTURE = "plan.json", "plan.png"
-_SIDE, _CLASSES, _CHARACTERS = (
-    32,
-    10,
-    128,
-)  # where the command line says nothing
+# Where the command line says nothing.
+_SIDE, _CLASSES, _CHARACTERS = 32, 10, 128
 
 
 def main(cfg: Plan, command: str) -> None:

@@ -176,9 +176,8 @@ def _load(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     folders.refuse_method(path, entry)
     try:
         with archive.open(entry) as file:
-            header = io.BytesIO(
-                file.read(_HEADER)
-            )  # of a length that itself may be claimed
+            # At most so much: the length of the header itself may be claimed.
+            header = io.BytesIO(file.read(_HEADER))
         _refuse(path, key, header, entry)
         with archive.open(entry) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)

@@ -31,11 +31,8 @@ KINDS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _WITHOUT_LENGTH = frozenset([0x00, 0x01, *range(0xD0, 0xD9)])  # JPEG markers
-_ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = (
-    0x112,
-    0x142,
-    0x143,
-)  # tags of TIFF, which EXIF is
+# Tags of TIFF, which EXIF is.
+_ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 0x112, 0x142, 0x143
 _WHOLE_NUMBERS = {3: "H", 4: "I"}  # types of TIFF entries
 
 
@@ -106,9 +103,8 @@ def _opened(raw: bytes) -> Any:
         if accept is not None and accept(raw[:16]) is True:
             if kind in ("JPEG", "TIFF"):
                 _silence_tags()
-            if (
-                kind == "JPEG"
-            ):  # the registered factory would look for further pictures inside
+            # The registered factory would look for further pictures inside.
+            if kind == "JPEG":
                 factory = JpegImagePlugin.JpegImageFile
             try:
                 return factory(io.BytesIO(raw), "")
@@ -140,11 +136,8 @@ def _decode_jpeg(raw: bytes) -> np.ndarray | None:
     try:
         height, width, colours, _ = library.decode_jpeg_header(raw)
         _check_size(width, height)
-        if colours not in (
-            "Gray",
-            "YCbCr",
-            "RGB",
-        ):  # it inverts some CMYK files
+        # simplejpeg inverts some CMYK files.
+        if colours not in ("Gray", "YCbCr", "RGB"):
             return None
         return library.decode_jpeg(raw, "GRAY" if colours == "Gray" else "RGB")
     except ValueError as error:
@@ -224,9 +217,8 @@ def _load(picture: Any) -> np.ndarray:
         raise ValueError(
             "its pixels are 32-bit or floating-point: save it with 8 or 16 bits"
         )
-    if picture.mode.startswith(
-        "I"
-    ):  # 16 bits, which Pillow's conversion would clip
+    # 16 bits, which Pillow's conversion would clip.
+    if picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.uint32)
         return ((deep + 128) // 257).astype(np.uint8).reshape(shape)
     mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"

@@ -86,9 +86,8 @@ def load(
         )
     stored = open_images(name, root, skip_unreadable=skip_unreadable)
     shares = {"validation": validation, "test": test, "seed": seed}
-    index, split_notes = assign(
-        stored, **shares
-    )  # before the scan, which takes longer
+    # Before the scan, which takes longer.
+    index, split_notes = assign(stored, **shares)
     scan = images.scan(stored, everything=skip_unreadable)
     broken = scan.unreadable
     if left_out is not None:
