@@ -92,7 +92,7 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
     chosen: dict[str, list[int]] = {name: [] for name in per_class}
     for label in range(len(stored.classes)):
         mine = stored.labels == label
-        train, test = (np.flatnonzero(mine & (stored.where == w)) for w in ("train", "test"))
+        train, test = (np.flatnonzero(mine & (stored.split == w)) for w in ("train", "test"))
         cut = per_class["validation"]
         chosen["validation"] += [*train[:cut]]
         chosen["train"] += [*train[cut : cut + per_class["train"]]]
