@@ -95,7 +95,7 @@ def make_task(path: pathlib.Path, per_class: dict[str, int]) -> Task:
     for label in range(len(stored.classes)):
         mine = stored.labels == label
         train, test = (
-            np.flatnonzero(mine & (stored.where == w))
+            np.flatnonzero(mine & (stored.split == w))
             for w in ("train", "test")
         )
         cut = per_class["validation"]

@@ -590,7 +590,7 @@ class Feed:
         sentence = f"{len(states)} hosts read before, {len(rows)} now: reading goes on "
         if self._cfg.tricks.echo:
             first = max(state["read"] for state in states)
-            how = f"after example {first} of the stream, without copies of those before"
+            how = f"after example {first} of the stream, without the copies still to come of those before"
         else:
             first = step * self._cfg.batch
             how = f"exactly where it was, after example {first} of the stream"
