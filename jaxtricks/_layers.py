@@ -2,8 +2,8 @@
 
 `jt.nnx` and `jt.linen` build their modules from these functions and tables, so that the
 branches of a block (`BranchSpec`), the meaning of a train flag and the rules of
-`convert` stand in one place. What also needs a
-function of a room is in `_layer_functions`.
+`convert` stand in one place. What also needs a function of a room is in
+`_layer_functions`.
 """
 
 import functools
