@@ -16,12 +16,12 @@ HEADERS = ("stacked / leaf by leaf", "step", "step min", "trace+compile")
 
 
 def makers() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """name -> maker of an optimizer that takes `axes`."""
+    """name -> maker of an optimizer that takes `roles`."""
     return {
-        "memopt.adafactor": lambda axes=None: jt.memopt.adafactor(
-            1e-3, roles=axes
+        "memopt.adafactor": lambda roles=None: jt.memopt.adafactor(
+            1e-3, roles=roles
         ),
-        "memopt.sm3": lambda axes=None: jt.memopt.sm3(1e-3, roles=axes),
+        "memopt.sm3": lambda roles=None: jt.memopt.sm3(1e-3, roles=roles),
     }
 
 

@@ -22,7 +22,7 @@ from benchmarks import (
     blocks,
     common,
     echo_speed,
-    longtail,
+    longtail_losses,
     readme,
     recompute,
 )
@@ -225,23 +225,27 @@ def losses() -> Iterator[Pair]:
     """Loss and gradient."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(
-        rng.normal(size=(longtail.EXAMPLES, longtail.CLASSES)), jnp.float32
+        rng.normal(size=(longtail_losses.EXAMPLES, longtail_losses.CLASSES)),
+        jnp.float32,
     )
     labels = jnp.asarray(
-        rng.integers(0, longtail.CLASSES, longtail.EXAMPLES), jnp.int32
+        rng.integers(0, longtail_losses.CLASSES, longtail_losses.EXAMPLES),
+        jnp.int32,
     )
 
     def program(name: str) -> Program:
-        step = longtail.compiled(longtail.losses()[name], logits, labels)
+        step = longtail_losses.compiled(
+            longtail_losses.losses()[name], logits, labels
+        )
         run = lambda: jax.block_until_ready(step(logits, labels))
         return Program(run, step.cost_analysis()["bytes accessed"])
 
-    peer = program(longtail.BASE)
+    peer = program(longtail_losses.BASE)
     for ours in ("cross_entropy", "balanced_softmax"):
         programs = program(ours), peer
-        task = f"loss and gradient, {longtail.EXAMPLES} x {longtail.CLASSES}"
+        task = f"loss and gradient, {longtail_losses.EXAMPLES} x {longtail_losses.CLASSES}"
         yield Pair(
-            f"longtail.{ours}", longtail.BASE, programs, "accessed", task
+            f"longtail.{ours}", longtail_losses.BASE, programs, "accessed", task
         )
 
 

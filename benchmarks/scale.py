@@ -99,13 +99,13 @@ COMPILED = (
 
 def optimizers() -> dict[str, optax.GradientTransformation]:
     """The choices; the last one is for parameters in bfloat16."""
-    memopt, axes = jt.memopt, model.ROLES
-    adafactor = memopt.adafactor(1e-3, roles=axes)
+    memopt, roles = jt.memopt, model.ROLES
+    adafactor = memopt.adafactor(1e-3, roles=roles)
     return {
         "adamw": optax.adamw(1e-3),
-        "sm3, momentum": memopt.sm3(1e-3, momentum=0.9, roles=axes),
+        "sm3, momentum": memopt.sm3(1e-3, momentum=0.9, roles=roles),
         "adafactor": adafactor,
-        "sm3": memopt.sm3(1e-3, roles=axes),
+        "sm3": memopt.sm3(1e-3, roles=roles),
         ROUNDED: optax.chain(adafactor, memopt.stochastic_round(0)),
     }
 

@@ -15,8 +15,9 @@ from jax import lax
 from jaxtyping import Float
 
 from jaxtricks import _integers, _layers, ebn, reparam, weightstd
+from jaxtricks._block_tables import BlockGeometry
 from jaxtricks._dtypes import common_dtype, wide_dtype
-from jaxtricks._layers import BlockGeometry, affine, check_groups, per_channel
+from jaxtricks._layers import affine, check_groups, per_channel
 from jaxtricks._typing import Array
 from jaxtricks.longtail import heads
 from jaxtricks.reparam import Conv, Identity, Norm, Sequential, Sum, _nodes

@@ -1,6 +1,6 @@
 """Blocks whose branches train in parallel and deploy as one convolution, for linen.
 
-The blocks of `jt.nnx`, built from the same tables (`_layers`): variables have the same
+The blocks of `jt.nnx`, built from the same tables (`_block_tables`): variables have the same
 paths and the functions are the same.
 """
 
@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtricks import _dtypes, _layer_functions, _layers, reparam
+from jaxtricks import _block_tables, _dtypes, _layer_functions, _layers, reparam
+from jaxtricks._block_tables import BlockGeometry, BranchSpec, PointwiseSpec
 from jaxtricks._layer_functions import BranchNodes, Padding, Pads
-from jaxtricks._layers import BlockGeometry, BranchSpec, Factory, PointwiseSpec
+from jaxtricks._layers import Factory
 from jaxtricks._typing import Array
 from jaxtricks.linen._layers import (
     Sizes,
@@ -211,7 +212,7 @@ class ReparamBlock(nn.Module):
 
     def geometry(self, in_features: int) -> BlockGeometry:
         """Return what all branches share, for an input with so many channels."""
-        _layers.check_mode(type(self).__name__, self.mode)
+        _block_tables.check_mode(type(self).__name__, self.mode)
         return _layer_functions.block_geometry(
             type(self).__name__,
             in_features,
@@ -224,7 +225,7 @@ class ReparamBlock(nn.Module):
             least_axes=self.least_axes,
         )
 
-    def table(self, block: BlockGeometry) -> _layers.Table:
+    def table(self, block: BlockGeometry) -> _block_tables.Table:
         """Return the rows of the block's table, the one with the largest kernel first."""
         raise NotImplementedError
 
@@ -404,9 +405,11 @@ class ACBlock(ReparamBlock):
 
     least_axes = 2
 
-    def table(self, block: BlockGeometry) -> _layers.Table:
+    def table(self, block: BlockGeometry) -> _block_tables.Table:
         """Return the rows of the whole kernel and of one line along each axis."""
-        return _layers.asymmetric_branches(block, gamma_init=self.gamma_init)
+        return _block_tables.asymmetric_branches(
+            block, gamma_init=self.gamma_init
+        )
 
 
 class RepVGGBlock(ReparamBlock):
@@ -422,9 +425,9 @@ class RepVGGBlock(ReparamBlock):
       ['identity', 'point', 'square']
     """
 
-    def table(self, block: BlockGeometry) -> _layers.Table:
+    def table(self, block: BlockGeometry) -> _block_tables.Table:
         """Return the rows of the KxK, 1x1 and, where it fits, identity branch."""
-        return _layers.repvgg_branches(block)
+        return _block_tables.repvgg_branches(block)
 
 
 class DiverseBranchBlock(ReparamBlock):
@@ -445,9 +448,9 @@ class DiverseBranchBlock(ReparamBlock):
 
     internal_features: int | None = None
 
-    def table(self, block: BlockGeometry) -> _layers.Table:
+    def table(self, block: BlockGeometry) -> _block_tables.Table:
         """Return the rows of the KxK, 1x1 (if any), average and 1x1-KxK branch."""
-        return _layers.diverse_branches(
+        return _block_tables.diverse_branches(
             block, internal_features=self.internal_features
         )
 
@@ -469,9 +472,11 @@ class MobileOneBlock(ReparamBlock):
 
     num_branches: int = 4
 
-    def table(self, block: BlockGeometry) -> _layers.Table:
+    def table(self, block: BlockGeometry) -> _block_tables.Table:
         """Return the rows of the KxK branches, and of the 1x1 and identity branch if any."""
-        return _layers.mobileone_branches(block, num_branches=self.num_branches)
+        return _block_tables.mobileone_branches(
+            block, num_branches=self.num_branches
+        )
 
 
 class DilatedReparamBlock(ReparamBlock):
@@ -496,8 +501,8 @@ class DilatedReparamBlock(ReparamBlock):
     kernel_sizes: Sequence[int] | None = None
     dilates: Sequence[int] | None = None
 
-    def table(self, block: BlockGeometry) -> _layers.Table:
+    def table(self, block: BlockGeometry) -> _block_tables.Table:
         """Return the rows of the large and the dilated branches."""
-        return _layers.dilated_branches(
+        return _block_tables.dilated_branches(
             block, kernel_sizes=self.kernel_sizes, dilates=self.dilates
         )

@@ -11,7 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtricks import _dtypes, _integers, _layer_functions, _layers, reparam
+from jaxtricks import (
+    _block_tables,
+    _dtypes,
+    _integers,
+    _layer_functions,
+    _layers,
+    reparam,
+)
 from jaxtricks._arguments import checked
 from jaxtricks._fusion import (
     AffineLayer,
@@ -387,7 +394,7 @@ def _block_layer(
 def _block_parts(
     prefix: str,
     module: ReparamBlock,
-    block: _layers.BlockGeometry,
+    block: _block_tables.BlockGeometry,
     variables: Variables,
     training: set[str],
 ) -> tuple[list[tuple[Any, Array]], list[NormLayer]]:

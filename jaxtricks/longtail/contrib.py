@@ -80,7 +80,7 @@ class OnlineSeesaw:
         )
         if batch.shape != state.counts.shape:
             raise ValueError(
-                f"longtail.online_seesaw: `logits` have {batch.shape[0]} "
+                f"contrib.online_seesaw: `logits` have {batch.shape[0]} "
                 "classes where the state "
                 f"has {state.counts.shape[0]}: pass another `num_classes`"
             )
@@ -186,7 +186,7 @@ def dive(
       loss(logits [..., C], labels [...] or [..., C], teacher= [..., C], where=None) ->
       per-example [...].
 
-    >>> from jaxtricks.longtail._losses import balanced_softmax
+    >>> from jaxtricks.longtail import balanced_softmax
     >>> loss = dive(balanced_softmax([90, 10]))
     >>> loss(jnp.zeros((1, 2)), jnp.array([0]), teacher=jnp.zeros((1, 2))).round(4)
     Array([0.0527], dtype=float32)
@@ -222,7 +222,7 @@ def meta_rates(counts: Counts, power: Scalar = 0.5) -> Float[Array, "C"]:
       Ren et al., Balanced meta-softmax, arXiv 2007.10740, section 3.2 and its
       SampleLearner.
     """
-    n = at_least_rarest(as_vector("sampling.meta_rates: `counts`", counts))
+    n = at_least_rarest(as_vector("contrib.meta_rates: `counts`", counts))
     power = jnp.asarray(power).astype(n.dtype)
     # Relative to the mean of the extreme logarithms, so that no power overflows.
     log_n = jnp.log(n)

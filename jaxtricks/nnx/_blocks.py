@@ -1,7 +1,7 @@
 """Blocks whose branches train in parallel and deploy as one convolution.
 
 ACNet, RepVGG, Diverse Branch Block, MobileOne and UniRepLKNet: each is a table of
-branches (`_layers`), which `ReparamBlock` builds.
+branches (`_block_tables`), which `ReparamBlock` builds.
 """
 
 import functools
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from jaxtricks import _dtypes, _layer_functions, _layers, reparam
-from jaxtricks._layer_functions import BranchNodes, Padding, Pads
-from jaxtricks._layers import (
+from jaxtricks import _block_tables, _dtypes, _layer_functions, _layers, reparam
+from jaxtricks._block_tables import (
     BlockGeometry,
     BranchSpec,
-    Factory,
     Mode,
     PointwiseSpec,
 )
+from jaxtricks._layer_functions import BranchNodes, Padding, Pads
+from jaxtricks._layers import Factory
 from jaxtricks._typing import Array
 from jaxtricks.nnx._conv import conv_node, is_standardized, plain_conv
 from jaxtricks.nnx._norm import frozen_norm
@@ -214,7 +214,7 @@ class ReparamBlock(nnx.Module):
             groups=feature_group_count,
             least_axes=self.least_axes,
         )
-        _layers.check_mode(name, mode)
+        _block_tables.check_mode(name, mode)
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = block.kernel_size
@@ -242,7 +242,7 @@ class ReparamBlock(nnx.Module):
             self.feature_group_count,
         )
 
-    def table(self) -> _layers.Table:
+    def table(self) -> _block_tables.Table:
         """Return the rows of the block's table, the one with the largest kernel first."""
         raise NotImplementedError
 
@@ -538,9 +538,9 @@ class ACBlock(ReparamBlock):
             rngs=rngs,
         )
 
-    def table(self) -> _layers.Table:
+    def table(self) -> _block_tables.Table:
         """Return the rows of the whole kernel and of one line along each axis."""
-        return _layers.asymmetric_branches(
+        return _block_tables.asymmetric_branches(
             self.geometry, gamma_init=self.gamma_init
         )
 
@@ -581,9 +581,9 @@ class RepVGGBlock(ReparamBlock):
 
     identity = None  # unless it has the shape of the others
 
-    def table(self) -> _layers.Table:
+    def table(self) -> _block_tables.Table:
         """Return the rows of the KxK, 1x1 and, where it fits, identity branch."""
-        return _layers.repvgg_branches(self.geometry)
+        return _block_tables.repvgg_branches(self.geometry)
 
 
 class DiverseBranchBlock(ReparamBlock):
@@ -659,9 +659,9 @@ class DiverseBranchBlock(ReparamBlock):
             rngs=rngs,
         )
 
-    def table(self) -> _layers.Table:
+    def table(self) -> _block_tables.Table:
         """Return the rows of the KxK, 1x1 (if any), average and 1x1-KxK branch."""
-        return _layers.diverse_branches(
+        return _block_tables.diverse_branches(
             self.geometry, internal_features=self.internal_features
         )
 
@@ -733,9 +733,9 @@ class MobileOneBlock(ReparamBlock):
             rngs=rngs,
         )
 
-    def table(self) -> _layers.Table:
+    def table(self) -> _block_tables.Table:
         """Return the rows of the KxK branches, and of the 1x1 and identity branch if any."""
-        return _layers.mobileone_branches(
+        return _block_tables.mobileone_branches(
             self.geometry, num_branches=self.num_branches
         )
 
@@ -812,8 +812,8 @@ class DilatedReparamBlock(ReparamBlock):
             rngs=rngs,
         )
 
-    def table(self) -> _layers.Table:
+    def table(self) -> _block_tables.Table:
         """Return the rows of the large and the dilated branches."""
-        return _layers.dilated_branches(
+        return _block_tables.dilated_branches(
             self.geometry, kernel_sizes=self.kernel_sizes, dilates=self.dilates
         )

@@ -119,6 +119,13 @@ def test_is_valid_and_its_ids_are_words(path):
 
 
 @every
+def test_its_names_of_the_library_exist(path):
+    text = "\n".join(cell.source for cell in code(read(path)))
+    for room, name in set(re.findall(r"\bjt\.(\w+)\.(\w+)", text)):
+        assert hasattr(getattr(jt, room), name), f"jt.{room}.{name}"
+
+
+@every
 def test_outputs_are_stripped_except_the_figure_of_the_idea(path):
     notebook = read(path)
     (output,) = figure_cell(notebook).outputs

@@ -163,7 +163,7 @@ def test_state_is_float32_or_better(name, dtype, x64, ours):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_update_of_stacked_is_stacked_update(name, dtype, x64, ours):
     if "roles" not in inspect.signature(registry.GRADIENT_TRANSFORMS[name]).parameters:
-        pytest.skip("has no `axes`")
+        pytest.skip("has no `roles`")
     roles = {"m": ("in", "out"), "h": ("in", "out", "out"), "v": ("none",), "s": ()}
     shapes = {"m": (12, 9), "h": (8, 2, 5), "v": (7,), "s": ()}
 

@@ -18,7 +18,7 @@ from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.data.dataset import Source, sampled
 from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.trainer import Feed
-from jaxtricks.longtail import sampling, weights
+from jaxtricks.longtail import contrib, sampling, weights
 
 from tests.reference import longtail_sampling as reference
 
@@ -69,7 +69,7 @@ def test_golden_progressive_of_the_one_based_code(gold):
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_golden_meta_rates(power, gold):
     n, labels = gold["samplers/a__counts"], gold["samplers/a__labels"]
-    rates = np.asarray(jax.jit(sampling.meta_rates)(n, power))
+    rates = np.asarray(jax.jit(contrib.meta_rates)(n, power))
     close(rates[labels], gold[f"samplers/a__meta_init_pow{power}__example_rate"], 2e-6)
     logits = gold[f"samplers/a__meta_init_pow{power}__fc_weight"][0]
     np.testing.assert_allclose(np.log(rates / (1 - rates)), logits, atol=2e-6)
@@ -89,7 +89,7 @@ def test_probabilities_equal_the_float64_reference_and_follow_the_classes(seed, 
     for function, want in (
         (lambda n: sampling.class_probabilities(n, power), reference.probabilities(n, power)),
         (lambda n: sampling.effective_number(n, beta), reference.effective_number(n, beta)),
-        (lambda n: sampling.meta_rates(n, power), reference.meta_rates(n, power)),
+        (lambda n: contrib.meta_rates(n, power), reference.meta_rates(n, power)),
         (lambda n: sampling.deferred(n, 5, 5, power), reference.probabilities(n, power)),
         (lambda n: sampling.deferred(n, 4, 5, power), reference.probabilities(n, 1)),
     ):
@@ -102,9 +102,9 @@ def test_a_class_without_examples_is_never_likely():
     for p in (sampling.effective_number(COUNTS), sampling.deferred(COUNTS, 1, 1)):
         assert p[2] == 0 and float(p.sum()) == pytest.approx(1, abs=1e-6)
     assert not np.any(sampling.effective_number([0, 0]))
-    rates = sampling.meta_rates(COUNTS, 1.0)
+    rates = contrib.meta_rates(COUNTS, 1.0)
     assert rates[2] == rates[4] and np.all((rates > 0) & (rates < 1))
-    huge = sampling.meta_rates(np.array([10**9, 10**5, 1]), 4.0)  # n^-4 is no float32
+    huge = contrib.meta_rates(np.array([10**9, 10**5, 1]), 4.0)  # n^-4 is no float32
     assert np.all(np.isfinite(huge)) and float(huge[-1]) == pytest.approx(1)
 
 
