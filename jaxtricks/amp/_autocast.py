@@ -22,16 +22,16 @@ from jaxtricks.amp._precision_analysis import (
     LOW,
     Analysis,
     Analyzer,
-    check_rules,
     held,
     is_full,
 )
+from jaxtricks.amp._precision_table import check_rules
 from jaxtricks.amp._rewrite import Emitter
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Rules = Mapping[str, str]
-"""{primitive: class in the table of `_precision_analysis`}."""
+"""{primitive: class in `_precision_table`}."""
 ScanCarry = Literal["keep", "auto"]
 
 DEFAULT = "p=f32,c=bf16,o=f32"

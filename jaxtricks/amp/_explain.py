@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtricks import _jaxpr, _table
 from jaxtricks._arguments import checked
-from jaxtricks.amp import _precision_analysis as table
+from jaxtricks.amp import _precision_table as table
 from jaxtricks.amp._autocast import DEFAULT, Rules, ScanCarry, Settings, Traced
 from jaxtricks.amp._policy import Policy
 from jaxtricks.amp._precision_analysis import (

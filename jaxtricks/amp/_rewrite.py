@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxtricks import _jaxpr
-from jaxtricks.amp import _precision_analysis as table
+from jaxtricks.amp import _precision_table as table
 from jaxtricks.amp._precision_analysis import (
     FREE,
     FULL,

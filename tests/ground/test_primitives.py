@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtricks import _compat, _flops, _jaxpr, amp, remat
-from jaxtricks.amp import _precision_analysis
+from jaxtricks.amp import _precision_table
 from jaxtricks.remat import _stages
 
 from tests import flags
@@ -475,7 +475,7 @@ def census():
     return {name: {_compat.primitive(e): e for e in eqns} for name, eqns in traces.items()}
 
 
-TABLES = {"amp": _precision_analysis.is_classified, "remat": _flops.is_counted}
+TABLES = {"amp": _precision_table.is_classified, "remat": _flops.is_counted}
 
 
 @pytest.mark.parametrize("has_row", TABLES.values(), ids=TABLES)

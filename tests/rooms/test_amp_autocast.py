@@ -197,9 +197,7 @@ def test_a_product_of_the_lowest_precision_is_one_without_it(precision):
     ):
         cast, plain = amp.autocast(fn), jax.jit(fn)
         found = [
-            d
-            for e, d in operands(cast, *args)
-            if e.primitive.name in amp._precision_analysis.PRODUCTS
+            d for e, d in operands(cast, *args) if e.primitive.name in amp._precision_table.PRODUCTS
         ]
         assert found == [{"bfloat16"}]
         np.testing.assert_allclose(jax.jit(cast)(*args), plain(*args), rtol=0.03, atol=0.03)
