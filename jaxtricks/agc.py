@@ -13,7 +13,7 @@ Use.
         path_filter=jt.agc.exclude("head/kernel"),
     )
     tx = optax.chain(clip, optax.sgd(0.1, momentum=0.9, nesterov=True))
-    updates, state = tx.update(grads, state, params)
+    updates, state = tx.update(grads, tx.init(params), params)
     jt.metrics(state)  # {"agc/clipped_fraction": ..., "agc/max_ratio": ...}
 
 Settings to start from. clipping 0.01 for batches of thousands, 0.02 to 0.16 for smaller
