@@ -23,7 +23,7 @@ import pytest
 from flax import nnx
 from jaxtricks import _compat, amp
 
-from tests.flax.test_blocks_golden import dbb_names, fill, params_of, repvgg_names, state_of
+from tests.modules.test_blocks_golden import dbb_names, fill, params_of, repvgg_names, state_of
 from tests.rooms.test_agc import arrays_of
 from tests.rooms.test_ebn import part
 from tests.rooms.test_memopt import as_roles, deviation

@@ -446,7 +446,7 @@ def test_check_knows_a_loss_scale_too():
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
         amp.check_skipped(state)
     assert not amp.step_applied(tx.init(params), state)
-    with pytest.raises(ValueError, match="found neither dynamic_loss_scale nor"):
+    with pytest.raises(ValueError, match="has neither dynamic_loss_scale nor"):
         amp.step_applied(optax.EmptyState(), optax.EmptyState())
 
 

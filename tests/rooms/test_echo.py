@@ -356,7 +356,7 @@ def test_a_state_of_another_schedule_or_a_shorter_source_is_refused():
     for other in ({"distance": 7}, {"schedule": "adjacent"}):
         with pytest.raises(ValueError, match="factor 5/2, distance 6"):
             iter(echo.echo(range(50), 2.5, **other)).set_state(state)
-    with pytest.raises(ValueError, match="made over 50 elements, this source has 3"):
+    with pytest.raises(ValueError, match="saved over 50 elements, this source has 3"):
         iter(echo.echo(range(3), 2.5, distance=6)).set_state(state)
     with pytest.raises(ValueError, match="same elements"):
         iter(echo.echo(generator(3), 2.5, distance=6)).set_state(state)

@@ -224,7 +224,7 @@ def test_an_iterator_that_was_read_before_takes_no_state():
 def test_a_state_of_a_longer_list_is_refused():
     states, _ = states_of(echo.echo(list(range(20)), 2, distance=4))
     for state in states:
-        with pytest.raises(ValueError, match="made over 20 elements, this source has 10"):
+        with pytest.raises(ValueError, match="saved over 20 elements, this source has 10"):
             iter(echo.echo(list(range(10)), 2, distance=4)).set_state(state)
     # one from before lengths were noted still goes on
     again = iter(echo.echo(list(range(20)), 2, distance=4))
@@ -443,7 +443,7 @@ def test_keys_asks_for_one_typed_key(unchecked):
     legacy = jax.random.PRNGKey(0)
     many = jax.random.split(jax.random.key(0), 3)
     for key, match in ((legacy, "wrap_key_data"), (many, r"\(3,\)"), (0, "key"), (None, "key")):
-        with pytest.raises(ValueError, match=rf"^echo\.keys: `key` .*{match}"):
+        with pytest.raises(ValueError, match=rf"^echo\.augmentation_keys: `key` .*{match}"):
             echo.augmentation_keys(key, jnp.arange(2), jnp.zeros(2, int))
     typed = echo.augmentation_keys(jax.random.wrap_key_data(legacy), 3, 1)
     assert typed == echo.augmentation_keys(jax.random.key(0), 3, 1)

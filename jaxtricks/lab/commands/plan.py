@@ -13,7 +13,7 @@ from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import plots, rundir
 from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import train
-from jaxtricks.lab.config import Plan
+from jaxtricks.lab.config import Plan, UserError
 from jaxtricks.lab.distributed import Placement
 from jaxtricks.lab.rundir import RunDir, can_begin
 
@@ -54,9 +54,13 @@ def run(cfg: Plan, command: str = "") -> remat.Plan:
     )
     say(f"{cfg.model}, {cfg.micro_batch} {what}, {len(data.classes)} classes")
     if cfg.topology is not None and jax.default_backend() != "tpu":
-        # libtpu reads these when it is loaded; a program may decide on its environment,
+        try:
+            variables = remat.libtpu_environment(cfg.topology)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        # libtpu reads these when it is loaded. A program may decide on its environment,
         # where a library may not.
-        for name, value in remat.libtpu_environment(cfg.topology).items():
+        for name, value in variables.items():
             os.environ.setdefault(name, value)
     step = step_lib.TrainStep(cfg, data)
     plan = step.plan(

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtricks import _tree, weightstd
 
 from tests import strangers
-from tests.flax.test_fuse_layers import REFUSED, VALUES, own_promotion
+from tests.modules.test_fuse_layers import REFUSED, VALUES, own_promotion
 from tests.strangers import trained
 
 # The default initializer takes seconds to compile, for each shape.

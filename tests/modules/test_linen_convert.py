@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtricks import _tree, weightstd
 
 from tests import strangers
-from tests.flax.test_linen_fuse import trained
+from tests.modules.test_linen_fuse import trained
 
 STATS = ["batch_stats"]
 KEY = jax.random.key(1)
