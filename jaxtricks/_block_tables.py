@@ -154,8 +154,7 @@ def diverse_branches(
     if features < 1 or features % block.groups:
         raise ValueError(
             f"DiverseBranchBlock: `internal_features` is {features}; give a "
-            "multiple of "
-            f"the {block.groups} groups"
+            f"multiple of the {block.groups} groups"
         )
     inner = PointwiseSpec(features, residual=features == block.in_features)
     size = block.kernel_size
@@ -204,8 +203,8 @@ def dilated_branches(
         if len(set(large)) != 1 or large[0] not in DILATED_KERNELS:
             raise ValueError(
                 f"DilatedReparamBlock: no default for `kernel_size` {large}; "
-                "give one of "
-                f"{sorted(DILATED_KERNELS)} per axis, or `kernel_sizes` and `dilates`"
+                f"give one of {sorted(DILATED_KERNELS)} per axis, or "
+                "`kernel_sizes` and `dilates`"
             )
         kernel_sizes, dilates = DILATED_KERNELS[large[0]]
     if (
@@ -214,8 +213,8 @@ def dilated_branches(
         or len(kernel_sizes) != len(dilates)
     ):
         raise ValueError(
-            "DilatedReparamBlock: give `kernel_sizes` and `dilates` together, one "
-            "dilation per size"
+            "DilatedReparamBlock: give `kernel_sizes` and `dilates` together, "
+            "one dilation per size"
         )
     rows = [BranchSpec("large", "conv", large)]
     for i, (k, dilation) in enumerate(zip(kernel_sizes, dilates, strict=True)):
@@ -223,9 +222,8 @@ def dilated_branches(
         if k < 1 or dilation < 1 or reach > min(large):
             raise ValueError(
                 f"DilatedReparamBlock: a kernel of {k} with dilation "
-                f"{dilation} reaches "
-                f"over {reach} inputs, the large kernel over {large}; give smaller "
-                "`kernel_sizes` or `dilates`"
+                f"{dilation} reaches over {reach} inputs, the large kernel "
+                f"over {large}; give smaller `kernel_sizes` or `dilates`"
             )
         size = (k,) * len(large)
         rows.append(BranchSpec(f"dilated_{i}", "conv", size, dilation))

@@ -281,6 +281,6 @@ def shard_map_arguments(eqn: Any) -> dict[str, Any]:
 def _unknown_layout(eqn: Any) -> NotImplementedError:
     return NotImplementedError(
         f"jaxtricks does not know how jax {jax.__version__} writes a "
-        f"{primitive(eqn)!r} equation (the newest version tested is {NEWEST_TESTED}): "
-        "install that one, or a newer jaxtricks"
+        f"{primitive(eqn)!r} equation (the newest version tested is "
+        f"{NEWEST_TESTED}): install that one, or a newer jaxtricks"
     )

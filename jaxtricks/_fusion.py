@@ -211,16 +211,17 @@ class FusibleLayer(NamedTuple):
         for norm in norms:
             if not norm.evaluates:
                 raise ValueError(
-                    f"{norm.path!r} is in training mode, in which it is not a fixed "
-                    "function: evaluate first, by model.eval() in nnx, or by an "
-                    "argument of the call (train=False, use_running_average=True) in "
-                    "`example_kwargs`"
+                    f"{norm.path!r} is in training mode, in which it is not a "
+                    "fixed function: evaluate first, by model.eval() in nnx, "
+                    "or by an argument of the call (train=False, "
+                    "use_running_average=True) in `example_kwargs`"
                 )
         if norms and all(_is_untouched(norm.node) for norm in norms):
             first = min(norm.path for norm in norms)
             raise ValueError(
-                f"the statistics of {first!r} were never updated (mean 0, variance 1): "
-                "train the model, or load them with its parameters, before it is fused"
+                f"the statistics of {first!r} were never updated (mean 0, "
+                "variance 1): train the model, or load them with its "
+                "parameters, before it is fused"
             )
 
     def fuse(self, x: Array) -> tuple[PlainLayer, FusedLayer]:
@@ -393,9 +394,9 @@ def check_bound(row: FusedLayer) -> FusedLayer:
     if not row.max_error <= row.bound:
         raise ValueError(
             f"fused and unfused {row.layer or 'model'!r} differ by "
-            f"{row.max_error:.3g}, "
-            f"where rounding allows {row.bound:.3g}, so they are different functions: "
-            f"leave {'it' if row.layer else 'layers'} out by `path_filter`"
+            f"{row.max_error:.3g}, where rounding allows {row.bound:.3g}, so "
+            "they are different functions: leave "
+            f"{'it' if row.layer else 'layers'} out by `path_filter`"
         )
     return row
 
@@ -610,8 +611,8 @@ def is_library_type(layer: Any) -> bool:
 def altered_reason(path: str) -> str:
     """Return why a layer that is called with another kernel does not fuse."""
     return (
-        f"{path!r} is called with another kernel than the model holds (WeightNorm, "
-        "SpectralNorm)"
+        f"{path!r} is called with another kernel than the model holds "
+        "(WeightNorm, SpectralNorm)"
     )
 
 

@@ -133,8 +133,8 @@ def hooked_kernel(conv: Any, kernel: Array, mask: Array | None) -> Array:
         return hook.kernel(kernel)
     if hook not in (None, lax.conv_general_dilated):
         raise ValueError(
-            f"a {type(conv).__name__} with a custom `conv_general_dilated` does not "
-            "fuse: what it computes is not known"
+            f"a {type(conv).__name__} with a custom `conv_general_dilated` "
+            "does not fuse: what it computes is not known"
         )
     return kernel
 
@@ -160,8 +160,8 @@ def matching_filters(
     has_mean = mean > 1e-6 * largest
     if bool(jnp.any(has_mean)):
         raise ValueError(
-            "standardizing would remove the means of its filters, which its function "
-            "depends on: use init='fresh'"
+            "standardizing would remove the means of its filters, which its "
+            "function depends on: use init='fresh'"
         )
     # Least squares: the factor by which each standardized filter is the filter.
     standardized = weightstd.standardize(kernel, preset=preset, eps=eps)
@@ -300,8 +300,8 @@ def block_geometry(
     size = _integers.listed(kernel_size)
     if not least_axes <= len(size) <= 3:
         raise ValueError(
-            f"{name}: `kernel_size` is {kernel_size}; give {least_axes} to 3 sizes, "
-            "such as (height, width)"
+            f"{name}: `kernel_size` is {kernel_size}; give {least_axes} to 3 "
+            "sizes, such as (height, width)"
         )
     rank = len(size)
     size = per_axis("kernel_size", size, rank)
@@ -500,8 +500,8 @@ def check_startable(name: str, norm_types: Sequence[tuple[str, Norm]]) -> None:
 
 
 STANDARDIZED_START = (
-    "the branches have standardized kernels, whose filters have mean 0, so not every "
-    "convolution can be written with them; use conv=nnx.Conv"
+    "the branches have standardized kernels, whose filters have mean 0, so not "
+    "every convolution can be written with them; use conv=nnx.Conv"
 )
 
 
@@ -589,8 +589,8 @@ def check_layer(
     name = _layers.overridden_name(type(layer), cls, extension_points)
     if name is not None:
         raise ValueError(
-            f"is a {type(layer).__name__} that overrides `{name}`, so what it computes "
-            "is not known"
+            f"is a {type(layer).__name__} that overrides `{name}`, so what it "
+            "computes is not known"
         )
     check_hooks(layer, cls)
 

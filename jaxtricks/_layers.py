@@ -28,8 +28,8 @@ def check_groups(name: str, ins: int, outs: int, groups: int) -> None:
     """Raise ValueError unless `groups` divides both numbers of features."""
     if groups < 1 or ins % groups or outs % groups:
         raise ValueError(
-            f"{name}: `feature_group_count` is {groups}, which does not divide both "
-            f"{ins} and {outs} features"
+            f"{name}: `feature_group_count` is {groups}, which does not divide "
+            f"both {ins} and {outs} features"
         )
 
 
@@ -263,8 +263,8 @@ def mode_rule(name: str, cls: type, train_kwargs: TrainKwargs) -> ModeRule:
         }
     if any(not isinstance(value, bool) for value in train_kwargs.values()):
         raise ValueError(
-            f"{name}: `train_kwargs` {train_kwargs} has a value that is not a bool; "
-            "pass a function train -> keyword arguments"
+            f"{name}: `train_kwargs` {train_kwargs} has a value that is not a "
+            "bool; pass a function train -> keyword arguments"
         )
     in_training = dict(train_kwargs)
 
@@ -291,9 +291,8 @@ def call_flags(
         if name not in FLAGS and is_switch and _LOOKS_LIKE_A_FLAG.search(name):
             raise ValueError(
                 f"the call of {cls.__name__} has an argument `{name}` that "
-                "looks like a "
-                "flag of training but is not known: give it, in `example_kwargs` to "
-                "fuse, or say in `train_kwargs` what it is"
+                "looks like a flag of training but is not known: give it, in "
+                "`example_kwargs` to fuse, or say in `train_kwargs` what it is"
             )
     return {
         flag: value == train
@@ -431,18 +430,17 @@ class Rules:
             if rule not in self._used:
                 name = repr(rule) if isinstance(rule, str) else rule.__name__
                 raise ValueError(
-                    f"{self._name}: the rule {name} decides no layer: nothing matches "
-                    "it, or earlier rules do"
+                    f"{self._name}: the rule {name} decides no layer: nothing "
+                    "matches it, or earlier rules do"
                 )
 
     def _check_not_overridden(self, path: str, module: Any, cls: type) -> None:
         name = overridden_name(type(module), cls)
         if name is not None:
             raise ValueError(
-                f"{self._name}: {path!r} is a {type(module).__name__} that overrides "
-                f"`{name}`, which the rule {cls.__name__} would lose: name it "
-                "in a rule "
-                "in front (None leaves it as it is)"
+                f"{self._name}: {path!r} is a {type(module).__name__} that "
+                f"overrides `{name}`, which the rule {cls.__name__} would "
+                "lose: name it in a rule in front (None leaves it as it is)"
             )
 
 
@@ -571,9 +569,9 @@ def _common_value(name: str, norms: Iterable[Any]) -> Any:
         if other != first:
             raise ValueError(
                 f"the normalizations that may stand behind it have `{name}` "
-                f"{first} and "
-                f"{other}: give `example`, with which the trace tells, or bind the "
-                f"block's `norm` (functools.partial(nnx.BatchNorm, {name}=...))"
+                f"{first} and {other}: give `example`, with which the trace "
+                "tells, or bind the block's `norm` "
+                f"(functools.partial(nnx.BatchNorm, {name}=...))"
             )
     return first
 

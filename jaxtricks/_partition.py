@@ -100,9 +100,9 @@ def refuse_module(fn: Callable[..., Any], name: str) -> None:
             "flax.nnx."
         ):
             raise ValueError(
-                f"remat.{name}: `fn` is a flax.nnx module ({type(fn).__name__}): use "
-                f"jaxtricks.nnx.{name}, which returns a module and updates its "
-                "variables"
+                f"remat.{name}: `fn` is a flax.nnx module "
+                f"({type(fn).__name__}): use jaxtricks.nnx.{name}, which "
+                "returns a module and updates its variables"
             )
 
 
@@ -192,6 +192,6 @@ def _refuse_changes(
     if changed or len(after) != len(before):
         where = f" ({jax.tree_util.keystr(changed[0])})" if changed else ""
         raise ValueError(
-            f"the traced function changes one of its arguments in place{where}, and a "
-            f"trace works on copies; {_advice(nnx)}"
+            "the traced function changes one of its arguments in "
+            f"place{where}, and a trace works on copies; {_advice(nnx)}"
         )

@@ -298,8 +298,7 @@ def _check_dtype(
         return
     raise ValueError(
         f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it "
-        "out by `path_filter`, or hide "
-        "it with optax.masked"
+        "out by `path_filter`, or hide it with optax.masked"
     )
 
 

@@ -312,8 +312,8 @@ def _mask_like(mask: Array, x: Array) -> Array:
     if not fits:
         raise ValueError(
             f"ebn: a `mask` of shape {mask.shape} does not fit x of shape "
-            f"{x.shape}: give the leading "
-            "axes of x in order, or as many axes as x has, each of full size or 1"
+            f"{x.shape}: give the leading axes of x in order, or as many axes "
+            "as x has, each of full size or 1"
         )
     mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
     keep = mask if mask.dtype == bool else mask != 0

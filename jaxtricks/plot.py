@@ -222,8 +222,8 @@ def shots(
         if np.shape(summary["per_class"]) != counts.shape:
             raise ValueError(
                 f"plot.shots: `counts` is {counts.shape} and {name} has "
-                f"{np.shape(summary['per_class'])} "
-                "classes: pass the training counts"
+                f"{np.shape(summary['per_class'])} classes: pass the training "
+                "counts"
             )
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)

@@ -145,18 +145,15 @@ class Exact:
             ]
             raise ValueError(
                 f"roles: the roles know none of the parameters: {unknown[0]!r} "
-                "is not among them, and "
-                f"the nearest is {nearest!r}; take them from the model that is "
-                "trained (jt.nnx.roles, "
-                "jt.linen.roles)"
+                f"is not among them, and the nearest is {nearest!r}; take them "
+                "from the model that is trained (jt.nnx.roles, jt.linen.roles)"
             )
         if not self.table.keys() <= set(paths):
             unused = next(path for path in self.table if path not in paths)
             warnings.warn(
                 f"roles: the roles do not know the parameter {unknown[0]!r}, "
-                f"and know {unused!r}, which "
-                "is not there: do they describe the model before a change "
-                "(convert, fuse)?",
+                f"and know {unused!r}, which is not there: do they describe "
+                "the model before a change (convert, fuse)?",
                 stacklevel=4,
             )
 
@@ -378,8 +375,8 @@ def _check_rule(roles: Any) -> None:
     if isinstance(roles, str | bytes | bool | int | float | complex | type):
         raise ValueError(
             f"roles: `roles` is a {type(roles).__name__}: give a function "
-            "(path, shape) -> roles, a rule "
-            "(roles.by_path, jt.nnx.roles) or a tree of roles"
+            "(path, shape) -> roles, a rule (roles.by_path, jt.nnx.roles) or a "
+            "tree of roles"
         )
 
 
@@ -399,8 +396,8 @@ def _flatten_like(params: Params, roles: Any) -> list[Any]:
     except ValueError:
         raise ValueError(
             f"roles: `roles` is a {type(roles).__name__} whose structure is "
-            "not that of the parameters: give "
-            "a tuple of roles in place of every parameter, or a function or a rule"
+            "not that of the parameters: give a tuple of roles in place of "
+            "every parameter, or a function or a rule"
         ) from None
     return [r for x, r in zip(leaves, roles, strict=True) if not empty(x)]
 
@@ -467,15 +464,14 @@ def _notes(decisions: list[str], by_rank: list[Any], exact: bool) -> list[str]:
         )
         notes.append(
             f"{undecided} of {len(decisions)} leaves: {_BY_RANK}, as the "
-            "transform's reference does "
-            f"without `roles`, which cannot tell stacked layers and heads; {cure}"
+            "transform's reference does without `roles`, which cannot tell "
+            f"stacked layers and heads; {cure}"
         )
     if assumed:
         notes.append(
             f"{assumed} of {len(decisions)} leaves{_ASSUMED}: their sizes do "
-            "not show which axis was "
-            "stacked, so the first that fits is taken; if it is another one, "
-            "write roles.by_path"
+            "not show which axis was stacked, so the first that fits is taken; "
+            "if it is another one, write roles.by_path"
         )
     return notes
 

@@ -152,8 +152,8 @@ class Settings(NamedTuple):
         policy = as_policy(policy)
         if policy.compute not in (np.float32, np.float16, jnp.bfloat16):
             raise ValueError(
-                f"amp.autocast: the policy computes in {policy.compute}; use bfloat16, "
-                "float16 or float32"
+                f"amp.autocast: the policy computes in {policy.compute}; use "
+                "bfloat16, float16 or float32"
             )
         if scan_carry not in ("keep", "auto"):
             raise ValueError(
@@ -222,8 +222,8 @@ def _refuse_refs(jaxpr: _jaxpr.Jaxpr) -> None:
         if any(map(_is_ref, eqn.invars)):
             raise ValueError(
                 "amp.autocast: the function uses a Ref at "
-                f"{_jaxpr.source_line(eqn)}, which has a fixed dtype; pass and return "
-                "arrays instead, or wrap that part in amp.full_precision"
+                f"{_jaxpr.source_line(eqn)}, which has a fixed dtype; pass and "
+                "return arrays instead, or wrap that part in amp.full_precision"
             )
         # The Refs of a Pallas kernel stay inside it.
         if _jaxpr.has_bodies(eqn):

@@ -76,8 +76,8 @@ class Explanation:
     def __str__(self) -> str:
         heading = (
             f"{self.low} products in {self.compute}, {self.full} in float32; "
-            f"casts: {self.casts_down} down, {self.casts_up} up; "
-            f"carries: {self.carries_low} low, {self.carries_full} float32"
+            f"casts: {self.casts_down} down, {self.casts_up} up; carries: "
+            f"{self.carries_low} low, {self.carries_full} float32"
         )
         rows = [(i.primitive, i.count, i.why, i.where) for i in self.islands]
         paragraphs = [heading, *self.notes]
@@ -250,17 +250,17 @@ def _note(
     # The most frequent surprise: a model that has `dtype=bfloat16` already.
     if casting_products:
         return (
-            f"Nothing to do: the function casts its {casting_products} products to "
-            f"{low.name} itself. autocast respects that, its sums in that dtype "
-            "included; give it the float32 model instead."
+            f"Nothing to do: the function casts its {casting_products} "
+            f"products to {low.name} itself. autocast respects that, its sums "
+            "in that dtype included; give it the float32 model instead."
         )
     if products[False]:
         return (
             "No product is rewritten: the table says why each stays in float32."
         )
     return (
-        "The function has no matrix product or convolution in float32: autocast "
-        "changes nothing."
+        "The function has no matrix product or convolution in float32: "
+        "autocast changes nothing."
     )
 
 

@@ -155,8 +155,8 @@ def check_settings(
     low, high = known_number(min_scale), known_number(first)
     if low is not None and high is not None and low > high:
         raise ValueError(
-            f"amp.{name}: `min_scale` is {min_scale}, above `{argument}`, {first}: "
-            "give a smaller one"
+            f"amp.{name}: `min_scale` is {min_scale}, above `{argument}`, "
+            f"{first}: give a smaller one"
         )
 
 
@@ -168,8 +168,8 @@ def check_max_consecutive(
     limit = known_number(max_consecutive)
     if limit is not None and not (limit >= 1 and limit % 1 == 0):
         raise ValueError(
-            f"amp.{name}: `max_consecutive` is {max_consecutive}: give a whole number "
-            ">= 1"
+            f"amp.{name}: `max_consecutive` is {max_consecutive}: give a whole "
+            "number >= 1"
         )
 
 
@@ -343,9 +343,9 @@ def value_and_grad(
         policy = as_policy(policy)
         if policy.compute == jnp.float16 and scale is None:
             warnings.warn(
-                "amp.value_and_grad: float16 gradients below 6e-8 become zero without "
-                "loss scaling; pass scale=amp.loss_scale(opt_state) and wrap the "
-                "optimizer in amp.dynamic_loss_scale",
+                "amp.value_and_grad: float16 gradients below 6e-8 become zero "
+                "without loss scaling; pass scale=amp.loss_scale(opt_state) "
+                "and wrap the optimizer in amp.dynamic_loss_scale",
                 stacklevel=2,
             )
         fn = autocast(loss_fn, policy)
@@ -421,8 +421,8 @@ def dynamic_loss_scale(
         inner_state = inner.init(params)
         if _states(inner_state, DynamicLossScaleState):
             raise ValueError(
-                "amp.dynamic_loss_scale: `inner` has a loss scale too, which would "
-                "divide again; keep the outermost one"
+                "amp.dynamic_loss_scale: `inner` has a loss scale too, which "
+                "would divide again; keep the outermost one"
             )
         counters = (
             jnp.int32(0),
@@ -529,8 +529,8 @@ def loss_scale(opt_state: Any) -> Array:
     states = _states(opt_state, DynamicLossScaleState)
     if len(states) != 1:
         raise ValueError(
-            f"amp.loss_scale: `opt_state` has {len(states)} loss scales; "
-            "wrap the whole chain in amp.dynamic_loss_scale once"
+            f"amp.loss_scale: `opt_state` has {len(states)} loss scales; wrap "
+            "the whole chain in amp.dynamic_loss_scale once"
         )
     return jnp.asarray(states[0].scale)  # an nnx.Optimizer holds Variables
 
@@ -552,8 +552,8 @@ def check_skipped(opt_state: Any) -> None:
         if state.consecutive > state.max_consecutive:
             raise FloatingPointError(
                 "amp.check_skipped: gradients were not finite for "
-                f"{int(state.consecutive)} steps in a row; lower the learning rate or "
-                "look for the first NaN with jax_debug_nans"
+                f"{int(state.consecutive)} steps in a row; lower the learning "
+                "rate or look for the first NaN with jax_debug_nans"
             )
 
 

@@ -114,13 +114,13 @@ def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
     for primitive, kind in rules.items():
         if kind not in TABLE:
             raise ValueError(
-                f"amp.autocast: `rules` gives {primitive!r} the class {kind!r}; "
-                f"use one of {', '.join(TABLE)}"
+                f"amp.autocast: `rules` gives {primitive!r} the class "
+                f"{kind!r}; use one of {', '.join(TABLE)}"
             )
         if primitive in _jaxpr.WITH_BODIES or primitive == CONVERT:
             raise ValueError(
-                f"amp.autocast: `rules` cannot reclass {primitive!r}; "
-                "name the primitives inside it, or wrap a part in amp.full_precision"
+                f"amp.autocast: `rules` cannot reclass {primitive!r}; name the "
+                "primitives inside it, or wrap a part in amp.full_precision"
             )
     return rules
 

@@ -179,8 +179,7 @@ def _is_stacked(batches: Any) -> bool:
     ):
         raise ValueError(
             f"cyclical.lr_range_test: `batches` is a {type(batches).__name__}: "
-            "give an iterable of "
-            "batches, or all of them stacked"
+            "give an iterable of batches, or all of them stacked"
         )
     if isinstance(batches, list) or not all(
         isinstance(x, Array) and x.ndim for x in leaves
@@ -189,8 +188,8 @@ def _is_stacked(batches: Any) -> bool:
     if len({len(x) for x in leaves}) > 1:
         raise ValueError(
             "cyclical.lr_range_test: `batches` has leaves of different length: "
-            "stack the same number"
-            " of batches in each, or give a list of batches"
+            "stack the same number of batches in each, or give a list of "
+            "batches"
         )
     return bool(leaves)
 

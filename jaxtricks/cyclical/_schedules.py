@@ -492,8 +492,7 @@ def _ends(
     if three_phase and not (summit > 0 and rise <= 0.5):
         raise ValueError(
             f"cyclical.{function}: `pct_start` is {rise}: with three phases "
-            "give a number in"
-            " (1 / total_steps, 0.5]"
+            "give a number in (1 / total_steps, 0.5]"
         )
     if not 0 <= rise <= 1:
         raise ValueError(
@@ -641,8 +640,8 @@ def _starts(period: Fraction, mult: float) -> list[Fraction]:
         if len(starts) > _MAX_CYCLES:
             raise ValueError(
                 f"cyclical.warm_restarts: `period_mult` is {float(mult)}: give "
-                "1, or a number so large"
-                f" that there are at most {_MAX_CYCLES} different cycles"
+                f"1, or a number so large that there are at most {_MAX_CYCLES} "
+                "different cycles"
             )
     return starts
 

@@ -107,6 +107,6 @@ def states_of_others() -> Iterator[None]:
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             "echo: `source` cannot return to its state "
-            f"({type(error).__name__}: {error}): pass a state "
-            "that get_state() returned for this source"
+            f"({type(error).__name__}: {error}): pass a state that get_state() "
+            "returned for this source"
         ) from error

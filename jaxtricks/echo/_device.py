@@ -106,8 +106,7 @@ def echo_step(
     if copies is None or copies < 1:
         raise ValueError(
             f"echo.echo_step: `factor` is {_checks.spell(factor)}: pass a "
-            "whole number >= 1, or use "
-            "echo.echo"
+            "whole number >= 1, or use echo.echo"
         )
 
     def run(

@@ -233,7 +233,7 @@ def _distance(
     ):
         raise ValueError(
             f"echo.echo: `distance` {distance} is smaller than `batch_size` "
-            f"{batch_size}, so that "
-            "copies could share a batch: leave it out or make it larger"
+            f"{batch_size}, so that copies could share a batch: leave it out "
+            "or make it larger"
         )
     return distance, distance

@@ -31,9 +31,9 @@ class _GrainSource:
         current = self._workers
         if saved != current:
             raise ValueError(
-                f"echo: the state was saved with {_spell(saved)}, this pipeline has "
-                f"{_spell(current)}: use the same number of workers "
-                "(mp_prefetch) and the same steps"
+                f"echo: the state was saved with {_spell(saved)}, this "
+                f"pipeline has {_spell(current)}: use the same number of "
+                "workers (mp_prefetch) and the same steps"
             )
 
     def rewind(self, snapshot: Any) -> None:

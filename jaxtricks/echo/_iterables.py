@@ -167,9 +167,8 @@ class Recipe:
             need = self._held(self.least) * nbytes
             raise ValueError(
                 f"echo.echo: `max_bytes` {self.max_bytes} is too little for "
-                f"elements of {nbytes} bytes at "
-                f"a distance of {self.least}: give {need}, or a smaller "
-                "batch_size or distance"
+                f"elements of {nbytes} bytes at a distance of {self.least}: "
+                f"give {need}, or a smaller batch_size or distance"
             )
         return distance
 
@@ -277,8 +276,7 @@ class IterableSource:
             except StopIteration:
                 raise ValueError(
                     f"echo: `source` ended before element {count} of the "
-                    "state: it must give the "
-                    "same elements again"
+                    "state: it must give the same elements again"
                 ) from None
 
 
@@ -377,8 +375,7 @@ def _length(source: Any) -> int:
 def _read_already() -> ValueError:
     return ValueError(
         "echo: `source` is an iterator that has been read already and cannot "
-        "start again: pass the "
-        "function that makes it, or a list"
+        "start again: pass the function that makes it, or a list"
     )
 
 

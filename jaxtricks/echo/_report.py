@@ -115,8 +115,7 @@ def report(
     ):
         raise ValueError(
             f"echo.report: `max_factor` is {_checks.spell(max_factor)}: pass a "
-            "number from 1 to "
-            f"{_checks.MOST_COPIES}"
+            f"number from 1 to {_checks.MOST_COPIES}"
         )
     work = after or _same
     upstream, groups = _time_reading(source, batch_size or 1, steps)

@@ -100,8 +100,9 @@ class PerClass:
         c = self._class_of(element)
         if not 0 <= c < len(self._rules):
             raise ValueError(
-                f"echo.echo: `class_of` gives {c} for element {i}, and `factor` has "
-                f"{len(self._rules)} classes: it must give 0 to {len(self._rules) - 1}"
+                f"echo.echo: `class_of` gives {c} for element {i}, and "
+                f"`factor` has {len(self._rules)} classes: it must give 0 to "
+                f"{len(self._rules) - 1}"
             )
         j = self._seen[c]
         self._seen[c] = j + 1
@@ -225,8 +226,8 @@ def rational(factor: object) -> Fraction:
     if factor > _checks.MOST_COPIES:
         raise ValueError(
             f"echo.echo needs `factor` <= {_checks.MOST_COPIES}, got "
-            f"{float(min(factor, 10**300)):.6g}: "
-            "repeat less, or clip the factors of the rarest classes"
+            f"{float(min(factor, 10**300)):.6g}: repeat less, or clip the "
+            "factors of the rarest classes"
         )
     return factor
 

@@ -283,8 +283,8 @@ class Stream:
         if saved != self._name:
             raise ValueError(
                 f"echo: the state was saved by ({repr(saved)[1:-1]:.200}), "
-                f"this is ({self._name}): "
-                "use the same factor, schedule and distance"
+                f"this is ({self._name}): use the same factor, schedule and "
+                "distance"
             )
         for name in (
             "source",
@@ -302,9 +302,9 @@ class Stream:
         elements = _checks.field(state, "elements", least=-1)
         if min(elements, self._elements) >= 0 and elements != self._elements:
             raise ValueError(
-                f"echo: the state was saved over {elements} elements, this source has "
-                f"{self._elements}: use the same data, and in Grain the same "
-                "number of workers"
+                f"echo: the state was saved over {elements} elements, this "
+                f"source has {self._elements}: use the same data, and in Grain "
+                "the same number of workers"
             )
         first = _checks.field(
             state,
@@ -335,8 +335,7 @@ class Stream:
         except StopIteration:
             raise ValueError(
                 "echo: `source` ended before the position of the state: it "
-                "must give the same elements "
-                "again"
+                "must give the same elements again"
             ) from None
         if self._first != state["first"]:
             raise _checks.damaged("first", state["first"])
@@ -488,8 +487,8 @@ class Watch:
         ):
             raise ValueError(
                 f"echo: the arrays of element {ordinal} were deleted before "
-                f"copy {copy} went out: don't "
-                "donate the batch (donate_argnums) where the same one comes again"
+                f"copy {copy} went out: don't donate the batch "
+                "(donate_argnums) where the same one comes again"
             )
         if (
             ordinal == self._ordinal
@@ -497,8 +496,8 @@ class Watch:
         ):
             raise ValueError(
                 f"echo: `source` has changed the arrays of element {ordinal} "
-                "after giving them, as one "
-                "that reuses a buffer does: let it give copies, by x.copy()"
+                "after giving them, as one that reuses a buffer does: let it "
+                "give copies, by x.copy()"
             )
         return self._on_device or ordinal < self._ordinal
 

@@ -200,9 +200,8 @@ class Checkpoints:
                 )
                 raise UserError(
                     f"checkpoint {self._folder / str(step)} is of another "
-                    f"model: {path} is {there} in it "
-                    f"and {here} here; give the settings that it was saved "
-                    "with, or another --out"
+                    f"model: {path} is {there} in it and {here} here; give the "
+                    "settings that it was saved with, or another --out"
                 )
 
     def _steps(self) -> list[int]:
@@ -236,9 +235,8 @@ class Checkpoints:
         except Exception as error:  # a full disk: OSError here, ValueError from TensorStore there
             raise UserError(
                 f"can't write checkpoints to {self._folder} "
-                f"({_reason(error)}): free space or give "
-                "another --out; what was saved before is whole, and --resume "
-                "goes on from there"
+                f"({_reason(error)}): free space or give another --out; what "
+                "was saved before is whole, and --resume goes on from there"
             ) from error
 
 

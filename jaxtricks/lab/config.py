@@ -158,8 +158,7 @@ def check_outside(out: str, **folders: str) -> None:
         if inside == around or inside.startswith(os.path.join(around, "")):
             raise UserError(
                 f"--out {out} lies in --{name} {folder}, where it would be "
-                "taken for a class of "
-                "images: give an --out outside of it"
+                "taken for a class of images: give an --out outside of it"
             )
 
 
@@ -205,9 +204,8 @@ class Parallel:
     mesh: str = option(
         "",
         "Devices along each axis of the mesh, such as data=4,model=2: examples "
-        "are split over data, "
-        "kernels over model. If absent: one device, or all devices of all "
-        "hosts over data.",
+        "are split over data, kernels over model. If absent: one device, or "
+        "all devices of all hosts over data.",
     )
     fsdp: bool = option(
         False, "Split parameters and optimizer state over data too (ZeRO-3)."
@@ -215,9 +213,8 @@ class Parallel:
     coordinator: str = option(
         "",
         "Several hosts: HOST:PORT of process 0, the same everywhere, with "
-        "--processes and --process; or "
-        "auto on a cluster (Slurm, Open MPI, Kubernetes, Cloud TPU). --out "
-        "must be on a shared disk.",
+        "--processes and --process; or auto on a cluster (Slurm, Open MPI, "
+        "Kubernetes, Cloud TPU). --out must be on a shared disk.",
     )
     processes: int = option(
         0, "Processes, one per host, with --coordinator HOST:PORT."
@@ -255,8 +252,8 @@ class Parallel:
         over = self.axes.get(DATA, 1)
         if batch % (over * accumulate):
             raise UserError(
-                f"--batch {batch} does not divide over {over} devices and {accumulate} "
-                "micro-batches: choose a multiple"
+                f"--batch {batch} does not divide over {over} devices and "
+                f"{accumulate} micro-batches: choose a multiple"
             )
         self._check_hosts()
 
@@ -286,13 +283,12 @@ class Parallel:
         ):
             raise UserError(
                 f"--coordinator {self.coordinator} is not an address: give "
-                "HOST:PORT of process 0, "
-                "or auto"
+                "HOST:PORT of process 0, or auto"
             )
         if not 0 <= self.process < self.processes:
             raise UserError(
-                f"--coordinator needs --processes N and --process from 0 to N - 1, not "
-                f"{self.processes} and {self.process}"
+                "--coordinator needs --processes N and --process from 0 to N - "
+                f"1, not {self.processes} and {self.process}"
             )
 
 
@@ -386,18 +382,16 @@ class Train:
     data: str = option(
         "auto",
         "A folder or a zip of class folders ([train|val|test/]CLASS/*), "
-        "FILE.npz (images, labels), "
-        "FILE.array_record or a folder of them, FILE.txt, LIST.txt with "
-        "--root, package.module:function "
-        "(any random-access source), 'digits' or 'topics' (both embedded). "
-        "'auto' is digits, or topics "
-        "for the transformer.",
+        "FILE.npz (images, labels), FILE.array_record or a folder of them, "
+        "FILE.txt, LIST.txt with --root, package.module:function (any "
+        "random-access source), 'digits' or 'topics' (both embedded). 'auto' "
+        "is digits, or topics for the transformer.",
     )
     root: str = option(
         "",
         "Folder that the paths in --data LIST.txt begin in; each line of the "
-        "list is a path and a label, "
-        "as ImageNet-LT, Places-LT and iNaturalist have them.",
+        "list is a path and a label, as ImageNet-LT, Places-LT and iNaturalist "
+        "have them.",
     )
     check_data: bool = option(
         False, "Read every file once, list what can't be read, and stop."
@@ -405,8 +399,7 @@ class Train:
     skip_unreadable: bool = option(
         False,
         "Name the files that can't be read, leave them out, and train; if one "
-        "breaks later on, another "
-        "one of its class takes its place.",
+        "breaks later on, another one of its class takes its place.",
     )
     size: int = option(
         0,
@@ -468,9 +461,8 @@ class Train:
         option(
             "instance",
             "How classes are sampled: as the data has them, by the square root "
-            "of their counts, evenly, or "
-            "from the data to evenly over the run. All but instance sample "
-            "with replacement.",
+            "of their counts, evenly, or from the data to evenly over the run. "
+            "All but instance sample with replacement.",
         )
     )
     echo_factor: float | Literal["auto"] = option(
@@ -483,9 +475,8 @@ class Train:
     remat_budget: str | None = option(
         None,
         "Peak bytes of the training step, such as 4GiB, or a fraction of what "
-        "it needs, such as 0.5: what "
-        "to recompute is planned once, before training, in place of remat's "
-        "every block.",
+        "it needs, such as 0.5: what to recompute is planned once, before "
+        "training, in place of remat's every block.",
     )
     seed: int = option(
         0,
@@ -585,8 +576,7 @@ class Train:
         if self.text.features % self.text.heads:
             raise UserError(
                 f"--features {self.text.features} does not divide into "
-                f"{self.text.heads} --heads: "
-                "choose a multiple"
+                f"{self.text.heads} --heads: choose a multiple"
             )
         if self.imbalance != 1:
             raise UserError(

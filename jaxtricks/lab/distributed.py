@@ -99,8 +99,7 @@ class Placement:
         if batch % self.mesh.shape[DATA]:
             raise UserError(
                 f"a micro-batch of {batch} does not divide over "
-                f"{self.mesh.shape[DATA]} devices: "
-                "choose another --batch"
+                f"{self.mesh.shape[DATA]} devices: choose another --batch"
             )
 
     def rows(self, batch: int) -> np.ndarray:
@@ -193,7 +192,8 @@ def start(cfg: Parallel) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--coordinator {cfg.coordinator}: the processes did not meet "
-            f"({str(error).splitlines()[0]}): start all of them, with the same address"
+            f"({str(error).splitlines()[0]}): start all of them, with the same "
+            "address"
         ) from error
 
 
@@ -237,8 +237,7 @@ class Hosts:
         except RuntimeError as error:
             raise HostLostError(
                 f"another host did not answer within {_SECONDS_TO_JOIN} s: "
-                "start all of them again "
-                "with --resume"
+                "start all of them again with --resume"
             ) from error
         return [json.loads(text) for text in texts]
 

@@ -225,8 +225,8 @@ def _quality(run: Run) -> str:
         ]
         legend = (
             "Nats and bits per character are the same loss in two units (1 nat "
-            "is 1.443 bits): lower is "
-            "better, and a uniform guess among K characters scores log2 K bits."
+            "is 1.443 bits): lower is better, and a uniform guess among K "
+            "characters scores log2 K bits."
         )
     else:
         names = ("accuracy", "balanced_accuracy", *GROUPS)
@@ -251,8 +251,8 @@ def _skipped(run: Run) -> str:
         return ""
     return (
         f"{count} images broke while the run read them and were skipped: in "
-        "training another image of the "
-        "class took the place of each, and the evaluations are without them."
+        "training another image of the class took the place of each, and the "
+        "evaluations are without them."
     )
 
 
@@ -276,9 +276,9 @@ def _legend(counts: Sequence[int]) -> str:
     sizes = ", ".join(f"{n} {name}" for name, n in group_sizes(counts).items())
     return (
         "Balanced accuracy is the mean over the classes of each class's "
-        "accuracy, so that rare classes "
-        f"weigh as much as common ones; many, medium and few are that mean over {by}"
-        f"{f' ({sizes})' if counts else ''}."
+        "accuracy, so that rare classes weigh as much as common ones; many, "
+        "medium and few are that mean over "
+        f"{by}{f' ({sizes})' if counts else ''}."
     )
 
 

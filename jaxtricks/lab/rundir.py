@@ -250,23 +250,24 @@ def check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in new:
         if name not in FREE and old.get(name) != new[name]:
             raise UserError(
-                f"--resume: {path} was begun with {_option(name, old.get(name))}, not "
-                f"{_option(name, new[name])}: give the same settings or another --out"
+                f"--resume: {path} was begun with "
+                f"{_option(name, old.get(name))}, not "
+                f"{_option(name, new[name])}: give the same settings or "
+                "another --out"
             )
     for name in old.keys() - new.keys():
         raise UserError(
             f"--resume: {path} was begun with {_option(name, old[name])}, "
-            "which this version of jaxtricks "
-            f"does not know: use the one that began it ({_version(before)}), "
-            "or give another --out"
+            "which this version of jaxtricks does not know: use the one that "
+            f"began it ({_version(before)}), or give another --out"
         )
     old, new = _flat(before.get("data", {})), _flat(now.get("data", {}))
     for name in new:
         if name != "notes" and old.get(name, new[name]) != new[name]:
             raise UserError(
                 f"--resume: the data set has changed since {path} was begun "
-                f"({name}: {old.get(name)} then, "
-                f"{new[name]} now): restore it or give another --out"
+                f"({name}: {old.get(name)} then, {new[name]} now): restore it "
+                "or give another --out"
             )
 
 
@@ -650,8 +651,8 @@ def read(path: str | pathlib.Path) -> Run:
     if "seeds" in config:
         raise UserError(
             f"{path} is an ablation, whose runs are compared in "
-            f"{folder / 'report.md'}: "
-            "give a directory of `jaxtricks train --out`"
+            f"{folder / 'report.md'}: give a directory of `jaxtricks train "
+            "--out`"
         )
     result = _json(folder / RESULT)
     about_schema, result_schema, _ = _schemas()

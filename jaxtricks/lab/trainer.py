@@ -115,8 +115,8 @@ class Trainer:
         ) as error:  # the datasets of Grain and those here fail in many ways
             raise UserError(
                 f"the checkpoint of step {restored.step} in {self.folder.path} "
-                "does not say how far its "
-                f"data was read ({error!r}): remove it to use the one before"
+                f"does not say how far its data was read ({error!r}): remove "
+                "it to use the one before"
             ) from error
         if sentence:
             tell(sentence)

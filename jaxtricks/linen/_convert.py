@@ -220,8 +220,8 @@ def _arguments(layer: Any, variables: Variables) -> dict[str, Any]:
         names = ("features", *_layers.LINEAR_ARGUMENTS)
     else:
         raise ValueError(
-            "only nn.Dense, nn.Conv, WSConv, nn.BatchNorm and ExtendedBatchNorm are "
-            "exchanged"
+            "only nn.Dense, nn.Conv, WSConv, nn.BatchNorm and "
+            "ExtendedBatchNorm are exchanged"
         )
     if is_stacked:
         raise ValueError(_layers.CANNOT_CONVERT_STACKED)
@@ -314,8 +314,8 @@ def _with_function_of(
         values = _linear(old, old_variables, new)
     else:
         raise ValueError(
-            f"how {type(new).__name__} could compute the same is not known: use "
-            "init='fresh'"
+            f"how {type(new).__name__} could compute the same is not known: "
+            "use init='fresh'"
         )
     return {
         collection: {

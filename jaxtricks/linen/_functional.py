@@ -96,8 +96,7 @@ def functional(
         except flax.errors.InvalidRngError as error:
             raise ValueError(
                 "linen.functional: this call draws random numbers and needs "
-                "`key`: pass "
-                f"key=jax.random.key(...), or train=False ({error})"
+                f"`key`: pass key=jax.random.key(...), or train=False ({error})"
             ) from None
         return y, _layers.pruned(
             {**state, **flax.core.unfreeze(updated)}, state
@@ -147,9 +146,9 @@ class _Call:
             out, written = evaluated(run, variables)
             if self.finds_flags and STATISTICS in written:
                 raise ValueError(
-                    f"linen.functional: with train=False the call still updates "
-                    f"{STATISTICS!r}, so it trains: pass `train_kwargs`, which says by "
-                    "what arguments the module evaluates"
+                    "linen.functional: with train=False the call still updates "
+                    f"{STATISTICS!r}, so it trains: pass `train_kwargs`, which "
+                    "says by what arguments the module evaluates"
                 )
         if self.has_no_flags:
             _check_modes(train, modes)

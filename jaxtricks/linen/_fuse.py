@@ -185,8 +185,7 @@ def fuse(
     if example is None:
         raise ValueError(
             "linen.fuse: `example` is missing: a linen module makes its layers "
-            "while it "
-            "is called; pass an input"
+            "while it is called; pass an input"
         )
     evaluated = EvaluatedModule(module, variables, example, example_kwargs)
     watched = WatchedModule(evaluated)

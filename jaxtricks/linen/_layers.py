@@ -443,8 +443,7 @@ def frozen_norm(norm: nn.Module, variables: Variables) -> reparam.Norm:
     if "mean" not in statistics:
         raise ValueError(
             f"linen: {type(norm).__name__} has no running statistics and does "
-            "not fuse; "
-            "use nn.BatchNorm or ExtendedBatchNorm"
+            "not fuse; use nn.BatchNorm or ExtendedBatchNorm"
         )
     params = variables.get("params", {})
     mean, var = (jnp.asarray(statistics[name]) for name in ("mean", "var"))

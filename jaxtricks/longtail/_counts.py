@@ -97,8 +97,8 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise ValueError(
             f"longtail.class_counts: `names` are {len(names)}, "
-            f"{len(set(names))} of them different, for "
-            f"{num_classes} classes: give every class a number"
+            f"{len(set(names))} of them different, for {num_classes} classes: "
+            "give every class a number"
         )
     if (
         not isinstance(labels, jnp.ndarray)
@@ -109,8 +109,7 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
         if unknown := sorted(set(flat) - set(names)):
             raise ValueError(
                 f"longtail.class_counts: {unknown[0]!r} is among the `labels` "
-                "and not among the `names`: "
-                "add it"
+                "and not among the `names`: add it"
             )
         return np.array([index[label] for label in flat], np.int64)
     if names != _in_order(names):
@@ -119,8 +118,8 @@ def _by_name(labels: Any, names: Sequence[str], num_classes: int) -> Any:
         )
         raise ValueError(
             f"longtail.class_counts: `names` has {names[c]!r} in place {c}, "
-            "which is the order of strings, "
-            "not of numbers: sort them by number, or count labels that are names"
+            "which is the order of strings, not of numbers: sort them by "
+            "number, or count labels that are names"
         )
     return labels
 
@@ -152,8 +151,7 @@ def as_vector(name: str, values: object) -> Array:
         c = int(np.argmax(bad))
         raise ValueError(
             f"longtail.{name} is {seen_values[c]} for class {c}: pass numbers "
-            "that are not negative, 0 for "
-            "a class without examples"
+            "that are not negative, 0 for a class without examples"
         )
     return vector
 
@@ -181,8 +179,7 @@ def check_labels(labels: Any, num_classes: int, where: Any = None) -> None:
     if np.any(outside):
         raise ValueError(
             f"longtail: `labels` has {values[outside][0]} where the logits "
-            f"have {num_classes} classes: mask "
-            "it with `where`, or correct it"
+            f"have {num_classes} classes: mask it with `where`, or correct it"
         )
 
 
@@ -221,8 +218,7 @@ def same_shape(name: str, values: Any, shape: tuple[int, ...]) -> Array:
     if array.shape != tuple(shape):
         raise ValueError(
             f"longtail: `{name}` has shape {array.shape} where {tuple(shape)} "
-            "fits the logits: pass one "
-            "entry per example"
+            "fits the logits: pass one entry per example"
         )
     return array
 

@@ -553,8 +553,7 @@ def _vector(name: str, values: Array, z: Array) -> Array:
     if values.shape != z.shape[-1:]:
         raise ValueError(
             f"longtail.{name} has shape {values.shape} where the logits have "
-            f"{z.shape[-1]} "
-            "classes: pass one number per class"
+            f"{z.shape[-1]} classes: pass one number per class"
         )
     return rows(values.astype(z.dtype), z)
 

@@ -535,8 +535,9 @@ def are_hard(labels: Real[Array, "..."], logits: Array) -> bool:
     if labels.shape == logits.shape and not integers:
         return False
     raise ValueError(
-        f"longtail: `labels` {labels.dtype}{list(labels.shape)} do not fit `logits` "
-        f"{list(logits.shape)}: pass integers [...] or probabilities [..., C]"
+        f"longtail: `labels` {labels.dtype}{list(labels.shape)} do not fit "
+        f"`logits` {list(logits.shape)}: pass integers [...] or probabilities "
+        "[..., C]"
     )
 
 
@@ -546,7 +547,6 @@ def _per_class(name: str, values: Array | Scalar, form: Affine) -> Array:
     if values.shape not in ((), (num_classes,)):
         raise ValueError(
             f"longtail.{name} has shape {values.shape} where the logits have "
-            f"{num_classes} classes: "
-            "pass one number per class"
+            f"{num_classes} classes: pass one number per class"
         )
     return jnp.broadcast_to(values.astype(form.gain.dtype), (num_classes,))

@@ -99,7 +99,8 @@ class EqualizationV2:
             raise ValueError(
                 f"longtail.equalization_v2: `logits` have {z.shape[-1]} "
                 "classes where the pair has "
-                f"{self.num_classes + self.background}: pass another `num_classes`"
+                f"{self.num_classes + self.background}: pass another "
+                "`num_classes`"
             )
         down = self._negative_weight(state, z)
         up = 1 + jnp.asarray(self.alpha).astype(z.dtype) * (1 - down)
@@ -302,8 +303,8 @@ class ClassMean:
         if features.shape[-1] != self.num_features:
             raise ValueError(
                 f"longtail.class_mean: `features` are {features.shape[-1]} "
-                "wide where the pair has "
-                f"{self.num_features}: pass another `num_features`"
+                f"wide where the pair has {self.num_features}: pass another "
+                "`num_features`"
             )
         x = floating(jax.lax.stop_gradient(jnp.asarray(features)))
         keep = usable(x, None, where)
@@ -382,8 +383,7 @@ def class_mean(
     if num_features < 1:
         raise ValueError(
             "longtail.class_mean needs `num_features` >= 1, got "
-            f"{num_features}: pass the width of "
-            "the features"
+            f"{num_features}: pass the width of the features"
         )
     return ClassMean(momentum, int(num_classes), int(num_features), axis_name)
 

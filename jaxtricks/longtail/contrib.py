@@ -81,8 +81,8 @@ class OnlineSeesaw:
         if batch.shape != state.counts.shape:
             raise ValueError(
                 f"contrib.online_seesaw: `logits` have {batch.shape[0]} "
-                "classes where the state "
-                f"has {state.counts.shape[0]}: pass another `num_classes`"
+                f"classes where the state has {state.counts.shape[0]}: pass "
+                "another `num_classes`"
             )
         counts = state.counts + jax.lax.stop_gradient(batch)
         loss = Seesaw(counts, self.p, self.q)(logits, labels, where=where)

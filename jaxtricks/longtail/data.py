@@ -193,8 +193,7 @@ def longtail_indices(
         if len(indices) < n:
             raise ValueError(
                 f"longtail.data.longtail_indices: `counts` asks for {n} "
-                f"examples of class {c}, "
-                f"which has {len(indices)}: lower n_max"
+                f"examples of class {c}, which has {len(indices)}: lower n_max"
             )
         random.shuffle(indices)
         subset.append(indices[:n])
@@ -209,8 +208,7 @@ def _check(name: str, n_max: Real, num_classes: Whole, imbalance: Real) -> None:
     if not imbalance >= 1:
         raise ValueError(
             f"longtail.data.{name}: `imbalance` is n_max / n_min >= 1, got "
-            f"{imbalance}: "
-            "pass its reciprocal"
+            f"{imbalance}: pass its reciprocal"
         )
 
 

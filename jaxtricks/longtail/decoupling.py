@@ -83,14 +83,14 @@ def find(name: str, params: Params, head: str) -> Head:
         )
         raise ValueError(
             f"longtail.decoupling.{name}: `head` {head!r} matches "
-            f"{len(kernels) or 'no'} "
-            f"kernel{'s' * (len(kernels) != 1)}, and must match one of {_listed(some)}"
+            f"{len(kernels) or 'no'} kernel{'s' * (len(kernels) != 1)}, and "
+            f"must match one of {_listed(some)}"
         )
     kernel = kernels[0]
     if len(leaves[kernel].shape) != 2:
         raise ValueError(
-            f"longtail.decoupling.{name}: the kernel {path_of(kernel)!r} has shape "
-            f"{leaves[kernel].shape}, not [D, C]: pass the path of the "
+            f"longtail.decoupling.{name}: the kernel {path_of(kernel)!r} has "
+            f"shape {leaves[kernel].shape}, not [D, C]: pass the path of the "
             "classifier as `head`"
         )
     bias = (*kernel[:-1], "bias")
@@ -111,8 +111,8 @@ def _named_leaves(name: str, params: Params) -> dict[Keys, Any]:
         if not path or not hasattr(leaf, "shape"):
             raise ValueError(
                 f"longtail.decoupling.{name}: `params` is a "
-                f"{type(params).__name__} with a leaf that is not "
-                "an array: give a nested dict of arrays"
+                f"{type(params).__name__} with a leaf that is not an array: "
+                "give a nested dict of arrays"
             )
         leaves[tuple(key.key for key in path)] = leaf
     return leaves
@@ -165,8 +165,8 @@ def beside(
         if key in get(params, classifier.layer):
             raise ValueError(
                 f"longtail.decoupling.{name}: there is a {key!r} beside "
-                f"{path_of(classifier.kernel)!r} "
-                "already: pass the params of the first stage"
+                f"{path_of(classifier.kernel)!r} already: pass the params of "
+                "the first stage"
             )
     paths = {(*classifier.layer, key): value for key, value in new.items()}
     out = replaced(params, paths)
@@ -289,8 +289,8 @@ def fold_lws(params: Params, *, head: str) -> Params:
     if not isinstance(layer.get("scale"), Array):
         raise ValueError(
             "longtail.decoupling.fold_lws: there is no scale beside "
-            f"{path_of(classifier.kernel)!r}: pass "
-            "the params that decoupling.lws returned"
+            f"{path_of(classifier.kernel)!r}: pass the params that "
+            "decoupling.lws returned"
         )
     paths = (
         [classifier.kernel]
@@ -413,8 +413,8 @@ def ncm(params: Params, centroids: heads.Centroids, *, head: str) -> Params:
     if classifier.bias is None:
         raise ValueError(
             "longtail.decoupling.ncm: there is no bias beside "
-            f"{path_of(classifier.kernel)!r}: give the "
-            "head one, or use heads.ncm on the features"
+            f"{path_of(classifier.kernel)!r}: give the head one, or use "
+            "heads.ncm on the features"
         )
     if (
         centroids.kind != "un"

@@ -78,8 +78,7 @@ def aggregate(
     if w.shape != z.shape[:1]:
         raise ValueError(
             f"longtail.experts.aggregate: `weights` has shape {w.shape} for "
-            f"{z.shape[0]} experts: "
-            "pass one number per expert"
+            f"{z.shape[0]} experts: pass one number per expert"
         )
     w = w.reshape(w.shape + (1,) * (z.ndim - 1))
     return jnp.sum(jnp.where(w != 0, w * z, 0), axis=0)
@@ -461,8 +460,8 @@ class Paco:
         if n.shape != z.shape[-1:]:
             raise ValueError(
                 f"longtail.experts.paco: `counts` has {n.shape[0]} classes "
-                "where the logits have "
-                f"{z.shape[-1]}: pass one number per class"
+                f"where the logits have {z.shape[-1]}: pass one number per "
+                "class"
             )
         return (
             jnp.log(n / jnp.sum(n) + 1e-9)
@@ -495,8 +494,8 @@ class Paco:
             if x.shape != wanted:
                 raise ValueError(
                     f"longtail.experts.paco: `{name}` has shape {x.shape} "
-                    f"where {wanted} fits the "
-                    "logits and `num_features`: pass one row per example"
+                    f"where {wanted} fits the logits and `num_features`: pass "
+                    "one row per example"
                 )
 
 
@@ -563,8 +562,8 @@ def paco(
     if num_features < 1 or queue < 1:
         raise ValueError(
             "longtail.experts.paco needs `num_features` and `queue` >= 1, got "
-            f"{num_features} and "
-            f"{queue}: pass the width of the features and the length of the queue"
+            f"{num_features} and {queue}: pass the width of the features and "
+            "the length of the queue"
         )
     n = as_vector("experts.paco: `counts`", counts)
     weights = (alpha, beta, gamma, temperature, center_temperature)
@@ -616,8 +615,8 @@ class Sade:
         if (z.shape[0], z.shape[-1]) != offsets.shape:
             raise ValueError(
                 f"longtail.experts.sade: `logits` have shape {z.shape} where "
-                "the loss has 3 experts "
-                f"and {offsets.shape[-1]} classes: pass [3, ..., C]"
+                f"the loss has 3 experts and {offsets.shape[-1]} classes: pass "
+                "[3, ..., C]"
             )
 
         def of_expert(z: Array, offset: Array) -> Array:

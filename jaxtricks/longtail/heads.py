@@ -164,9 +164,9 @@ _ROUNDED_ONE = 1.01
 def _warn(largest: Any) -> None:
     warnings.warn(
         f"longtail.ldam: the largest |logit| is {float(largest):.3g}, so these "
-        "are not cosines and "
-        "s = 30 would blow them up: end the model in a normalised head without bias "
-        "(longtail.heads.normed, jt.nnx.NormedHead, jt.linen.NormedHead), or pass s=1",
+        "are not cosines and s = 30 would blow them up: end the model in a "
+        "normalised head without bias (longtail.heads.normed, "
+        "jt.nnx.NormedHead, jt.linen.NormedHead), or pass s=1",
         stacklevel=4,
     )
 
@@ -466,8 +466,7 @@ def tde(
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(
             f"longtail.heads.tde: `heads` is {heads}, which does not divide "
-            f"the {x.shape[-1]} "
-            "features: pass a divisor"
+            f"the {x.shape[-1]} features: pass a divisor"
         )
     tau = jnp.asarray(tau).astype(x.dtype)
     gamma = jnp.asarray(gamma).astype(x.dtype)
@@ -495,8 +494,7 @@ def _product(name: str, x: Array, kernel: Array) -> Array:
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"longtail.heads.{name}: `kernel` has {kernel.shape[0]} rows for "
-            f"{x.shape[-1]} "
-            "features: pass [D, C]"
+            f"{x.shape[-1]} features: pass [D, C]"
         )
     return x @ kernel
 
@@ -506,8 +504,7 @@ def _row(name: str, values: Array, z: Array) -> Array:
     if values.shape != z.shape[-1:]:
         raise ValueError(
             f"longtail.heads.{name} has shape {values.shape} where the logits "
-            f"have {z.shape[-1]} "
-            "classes: pass one number per class"
+            f"have {z.shape[-1]} classes: pass one number per class"
         )
     return values.reshape((1,) * (z.ndim - 1) + values.shape)
 

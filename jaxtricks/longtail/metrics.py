@@ -231,8 +231,8 @@ def update(
     if logits.shape[-1] != num_classes:
         raise ValueError(
             f"longtail.metrics.update: `logits` have {logits.shape[-1]} "
-            "classes, the state has "
-            f"{num_classes}: call init({logits.shape[-1]})"
+            f"classes, the state has {num_classes}: call "
+            f"init({logits.shape[-1]})"
         )
     z = floating(jnp.asarray(logits)).astype(jnp.float32)
     confidence = jnp.max(jax.nn.softmax(z, axis=-1), axis=-1)
@@ -483,8 +483,8 @@ def _fitting(counts: Counts, state: State) -> Float[Array, "C"]:
     counts = floating(as_vector("metrics: `counts`", counts))
     if counts.shape[0] != state.confusion.shape[0]:
         raise ValueError(
-            f"longtail.metrics: `counts` has {counts.shape[0]} classes, the state has "
-            f"{state.confusion.shape[0]}: pass one number per class"
+            f"longtail.metrics: `counts` has {counts.shape[0]} classes, the "
+            f"state has {state.confusion.shape[0]}: pass one number per class"
         )
     return counts
 

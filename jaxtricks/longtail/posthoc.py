@@ -125,8 +125,8 @@ def check_classes(function: str, name: str, values: Array, z: Array) -> None:
     if values.shape[0] != z.shape[-1]:
         raise ValueError(
             f"longtail.posthoc.{function}: `{name}` has {values.shape[0]} "
-            "classes where the logits "
-            f"have {z.shape[-1]}: pass one number per class"
+            f"classes where the logits have {z.shape[-1]}: pass one number per "
+            "class"
         )
 
 

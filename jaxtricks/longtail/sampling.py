@@ -79,8 +79,7 @@ def table(
     if not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
             f"longtail.sampling.table: `labels` must be in [0, {num_classes}), "
-            "the length of "
-            "`probabilities`: drop the others first"
+            "the length of `probabilities`: drop the others first"
         )
     counts = np.bincount(labels, minlength=num_classes)
     starts = np.cumsum(counts) - counts
@@ -208,8 +207,8 @@ def _parts(table: Table) -> UInt32[Array, "C"]:
     if table.probabilities.shape != table.counts.shape:
         raise ValueError(
             f"longtail.sampling: `table` has {table.counts.shape[0]} classes "
-            "and probabilities of shape "
-            f"{table.probabilities.shape}: give one per class"
+            f"and probabilities of shape {table.probabilities.shape}: give one "
+            "per class"
         )
     is_possible = (table.counts > 0) & (table.probabilities > 0)
     p = jnp.where(is_possible, table.probabilities, 0)
@@ -225,8 +224,7 @@ def _part(name: str, n: int, shard: Shard | None) -> tuple[Array, int]:
     if number < 1 or n % number:
         raise ValueError(
             f"longtail.sampling.{name}: `n` is {n}, which {number} shards do "
-            "not divide: it counts the "
-            "draws of all shards"
+            "not divide: it counts the draws of all shards"
         )
     if isinstance(index, int) and not 0 <= index < number:
         raise ValueError(

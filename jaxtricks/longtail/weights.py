@@ -51,8 +51,8 @@ def effective_number(
     """
     if isinstance(beta, int | float) and not 0 <= beta < 1:
         raise ValueError(
-            f"longtail.weights.effective_number needs 0 <= `beta` < 1, got {beta}: "
-            "the limit of 1 is inverse_frequency"
+            "longtail.weights.effective_number needs 0 <= `beta` < 1, got "
+            f"{beta}: the limit of 1 is inverse_frequency"
         )
     n = floating(as_vector("effective_number: `counts`", counts))
     # A Python beta is subtracted in double precision, before it is rounded to the dtype
@@ -204,8 +204,7 @@ def _pair(name: str, before: Counts, after: Counts) -> tuple[Array, Array]:
     if first.shape != second.shape:
         raise ValueError(
             f"longtail.weights.{name}: `before` has {first.shape[0]} classes "
-            "and `after` "
-            f"{second.shape[0]}: pass one number per class in both"
+            f"and `after` {second.shape[0]}: pass one number per class in both"
         )
     return first, second
 

@@ -379,16 +379,15 @@ def _specs_like(params: Params, param_specs: Any) -> list[PartitionSpec]:
     if len(leaf_specs) != len(table):
         raise ValueError(
             f"memopt.state_specs: `param_specs` has {len(leaf_specs)} specs "
-            f"for {len(table)} parameters: "
-            "give one for each"
+            f"for {len(table)} parameters: give one for each"
         )
     specs = [_as_spec(spec) for spec in leaf_specs]
     for (path, leaf), spec in zip(table.items(), specs, strict=True):
         if len(spec) > len(jax.numpy.shape(leaf)):
             raise ValueError(
                 f"memopt.state_specs: the spec {spec} of {path!r} has more "
-                "axes than its shape "
-                f"{tuple(jax.numpy.shape(leaf))}: give one entry per axis"
+                f"axes than its shape {tuple(jax.numpy.shape(leaf))}: give one "
+                "entry per axis"
             )
     return specs
 

@@ -679,8 +679,8 @@ def _init(
     if isinstance(min_dim, jax.core.Tracer):
         raise ValueError(
             f"memopt.{name}: `min_dim_size_to_factor` is traced but decides "
-            "shapes: pass "
-            "static_args='min_dim_size_to_factor' to optax.inject_hyperparams"
+            "shapes: pass static_args='min_dim_size_to_factor' to "
+            "optax.inject_hyperparams"
         )
     leaf_roles = _leaves.roles_by_path(roles, params)
     moments = []

@@ -71,10 +71,10 @@ def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:
     """Return table[path], or raise a sentence that says what to do."""
     if path not in table:
         raise ValueError(
-            f"memopt.{name}: {path!r} has a gradient but {what} has no such entry: "
-            "call tx.init(params) and tx.update(grads, state, params) with the "
-            "same tree; if the "
-            "model has changed since (convert, fuse), rebuild the optimizer"
+            f"memopt.{name}: {path!r} has a gradient but {what} has no such "
+            "entry: call tx.init(params) and tx.update(grads, state, params) "
+            "with the same tree; if the model has changed since (convert, "
+            "fuse), rebuild the optimizer"
         )
     return table[path]
 

@@ -184,8 +184,7 @@ def _matching_layers(
             if target is not rules[rule]:
                 raise ValueError(
                     f"nnx.convert: {first_path!r} and {path!r} are one layer, "
-                    "for which "
-                    "two rules have different targets: give one"
+                    "for which two rules have different targets: give one"
                 )
         if rule is not None or isinstance(module, ReparamBlock):
             prefixes.append(_layers.path_prefix(path))
@@ -253,8 +252,7 @@ def _arguments(layer: Any) -> dict[str, Any]:
     else:
         raise ValueError(
             "only nnx.Linear, nnx.Conv, WSConv, nnx.BatchNorm and "
-            "ExtendedBatchNorm are "
-            "exchanged"
+            "ExtendedBatchNorm are exchanged"
         )
     if is_stacked:
         raise ValueError(_layers.CANNOT_CONVERT_STACKED)
@@ -344,8 +342,8 @@ def _copy_function(old: Any, new: Any) -> None:
         _copy_linear(old, new)
     else:
         raise ValueError(
-            f"how {type(new).__name__} could compute the same is not known: use "
-            "init='fresh'"
+            f"how {type(new).__name__} could compute the same is not known: "
+            "use init='fresh'"
         )
 
 

@@ -221,8 +221,8 @@ def _refuse_random_numbers(run: Callable[[], Any]) -> None:
     closed, _ = _jaxpr.trace(arrays)
     if any(map(_draws, _jaxpr.walk(closed.jaxpr))):
         raise ValueError(
-            "nnx.functional: this call draws random numbers and needs `key`: pass "
-            "key=jax.random.key(...), or train=False"
+            "nnx.functional: this call draws random numbers and needs `key`: "
+            "pass key=jax.random.key(...), or train=False"
         )
 
 
@@ -238,8 +238,8 @@ def _check_structure(name: str, tree: Any, like: Any) -> None:
         path = min(expected ^ actual)
         problem = "is missing" if path in expected else "does not belong there"
         raise ValueError(
-            f"nnx: in `{name}` {path!r} {problem}; pass a tree like the one functional "
-            "returned"
+            f"nnx: in `{name}` {path!r} {problem}; pass a tree like the one "
+            "functional returned"
         )
 
 

@@ -150,8 +150,8 @@ def frozen_norm(norm: Any) -> reparam.Norm:
     # Layer and group normalization have the statistics of each example instead.
     if not (hasattr(norm, "mean") and hasattr(norm, "var")):
         raise ValueError(
-            f"nnx: {type(norm).__name__} has no running statistics and does not fuse; "
-            "use nnx.BatchNorm or ExtendedBatchNorm"
+            f"nnx: {type(norm).__name__} has no running statistics and does "
+            "not fuse; use nnx.BatchNorm or ExtendedBatchNorm"
         )
     scale, bias = _compat.read(norm.scale), _compat.read(norm.bias)
     return reparam.Norm(

@@ -110,8 +110,7 @@ def checkpoint(
     if "static_argnums" in jax_checkpoint_arguments:
         raise ValueError(
             "nnx.checkpoint takes no `static_argnums`: leave it out, arguments "
-            "that are "
-            "not arrays are static"
+            "that are not arrays are static"
         )
     settings = {"save": save, "offload": offload, **jax_checkpoint_arguments}
     transform = functools.partial(remat.checkpoint, **settings)
@@ -309,8 +308,9 @@ def _planned(
         is_same = actual.graph == arguments.graph
         if not is_same or actual.structure != arguments.structure:
             raise ValueError(
-                "nnx.plan: the modules are not built as those that were planned: plan "
-                "again after train(), eval() or a change of layers"
+                "nnx.plan: the modules are not built as those that were "
+                "planned: plan again after train(), eval() or a change of "
+                "layers"
             )
         loss, (aux, state) = pure_plan.fn(actual.moving, actual.fixed)
         nnx.update(actual.nodes, state)
@@ -396,8 +396,8 @@ class _SplitArguments(NamedTuple):
         # A variable that is not written is the same tracer before and after.
         if any(x is not y for x, y in zip(before, after, strict=True)):
             raise ValueError(
-                "nnx.plan: the loss writes an nnx.Param that it is differentiated by: "
-                "make it a variable of another type"
+                "nnx.plan: the loss writes an nnx.Param that it is "
+                "differentiated by: make it a variable of another type"
             )
         return rest
 

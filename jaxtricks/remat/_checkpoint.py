@@ -94,8 +94,8 @@ def checkpoint(
     names = (*saved_names, *offloaded_names)
     if names and jax_checkpoint_arguments.get("policy") is not None:
         raise ValueError(
-            "remat.checkpoint: `policy` and names exclude each other: give `policy`, "
-            "or `save` and `offload`"
+            "remat.checkpoint: `policy` and names exclude each other: give "
+            "`policy`, or `save` and `offload`"
         )
     settings = jax_checkpoint_arguments | _policy(saved_names, offloaded_names)
     jax_checkpoint = functools.partial(jax.checkpoint, **settings)
@@ -170,7 +170,8 @@ def _refuse_unknown(
         present = f"those in it are {', '.join(map(repr, labels))}"
     raise ValueError(
         "remat.checkpoint: no value in the function has a name of "
-        f"{list(names)}: {present}; give names with jaxtricks.remat.checkpoint_name"
+        f"{list(names)}: {present}; give names with "
+        "jaxtricks.remat.checkpoint_name"
     )
 
 
@@ -271,6 +272,7 @@ def _total(residuals: Sequence[tuple[int, _Origin]]) -> str:
     )
     added = sum(nbytes for nbytes, _ in residuals) - existing
     return (
-        f"{_table.format_bytes(added)} saved, and {_table.format_bytes(existing)} of "
-        "arguments and constants, which are there in any case"
+        f"{_table.format_bytes(added)} saved, and "
+        f"{_table.format_bytes(existing)} of arguments and constants, which "
+        "are there in any case"
     )

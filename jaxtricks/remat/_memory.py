@@ -219,9 +219,9 @@ def check_effective(
     if not effect:
         after, before = (_table.format_bytes(report.temp) for report in reports)
         warnings.warn(
-            f"the checkpoints save no memory: {after} of temporaries with them, "
-            f"{before} without; use jaxtricks.remat.recompute_grad, one wrapper per "
-            "block",
+            f"the checkpoints save no memory: {after} of temporaries with "
+            f"them, {before} without; use jaxtricks.remat.recompute_grad, one "
+            "wrapper per block",
             stacklevel=2,
         )
     return effect
@@ -350,8 +350,9 @@ def _first_chip(topology: str) -> SingleDeviceSharding:
         variables = ", ".join(libtpu_environment(topology))
         first_line = str(error).partition("\n")[0]
         raise ValueError(
-            f"topology={topology!r} cannot be compiled for ({type(error).__name__}: "
-            f"{first_line}): install jaxtricks[tpu], which brings libtpu, and without "
-            f"a TPU set {variables} to what jaxtricks.remat.libtpu_environment returns"
+            f"topology={topology!r} cannot be compiled for "
+            f"({type(error).__name__}: {first_line}): install jaxtricks[tpu], "
+            f"which brings libtpu, and without a TPU set {variables} to what "
+            "jaxtricks.remat.libtpu_environment returns"
         ) from error
     return SingleDeviceSharding(description.devices[0])

@@ -245,8 +245,8 @@ class BudgetInfeasible(ValueError):  # noqa: N818 (reads as what it says)
         if budget < fixed:
             needed = _table.format_bytes(fixed)
             why = (
-                f" ({needed} of it are arguments and results, which recomputation "
-                "cannot shrink)"
+                f" ({needed} of it are arguments and results, which "
+                "recomputation cannot shrink)"
             )
         super().__init__(
             f"budget_bytes is {asked} and the smallest {wrt} reached is "
@@ -324,9 +324,10 @@ def _traced(
     is_scalar = getattr(loss, "shape", None) == ()
     if not is_scalar or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(
-            f"fn must return {'(loss, aux) with ' if has_aux else ''}one float scalar, "
-            f"the loss, not {jax.tree.map(lambda a: a.str_short(), outs)}: take a mean "
-            "or a sum inside"
+            f"fn must return {'(loss, aux) with ' if has_aux else ''}one float "
+            "scalar, the loss, not "
+            f"{jax.tree.map(lambda a: a.str_short(), outs)}: take a mean or a "
+            "sum inside"
         )
     if not closed.eqns:
         raise ValueError(
@@ -345,8 +346,9 @@ def _traced(
     ]
     if effects:
         raise ValueError(
-            f"fn has side effects ({', '.join(effects)}) that recomputation would run "
-            "twice: move them out of the loss, into its aux output say"
+            f"fn has side effects ({', '.join(effects)}) that recomputation "
+            "would run twice: move them out of the loss, into its aux output "
+            "say"
         )
     return _jaxpr.straight(closed)
 

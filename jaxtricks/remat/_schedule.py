@@ -127,8 +127,8 @@ class Schedule:
             where = f"it has {len(program.eqns)} operations where the plan has {count}"
         raise ValueError(
             "this plan was made for another function, other shapes or dtypes "
-            f"({where}): plan again, or use auto_remat, which plans once for each "
-            "signature"
+            f"({where}): plan again, or use auto_remat, which plans once for "
+            "each signature"
         )
 
 
@@ -139,8 +139,8 @@ def _check(jaxpr: _jaxpr.Jaxpr, run: Run) -> None:
         loop = largest_scan(jaxpr)
         if loop is None or _jaxpr.scan_parts(loop).length % run.outer:
             raise ValueError(
-                f"this plan splits a loop in {run.outer} that has other steps: plan "
-                "again"
+                f"this plan splits a loop in {run.outer} that has other steps: "
+                "plan again"
             )
         body = scan_body(loop).jaxpr
     last_saved = max(run.saved or (), default=-1)

@@ -343,8 +343,8 @@ def _without_parameters(fn: Fn) -> Fn:
 def _parameters(params: Any, n: int) -> Sequence[Any]:
     if not isinstance(params, Sequence) or len(params) != n:
         raise ValueError(
-            f"remat.sequential: `params` must be a list or tuple of {n}, one per "
-            "function"
+            f"remat.sequential: `params` must be a list or tuple of {n}, one "
+            "per function"
         )
     return params
 
@@ -366,8 +366,8 @@ def _sizes(
         sizes = list(segments)
         if sum(sizes) != n or min(sizes) < 1:
             raise ValueError(
-                "remat.sequential: `segments` must be positive sizes that sum to "
-                f"{n}, not {sizes}"
+                "remat.sequential: `segments` must be positive sizes that sum "
+                f"to {n}, not {sizes}"
             )
         return sizes
     if not 1 <= segments <= n:

@@ -98,8 +98,7 @@ def apply(
     if x.ndim != axes + 2:
         raise ValueError(
             f"reparam.apply: x of shape {tuple(x.shape)} for nodes with {axes} "
-            "spatial axes; give "
-            "[N, *spatial, C]"
+            "spatial axes; give [N, *spatial, C]"
         )
     dtype = _dtypes.wide_dtype(x, *jax.tree.leaves(node))
     node = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), node)

@@ -70,8 +70,8 @@ class Flow(NamedTuple):
         conv = sources.pop()
         if sources or conv not in convs:
             raise ValueError(
-                f"what {norm!r} normalizes is not the output of one convolution or "
-                "linear layer itself"
+                f"what {norm!r} normalizes is not the output of one "
+                "convolution or linear layer itself"
             )
         uses = self.read_by[conv]
         if any(use != [norm] for use in uses):

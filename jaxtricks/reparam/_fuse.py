@@ -85,10 +85,10 @@ def fuse(node: Node, kernel_size: int | Sequence[int] | None = None) -> Conv:
     features = features_in(node)
     if axes is None or features is None:
         raise ValueError(
-            "reparam.fuse: the node says neither by a Conv nor otherwise how many "
-            f"{'spatial axes' if axes is None else 'channels'} there are; give "
-            "`kernel_size` as a tuple, "
-            "and put an Identity(features) in front"
+            "reparam.fuse: the node says neither by a Conv nor otherwise how "
+            f"many {'spatial axes' if axes is None else 'channels'} there are; "
+            "give `kernel_size` as a tuple, and put an Identity(features) in "
+            "front"
         )
     # Fuse in float32 at least: rounding then stays below that of the convolution.
     dtype = _dtypes.wide_dtype(*jax.tree.leaves(node))
@@ -361,8 +361,8 @@ def _free(branches: Sequence[Node]) -> int:
     if reach(at) == (0, 0):
         raise ValueError(
             "reparam.unfuse: no branch of `like` is a Conv with nothing but "
-            "Norm, Scale or Identity behind "
-            "it, and no other can be solved for; add one"
+            "Norm, Scale or Identity behind it, and no other can be solved "
+            "for; add one"
         )
     return at
 
@@ -374,16 +374,15 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
     if conv.kernel.ndim - 2 != axes or extent(conv, axes) != window:
         raise ValueError(
             "reparam.unfuse: `conv` has the kernel "
-            f"{tuple(conv.kernel.shape[:-2])} (dilation "
-            f"{conv.dilation}) and the branches {tuple(window)}; give one of "
-            "that size, as "
+            f"{tuple(conv.kernel.shape[:-2])} (dilation {conv.dilation}) and "
+            f"the branches {tuple(window)}; give one of that size, as "
             "fuse(conv, size) makes of a smaller one"
         )
     if size != window:
         raise ValueError(
             "reparam.unfuse: the largest undilated branch has the kernel "
-            f"{tuple(size)} and the branches "
-            f"together {tuple(window)}; no branch reaches every tap"
+            f"{tuple(size)} and the branches together {tuple(window)}; no "
+            "branch reaches every tap"
         )
     channels = [
         (c.kernel.shape[-2] * c.groups, c.kernel.shape[-1])
@@ -392,15 +391,14 @@ def _check(conv: Conv, first: Conv, rest: Conv) -> None:
     if channels[0] != channels[1]:
         raise ValueError(
             f"reparam.unfuse: `conv` maps {channels[0][0]} channels to "
-            f"{channels[0][1]}, the branches "
-            f"{channels[1][0]} to {channels[1][1]}; they must agree"
+            f"{channels[0][1]}, the branches {channels[1][0]} to "
+            f"{channels[1][1]}; they must agree"
         )
     if conv.groups % first.groups or rest.groups != first.groups:
         raise ValueError(
             f"reparam.unfuse: the largest branch has {first.groups} groups, "
-            f"`conv` {conv.groups} and all "
-            f"branches together {rest.groups}; it can only compensate for "
-            "branches of its groups"
+            f"`conv` {conv.groups} and all branches together {rest.groups}; it "
+            "can only compensate for branches of its groups"
         )
 
 
@@ -428,8 +426,8 @@ def _solve(missing: Conv, first: Conv, behind: Sequence[Node]) -> list[Node]:
     if lack is not None:
         raise ValueError(
             "reparam.unfuse: neither the Conv nor a Norm of the largest branch "
-            "has a bias, which the "
-            "convolution or another branch needs; give its Norm one"
+            "has a bias, which the convolution or another branch needs; give "
+            "its Norm one"
         )
     kernel = missing.kernel / after.reshape(
         (1,) * (missing.kernel.ndim - 1) + (-1,)

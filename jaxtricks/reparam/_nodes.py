@@ -46,8 +46,7 @@ def resolve(
         if name not in ("SAME", "SAME_LOWER", "VALID"):
             raise ValueError(
                 f"reparam: `padding` {padding!r} has no zero-padded "
-                "equivalent; use 'SAME', 'VALID' "
-                "or (low, high) pairs"
+                "equivalent; use 'SAME', 'VALID' or (low, high) pairs"
             )
         pads = jax.lax.padtype_to_pads(spatial, extents, strides, name)
         return tuple((int(low), int(high)) for low, high in pads)
@@ -188,8 +187,8 @@ class Conv:
         if len(shape) < 3 or shape[-1] % self.groups:
             raise ValueError(
                 f"reparam.Conv: `kernel` of shape {tuple(shape)} with "
-                f"{self.groups} groups; give "
-                "[*size, in / groups, out] with out divisible by groups"
+                f"{self.groups} groups; give [*size, in / groups, out] with "
+                "out divisible by groups"
             )
         per_axis("dilation", self.dilation, len(shape) - 2)
         if getattr(self.bias, "shape", shape[-1:]) != shape[-1:]:
@@ -330,8 +329,8 @@ def spatial_index(node: Sequential, axes: int) -> int | None:
         names = " and ".join(_name(node.nodes[i]) for i in candidates)
         raise ValueError(
             f"reparam.Sequential: {names} both have a kernel larger than 1; "
-            "such a pair is not a "
-            "convolution of either size under padding: keep them apart"
+            "such a pair is not a convolution of either size under padding: "
+            "keep them apart"
         )
     return candidates[0] if candidates else None
 

@@ -76,8 +76,8 @@ def scaled_activation(fn: Callable[[Any], Any]) -> ScaledActivation:
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(
             "weightstd.scaled_activation: the variance of fn's output is "
-            f"{variance} for normal inputs; "
-            "give an activation that is finite and not constant"
+            f"{variance} for normal inputs; give an activation that is finite "
+            "and not constant"
         )
     return ScaledActivation(fn, 1 / math.sqrt(variance))
 

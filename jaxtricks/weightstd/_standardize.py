@@ -93,9 +93,8 @@ def standardize(
     if fan_in < 2:
         raise ValueError(
             f"weightstd.standardize: a kernel of shape {tuple(kernel.shape)} "
-            f"has fan-in {fan_in}, which "
-            "standardizing would turn to zero; leave it out (a depthwise 1x1 "
-            "convolution?)"
+            f"has fan-in {fan_in}, which standardizing would turn to zero; "
+            "leave it out (a depthwise 1x1 convolution?)"
         )
     w = jnp.asarray(kernel, _dtypes.wide_dtype(kernel))
     # Relative to its first weight a constant channel is exactly zero, and a large mean
@@ -128,8 +127,7 @@ def _positive_axes(
     if any(not -kernel.ndim <= i < kernel.ndim for i in axes):
         raise ValueError(
             f"weightstd.standardize: `out_axis` {out_axis} is not an axis of a "
-            "kernel of shape "
-            f"{tuple(kernel.shape)}"
+            f"kernel of shape {tuple(kernel.shape)}"
         )
     return tuple(sorted(i % kernel.ndim for i in axes))
 
@@ -158,8 +156,7 @@ def _gain_like(
     if gain.shape not in ((), expected):
         raise ValueError(
             f"weightstd.standardize: `gain` has shape {gain.shape}; give one "
-            "factor per output "
-            f"channel, {expected}, or a scalar"
+            f"factor per output channel, {expected}, or a scalar"
         )
     if gain.ndim == 0:
         return gain

@@ -105,9 +105,8 @@ def run(cfg: Fuse, command: str = "") -> dict[str, Any]:
     folder.write(REPORT, result)
     say(
         f"largest difference of the logits: fused {result['difference']:.2g}, "
-        "from the files "
-        f"{result['difference_of_files']:.2g}; {cfg.batch} images: "
-        f"{result['ms_before']:.2f} ms before, "
+        f"from the files {result['difference_of_files']:.2g}; {cfg.batch} "
+        f"images: {result['ms_before']:.2f} ms before, "
         f"{result['ms_after']:.2f} ms after "
         f"({result['ms_after'] / result['ms_before']:.2f}x)"
     )
@@ -141,8 +140,7 @@ def settings_of(source: rundir.Run) -> Train:
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{source.path / CONFIG} does not have the settings of this "
-            f"version ({error}): use the "
-            "version that wrote it"
+            f"version ({error}): use the version that wrote it"
         ) from error
     return settings
 

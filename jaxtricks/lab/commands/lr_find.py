@@ -89,8 +89,7 @@ def sentence(sweep: cyclical.RangeTest) -> str:
         return f"the loss never fell between {low:.2g} and {high:.2g}: try other --lo and --hi"
     return (
         f"suggested --learning-rate {float(sweep.suggestion):.2g}: there the "
-        "loss falls fastest "
-        f"({len(sweep.lrs)} rates, {low:.2g} to {high:.2g})"
+        f"loss falls fastest ({len(sweep.lrs)} rates, {low:.2g} to {high:.2g})"
     )
 
 

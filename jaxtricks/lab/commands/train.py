@@ -108,9 +108,9 @@ def _run(
         if hosts.count > 1:
             say(
                 f"{hosts.count} processes, {jax.device_count()} devices; "
-                "should one be lost, the others "
-                f"end within {distributed.HEARTBEAT} s: start all of them "
-                "again with --resume"
+                "should one be lost, the others end within "
+                f"{distributed.HEARTBEAT} s: start all of them again with "
+                "--resume"
             )
         if plan:
             say(f"recomputation planned: {plan.describe().notes[0]}")
@@ -188,8 +188,7 @@ def load(cfg: Train) -> data_lib.Data:
     elif not data_lib.is_text(cfg.source, cfg.root):
         raise UserError(
             f"--data {cfg.source} is no text, and --model transformer reads "
-            "nothing else: give a .txt "
-            "file or topics, or use another model"
+            "nothing else: give a .txt file or topics, or use another model"
         )
     # A run that goes on must leave out what it left out before, or its order would
     # change.
@@ -229,8 +228,8 @@ def check_data(cfg: Train) -> None:
     if contents.unreadable:
         raise UserError(
             f"{len(contents.unreadable)} of {contents.files} files of "
-            f"{cfg.source} can't be read (listed "
-            "above): remove or replace them, or train with --skip-unreadable"
+            f"{cfg.source} can't be read (listed above): remove or replace "
+            "them, or train with --skip-unreadable"
         )
 
 

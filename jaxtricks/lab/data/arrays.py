@@ -90,8 +90,7 @@ def check_images(images: np.ndarray, name: str, ndim: int = 4) -> np.ndarray:
         axes = "[N, H, W, C]" if ndim == 4 else "[H, W, C]"
         raise UserError(
             f"{name} has the shape {list(images.shape)}: it must be {axes} "
-            "with C 1 or 3, or "
-            "have no C; np.moveaxis moves channels to the end"
+            "with C 1 or 3, or have no C; np.moveaxis moves channels to the end"
         )
     return images
 
@@ -105,8 +104,7 @@ def check_labels(labels: np.ndarray, length: int, name: str) -> np.ndarray:
     if labels.shape not in ((length,), (length, 1)):
         raise UserError(
             f"{name} has the shape {list(labels.shape)} for {length} images: "
-            "there must be one label "
-            "per image"
+            "there must be one label per image"
         )
     return labels.reshape(-1)
 
@@ -209,22 +207,21 @@ def _refuse(
     if dtype.hasobject:
         raise UserError(
             f"{key} in {path} holds Python objects, which are never unpickled: "
-            "save it as an array of "
-            "numbers, by np.stack"
+            "save it as an array of numbers, by np.stack"
         )
     nbytes, size = math.prod(shape) * dtype.itemsize, entry.file_size
     if nbytes > MAX_BYTES or size > MAX_BYTES:
         raise UserError(
             f"{key} in {path} claims {max(nbytes, size) / 2**30:.0f} GiB, over "
-            "the limit of "
-            f"{MAX_BYTES // 2**30} GiB: save a folder of images instead"
+            f"the limit of {MAX_BYTES // 2**30} GiB: save a folder of images "
+            "instead"
         )
     packed = min(entry.compress_size, path.stat().st_size)
     if size > max(MAX_PACKED, MAX_RATIO * packed):
         raise UserError(
             f"{key} in {path} unpacks from {packed / 2**20:.1f} MiB to "
-            f"{size / 2**30:.1f} GiB, over the "
-            f"limit of {MAX_RATIO} times: save it by np.savez, without compression"
+            f"{size / 2**30:.1f} GiB, over the limit of {MAX_RATIO} times: "
+            "save it by np.savez, without compression"
         )
     if min(shape, default=0) < 0 or nbytes + file.tell() != size:
         raise ValueError("its header does not fit its length")

@@ -103,8 +103,7 @@ def _sources(name: str, value: Any) -> dict[str, Any]:
         if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
             raise UserError(
                 f"{name} returns a {type(source).__name__} for {key}, which "
-                "has no len() and []: return a "
-                "random-access source or a list"
+                "has no len() and []: return a random-access source or a list"
             )
         sources[SPLITS[key]] = source
         if not _guard(f"len() of {name}", lambda source=source: len(source)):

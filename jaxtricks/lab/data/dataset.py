@@ -36,8 +36,8 @@ class UnreadableError(UserError):
 
     def __init__(self, name: str, reason: str):
         super().__init__(
-            f"{name} can't be read ({reason}): remove it, or pass --skip-unreadable "
-            "(--check-data lists all such files)"
+            f"{name} can't be read ({reason}): remove it, or pass "
+            "--skip-unreadable (--check-data lists all such files)"
         )
         self.name, self.reason = printable(name), printable(reason)
 
@@ -116,8 +116,8 @@ class Source:
         name, reason = next(reversed(self.skipped.items()))
         raise UserError(
             f"{name} can't be read ({reason}), nor can the "
-            f"{min(_TRIES, len(members))} images of its "
-            "class after it: see to the disk"
+            f"{min(_TRIES, len(members))} images of its class after it: see to "
+            "the disk"
         )
 
     @property
@@ -260,8 +260,8 @@ def check_classes(
             parts.append(f"{_few(absent)} do{'es' * (len(absent) == 1)} not")
         raise UserError(
             f"labels of {name} must be 0 to {num_classes - 1}, but "
-            f"{' and '.join(parts)}: number the "
-            "classes anew, by np.unique(labels, return_inverse=True)[1]"
+            f"{' and '.join(parts)}: number the classes anew, by "
+            "np.unique(labels, return_inverse=True)[1]"
         )
     return num_classes
 

@@ -52,8 +52,8 @@ def refuse_method(path: pathlib.Path, entry: zipfile.ZipInfo) -> None:
     if entry.compress_type not in METHODS:
         raise UserError(
             f"{entry.filename!r} in {path} is compressed by method "
-            f"{entry.compress_type}, which may "
-            "unpack to any size: make the zip by deflate, or without compression"
+            f"{entry.compress_type}, which may unpack to any size: make the "
+            "zip by deflate, or without compression"
         )
 
 
@@ -268,8 +268,8 @@ def stored(path: pathlib.Path, *, skip_unreadable: bool = False) -> Stored:
     if not images and all_images:
         raise UserError(
             f"{path} holds images ({len(all_images)}) but no class folders: "
-            "give the folder that holds them, "
-            "with [train|val|test/]CLASS/NAME.jpg"
+            "give the folder that holds them, with "
+            "[train|val|test/]CLASS/NAME.jpg"
         )
     if not images:
         has = f" (it has {extensions(others)})" if others else ""
@@ -347,14 +347,12 @@ def _refuse_stray(path: pathlib.Path, images: Iterable[Parts]) -> None:
         if parts[0].lower() not in SPLITS:
             raise UserError(
                 f"{path} has {parts[0]}/ beside its split folders: move its "
-                "images into train/, or "
-                "remove it"
+                "images into train/, or remove it"
             )
         if len(parts) == 2:
             raise UserError(
                 f"{'/'.join(parts)} in {path} lies in no class folder: the "
-                "images of a split must be "
-                "in CLASS/NAME.jpg"
+                "images of a split must be in CLASS/NAME.jpg"
             )
 
 
@@ -372,8 +370,7 @@ def _empty_classes(
         if parts[0] not in tops and parts[0].lower() in SPLITS:
             raise UserError(
                 f"the {SPLITS[parts[0].lower()]} split of {path} ({parts[0]}/) "
-                "holds no images: add "
-                "some, or remove the folder"
+                "holds no images: add some, or remove the folder"
             )
         if len(parts) == 1 + split and parts[split] not in classes:
             empty.append(parts[split])
@@ -414,8 +411,8 @@ def _looks_split(images: Iterable[Parts]) -> str:
     )
     return (
         f"the classes are the top folders ({tops}), and all of them hold the "
-        f"same sub-folders ({names}): "
-        "if those are the classes, call the top folders train, val and test"
+        f"same sub-folders ({names}): if those are the classes, call the top "
+        "folders train, val and test"
     )
 
 
@@ -502,8 +499,7 @@ def _of_splits(path: pathlib.Path) -> dict[str, pathlib.Path]:
         if split in lists:
             raise UserError(
                 f"{lists[split].name} and {other.name} in {path.parent} are "
-                f"both {split} lists of one "
-                "name: move one of them away"
+                f"both {split} lists of one name: move one of them away"
             )
         lists[split] = other
     return lists if "train" in lists else {"train": path}
@@ -530,8 +526,7 @@ def _entries(path: pathlib.Path) -> list[tuple[str, int]]:
         if points_outside(name):
             raise UserError(
                 f"line {number} of {path} points outside of --root "
-                f"({name[:60]!r}): write paths "
-                "that begin in it"
+                f"({name[:60]!r}): write paths that begin in it"
             )
         entries.append((name, int(match["label"])))
     return entries

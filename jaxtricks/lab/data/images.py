@@ -329,8 +329,8 @@ def refuse_unreadable(scan: Scan) -> None:
         raise first
     raise UserError(
         f"{first.name} can't be read ({first.reason}), nor can {len(others)} "
-        f"more of the {scan.extent}: "
-        "remove them, or pass --skip-unreadable (--check-data lists all such files)"
+        f"more of the {scan.extent}: remove them, or pass --skip-unreadable "
+        "(--check-data lists all such files)"
     )
 
 
@@ -363,8 +363,7 @@ def common_shape(
         )
         notes.append(
             f"resized to {spell(shape)}, scaled to cover and cut to the "
-            f"middle: {sum(other.values())} "
-            f"of the {scan.extent}, {ends}"
+            f"middle: {sum(other.values())} of the {scan.extent}, {ends}"
         )
     if channels == 3 and scan.gray:
         notes.append(f"gray turned to colour: {scan.gray} of the {scan.extent}")

@@ -31,8 +31,8 @@ Indices = dict[str, np.ndarray]
 
 KNOWN = (
     "give a folder or a zip of class folders, FILE.npz, FILE.array_record or a "
-    "folder of them, "
-    "FILE.txt, LIST.txt with --root DIR, package.module:function, digits or topics"
+    "folder of them, FILE.txt, LIST.txt with --root DIR, "
+    "package.module:function, digits or topics"
 )
 
 
@@ -340,8 +340,8 @@ def _check_sizes(
             out = " and ".join(f"{n} for {split}" for split, n in taken.items())
             raise UserError(
                 f"class {name!r} of {stored.name} has {size} "
-                f"image{'s' * (size > 1)}, and holding out "
-                f"{out} leaves none to train on: add some, or remove the class"
+                f"image{'s' * (size > 1)}, and holding out {out} leaves none "
+                "to train on: add some, or remove the class"
             )
 
 
@@ -419,8 +419,8 @@ class Report:
         )
         total = self.sizes.total()
         return (
-            f"sizes: {images.spell(smallest)} to {images.spell(largest)}, most often "
-            f"{images.spell(common)} ({n} of {total})",
+            f"sizes: {images.spell(smallest)} to {images.spell(largest)}, most "
+            f"often {images.spell(common)} ({n} of {total})",
             f"colour: {total - self.gray}, gray: {self.gray}, unreadable: "
             f"{len(self.unreadable)}",
         )

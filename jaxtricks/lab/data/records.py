@@ -48,8 +48,7 @@ def shards(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     if "" in splits and len(splits) > 1:
         raise UserError(
             f"{splits[''][0].name} in {path} has no split in its name, but "
-            "others have: name it "
-            "NAME-train.array_record, or move it away"
+            "others have: name it NAME-train.array_record, or move it away"
         )
     return {split or "train": files for split, files in splits.items()}
 
@@ -124,8 +123,8 @@ def _refuse_absent(path: pathlib.Path, matches: list[re.Match[str]]) -> None:
         if absent is not None:
             raise UserError(
                 f"{path} has {len(numbers)} of the {total} shards of {stem}: "
-                f"number {absent} is not "
-                "there, so fetch it or rename the others"
+                f"number {absent} is not there, so fetch it or rename the "
+                "others"
             )
 
 
@@ -182,8 +181,7 @@ def _label(name: str, raw: bytes) -> tuple[str, int]:
     except ValueError as error:
         raise UserError(
             f"{name} is not a tf.train.Example of an image ({error}): write an "
-            "image file in 'image' and "
-            "an integer in 'label'"
+            "image file in 'image' and an integer in 'label'"
         ) from error
 
 

@@ -43,8 +43,8 @@ def load(name: str, *, context: int, validation: float, test: float) -> Data:
         if len(stretch) <= context:
             raise UserError(
                 f"{name} is too short: its {split} split has {len(stretch)} "
-                "characters and a window "
-                f"needs {context + 1}, so give a longer text or a smaller --context"
+                f"characters and a window needs {context + 1}, so give a "
+                "longer text or a smaller --context"
             )
     parts = {
         split: windows(stretch, context) for split, stretch in stretches.items()
@@ -82,8 +82,7 @@ def read(path: pathlib.Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at "
-            f"{error.start}): convert it, "
-            "by iconv for example"
+            f"{error.start}): convert it, by iconv for example"
         ) from error
     except OSError as error:
         raise UserError(
