@@ -268,11 +268,12 @@ def at_least_rarest(counts: Real[Array, "C"]) -> Float[Array, "C"]:
     """Give classes without examples the count of the rarest class that has some."""
     counts = floating(counts)
     rarest = jnp.min(jnp.where(has_examples(counts), counts, jnp.inf))
+    # No class has an example: 1 leaves every prior and margin defined.
     rarest = jnp.where(jnp.isfinite(rarest), rarest, 1)
     return jnp.where(has_examples(counts), counts, rarest)
 
 
-# From per-example losses to one number, with the denominator said out loud.
+# From per-example losses to one number, with an explicit denominator.
 
 
 @checked

@@ -335,9 +335,11 @@ class Seesaw:
     ) -> Float[Array, "*batch"]:
         """Compute the loss of every example, as `SoftmaxLoss` does."""
         z, target, inside = read_inputs(logits, labels, where)
+        # A class without examples counts as one with a single example.
         n = _vector("seesaw: `counts`", jnp.maximum(self.counts, 1), z)
         if inside is not None:
             return finish(self._of_label(z, n, target), inside, where)
+        # Soft labels: the loss of every class, weighted by its probability.
         one_hot = jnp.eye(z.shape[-1], dtype=z.dtype)
         each = jax.vmap(
             lambda label: self._of_label(z, n, rows(label, z)), out_axes=-1
@@ -346,6 +348,7 @@ class Seesaw:
 
     def _of_label(self, z: Array, n: Array, one_hot: Array) -> Array:
         log_n = jnp.log(n)
+        # The scores weigh the loss; no gradient flows through them, as in the paper.
         log_p = jax.lax.stop_gradient(jax.nn.log_softmax(z, axis=-1))
 
         def at_label(x: Array) -> Array:
@@ -354,6 +357,7 @@ class Seesaw:
         p = jnp.asarray(self.p).astype(z.dtype)
         q = jnp.asarray(self.q).astype(z.dtype)
         mitigation = p * jnp.minimum(log_n - at_label(log_n), 0)
+        # The reference's floor under the score of the label.
         least = jnp.log(jnp.asarray(0.01, z.dtype))
         compensation = q * jnp.maximum(
             log_p - jnp.maximum(at_label(log_p), least), 0

@@ -406,11 +406,13 @@ class Paco:
             for x in (z, features, keys)
         )
         inside = are_classes(labels, z.shape[-1])
+        # A masked example is nobody's positive and never enters the queue as one.
         y = jnp.where(keep & inside, class_indices(labels), NOBODY)
         state = PacoState(
             jnp.asarray(state.features),
             jnp.asarray(state.labels).astype(jnp.int32),
         )
+        # Contrast with both views of the batch and with the queue.
         others = jnp.concatenate([f, k, state.features.astype(z.dtype)])
         loss = self._loss(
             z, f, y, others, jnp.concatenate([y, y, state.labels])
@@ -435,7 +437,9 @@ class Paco:
         scores = jnp.concatenate(
             [(z + rows(self._log_prior(z), z)) / centre_t, f @ others.T / t], 1
         )
+        # Finite everywhere: a weight of 0 times -inf would be NaN.
         scores = jnp.maximum(scores, floor(scores))
+        # An example is not its own positive.
         mine = jnp.arange(len(y))[:, None] == jnp.arange(len(theirs))[None]
         somebody = (theirs[None] != NOBODY) & ~mine
         same = jnp.where(somebody & (y[:, None] == theirs[None]), alpha, 0)
@@ -443,6 +447,7 @@ class Paco:
             y[:, None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None], beta, 0
         )
         weights = jnp.concatenate([centre_weights, same], axis=1)
+        # log gamma weighs the examples in the denominator; the centres weigh 1.
         offset = jnp.where(somebody, jnp.log(gamma), floor(z))
         offset = jnp.concatenate(
             [jnp.zeros_like(z), jnp.maximum(offset, floor(z))], axis=1
@@ -450,6 +455,7 @@ class Paco:
         total = jax.nn.logsumexp(
             self._with_epsilon(scores + offset, scores), axis=1, keepdims=True
         )
+        # Without a positive the weights sum to 0, and so does the numerator.
         sum_ = jnp.sum(weights, axis=1)
         return jnp.sum(weights * (total - scores), axis=1) / jnp.where(
             sum_ > 0, sum_, 1

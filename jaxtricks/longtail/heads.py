@@ -321,12 +321,14 @@ def centroids(
     x = floating(jnp.asarray(features))
     y = class_indices(labels)
     keep = jnp.ones(y.shape, bool) if where is None else as_mask(where, y.shape)
+    # Replace rather than multiply: a masked row may hold NaN.
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)
     member = (
         y[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
     ) & keep[:, None]
     total = jnp.sum(member, axis=0)
+    # One product sums the features of all classes.
     sums = member.astype(x.dtype).T @ _normalized(x, center, kind)
     return Centroids(
         sums / jnp.maximum(total, 1).astype(x.dtype)[:, None],

@@ -286,6 +286,7 @@ def _updated(
     # The scatter drops rows out of range.
     row = jnp.where(inside & counted, labels, num_classes)
     confidence = jnp.asarray(confidence).astype(jnp.float32).reshape(-1)
+    # Counting edges below a confidence gives bins closed on the right.
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)
     column = (
         jnp.sum(edges[None] < confidence[:, None], axis=1, dtype=jnp.int32) - 1
@@ -293,6 +294,7 @@ def _updated(
     column = jnp.where(column >= 0, column, bins)
     correct = (labels == predictions).astype(jnp.int32)
 
+    # Integers, so that states of any order of batches are equal bit by bit.
     def add(to: Array, column: Array, what: Array | int) -> Array:
         return jnp.asarray(to).at[row, column].add(what, mode="drop")
 
@@ -429,6 +431,7 @@ def bootstrap(
     members = groups(_fitting(counts, state), many, few, split)
     ones = jnp.ones((samples, total.shape[0]), jnp.float32)
     if unit == "example":
+        # Resampling the examples of a class is a binomial draw of its correct ones.
         share = jnp.clip(jnp.nan_to_num(ratio(correct, total)), 0, 1)
         drawn = jax.random.binomial(key, ones * total[None], ones * share[None])
         values = jax.vmap(lambda c: scores(c, total, members, ones[0]))(drawn)
@@ -498,7 +501,7 @@ def _class_draws(
     draws = jax.random.randint(
         key, (samples, num_classes), 0, jnp.maximum(many, 1)
     )
-    # Without the draws beyond the number of present classes; those go nowhere.
+    # Ignore draws beyond the number of present classes, which varies under jit.
     used = jnp.arange(num_classes)[None] < many
     classes = jnp.where(
         used, jnp.argsort(~present, stable=True)[draws], num_classes
