@@ -478,10 +478,15 @@ CANNOT_CONVERT_STACKED = (
 
 def with_settings(factory: Factory, settings: Mapping[str, Any]) -> Factory:
     """Return the factory with the settings that it takes and does not bind."""
+    return functools.partial(factory, **accepted_settings(factory, settings))
+
+
+def accepted_settings(
+    factory: Factory, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings that a factory takes and does not bind."""
     names = unbound_arguments(factory, settings)
-    return functools.partial(
-        factory, **{name: settings[name] for name in names}
-    )
+    return {name: settings[name] for name in names}
 
 
 def unbound_arguments(factory: Factory, names: Iterable[str]) -> list[str]:

@@ -260,27 +260,16 @@ def _classes(axis: Any, methods: Mapping[str, Any], counts: np.ndarray) -> None:
 def _means(
     axis: Any, methods: Mapping[str, Any], ends: Mapping[str, Any]
 ) -> None:
-    width = 0.84 / max(len(methods), 1)
     for i, (name, summary) in enumerate(methods.items()):
-        centres = [
-            x + (i - (len(methods) - 1) / 2) * width
-            for x in range(len(_GROUPS))
-        ]
+        centres, width = bar_positions(i, len(methods), len(_GROUPS))
         shares = [float(summary[group]) for group in _GROUPS]
         look = {
             "facecolor": line_style(i, len(methods))["color"],
             "hatch": _HATCHES[i % len(_HATCHES)],
         }
-        labelled_bars(axis, centres, shares, 0.92 * width, alpha=0.55, **look)
+        labelled_bars(axis, centres, shares, width, alpha=0.55, **look)
         _intervals(axis, centres, ends.get(name, {}))
-    axis.set_xticks(
-        range(len(_GROUPS)), [group_label(name, None) for name in _GROUPS]
-    )
-    axis.set_xlim(-0.5, len(_GROUPS) - 0.5)
-    axis.set_ylim(0, 108)
-    axis.set_ylabel("mean accuracy of the classes (%)")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
+    label_groups(axis, [group_label(name, None) for name in _GROUPS])
 
 
 def _intervals(
@@ -300,6 +289,25 @@ def _intervals(
 
 _MARKERS = "os^DvPX*<>ph"
 _STYLES = ("-", "--", "-.", ":")
+
+
+def bar_positions(
+    bar: int, bars: int, groups: int
+) -> tuple[list[float], float]:
+    """Return the centres of a bar, one per group, and its width."""
+    width = 0.84 / max(bars, 1)
+    offset = (bar - (bars - 1) / 2) * width
+    return [x + offset for x in range(groups)], 0.92 * width
+
+
+def label_groups(axis: Any, labels: Sequence[str]) -> None:
+    """Label the groups of bars that show mean accuracies in percent."""
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+    axis.set_ylim(0, 108)
+    axis.set_ylabel("mean accuracy of the classes (%)")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
 
 
 def labelled_bars(

@@ -13,7 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtricks.lab.rundir import writing
-from jaxtricks.plot import group_label, labelled_bars, line_style
+from jaxtricks.plot import (
+    bar_positions,
+    group_label,
+    label_groups,
+    labelled_bars,
+    line_style,
+)
 
 __all__ = ["ablation", "compare", "curves", "groups", "save"]
 
@@ -115,23 +121,11 @@ def groups(
     ]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.add_subplot()
-    width = 0.84 / max(len(splits), 1)
     for i, split in enumerate(splits):
-        centres = [
-            x + (i - (len(splits) - 1) / 2) * width for x in range(len(names))
-        ]
+        centres, width = bar_positions(i, len(splits), len(names))
         shares = [_number(result[split].get(name)) for name in names]
-        labelled_bars(
-            axis, centres, shares, 0.92 * width, label=split, **_BARS[split]
-        )
-    axis.set_xticks(
-        range(len(names)), [group_label(name, counts) for name in names]
-    )
-    axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.set_ylim(0, 108)
-    axis.set_ylabel("mean accuracy of the classes (%)")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
+        labelled_bars(axis, centres, shares, width, label=split, **_BARS[split])
+    label_groups(axis, [group_label(name, counts) for name in names])
     if splits:
         axis.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False

@@ -244,11 +244,7 @@ def _accepted_arguments(
         raise ValueError(
             "only nn.Conv and WSConv turn into convolutions and blocks"
         )
-    accepted = {
-        name: value
-        for name, value in arguments.items()
-        if name in parameters and name not in bound
-    }
+    accepted = _layers.accepted_settings(target, arguments)
     if not is_conv:
         return accepted
     settings = {name: arguments[name] for name in _layers.PART_ARGUMENTS}

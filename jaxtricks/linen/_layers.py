@@ -193,6 +193,9 @@ class _Head(nn.Module):
         init = init or _layers.unit_variance_init()
         return self.param("kernel", init, shape, param_dtype)
 
+    def _bias(self, param_dtype: Any) -> Array:
+        return self._per_class("bias", nn.initializers.zeros, param_dtype)
+
     def _per_class(
         self, name: str, init: Initializer, param_dtype: Any
     ) -> Array:
@@ -274,11 +277,7 @@ class LWSHead(_Head):
     def __call__(self, x: Array) -> Array:
         """Map features [..., D] to logits [..., C]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            bias = self._per_class(
-                "bias", nn.initializers.zeros, self.param_dtype
-            )
+        bias = self._bias(self.param_dtype) if self.use_bias else None
         scale = self._per_class("scale", nn.initializers.ones, self.param_dtype)
         dtype = _dtypes.common_dtype(x, kernel, bias, override=self.dtype)
         logits = _layers.affine(x, kernel, bias, dtype)
@@ -308,11 +307,7 @@ class DisAlignHead(_Head):
     def __call__(self, x: Array) -> Array:
         """Map features [..., D] to logits [..., C]."""
         kernel = self._kernel(x, self.kernel_init, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            bias = self._per_class(
-                "bias", nn.initializers.zeros, self.param_dtype
-            )
+        bias = self._bias(self.param_dtype) if self.use_bias else None
         dtype = _dtypes.common_dtype(x, kernel, bias, override=self.dtype)
         start = decoupling.disalign_start(
             kernel.shape, self.param_dtype, self.compat

@@ -200,11 +200,13 @@ def class_indices(labels: Any) -> Array:
 
 
 def as_mask(where: Any, batch: tuple[int, ...]) -> Array:
-    """Return which examples count, as booleans; of integers those that are not 0.
+    """Return which examples count, as booleans: all for None, integers that are not 0.
 
     Raises:
       ValueError: there is not one per example: broadcast, it would change the loss.
     """
+    if where is None:
+        return jnp.ones(batch, bool)
     return same_shape("where", where, batch).astype(bool)
 
 

@@ -397,11 +397,7 @@ class Lade:
         n = _vector("lade: `counts`", self.counts, z)
         prior = n / jnp.maximum(jnp.sum(n), 1)
         each = expected(q, *_cross_entropies(z + jnp.log(prior + PRIOR_EPS)))
-        keep = (
-            jnp.ones(each.shape, bool)
-            if where is None
-            else as_mask(where, each.shape)
-        )
+        keep = as_mask(where, each.shape)
         keep = keep if inside is None else keep & inside
         rows = (
             z.reshape(-1, z.shape[-1]),

@@ -396,11 +396,7 @@ class Paco:
         """
         z = floating(jnp.asarray(logits))
         self._check(z, features, keys)
-        keep = (
-            jnp.ones(z.shape[:1], bool)
-            if where is None
-            else as_mask(where, z.shape[:1])
-        )
+        keep = as_mask(where, z.shape[:1])
         z, f, k = (
             jnp.where(keep[:, None], x.astype(z.dtype), 0)
             for x in (z, features, keys)
@@ -753,7 +749,7 @@ def fit_weights(
     first = floating(jnp.asarray(first))
     second = floating(jnp.asarray(second))
     batch = first.shape[1:-1]
-    keep = jnp.ones(batch, bool) if where is None else as_mask(where, batch)
+    keep = as_mask(where, batch)
     first = jnp.where(keep[None, ..., None], first, 0)
     second = jnp.where(keep[None, ..., None], second, 0)
     number = jnp.maximum(jnp.sum(keep), 1).astype(first.dtype)

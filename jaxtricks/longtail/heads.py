@@ -320,7 +320,7 @@ def centroids(
         )
     x = floating(jnp.asarray(features))
     y = class_indices(labels)
-    keep = jnp.ones(y.shape, bool) if where is None else as_mask(where, y.shape)
+    keep = as_mask(where, y.shape)
     # Replace rather than multiply: a masked row may hold NaN.
     x = jnp.where(keep[:, None], x, 0)
     center = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(keep), 1).astype(x.dtype)

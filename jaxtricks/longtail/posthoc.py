@@ -427,11 +427,7 @@ def estimate_prior(
     prior = _prior("source", source, z, "estimate_prior")
     offered = has_examples(prior)
     prior = jnp.where(jnp.any(offered), prior, 1 / z.shape[-1])
-    keep = (
-        jnp.ones(z.shape[:-1], bool)
-        if where is None
-        else as_mask(where, z.shape[:-1])
-    )
+    keep = as_mask(where, z.shape[:-1])
     z = z.reshape(-1, z.shape[-1])
     keep = keep.reshape(-1)
     z = jnp.where(keep[:, None], z, 0) - log_prior(prior)[None]

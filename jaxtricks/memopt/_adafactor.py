@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _dtypes, _sharding, _tree
+from jaxtricks import _dtypes, _sharding
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
-from jaxtricks.memopt import _leaves, _momentum
+from jaxtricks.memopt import _leaves, _momentum, _update
 
 _ONE_KERNEL_SUM = 4096  # from here on XLA's CPU backend sums in one kernel
 
@@ -494,9 +494,7 @@ def scale_by_adafactor(
     def update_fn(
         updates: Any, state: Any, params: Params | None = None
     ) -> Any:
-        return _update(
-            name, updates, state, params, roles, config, hyper, set()
-        )
+        return _apply(name, updates, state, params, roles, config, hyper, set())
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -629,9 +627,8 @@ def adafactor(
         )
         if _leaves.is_zero(beta1):
             return state
-        table = _leaves.checked("adafactor", params)
-        m = [_momentum.zeros(x, momentum_dtype) for x in table.values()]
-        return state._replace(m=_leaves.tree_like(m, params))
+        m = _update.init_averages("adafactor", params, momentum_dtype)
+        return state._replace(m=m)
 
     def update_fn(
         updates: Any, state: Any, params: Params | None = None
@@ -639,7 +636,7 @@ def adafactor(
         decayed = set()
         if params is not None and not _leaves.is_zero(weight_decay):
             decayed = _leaves.decayed_paths(weight_decay_mask, params)
-        return _update(
+        return _apply(
             "adafactor", updates, state, params, roles, config, hyper, decayed
         )
 
@@ -691,7 +688,7 @@ def _init(
     return AdafactorState(jnp.zeros([], jnp.int32), v, None)
 
 
-def _update(
+def _apply(
     name: str,
     updates: Any,
     state: AdafactorState,
@@ -705,16 +702,10 @@ def _update(
         raise ValueError(
             f"memopt.{name} needs `params`: call tx.update(grads, state, params)"
         )
-    weights = _leaves.checked(name, params)
     leaf_roles = _leaves.roles_by_path(roles, params)
     hyper_by_dtype: dict[Any, Hyper] = {}
-    new_v = _tree.by_path(state.v, is_second_moment)
-    new_m = _tree.by_path(state.m, _momentum.is_int8)
-    seeds = _momentum.seeds(new_m, state.count)
-    out = []
-    for path, g in _leaves.checked(name, updates).items():
-        v = _leaves.lookup(name, new_v, path, "the state")
-        p = _leaves.lookup(name, weights, path, "`params`")
+
+    def leaf_step(path: str, g: Any, p: Any, v: Any, m: Any, seed: Any) -> Any:
         dtype = v[0].dtype
         if dtype not in hyper_by_dtype:
             hyper_by_dtype[dtype] = hyper(state.count, dtype)
@@ -722,26 +713,11 @@ def _update(
         if path not in decayed:
             h = h._replace(weight_decay=None)
         leaf_layout = layout(tuple(p.shape), leaf_roles[path])
-        m = new_m.get(path)
-        u, new_v[path], m = step(
-            g,
-            p,
-            v,
-            m,
-            seeds.get(path),
-            h,
-            leaf_layout=leaf_layout,
-            config=config,
-        )
-        if m is not None:
-            new_m[path] = _momentum.sharded_like(m, new_m[path])
-        out.append(u)
-    new_state = AdafactorState(
-        optax.safe_increment(state.count),
-        _leaves.with_nodes(state.v, is_second_moment, new_v),
-        _leaves.with_nodes(state.m, _momentum.is_int8, new_m),
+        return step(g, p, v, m, seed, h, leaf_layout=leaf_layout, config=config)
+
+    return _update.update_leaves(
+        name, leaf_step, updates, state, params, is_second_moment
     )
-    return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
 
 
 # Settings that reproduce other implementations.

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _dtypes, _tree
+from jaxtricks import _dtypes
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
-from jaxtricks.memopt import _leaves, _momentum
+from jaxtricks.memopt import _leaves, _momentum, _update
 
 # optax.inject_hyperparams turns Python floats into arrays, which may become nonzero and
 # would need a buffer. It leaves a NumPy number alone.
@@ -153,43 +153,29 @@ def _transform(
         v = _leaves.tree_like(accumulators, params)
         m = None
         if not _leaves.is_zero(momentum):
-            averages = [
-                _momentum.zeros(x, momentum_dtype) for x in weights.values()
-            ]
-            m = _leaves.tree_like(averages, params)
+            m = _update.init_averages(name, params, momentum_dtype)
         return Sm3State(jnp.zeros([], jnp.int32), v, m)
 
     def update_fn(
         updates: Any, state: Any, params: Params | None = None
     ) -> Any:
         tree = updates if params is None else params
-        weights = _leaves.checked(name, tree)
         leaf_roles = _leaves.roles_by_path(roles, tree)
-        new_v = _tree.by_path(state.v, _is_accumulators)
-        new_m = _tree.by_path(state.m, _momentum.is_int8)
-        seeds = _momentum.seeds(new_m, state.count)
-        out = []
-        for path, g in _leaves.checked(name, updates).items():
-            v = _leaves.lookup(name, new_v, path, "the state")
-            p = _leaves.lookup(name, weights, path, "`params`")
-            m = new_m.get(path)
+
+        def leaf_step(
+            path: str, g: Any, p: Any, v: Any, m: Any, seed: Any
+        ) -> Any:
             hyper = [
                 _leaves.optional(x, state.count, v[0].dtype)
                 for x in (rate, momentum, eps)
             ]
             axes = _axes(g.shape, leaf_roles[path])
-            u, new_v[path], m = _step(
-                g, v, m, seeds.get(path), *hyper, axes=axes
-            )
-            if m is not None:
-                new_m[path] = _momentum.sharded_like(m, new_m[path])
-            out.append(u.astype(_dtypes.common_dtype(g, p)))
-        new_state = Sm3State(
-            optax.safe_increment(state.count),
-            _leaves.with_nodes(state.v, _is_accumulators, new_v),
-            _leaves.with_nodes(state.m, _momentum.is_int8, new_m),
+            u, v, m = _step(g, v, m, seed, *hyper, axes=axes)
+            return u.astype(_dtypes.common_dtype(g, p)), v, m
+
+        return _update.update_leaves(
+            name, leaf_step, updates, state, tree, _is_accumulators
         )
-        return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -1,7 +1,6 @@
 """Exchange layers of an existing model, by type or by path."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -263,37 +262,28 @@ def _accepted_arguments(
     layer: Any, target: Factory, arguments: dict[str, Any], look_up: LookUp
 ) -> dict[str, Any]:
     """Return the arguments that the target takes and that its user has not bound."""
-    base, bound = _layers.unwrap_partial(target)
-    parameters = _layers.parameters_of(base)
+    base, _ = _layers.unwrap_partial(target)
     is_conv = "kernel_size" in arguments
     is_linear = "in_features" in arguments and not is_conv
-    if is_linear and "kernel_size" in parameters:
+    if is_linear and "kernel_size" in _layers.parameters_of(base):
         raise ValueError(
             "only nnx.Conv and WSConv turn into convolutions and blocks"
         )
-    accepted = {
-        name: value
-        for name, value in arguments.items()
-        if name in parameters and name not in bound
-    }
+    accepted = _layers.accepted_settings(target, arguments)
     if is_conv:
-        accepted |= _part_factories(
-            layer, parameters, bound, arguments, look_up
-        )
+        accepted |= _part_factories(layer, target, arguments, look_up)
     return accepted
 
 
 def _part_factories(
-    layer: Any,
-    parameters: Mapping[str, inspect.Parameter],
-    bound: Mapping[str, Any],
-    arguments: dict[str, Any],
-    look_up: LookUp,
+    layer: Any, target: Factory, arguments: dict[str, Any], look_up: LookUp
 ) -> dict[str, Any]:
     """Return the `conv` and `norm` of a block, with the settings of layer and norm behind.
 
     For a target that is not a block, return the settings of the layer that it takes.
     """
+    base, bound = _layers.unwrap_partial(target)
+    parameters = _layers.parameters_of(base)
     # The block itself has no dtype: its parts have.
     settings = {name: arguments[name] for name in _layers.PART_ARGUMENTS}
     # Not every target takes these, and they are more than a matter of rounding.
@@ -306,11 +296,7 @@ def _part_factories(
             raise ValueError(
                 "its `preferred_element_type` would be lost: use a target that takes it"
             )
-        return {
-            name: value
-            for name, value in settings.items()
-            if name in parameters and name not in bound
-        }
+        return _layers.accepted_settings(target, settings)
     if "conv" in bound:
         # The user has chosen another convolution.
         settings.pop("conv_general_dilated", None)
