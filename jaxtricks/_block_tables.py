@@ -61,7 +61,7 @@ class BranchSpec(NamedTuple):
 
 
 class BlockGeometry(NamedTuple):
-    """What all branches of a block share.
+    """Channels, window and strides that all branches of a block have.
 
     Attributes:
       in_features: channels of the input.

@@ -171,7 +171,7 @@ Norms = Mapping[str, NormLayer | Refusal]
 
 
 class FusibleLayer(NamedTuple):
-    """What one plain layer can stand for in evaluation mode.
+    """One plain layer that computes the same in evaluation mode.
 
     Attributes:
       layer: a convolution, a block or an affine layer.

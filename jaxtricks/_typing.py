@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
-"""What a room accepts: device arrays, tracers and host arrays."""
+"""Arrays that a room accepts: device arrays, tracers and host arrays."""
 
 Params = Any
 """A pytree of floating arrays; None leaves are allowed."""

@@ -359,7 +359,7 @@ def _custom_vjp(
 
 
 class _Residuals:
-    """What the forward rule leaves for the backward one, beside the arrays.
+    """Structure of the saved residuals, which the backward rule needs beside the arrays.
 
     Attributes:
       structure: of the pullback, whose leaves are the arrays.

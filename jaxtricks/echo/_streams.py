@@ -42,7 +42,7 @@ class Echoed(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """What a stream needs to know of a source."""
+    """Interface of a source, as a stream uses it."""
 
     def read(self) -> tuple[Any, Any]:
         """Return (state to repeat the read from, next element), or raise StopIteration."""
@@ -385,7 +385,7 @@ def _take(ready: list[Output]) -> Output | None:
 
 
 class StreamIterator:
-    """What iterators of echoed sources of every kind have; `_stream` does the work."""
+    """Base of iterators over echoed sources; `_stream` does the work."""
 
     _stream: Stream
 

@@ -28,7 +28,7 @@ SUMS = "sha256.json"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
       step: steps done.

@@ -220,7 +220,7 @@ def leave(code: int) -> None:
 
 
 class Hosts:
-    """What the processes of a run do together; all call the same methods in the same order."""
+    """Coordinate the processes of a run; all call the same methods in the same order."""
 
     def __init__(self) -> None:
         self.count = jax.process_count()

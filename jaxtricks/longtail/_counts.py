@@ -19,7 +19,7 @@ Counts = Real[Array, "C"] | Sequence[Any]
 """Training examples per class, [C]; may be traced, so a change of counts needs no new trace."""
 
 UNSEEN_LOG_PRIOR = math.log(1e-12)
-"""What stands for log 0: out of the softmax for every purpose, yet finite, as are its gradients."""
+"""Stand-in for log 0: negligible in any softmax, yet finite, as are its gradients."""
 
 
 @checked

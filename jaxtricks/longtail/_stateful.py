@@ -31,7 +31,7 @@ RATIO_EPS = 1e-10  # the reference's, in positive / (negative + eps)
 
 @node
 class EqualizationV2State:
-    """What `equalization_v2` remembers.
+    """State of `equalization_v2`.
 
     Attributes:
       positive: [C] gradient that pulled each class up so far, in weighted |p - y|.
@@ -223,7 +223,7 @@ def sum_over_devices(x: Array, axis_name: Axis) -> Array:
 
 @node
 class ClassMeanState:
-    """What `class_mean` remembers: sums that decay, and by how much they have filled up.
+    """State of `class_mean`: decaying sums, and the weight that they have reached.
 
     Attributes:
       sums: [C, D] decayed sum of the batch means of each class.

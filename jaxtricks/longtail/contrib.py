@@ -33,7 +33,7 @@ __all__ = [
 
 @node
 class OnlineSeesawState:
-    """What `online_seesaw` remembers.
+    """State of `online_seesaw`.
 
     Attributes:
       counts: [C] examples of each class so far; the sum of their probabilities for soft

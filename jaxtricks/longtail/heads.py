@@ -158,7 +158,7 @@ def check_normed(
 
 
 _ROUNDED_ONE = 1.01
-"""What a cosine may be in bfloat16."""
+"""Largest cosine that rounding to bfloat16 may give."""
 
 
 def _warn(largest: Any) -> None:
@@ -271,7 +271,7 @@ def lws(
 
 @node
 class Centroids:
-    """What `ncm` compares with; of `centroids`.
+    """Class means for `ncm`; the result of `centroids`.
 
     Attributes:
       means: [C, D] mean feature of each class, after the normalisation.

@@ -275,7 +275,7 @@ def fit_tau(
 
 
 class Calibration(NamedTuple):
-    """What `calibrate` finds.
+    """Result of `calibrate`.
 
     Attributes:
       tau: strength of the adjustment.

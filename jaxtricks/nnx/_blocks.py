@@ -232,7 +232,7 @@ class ReparamBlock(nnx.Module):
 
     @property
     def geometry(self) -> BlockGeometry:
-        """What all branches share."""
+        """Channels, window and strides of all branches."""
         return BlockGeometry(
             self.in_features,
             self.out_features,

@@ -189,7 +189,7 @@ def _scheduled(
             env.update(zip(outs, results, strict=True))
 
     def boundary(steps: Steps) -> tuple[list[Any], list[Any]]:
-        """What a group of stages reads, and what later ones read of it."""
+        """Variables that a group of stages reads, and those of it that later ones read."""
         indices = stages_of(steps)
         later_reads = needed_after[indices[-1]]
         eqns: list[Any] = []

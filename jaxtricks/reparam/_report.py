@@ -35,7 +35,7 @@ class FusedLayer(NamedTuple):
 
 
 class FuseReport(NamedTuple):
-    """What `fuse` returns beside the model; `str` of it is the table.
+    """Report of fusing a model; its `str` is a table.
 
     Attributes:
       layers: the fused layers.

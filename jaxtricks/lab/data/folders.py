@@ -36,7 +36,7 @@ BROKEN = (
     MemoryError,
     OverflowError,  # offsets beyond any file
 )
-"""What zipfile raises for broken files."""
+"""Errors that zipfile raises for broken files."""
 
 
 def is_zip(path: pathlib.Path) -> bool:
@@ -83,7 +83,7 @@ _TOO_LONG = f"it is over the limit of {MAX_BYTES // 2**20} MiB"
 
 
 class Tree(NamedTuple):
-    """What a folder or a zip holds; paths are tuples of their parts, hidden ones are left out.
+    """Contents of a folder or a zip; paths are tuples of their parts, hidden ones are left out.
 
     Attributes:
       images: path -> name for `read`, sorted.

@@ -266,7 +266,7 @@ _BLOCK = 4096  # images handed to the threads at once
 
 
 class Scan(NamedTuple):
-    """What images are like.
+    """Statistics of a scan of images.
 
     Attributes:
       total: images there are.

@@ -363,7 +363,7 @@ def _check_classes(stored: Stored, index: Indices) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a data set holds; str() is the report.
+    """Contents of a data set; str() is the report.
 
     Attributes:
       name: what the user called it.
