@@ -171,7 +171,7 @@ Norms = Mapping[str, NormLayer | Refusal]
 
 
 class FusibleLayer(NamedTuple):
-    """One plain layer that computes the same in evaluation mode.
+    """A layer, and perhaps its normalization, that one plain layer can replace.
 
     Attributes:
       layer: a convolution, a block or an affine layer.
