@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -318,6 +319,12 @@ def _quiet() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     previous = sys.unraisablehook
+    # A write that fails while others wait leaves their coroutines unstarted. Python
+    # says so when it collects them, which may be after the checkpoints are closed: this
+    # filter stays.
+    warnings.filterwarnings(
+        "ignore", "coroutine .*write_.* was never awaited", RuntimeWarning
+    )
 
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":

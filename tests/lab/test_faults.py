@@ -619,6 +619,35 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(whole, cfg, limit
     assert_goes_on_to(whole, cfg)
 
 
+ABANDONED = """
+import gc, pathlib, sys
+from jaxtricks.lab.checkpoint import Checkpoints
+
+async def write_fragment():
+    pass
+
+async def read_fragment():
+    pass
+
+Checkpoints(pathlib.Path(sys.argv[1]), keep=1).close()
+{coroutine}()
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize("coroutine", ["write_fragment", "read_fragment"])
+def test_a_write_that_orbax_abandons_adds_no_warning_to_the_sentence(tmp_path, coroutine):
+    # Whether a failing write leaves some is a matter of its threads; Python names them at the end.
+    code = ABANDONED.format(coroutine=coroutine)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "checkpoints")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("never awaited" in done.stderr) == (coroutine == "read_fragment")
+
+
 @pytest.mark.parametrize("name", ["checkpoints", pytest.param(rundir.METRICS, marks=SLOW)])
 def test_a_run_directory_that_cannot_be_written_any_more(monkeypatch, whole, cfg, name):
     """Something else lies where the run writes, which stops root too."""
