@@ -7,6 +7,7 @@ amp, remat, reparam and nnx call it. What differs between jax versions is read t
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import math
 from collections import Counter
@@ -287,8 +288,32 @@ def source_context(eqn: Any) -> Iterator[Any]:
 
 
 def source_line(eqn: Any) -> str:
-    """Return "file.py:12:4 (function)"; "" where no frame is the user's."""
-    return source_info_util.summarize(eqn.source_info).rpartition("/")[2]
+    """Return "file.py:12:4 (function)"; "" where no frame is the user's.
+
+    A layer of Flax, or of this library, stands for the line that calls it.
+    """
+    summary = source_info_util.summarize(eqn.source_info)
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    for frame in frames:
+        if not frame.file_name.startswith(_library_folders()):
+            line = f"{frame.file_name}:{frame.line_num}"
+            if not summary.startswith(f"{line}:"):
+                summary = f"{line} ({frame.function_name})"
+            break
+    return summary.rpartition("/")[2]
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    """Return the folders of JAX, of Flax, and of this library."""
+    folders = []
+    for name in ("jax", "jaxlib", "flax", __name__.partition(".")[0]):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            folders.append(spec.origin.removesuffix("__init__.py"))
+    # Decorators.
+    folders += [contextlib.__file__, functools.__file__]
+    return tuple(folders)
 
 
 # Jaxprs as flat lists of equations: inline, slice, prune.
@@ -466,6 +491,29 @@ def extract(
     return build((), free_variables(eqns), outs, eqns)
 
 
+def followed_by(
+    first: Jaxpr,
+    second: Jaxpr,
+) -> Jaxpr:
+    """Return both as one jaxpr: the first inputs of the second are all outputs of the first.
+
+    The others come after the inputs of the first. It is for counting: variables that
+    both compute may be the same.
+    """
+    count = len(first.outvars)
+    names = dict(zip(second.invars[:count], first.outvars, strict=True))
+    eqns = [
+        eqn.replace(invars=[_renamed(names, v) for v in eqn.invars])
+        for eqn in second.eqns
+    ]
+    return build(
+        (*first.constvars, *second.constvars),
+        (*first.invars, *second.invars[count:]),
+        [_renamed(names, v) for v in second.outvars],
+        [*first.eqns, *eqns],
+    )
+
+
 def needed_after(
     parts: Sequence[Equations],
     outvars: Sequence[Any],
@@ -613,8 +661,10 @@ def _canonical(jaxpr: Jaxpr) -> Any:
 
     lines = []
     for eqn in jaxpr.eqns:
-        if _is_identity(eqn) and eqn.invars[0] in number:
-            number[eqn.outvars[0]] = number[eqn.invars[0]]
+        (first, *_) = (*eqn.invars, None)
+        is_known = isinstance(first, Var) and first in number
+        if _is_identity(eqn) and is_known:
+            number[eqn.outvars[0]] = number[first]
             continue
         number |= {v: next(counter) for v in eqn.outvars}
         # Functions, meshes and the like have texts that differ from run to run.

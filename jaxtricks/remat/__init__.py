@@ -39,6 +39,7 @@ References. Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv
 1911.13214.
 """
 
+from jaxtricks.remat._budgets import BudgetInfeasible
 from jaxtricks.remat._checkpoint import (
     checkpoint,
     checkpoint_name,
@@ -52,7 +53,7 @@ from jaxtricks.remat._memory import (
     memory_analysis,
 )
 from jaxtricks.remat._plan import Plan, plan_from_json
-from jaxtricks.remat._planner import BudgetInfeasible, auto_remat, plan
+from jaxtricks.remat._planner import auto_remat, plan
 from jaxtricks.remat._recompute import recompute_grad
 from jaxtricks.remat._sequential import scan, sequential
 

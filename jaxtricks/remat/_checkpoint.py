@@ -158,6 +158,40 @@ def _policy(
     return {"policy": policies.save_only_these_names(*saved)} if saved else {}
 
 
+def offloaded(
+    jaxpr: _jaxpr.Jaxpr,
+    saved: Sequence[int],
+    *,
+    ordered: bool = True,
+) -> Callable[..., list[Any]]:
+    """Return a function of (*constvars, *invars) that runs again in the backward pass.
+
+    Args:
+      jaxpr: what to run.
+      saved: indices of equations whose results wait in the memory of the host.
+      ordered: see `_recompute.recomputed`.
+    """
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    saved_eqns = frozenset(saved)
+
+    def run(*xs: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
+        for i, eqn in enumerate(jaxpr.eqns):
+            operands = _jaxpr.read_values(eqn.invars, env)
+            results = _jaxpr.bind(eqn, operands)
+            if i in saved_eqns:
+                results = [checkpoint_name(y, _OFFLOADED) for y in results]
+            env.update(zip(eqn.outvars, results, strict=True))
+        return _jaxpr.read_values(jaxpr.outvars, env)
+
+    return jax.checkpoint(
+        run, prevent_cse=ordered, **_policy((), (_OFFLOADED,))
+    )
+
+
+_OFFLOADED = "jaxtricks_offloaded"
+
+
 def _refuse_unknown(
     names: Sequence[str],
     jaxpr: _jaxpr.Jaxpr,

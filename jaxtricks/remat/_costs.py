@@ -2,30 +2,21 @@
 
 Time is in floating-point operations, memory in live bytes. A compiler fuses elementwise
 operations into what reads them. The counts here do so in the simplest way: a cheap
-result with one reader that can take it in is never written, and its operands live until
+result whose readers can all take it in is never written, and its operands live until
 then.
 """
 
-import dataclasses
-import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _flops, _jaxpr
-from jaxtricks._jaxpr import shape_of, var_bytes, variables_of
-from jaxtricks.remat import _schedule
-from jaxtricks.remat._schedule import Run
-from jaxtricks.remat._stages import Option, Stage
+from jaxtricks._jaxpr import var_bytes, variables_of
 
 # Operations that a machine does in the time of one byte of memory traffic; fusion
 # spares accelerators most of the traffic that an unfused count sees.
-FLOPS_PER_BYTE = {"cpu": 1.0, "gpu": 10.0, "tpu": 30.0}
+FLOPS_PER_BYTE = {"cpu": 0.1, "gpu": 10.0, "tpu": 30.0}
 
 # Operations that cost less than reading their result would.
 _CHEAP_NAMES = """
@@ -74,37 +65,56 @@ def live_bytes(jaxpr: _jaxpr.Jaxpr) -> np.ndarray:
     Inputs do not count. Shape: float64 [equations].
     """
     n = len(jaxpr.eqns)
-    readers: Counter[Any] = Counter()
-    for eqn in jaxpr.eqns:
-        readers.update(variables_of(eqn.invars))
     last_read: dict[Any, int] = dict.fromkeys(variables_of(jaxpr.outvars), n)
-    reader: dict[Any, str] = {}
-    change = np.zeros(n + 1)
+    # What a reader needs in memory, or the caller.
+    is_written = set(last_read)
+    born: dict[Any, int] = {}
     inside = np.zeros(n)
-    # Backwards: a fused result lets its operands live until its reader runs.
+    # Backwards: a fused result lets its operands live until its readers run.
     for i in reversed(range(n)):
         eqn = jaxpr.eqns[i]
         name = _jaxpr.primitive(eqn)
         out: Any = eqn.outvars[0] if eqn.outvars else None
-        is_fused = name in _VIEWS and out in last_read
-        if name in _CHEAP and readers[out] == 1 and last_read[out] < n:
-            is_fused |= reader[out] in _FUSES
-        until = last_read[out] if is_fused else i
-        for v in variables_of(eqn.invars):
+        is_view = name in _VIEWS and out in last_read
+        # Several readers do not prevent it: each computes a cheap result itself.
+        is_fused = name in _CHEAP and out in last_read and out not in is_written
+        operands = variables_of(eqn.invars)
+        if name not in _FUSES or (is_view and out in is_written):
+            is_written.update(operands)
+        until = last_read[out] if is_view or is_fused else i
+        for v in operands:
             last_read[v] = max(last_read.get(v, -1), until)
-            reader[v] = name
         # Bodies do not run at once: the largest counts.
         inner = map(peak_live, _jaxpr.sub_jaxprs(eqn))
         inside[i] = max(inner, default=0)
-        if is_fused:
-            continue
-        for v in eqn.outvars:
-            nbytes = var_bytes(v)
-            change[i] += nbytes
-            dead = last_read.get(v, i) + 1
-            change[min(dead, n)] -= nbytes
-    alive = np.cumsum(change)
-    return alive[:-1] + inside
+        if not (is_view or is_fused):
+            born |= dict.fromkeys(eqn.outvars, i)
+    return _alive(jaxpr, born, last_read) + inside
+
+
+def _alive(
+    jaxpr: _jaxpr.Jaxpr,
+    born: Mapping[Any, int],
+    last_read: Mapping[Any, int],
+) -> np.ndarray:
+    """Return the bytes alive while each equation runs: float64 [equations]."""
+    n = len(jaxpr.eqns)
+    change = np.zeros(n + 1)
+    # {equation: bytes of a result that may take the place of an operand}
+    in_place: dict[int, int] = {}
+    for v, i in born.items():
+        change[i] += var_bytes(v)
+        if _jaxpr.primitive(jaxpr.eqns[i]) in _FUSES:
+            in_place[i] = var_bytes(v)
+    for v, first in born.items():
+        last = last_read.get(v, first)
+        end = min(last + 1, n)
+        if first < last < n and in_place.get(last) == var_bytes(v):
+            end = last
+            # There is one result to take one place.
+            del in_place[last]
+        change[end] -= var_bytes(v)
+    return np.cumsum(change)[:-1]
 
 
 def peak_live(jaxpr: Any) -> float:
@@ -115,219 +125,36 @@ def peak_live(jaxpr: Any) -> float:
 def written_bytes(
     jaxpr: _jaxpr.Jaxpr,
     residuals: Iterable[Any],
-    available: Iterable[Any],
+    outs: Sequence[Any],
 ) -> float:
-    """Return the bytes of the residuals that a compiler would write out.
+    """Return the bytes of the residuals that are not in memory in any case.
 
-    What few cheap operations compute from other residuals is computed again instead.
+    What a few cheap operations compute for the backward pass alone is computed there.
+    What the forward pass reads too has several readers and is written.
 
     Args:
-      jaxpr: the program that computes them.
+      jaxpr: the forward pass, with the residuals among its results.
       residuals: some of its variables.
-      available: variables that are in memory in any case.
+      outs: its results, which stay in memory.
     """
+    inputs = (*jaxpr.constvars, *jaxpr.invars)
+    alone = _jaxpr.prune(_jaxpr.build((), inputs, outs, jaxpr.eqns))
+    in_forward = set(_jaxpr.computed_variables(alone.eqns))
+    # {variable: how many operations away from something in memory}
+    distance: dict[Any, int] = dict.fromkeys([*variables_of(outs), *inputs], 0)
     waiting = set(residuals)
     total = 0.0
-    # {variable: how many operations away from something in memory}
-    distance: dict[Any, int] = dict.fromkeys(
-        [*available, *jaxpr.invars, *jaxpr.constvars], 0
-    )
     for eqn in jaxpr.eqns:
         name = _jaxpr.primitive(eqn)
         operands = variables_of(eqn.invars)
-        if name in _CHEAP and all(v in distance for v in operands):
+        is_free = name in _FREE
+        is_fused = name in _CHEAP and in_forward.isdisjoint(eqn.outvars)
+        if (is_free or is_fused) and all(v in distance for v in operands):
             steps = max((distance[v] for v in operands), default=0)
-            steps += name not in _FREE
+            steps += not is_free
             if steps <= _FUSED_AGAIN:
                 distance |= dict.fromkeys(eqn.outvars, steps)
         for v in waiting.intersection(eqn.outvars) - distance.keys():
             total += var_bytes(v)
             distance[v] = 0
     return total
-
-
-# The options of a stage, measured on the trace of its derivative.
-
-
-_PRODUCTS = ("dot_general", "conv_general_dilated")
-_MAX_SETS = 6  # how many sets of saved products are tried
-_MAX_PRODUCTS = 12  # and how many products alone
-_MAX_SPLITS = 3  # ways to nest a scan
-
-Measure = Callable[[tuple[int, ...] | None, int], Option]
-"""(saved, outer) -> the option, its `extra` still all operations of both passes."""
-
-
-def with_costs(
-    stage: Stage,
-    varied: Sequence[bool],
-    flops_per_byte: float,
-) -> Stage:
-    """Return the stage with its options, each measured on the trace of its derivative.
-
-    Args:
-      stage: the stage.
-      varied: which of its inputs depend on what is differentiated.
-      flops_per_byte: see `FLOPS_PER_BYTE`.
-    """
-
-    @functools.cache
-    def measure(saved: tuple[int, ...] | None, outer: int) -> Option:
-        return _measured(
-            stage.jaxpr,
-            saved,
-            outer,
-            varied,
-            flops_per_byte,
-        )
-
-    jaxpr = stage.jaxpr
-    everything = measure(None, 0)
-    options = [everything]
-    if not stage.has_collective:
-        options += _saving(measure, _products(jaxpr), 0)
-        loop = _schedule.largest_scan(jaxpr)
-        if loop is not None:
-            body = _schedule.scan_body(loop).jaxpr
-            for outer in _splits(_jaxpr.scan_parts(loop).length):
-                if outer > 1:
-                    options.append(measure(None, outer))
-                options += _saving(measure, _products(body), outer)
-    relative = []
-    for option in options:
-        extra = max(0.0, option.extra - everything.extra)
-        relative.append(dataclasses.replace(option, extra=extra))
-    return dataclasses.replace(
-        stage,
-        options=tuple(_undominated(relative)),
-        forward=math.inf
-        if stage.has_collective
-        else work(jaxpr, flops_per_byte),
-        forward_bytes=peak_live(jaxpr),
-    )
-
-
-def _saving(
-    measure: Measure,
-    products: Sequence[int],
-    outer: int,
-) -> list[Option]:
-    """Return options that save growing sets of products, the most profitable first.
-
-    The first one saves none. What one product is worth is measured: the last of a block
-    is often not read by any derivative.
-    """
-    bare = measure((), outer)
-    worth = {}
-    for i in products:
-        alone = measure((i,), outer)
-        spared = bare.extra - alone.extra
-        added = alone.residual_bytes - bare.residual_bytes
-        if spared > 0 and added > 0:
-            worth[i] = spared / added
-    most_worth_first = sorted(worth, key=lambda i: -worth[i])
-    options = [bare]
-    step = max(1, len(worth) // _MAX_SETS)
-    for n in range(1, len(worth) + 1, step):
-        saved = tuple(sorted(most_worth_first[:n]))
-        options.append(measure(saved, outer))
-    return options
-
-
-def _splits(length: int) -> list[int]:
-    """Return lengths of the outer of two loops; 1 leaves one, its body recomputed."""
-    divisors = [d for d in range(2, length) if length % d == 0]
-    # Two loops of equal length save the fewest carries.
-    nearest_to_root = sorted(
-        divisors, key=lambda d: abs(math.log(d / math.sqrt(length)))
-    )
-    return [1, *nearest_to_root[:_MAX_SPLITS]]
-
-
-def _products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
-    """Return the indices of the products with most arithmetic per byte of result."""
-
-    def intensity(i: int) -> float:
-        eqn = jaxpr.eqns[i]
-        return _flops.eqn_flops(eqn) / max(1, _jaxpr.output_bytes(eqn))
-
-    products = [
-        i
-        for i, eqn in enumerate(jaxpr.eqns)
-        if _jaxpr.primitive(eqn) in _PRODUCTS
-    ]
-    return sorted(products, key=lambda i: -intensity(i))[:_MAX_PRODUCTS]
-
-
-def _measured(
-    jaxpr: _jaxpr.Jaxpr,
-    saved: tuple[int, ...] | None,
-    outer: int,
-    varied: Sequence[bool],
-    flops_per_byte: float,
-) -> Option:
-    """Trace both passes of a stage that runs this way, and count."""
-    fn = _schedule.run_stage(jaxpr, Run(0, saved, outer))
-    shapes = [shape_of(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
-    argnums = [
-        i
-        for i, x in enumerate(shapes)
-        if varied[i] and jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
-    structure: Any = None
-
-    def forward(*xs: Any) -> tuple[Any, Any]:
-        nonlocal structure
-
-        def of_varied(*ys: Any) -> Any:
-            arguments = list(xs)
-            for i, y in zip(argnums, ys, strict=True):
-                arguments[i] = y
-            return fn(*arguments)
-
-        outs, pullback = jax.vjp(of_varied, *[xs[i] for i in argnums])
-        residuals, structure = jax.tree.flatten(pullback)
-        return outs, residuals
-
-    def backward(residuals: Any, cotangents: Any) -> Any:
-        return jax.tree.unflatten(structure, residuals)(cotangents)
-
-    first = _jaxpr.live(jax.make_jaxpr(forward)(*shapes))
-    outputs = len(jaxpr.outvars)
-    outs, residuals = first.outvars[:outputs], first.outvars[outputs:]
-    residual_bytes = written_bytes(
-        first, variables_of(residuals), variables_of(outs)
-    )
-    residual_shapes = list(map(shape_of, residuals))
-    cotangent_shapes = list(map(shape_of, outs))
-    second = _jaxpr.live(
-        jax.make_jaxpr(backward)(residual_shapes, cotangent_shapes)
-    )
-    total = work(first, flops_per_byte) + work(second, flops_per_byte)
-    return Option(
-        saved,
-        outer,
-        residual_bytes,
-        total,
-        peak_live(second),
-    )
-
-
-def _undominated(options: Sequence[Option]) -> list[Option]:
-    best: list[Option] = []
-    for o in sorted(
-        options, key=lambda o: (o.residual_bytes, o.extra, o.backward_bytes)
-    ):
-        if not any(_beats(other, o) for other in best):
-            best = [*(other for other in best if not _beats(o, other)), o]
-    return best
-
-
-def _beats(a: Option, b: Option) -> bool:
-    # The transient counts: splits of a scan differ in nothing else.
-    return (
-        a.residual_bytes <= b.residual_bytes
-        and a.extra <= b.extra
-        and a.residual_bytes + a.backward_bytes
-        <= b.residual_bytes + b.backward_bytes
-    )

@@ -32,6 +32,8 @@ class Report(NamedTuple):
       alias: bytes of results that reuse donated arguments.
       peak: args + outs - alias + temp, bytes.
       flops: floating-point operations, loop bodies counted as often as they run.
+      host: bytes of temporaries in the memory of the host; `temp` and `peak` are those
+        of the device.
     """
 
     temp: int
@@ -40,12 +42,13 @@ class Report(NamedTuple):
     alias: int
     peak: int
     flops: int
+    host: int = 0
 
     def __str__(self) -> str:
         rows = [
             (field, _table.format_bytes(getattr(self, field)))
             for field in self._fields
-            if field != "flops"
+            if field != "flops" and (self.host or field != "host")
         ]
         rows.append(("flops", f"{self.flops:.3e}"))
         return str(_table.make(("memory", "bytes"), rows))
@@ -87,15 +90,15 @@ def report(
     args = sizes.argument_size_in_bytes
     outs = sizes.output_size_in_bytes
     alias = sizes.alias_size_in_bytes
-    # XLA's own count takes the body of a loop once.
-    operations = flops(_jaxpr.live(program))
     return Report(
         temp,
         args,
         outs,
         alias,
         args + outs - alias + temp,
-        operations,
+        operations(program),
+        # Absent before jax 0.8.
+        getattr(sizes, "host_temp_size_in_bytes", 0),
     )
 
 
@@ -121,8 +124,14 @@ def refusal(
         0,
         0,
         temp,
-        flops(_jaxpr.live(program)),
+        operations(program),
     )
+
+
+def operations(program: _jaxpr.ClosedJaxpr) -> int:
+    """Return the floating-point operations of a program, without dead code."""
+    # XLA's own count takes the body of a loop once.
+    return flops(_jaxpr.live(program))
 
 
 def _constant_temp() -> int:

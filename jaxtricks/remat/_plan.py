@@ -3,15 +3,26 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
-from jaxtricks import _jaxpr, _table
+from jaxtricks import _flops, _jaxpr, _table
 from jaxtricks._arguments import checked
 from jaxtricks.remat._memory import Report
-from jaxtricks.remat._schedule import Rerun, Run, Schedule, Steps, stages_of
+from jaxtricks.remat._schedule import (
+    Rerun,
+    Run,
+    Schedule,
+    Steps,
+    largest_scan,
+    products,
+    runs_of,
+    scan_body,
+    stages_of,
+)
+from jaxtricks.remat._solver import Frontier
 from jaxtricks.remat._stages import Stage
 
 P = ParamSpec("P")
@@ -28,7 +39,19 @@ _FIGURES: dict[str, Any] = {
     "wrt": str,
     "rows": list,
 }
+# The same, of fields that plans of before lack.
+_LATER_FIGURES: dict[str, Any] = {
+    "values": list,
+    "gap": (int, float),
+    "host": int,
+    "flops": int,
+    "batch": (int, type(None)),
+    "sizes": list,
+}
 _HEADERS = ("stages", "operations", "carry", "what", "inside", "first line")
+_VALUE_FIELDS = ("choice", "count", "bytes", "cost", "what", "line")
+_SIZE_FIELDS = ("batch", "bytes", "extra_flops", "flops_per_example", "fits")
+_COLUMNS = {"rows": _HEADERS, "values": _VALUE_FIELDS, "sizes": _SIZE_FIELDS}
 _MAX_INTEGER = 2**63
 
 
@@ -54,6 +77,15 @@ class Plan(Generic[P, R]):
         float64 [schedules, 2].
       timeline: bytes alive at each operation by estimate, unplanned and planned.
       rows: of the table of `describe`.
+      values: what becomes of each kind of product, rows of (choice, count, bytes,
+        operations to compute it again as a fraction, what, line).
+      gap: operations above a lower bound for any schedule of these stages within the
+        same memory, both by the model, as a fraction of the step's.
+      host: bytes in the memory of the host.
+      flops: operations of the planned step.
+      batch: the size that was planned for, if one was asked for.
+      sizes: (batch, bytes, extra_flops, operations per example, whether it fits) of
+        each size that was compiled.
       unknown: {primitive: count} of the unplanned program's operations that the cost
         model does not know, and costs by the bytes of their results.
     """
@@ -78,19 +110,46 @@ class Plan(Generic[P, R]):
     rows: tuple[tuple[Any, ...], ...] = dataclasses.field(
         default=(), repr=False
     )
+    values: tuple[tuple[Any, ...], ...] = dataclasses.field(
+        default=(), repr=False
+    )
+    gap: float = 0.0
+    host: int = 0
+    flops: int = 0
+    batch: int | None = None
+    sizes: tuple[tuple[Any, ...], ...] = dataclasses.field(
+        default=(), repr=False
+    )
     unknown: dict[str, int] = dataclasses.field(
         default_factory=dict, repr=False
     )
+
+    def with_sizes(
+        self,
+        batch: int,
+        sizes: Iterable[tuple[Any, ...]],
+    ) -> "Plan[P, R]":
+        """Return the plan with its batch, and the sizes that were compiled."""
+        return dataclasses.replace(
+            self, batch=batch, sizes=tuple(map(tuple, sizes))
+        )
 
     def describe(self) -> _table.Table:
         """Return a table of what becomes of each run of stages, and the figures."""
         peak, baseline, budget = map(
             _table.format_bytes, (self.peak, self.baseline, self.budget)
         )
-        notes = [
-            f"{self.wrt} {peak} of {baseline} (budget {budget}), "
-            f"{self.extra_flops:+.1%} FLOPs, {self.compiles} programs compiled"
+        figures = [
+            f"{self.wrt} {peak} of {baseline} (budget {budget})",
+            f"{self.extra_flops:+.1%} FLOPs",
+            f"at most {self.gap:.1%} above any schedule of these stages",
+            f"{self.compiles} programs compiled",
         ]
+        if self.host:
+            figures[0] += f" and {_table.format_bytes(self.host)} on the host"
+        notes = [", ".join(figures)]
+        notes += map(_describe_value, self.values)
+        notes += map(_describe_size, self.sizes)
         if self.unknown:
             counts = ", ".join(
                 f"{name} ({n})" for name, n in sorted(self.unknown.items())
@@ -106,9 +165,11 @@ class Plan(Generic[P, R]):
     def to_json(self) -> str:
         """Return the plan as text, for `plan_from_json`."""
         content: dict[str, Any] = {"format": _FORMAT}
-        content |= {name: getattr(self, name) for name in _FIGURES}
+        names = (*_FIGURES, *_LATER_FIGURES)
+        content |= {name: getattr(self, name) for name in names}
         if self.unknown:
             content["unknown"] = self.unknown
+        content["shared"] = self.schedule.shared
         steps = self.schedule.steps
         content["ends"] = self.schedule.ends
         content["prints"] = self.schedule.fingerprints
@@ -156,12 +217,14 @@ def plan_from_json(
             None if packed is None else _unpack(packed, len(content["ends"]))
         )
         ends, fingerprints = content.pop("ends"), content.pop("prints")
-        schedule = Schedule(tuple(ends), tuple(fingerprints), steps)
+        shared = tuple(content.pop("shared", ()))
+        schedule = Schedule(tuple(ends), tuple(fingerprints), steps, shared)
         _check_schedule(schedule)
         unknown = content.pop("unknown", {})
         _check_counts(unknown)
         _check_figures(content)
-        content["rows"] = tuple(map(tuple, content["rows"]))
+        for name in ("rows", "values", "sizes"):
+            content[name] = tuple(map(tuple, content.get(name, ())))
         planned = schedule.apply(fn)
         return Plan(
             fn=planned,
@@ -196,6 +259,8 @@ def _check_schedule(schedule: Schedule) -> None:
     steps = schedule.steps
     if steps is not None and stages_of(steps) != every_stage:
         raise ValueError("it does not run every stage once")
+    if not all(type(i) is int and i >= 0 for i in schedule.shared):
+        raise ValueError("its shared variables are not numbered")
 
 
 def _is_increasing(numbers: Sequence[int]) -> bool:
@@ -211,10 +276,11 @@ def _check_counts(unknown: Mapping[str, Any]) -> None:
 
 
 def _check_figures(content: Mapping[str, Any]) -> None:
-    if content.keys() != _FIGURES.keys():
+    if content.keys() - _LATER_FIGURES.keys() != _FIGURES.keys():
         raise ValueError(f"its figures are not {', '.join(_FIGURES)}")
-    for name, kind in _FIGURES.items():
-        value = content[name]
+    kinds = _FIGURES | _LATER_FIGURES
+    for name, value in content.items():
+        kind = kinds[name]
         # True is an int to Python.
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ValueError(f"{name} is {value!r:.40}")
@@ -222,21 +288,24 @@ def _check_figures(content: Mapping[str, Any]) -> None:
         is_number = isinstance(value, int | float)
         if is_number and not abs(value) < _MAX_INTEGER:
             raise ValueError(f"{name} is beyond any size")
-    for row in content["rows"]:
-        if not isinstance(row, list) or len(row) != len(_HEADERS):
-            raise ValueError(
-                f"its rows have not the columns {', '.join(_HEADERS)}"
-            )
+    for name, columns in _COLUMNS.items():
+        for row in content.get(name, ()):
+            if not isinstance(row, list) or len(row) != len(columns):
+                raise ValueError(
+                    f"its {name} have not the columns {', '.join(columns)}"
+                )
 
 
-# A run is [stage, [saved, outer]] in the text, a rerun {"again": steps}.
+# A run is [stage, [saved, outer, in_parts, offload]] in the text, without the last two in
+# plans of before; a rerun is {"again": steps}.
 
 
 def _pack(steps: Steps) -> list[Any]:
     packed: list[Any] = []
     for step in steps:
         if isinstance(step, Run):
-            packed.append([step.stage, [step.saved, step.outer]])
+            choice = [step.saved, step.outer, step.in_parts, step.offload]
+            packed.append([step.stage, choice])
         else:
             packed.append({"again": _pack(step.steps)})
     return packed
@@ -252,8 +321,8 @@ def _unpack(packed: Sequence[Any], max_depth: int) -> Steps:
         if isinstance(item, dict):
             steps.append(Rerun(_unpack(item["again"], max_depth - 1)))
         else:
-            stage, (saved, outer) = item[0], item[1]
-            steps.append(_unpack_run(stage, saved, outer))
+            stage, choice = item
+            steps.append(_unpack_run(stage, *choice))
     return tuple(steps)
 
 
@@ -261,15 +330,19 @@ def _unpack_run(
     stage: Any,
     saved: Sequence[Any] | None,
     outer: Any,
+    in_parts: Any = False,
+    offload: Any = False,
 ) -> Run:
     indices = None if saved is None else tuple(saved)
     for number in (*(indices or ()), outer):
         # True is an int to Python, and a float may be whole.
         if type(number) is not int or number < 0:
             raise ValueError("it has a choice that is not a number")
+    if not isinstance(in_parts, bool) or not isinstance(offload, bool):
+        raise ValueError("it has a choice that is neither true nor false")
     if indices and len(set(indices)) < len(indices):
         raise ValueError("it saves a result twice")
-    return Run(stage, indices, outer)
+    return Run(stage, indices, outer, in_parts, offload)
 
 
 # The rows of the table.
@@ -324,3 +397,71 @@ def _row(
         inside = f"{depth} recomputed groups"
     carry = _table.format_bytes(stages[last].carry)
     return (label, len(eqns), carry, text, inside, next(lines, ""))
+
+
+# What becomes of the products.
+
+
+def describe_values(
+    frontier: Frontier,
+    steps: Steps | None,
+) -> tuple[tuple[Any, ...], ...]:
+    """Return the rows of `Plan.values`, the costliest first.
+
+    Products inside loops are those of one iteration, counted as often as they run.
+    """
+    counts: dict[Any, list[float]] = {}
+    is_inside = set()
+    for step in steps or ():
+        if isinstance(step, Rerun):
+            is_inside.update(stages_of((step,)))
+    for run in runs_of(steps or ()):
+        stage = frontier.stages[run.stage]
+        jaxpr, times = stage.jaxpr, 1
+        if run.outer:
+            loop = largest_scan(jaxpr)
+            times = _jaxpr.scan_parts(loop).length
+            jaxpr = scan_body(loop).jaxpr
+        for i in products(jaxpr):
+            eqn = jaxpr.eqns[i]
+            choice = _choice(run, i, run.stage in is_inside)
+            what = _jaxpr.primitive(eqn) + " "
+            what += eqn.outvars[0].aval.str_short(short_dtypes=True)
+            key = choice, what, _jaxpr.source_line(eqn)
+            sums = counts.setdefault(key, [0, 0, 0.0])
+            sums[0] += times
+            sums[1] += times * _jaxpr.output_bytes(eqn)
+            sums[2] += times * _flops.eqn_flops(eqn) / frontier.step
+    rows = [
+        (choice, n, nbytes, cost, what, line)
+        for (choice, what, line), (n, nbytes, cost) in counts.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row[3]))
+
+
+def _choice(run: Run, i: int, is_rerun: bool) -> str:
+    if run.saved is None or i in run.saved:
+        choice = "offloaded" if run.offload else "saved"
+        return f"{choice} in a recomputed group" if is_rerun else choice
+    return "recomputed"
+
+
+def _describe_value(row: tuple[Any, ...]) -> str:
+    choice, count, nbytes, cost, what, line = row
+    where = f" at {line}" if line else ""
+    sentence = (
+        f"{choice}: {count} x {what}, {_table.format_bytes(nbytes)}, "
+        f"{cost:.1%} of the FLOPs{where}"
+    )
+    # Names may come from a text.
+    return _table.printable(sentence)
+
+
+def _describe_size(row: tuple[Any, ...]) -> str:
+    batch, figure, extra, per_example, fits = row
+    if not fits:
+        return f"batch {batch}: {_table.format_bytes(figure)}, does not fit"
+    return (
+        f"batch {batch}: {_table.format_bytes(figure)}, {extra:+.1%} FLOPs, "
+        f"{per_example:.3e} FLOPs per example"
+    )

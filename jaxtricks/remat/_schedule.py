@@ -6,6 +6,7 @@ compared when it is applied to a function.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ import jax
 from jaxtricks import _flops, _jaxpr
 from jaxtricks._partition import positional, without_changes
 from jaxtricks.remat import _sequential, _stages
+from jaxtricks.remat._checkpoint import offloaded
 from jaxtricks.remat._recompute import recompute_grad, recomputed
 from jaxtricks.remat._stages import Stage
 
@@ -27,20 +29,28 @@ class Run:
 
     Attributes:
       stage: index of the stage.
-      saved, outer: see `_stages.Option`; the defaults save everything.
+      saved, outer, offload: see `_stages.Option`; the defaults save everything.
+      in_parts: what lies between two products runs once more when its own cotangent
+        arrives. Less is alive in the backward pass of the stage, for a few elementwise
+        operations.
     """
 
     stage: int
     saved: tuple[int, ...] | None = None
     outer: int = 0
+    in_parts: bool = False
+    offload: bool = False
 
     def __str__(self) -> str:
         if self.saved is None:
             text = "keep"
         elif self.saved:
-            text = f"save {len(self.saved)}"
+            verb = "offload" if self.offload else "save"
+            text = f"{verb} {len(self.saved)}"
         else:
             text = "recompute"
+        if self.in_parts:
+            text += ", in parts"
         return f"scan in {self.outer}, {text}" if self.outer else text
 
 
@@ -76,11 +86,15 @@ class Schedule:
       ends: where the stages end; see `_stages.split`.
       fingerprints: of the stages.
       steps: how they run; None leaves the function as it is.
+      shared: differentiated variables that many stages read, as weights of a recurrent
+        network; numbers of (*constvars, *invars, *results of the equations). Each
+        recomputed step returns them, so that their cotangents pass through it.
     """
 
     ends: tuple[int, ...]
     fingerprints: tuple[str, ...]
     steps: Steps | None
+    shared: tuple[int, ...] = ()
 
     def apply(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Return fn with its activations recomputed as the schedule says.
@@ -105,11 +119,20 @@ class Schedule:
             # A text may ask for what its fingerprints do not rule out.
             for run in runs_of(steps):
                 _check(stages[run.stage].jaxpr, run)
-            execute = _scheduled(program.jaxpr, stages, steps)
+            self._check_shared(program.jaxpr)
+            execute = _scheduled(program.jaxpr, stages, steps, self.shared)
             outs = execute(*program.consts, *jax.tree.leaves(arguments))
             return jax.tree.unflatten(structure, outs)
 
         return planned
+
+    def _check_shared(self, program: _jaxpr.Jaxpr) -> None:
+        count = len(program.constvars) + len(program.invars)
+        count += len(_jaxpr.computed_variables(program.eqns))
+        if max(self.shared, default=-1) >= count:
+            raise ValueError(
+                "this plan shares a variable that is not there: plan again"
+            )
 
     def _matching_stages(self, program: _jaxpr.Jaxpr) -> list[Stage]:
         count = self.ends[-1]
@@ -143,8 +166,10 @@ def _check(jaxpr: _jaxpr.Jaxpr, run: Run) -> None:
                 "plan again"
             )
         body = scan_body(loop).jaxpr
-    last_saved = max(run.saved or (), default=-1)
-    if last_saved >= len(body.eqns):
+    saved = run.saved or ()
+    # The parts of a stage have products between them, and nothing else keeps its place.
+    choice = products(body) if run.in_parts else range(len(body.eqns))
+    if not set(saved) <= set(choice):
         raise ValueError(
             "this plan saves the result of an operation that is not there: plan again"
         )
@@ -154,12 +179,15 @@ def _scheduled(
     program: _jaxpr.Jaxpr,
     stages: Sequence[Stage],
     steps: Steps,
+    shared: Sequence[int],
 ) -> Callable[..., list[Any]]:
     """Return the program as a function of (*constvars, *invars), run by the steps."""
     needed_after = _jaxpr.needed_after(
         [stage.jaxpr.eqns for stage in stages], program.outvars
     )
     variables = (*program.constvars, *program.invars)
+    numbered = (*variables, *_jaxpr.computed_variables(program.eqns))
+    shared_vars = {numbered[i] for i in shared}
 
     def execute(*xs: Any) -> list[Any]:
         env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
@@ -172,21 +200,31 @@ def _scheduled(
             if isinstance(step, Run):
                 jaxpr = stages[step.stage].jaxpr
                 ins = [*jaxpr.constvars, *jaxpr.invars]
-                outs = jaxpr.outvars
-                fn = run_stage(jaxpr, step)
+                passed = [] if step.saved is None else passing(ins, step)
+                outs = [*jaxpr.outvars, *passed]
+                through = _jaxpr.build(
+                    jaxpr.constvars, jaxpr.invars, outs, jaxpr.eqns
+                )
+                fn = run_stage(through, step)
             else:
                 # A group inside a group is recomputed twice: its inputs are alive only
                 # while the outer one runs again.
                 ins, outs = boundary(step.steps)
-                group = functools.partial(
-                    run_group,
-                    step.steps,
-                    ins,
-                    outs,
-                )
+                outs += passing(ins, step)
+                group = functools.partial(run_group, step.steps, ins, outs)
                 fn = recompute_grad(group)
             results = fn(*[env[v] for v in ins])
             env.update(zip(outs, results, strict=True))
+
+    def passing(ins: Sequence[Any], step: Run | Rerun) -> list[Any]:
+        """Return the shared inputs of a step that later steps read too.
+
+        A step returns them as they are, so that their cotangents pass through it. Without
+        it a compiler adds up the cotangents of all steps at once, in the end, and until
+        then each of them is alive.
+        """
+        later_reads = needed_after[stages_of((step,))[-1]]
+        return [v for v in ins if v in shared_vars and v in later_reads]
 
     def boundary(steps: Steps) -> tuple[list[Any], list[Any]]:
         """Variables that a group of stages reads, and those of it that later ones read."""
@@ -225,7 +263,117 @@ def run_stage(
         return _with_split_scan(jaxpr, run)
     if run.saved is None:
         return _plain(jaxpr)
-    return recomputed(jaxpr, saved=run.saved)
+    return _recomputed(jaxpr, run)
+
+
+def _recomputed(
+    jaxpr: _jaxpr.Jaxpr,
+    run: Run,
+    *,
+    ordered: bool = True,
+) -> Callable[..., list[Any]]:
+    """Return a stage or a body that saves the results of some equations."""
+
+    def finish(
+        jaxpr: _jaxpr.Jaxpr,
+        saved: Sequence[int],
+    ) -> Callable[..., list[Any]]:
+        if run.offload:
+            return offloaded(jaxpr, saved, ordered=ordered)
+        return recomputed(jaxpr, saved=saved, ordered=ordered)
+
+    saved = run.saved or ()
+    if not run.in_parts:
+        return finish(jaxpr, saved)
+
+    def execute(*xs: Any) -> list[Any]:
+        return finish(*_in_parts(jaxpr, saved, xs))(*xs)
+
+    return execute
+
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def products(jaxpr: _jaxpr.Jaxpr) -> list[int]:
+    """Return the indices of the equations whose results are worth saving."""
+    return [i for i, eqn in enumerate(jaxpr.eqns) if _is_product(eqn)]
+
+
+def _is_product(eqn: Any) -> bool:
+    return _jaxpr.primitive(eqn) in PRODUCTS
+
+
+def has_parts(jaxpr: _jaxpr.Jaxpr) -> bool:
+    """Return whether there is more than one equation between two products."""
+    return bool(products(jaxpr)) and any(
+        len(part) > 1 for part in _parts(jaxpr)
+    )
+
+
+def with_results(
+    jaxpr: _jaxpr.Jaxpr,
+    run: Run,
+    indices: Sequence[int],
+) -> Callable[..., list[Any]]:
+    """Return the stage, saving everything, with the results of some products behind its own."""
+    if run.outer:
+        return run_stage(jaxpr, run)
+
+    def execute(*xs: Any) -> list[Any]:
+        stage, numbers = jaxpr, indices
+        if run.in_parts:
+            stage, numbers = _in_parts(jaxpr, indices, xs)
+        results = _jaxpr.computed_variables([stage.eqns[i] for i in numbers])
+        more = _jaxpr.build(
+            stage.constvars,
+            stage.invars,
+            [*stage.outvars, *results],
+            stage.eqns,
+        )
+        return _plain(more)(*xs)
+
+    return execute
+
+
+def _parts(jaxpr: _jaxpr.Jaxpr) -> list[_jaxpr.Equations]:
+    """Return each product alone, and what lies between them."""
+    parts: list[_jaxpr.Equations] = []
+    for is_product, group in itertools.groupby(jaxpr.eqns, key=_is_product):
+        eqns = tuple(group)
+        parts += [(eqn,) for eqn in eqns] if is_product else [eqns]
+    return parts
+
+
+def _in_parts(
+    jaxpr: _jaxpr.Jaxpr,
+    indices: Sequence[int],
+    xs: Sequence[Any],
+) -> tuple[_jaxpr.Jaxpr, tuple[int, ...]]:
+    """Return the jaxpr with what lies between its products recomputed, and their new indices.
+
+    It is traced on its inputs xs, whose types may say more than their shapes.
+    """
+    parts = _parts(jaxpr)
+    needed = _jaxpr.needed_after(parts, jaxpr.outvars)
+    inputs = (*jaxpr.constvars, *jaxpr.invars)
+
+    def execute(*xs: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(inputs, xs, strict=True))
+        for eqns, later_reads in zip(parts, needed, strict=True):
+            outs = [
+                v for v in _jaxpr.computed_variables(eqns) if v in later_reads
+            ]
+            part = _jaxpr.extract(eqns, outs)
+            fn = _plain(part) if len(eqns) == 1 else recomputed(part)
+            results = fn(*_jaxpr.read_values(part.invars, env))
+            env.update(zip(outs, results, strict=True))
+        return _jaxpr.read_values(jaxpr.outvars, env)
+
+    closed, _ = _jaxpr.trace(execute, *xs)
+    program = closed.jaxpr
+    number = dict(zip(products(jaxpr), products(program), strict=True))
+    return program, tuple(number[i] for i in indices)
 
 
 def largest_scan(jaxpr: _jaxpr.Jaxpr) -> Any:
@@ -287,7 +435,7 @@ def _split_scan(
         step = _plain(body.jaxpr)
     else:
         # The backward pass of a loop is another loop: no order is needed.
-        step = recomputed(body.jaxpr, saved=run.saved, ordered=False)
+        step = _recomputed(body.jaxpr, run, ordered=False)
     # 1 leaves a single loop, whose body is recomputed.
     outer = [run.outer] if run.outer > 1 else []
 

@@ -23,7 +23,10 @@ import numpy as np
 from jaxtricks.remat._schedule import Rerun, Run, Steps, stages_of
 from jaxtricks.remat._stages import Option, Stage
 
-SLOTS = 1000  # steps of memory; too few round small carries up
+# Steps of memory: too few round small carries up, and each costs time for every pair of
+# stages and every place between them.
+_MIN_SLOTS, _MAX_SLOTS = 800, 4000
+_MAX_CELLS = 1e8
 _TOLERANCE = 1e-9
 
 
@@ -33,7 +36,7 @@ class Frontier:
     Args:
       stages: with their costs; see `_costs.with_costs`.
       carries: see `_stages.carries`.
-      slots: number of steps in which memory is counted.
+      slots: number of steps in which memory is counted; None takes as many as are quick.
 
     Attributes:
       memory: model bytes of each distinct schedule, increasing: float64 [schedules].
@@ -46,10 +49,13 @@ class Frontier:
         self,
         stages: Sequence[Stage],
         carries: np.ndarray,
-        slots: int = SLOTS,
+        slots: int | None = None,
     ):
         self.stages = stages
         self.carries = carries
+        if slots is None:
+            fitting = int(_MAX_CELLS / len(stages) ** 3)
+            slots = min(max(fitting, _MIN_SLOTS), _MAX_SLOTS)
         self._slots = slots
         most_residuals = 0.0
         most_transient = 0.0
@@ -185,7 +191,7 @@ class Frontier:
             best = int(self._best[s, t, slots])
             if best < len(options):
                 option = options[best]
-                yield Run(s, option.saved, option.outer)
+                yield run_of(s, option)
                 slots -= self._in_slots(option.residual_bytes)
                 slots -= int(self._carry_slots[s, s])
                 s += 1
@@ -196,10 +202,17 @@ class Frontier:
                 s = last + 1
 
 
+def run_of(stage: int, option: Option) -> Run:
+    """Return the step that runs a stage by an option."""
+    return Run(
+        stage, option.saved, option.outer, option.in_parts, option.offload
+    )
+
+
 def _option_of(stage: Stage, run: Run) -> Option:
     """Return the option that a run chooses, the cheapest if another one beats it."""
     for option in stage.options:
-        if (option.saved, option.outer) == (run.saved, run.outer):
+        if run_of(run.stage, option) == run:
             return option
     return min(stage.options, key=lambda option: option.extra)
 

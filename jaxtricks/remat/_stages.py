@@ -1,6 +1,6 @@
 """Cut a program into a chain of stages, where few bytes are alive.
 
-What each stage costs is measured in `_costs`; how it runs is decided in `_solver` and
+What each stage costs is counted in `_options`; how it runs is decided in `_solver` and
 done in `_schedule`.
 """
 
@@ -58,17 +58,23 @@ class Option:
         saves all that the derivative needs, () recomputes from the inputs.
       outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the
         scan alone.
+      in_parts: see `_schedule.Run`.
+      offload: what is saved waits in the memory of the host.
       residual_bytes: bytes alive until the backward pass, without the inputs and
         outputs of the stage.
+      host_bytes: the same, in the memory of the host.
       extra: operations beyond those of saving everything.
       backward_bytes: most bytes alive in the backward pass, without residuals.
     """
 
     saved: tuple[int, ...] | None
     outer: int
-    residual_bytes: float
-    extra: float
-    backward_bytes: float
+    in_parts: bool = False
+    offload: bool = False
+    residual_bytes: float = 0.0
+    host_bytes: float = 0.0
+    extra: float = 0.0
+    backward_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +86,7 @@ class Stage:
       fingerprint: of the jaxpr.
       carry: bytes alive at its end, long-lived values apart.
       has_collective: it holds a collective operation, which never runs twice.
-      options: the ways that no other beats; empty before `_costs.with_costs`.
+      options: the ways that no other beats; empty before `_options.with_costs`.
       forward: operations of one forward pass; infinite if it may not run twice.
       forward_bytes: most bytes alive in it.
     """

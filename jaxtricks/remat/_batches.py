@@ -1,0 +1,253 @@
+"""Find the largest batch whose step meets a budget, and plan for sizes of a batch."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxtricks import _integers
+from jaxtricks.remat import _memory
+from jaxtricks.remat._program import Program
+from jaxtricks.remat._trial import Trial
+
+Batch = int | Sequence[int] | Literal["max"]
+"""A size, several, or "max"."""
+
+MAX_COMPILES = 8
+# Compilations that stay for the unplanned step at the largest batch and for a schedule
+# that recomputes less there.
+_RESERVED = 3
+_CLOSE = 0.01  # of a batch: a gain not worth another compilation
+_AIM = 0.99  # of the budget
+_MAX_BATCH = 2**31 - 1
+
+
+class Size(NamedTuple):
+    """One size of the batch that was compiled.
+
+    Attributes:
+      batch: examples.
+      figure: bytes, as `wrt` counts them.
+      extra_flops: of its schedule, a fraction of the unplanned step's operations.
+      flops_per_example: operations of the planned step per example.
+      fits: whether it meets the budget.
+    """
+
+    batch: int
+    figure: int
+    extra_flops: float
+    flops_per_example: float
+    fits: bool
+
+
+def sizes(batch: Batch, batch_step: int) -> tuple[int, ...] | None:
+    """Return the sizes in order; None for "max".
+
+    Raises:
+      ValueError: a size or the step is not a positive integer.
+    """
+    if not _are_positive(batch_step) or not _integers.is_integer(batch_step):
+        raise ValueError(
+            f"batch_step is {batch_step!r:.40}: give a positive integer"
+        )
+    if isinstance(batch, str):
+        if batch == "max":
+            return None
+    elif _are_positive(batch):
+        return _integers.listed(batch)
+    raise ValueError(
+        f'batch is {batch!r:.40}: give a positive integer, several, or "max"'
+    )
+
+
+def _are_positive(batch: Any) -> bool:
+    try:
+        numbers = _integers.listed(batch)
+    except TypeError:
+        return False
+    return bool(numbers) and all(0 < n < _MAX_BATCH for n in numbers)
+
+
+def resized(
+    args: Sequence[Any],
+    positions: Sequence[int],
+    batch: int,
+) -> list[Any]:
+    """Return the shapes of the arguments at another batch.
+
+    Args:
+      args: arrays or shapes.
+      positions: of those arguments whose leaves begin with the axis of the batch;
+        scalars and keys stay.
+      batch: size of that axis.
+    """
+
+    def resize(x: Any) -> Any:
+        shape = _memory.shape(x, getattr(x, "sharding", None))
+        if not _has_batch(x):
+            return x
+        return shape.update(shape=(batch, *shape.shape[1:]))
+
+    return [
+        jax.tree.map(resize, arg) if i in positions else arg
+        for i, arg in enumerate(args)
+    ]
+
+
+def size_of(
+    args: Sequence[Any],
+    positions: Sequence[int],
+) -> int:
+    """Return the batch of the arguments.
+
+    Raises:
+      ValueError: they have none, or several.
+    """
+    found = {
+        x.shape[0]
+        for i in positions
+        for x in jax.tree.leaves(args[i])
+        if _has_batch(x)
+    }
+    if len(found) != 1:
+        what = "no array" if not found else f"axes of {sorted(found)}"
+        raise ValueError(
+            f"batch: the arguments that are not differentiated begin with {what}, "
+            "not with one axis of the batch: name those that do by batch_argnums"
+        )
+    return found.pop()
+
+
+def _has_batch(x: Any) -> bool:
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return bool(x.shape) and not is_key
+
+
+@dataclasses.dataclass
+class Largest:
+    """A search for the largest batch.
+
+    Attributes:
+      programs: batch -> program.
+      budget: bytes.
+      wrt: "peak" or "temp".
+      step: the batch is a multiple of it.
+      max_extra: the most operations to run twice, as a fraction.
+      tried: what was compiled.
+    """
+
+    programs: Callable[[int], Program]
+    budget: int
+    wrt: str
+    step: int
+    max_extra: float
+    tried: list[Size] = dataclasses.field(default_factory=list)
+
+    def search(self, start: int) -> tuple[int, Trial | None]:
+        """Return the largest batch that fits, and its trial.
+
+        Args:
+          start: about the size to start from.
+
+        Returns:
+          (0, None) if not even the smallest fits.
+        """
+        low, high = 0, _MAX_BATCH
+        best: Trial | None = None
+        # Both the model's bytes and what no schedule can shrink are straight lines over
+        # the batch.
+        first = self._multiple(start)
+        line = self._line(first, 2 * first)
+        ratio, offset = 1.0, 0.0
+        while len(self.tried) < MAX_COMPILES - _RESERVED:
+            guess = self._solve(line, ratio, offset)
+            guess = min(max(guess, low + self.step), high - self.step)
+            if guess <= low or (best and high - low <= _CLOSE * low):
+                break
+            trial = self._compile(guess)
+            if self.tried[-1].fits:
+                low, best = guess, trial
+            else:
+                high = guess
+            expected_fixed, expected_temp = self._expected(line, guess)
+            report = trial.report
+            ratio = trial.temp / max(1.0, expected_temp)
+            if not trial.is_refused:
+                offset = report.peak - report.temp - expected_fixed
+        return low, best
+
+    def _compile(self, batch: int) -> Trial:
+        program = self.programs(batch)
+        frontier = program.frontier
+        trial = program.compile(frontier.steps(self._smallest(program)))
+        self._add(batch, trial, program)
+        return trial
+
+    def least(self) -> int:
+        """Return the smallest figure that was compiled."""
+        return min(size.figure for size in self.tried)
+
+    def sizes(self) -> list[Size]:
+        """Return what was compiled, by size."""
+        return sorted(self.tried)
+
+    def _add(self, batch: int, trial: Trial, program: Program) -> None:
+        """Note a trial."""
+        figure = trial.report.peak if self.wrt == "peak" else trial.temp
+        fits = not trial.is_refused and figure <= self.budget
+        flops = trial.report.flops
+        self.tried.append(
+            Size(batch, figure, flops / program.flops - 1, flops / batch, fits)
+        )
+
+    def _smallest(self, program: Program) -> int:
+        """Return the schedule with least memory that recomputes no more than allowed."""
+        frontier = program.frontier
+        # Memory increases, and what runs twice decreases.
+        allowed = frontier.extra <= self.max_extra * frontier.step
+        return int(np.argmax(allowed))
+
+    def _line(self, a: int, b: int) -> tuple[int, int, Any, Any]:
+        """Return two sizes, and (fixed, model's temporaries) of both."""
+        return a, b, self._model(a), self._model(b)
+
+    def _model(self, batch: int) -> tuple[float, float]:
+        program = self.programs(batch)
+        memory = program.frontier.memory[self._smallest(program)]
+        fixed = program.arguments() if self.wrt == "peak" else 0
+        return float(fixed), float(memory)
+
+    def _expected(
+        self,
+        line: tuple[int, int, Any, Any],
+        batch: int,
+    ) -> tuple[float, float]:
+        a, b, (fixed_a, memory_a), (fixed_b, memory_b) = line
+        share = (batch - a) / (b - a)
+        return (
+            fixed_a + share * (fixed_b - fixed_a),
+            memory_a + share * (memory_b - memory_a),
+        )
+
+    def _solve(
+        self,
+        line: tuple[int, int, Any, Any],
+        ratio: float,
+        offset: float,
+    ) -> int:
+        """Return the batch that the model expects to use up the budget."""
+
+        def expected(batch: int) -> float:
+            fixed, memory = self._expected(line, batch)
+            return fixed + offset + ratio * memory
+
+        constant = expected(0)
+        slope = expected(1) - constant
+        if slope <= 0:
+            return _MAX_BATCH
+        return self._multiple(int((_AIM * self.budget - constant) / slope))
+
+    def _multiple(self, batch: int) -> int:
+        return max(self.step, min(batch, _MAX_BATCH) // self.step * self.step)
