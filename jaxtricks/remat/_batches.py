@@ -19,8 +19,11 @@ MAX_COMPILES = 8
 # Compilations that stay for the unplanned step at the largest batch and for a schedule
 # that recomputes less there.
 _RESERVED = 3
-_CLOSE = 0.01  # of a batch: a gain not worth another compilation
-_AIM = 0.99  # of the budget
+_CLOSE = (
+    0.004  # of a batch, or of the budget: a gain not worth another compilation
+)
+# Of the budget: where the first guess aims, which only the model knows, and the others.
+_FIRST_AIM, _AIM = 0.97, 0.998
 _MAX_BATCH = 2**31 - 1
 
 
@@ -154,29 +157,25 @@ class Largest:
         Returns:
           (0, None) if not even the smallest fits.
         """
-        low, high = 0, _MAX_BATCH
         best: Trial | None = None
-        # Both the model's bytes and what no schedule can shrink are straight lines over
-        # the batch.
-        first = self._multiple(start)
-        line = self._line(first, 2 * first)
-        ratio, offset = 1.0, 0.0
+        low: Size | None = None
+        high: Size | None = None
+        model = self._line(self._multiple(start))
         while len(self.tried) < MAX_COMPILES - _RESERVED:
-            guess = self._solve(line, ratio, offset)
-            guess = min(max(guess, low + self.step), high - self.step)
-            if guess <= low or (best and high - low <= _CLOSE * low):
+            smallest = (low.batch if low else 0) + self.step
+            largest = (high.batch if high else _MAX_BATCH) - self.step
+            guess = min(max(self._guess(model, low, high), smallest), largest)
+            if guess < smallest:
                 break
             trial = self._compile(guess)
-            if self.tried[-1].fits:
-                low, best = guess, trial
+            latest = self.tried[-1]
+            if latest.fits:
+                low, best = latest, trial
             else:
-                high = guess
-            expected_fixed, expected_temp = self._expected(line, guess)
-            report = trial.report
-            ratio = trial.temp / max(1.0, expected_temp)
-            if not trial.is_refused:
-                offset = report.peak - report.temp - expected_fixed
-        return low, best
+                high = latest
+            if low and low.figure > (1 - _CLOSE) * self.budget:
+                break
+        return (low.batch, best) if low else (0, None)
 
     def _compile(self, batch: int) -> Trial:
         program = self.programs(batch)
@@ -209,45 +208,36 @@ class Largest:
         allowed = frontier.extra <= self.max_extra * frontier.step
         return int(np.argmax(allowed))
 
-    def _line(self, a: int, b: int) -> tuple[int, int, Any, Any]:
-        """Return two sizes, and (fixed, model's temporaries) of both."""
-        return a, b, self._model(a), self._model(b)
+    def _line(self, batch: int) -> tuple[float, float]:
+        """Return the figure of the model as a straight line: (at 0, per example)."""
+        other = 4 * batch
+        first, second = self._model(batch), self._model(other)
+        slope = (second - first) / (other - batch)
+        return first - slope * batch, slope
 
-    def _model(self, batch: int) -> tuple[float, float]:
+    def _model(self, batch: int) -> float:
         program = self.programs(batch)
-        memory = program.frontier.memory[self._smallest(program)]
-        fixed = program.arguments() if self.wrt == "peak" else 0
-        return float(fixed), float(memory)
+        memory = float(program.frontier.memory[self._smallest(program)])
+        return memory + (program.arguments() if self.wrt == "peak" else 0)
 
-    def _expected(
+    def _guess(
         self,
-        line: tuple[int, int, Any, Any],
-        batch: int,
-    ) -> tuple[float, float]:
-        a, b, (fixed_a, memory_a), (fixed_b, memory_b) = line
-        share = (batch - a) / (b - a)
-        return (
-            fixed_a + share * (fixed_b - fixed_a),
-            memory_a + share * (memory_b - memory_a),
-        )
-
-    def _solve(
-        self,
-        line: tuple[int, int, Any, Any],
-        ratio: float,
-        offset: float,
+        model: tuple[float, float],
+        low: Size | None,
+        high: Size | None,
     ) -> int:
-        """Return the batch that the model expects to use up the budget."""
-
-        def expected(batch: int) -> float:
-            fixed, memory = self._expected(line, batch)
-            return fixed + offset + ratio * memory
-
-        constant = expected(0)
-        slope = expected(1) - constant
-        if slope <= 0:
-            return _MAX_BATCH
-        return self._multiple(int((_AIM * self.budget - constant) / slope))
+        """Return the batch that should use up the budget."""
+        constant, slope = model
+        aim = (_AIM if self.tried else _FIRST_AIM) * self.budget
+        if low and high:
+            # What the compiler said of both is nearer than the model.
+            slope = (high.figure - low.figure) / (high.batch - low.batch)
+            constant = low.figure - slope * low.batch
+        elif nearest := low or high:
+            # The model, by the factor that it is wrong by here.
+            ratio = nearest.figure / (constant + slope * nearest.batch)
+            constant, slope = ratio * constant, ratio * slope
+        return self._multiple(int((aim - constant) / max(slope, 1e-9)))
 
     def _multiple(self, batch: int) -> int:
         return max(self.step, min(batch, _MAX_BATCH) // self.step * self.step)

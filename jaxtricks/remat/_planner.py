@@ -210,7 +210,7 @@ def _largest_of(
     sizes: Sequence[int],
 ) -> Plan[P, R]:
     """Plan for every size, and return the plan of the largest that fits."""
-    best: Plan[P, R] | None = None
+    best: tuple[int, Plan[P, R]] | None = None
     failure: BudgetInfeasible | None = None
     table = []
     for size in sorted(set(sizes)):
@@ -220,7 +220,7 @@ def _largest_of(
             failure = error
             table.append(Size(size, error.best, np.nan, np.nan, False))
         else:
-            best, best_size = result, size
+            best = size, result
             table.append(
                 Size(
                     size,
@@ -233,7 +233,8 @@ def _largest_of(
     if best is None:
         assert failure is not None
         raise failure
-    return best.with_sizes(best_size, table)
+    size, result = best
+    return result.with_sizes(size, table)
 
 
 def _planned(

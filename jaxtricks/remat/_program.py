@@ -275,7 +275,7 @@ def _shared_variables(
         for i, v in enumerate(variables)
         if readers[v] >= _MANY
         and v in varied
-        and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+        and jnp.issubdtype(_jaxpr.shape_of(v).dtype, jnp.inexact)
     )
 
 

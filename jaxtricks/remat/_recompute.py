@@ -171,13 +171,24 @@ def tied_inputs(
         ]
         best = max(range(len(inputs)), key=gains.__getitem__, default=None)
         if best is None or best in tied:
-            return tied
+            break
         # Something has to wait, even if it does not pay.
         is_first = not waiting and reach[best]
         if gains[best] <= 0 and not is_first:
-            return tied
+            break
         tied.add(best)
         waiting |= reach[best]
+    # A bias costs next to nothing. Where jaxlib 0.12 hands products to its library of CPU
+    # kernels (from 4096 rows on, say), it writes out what they broadcast, and both passes
+    # would share that.
+    bound = sum(waiting.values()) * _SMALL
+    small = {
+        i for i, v in enumerate(inputs) if reach[i] and var_bytes(v) < bound
+    }
+    return tied | small
+
+
+_SMALL = 1e-3  # of the bytes that wait: an input that may be copied for nothing
 
 
 def _reached(
