@@ -63,25 +63,13 @@ def with_costs(
             options += [in_parts(option.saved) for option in whole]
         loop = _schedule.largest_scan(jaxpr)
         if loop is not None:
-            options += _of_scan(stage, loop, varied, flops_per_byte)
-        if host is not None:
-            # {length of the outer loop: what stays on the device where nothing is saved}
-            carries = {
-                o.outer: o.residual_bytes for o in options if o.saved == ()
-            }
-            length = _jaxpr.scan_parts(loop).length if loop is not None else 1
-            options += [
-                _offloaded(
-                    option,
-                    option.residual_bytes - carries[option.outer],
-                    length if option.outer else 1,
-                    forward,
-                    flops_per_byte,
-                    host,
+            in_loops = _of_scan(stage, loop, varied, flops_per_byte)
+            options += in_loops
+            if host is not None:
+                length = _jaxpr.scan_parts(loop).length
+                options += _offloaded(
+                    in_loops, length, forward, flops_per_byte, host
                 )
-                for option in options
-                if option.saved
-            ]
     relative = []
     for option in options:
         extra = max(0.0, option.extra - everything.extra)
@@ -123,37 +111,49 @@ def _of_scan(
 
 
 def _offloaded(
-    option: Option,
-    nbytes: float,
-    pieces: int,
+    options: Sequence[Option],
+    length: int,
     forward: float,
     flops_per_byte: float,
     host: HostMemory,
-) -> Option:
-    """Return the option with what it saves in the memory of the host.
+) -> list[Option]:
+    """Return the options with what they save in the memory of the host.
+
+    Only of loops: in straight code libtpu 0.0.50 keeps the original of every copy, and
+    brings all of them back at once, so that the device needs more memory than without.
 
     The copies run beside the computation of the stage, forwards once and backwards about
     twice as long; what takes longer delays the step. They also pass through the memory
     of the device once each way.
 
     Args:
-      option: the option that saves on the device.
-      nbytes: bytes that it saves.
-      pieces: in how many parts they return: the steps of a loop return one by one.
+      options: the ways to split a loop.
+      length: steps of the loop.
       forward: operations of one forward pass of the stage.
       flops_per_byte: see `_costs.FLOPS_PER_BYTE`.
       host: the price of a byte.
     """
-    one_way = nbytes * host.flops_per_byte
-    delay = max(0.0, one_way - forward) + max(0.0, one_way - 2 * forward)
-    return dataclasses.replace(
-        option,
-        offload=True,
-        residual_bytes=option.residual_bytes - nbytes,
-        host_bytes=nbytes,
-        extra=option.extra + delay + 2 * flops_per_byte * nbytes,
-        backward_bytes=option.backward_bytes + nbytes / pieces,
-    )
+    # {length of the outer loop: bytes of the carries, which stay on the device}
+    carries = {o.outer: o.residual_bytes for o in options if o.saved == ()}
+    offloaded = []
+    for option in options:
+        if not option.saved:
+            continue
+        nbytes = option.residual_bytes - carries[option.outer]
+        one_way = nbytes * host.flops_per_byte
+        delay = max(0.0, one_way - forward) + max(0.0, one_way - 2 * forward)
+        offloaded.append(
+            dataclasses.replace(
+                option,
+                offload=True,
+                residual_bytes=carries[option.outer],
+                host_bytes=nbytes,
+                extra=option.extra + delay + 2 * flops_per_byte * nbytes,
+                # They come back for one step of the loop at a time.
+                backward_bytes=option.backward_bytes + nbytes / length,
+            )
+        )
+    return offloaded
 
 
 def _saving(
