@@ -37,6 +37,17 @@ def varying(x: Any) -> frozenset[str]:
     return aval.manual_axis_type.varying
 
 
+def shape_of(aval: Any) -> Any:
+    """Return the shape and dtype of an abstract value, for a trace.
+
+    One that varies in shard_map stands for itself: no version's ShapeDtypeStruct can say
+    how it varies without a mesh.
+    """
+    kind = getattr(aval, "vma", None) or getattr(aval, "manual_axis_type", None)
+    varies = getattr(kind, "varying", kind)
+    return aval if varies else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
 def weakly_typed(x: jax.Array, dtype: Any) -> jax.Array:
     """Return x with a weak type, which no public function gives a traced value."""
     return lax.convert_element_type_p.bind(

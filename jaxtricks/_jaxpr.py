@@ -19,14 +19,16 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.extend import core, source_info_util
 from jax.extend.core import primitives
 
 from jaxtricks import _compat
 
+T = TypeVar("T")
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
 Var = core.Var
@@ -107,9 +109,9 @@ def is_literal(v: Any) -> bool:
     return isinstance(v, core.Literal)
 
 
-def shape_of(v: Any) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of a variable."""
-    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+def shape_of(v: Any) -> Any:
+    """Return the shape and dtype of a variable, for a trace."""
+    return _compat.shape_of(v.aval)
 
 
 def var_bytes(v: Any) -> int:
@@ -391,6 +393,44 @@ def _sets_shardings(eqn: Any) -> bool:
             if isinstance(sharding, jax.sharding.Sharding):
                 return True
     return False
+
+
+def axis_names(eqn: Any) -> frozenset[str]:
+    """Return the axes of the mesh along which a collective communicates."""
+    names = params(eqn).get("axis_name", ())
+    names = names if isinstance(names, tuple | list) else (names,)
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def remote_axes(eqn: Any) -> frozenset[str]:
+    """Return the axes of a shard_map's mesh whose neighbours are on different hosts."""
+    return axes_between_hosts(shard_map_arguments(eqn)["mesh"])
+
+
+def axes_between_hosts(mesh: Any) -> frozenset[str]:
+    """Return the axes of a mesh that span several hosts; none of one without devices."""
+    devices = getattr(mesh, "devices", None)
+    if devices is None:
+        return frozenset()
+    hosts = np.vectorize(lambda d: d.process_index, otypes=[int])(devices)
+    return frozenset(
+        name
+        for i, name in enumerate(mesh.axis_names)
+        if hosts.size and np.ptp(hosts, axis=i).any()
+    )
+
+
+def within_mesh(eqn: Any, action: Callable[[], T]) -> T:
+    """Call an action that traces equations of the body of a shard_map."""
+    results: list[T] = []
+
+    def body() -> tuple[()]:
+        results.append(action())
+        return ()
+
+    settings = shard_map_arguments(eqn) | {"in_specs": (), "out_specs": ()}
+    jax.eval_shape(jax.shard_map(body, **settings))
+    return results[0]
 
 
 def straight(closed: ClosedJaxpr) -> ClosedJaxpr:

@@ -1,7 +1,13 @@
 """Recompute everything but the values that have a name, and list what is saved."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -160,36 +166,36 @@ def _policy(
 
 def offloaded(
     jaxpr: _jaxpr.Jaxpr,
-    saved: Sequence[int],
-    *,
-    ordered: bool = True,
+    saved: Collection[int],
+    offload: Collection[int],
 ) -> Callable[..., list[Any]]:
-    """Return a function of (*constvars, *invars) that runs again in the backward pass.
+    """Return the body of a loop, (*constvars, *invars) -> outputs, that runs again.
+
+    The loops of the two passes are different computations: no order is needed.
 
     Args:
       jaxpr: what to run.
-      saved: indices of equations whose results wait in the memory of the host.
-      ordered: see `_recompute.recomputed`.
+      saved: indices of equations whose results are not computed again.
+      offload: those of them whose results wait in the memory of the host.
     """
     variables = (*jaxpr.constvars, *jaxpr.invars)
-    saved_eqns = frozenset(saved)
 
     def run(*xs: Any) -> list[Any]:
         env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
         for i, eqn in enumerate(jaxpr.eqns):
             operands = _jaxpr.read_values(eqn.invars, env)
             results = _jaxpr.bind(eqn, operands)
-            if i in saved_eqns:
-                results = [checkpoint_name(y, _OFFLOADED) for y in results]
+            if i in saved:
+                label = _OFFLOADED if i in offload else _SAVED
+                results = [checkpoint_name(y, label) for y in results]
             env.update(zip(eqn.outvars, results, strict=True))
         return _jaxpr.read_values(jaxpr.outvars, env)
 
-    return jax.checkpoint(
-        run, prevent_cse=ordered, **_policy((), (_OFFLOADED,))
-    )
+    policy = _policy((_SAVED,), (_OFFLOADED,))
+    return jax.checkpoint(run, prevent_cse=False, **policy)
 
 
-_OFFLOADED = "jaxtricks_offloaded"
+_SAVED, _OFFLOADED = "jaxtricks_saved", "jaxtricks_offloaded"
 
 
 def _refuse_unknown(

@@ -7,16 +7,61 @@ then.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtricks import _flops, _jaxpr
 from jaxtricks._jaxpr import var_bytes, variables_of
 
-# Operations that a machine does in the time of one byte of memory traffic; fusion
-# spares accelerators most of the traffic that an unfused count sees.
-FLOPS_PER_BYTE = {"cpu": 0.1, "gpu": 10.0, "tpu": 30.0}
+
+class Rates(NamedTuple):
+    """Operations that a machine does in the time of one byte.
+
+    Attributes:
+      memory: of memory traffic.
+      network: sent from device to device.
+    """
+
+    memory: float
+    network: float
+
+
+# Fusion spares accelerators most of the traffic that an unfused count sees. Between
+# devices: about the peak of bfloat16 products over the links of a chip, from Google
+# Cloud's pages of TPU v5e and v6e and NVIDIA's data sheet of the H100.
+RATES = {
+    "cpu": Rates(0.1, 10.0),
+    "gpu": Rates(10.0, 2000.0),
+    "tpu": Rates(30.0, 1500.0),
+}
+
+# Collectives that may run again: the shards of parameters are gathered for the backward
+# pass, as is usual, rather than kept whole.
+GATHERS = frozenset(
+    ("all_gather", "all_gather_invariant", "all_gather_reduced")
+)
+COLLECTIVES = frozenset(
+    (
+        "psum",
+        "pmax",
+        "pmin",
+        "ppermute",
+        "pbroadcast",
+        "all_to_all",
+        "ragged_all_to_all",
+        "psend",
+        "precv",
+        "all_gather",
+        "all_gather_invariant",
+        "all_gather_reduced",
+        "unreduced_psum",
+        "unreduced_reduce_scatter",
+        "reduce_scatter",
+        "reduce_scatter_start",
+        "reduce_scatter_done",
+    )
+)
 
 # Operations that cost less than reading their result would.
 _CHEAP_NAMES = """
@@ -38,24 +83,26 @@ _FREE = _VIEWS | {"broadcast_in_dim"}
 _FUSED_AGAIN = 2
 
 
-def work(jaxpr: _jaxpr.Jaxpr, flops_per_byte: float) -> float:
+def work(jaxpr: _jaxpr.Jaxpr, rates: Rates) -> float:
     """Return the time of running the jaxpr once, in floating-point operations."""
-    return _flops.flops(jaxpr) + flops_per_byte * _bytes_written(jaxpr)
+    return _flops.flops(jaxpr) + _traffic(jaxpr, rates)
 
 
-def _bytes_written(jaxpr: _jaxpr.Jaxpr) -> float:
+def _traffic(jaxpr: _jaxpr.Jaxpr, rates: Rates) -> float:
+    """Return the time of the bytes that are written and sent."""
     total = 0.0
     for eqn in jaxpr.eqns:
         inner = list(_jaxpr.sub_jaxprs(eqn))
         name = _jaxpr.primitive(eqn)
         if name == "scan":
             length = _jaxpr.scan_parts(eqn).length
-            total += length * _bytes_written(inner[0])
+            total += length * _traffic(inner[0], rates)
         elif inner and not name.startswith(("reduce", "scatter", "sort")):
             # Whichever branch writes most.
-            total += max(map(_bytes_written, inner))
+            total += max(_traffic(body, rates) for body in inner)
         else:
-            total += _jaxpr.output_bytes(eqn)
+            rate = rates.network if name in COLLECTIVES else rates.memory
+            total += rate * _jaxpr.output_bytes(eqn)
     return total
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtricks import _flops, _jaxpr
 from jaxtricks._jaxpr import shape_of, var_bytes, variables_of
 from jaxtricks.remat import _schedule
-from jaxtricks.remat._costs import peak_live, work, written_bytes
+from jaxtricks.remat._costs import Rates, peak_live, work, written_bytes
 from jaxtricks.remat._host_memory import HostMemory
 from jaxtricks.remat._schedule import Run
 from jaxtricks.remat._stages import Option, Stage
@@ -33,7 +33,7 @@ Measure = Callable[[tuple[int, ...] | None], Option]
 def with_costs(
     stage: Stage,
     varied: Sequence[bool],
-    flops_per_byte: float,
+    rates: Rates,
     host: HostMemory | None,
 ) -> Stage:
     """Return the stage with its options.
@@ -41,35 +41,31 @@ def with_costs(
     Args:
       stage: the stage.
       varied: which of its inputs depend on what is differentiated.
-      flops_per_byte: see `_costs.FLOPS_PER_BYTE`.
+      rates: see `_costs.RATES`.
       host: the memory to offload to; None if there is none.
     """
     jaxpr = stage.jaxpr
-    forward = work(jaxpr, flops_per_byte)
+    forward = work(jaxpr, rates)
     passes = _traced(jaxpr, Run(0), varied)
-    measure = functools.cache(_counted(passes, Run(0), flops_per_byte))
+    measure = functools.cache(_counted(passes, Run(0), rates))
     everything = measure(None)
     options = [everything]
-    if not stage.has_collective:
+    if not stage.runs_once:
         products = _products(jaxpr)
         whole = _saving(measure, products)
         options += whole
         if _schedule.has_parts(jaxpr):
             run = Run(0, in_parts=True)
-            in_parts = _counted(
-                _traced(jaxpr, run, varied), run, flops_per_byte
-            )
+            in_parts = _counted(_traced(jaxpr, run, varied), run, rates)
             # Which products are worth most is known by now.
             options += [in_parts(option.saved) for option in whole]
         loop = _schedule.largest_scan(jaxpr)
         if loop is not None:
-            in_loops = _of_scan(stage, loop, varied, flops_per_byte)
+            in_loops = _of_scan(stage, loop, varied, rates)
             options += in_loops
             if host is not None:
                 length = _jaxpr.scan_parts(loop).length
-                options += _offloaded(
-                    in_loops, length, forward, flops_per_byte, host
-                )
+                options += _offloaded(in_loops, length, forward, rates, host)
     relative = []
     for option in options:
         extra = max(0.0, option.extra - everything.extra)
@@ -77,7 +73,7 @@ def with_costs(
     return dataclasses.replace(
         stage,
         options=tuple(_undominated(relative)),
-        forward=math.inf if stage.has_collective else forward,
+        forward=math.inf if stage.runs_once else forward,
         forward_bytes=peak_live(jaxpr),
     )
 
@@ -86,7 +82,7 @@ def _of_scan(
     stage: Stage,
     loop: Any,
     varied: Sequence[bool],
-    flops_per_byte: float,
+    rates: Rates,
 ) -> list[Option]:
     """Return the options that split the largest scan of a stage in two loops."""
     body = _schedule.scan_body(loop).jaxpr
@@ -102,7 +98,7 @@ def _of_scan(
             # What is saved is inside the loop: each set is another program.
             run = Run(0, saved, outer)
             passes = _traced(stage.jaxpr, run, varied)
-            return _counted(passes, run, flops_per_byte)(None)
+            return _counted(passes, run, rates)(None)
 
         if outer > 1:
             options.append(measure(None))
@@ -112,9 +108,10 @@ def _of_scan(
 
 def _offloaded(
     options: Sequence[Option],
+    stacked: Sequence[int],
     length: int,
     forward: float,
-    flops_per_byte: float,
+    rates: Rates,
     host: HostMemory,
 ) -> list[Option]:
     """Return the options with what they save in the memory of the host.
@@ -127,32 +124,33 @@ def _offloaded(
     of the device once each way.
 
     Args:
-      options: the ways to split a loop.
+      options: the ways to split a loop, which save growing sets of products.
+      stacked: bytes of the results of each equation of its body, of all steps.
       length: steps of the loop.
       forward: operations of one forward pass of the stage.
-      flops_per_byte: see `_costs.FLOPS_PER_BYTE`.
+      rates: see `_costs.RATES`.
       host: the price of a byte.
     """
-    # {length of the outer loop: bytes of the carries, which stay on the device}
-    carries = {o.outer: o.residual_bytes for o in options if o.saved == ()}
     offloaded = []
     for option in options:
-        if not option.saved:
-            continue
-        nbytes = option.residual_bytes - carries[option.outer]
-        one_way = nbytes * host.flops_per_byte
-        delay = max(0.0, one_way - forward) + max(0.0, one_way - 2 * forward)
-        offloaded.append(
-            dataclasses.replace(
-                option,
-                offload=True,
-                residual_bytes=carries[option.outer],
-                host_bytes=nbytes,
-                extra=option.extra + delay + 2 * flops_per_byte * nbytes,
-                # They come back for one step of the loop at a time.
-                backward_bytes=option.backward_bytes + nbytes / length,
+        largest_first = sorted(option.saved or (), key=lambda i: -stacked[i])
+        for n in range(1, len(largest_first) + 1):
+            moved = largest_first[:n]
+            nbytes = float(sum(stacked[i] for i in moved))
+            one_way = nbytes * host.flops_per_byte
+            delay = max(0.0, one_way - forward)
+            delay += max(0.0, one_way - 2 * forward)
+            offloaded.append(
+                dataclasses.replace(
+                    option,
+                    offload=tuple(sorted(moved)),
+                    residual_bytes=max(0.0, option.residual_bytes - nbytes),
+                    host_bytes=nbytes,
+                    extra=option.extra + delay + 2 * rates.memory * nbytes,
+                    # They come back for one step of the loop at a time.
+                    backward_bytes=option.backward_bytes + nbytes / length,
+                )
             )
-        )
     return offloaded
 
 
@@ -275,7 +273,7 @@ def _traced(
 def _counted(
     passes: _Passes,
     run: Run,
-    flops_per_byte: float,
+    rates: Rates,
 ) -> Measure:
     """Return the function that counts what a stage costs that saves some products."""
     forward, backward, outputs, residuals, results = passes
@@ -302,7 +300,7 @@ def _counted(
             again = without(values, residuals)
             second = _jaxpr.prune(_jaxpr.followed_by(again, backward))
             nbytes = sum(float(var_bytes(v)) for v in values if v not in outs)
-        total = work(first, flops_per_byte) + work(second, flops_per_byte)
+        total = work(first, rates) + work(second, rates)
         return Option(
             run.saved if run.outer else saved,
             run.outer,

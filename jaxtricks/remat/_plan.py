@@ -331,18 +331,18 @@ def _unpack_run(
     saved: Sequence[Any] | None,
     outer: Any,
     in_parts: Any = False,
-    offload: Any = False,
+    offload: Sequence[Any] = (),
 ) -> Run:
     indices = None if saved is None else tuple(saved)
-    for number in (*(indices or ()), outer):
+    for number in (*(indices or ()), outer, *offload):
         # True is an int to Python, and a float may be whole.
         if type(number) is not int or number < 0:
             raise ValueError("it has a choice that is not a number")
-    if not isinstance(in_parts, bool) or not isinstance(offload, bool):
+    if not isinstance(in_parts, bool):
         raise ValueError("it has a choice that is neither true nor false")
     if indices and len(set(indices)) < len(indices):
         raise ValueError("it saves a result twice")
-    return Run(stage, indices, outer, in_parts, offload)
+    return Run(stage, indices, outer, in_parts, tuple(offload))
 
 
 # The rows of the table.
@@ -441,7 +441,7 @@ def describe_values(
 
 def _choice(run: Run, i: int, is_rerun: bool) -> str:
     if run.saved is None or i in run.saved:
-        choice = "offloaded" if run.offload else "saved"
+        choice = "offloaded" if i in run.offload else "saved"
         return f"{choice} in a recomputed group" if is_rerun else choice
     return "recomputed"
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -73,11 +73,21 @@ class Program:
         self._settings, self._args, self._size = settings, args, size
         program = _traced(
             settings.fn, args, positions, settings.argnums, settings.has_aux
-        )
-        self.jaxpr = program.jaxpr
+        ).jaxpr
+        self._varied = _varied_variables(program, args, positions)
+        self._shard_map: Any = None
+        opened = _stages.main_body(program)
+        if opened is not None:
+            # The body is planned: its shapes are those of one device.
+            index, body = opened
+            self._shard_map = program.eqns[index]
+            program = body.jaxpr
+            operands = zip(program.invars, self._shard_map.invars, strict=True)
+            inputs = [v for v, x in operands if x in self._varied]
+            self._varied = _dependent(program, inputs)
+        self.jaxpr = program
         self._step = self._trace(settings.fn)
         self._unplanned: Future[Trial] | None = None
-        self._positions = positions
 
     def start(self) -> None:
         """Begin to compile the unplanned step."""
@@ -110,24 +120,34 @@ class Program:
     def frontier(self) -> Frontier:
         """The schedules that are the cheapest for some memory, of the costed stages."""
         ends = self._ends
-        varied = _varied_variables(self.jaxpr, self._args, self._positions)
-        stages = _costed_stages(
+        costed = functools.partial(
+            _costed_stages,
             self.jaxpr,
             ends,
-            varied,
+            self._varied,
             self._settings.platform,
             self._settings.host,
+            self._remote_axes,
         )
+        if self._shard_map is None:
+            stages = costed()
+        else:
+            stages = _jaxpr.within_mesh(self._shard_map, costed)
         return Frontier(stages, _stages.carries(self.jaxpr, ends))
 
     @functools.cached_property
+    def _remote_axes(self) -> frozenset[str]:
+        if self._shard_map is None:
+            return frozenset()
+        return _jaxpr.remote_axes(self._shard_map)
+
+    @functools.cached_property
     def _ends(self) -> list[int]:
-        return _stages.cut(self.jaxpr)
+        return _stages.cut(self.jaxpr, remote_axes=self._remote_axes)
 
     @functools.cached_property
     def _shared(self) -> tuple[int, ...]:
-        varied = _varied_variables(self.jaxpr, self._args, self._positions)
-        return _shared_variables(self.jaxpr, self.frontier.stages, varied)
+        return _shared_variables(self.jaxpr, self.frontier.stages, self._varied)
 
     def schedule(self, steps: Steps | None) -> Schedule:
         """Return the schedule of these steps."""
@@ -249,7 +269,12 @@ def _varied_variables(
     is_varied: list[bool] = []
     for i, arg in enumerate(args):
         is_varied += [i in positions] * len(jax.tree.leaves(arg))
-    varied = set(itertools.compress(program.invars, is_varied))
+    return _dependent(program, itertools.compress(program.invars, is_varied))
+
+
+def _dependent(program: _jaxpr.Jaxpr, inputs: Iterable[Any]) -> set[Any]:
+    """Return the inputs and the variables that depend on them."""
+    varied = set(inputs)
     for eqn in program.eqns:
         if not varied.isdisjoint(_jaxpr.variables_of(eqn.invars)):
             varied.update(eqn.outvars)
@@ -285,6 +310,7 @@ def _costed_stages(
     varied: set[Any],
     platform: str,
     host: HostMemory | None,
+    remote_axes: Collection[str],
 ) -> list[Stage]:
     """Return the stages of an inlined program with their costs.
 
@@ -294,19 +320,18 @@ def _costed_stages(
       varied: its variables that depend on what is differentiated.
       platform: "cpu", "gpu" or "tpu".
       host: the memory to offload to.
+      remote_axes: see `_stages.split`.
     """
-    flops_per_byte = _costs.FLOPS_PER_BYTE[platform]
+    rates = _costs.RATES[platform]
     # Equal stages, as the layers of a network, are costed once.
     costed: dict[Any, Stage] = {}
     stages = []
-    for stage in _stages.split(program, ends):
+    for stage in _stages.split(program, ends, remote_axes):
         inputs = (*stage.jaxpr.constvars, *stage.jaxpr.invars)
         is_varied = tuple(v in varied for v in inputs)
         key = stage.fingerprint, is_varied
         if key not in costed:
-            costed[key] = _options.with_costs(
-                stage, is_varied, flops_per_byte, host
-            )
+            costed[key] = _options.with_costs(stage, is_varied, rates, host)
         like = costed[key]
         stages.append(
             dataclasses.replace(

@@ -39,14 +39,15 @@ class Run:
     saved: tuple[int, ...] | None = None
     outer: int = 0
     in_parts: bool = False
-    offload: bool = False
+    offload: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.saved is None:
             text = "keep"
         elif self.saved:
-            verb = "offload" if self.offload else "save"
-            text = f"{verb} {len(self.saved)}"
+            on_device = len(self.saved) - len(self.offload)
+            counts = {"save": on_device, "offload": len(self.offload)}
+            text = ", ".join(f"{verb} {n}" for verb, n in counts.items() if n)
         else:
             text = "recompute"
         if self.in_parts:
@@ -115,16 +116,31 @@ class Schedule:
             arguments = positional(fn, args, kwargs, "remat.plan")
             closed, structure = _jaxpr.trace(unchanging, *arguments)
             program = _jaxpr.straight(closed)
-            stages = self._matching_stages(program.jaxpr)
-            # A text may ask for what its fingerprints do not rule out.
-            for run in runs_of(steps):
-                _check(stages[run.stage].jaxpr, run)
-            self._check_shared(program.jaxpr)
-            execute = _scheduled(program.jaxpr, stages, steps, self.shared)
-            outs = execute(*program.consts, *jax.tree.leaves(arguments))
+            leaves = [*program.consts, *jax.tree.leaves(arguments)]
+            opened = _stages.main_body(program.jaxpr)
+            if opened is None:
+                outs = self._prepared(program.jaxpr, steps)(*leaves)
+            else:
+                i, body = opened
+                execute = self._prepared(body.jaxpr, steps)
+                outs = _with_body(program.jaxpr, i, execute, body.consts)(
+                    *leaves
+                )
             return jax.tree.unflatten(structure, outs)
 
         return planned
+
+    def _prepared(
+        self,
+        program: _jaxpr.Jaxpr,
+        steps: Steps,
+    ) -> Callable[..., list[Any]]:
+        stages = self._matching_stages(program)
+        # A text may ask for what its fingerprints do not rule out.
+        for run in runs_of(steps):
+            _check(stages[run.stage].jaxpr, run)
+        self._check_shared(program)
+        return _scheduled(program, stages, steps, self.shared)
 
     def _check_shared(self, program: _jaxpr.Jaxpr) -> None:
         count = len(program.constvars) + len(program.invars)
@@ -169,10 +185,56 @@ def _check(jaxpr: _jaxpr.Jaxpr, run: Run) -> None:
     saved = run.saved or ()
     # The parts of a stage have products between them, and nothing else keeps its place.
     choice = products(body) if run.in_parts else range(len(body.eqns))
-    if not set(saved) <= set(choice):
+    if not set(run.offload) <= set(saved) <= set(choice):
         raise ValueError(
             "this plan saves the result of an operation that is not there: plan again"
         )
+
+
+def _with_body(
+    program: _jaxpr.Jaxpr,
+    index: int,
+    execute: Callable[..., list[Any]],
+    consts: Sequence[Any],
+) -> Callable[..., list[Any]]:
+    """Return the program as a function of (*constvars, *invars), one body run otherwise.
+
+    Args:
+      program: an inlined jaxpr.
+      index: of its shard_map.
+      execute: what to run inside, a function of (*consts, *operands).
+      consts: of the body.
+    """
+    eqn = program.eqns[index]
+    before = _jaxpr.extract(program.eqns[:index])
+    after = _jaxpr.extract(program.eqns[index + 1 :])
+    body = jax.shard_map(
+        functools.partial(execute, *consts), **_jaxpr.shard_map_arguments(eqn)
+    )
+    parts = ((before, _plain(before)), (eqn, body), (after, _plain(after)))
+    return _in_order(program, parts)
+
+
+def _in_order(
+    jaxpr: _jaxpr.Jaxpr,
+    parts: Sequence[tuple[Any, Callable[..., Sequence[Any]]]],
+) -> Callable[..., list[Any]]:
+    """Return a jaxpr as a function of (*constvars, *invars), its parts run as given.
+
+    Args:
+      jaxpr: the whole.
+      parts: (equation or jaxpr, a function of what it reads).
+    """
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+
+    def execute(*xs: Any) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
+        for part, fn in parts:
+            results = fn(*_jaxpr.read_values(part.invars, env))
+            env.update(zip(part.outvars, results, strict=True))
+        return _jaxpr.read_values(jaxpr.outvars, env)
+
+    return execute
 
 
 def _scheduled(
@@ -279,7 +341,7 @@ def _recomputed(
         saved: Sequence[int],
     ) -> Callable[..., list[Any]]:
         if run.offload:
-            return offloaded(jaxpr, saved, ordered=ordered)
+            return offloaded(jaxpr, saved, run.offload)
         return recomputed(jaxpr, saved=saved, ordered=ordered)
 
     saved = run.saved or ()
@@ -405,22 +467,12 @@ def _with_split_scan(
     position = next(i for i, eqn in enumerate(jaxpr.eqns) if eqn is loop)
     before = _jaxpr.extract(jaxpr.eqns[:position])
     after = _jaxpr.extract(jaxpr.eqns[position + 1 :])
-    # Each part as a function of what it reads.
     parts = (
         (before, _plain(before)),
         (loop, _split_scan(loop, run)),
         (after, _plain(after)),
     )
-    variables = (*jaxpr.constvars, *jaxpr.invars)
-
-    def execute(*xs: Any) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(variables, xs, strict=True))
-        for part, fn in parts:
-            results = fn(*_jaxpr.read_values(part.invars, env))
-            env.update(zip(part.outvars, results, strict=True))
-        return _jaxpr.read_values(jaxpr.outvars, env)
-
-    return execute
+    return _in_order(jaxpr, parts)
 
 
 def _split_scan(

@@ -7,12 +7,13 @@ done in `_schedule`.
 import bisect
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxtricks import _flops, _jaxpr
+from jaxtricks.remat._costs import COLLECTIVES, GATHERS
 
 MAX_STAGES = 96
 # Cuts with less than this fraction of the work between them are one cut.
@@ -22,28 +23,6 @@ _WINDOW = 6
 # A cut with fewer bytes at its end than these cuts on both sides is inside a block:
 # within this fraction of the work, and by this factor of its bytes.
 _NEAR, _CHEAPER = 0.15, 1.2
-
-COLLECTIVES = frozenset(
-    (
-        "psum",
-        "pmax",
-        "pmin",
-        "ppermute",
-        "pbroadcast",
-        "all_to_all",
-        "ragged_all_to_all",
-        "psend",
-        "precv",
-        "all_gather",
-        "all_gather_invariant",
-        "all_gather_reduced",
-        "unreduced_psum",
-        "unreduced_reduce_scatter",
-        "reduce_scatter",
-        "reduce_scatter_start",
-        "reduce_scatter_done",
-    )
-)
 
 Lifetimes = tuple[Mapping[Any, int], Mapping[Any, int]]
 """({variable: equation that computes it}, {variable: last equation that reads it})."""
@@ -59,7 +38,7 @@ class Option:
       outer: for a stage with a scan: iterations of the outer of two loops; 0 leaves the
         scan alone.
       in_parts: see `_schedule.Run`.
-      offload: what is saved waits in the memory of the host.
+      offload: those of `saved` that wait in the memory of the host.
       residual_bytes: bytes alive until the backward pass, without the inputs and
         outputs of the stage.
       host_bytes: the same, in the memory of the host.
@@ -70,7 +49,7 @@ class Option:
     saved: tuple[int, ...] | None
     outer: int
     in_parts: bool = False
-    offload: bool = False
+    offload: tuple[int, ...] = ()
     residual_bytes: float = 0.0
     host_bytes: float = 0.0
     extra: float = 0.0
@@ -85,7 +64,7 @@ class Stage:
       jaxpr: the equations as a function of what they read.
       fingerprint: of the jaxpr.
       carry: bytes alive at its end, long-lived values apart.
-      has_collective: it holds a collective operation, which never runs twice.
+      runs_once: it holds a collective operation that must not run twice.
       options: the ways that no other beats; empty before `_options.with_costs`.
       forward: operations of one forward pass; infinite if it may not run twice.
       forward_bytes: most bytes alive in it.
@@ -94,21 +73,41 @@ class Stage:
     jaxpr: _jaxpr.Jaxpr
     fingerprint: str
     carry: int
-    has_collective: bool
+    runs_once: bool
     options: tuple[Option, ...] = ()
     forward: float = math.inf
     forward_bytes: float = 0.0
 
 
+def main_body(
+    program: _jaxpr.Jaxpr,
+) -> tuple[int, _jaxpr.ClosedJaxpr] | None:
+    """Return the index of the shard_map that does most of the work, and its body.
+
+    Args:
+      program: an inlined jaxpr.
+
+    Returns:
+      The body as `_jaxpr.straight` writes it; None if no shard_map does most.
+    """
+    most = sum(map(_work, program.eqns)) / 2
+    for i, eqn in enumerate(program.eqns):
+        if _jaxpr.primitive(eqn) == "shard_map" and _work(eqn) > most:
+            return i, _jaxpr.straight(_jaxpr.bodies(eqn)[0])
+    return None
+
+
 def split(
     program: _jaxpr.Jaxpr,
     ends: Sequence[int],
+    remote_axes: Collection[str] = (),
 ) -> list[Stage]:
     """Return the stages that end before these equations.
 
     Args:
       program: an inlined jaxpr.
       ends: increasing indices of equations; the last is their number.
+      remote_axes: names of axes of a mesh that span several hosts.
     """
     _, last_read = _lifetimes(program)
     alive = _alive(program)
@@ -127,7 +126,9 @@ def split(
             jaxpr,
             _jaxpr.fingerprint(jaxpr),
             carry=int(alive[end - 1]),
-            has_collective=any(map(_is_collective, _jaxpr.walk(jaxpr))),
+            runs_once=any(
+                _runs_once(e, remote_axes) for e in _jaxpr.walk(jaxpr)
+            ),
         )
         stages.append(stage)
     return stages
@@ -159,6 +160,7 @@ def carries(
 def cut(
     program: _jaxpr.Jaxpr,
     max_stages: int = MAX_STAGES,
+    remote_axes: Collection[str] = (),
 ) -> list[int]:
     """Return where the stages end: where few bytes are alive, and around collectives.
 
@@ -166,6 +168,7 @@ def cut(
       program: an inlined jaxpr.
       max_stages: where there are more minima of the live bytes, those nearest to stages
         of equal cost.
+      remote_axes: see `split`.
 
     Returns:
       Increasing indices of equations; the last is their number.
@@ -178,10 +181,10 @@ def cut(
     cuts = [c for c in cuts if not _is_inside_a_block(c, cuts, alive, work)]
     if len(cuts) >= max_stages:
         cuts = _nearest_to_even(cuts, work, max_stages)
-    # A collective is a stage by itself, so that what is around it may run twice.
+    # A collective that runs once is a stage by itself: what is around it may run twice.
     around_collectives = []
     for i, eqn in enumerate(program.eqns):
-        if _is_collective(eqn):
+        if _runs_once(eqn, remote_axes):
             around_collectives += [i - 1, i]
     last_equations = {*cuts, *around_collectives}
     return [*sorted(c + 1 for c in last_equations if 0 <= c < n - 1), n]
@@ -201,8 +204,11 @@ def _nearest_to_even(
     return nearest
 
 
-def _is_collective(eqn: Any) -> bool:
-    return _jaxpr.primitive(eqn) in COLLECTIVES
+def _runs_once(eqn: Any, remote_axes: Collection[str]) -> bool:
+    name = _jaxpr.primitive(eqn)
+    if name in GATHERS:
+        return not _jaxpr.axis_names(eqn).isdisjoint(remote_axes)
+    return name in COLLECTIVES
 
 
 def _work(eqn: Any) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jaxtricks import _jaxpr, remat
-from jaxtricks.remat import _planner, _stages
+from jaxtricks.remat import _budgets, _costs
 
 from tests.flags import remat3
 
@@ -259,7 +259,7 @@ def test_collectives_are_never_run_twice():
     def collectives(fn):
         program = _jaxpr.inline(jax.make_jaxpr(jax.grad(fn))(ws, x)).jaxpr
         names = map(_jaxpr.primitive, _jaxpr.walk(_jaxpr.prune(program)))
-        return sum(name in _stages.COLLECTIVES for name in names)
+        return sum(name in _costs.COLLECTIVES for name in names)
 
     assert 0 < collectives(plan.fn) <= collectives(loss)
     close(jax.jit(jax.grad(plan.fn))(ws, x), jax.jit(jax.grad(loss))(ws, x))
@@ -341,9 +341,9 @@ def unchecked():
 
 def test_budgets_of_every_kind(unchecked):
     for value, size in SIZES:
-        assert _planner.parse_budget(value, 1000) == size
+        assert _budgets.parse_budget(value, 1000) == size
     for value in FRACTIONS:
-        assert _planner.parse_budget(value, 1000) == 500
+        assert _budgets.parse_budget(value, 1000) == 500
 
 
 @pytest.mark.parametrize("value", NO_SIZES, ids=lambda value: repr(value)[:20])
@@ -351,7 +351,7 @@ def test_what_is_no_budget_is_refused_in_a_sentence(value, unchecked):
     with pytest.raises(
         ValueError, match=r"^budget_bytes is .{1,90}: write bytes, a size"
     ) as caught:
-        _planner.parse_budget(value, 1000)
+        _budgets.parse_budget(value, 1000)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
