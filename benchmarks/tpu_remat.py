@@ -14,7 +14,7 @@ import jax
 from benchmarks import common
 from benchmarks import remat_chains as chains
 from benchmarks import remat_models as models
-from jaxtricks import _table, remat
+from jaxtricks import _table, amp, remat
 
 SIZE = {
     "n": 3,
@@ -29,6 +29,8 @@ WRAPS = {
     "recompute_grad": remat.recompute_grad,
 }
 PLANNED = 0.2  # budget of temporaries
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
+STACKED = 4, 512, 512  # layers, width, tokens
 HEADERS = (
     "way",
     "temp MiB",
@@ -90,6 +92,65 @@ def rows(
     ]
 
 
+OFFLOAD_HEADERS = (
+    "topology",
+    "bytes per second",
+    "temp MiB",
+    "to plain",
+    "on the host, MiB",
+    "extra FLOPs",
+    "compiles",
+)
+OFFLOADED = 0.3  # budget of temporaries
+# To the host: nothing, the table of the library, and a link that is never full.
+BANDWIDTHS = {"0": 0.0, "the table's": None, "1e13": 1e13}
+
+
+def stacked(layers: int, width: int, length: int, batch: int = 8) -> Any:
+    """A decoder in bfloat16 whose layers are a scan: (loss, shapes of its arguments)."""
+    model = models.transformer(
+        n=layers,
+        width=width,
+        length=length,
+        batch=batch,
+        heads=8,
+        vocabulary=1024,
+    )
+    params, tokens = model.shapes()
+    params["blocks"] = jax.tree.map(
+        lambda *x: jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype),
+        *params["blocks"],
+    )
+    loss = amp.autocast(model.loss(chains.scanned()), "p=f32,c=bf16,o=f32")
+    return loss, (params, tokens)
+
+
+def offloaded(topology: str, size: tuple[int, int, int]) -> Any:
+    """One row per bandwidth; see `OFFLOAD_HEADERS`."""
+    loss, args = stacked(*size)
+    for name, bandwidth in BANDWIDTHS.items():
+        plan = remat.plan(
+            loss,
+            *args,
+            budget_bytes=OFFLOADED,
+            wrt="temp",
+            max_compiles=3,
+            topology=topology,
+            host_bandwidth=bandwidth,
+        )
+        row = (
+            topology,
+            name,
+            plan.peak / 2**20,
+            plan.peak / plan.baseline,
+            plan.host / 2**20,
+            f"{plan.extra_flops:+.1%}",
+            plan.compiles,
+        )
+        print(*row, flush=True)
+        yield row
+
+
 def cost(loss: Any, args: Any) -> tuple[float, float, float]:
     """(bytes of temporaries, FLOPs, bytes accessed) of value and gradient."""
     compiled = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
@@ -110,9 +171,17 @@ def main() -> None:
     heading = (
         f"Value and gradient of a decoder, compiled for one chip of TPU {tpu.TOPOLOGY}: `{command}`\n\n"
         f"{packages}.\n{', '.join(f'{k} {v}' for k, v in SIZE.items())}; about sqrt(n) segments.\n"
-        "Exact counts of the compiler; nothing is run."
+        "Exact counts of the compiler; nothing is run.\n\n"
+        f"Last: a decoder of {STACKED[0]} scanned layers, width {STACKED[1]}, {STACKED[2]} tokens, "
+        f"batch 8, bfloat16, planned for\n{OFFLOADED:.0%} of its temporaries, by bytes per second to "
+        "the memory of the host."
     )
-    common.publish([_table.make(HEADERS, rows(SIZE))], heading, args.out)
+    offload = [row for name in TOPOLOGIES for row in offloaded(name, STACKED)]
+    tables = [
+        _table.make(HEADERS, rows(SIZE)),
+        _table.make(OFFLOAD_HEADERS, offload),
+    ]
+    common.publish(tables, heading, args.out)
 
 
 if __name__ == "__main__":

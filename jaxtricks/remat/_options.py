@@ -65,7 +65,13 @@ def with_costs(
             options += in_loops
             if host is not None:
                 length = _jaxpr.scan_parts(loop).length
-                options += _offloaded(in_loops, length, forward, rates, host)
+                body = _schedule.scan_body(loop).jaxpr
+                stacked = [
+                    length * _jaxpr.output_bytes(eqn) for eqn in body.eqns
+                ]
+                options += _offloaded(
+                    in_loops, stacked, length, forward, rates, host
+                )
     relative = []
     for option in options:
         extra = max(0.0, option.extra - everything.extra)

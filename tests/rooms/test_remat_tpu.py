@@ -117,3 +117,24 @@ def test_all_tricks_compile_on_later_generations(topology, limit):  # tests/tpu_
     found = costs("one_chip", "transformer", names, topology)
     base, every = (found[name] for name in names)
     assert every.temp < limit * base.temp and every.args < base.args
+
+
+OFFLOADED = """
+import json, os
+from benchmarks import tpu_remat
+from jaxtricks import remat
+os.environ.update(remat.libtpu_environment({topology!r}))
+loss, args = tpu_remat.stacked(2, 256, 256)
+kwargs = dict(budget_bytes=0.3, wrt="temp", max_compiles=3, topology={topology!r})
+plans = [remat.plan(loss, *args, host_bandwidth=bandwidth, **kwargs) for bandwidth in (0, 1e13)]
+print(json.dumps([(p.peak, p.budget, p.host, p.extra_flops) for p in plans]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", GENERATIONS)
+def test_where_loops_offload_the_same_budget_takes_less_recomputation(topology):
+    recomputed, offloaded = compiled(OFFLOADED.format(topology=topology))
+    assert recomputed[0] <= recomputed[1] and offloaded[0] <= offloaded[1]
+    assert recomputed[2] == 0 < offloaded[2]
+    assert offloaded[3] <= 0.5 * recomputed[3]
