@@ -1,8 +1,9 @@
 """remat: recompute activations in the backward pass, by hand or for a memory budget.
 
 What. `recompute_grad(f)` saves only the inputs of f for the backward pass and runs f
-again there. `plan(loss, ..., budget_bytes=)` chooses what to save and what to recompute,
-and compiles until XLA's own buffer assignment meets the budget.
+again there. `plan(loss, ..., budget_bytes=)` chooses what to keep, what to recompute and
+what to offload to the host, and compiles until XLA's own buffer assignment meets the
+budget; with `batch="max"` it finds the largest batch that does.
 
 Use.
 

@@ -72,7 +72,9 @@ def checkpoint(
       fn: a function of pytrees, as for `recompute_grad`.
       save: names of values to save; one that fn lacks is passed over if another is
         there, so that blocks of several kinds can share a list.
-      offload: names of values to save in the host's memory ("pinned_host").
+      offload: names of values to save in the host's memory ("pinned_host"), as a rule
+        in the body of a loop: in straight code libtpu 0.0.50 needs more of the device's
+        memory with them.
       **jax_checkpoint_arguments: policy, prevent_cse, static_argnums and the like.
 
     Returns:
@@ -80,7 +82,7 @@ def checkpoint(
 
     Raises:
       ValueError: names together with a policy; a flax.nnx module; when called, if fn
-        has values of none of the names.
+        has values of none of the names, or of none of those to offload.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,6 +122,8 @@ def checkpoint(
         )
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
         _refuse_unknown(names, closed.jaxpr)
+        # Without its name nothing is offloaded, and nothing else would say so.
+        _refuse_unknown(offloaded_names, closed.jaxpr)
         run = _jaxpr.as_fun(closed.jaxpr)
         if whole:
             outs = run(closed.consts, *call.arrays)

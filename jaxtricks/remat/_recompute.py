@@ -178,9 +178,9 @@ def tied_inputs(
             break
         tied.add(best)
         waiting |= reach[best]
-    # A bias costs next to nothing. Where jaxlib 0.12 hands products to its library of CPU
-    # kernels (from 4096 rows on, say), it writes out what they broadcast, and both passes
-    # would share that.
+    # A bias costs next to nothing. Where jaxlib 0.12 hands large products to its library
+    # of CPU kernels, it writes out what they broadcast, and both passes would share that:
+    # a decoder of batch 32 took 254 MiB instead of 64.
     bound = sum(waiting.values()) * _SMALL
     small = {
         i for i, v in enumerate(inputs) if reach[i] and var_bytes(v) < bound

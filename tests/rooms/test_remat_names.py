@@ -341,3 +341,12 @@ def test_names_go_through_jax_as_its_own(remat3):
     # What others named counts as well.
     f = remat.checkpoint(lambda x: jnp.sin(checkpoint_name(x * 2, "theirs")), save="theirs")
     assert {row[2] for row in remat.saved_residuals(f, jnp.ones(4)).rows} >= {"theirs"}
+
+
+def test_a_name_to_offload_that_nothing_has_is_no_silent_no_op():
+    def block(w, x):
+        return jnp.tanh(remat.checkpoint_name(x @ w, "up")) @ w
+
+    wrapped = remat.checkpoint(block, save="up", offload="attention")
+    with pytest.raises(ValueError, match=r"\['attention'\]: those in it are 'up'"):
+        jax.make_jaxpr(wrapped)(jnp.eye(2), jnp.ones((1, 2)))
