@@ -109,7 +109,7 @@ def size_of(
       ValueError: they have none, or several.
     """
     found = {
-        x.shape[0]
+        jax.typeof(x).shape[0]
         for i in positions
         for x in jax.tree.leaves(args[i])
         if _has_batch(x)
@@ -123,9 +123,16 @@ def size_of(
     return found.pop()
 
 
+def multiple(batch: int, step: int) -> int:
+    """Return the largest multiple of the step up to the batch, at least the step."""
+    return max(step, min(batch, _MAX_BATCH) // step * step)
+
+
 def _has_batch(x: Any) -> bool:
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return bool(x.shape) and not is_key
+    # A number of Python has neither shape nor dtype.
+    aval = jax.typeof(x)
+    is_key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+    return bool(aval.shape) and not is_key
 
 
 @dataclasses.dataclass
@@ -240,4 +247,4 @@ class Largest:
         return self._multiple(int((aim - constant) / max(slope, 1e-9)))
 
     def _multiple(self, batch: int) -> int:
-        return max(self.step, min(batch, _MAX_BATCH) // self.step * self.step)
+        return multiple(batch, self.step)
