@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxtricks import _integers
 from jaxtricks.remat import _memory
@@ -88,15 +89,25 @@ def resized(
     """
 
     def resize(x: Any) -> Any:
-        shape = _memory.shape(x, getattr(x, "sharding", None))
         if not _has_batch(x):
             return x
+        shape = _memory.shape(x, _sharding(x))
         return shape.update(shape=(batch, *shape.shape[1:]))
 
     return [
         jax.tree.map(resize, arg) if i in positions else arg
         for i, arg in enumerate(args)
     ]
+
+
+def _sharding(x: Any) -> Any:
+    """Return the sharding of an array or a shape; None where the user asked for none."""
+    sharding = getattr(x, "sharding", None)
+    # An array is on some device, which is not that of a topology.
+    is_anywhere = isinstance(sharding, SingleDeviceSharding)
+    if is_anywhere and not isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    return sharding
 
 
 def size_of(
