@@ -27,8 +27,15 @@ def listed(value: int | Sequence[int]) -> tuple[int, ...]:
     return (numbers,) if isinstance(numbers, int) else numbers
 
 
-def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+def positions(
+    argnums: int | Sequence[int], count: int, name: str = "argnums"
+) -> tuple[int, ...]:
     """Return the positions of differentiated arguments; negative ones count back.
+
+    Args:
+      argnums: the positions.
+      count: of the arguments.
+      name: what the positions are called in an error.
 
     Raises:
       ValueError: a position of no argument.
@@ -36,7 +43,7 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
     numbers = listed(argnums)
     if any(not -count <= i < count for i in numbers):
         raise ValueError(
-            f"argnums={argnums} is of no argument: give positions among the "
+            f"{name}={argnums} is of no argument: give positions among the "
             f"{count} that fn takes here"
         )
     return tuple(i % count for i in numbers)

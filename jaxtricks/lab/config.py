@@ -20,6 +20,8 @@ DATA, MODEL = "data", "model"
 MOST = 2**31 - 1
 """Steps are counted in 32 bits."""
 _MOST_WIDTH = 2**16
+_MOST_BATCH = 2**20
+_START = 64  # about what a search for the largest batch starts from
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", 1):
@@ -129,6 +131,15 @@ def check_budget(text: str, name: str) -> None:
         raise UserError(f"{name} must be above 0, not {text}")
 
 
+def budget(text: str) -> str | float:
+    """Return a budget as the planner takes it: a number with a point, up to 1, is a fraction."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return value if "." in text and value <= 1 else text
+
+
 def check_widths(widths: tuple[int, ...]) -> None:
     """Raise UserError for widths that no network has."""
     if not widths or not 1 <= min(widths) <= max(widths) <= _MOST_WIDTH:
@@ -143,22 +154,23 @@ def check_path(path: str, name: str) -> None:
         raise UserError(f"{name} is empty: give a path, or leave it out")
 
 
-def check_outside(out: str, **folders: str) -> None:
+def check_outside(path: str, option: str = "--out", **folders: str) -> None:
     """Raise UserError if a directory to create would lie in a folder of data, where it would be data.
 
     Args:
-      out: the directory.
+      path: the directory.
+      option: what it was given by.
       folders: option -> its value, a folder or something else.
     """
     for name, folder in folders.items():
-        if not (out and os.path.isdir(folder)):
+        if not (path and os.path.isdir(folder)):
             continue
         # Links are followed: a run below a link to the data would be data too.
-        inside, around = os.path.realpath(out), os.path.realpath(folder)
+        inside, around = os.path.realpath(path), os.path.realpath(folder)
         if inside == around or inside.startswith(os.path.join(around, "")):
             raise UserError(
-                f"--out {out} lies in --{name} {folder}, where it would be "
-                "taken for a class of images: give an --out outside of it"
+                f"{option} {path} lies in --{name} {folder}, where it would be "
+                f"taken for a class of images: give {option} a place outside of it"
             )
 
 
@@ -189,7 +201,7 @@ def check_ranges(settings: Any) -> None:
     """Raise UserError for a number outside the range of its option."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, str):  # "auto"
+        if value is None or isinstance(value, str):  # "auto", "max"
             continue
         if "least" in field.metadata:
             at_least(value, field.metadata["least"], flag(field.name))
@@ -430,7 +442,7 @@ class Train:
     )
     blocks: int = option(1, "Residual blocks per stage.", least=1, most=1000)
     steps: int = option(300, "Optimizer steps.", least=1, most=MOST)
-    batch: int = option(64, "Images per step.", least=1, most=2**20)
+    batch: int = option(64, "Images per step.", least=1, most=_MOST_BATCH)
     accumulate: int = option(
         1,
         "Micro-batches per step; their gradients are averaged.",
@@ -684,11 +696,41 @@ class Plan(Train):
         "A TPU that is not attached, such as v5e:2x2: its first chip. Needs "
         "jaxtricks[tpu].",
     )
+    batch: int | Literal["max"] = option(  # pyrefly: ignore
+        64,
+        "Images per step; max: the largest batch whose step meets the budget.",
+        least=1,
+        most=_MOST_BATCH,
+    )
+    batch_step: int = option(
+        1,
+        "--batch max is a multiple of this, and of the devices times --accumulate.",
+        least=1,
+        most=_MOST_BATCH,
+    )
+    max_extra: float = option(
+        0.5,
+        "The most operations that --batch max runs twice, as a fraction of the "
+        "step's.",
+        least=0,
+    )
     max_compiles: int = option(
         6,
-        "Programs that may be compiled after the unplanned one.",
+        "Programs that may be compiled after the unplanned one; --batch max "
+        "compiles 8 in all.",
         least=1,
         most=MOST,
+    )
+    host_bandwidth: float | None = option(
+        None,
+        "Bytes per second from the chip to the memory of its host, which prices "
+        "what waits there; 0: nothing waits there. If absent: a table of chips.",
+        least=0,
+    )
+    cache: str = option(
+        "",
+        "Folder of plans: the same step with the same settings is read from it "
+        "in place of planned again; none if absent.",
     )
     data: str = option(
         "auto",
@@ -725,6 +767,9 @@ class Plan(Train):
                 "plan needs --budget: bytes such as 4GiB, or a fraction such as 0.5"
             )
         check_budget(self.remat_budget, "--budget")
+        if self.batch == "max":
+            self._check_largest()
+            return
         super().check()
         self.check_alone("plan")
         if self.topology and self.parallel.devices > 1:
@@ -732,9 +777,40 @@ class Plan(Train):
                 "--topology plans for the first chip alone: drop --mesh"
             )
 
+    @property
+    def multiple(self) -> int:
+        """What --batch max is a multiple of."""
+        over = self.parallel.axes.get(DATA, 1)
+        return math.lcm(self.batch_step, over * self.accumulate)
+
+    @property
+    def start(self) -> "Plan":
+        """The settings with a number for --batch max, from which the search starts."""
+        if self.batch != "max":
+            return self
+        batch = max(1, _START // self.multiple) * self.multiple
+        return dataclasses.replace(self, batch=batch)
+
+    def _check_largest(self) -> None:
+        check_ranges(self)
+        assert self.remat_budget is not None
+        if isinstance(budget(self.remat_budget), float):
+            raise UserError(
+                f"--budget {self.remat_budget} is a fraction of what one batch "
+                "needs, and --batch max has none: give a size such as 4GiB"
+            )
+        if self.multiple > _MOST_BATCH:
+            raise UserError(
+                f"--batch max must be a multiple of {self.multiple}, which is "
+                f"above {_MOST_BATCH}: lower --batch-step or --accumulate"
+            )
+        self.start.check()
+
     def _check_paths(self) -> None:
         check_path(self.data, "--data")
-        check_outside(self.out, data=self.data, root=self.root)
+        folders = {"data": self.data, "root": self.root}
+        check_outside(self.out, **folders)
+        check_outside(self.cache, "--cache", **folders)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,14 +220,18 @@ def _obstacle(folder: pathlib.Path, resume: bool | None) -> str:
     return f"already holds a run: {cure}"
 
 
-def check_writable(path: str) -> None:
+def check_writable(path: str, cure: str = "") -> None:
     """Try to write where a run directory is or will be; leave nothing behind.
+
+    Args:
+      path: the directory.
+      cure: what to do if nothing can be written, as in `writing`.
 
     Raises:
       UserError: nothing can be written there.
     """
     folder = pathlib.Path(path).absolute()
-    with writing(pathlib.Path(path)):
+    with writing(pathlib.Path(path), cure=cure):
         while not folder.exists():
             folder = folder.parent
         # What `can_begin` says of a file is more to the point.

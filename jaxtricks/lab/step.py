@@ -23,12 +23,13 @@ from jaxtricks import _tree, remat
 from jaxtricks._typing import Array, Key
 from jaxtricks.lab import data as data_lib
 from jaxtricks.lab import models
-from jaxtricks.lab.config import Plan, Train, Tricks, UserError
+from jaxtricks.lab.config import Plan, Train, Tricks, UserError, budget
 from jaxtricks.lab.distributed import Placement
 from jaxtricks.remat import _memory
 
 BFLOAT16 = "p=f32,c=bf16,o=f32"
 _CYCLES = 2  # of the cyclical schedule in a run
+_EXAMPLES = 2, 3  # the arguments of the loss that begin with the batch
 
 # What each trick is for: printed where an ablation finds no gain in accuracy.
 PURPOSE = {
@@ -91,7 +92,7 @@ class TrainStep:
     ):
         self.placement = placement or Placement.of(cfg.parallel)
         self.placement.check(cfg.micro_batch)
-        self._cfg, self._data = cfg, data
+        self._cfg, self._data, self._rate = cfg, data, rate
         self._examples = examples_of(data)
         # Shapes only: initializers run in `init` alone.
         model = nnx.eval_shape(self._model, jax.random.key(0))
@@ -207,6 +208,12 @@ class TrainStep:
         step.loss = loss
         return step
 
+    def with_micro_batch(self, micro_batch: int) -> "TrainStep":
+        """Return the step of the same settings with another batch."""
+        batch = micro_batch * self._cfg.accumulate
+        cfg = dataclasses.replace(self._cfg, batch=batch)
+        return TrainStep(cfg, self._data, self._rate, self.placement)
+
     def jitted(self) -> Any:
         """Return the step jitted; it donates its state and leaves it where it lies."""
         out = self.shardings, self.placement.replicated
@@ -246,38 +253,49 @@ class TrainStep:
         wrt: Literal["peak", "temp"] = "peak",
         max_compiles: int = 6,
         topology: str | None = None,
+        **settings: Any,
     ) -> remat.Plan:
         """Plan what the loss recomputes, within the step: jitted, donated, on its devices.
 
         Args:
-          wrt, max_compiles, topology: as in `remat.plan`.
+          wrt, max_compiles, topology, **settings: as in `remat.plan`, whose batch is a
+            micro-batch here.
 
         Raises:
           UserError: the budget can't be met or read, or the topology is unknown.
         """
-        state, batch = self.shapes, self.batch_shapes()
-        if topology is not None:  # its chip is not one of those at hand
-            state, batch = jax.tree.map(_memory.shape, (state, batch))
 
-        def within(loss: Any) -> tuple[Any, Any]:
-            step = self.with_loss(loss)
+        def arguments(step: TrainStep) -> tuple[Any, Any]:
+            shapes = step.shapes, step.batch_shapes()
+            if topology is None:
+                return shapes
+            # Its chip is not one of those at hand.
+            return jax.tree.map(_memory.shape, shapes)
+
+        sized = functools.cache(self.with_micro_batch)
+
+        def within(loss: Any, batch: int | None = None) -> tuple[Any, Any]:
+            step = self if batch is None else sized(batch)
+            step = step.with_loss(loss)
             jitted = (
                 step.jitted()
                 if topology is None
                 else jax.jit(step.step, donate_argnums=0)
             )
-            return jitted, (state, batch)
+            return jitted, arguments(step)
 
         try:
             return remat.plan(
                 self.loss,
-                *jax.eval_shape(self.inputs, state, batch),
-                budget_bytes=_budget(self._cfg.remat_budget or ""),
+                *jax.eval_shape(self.inputs, *arguments(self)),
+                budget_bytes=budget(self._cfg.remat_budget or ""),
                 has_aux=True,
                 within=within,
                 wrt=wrt,
                 max_compiles=max_compiles,
                 topology=topology,
+                batch_argnums=_EXAMPLES,
+                **settings,
             )
         except ValueError as error:
             option = (
@@ -359,15 +377,6 @@ def prepare(
         return step, None
     plan = step.plan()
     return step.with_loss(plan.fn), plan
-
-
-def _budget(text: str) -> str | float:
-    """Return the budget as the planner takes it: a number with a point, up to 1, is a fraction."""
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    return value if "." in text and value <= 1 else text
 
 
 # The model.

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxtricks import _integers
 from jaxtricks.remat import _memory
@@ -88,15 +89,25 @@ def resized(
     """
 
     def resize(x: Any) -> Any:
-        shape = _memory.shape(x, getattr(x, "sharding", None))
         if not _has_batch(x):
             return x
+        shape = _memory.shape(x, _sharding(x))
         return shape.update(shape=(batch, *shape.shape[1:]))
 
     return [
         jax.tree.map(resize, arg) if i in positions else arg
         for i, arg in enumerate(args)
     ]
+
+
+def _sharding(x: Any) -> Any:
+    """Return the sharding of an array or a shape; None where the user asked for none."""
+    sharding = getattr(x, "sharding", None)
+    # An array is on some device, which is not that of a topology.
+    is_anywhere = isinstance(sharding, SingleDeviceSharding)
+    if is_anywhere and not isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    return sharding
 
 
 def size_of(
@@ -109,7 +120,7 @@ def size_of(
       ValueError: they have none, or several.
     """
     found = {
-        x.shape[0]
+        jax.typeof(x).shape[0]
         for i in positions
         for x in jax.tree.leaves(args[i])
         if _has_batch(x)
@@ -123,9 +134,16 @@ def size_of(
     return found.pop()
 
 
+def multiple(batch: int, step: int) -> int:
+    """Return the largest multiple of the step up to the batch, at least the step."""
+    return max(step, min(batch, _MAX_BATCH) // step * step)
+
+
 def _has_batch(x: Any) -> bool:
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return bool(x.shape) and not is_key
+    # A number of Python has neither shape nor dtype.
+    aval = jax.typeof(x)
+    is_key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+    return bool(aval.shape) and not is_key
 
 
 @dataclasses.dataclass
@@ -240,4 +258,4 @@ class Largest:
         return self._multiple(int((aim - constant) / max(slope, 1e-9)))
 
     def _multiple(self, batch: int) -> int:
-        return max(self.step, min(batch, _MAX_BATCH) // self.step * self.step)
+        return multiple(batch, self.step)

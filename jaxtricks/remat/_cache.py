@@ -19,10 +19,15 @@ class Cache:
 
     Args:
       folder: where; created when the first plan is written.
+
+    Raises:
+      ValueError: it is a file.
     """
 
     def __init__(self, folder: str | pathlib.Path):
         self._folder = pathlib.Path(folder)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"cache is {folder}, a file: give a folder")
 
     def read(self, key: Any, fn: Callable[..., Any]) -> Plan[..., Any] | None:
         """Return the plan of this key; None if there is none that can be read."""

@@ -49,9 +49,26 @@ _LATER_FIGURES: dict[str, Any] = {
     "sizes": list,
 }
 _HEADERS = ("stages", "operations", "carry", "what", "inside", "first line")
-_VALUE_FIELDS = ("choice", "count", "bytes", "cost", "what", "line")
-_SIZE_FIELDS = ("batch", "bytes", "extra_flops", "flops_per_example", "fits")
-_COLUMNS = {"rows": _HEADERS, "values": _VALUE_FIELDS, "sizes": _SIZE_FIELDS}
+# Columns of a plan's tables in its text, and their types there; those of `rows` are
+# printed as they are.
+_COLUMNS: dict[str, dict[str, Any]] = {
+    "rows": dict.fromkeys(_HEADERS, object),
+    "values": {
+        "choice": str,
+        "count": int,
+        "bytes": int,
+        "cost": (int, float),
+        "what": str,
+        "line": str,
+    },
+    "sizes": {
+        "batch": int,
+        "bytes": int,
+        "extra_flops": (int, float),
+        "flops_per_example": (int, float),
+        "fits": bool,
+    },
+}
 _MAX_INTEGER = 2**63
 
 
@@ -280,10 +297,7 @@ def _check_figures(content: Mapping[str, Any]) -> None:
         raise ValueError(f"its figures are not {', '.join(_FIGURES)}")
     kinds = _FIGURES | _LATER_FIGURES
     for name, value in content.items():
-        kind = kinds[name]
-        # True is an int to Python.
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ValueError(f"{name} is {value!r:.40}")
+        _check_type(name, value, kinds[name])
         # Not NaN either.
         is_number = isinstance(value, int | float)
         if is_number and not abs(value) < _MAX_INTEGER:
@@ -294,6 +308,17 @@ def _check_figures(content: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"its {name} have not the columns {', '.join(columns)}"
                 )
+            for (column, kind), value in zip(columns.items(), row, strict=True):
+                _check_type(column, value, kind)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    # True is an int to Python. What a size that does not fit costs is NaN.
+    is_bool = isinstance(value, bool) and kind not in (bool, object)
+    is_number = isinstance(value, int | float)
+    is_beyond = is_number and abs(value) >= _MAX_INTEGER
+    if is_bool or is_beyond or not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r:.40}")
 
 
 # A run is [stage, [saved, outer, in_parts, offload]] in the text, without the last two in

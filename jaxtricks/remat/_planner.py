@@ -123,16 +123,24 @@ def plan(
         topology,
         host_memory(topology, host_bandwidth),
     )
-    sizes = None
+    if not 0 <= max_extra_flops < np.inf:
+        raise ValueError(
+            f"max_extra_flops is {max_extra_flops}: give a fraction of the step's "
+            "operations, such as 0.5"
+        )
+    sizes = first = None
+    start = 1
     batched: tuple[int, ...] = ()
     if batch is not None:
         sizes = _batches.sizes(batch, batch_step)
         batched = tuple(i for i in range(len(args)) if i not in positions)
         if batch_argnums is not None:
             batched = _integers.positions(
-                _integers.plain(batch_argnums), len(args)
+                _integers.plain(batch_argnums), len(args), "batch_argnums"
             )
-        _batches.size_of(args, batched)
+        start = _batches.size_of(args, batched)
+        # The program that the cache knows the loss by, at a size that was asked for.
+        first = sizes[0] if sizes else _batches.multiple(start, batch_step)
 
     @functools.cache
     def program_of(size: int | None) -> Program:
@@ -152,7 +160,7 @@ def plan(
 
     folder = None if cache is None else _cache.Cache(cache)
     key = folder and (
-        program_of(None).fingerprint(),
+        program_of(first).fingerprint(),
         budget_bytes,
         argnums,
         has_aux,
@@ -160,7 +168,7 @@ def plan(
         max_compiles,
         topology,
         host_bandwidth,
-        sizes if batch != "max" else batch,
+        sizes or batch,
         batched,
         batch_step,
         max_extra_flops,
@@ -178,7 +186,7 @@ def plan(
         search = Largest(
             program_of, budget, wrt, int(batch_step), max_extra_flops
         )
-        size, trial = search.search(_batches.size_of(args, batched))
+        size, trial = search.search(start)
         if trial is None:
             raise BudgetInfeasible(budget, search.least(), 0, wrt)
         # The last trial of the search is the first of the plan.

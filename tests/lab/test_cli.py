@@ -1,6 +1,7 @@
 """The command line: help, cards, and one sentence with exit code 2 for a user's mistake."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 from jaxtricks.lab import cli
 from jaxtricks.lab import step as step_lib
 from jaxtricks.lab.commands import lr_find, plan
+from jaxtricks.remat import _trial
 from PIL import Image
 
 HEADS = (
@@ -23,6 +25,8 @@ HEADS = (
     "Differences from the paper and from optax/flax.",
     "References.",
 )
+
+LARGEST = ("plan", "--batch", "max", "--budget", "1GB")
 
 
 def fails(capsys, *args):
@@ -112,6 +116,24 @@ def test_explain_prints_the_card(capsys):
         (("plan", "--budget", "0.5", "--topology", "v5e"), ("topology", "v5e:2x2")),
         (("plan", "--budget", "0.5", "--topology", "v5e:2x2", "--mesh", "data=2"), ("--mesh",)),
         (("plan", "--budget", "0.5", "--channels", "0"), ("--channels", "at least 1")),
+        (("plan", "--batch", "max", "--budget", "0.5"), ("--budget 0.5", "fraction", "4GiB")),
+        (("plan", "--batch", "max", "--budget", "1.0"), ("--budget 1.0", "fraction", "4GiB")),
+        (("plan", "--batch", "most", "--budget", "1GB"), ("--batch is 'most'", "number or max")),
+        (("plan", "--batch", "0", "--budget", "1GB"), ("--batch", "at least 1")),
+        ((*LARGEST, "--batch-step", "0"), ("--batch-step", "at least 1")),
+        ((*LARGEST, "--batch-step", "2.5"), ("--batch-step is '2.5'", "whole number")),
+        ((*LARGEST, "--accumulate", "3000000"), ("3000000", "--batch-step or --accumulate")),
+        ((*LARGEST, "--batch-step", str(2**20), "--mesh", "data=3"), ("3145728", "lower")),
+        ((*LARGEST, "--max-extra", "nan"), ("--max-extra", "finite")),
+        ((*LARGEST, "--max-extra", "-1"), ("--max-extra", "at least 0")),
+        ((*LARGEST, "--host-bandwidth", "-1"), ("--host-bandwidth", "at least 0")),
+        ((*LARGEST, "--host-bandwidth", "inf"), ("--host-bandwidth", "finite")),
+        ((*LARGEST, "--topology", "v5e"), ("topology", "v5e:2x2")),
+        ((*LARGEST, "--topology", "v5e:2x2", "--mesh", "data=2"), ("--mesh",)),
+        ((*LARGEST, "--cache", "/dev/null"), ("--cache /dev/null is a file", "folder")),
+        ((*LARGEST, "--cache", "/proc/x"), ("can't write /proc/x", "--cache")),
+        ((*LARGEST, "--ebn", "--model", "transformer"), ("--ebn", "drop it")),
+        (("train", "--batch", "max"), ("--batch is 'max'", "a whole number")),
         (("train", "--remat-budget", "much"), ("--remat-budget", "much", "4GiB")),
     ],
 )
@@ -305,6 +327,62 @@ def test_plan_prints_and_writes_a_plan(capsys, tmp_path):
     # Not bit by bit: XLA compiles the calls within the loss, which the plan writes out.
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     assert (tmp_path / "plan/plan.png").stat().st_size > 5_000
+
+
+def test_plan_hands_its_options_on(capsys, monkeypatch):
+    args = ["--widths", "4", "--batch-step", "6", "--accumulate", "2", "--mesh", "data=2", "--echo"]
+    args += ["--max-extra", "0.25", "--host-bandwidth", "1e9", "--cache", "folder"]
+    told = {}
+
+    def refuse(loss, *args, within, **settings):
+        told.update(settings)
+        _, batch = within(loss, batch=12)[1]
+        told["shapes"] = args[2].shape, batch["image"].shape, batch["label"].sharding.num_devices
+        raise jt.remat.BudgetInfeasible(1, 2, 0, "peak")
+
+    monkeypatch.setattr(jt.remat, "plan", refuse)
+    assert "--budget is 1 B" in fails(capsys, *LARGEST, *args)
+    # The search starts from the multiple of 6 images, and of 4 in micro-batches, below 64: 60 in two.
+    assert told.pop("shapes") == ((30, 32, 32, 3), (12, 32, 32, 3), 2)
+    wanted = {"batch": "max", "batch_step": 6, "batch_argnums": (2, 3), "max_extra_flops": 0.25}
+    wanted |= {"host_bandwidth": 1e9, "cache": "folder", "budget_bytes": "1GB"}
+    assert wanted.items() <= told.items()
+    told.clear()
+    fails(capsys, "plan", "--widths", "4", "--batch", "6", "--budget", "0.5")
+    assert told["budget_bytes"] == 0.5 and told["cache"] is None and "batch" not in told
+
+
+@pytest.mark.slow
+def test_plan_finds_the_largest_batch_of_several_devices_and_micro_batches(capsys, tmp_path):
+    args = ["plan", "--batch", "max", "--model", "transformer", *SMALL_TEXT[:-2], "--classes", "50"]
+    args += ["--budget", "400KiB", "--batch-step", "6", "--accumulate", "2", "--mesh", "data=2"]
+    args += ["--wrt", "temp", "--cache", str(tmp_path / "cache")]
+    cfg = cli.parse(args)
+    assert cfg.multiple == 12 and cfg.start.batch == 60
+    cli.main([*args, "--out", str(tmp_path / "plan")])
+    out = capsys.readouterr().out
+    assert "transformer, windows of 16 characters, 50 classes" in out
+    program = step_lib.TrainStep(cfg.start, plan.described(cfg))
+    text = (tmp_path / "plan/plan.json").read_text()
+    found = jt.remat.plan_from_json(text, program.loss)
+    assert found.peak <= found.budget == 400 * 2**10
+    assert found.batch % 6 == 0 and len(found.sizes) > 1
+    (last,) = (line for line in out.splitlines() if line.startswith("largest batch:"))
+    assert f"largest batch: {2 * found.batch} (2 micro-batches of {found.batch}), temp" in last
+    assert f"{found.extra_flops:+.1%} FLOPs, {found.flops / found.batch:.3e} FLOPs per" in last
+    for batch, *_, fits in found.sizes:
+        assert re.search(rf"^ *{2 * batch} .* {'yes' if fits else 'no'}$", out, re.MULTILINE)
+    # The step of that batch with that loss is what was measured.
+    step = program.with_micro_batch(found.batch).with_loss(found.fn)
+    shapes = step.shapes, step.batch_shapes()
+    assert shapes[1]["text"].shape == (found.batch, 17)
+    assert jt.remat.memory_analysis(step.jitted(), *shapes).temp == found.peak
+    # The same again is read, not planned.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_trial, "compiled", None)
+        cli.main(args)
+    again = capsys.readouterr().out.splitlines()
+    assert again == out.splitlines()[:-1]
 
 
 @pytest.mark.slow

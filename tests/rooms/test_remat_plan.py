@@ -154,6 +154,114 @@ def test_a_plan_is_read_back_with_the_same_bytes():
             remat.plan_from_json(text, loss)
 
 
+# Fields that plans of before lack, and what stands for them.
+LATER = {"values": (), "gap": 0.0, "host": 0, "flops": 0, "batch": None, "sizes": ()}
+
+
+@pytest.fixture(scope="module")
+def written():
+    """(function, arguments, content of a plan with options and with groups in it)."""
+    loss, params, x = mlp(6, 8, 64)
+    plan = remat.plan(loss, params, x, budget_bytes=0.9, max_compiles=3)
+    content = json.loads(plan.to_json())
+    assert content["schedule"] and content["values"]
+    return loss, (params, x), content
+
+
+def read(content, loss):
+    return remat.plan_from_json(json.dumps(content), loss)
+
+
+def runs_of(steps):
+    """The runs in a schedule's JSON, those of groups too."""
+    for step in steps:
+        yield from runs_of(step["again"]) if isinstance(step, dict) else [step]
+
+
+def test_a_plan_of_before_is_read(written):
+    loss, args, content = written
+    old = {k: v for k, v in json.loads(json.dumps(content)).items() if k not in {*LATER, "shared"}}
+    for run in runs_of(old["schedule"]):
+        run[1] = run[1][:2]
+    found = read(old, loss)
+    assert {name: getattr(found, name) for name in LATER} == LATER
+    assert found.schedule.shared == () and found.peak == content["peak"]
+    assert not any("True" in repr(run) for run in found.schedule.steps)  # in parts, or offloaded
+    close(jax.grad(found.fn)(*args), jax.grad(loss)(*args))
+    assert "FLOPs" in str(found)
+    # Written again it has all the fields, and is read again.
+    again = read(json.loads(found.to_json()), loss)
+    assert str(again) == str(found) and again.schedule == found.schedule
+
+
+ROW = ["saved", 1, 2, 0.5, "dot_general", "file.py:1"]
+WRONG = {
+    "values": [None, {}, "saved", 1, [1], ["saved"], [ROW[:5]], [[*ROW, 1]], [["saved", "1", *ROW[2:]]],
+               [[*ROW[:2], "2", *ROW[3:]]], [[*ROW[:3], None, *ROW[4:]]], [[*ROW[:4], 1, ROW[5]]],
+               [[1, *ROW[1:]]], [[*ROW[:5], None]], [[*ROW[:2], True, *ROW[3:]]]],
+    "gap": [None, "0.5", True, [], {}, float("nan"), float("inf"), 1e300],
+    "host": [None, "1", 1.5, True, [], 2**63, float("nan")],
+    "flops": [None, "1", 1.5, False, {}, 2**64],
+    "batch": ["8", 1.5, True, [8], {}, 2**63],
+    "sizes": [None, {}, "8", 8, [8], [{}], [[8, 1, 0.5, 0.5]], [[8, 1, 0.5, 0.5, True, 1]],
+              [["8", 1, 0.5, 0.5, True]], [[8, None, 0.5, 0.5, True]], [[8, 1, "0.5", 0.5, True]],
+              [[8, 1, 0.5, [], True]], [[8, 1, 0.5, 0.5, "yes"]], [[8.5, 1, 0.5, 0.5, True]],
+              [[8, 10**400, 0.5, 0.5, True]]],
+    "shared": [None, 1, "0", [-1], [0.5], [True], ["0"], [[0]], [None]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_types_in_the_newer_fields_are_refused(written, name, unchecked):
+    loss, _, content = written
+    for value in WRONG[name]:
+        with pytest.raises(
+            ValueError, match="^text is no plan written by Plan.to_json: "
+        ) as caught:
+            read(content | {name: value}, loss)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    with pytest.raises(ValueError, match="its figures are not"):
+        read(content | {"later_still": 1}, loss)
+
+
+@pytest.mark.parametrize(
+    ("choice", "why"),
+    [
+        ([None, 0, 1, False], "neither true nor false"),
+        ([None, 0, False, None], "neither true nor false"),
+        ([None, 0, "yes", False], "neither true nor false"),
+        ([None, True, False, False], "not a number"),
+        ([None, -1, False, False], "not a number"),
+        ([[0.0], 0, False, False], "not a number"),
+        ([[True], 0], "not a number"),
+        ([["0"], 0], "not a number"),
+        ([[0, 0], 0, False, False], "saves a result twice"),
+        ([0, 0, False, False], ""),
+        ([None, 0, False, False, False], ""),
+        ([None], ""),
+        ([], ""),
+        (None, ""),
+        ("ab", ""),
+        ({"saved": None}, ""),
+    ],
+    ids=str,
+)
+def test_wrong_choices_of_a_stage_are_refused(written, choice, why, unchecked):
+    loss, _, content = written
+    content = json.loads(json.dumps(content))
+    next(runs_of(content["schedule"]))[1] = choice
+    with pytest.raises(ValueError, match="^text is no plan written by Plan.to_json: ") as caught:
+        read(content, loss)
+    assert why in str(caught.value)
+
+
+def test_a_variable_that_is_not_there_is_not_shared(written):
+    loss, args, content = written
+    for shared in ([10**6], [0, 2**70]):
+        with pytest.raises(ValueError, match="shares a variable that is not there: plan again"):
+            read(content | {"shared": shared}, loss).fn(*args)
+
+
 def test_within_the_users_donated_step():
     loss, params, x = mlp()
     tx = optax.adamw(1e-3)
