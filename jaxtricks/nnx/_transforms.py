@@ -208,7 +208,7 @@ def plan(
       budget_bytes: see `remat.plan`.
       argnums: see `remat.plan`.
       has_aux: see `remat.plan`.
-      **settings: see `remat.plan`; `within` is not among them.
+      **settings: see `remat.plan`; `within` and `batch` are not among them.
 
     Returns:
       Plan; its `fn` goes inside nnx.jit and nnx.value_and_grad.
@@ -279,10 +279,10 @@ def _planned(
     settings: Mapping[str, Any],
 ) -> remat.Plan:
     # A whole step would have to carry the modules through the user's function.
-    if "within" in settings:
+    if settings.keys() & {"within", "batch"}:
         raise ValueError(
-            "nnx.plan takes no `within`: plan the loss alone, or a pure one of "
-            "nnx.functional by remat.plan"
+            "nnx.plan takes no `within` and no `batch`: plan the loss alone, or a "
+            "pure one of nnx.functional by remat.plan"
         )
 
     def pure(moving: Any, fixed: Any) -> Any:

@@ -19,10 +19,14 @@ Batch = int | Sequence[int] | Literal["max"]
 MAX_COMPILES = 8
 # Compilations that stay for the unplanned step at the largest batch and for a schedule
 # that recomputes less there.
-_RESERVED = 3
+_RESERVED = 2
 _CLOSE = (
     0.004  # of a batch, or of the budget: a gain not worth another compilation
 )
+# Schedules that are tried: within these factors of the least memory by the model, since
+# what is the smallest to the model need not be to the compiler.
+_KINDS = 1.0, 1.12, 1.4
+_REFUSED = 1.15  # of the budget: what a program takes that the compiler refused
 # Of the budget: where the first guess aims, which only the model knows, and the others.
 _FIRST_AIM, _AIM = 0.97, 0.998
 _MAX_BATCH = 2**31 - 1
@@ -56,7 +60,7 @@ def sizes(batch: Batch, batch_step: int) -> tuple[int, ...] | None:
         raise ValueError(
             f"batch_step is {batch_step!r:.40}: give a positive integer"
         )
-    if isinstance(batch, str):
+    if isinstance(batch, str | bytes):
         if batch == "max":
             return None
     elif _are_positive(batch):
@@ -165,6 +169,7 @@ class Largest:
     step: int
     max_extra: float
     tried: list[Size] = dataclasses.field(default_factory=list)
+    _kinds: list[float] = dataclasses.field(default_factory=list)
 
     def search(self, start: int) -> tuple[int, Trial | None]:
         """Return the largest batch that fits, and its trial.
@@ -175,11 +180,10 @@ class Largest:
         Returns:
           (0, None) if not even the smallest fits.
         """
-        best: Trial | None = None
-        low: Size | None = None
-        high: Size | None = None
         model = self._line(self._multiple(start))
+        best: Trial | None = None
         while len(self.tried) < MAX_COMPILES - _RESERVED:
+            low, high = self._bracket()
             smallest = (low.batch if low else 0) + self.step
             largest = (high.batch if high else _MAX_BATCH) - self.step
             guess = min(max(self._guess(model, low, high), smallest), largest)
@@ -188,18 +192,44 @@ class Largest:
             trial = self._compile(guess)
             latest = self.tried[-1]
             if latest.fits:
-                low, best = latest, trial
-            else:
-                high = latest
-            if low and low.figure > (1 - _CLOSE) * self.budget:
-                break
+                best = trial
+                if latest.figure > (1 - _CLOSE) * self.budget:
+                    break
+        low, _ = self._bracket()
         return (low.batch, best) if low else (0, None)
+
+    def _bracket(self) -> tuple[Size | None, Size | None]:
+        """Return the largest size that fits, and the smallest that does not."""
+        fitting = [size for size in self.tried if size.fits]
+        low = max(fitting, default=None)
+        # What another kind of schedule needs says nothing of this one.
+        kind = self._kind()
+        too_large = [
+            size
+            for size, other in zip(self.tried, self._kinds, strict=True)
+            if other == kind and not size.fits and (not low or size > low)
+        ]
+        return low, min(too_large, default=None)
+
+    def _kind(self) -> float:
+        """Return the kind of schedule to compile next: a factor of `_KINDS`."""
+        if len(self.tried) < len(_KINDS):
+            return _KINDS[len(self.tried)]
+        # Each was tried once: the one that needed least for an example.
+        first = self.tried[: len(_KINDS)]
+        least = min(
+            range(len(_KINDS)), key=lambda i: first[i].figure / first[i].batch
+        )
+        return _KINDS[least]
 
     def _compile(self, batch: int) -> Trial:
         program = self.programs(batch)
-        frontier = program.frontier
-        trial = program.compile(frontier.steps(self._smallest(program)))
+        kind = self._kind()
+        trial = program.compile(
+            program.frontier.steps(self._index(program, kind))
+        )
         self._add(batch, trial, program)
+        self._kinds.append(kind)
         return trial
 
     def least(self) -> int:
@@ -214,17 +244,24 @@ class Largest:
         """Note a trial."""
         figure = trial.report.peak if self.wrt == "peak" else trial.temp
         fits = not trial.is_refused and figure <= self.budget
+        if trial.is_refused:
+            # The machine has less than the budget: how much less is not said.
+            figure = max(figure, int(_REFUSED * self.budget))
         flops = trial.report.flops
         self.tried.append(
             Size(batch, figure, flops / program.flops - 1, flops / batch, fits)
         )
 
-    def _smallest(self, program: Program) -> int:
-        """Return the schedule with least memory that recomputes no more than allowed."""
+    def _index(self, program: Program, kind: float) -> int:
+        """Return the cheapest schedule within this factor of the least memory allowed.
+
+        Memory increases over the schedules, and what runs twice decreases.
+        """
         frontier = program.frontier
-        # Memory increases, and what runs twice decreases.
         allowed = frontier.extra <= self.max_extra * frontier.step
-        return int(np.argmax(allowed))
+        least = frontier.memory[int(np.argmax(allowed))]
+        within = np.searchsorted(frontier.memory, kind * least, "right")
+        return int(within) - 1
 
     def _line(self, batch: int) -> tuple[float, float]:
         """Return the figure of the model as a straight line: (at 0, per example)."""
@@ -235,7 +272,7 @@ class Largest:
 
     def _model(self, batch: int) -> float:
         program = self.programs(batch)
-        memory = float(program.frontier.memory[self._smallest(program)])
+        memory = float(program.frontier.memory[self._index(program, 1.0)])
         return memory + (program.arguments() if self.wrt == "peak" else 0)
 
     def _guess(
@@ -248,10 +285,10 @@ class Largest:
         constant, slope = model
         aim = (_AIM if self.tried else _FIRST_AIM) * self.budget
         if low and high:
-            # What the compiler said of both is nearer than the model.
+            # What the compiler said is nearer than the model.
             slope = (high.figure - low.figure) / (high.batch - low.batch)
             constant = low.figure - slope * low.batch
-        elif nearest := low or high:
+        elif nearest := low or high or next(iter(self.tried), None):
             # The model, by the factor that it is wrong by here.
             ratio = nearest.figure / (constant + slope * nearest.batch)
             constant, slope = ratio * constant, ratio * slope

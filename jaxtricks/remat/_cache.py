@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -41,11 +40,10 @@ class Cache:
         """Write a plan, whole or not at all."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, delete=False
-        ) as file:
-            file.write(plan.to_json() + "\n")
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = pathlib.Path(folder) / path.name
+            whole.write_text(plan.to_json() + "\n")
+            whole.replace(path)
 
     def _path(self, key: Any) -> pathlib.Path:
         # Another compiler, or another chip, assigns other buffers.

@@ -257,7 +257,9 @@ def _planned(
     program.start()
     frontier = program.frontier
     unplanned = program.unplanned
-    fixed = program.fixed() if wrt == "peak" else 0
+    fixed = 0
+    if wrt == "peak":
+        fixed = first.fixed if first is not None else program.fixed()
     budget = parse_budget(budget_bytes, fixed + unplanned.temp)
     search = Search(frontier, program.compile, unplanned, max_compiles, first)
     best = search.best(budget - fixed)

@@ -167,7 +167,7 @@ class Program:
         if trial.is_refused:
             traced = self._trace(_trial.idle(self._settings.fn))
             trial = self._compiled(None, traced)
-        return trial.report.peak - trial.report.temp
+        return trial.fixed
 
     def arguments(self) -> int:
         """Return the bytes of arguments and results, before anything is compiled."""

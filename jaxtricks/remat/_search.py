@@ -20,7 +20,9 @@ _FULL = 0.98  # of the budget: used up
 _ERROR = 1.15  # the model's bytes may be this much above the compiler's
 _SMALLER = 0.85  # of the guess: the last compilation should fit
 _LARGER = 1.1  # of the bytes of a schedule: another size
-_CLOSE = 0.003  # of the operations of the step: a gain not worth another compilation
+_CLOSE = (
+    0.003  # of the operations of the step: a gain not worth another compilation
+)
 
 
 class Search:

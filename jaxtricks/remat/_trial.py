@@ -35,6 +35,11 @@ class Trial:
         """Bytes of temporaries."""
         return self.report.temp
 
+    @property
+    def fixed(self) -> int:
+        """Bytes of arguments and results, without aliases."""
+        return self.report.peak - self.report.temp
+
     def fits(self, temp: int) -> bool:
         """Return whether it compiled, and within these bytes of temporaries."""
         return not self.is_refused and self.temp <= temp
