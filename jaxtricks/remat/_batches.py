@@ -237,8 +237,11 @@ class Largest:
         return min(size.figure for size in self.tried)
 
     def sizes(self) -> list[Size]:
-        """Return what was compiled, by size."""
-        return sorted(self.tried)
+        """Return what was compiled, by size: of each the smallest."""
+        smallest: dict[int, Size] = {}
+        for size in sorted(self.tried, key=lambda s: -s.figure):
+            smallest[size.batch] = size
+        return sorted(smallest.values())
 
     def _add(self, batch: int, trial: Trial, program: Program) -> None:
         """Note a trial."""

@@ -168,14 +168,12 @@ def _policy(
     return {"policy": policies.save_only_these_names(*saved)} if saved else {}
 
 
-def offloaded(
+def with_labels(
     jaxpr: _jaxpr.Jaxpr,
     saved: Collection[int],
     offload: Collection[int],
 ) -> Callable[..., list[Any]]:
-    """Return the body of a loop, (*constvars, *invars) -> outputs, that runs again.
-
-    The loops of the two passes are different computations: no order is needed.
+    """Return the body of a loop, (*constvars, *invars) -> outputs, for `repeat_in_loop`.
 
     Args:
       jaxpr: what to run.
@@ -195,8 +193,20 @@ def offloaded(
             env.update(zip(eqn.outvars, results, strict=True))
         return _jaxpr.read_values(jaxpr.outvars, env)
 
-    policy = _policy((_SAVED,), (_OFFLOADED,))
-    return jax.checkpoint(run, prevent_cse=False, **policy)
+    return run
+
+
+def repeat_in_loop(
+    fn: Callable[..., Any],
+    *,
+    offload: bool,
+) -> Callable[..., Any]:
+    """Return what a loop repeats, run again but for what `with_labels` saves.
+
+    The loops of the two passes are different computations: no order is needed.
+    """
+    policy = _policy((_SAVED,), (_OFFLOADED,) if offload else ())
+    return jax.checkpoint(fn, prevent_cse=False, **policy)
 
 
 _SAVED, _OFFLOADED = "jaxtricks_saved", "jaxtricks_offloaded"

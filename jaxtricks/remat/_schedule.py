@@ -15,7 +15,7 @@ import jax
 from jaxtricks import _flops, _jaxpr
 from jaxtricks._partition import positional, without_changes
 from jaxtricks.remat import _sequential, _stages
-from jaxtricks.remat._checkpoint import offloaded
+from jaxtricks.remat._checkpoint import repeat_in_loop, with_labels
 from jaxtricks.remat._recompute import recompute_grad, recomputed
 from jaxtricks.remat._stages import Stage
 
@@ -336,20 +336,13 @@ def _recomputed(
 ) -> Callable[..., list[Any]]:
     """Return a stage or a body that saves the results of some equations."""
 
-    def finish(
-        jaxpr: _jaxpr.Jaxpr,
-        saved: Sequence[int],
-    ) -> Callable[..., list[Any]]:
-        if run.offload:
-            return offloaded(jaxpr, saved, run.offload)
-        return recomputed(jaxpr, saved=saved, ordered=ordered)
-
     saved = run.saved or ()
     if not run.in_parts:
-        return finish(jaxpr, saved)
+        return recomputed(jaxpr, saved=saved, ordered=ordered)
 
     def execute(*xs: Any) -> list[Any]:
-        return finish(*_in_parts(jaxpr, saved, xs))(*xs)
+        parts, numbers = _in_parts(jaxpr, saved, xs)
+        return recomputed(parts, saved=numbers, ordered=ordered)(*xs)
 
     return execute
 
@@ -483,8 +476,14 @@ def _split_scan(
     parts = _jaxpr.scan_parts(loop)
     first_row = parts.consts + parts.carry
     body = scan_body(loop)
+    recompute = functools.partial(repeat_in_loop, offload=bool(run.offload))
     if run.saved is None:
         step = _plain(body.jaxpr)
+    elif run.saved and run.outer > 1:
+        # What the inner loop saves stays saved while the outer one repeats it.
+        step = with_labels(body.jaxpr, run.saved, run.offload)
+    elif run.offload:
+        step = recompute(with_labels(body.jaxpr, run.saved, run.offload))
     else:
         # The backward pass of a loop is another loop: no order is needed.
         step = _recomputed(body.jaxpr, run, ordered=False)
@@ -507,6 +506,7 @@ def _split_scan(
             parts.length,
             outer,
             reverse=parts.reverse,
+            recompute=recompute if run.saved else None,
         )
         return [*carry, *stacked]
 

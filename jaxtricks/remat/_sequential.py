@@ -92,6 +92,7 @@ def nested(
     *,
     reverse: bool = False,
     unroll: int | bool = 1,
+    recompute: Callable[[Step], Step] | None = None,
 ) -> tuple[Any, Any]:
     """jax.lax.scan of a step as nested loops, each but the outermost recomputed.
 
@@ -101,6 +102,8 @@ def nested(
       n: number of steps.
       outer: lengths of all loops but the innermost, outermost first.
       reverse, unroll: as in jax.lax.scan.
+      recompute: wraps what each loop but the innermost repeats; None saves only its
+        inputs.
     """
     if not outer:
         return jax.lax.scan(
@@ -118,8 +121,10 @@ def nested(
         step,
         reverse=reverse,
         unroll=unroll,
+        recompute=recompute,
     )
-    inner = _recomputed_step(lambda c, xs: again(c, xs, block_size, outer[1:]))
+    wrap = recompute or _recomputed_step
+    inner = wrap(lambda c, xs: again(c, xs, block_size, outer[1:]))
 
     def loops(carry: Any) -> tuple[Any, Any]:
         def into_blocks(x: Any) -> Any:
