@@ -50,3 +50,10 @@ def images(key: Any, batch: int) -> tuple[Any, Any]:
     return jax.random.normal(k1, (batch, 32, 32, 3)), jax.random.randint(
         k2, (batch,), 0, 10
     )
+
+
+def patches(images: Any, count: int) -> Any:
+    """Square patches, flattened: [batch, 32, 32, 3] -> [batch, count, features]."""
+    n = math.isqrt(count)
+    x = images.reshape(len(images), n, 32 // n, n, 32 // n, 3)
+    return jnp.swapaxes(x, 2, 3).reshape(len(images), count, -1)

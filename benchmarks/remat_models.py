@@ -1,6 +1,5 @@
 """Networks whose activations fill the memory, each as a chain of blocks (`remat_chains.Model`)."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -226,15 +225,8 @@ def mixer(
         f"mixer{n}",
         draw,
         (layer,) * n,
-        embed=lambda p, images: _patches(images[0], patches) @ p,
+        embed=lambda p, images: layers.patches(images[0], patches) @ p,
         head=lambda p, x, images: layers.cross_entropy(
             layers.norm(p["norm"], x).mean(1) @ p["w"], images[1]
         ),
     )
-
-
-def _patches(images: Any, count: int) -> Any:
-    # Square patches, flattened: [batch, 32, 32, 3] -> [batch, count, features].
-    n = math.isqrt(count)
-    x = images.reshape(len(images), n, 32 // n, n, 32 // n, 3)
-    return jnp.swapaxes(x, 2, 3).reshape(len(images), count, -1)

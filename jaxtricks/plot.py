@@ -70,12 +70,17 @@ _BUDGET = {"color": "tab:blue", "lw": 1.4, "ls": "--"}
 _WHAT = {"peak": "arguments, results and temporaries", "temp": "temporaries"}
 
 
-def plan(p: Any) -> Any:
+def plan(p: Any, *, policies: Mapping[str, Any] | None = None) -> Any:
     """Draw memory over the operations of a step, and bytes against operations run again, of a plan.
 
     Args:
       p: a `remat.Plan`; one that was read from JSON knows no timeline, which its panel
         says.
+      policies: {label: `remat.Report`} of what you place manually, to compare with: each
+        is a point in the right panel. `remat.memory_analysis` measures the step of a
+        policy, jit(value_and_grad(loss)) or that of `within`. A policy may be one of
+        `jax.checkpoint_policies`, or a set of names as MaxText has them: its
+        save_dot_except_mlp is save_only_these_names("qkv_proj", "out_proj", ...).
 
     Returns:
       A matplotlib figure of two panels. Left: bytes alive at each operation, estimated
@@ -85,13 +90,27 @@ def plan(p: Any) -> Any:
 
     Raises:
       ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import functools
+      >>> import jax
+      >>> from jaxtricks import remat
+      >>> def loss(ws, x, wrap=lambda block: block):
+      ...     for w in ws:
+      ...         x = wrap(lambda w, x: jax.numpy.tanh(x @ w))(w, x)
+      ...     return (x**2).mean()
+      >>> ws, x = [np.eye(16)] * 8, np.ones((512, 16))
+      >>> p = remat.plan(loss, ws, x, budget_bytes=0.6, wrt="temp")
+      >>> manual = functools.partial(loss, wrap=jax.checkpoint)
+      >>> report = remat.memory_analysis(jax.value_and_grad(manual), ws, x)
+      >>> figure = plan(p, policies={"nothing saved": report})
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     _timeline(left, p)
-    _trade(right, p)
+    _trade(right, p, policies or {})
     for axis in (left, right):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
@@ -126,9 +145,16 @@ def _timeline(axis: Any, p: Any) -> None:
     axis.set_ylabel(f"alive, estimated ({name})")
 
 
-def _trade(axis: Any, p: Any) -> None:
+def _trade(axis: Any, p: Any, policies: Mapping[str, Any]) -> None:
+    # "peak" and "temp" are fields of a report.
+    manual = {name: getattr(r, p.wrt) for name, r in policies.items()}
     unit, name = _unit(
-        [p.budget, p.baseline, *(nbytes for nbytes, _ in p.tried)]
+        [
+            p.budget,
+            p.baseline,
+            *(nbytes for nbytes, _ in p.tried),
+            *manual.values(),
+        ]
     )
     if len(p.frontier):
         nbytes, extra = np.asarray(p.frontier).T
@@ -169,6 +195,20 @@ def _trade(axis: Any, p: Any) -> None:
         label="planned",
         **looks,
     )
+    # A plan that was read has no report of the unplanned step.
+    unplanned_flops = p.flops / (1 + p.extra_flops)
+    for i, (policy, nbytes) in enumerate(manual.items()):
+        extra = policies[policy].flops / unplanned_flops - 1
+        look = line_style(i, len(manual))
+        axis.scatter(
+            nbytes / unit,
+            100 * extra,
+            60,
+            color=look["color"],
+            marker=look["marker"],
+            label=policy,
+            zorder=2,
+        )
     axis.axvline(p.budget / unit, label="budget", **_BUDGET)
     axis.margins(0.12)
     axis.set_xlim(left=0)

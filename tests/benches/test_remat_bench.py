@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from benchmarks import remat_chains as chains
-from benchmarks import remat_models, remat_plan
+from benchmarks import remat_models, remat_plan, remat_policies, remat_public
 from jaxtricks import remat
 
 WRAP = remat.recompute_grad
@@ -91,3 +91,67 @@ def test_gradient_error_is_relative_to_the_largest_number_of_the_leaf():
     plain = {"a": jnp.array([4.0, -2.0]), "b": jnp.zeros(2)}
     off = {"a": jnp.array([4.0, -1.0]), "b": jnp.zeros(2)}
     assert remat_plan.gradient_error(off, plain) == 0.25
+
+
+SMALL = {
+    "vit": lambda: remat_public.vit(2, width=16, patches=16, batch=2, heads=2),
+    "convnext": lambda: remat_public.convnext(1, width=8, batch=1),
+    "griffin": lambda: remat_public.griffin(3, width=16, length=16, batch=2, heads=2, window=4),
+    "dit": lambda: remat_public.dit(2, width=16, patches=16, batch=2, heads=2),
+    "qwen3": lambda: remat_public.qwen3(2, width=16, length=16, batch=2, heads=4, pairs=2),
+}
+
+
+@pytest.mark.parametrize("name", remat_public.models())
+def test_every_gradient_of_a_public_network_is_alive_and_its_names_are_there(name):
+    model = SMALL[name]()
+    params, batch = model.arrays()
+    assert set(params) == {"embed", "blocks", "head"}
+    for leaf in jax.tree.leaves(jax.grad(model.loss())(params, batch)):
+        assert jnp.isfinite(leaf).all() and jnp.any(leaf != 0)
+    program = str(jax.make_jaxpr(model.loss())(params, batch))
+    for names in remat_public.NAMES[name].values():
+        assert all(f"name={value}" in program for value in names)
+    whole = remat_public.models()[name]()
+    loss = jax.eval_shape(whole.loss(), *whole.shapes())
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+
+
+def test_a_qwen_block_looks_at_no_later_token_and_a_griffin_block_neither():
+    for name in ("qwen3", "griffin"):
+        model = SMALL[name]()
+        params, _ = model.arrays()
+        xs = jax.random.normal(jax.random.key(1), (2, 16, 16))
+        later = xs.at[:, 9:].add(1.0)
+        for block, p in zip(model.blocks, params["blocks"], strict=True):
+            before, after = block(p, xs), block(p, later)
+            assert jnp.abs(before - after)[:, :9].max() < 1e-5
+            assert jnp.abs(before - after)[:, 9:].max() > 1e-3
+
+
+def test_policies_wrap_the_loss_the_blocks_and_the_segments():
+    names = {"save conv": ("conv",)}
+    for stacked in (False, True):
+        found = remat_policies.policies(remat_models.mlp(4, 8, 4, stacked=stacked), names)
+        assert len(found) == 3 * len(remat_policies.SHARED) + 1
+        assert "blocks: save conv" in found and "loss: dots_saveable" in found
+
+
+def test_the_planner_meets_the_bytes_of_every_policy():
+    model = remat_models.mlp(9, width=32, batch=256)
+    rows = list(remat_policies.rows(model))
+    assert rows and [row.temp for row in rows] == sorted(row.temp for row in rows)
+    for row in rows:
+        assert row.planned is not None and row.found <= row.temp and row.error < 1e-5
+        assert row.planned < row.extra + 0.05
+        assert len(row.cells()) == len(remat_policies.HEADERS)
+    assert f"of {len(rows)} rows" in remat_policies.summary({"mlp": rows})
+
+
+def test_rows_that_lose_and_budgets_that_are_not_met_are_counted():
+    row = remat_policies.Row("dots", 2**20, 0.1, 2**20, 0.2, 0.0, 1e-7, 3, 1.0)
+    missed = row._replace(found=2**21, planned=None, gap=None, compiles=None)
+    assert row.is_worse and missed.is_worse and not row._replace(planned=0.1).is_worse
+    assert row.cells()[5] == "+10.0%, worse" and missed.cells()[5] == "infeasible, worse"
+    text = remat_policies.summary({"a": [row], "b": [missed, row._replace(planned=0.0)]})
+    assert "worse in 2 of 3 rows, by at most 10.0%" in text and "1 of them" in text

@@ -442,3 +442,20 @@ def test_a_large_plan_is_drawn_in_gib(planned):
     time, trade = plot.plan(dataclasses.replace(planned[0], budget=3 * 2**30)).axes
     assert "GiB" in time.get_ylabel() and "GiB" in trade.get_xlabel()
     assert any(line.get_xdata()[0] == 3 for line in trade.get_lines())
+
+
+def test_policies_are_points_beside_a_plan(planned):
+    plan, loss = planned
+    report = plan.unplanned._replace(temp=2**20, peak=2**21, flops=2 * plan.unplanned.flops)
+    policies = {"minimal": report, "full": report._replace(temp=0)}
+    for wrt, mib in (("temp", 1), ("peak", 2)):
+        figure = drawn(plot.plan(dataclasses.replace(plan, wrt=wrt), policies=policies))
+        points = {c.get_label(): c.get_offsets() for c in figure.axes[1].collections}
+        np.testing.assert_allclose(points["minimal"], [[mib, 100]])
+        assert {"minimal", "full", "planned"} <= points.keys()
+    shapes = [c.get_paths()[0].vertices.shape for c in figure.axes[1].collections[-2:]]
+    assert shapes[0] != shapes[1]
+    again = jt.remat.plan_from_json(plan.to_json(), loss)
+    trade = drawn(plot.plan(again, policies=policies)).axes[1]
+    points = {c.get_label(): c.get_offsets() for c in trade.collections}
+    np.testing.assert_allclose(points["minimal"], [[1, 100]], rtol=1e-4)
