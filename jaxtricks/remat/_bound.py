@@ -29,18 +29,18 @@ def least_extra(
 ) -> float:
     """Return operations that every schedule runs twice within these bytes.
 
-    When the forward pass ends, each stage has either nothing in memory, and runs again
-    as a whole, or its input and some of its results, and then its derivative computes
-    the rest again. All of these together fit into the memory. Fractions of a stage may
-    be chosen here, which makes it a bound, and the bound a sort by what a byte spares.
+    When the forward pass ends, the result of each stage is in memory, with what one of
+    its options saves, and then its derivative computes the rest again; or nothing is,
+    and the whole stage runs again. All of these together fit into the memory. Fractions
+    of a stage may be chosen here, which makes it a bound, and the bound a sort by what a
+    byte spares.
     """
     total = 0.0
     slopes: list[tuple[float, float]] = []
     stages = frontier.stages
     for i, stage in enumerate(stages):
-        # The input of the first stage are arguments, which are there anyway.
-        carry = frontier.carries[i - 1, i - 1] if i else 0.0
-        points = [(carry + o.residual_bytes, o.extra) for o in stage.options]
+        result = float(frontier.carries[i, i])
+        points = [(result + o.residual_bytes, o.extra) for o in stage.options]
         # The last stage needs no bytes: its backward pass starts at once.
         if i == len(stages) - 1:
             points = [(0.0, min(o.extra for o in stage.options))]
