@@ -175,10 +175,11 @@ def heading(command: str) -> str:
     )
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    names = list(remat_models.models())
+def arguments(
+    names: Sequence[str], description: str | None
+) -> argparse.Namespace:
+    """The command line: which of these models, and where the tables go."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--out",
@@ -196,7 +197,7 @@ def show(row: Sequence[Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     """Print model after model; `--out FILE` has, as Markdown, what is there so far."""
-    given = arguments()
+    given = arguments(list(remat_models.models()), __doc__)
     parts = [
         heading(" ".join(["python -m benchmarks.remat_plan", *sys.argv[1:]]))
     ]

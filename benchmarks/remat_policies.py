@@ -4,9 +4,7 @@ Each policy of `jax.checkpoint` is compiled by hand, and the planner gets the by
 as a budget. Whether the planner then computes less is what the tables say.
 """
 
-import argparse
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from benchmarks.remat_plan import (
     MAX_COMPILES,
     MB,
     Built,
+    arguments,
     build,
     gradient_error,
     seconds,
@@ -234,23 +233,9 @@ def heading(command: str) -> str:
     )
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--models", nargs="+", choices=list(models()), default=list(models())
-    )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        help="write the tables here too, as Markdown",
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
     """Print model after model; `--out FILE` has, as Markdown, what is there so far."""
-    given = arguments()
+    given = arguments(list(models()), __doc__)
     command = " ".join(["python -m benchmarks.remat_policies", *sys.argv[1:]])
     parts = [heading(command)]
     print(parts[0], flush=True)

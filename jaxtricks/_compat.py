@@ -30,8 +30,11 @@ def enable_x64() -> contextlib.AbstractContextManager[Any]:
 
 def varying(x: Any) -> frozenset[str]:
     """Return the axes of shard_map over which x differs."""
+    return _varying_axes(jax.typeof(x))
+
+
+def _varying_axes(aval: Any) -> frozenset[str]:
     # jax has renamed the attribute once.
-    aval = jax.typeof(x)
     if hasattr(aval, "vma"):
         return aval.vma
     return aval.manual_axis_type.varying
@@ -43,9 +46,9 @@ def shape_of(aval: Any) -> Any:
     One that varies in shard_map stands for itself: no version's ShapeDtypeStruct can say
     how it varies without a mesh.
     """
-    kind = getattr(aval, "vma", None) or getattr(aval, "manual_axis_type", None)
-    varies = getattr(kind, "varying", kind)
-    return aval if varies else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    if _varying_axes(aval):
+        return aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def weakly_typed(x: jax.Array, dtype: Any) -> jax.Array:

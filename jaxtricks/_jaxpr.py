@@ -516,6 +516,12 @@ def computed_variables(eqns: Equations) -> list[Any]:
     return [v for eqn in eqns for v in eqn.outvars]
 
 
+def all_variables(jaxpr: Jaxpr) -> list[Any]:
+    """Return the constvars, the invars and the results of the equations, in order."""
+    computed = computed_variables(jaxpr.eqns)
+    return [*jaxpr.constvars, *jaxpr.invars, *computed]
+
+
 def extract(
     eqns: Equations,
     outs: Sequence[Any] | None = None,
@@ -701,10 +707,8 @@ def _canonical(jaxpr: Jaxpr) -> Any:
 
     lines = []
     for eqn in jaxpr.eqns:
-        (first, *_) = (*eqn.invars, None)
-        is_known = isinstance(first, Var) and first in number
-        if _is_identity(eqn) and is_known:
-            number[eqn.outvars[0]] = number[first]
+        if _is_identity(eqn) and not is_literal(eqn.invars[0]):
+            number[eqn.outvars[0]] = number[eqn.invars[0]]
             continue
         number |= {v: next(counter) for v in eqn.outvars}
         # Functions, meshes and the like have texts that differ from run to run.

@@ -779,7 +779,7 @@ class Plan(Train):
 
     @property
     def multiple(self) -> int:
-        """What --batch max is a multiple of."""
+        """The number that --batch max is a multiple of."""
         over = self.parallel.axes.get(DATA, 1)
         return math.lcm(self.batch_step, over * self.accumulate)
 

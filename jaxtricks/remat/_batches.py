@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxtricks import _integers
+from jaxtricks import _dtypes, _integers
 from jaxtricks.remat import _memory
 from jaxtricks.remat._program import Program
 from jaxtricks.remat._trial import Trial
@@ -20,9 +20,7 @@ MAX_COMPILES = 8
 # Compilations that stay for the unplanned step at the largest batch and for a schedule
 # that recomputes less there.
 _RESERVED = 2
-_CLOSE = (
-    0.004  # of a batch, or of the budget: a gain not worth another compilation
-)
+_CLOSE = 0.004  # of the budget: a gain not worth another compilation
 # Schedules that are tried: within these factors of the least memory by the model, since
 # what is the smallest to the model need not be to the compiler.
 _KINDS = 1.0, 1.12, 1.4
@@ -123,19 +121,19 @@ def size_of(
     Raises:
       ValueError: they have none, or several.
     """
-    found = {
+    lengths = {
         jax.typeof(x).shape[0]
         for i in positions
         for x in jax.tree.leaves(args[i])
         if _has_batch(x)
     }
-    if len(found) != 1:
-        what = "no array" if not found else f"axes of {sorted(found)}"
+    if len(lengths) != 1:
+        what = f"axes of {sorted(lengths)}" if lengths else "no array"
         raise ValueError(
             f"batch: the arguments that are not differentiated begin with {what}, "
             "not with one axis of the batch: name those that do by batch_argnums"
         )
-    return found.pop()
+    return lengths.pop()
 
 
 def multiple(batch: int, step: int) -> int:
@@ -146,8 +144,7 @@ def multiple(batch: int, step: int) -> int:
 def _has_batch(x: Any) -> bool:
     # A number of Python has neither shape nor dtype.
     aval = jax.typeof(x)
-    is_key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
-    return bool(aval.shape) and not is_key
+    return bool(aval.shape) and not _dtypes.is_key(aval)
 
 
 @dataclasses.dataclass
@@ -180,7 +177,7 @@ class Largest:
         Returns:
           (0, None) if not even the smallest fits.
         """
-        model = self._line(self._multiple(start))
+        model = self._line(multiple(start, self.step))
         best: Trial | None = None
         while len(self.tried) < MAX_COMPILES - _RESERVED:
             low, high = self._bracket()
@@ -295,7 +292,4 @@ class Largest:
             # The model, by the factor that it is wrong by here.
             ratio = nearest.figure / (constant + slope * nearest.batch)
             constant, slope = ratio * constant, ratio * slope
-        return self._multiple(int((aim - constant) / max(slope, 1e-9)))
-
-    def _multiple(self, batch: int) -> int:
-        return multiple(batch, self.step)
+        return multiple(int((aim - constant) / max(slope, 1e-9)), self.step)

@@ -63,13 +63,12 @@ def _envelope(
     """Return the first point of the lower convex hull, and (slope, bytes) of its edges."""
     hull: list[tuple[float, float]] = []
     for x, y in sorted(points):
+        # Of the points of equal bytes the cheapest comes first.
         if hull and y >= hull[-1][1]:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(
             hull[-2], (x, y)
         ):
-            hull.pop()
-        if hull and hull[-1][0] == x:
             hull.pop()
         hull.append((x, y))
     edges = [(_slope(a, b), b[0] - a[0]) for a, b in itertools.pairwise(hull)]
@@ -77,4 +76,4 @@ def _envelope(
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else -np.inf
+    return (b[1] - a[1]) / (b[0] - a[0])

@@ -86,7 +86,9 @@ def report(
 ) -> Report:
     """Return the report of an executable and its jaxpr, without dead code."""
     sizes = compiled.memory_analysis()
-    temp = max(0, sizes.temp_size_in_bytes - _constant_temp())
+    temp = max(
+        0, sizes.temp_size_in_bytes - _constant_temp(jax.default_backend())
+    )
     args = sizes.argument_size_in_bytes
     outs = sizes.output_size_in_bytes
     alias = sizes.alias_size_in_bytes
@@ -97,8 +99,7 @@ def report(
         alias,
         args + outs - alias + temp,
         operations(program),
-        # Absent before jax 0.8.
-        getattr(sizes, "host_temp_size_in_bytes", 0),
+        sizes.host_temp_size_in_bytes,
     )
 
 
@@ -134,7 +135,9 @@ def operations(program: _jaxpr.ClosedJaxpr) -> int:
     return flops(_jaxpr.live(program))
 
 
-def _constant_temp() -> int:
+@functools.cache
+def _constant_temp(backend: str) -> int:
+    """Return what this backend, the default one, adds to the temporaries of any program."""
     # libtpu reports 2**32 more than a program uses; XLA's CPU backend reports 0.
     compiled: Any = jax.jit(lambda x: x + 1).lower(jnp.float32(0)).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -61,17 +61,7 @@ def with_costs(
             options += [in_parts(option.saved) for option in whole]
         loop = _schedule.largest_scan(jaxpr)
         if loop is not None:
-            in_loops = _of_scan(stage, loop, varied, rates)
-            options += in_loops
-            if host is not None:
-                length = _jaxpr.scan_parts(loop).length
-                body = _schedule.scan_body(loop).jaxpr
-                stacked = [
-                    length * _jaxpr.output_bytes(eqn) for eqn in body.eqns
-                ]
-                options += _offloaded(
-                    in_loops, stacked, length, forward, rates, host
-                )
+            options += _of_scan(stage, loop, varied, rates, host)
     relative = []
     for option in options:
         extra = max(0.0, option.extra - everything.extra)
@@ -89,12 +79,14 @@ def _of_scan(
     loop: Any,
     varied: Sequence[bool],
     rates: Rates,
+    host: HostMemory | None,
 ) -> list[Option]:
     """Return the options that split the largest scan of a stage in two loops."""
     body = _schedule.scan_body(loop).jaxpr
     products = _products(body)
+    length = _jaxpr.scan_parts(loop).length
     options = []
-    for outer in _splits(_jaxpr.scan_parts(loop).length):
+    for outer in _splits(length):
 
         @functools.cache
         def measure(
@@ -109,6 +101,10 @@ def _of_scan(
         if outer > 1:
             options.append(measure(None))
         options += _saving(measure, products)
+    if host is not None:
+        forward = work(stage.jaxpr, rates)
+        stacked = [length * _jaxpr.output_bytes(eqn) for eqn in body.eqns]
+        options += _offloaded(options, stacked, length, forward, rates, host)
     return options
 
 

@@ -18,7 +18,6 @@ from jaxtricks.remat._schedule import (
     Steps,
     largest_scan,
     products,
-    runs_of,
     scan_body,
     stages_of,
 )
@@ -436,11 +435,7 @@ def describe_values(
     Products inside loops are those of one iteration, counted as often as they run.
     """
     counts: dict[Any, list[float]] = {}
-    is_inside = set()
-    for step in steps or ():
-        if isinstance(step, Rerun):
-            is_inside.update(stages_of((step,)))
-    for run in runs_of(steps or ()):
+    for run, depth in _with_depth(steps or (), 0):
         stage = frontier.stages[run.stage]
         jaxpr, times = stage.jaxpr, 1
         if run.outer:
@@ -449,7 +444,7 @@ def describe_values(
             jaxpr = scan_body(loop).jaxpr
         for i in products(jaxpr):
             eqn = jaxpr.eqns[i]
-            choice = _choice(run, i, run.stage in is_inside)
+            choice = _choice(run, i, is_rerun=depth > 0)
             what = _jaxpr.primitive(eqn) + " "
             what += eqn.outvars[0].aval.str_short(short_dtypes=True)
             key = choice, what, _jaxpr.source_line(eqn)
@@ -464,7 +459,7 @@ def describe_values(
     return tuple(sorted(rows, key=lambda row: -row[3]))
 
 
-def _choice(run: Run, i: int, is_rerun: bool) -> str:
+def _choice(run: Run, i: int, *, is_rerun: bool) -> str:
     if run.saved is None or i in run.saved:
         choice = "offloaded" if i in run.offload else "saved"
         return f"{choice} in a recomputed group" if is_rerun else choice

@@ -199,7 +199,7 @@ def plan(
 
 
 def _absolute(budget_bytes: Budget) -> int:
-    """Return the bytes of a budget that is no fraction.
+    """Return the bytes of a budget that is not a fraction.
 
     Raises:
       ValueError: it is one.

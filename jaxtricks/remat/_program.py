@@ -26,7 +26,7 @@ _MANY = 3
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a loss is planned for, beside its arguments.
+    """Settings of a plan, beside the arguments of the loss.
 
     Attributes:
       fn, argnums, has_aux, within, topology: see `plan`.
@@ -94,15 +94,15 @@ class Program:
         if self._unplanned is not None:
             return
         lowered = self._step.lower()
-        with_threads = ThreadPoolExecutor(1)
-        self._unplanned = with_threads.submit(
+        executor = ThreadPoolExecutor(1)
+        self._unplanned = executor.submit(
             _trial.compiled,
             None,
             lowered,
             self._step.jaxpr,
             self._settings.platform,
         )
-        with_threads.shutdown(wait=False)
+        executor.shutdown(wait=False)
 
     @functools.cached_property
     def unplanned(self) -> Trial:
@@ -290,14 +290,9 @@ def _shared_variables(
     readers: Counter[Any] = Counter()
     for stage in stages:
         readers.update((*stage.jaxpr.constvars, *stage.jaxpr.invars))
-    variables = (
-        *program.constvars,
-        *program.invars,
-        *_jaxpr.computed_variables(program.eqns),
-    )
     return tuple(
         i
-        for i, v in enumerate(variables)
+        for i, v in enumerate(_jaxpr.all_variables(program))
         if readers[v] >= _MANY
         and v in varied
         and jnp.issubdtype(_jaxpr.shape_of(v).dtype, jnp.inexact)

@@ -130,6 +130,9 @@ def _first_element(x: Array) -> Array:
     return jnp.max(x) if _sharding.is_explicit(x) else x[(0,) * x.ndim]
 
 
+_SMALL = 1e-3  # of the bytes that wait: an input that may be copied for nothing
+
+
 def tied_inputs(
     jaxpr: _jaxpr.Jaxpr,
     saved: Collection[int] = (),
@@ -186,9 +189,6 @@ def tied_inputs(
         i for i, v in enumerate(inputs) if reach[i] and var_bytes(v) < bound
     }
     return tied | small
-
-
-_SMALL = 1e-3  # of the bytes that wait: an input that may be copied for nothing
 
 
 def _reached(

@@ -143,8 +143,7 @@ class Schedule:
         return _scheduled(program, stages, steps, self.shared)
 
     def _check_shared(self, program: _jaxpr.Jaxpr) -> None:
-        count = len(program.constvars) + len(program.invars)
-        count += len(_jaxpr.computed_variables(program.eqns))
+        count = len(_jaxpr.all_variables(program))
         if max(self.shared, default=-1) >= count:
             raise ValueError(
                 "this plan shares a variable that is not there: plan again"
@@ -248,7 +247,7 @@ def _scheduled(
         [stage.jaxpr.eqns for stage in stages], program.outvars
     )
     variables = (*program.constvars, *program.invars)
-    numbered = (*variables, *_jaxpr.computed_variables(program.eqns))
+    numbered = _jaxpr.all_variables(program)
     shared_vars = {numbered[i] for i in shared}
 
     def execute(*xs: Any) -> list[Any]:
@@ -335,7 +334,6 @@ def _recomputed(
     ordered: bool = True,
 ) -> Callable[..., list[Any]]:
     """Return a stage or a body that saves the results of some equations."""
-
     saved = run.saved or ()
     if not run.in_parts:
         return recomputed(jaxpr, saved=saved, ordered=ordered)
@@ -409,23 +407,16 @@ def _in_parts(
 
     It is traced on its inputs xs, whose types may say more than their shapes.
     """
-    parts = _parts(jaxpr)
-    needed = _jaxpr.needed_after(parts, jaxpr.outvars)
-    inputs = (*jaxpr.constvars, *jaxpr.invars)
-
-    def execute(*xs: Any) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(inputs, xs, strict=True))
-        for eqns, later_reads in zip(parts, needed, strict=True):
-            outs = [
-                v for v in _jaxpr.computed_variables(eqns) if v in later_reads
-            ]
-            part = _jaxpr.extract(eqns, outs)
-            fn = _plain(part) if len(eqns) == 1 else recomputed(part)
-            results = fn(*_jaxpr.read_values(part.invars, env))
-            env.update(zip(outs, results, strict=True))
-        return _jaxpr.read_values(jaxpr.outvars, env)
-
-    closed, _ = _jaxpr.trace(execute, *xs)
+    parts: list[tuple[Any, Callable[..., list[Any]]]] = []
+    groups = _parts(jaxpr)
+    needed = _jaxpr.needed_after(groups, jaxpr.outvars)
+    for eqns, later_reads in zip(groups, needed, strict=True):
+        outs = [v for v in _jaxpr.computed_variables(eqns) if v in later_reads]
+        part = _jaxpr.extract(eqns, outs)
+        parts.append(
+            (part, _plain(part) if len(eqns) == 1 else recomputed(part))
+        )
+    closed, _ = _jaxpr.trace(_in_order(jaxpr, parts), *xs)
     program = closed.jaxpr
     number = dict(zip(products(jaxpr), products(program), strict=True))
     return program, tuple(number[i] for i in indices)

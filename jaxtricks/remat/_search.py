@@ -20,9 +20,8 @@ _FULL = 0.98  # of the budget: used up
 _ERROR = 1.15  # the model's bytes may be this much above the compiler's
 _SMALLER = 0.85  # of the guess: the last compilation should fit
 _LARGER = 1.1  # of the bytes of a schedule: another size
-_CLOSE = (
-    0.003  # of the operations of the step: a gain not worth another compilation
-)
+# Of the operations of the step: a gain not worth another compilation.
+_CLOSE = 0.003
 
 
 class Search:
@@ -78,9 +77,7 @@ class Search:
 
     def _bisect(self, temp: int) -> None:
         """Try schedules of the frontier, from the model's guess towards the budget."""
-        while True:
-            if not self._remaining:
-                return
+        while self._remaining:
             i = self._next(temp)
             if i is None:
                 return

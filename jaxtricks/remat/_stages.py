@@ -90,9 +90,16 @@ def main_body(
     Returns:
       The body as `_jaxpr.straight` writes it; None if no shard_map does most.
     """
-    most = sum(map(_work, program.eqns)) / 2
-    for i, eqn in enumerate(program.eqns):
-        if _jaxpr.primitive(eqn) == "shard_map" and _work(eqn) > most:
+    indices = [
+        i
+        for i, eqn in enumerate(program.eqns)
+        if _jaxpr.primitive(eqn) == "shard_map"
+    ]
+    # Most programs have none, and need no count of their work.
+    half = sum(map(_work, program.eqns)) / 2 if indices else 0.0
+    for i in indices:
+        eqn = program.eqns[i]
+        if _work(eqn) > half:
             return i, _jaxpr.straight(_jaxpr.bodies(eqn)[0])
     return None
 

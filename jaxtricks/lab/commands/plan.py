@@ -142,12 +142,12 @@ def _sizes(plan: remat.Plan, accumulate: int) -> _table.Table:
 def _largest(plan: remat.Plan, accumulate: int) -> str:
     """Say which batch is the largest, and what it costs."""
     assert plan.batch is not None
-    found = f"largest batch: {accumulate * plan.batch}"
+    largest = f"largest batch: {accumulate * plan.batch}"
     if accumulate > 1:
-        found += f" ({accumulate} micro-batches of {plan.batch})"
+        largest += f" ({accumulate} micro-batches of {plan.batch})"
     peak, budget = map(_table.format_bytes, (plan.peak, plan.budget))
     return (
-        f"{found}, {plan.wrt} {peak} of a budget of {budget}, "
+        f"{largest}, {plan.wrt} {peak} of a budget of {budget}, "
         f"{plan.extra_flops:+.1%} FLOPs, "
         f"{plan.flops / plan.batch:.3e} FLOPs per example"
     )
