@@ -1,6 +1,5 @@
 """Save and restore checkpoints with Orbax: in the background, in place when whole, the newest few."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -10,7 +9,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -65,8 +64,7 @@ class Checkpoints:
     ):
         import orbax.checkpoint as ocp
 
-        self._cleanup = contextlib.ExitStack()
-        self._cleanup.enter_context(_quiet())
+        self._end_quiet = _quiet()
         self._hosts = hosts or Hosts()
         self._folder, self._args = folder.absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(
@@ -161,9 +159,11 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        with self._cleanup:
+        try:
             self._writing(self._manager.wait_until_finished)
             self._manager.close()
+        finally:
+            self._end_quiet()
 
     def _try(self, step: int, like: Any) -> tuple[Restored | None, str]:
         try:
@@ -234,6 +234,9 @@ class Checkpoints:
         try:
             return action()
         except Exception as error:  # a full disk: OSError here, ValueError from TensorStore there
+            # What the threads of that write leave undone is told when Python collects
+            # it, which may be after the checkpoints are closed.
+            self._end_quiet = lambda: None
             raise UserError(
                 f"can't write checkpoints to {self._folder} "
                 f"({_reason(error)}): free space or give another --out; what "
@@ -309,9 +312,8 @@ def _reason(error: Exception) -> str:
     return lines[0][:160]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave what is said in one sentence here to that sentence, while checkpoints are open.
+def _quiet() -> Callable[[], None]:
+    """Leave what is said in one sentence here to that sentence; return how to end that.
 
     Orbax logs tracebacks through absl, and what its threads can't finish through
     asyncio; after a failure TensorStore's threads still call an event loop that Orbax
@@ -319,9 +321,8 @@ def _quiet() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     previous = sys.unraisablehook
-    # A write that fails while others wait leaves their coroutines unstarted. Python
-    # says so when it collects them, which may be after the checkpoints are closed: this
-    # filter stays.
+    # A write that fails while others wait leaves their coroutines unstarted, which a
+    # warning says when they are collected: this filter stays.
     warnings.filterwarnings(
         "ignore", "coroutine .*write_.* was never awaited", RuntimeWarning
     )
@@ -333,12 +334,13 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = hook
     for logger in loggers:
         logger.addFilter(_is_critical)
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         sys.unraisablehook = previous
         for logger in loggers:
             logger.removeFilter(_is_critical)
+
+    return end
 
 
 def _is_critical(record: logging.LogRecord) -> bool:

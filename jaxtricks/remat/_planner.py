@@ -312,6 +312,7 @@ def auto_remat(
       to plan by.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> loss = auto_remat(lambda w, x: jnp.sin(x @ w).sum(), "1MB")
       >>> jax.grad(loss)(jnp.eye(2), jnp.eye(2)).shape
       (2, 2)
