@@ -253,7 +253,7 @@ def test_keys_and_scalars_stay(scale, unchecked):
 
     _, params, x = mlp(3, 8, 64)
     rest = jax.random.key(0), jax.random.split(jax.random.key(1), 3), scale
-    found = remat.plan(loss, params, x, *rest, budget_bytes=0.9, batch=48, max_compiles=2)
+    found = remat.plan(loss, params, x, *rest, budget_bytes=0.95, batch=48, max_compiles=2)
     assert found.batch == 48
     x = at(x, 48)
     close(jax.grad(found.fn)(params, x, *rest), jax.grad(loss)(params, x, *rest))
