@@ -28,7 +28,7 @@ WRAPS = {
     "jax.checkpoint": jax.checkpoint,
     "recompute_grad": remat.recompute_grad,
 }
-PLANNED = 0.2  # budget of temporaries
+PLANNED = 0.25  # budget of temporaries
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
 STACKED = 4, 512, 512  # layers, width, tokens
 HEADERS = (
