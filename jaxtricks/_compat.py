@@ -6,12 +6,14 @@ equations through `_jaxpr`, which builds on this module (tests/ground/test_compa
 """
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -49,6 +51,31 @@ def shape_of(aval: Any) -> Any:
     if _varying_axes(aval):
         return aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def in_device_memory(aval: Any) -> Any:
+    """Return an abstract value with the device's memory in place of its own."""
+    return aval.update(memory_space=jax.memory.Space.Device)
+
+
+def in_host_memory(aval: Any) -> bool:
+    """Return whether an abstract value lies in the memory of the host."""
+    return aval.memory_space == jax.memory.Space.Host
+
+
+@functools.cache
+def has_host_memory() -> bool:
+    """Return whether jit can leave an array in pinned host memory, on this backend.
+
+    XLA's CPU backend names that memory on every version; a program's result goes there
+    since jax 0.8 or so.
+    """
+    memories = jax.local_devices()[0].addressable_memories()
+    if "pinned_host" not in [memory.kind for memory in memories]:
+        return False
+    with jax.ensure_compile_time_eval():
+        put = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))
+        return put(jnp.zeros(1)).sharding.memory_kind == "pinned_host"
 
 
 def weakly_typed(x: jax.Array, dtype: Any) -> jax.Array:

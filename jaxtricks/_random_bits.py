@@ -16,9 +16,7 @@ from jaxtyping import UInt32
 
 from jaxtricks._typing import Array, Key
 
-# The finalizer of MurmurHash3 (Appleby, public domain): every bit of the input changes
-# half the output.
-_MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
+_GOLDEN = np.uint32(0x9E3779B9)
 
 
 def of_step(key: Key, count: Any) -> Array:
@@ -28,25 +26,48 @@ def of_step(key: Key, count: Any) -> Array:
 
 def of_leaf(seed: Array, path: str) -> Array:
     """Return a leaf's seed, a function of its path and so independent of other leaves."""
-    return seed ^ jnp.uint32(zlib.crc32(path.encode()))
+    return of_number(seed, zlib.crc32(path.encode()))
 
 
-def uniform(seed: Array, shape: tuple[int, ...]) -> Array:
-    """Return multiples of 2^-16 in [0, 1), float32, for every entry of a leaf."""
+def of_number(seed: Array, number: int) -> Array:
+    """Return the seed that belongs to a number below 2^32."""
+    own = seed ^ jnp.uint32(number)
+    # XLA's CPU backend compiles equal kernels once. Behind the barrier a seed is an
+    # operand; without it, a constant in the leaf's kernel, which no other leaf has.
+    return jax.lax.platform_dependent(
+        own, cpu=jax.lax.optimization_barrier, default=lambda x: x
+    )
+
+
+def words(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Return 32 random bits, uint32, for every entry of a leaf."""
+    return _finalized(_finalized(_places(shape) ^ seed[0]) + seed[1])
+
+
+def quick_words(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Return `words` of a third of the work: random in the upper 16 bits only.
+
+    For several arrays a leaf, where hashing would be most of the step and of its
+    compilation.
+    """
+    x = _places(shape) * _GOLDEN + seed[0]
+    x = ((x ^ (x >> 16)) + seed[1]) * np.uint32(0x85EBCA6B)
+    return x ^ (x >> 13)
+
+
+def _places(shape: tuple[int, ...]) -> Array:
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(
             stride
         )
-    bits = _mix(_mix(index ^ seed[0]) + seed[1]) >> jnp.uint32(16)
-    return bits.astype(jnp.float32) / 2**16
+    return index
 
 
-def _mix(x: Array) -> Array:
-    for shift, multiplier in zip((16, 13), _MULTIPLIERS, strict=True):
-        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(multiplier)
-    return x ^ (x >> jnp.uint32(16))
+def uniform(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Return multiples of 2^-16 in [0, 1), float32, for every entry of a leaf."""
+    return (words(seed, shape) >> 16).astype(jnp.float32) / 2**16
 
 
 # A random permutation of any length, one place at a time: nothing is sorted and nothing
@@ -54,7 +75,6 @@ def _mix(x: Array) -> Array:
 
 
 _ROUNDS = 32
-_GOLDEN = np.uint32(0x9E3779B9)
 
 
 def permuted(
@@ -97,6 +117,8 @@ def mixed(
 
 
 def _finalized(x: Array) -> Array:
+    # The finalizer of MurmurHash3 (Appleby, public domain): every bit of the input
+    # changes half the output.
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

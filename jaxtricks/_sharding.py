@@ -15,6 +15,8 @@ def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
     bits set in a word than the word has, but no pass of XLA knows: shifted right, that
     count is a zero that depends on x.
     """
+    if x.dtype in (jnp.int4, jnp.uint4):
+        x = x.astype(jnp.int8)  # XLA counts no bits of smaller integers
     info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
     words = jax.lax.bitcast_convert_type(
         jax.lax.stop_gradient(x), f"uint{info(x.dtype).bits}"

@@ -88,7 +88,11 @@ def _leaf_bytes(x: Any) -> int:
         x = jax.eval_shape(
             jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype)
         )
-    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+    count = math.prod(x.shape)
+    # A byte each to NumPy, but two share one on every device.
+    if x.dtype in (jax.numpy.int4, jax.numpy.uint4):
+        return math.ceil(count / 2)
+    return count * np.dtype(x.dtype).itemsize
 
 
 def static(**kwargs: Any) -> Any:

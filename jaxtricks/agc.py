@@ -39,10 +39,8 @@ Without Normalization", arXiv 2102.06171, eq. 3. Reference code:
 deepmind-research/nfnets/agc_optax.py.
 """
 
-import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +54,8 @@ from jaxtricks._arguments import checked, known_number
 from jaxtricks._typing import Array, Params, Roles, ScalarOrSchedule
 
 __all__ = ["AgcState", "adaptive_grad_clip", "exclude", "unitwise_norm"]
+
+exclude = roles_lib.exclude
 
 _GRADIENT_FLOOR = 1e-6
 
@@ -81,65 +81,6 @@ class AgcState(NamedTuple):
             "agc/clipped_fraction": self.clipped_fraction,
             "agc/max_ratio": self.max_ratio,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Exclude:
-    """Choose the paths that no pattern matches; the result of `exclude`.
-
-    Attributes:
-      patterns: regular expressions of what is not clipped.
-    """
-
-    patterns: tuple[str, ...]
-
-    def __call__(self, path: str) -> bool:
-        """Return whether the parameter is clipped."""
-        return not any(_matches(pattern, path) for pattern in self.patterns)
-
-    def check(self, paths: Iterable[str]) -> None:
-        """Raise if a pattern matches none of the paths."""
-        paths = list(paths)
-        for pattern in self.patterns:
-            if not any(_matches(pattern, path) for path in paths):
-                some = ", ".join(map(repr, paths[:3])) or "nothing"
-                raise ValueError(
-                    f"agc.exclude: {pattern!r} matches no parameter; paths "
-                    f"look like {some}"
-                )
-
-
-@checked
-def exclude(*regex: str) -> Exclude:
-    r"""Build a `path_filter=` that clips everything but these parameters.
-
-    A regex must match the whole path of a parameter, or the whole path of a module
-    above it ("head" leaves out all below head). One that matches nothing raises in
-    `init`, unless optax.masked hides part of the parameters.
-
-    Args:
-      *regex: regular expressions over paths such as "block/0/conv/kernel".
-
-    Returns:
-      predicate(path) -> bool, True = clip.
-
-    Raises:
-      ValueError: a regex that does not compile.
-
-    Example:
-      >>> path_filter = exclude("head/kernel", r".*/scale")
-      >>> [path_filter(path) for path in ("head/kernel", "head/bias", "norm/scale")]
-      [False, True, False]
-    """
-    for pattern in regex:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            message = (
-                f"agc.exclude: {pattern!r} is not a regular expression: {error}"
-            )
-            raise ValueError(message) from None
-    return Exclude(tuple(regex))
 
 
 @checked
@@ -224,13 +165,8 @@ def adaptive_grad_clip(
 
     def init_fn(params: Params) -> AgcState:
         leaves = _tree.by_path(params)
-        # optax calls init with an empty tree to locate the parameters' trees in a state.
-        if (
-            isinstance(path_filter, Exclude)
-            and leaves
-            and not _tree.has_masked(params)
-        ):
-            path_filter.check(leaves)
+        if isinstance(path_filter, roles_lib.Exclude):
+            path_filter.check(params)
         leaf_roles = roles_lib.leaf_roles(roles, params)
         for (path, leaf), axis_roles in zip(
             leaves.items(), leaf_roles, strict=True
@@ -299,14 +235,6 @@ def _check_dtype(
     raise ValueError(
         f"agc: the parameter {path!r} is {leaf.dtype}, not floating: leave it "
         "out by `path_filter`, or hide it with optax.masked"
-    )
-
-
-def _matches(pattern: str, path: str) -> bool:
-    keys = path.split("/")
-    return any(
-        re.fullmatch(pattern, "/".join(keys[:n]))
-        for n in range(1, len(keys) + 1)
     )
 
 

@@ -14,6 +14,9 @@ Use. Exact rules come from the model's own layers: `jt.nnx.roles(model)` and
     tx = jt.memopt.adafactor(1e-3, roles=rule)
     print(jt.roles.describe(params, jt.roles.infer))
 
+`matrix_view` says which axes make a leaf a matrix, for optimizers of matrices (Muon,
+Shampoo, SOAP), and `exclude` leaves parameters out by path.
+
 optax decides by rank and size alone, so it clips and factors scanned layers, attention
 kernels and stacked biases over the wrong axes.
 """
@@ -35,13 +38,17 @@ from jaxtricks._typing import Params, Roles
 __all__ = [
     "ROLES",
     "Exact",
+    "Exclude",
+    "MatrixView",
     "Rule",
     "by_path",
     "describe",
     "exact",
+    "exclude",
     "infer",
     "is_kernel",
     "leaf_roles",
+    "matrix_view",
     "positions",
 ]
 
@@ -383,6 +390,135 @@ def _check_rule(roles: Any) -> None:
 def positions(roles: Roles, *words: str) -> tuple[int, ...]:
     """Return the indices of the axes whose role is one of the words."""
     return tuple(i for i, role in enumerate(roles) if role in words)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """Describe a leaf as matrices [prod(in), prod(out)], one per index of the rest.
+
+    Attributes:
+      batch: axes that are neither, "batch" and "none": each index along them is a
+        matrix of its own.
+      in_axes: axes that a layer sums over, the rows.
+      out_axes: axes that remain, the columns.
+    """
+
+    batch: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+
+
+@checked
+def matrix_view(params: Params, roles: Any) -> Any:
+    """Return which axes make every leaf a matrix, for optimizers of matrices.
+
+    Args:
+      params: pytree of arrays or shapes.
+      roles: anything `roles=` takes.
+
+    Returns:
+      A tree with the structure of params and in place of every leaf a `MatrixView`, or
+      None: biases, scales and scalars, leaves without elements, and leaves that the
+      rule has no roles for. Embeddings and classifiers are matrices; `exclude` leaves
+      them out. The kernel of a grouped convolution is one matrix, not one per group,
+      since its roles do not tell the groups apart.
+
+    Raises:
+      ValueError: as `leaf_roles`.
+
+    Example:
+      >>> rule = by_path({"q": ("in", "out", "out"), "bias": ("none",)})
+      >>> views = matrix_view({"q": np.ones((5, 8, 2, 4)), "bias": np.ones(4)}, rule)
+      >>> views["q"], views["bias"]
+      (MatrixView(batch=(0,), in_axes=(1,), out_axes=(2, 3)), None)
+    """
+    leaves, structure = jax.tree.flatten(params)
+    axis_roles = leaf_roles(roles, params)
+    views = map(_matrix_view, leaves, axis_roles)
+    return jax.tree.unflatten(structure, views)
+
+
+def _matrix_view(leaf: Any, roles: Roles | None) -> MatrixView | None:
+    if roles is None or 0 in np.shape(leaf):
+        return None
+    in_axes = positions(roles, "in")
+    out_axes = positions(roles, "out")
+    if not in_axes or not out_axes:
+        return None
+    return MatrixView(positions(roles, "batch", "none"), in_axes, out_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclude:
+    """Choose the paths that no pattern matches; the result of `exclude`.
+
+    Attributes:
+      patterns: regular expressions of what is left out.
+    """
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, path: str) -> bool:
+        """Return whether the parameter stays."""
+        return not any(_matches(pattern, path) for pattern in self.patterns)
+
+    def check(self, params: Params) -> None:
+        """Raise if a pattern matches no parameter.
+
+        optax.masked hides parameters, so under it nothing is judged; nor is an empty
+        tree, with which optax locates the parameters in a state.
+        """
+        paths = [path for path, _ in _tree.leaves_with_paths(params)]
+        if not paths or _tree.has_masked(params):
+            return
+        for pattern in self.patterns:
+            if not any(_matches(pattern, path) for path in paths):
+                raise ValueError(
+                    f"roles.exclude: {pattern!r} matches no parameter; paths "
+                    f"look like {_some(paths)}"
+                )
+
+
+@checked
+def exclude(*regex: str) -> Exclude:
+    r"""Build a `path_filter=` that takes everything but these parameters.
+
+    A regex must match the whole path of a parameter, or the whole path of a module
+    above it ("head" leaves out all below head). One that matches nothing raises in
+    `init`, unless optax.masked hides part of the parameters.
+
+    Args:
+      *regex: regular expressions over paths such as "block/0/conv/kernel".
+
+    Returns:
+      predicate(path) -> bool, False = left out: not clipped (`agc`), or left to Adam
+      (`memopt.muon`).
+
+    Raises:
+      ValueError: a regex that does not compile.
+
+    Example:
+      >>> path_filter = exclude("head/kernel", r".*/scale")
+      >>> [path_filter(path) for path in ("head/kernel", "head/bias", "norm/scale")]
+      [False, True, False]
+    """
+    for pattern in regex:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"roles.exclude: {pattern!r} is not a regular expression: {error}"
+            ) from None
+    return Exclude(tuple(regex))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Return whether the pattern matches the path or that of a module above it."""
+    keys = path.split("/")
+    return any(
+        re.fullmatch(pattern, "/".join(keys[:n]))
+        for n in range(1, len(keys) + 1)
+    )
 
 
 def _flatten_like(params: Params, roles: Any) -> list[Any]:

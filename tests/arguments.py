@@ -59,13 +59,19 @@ def step(carry, batch):
 # name -> (function, the arguments of a right call)
 CALLS = {
     "agc.adaptive_grad_clip": (agc.adaptive_grad_clip, {"clipping": 0.1, "eps": 1e-3}),
-    "agc.exclude": (agc.exclude, {}),
+    "roles.exclude": (roles.exclude, {}),
     "agc.unitwise_norm": (agc.unitwise_norm, {"x": X, "roles": ("in", "out")}),
     "roles.by_path": (roles.by_path, {"rules": {".*kernel": ("in", "out")}, "strict": False}),
     "roles.exact": (roles.exact, {"roles": {"a": ("in",)}, "assumed": ()}),
     "roles.infer": (roles.infer, {"path": "Dense_0/kernel", "shape": (3, 4)}),
     "roles.is_kernel": (roles.is_kernel, {"path": "a/kernel", "shape": (3, 4)}),
     "roles.describe": (roles.describe, {"params": PARAMS, "roles": roles.infer}),
+    "roles.matrix_view": (roles.matrix_view, {"params": PARAMS, "roles": roles.infer}),
+    "memopt.muon": (
+        lambda **k: memopt.muon(**k).init(PARAMS),
+        {"learning_rate": 1e-2, "roles": {"head": {"kernel": ("in", "out"), "bias": ("none",)}},
+         "path_filter": None},
+    ),
     "memopt.adafactor": (
         lambda **k: memopt.adafactor(**k).init(PARAMS),
         {
@@ -82,6 +88,11 @@ CALLS = {
     ),
     "memopt.scale_by_sm3": (lambda **k: memopt.scale_by_sm3(**k).init(PARAMS), {"momentum": 0.9}),
     "memopt.stochastic_round": (memopt.stochastic_round, {"seed": 0}),
+    "memopt.host_offload": (memopt.host_offload, {"inner": optax.adam(1e-3), "min_bytes": 0}),
+    "memopt.release_gradients": (
+        lambda **k: memopt.release_gradients(params=X[None], x=X, **k),
+        {"layer": lambda w, x: x * w, "tx": optax.sgd(0.1), "state": optax.EmptyState()},
+    ),
     "memopt.state_bytes": (memopt.state_bytes, {"tx": optax.adam(1e-3), "params": PARAMS}),
     "memopt.state_table": (memopt.state_table, {"tx": optax.adam(1e-3), "params": PARAMS}),
     "amp.autocast": (

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from jaxtricks import agc, amp, cyclical, longtail, memopt, nnx, remat
+import optax
+from jaxtricks import _compat, agc, amp, cyclical, longtail, memopt, nnx, remat
+
+
+def matrices(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Roles of stacked matrices, whatever the tree."""
+    rank = len(shape)
+    return ("none",) * rank if rank < 2 else ("batch",) * (rank - 2) + ("in", "out")
+
 
 # name -> factory of an optax.GradientTransformation
 GRADIENT_TRANSFORMS: dict[str, Callable[..., Any]] = {
@@ -23,15 +31,25 @@ GRADIENT_TRANSFORMS: dict[str, Callable[..., Any]] = {
         min_dim_size_to_factor=4,
         weight_decay=0.03,
     ),
+    "memopt.muon": partial(memopt.muon, 1e-2, roles=matrices),
     "memopt.scale_by_adafactor": partial(memopt.scale_by_adafactor, min_dim_size_to_factor=4),
     "memopt.sm3": partial(memopt.sm3, 0.1, momentum=0.9),
     "memopt.scale_by_sm3": memopt.scale_by_sm3,
     "memopt.stochastic_round": partial(memopt.stochastic_round, 0),
+    "memopt.low_bit": lambda: memopt.low_bit(optax.adam(1e-2), block=2, min_size=32),
+    "memopt.split_weights": memopt.split_weights,
+    # No keyword arguments: with `roles`, stacked layers would be rounded by other random numbers.
+    "memopt.adamw7": lambda: memopt.adamw7(1e-2, block=2, min_size=32),
     "amp.dynamic_loss_scale": partial(
         amp.dynamic_loss_scale, agc.adaptive_grad_clip(0.1), init=4.0
     ),
     "amp.skip_nonfinite": partial(amp.skip_nonfinite, agc.adaptive_grad_clip(0.1)),
 }
+
+if _compat.has_host_memory():  # jax 0.7 on CPU has none: it refuses in init
+    GRADIENT_TRANSFORMS["memopt.host_offload"] = partial(
+        memopt.host_offload, memopt.sm3(0.1, momentum=0.9), min_bytes=0
+    )
 
 # name -> factory of a schedule: step -> value
 SCHEDULES: dict[str, Callable[..., Any]] = {

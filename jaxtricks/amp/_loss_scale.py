@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType
 
-from jaxtricks import _dtypes, _jaxpr, _tree
+from jaxtricks import _compat, _dtypes, _jaxpr, _tree
 from jaxtricks._arguments import checked, known_number
 from jaxtricks._partition import without_changes
 from jaxtricks._typing import Array, Params, Scalar
@@ -679,7 +679,9 @@ def _branched(
     def _copied(old: Any, new: Any) -> Any:
         # What a branch hands on as it is, XLA copies before it branches: every step
         # would pay for it.
-        if _dtypes.is_key(new):
+        # In the memory of the host (memopt.host_offload) there is nothing to compute
+        # with.
+        if _dtypes.is_key(new) or _compat.in_host_memory(jax.typeof(old)):
             return old
         if not _dtypes.is_inexact(old):
             return jnp.asarray(old).astype(new.dtype)

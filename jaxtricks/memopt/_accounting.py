@@ -1,17 +1,16 @@
 """Account for an optimizer's state: bytes, and shardings, from shapes alone."""
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from jaxtricks import _table, _tree
+from jaxtricks import _compat, _jaxpr, _table, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Params
+from jaxtricks.memopt import _owners
 from jaxtricks.memopt._adafactor import AdafactorState, Full, is_second_moment
 
 
@@ -34,131 +33,99 @@ def state_bytes(
       >>> state_bytes(optax.adam(1e-3), params)
       8388612
     """
-    return _tree.nbytes(jax.eval_shape(tx.init, _shapes(params)))
+    return _tree.nbytes(jax.eval_shape(tx.init, _owners.shapes(params)))
 
 
 @checked
 def state_table(
     tx: optax.GradientTransformation | optax.MultiSteps, params: Params
 ) -> _table.Table:
-    """Tabulate the bytes of state per parameter, from shapes alone.
+    """Tabulate the bytes of state of each parameter, from shapes alone.
 
     Args:
       tx: any optax transformation, chain or MultiSteps.
       params: pytree of arrays or ShapeDtypeStructs. Where they carry NamedShardings on
-        a mesh of several devices, a column shows the bytes per device.
+        a mesh of several devices, a column shows the bytes in the memory of one device.
 
     Returns:
-      A table (its `str()` is text), largest first: parameter, shape, state in bytes,
-      state per parameter byte, and per device. Notes name the matrices that Adafactor
-      does not factor, and what that costs.
+      A table (its `str()` is text), largest first: parameter, shape, bytes of state,
+      and those per entry of the parameter; bytes per device; bytes on the host, where
+      `host_offload` puts any there. Notes name the matrices that Adafactor does not
+      factor, and what that costs; the last is the size of a checkpoint of parameters
+      and state, uncompressed.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxtricks.memopt import adafactor
       >>> params = {"q": jax.ShapeDtypeStruct((1024, 16, 64), jnp.float32)}
       >>> print(state_table(adafactor(), params))
-      parameter  shape       state    state/param
+      parameter  shape       state    bytes/param
       ---------  ----------  -------  -----------
-      q          1024x16x64  4.0 MiB            1
+      q          1024x16x64  4.0 MiB            4
       others     -           4 B                -
-      total      -           4.0 MiB            1
+      total      -           4.0 MiB            4
       q is not factored: 4.0 MiB, where 8.0 KiB would do: pass roles=, or lower min_dim_size_to_factor
+      a checkpoint is 8.0 MiB: parameters 4.0 MiB, state 4.0 MiB
     """
-    table = _tree.by_path(_shapes(params))
+    table = _tree.by_path(_owners.shapes(params))
     shardings = shardings_of(params)
-    state = jax.eval_shape(tx.init, _shapes(params))
-    owners = _owners(tx, state, table)
-    owned = _by_owner(jax.tree.map(_tree.nbytes, state), owners, table)
-    local = None
+    state = jax.eval_shape(tx.init, _owners.shapes(params))
+    owners = _owners.owners(tx, state, table)
+    sizes = jax.tree.map(_tree.nbytes, state)
+    on_host = _on_host(tx, params)
+
+    def owned(sizes: Any) -> dict[str | None, int]:
+        return _by_owner(jax.tree.leaves(sizes), owners, table)
+
+    columns = {"state": owned(sizes)}
     if shardings is not None:
-        local = _by_owner(
-            _local_bytes(tx, params, state, shardings), owners, table
-        )
-    order = sorted(table, key=lambda path: -owned[path])
-    rows = [_row(path, table[path], path, owned, local) for path in order]
-    rows.append(_row("others", None, None, owned, local))
-    rows.append(
-        _row("total", table, "total", _with_total(owned), _with_total(local))
-    )
-    headers = ("parameter", "shape", "state", "state/param")
-    notes = _unfactored(tx, params, state, order)
+        local = jax.tree.leaves(_local_bytes(tx, params, state, shardings))
+        columns["per device"] = owned(_where(local, [not x for x in on_host]))
+    if any(on_host):
+        columns["on host"] = owned(_where(jax.tree.leaves(sizes), on_host))
+    order = sorted(table, key=lambda path: -columns["state"][path])
+    rows = [_row(path, table[path], path, columns) for path in order]
+    rows.append(_row("others", None, None, columns))
+    totals = {
+        name: {"total": sum(column.values())}
+        for name, column in columns.items()
+    }
+    rows.append(_row("total", table, "total", totals))
+    _, *more = columns
     return _table.make(
-        headers if local is None else (*headers, "per device"), rows, notes
+        ("parameter", "shape", "state", "bytes/param", *more),
+        rows,
+        [
+            *_unfactored(tx, params, state, order),
+            _checkpoint(_tree.nbytes(table), _tree.nbytes(state)),
+        ],
     )
 
 
-def _shapes(params: Params) -> Params:
-    """Return the parameters as shapes on one device."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), params
-    )
+def _on_host(tx: Any, params: Params) -> list[bool]:
+    """Return whether each array of the state lies in the memory of the host."""
+    # Neither eval_shape nor ShapeDtypeStruct says so; a jaxpr does.
+    closed, _ = _jaxpr.trace(tx.init, _owners.shapes(params))
+    return [_compat.in_host_memory(aval) for aval in closed.out_avals]
 
 
-def _dtype(x: Any) -> Any:
-    if hasattr(x, "dtype"):
-        return x.dtype
-    return jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+def _where(sizes: list[int], mask: list[bool]) -> list[int]:
+    return [size if m else 0 for size, m in zip(sizes, mask, strict=True)]
+
+
+def _checkpoint(params: int, state: int) -> str:
+    total, *parts = map(_table.format_bytes, (params + state, params, state))
+    return "a checkpoint is {}: parameters {}, state {}".format(total, *parts)
 
 
 def _by_owner(
-    sizes: Any, owners: list[str | None], table: dict[str, Any]
+    sizes: list[int], owners: list[str | None], table: dict[str, Any]
 ) -> dict[str | None, int]:
     """Return {path: bytes of its state}; None = bytes that belong to no parameter."""
     totals: dict[str | None, int] = dict.fromkeys([*table, None], 0)
-    for owner, size in zip(owners, jax.tree.leaves(sizes), strict=True):
+    for owner, size in zip(owners, sizes, strict=True):
         totals[owner] += size
     return totals
-
-
-@dataclasses.dataclass(frozen=True)
-class _Owner:
-    """A path as a leaf of a tree, because None is not a leaf."""
-
-    path: str | None
-
-
-def _owners(tx: Any, state: Any, table: dict[str, Any]) -> list[str | None]:
-    """Return the path of the parameter that each array of the state belongs to."""
-
-    # Called with every subtree of the state that has the parameters' structure.
-    def mark(tree: Any) -> Any:
-        return _tree.map_with_path(
-            lambda path, _: _Owner(_prefix(path, table)), tree
-        )
-
-    def leave(tree: Any) -> Any:
-        return jax.tree.map(lambda _: _Owner(None), tree)
-
-    try:
-        marked = optax.tree_utils.tree_map_params(
-            tx, mark, state, transform_non_params=leave, is_leaf=lambda _: True
-        )
-    # A transformation whose state is no such tree may fail in any way. Then the paths
-    # inside the state decide.
-    except Exception:
-        return [
-            _owner(path, table) for path, _ in _tree.leaves_with_paths(state)
-        ]
-    return [owner.path for owner in jax.tree.leaves(marked)]
-
-
-def _prefix(path: str, table: dict[str, Any]) -> str | None:
-    """Return the longest parameter path that the path begins with."""
-    keys = path.split("/")
-    starts = ("/".join(keys[:width]) for width in range(len(keys), -1, -1))
-    return next((start for start in starts if start in table), None)
-
-
-def _owner(path: str, table: dict[str, Any]) -> str | None:
-    """Return the longest parameter path inside a path of the state."""
-    keys = path.split("/")
-    for width in range(len(keys), 0, -1):
-        for start in range(len(keys) - width + 1):
-            candidate = "/".join(keys[start : start + width])
-            if candidate in table:
-                return candidate
-    return None
 
 
 def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
@@ -176,26 +143,21 @@ def _local_bytes(tx: Any, params: Params, state: Any, shardings: Any) -> Any:
 
 
 def _row(
-    name: str, params: Any, key: str | None, owned: Any, local: Any
+    name: str, params: Any, key: str | None, columns: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Format the state under `key` beside its parameters (one, all, or None)."""
+    """Format the bytes under `key` beside its parameters (one, all, or None)."""
     shape = None
     if hasattr(params, "shape"):
         shape = "x".join(map(str, params.shape)) or "scalar"
-    size = _tree.nbytes(params)
-    row = (
+    entries = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    state, *more = (column[key] for column in columns.values())
+    return (
         name,
         shape,
-        _table.format_bytes(owned[key]),
-        owned[key] / size if size else None,
+        _table.format_bytes(state),
+        state / entries if entries else None,
+        *map(_table.format_bytes, more),
     )
-    return row if local is None else (*row, _table.format_bytes(local[key]))
-
-
-def _with_total(
-    sizes: dict[str | None, int] | None,
-) -> dict[str | None, int] | None:
-    return None if sizes is None else {"total": sum(sizes.values())}
 
 
 def _unfactored(
@@ -207,7 +169,7 @@ def _unfactored(
     axes, of rising and of falling length. What is not factored there is so by its
     roles; where the sides swap with the lengths, it is the lengths that decide them.
     """
-    table = _tree.by_path(_shapes(params))
+    table = _tree.by_path(_owners.shapes(params))
     whole = [
         path
         for path in paths
@@ -267,7 +229,7 @@ def _long(tx: Any, params: Params, order: int) -> tuple[Any, dict[str, Any]]:
         lengths = [_LENGTH * (i + 1) for i in range(len(x.shape))][::order]
         return jax.ShapeDtypeStruct(tuple(lengths), x.dtype)
 
-    shapes = jax.tree.map(longer, _shapes(params))
+    shapes = jax.tree.map(longer, _owners.shapes(params))
     return jax.eval_shape(tx.init, shapes), _tree.by_path(shapes)
 
 

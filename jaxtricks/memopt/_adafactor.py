@@ -72,23 +72,28 @@ class Layout(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """Arguments at one step, as arrays [] in the dtype of the state; None = off."""
+    """Arguments at one step, as arrays [] in the dtype of the state; None = off.
+
+    What can be computed once is not computed in every leaf.
+    """
 
     one_minus_beta2: Any
-    clip: Any
+    beta2: Any
+    per_clip_square: Any
     eps_square: Any
-    eps_scale: Any
-    max_scale: Any
+    eps_scale_square: Any
+    max_scale_square: Any
     beta1: Any = None
     rate: Any = None
     weight_decay: Any = None
 
 
 class _Direction(NamedTuple):
-    """u = g * size * factors, which all broadcast, and means over slices or None."""
+    """u = g * sqrt(above / below) * factor, and means over slices or None."""
 
-    size: Array | None
-    factors: tuple[Array, ...]
+    above: Array | None
+    below: Array
+    factor: Array | None
     mean_square: Array | None
     parameter_square: Array | None
 
@@ -151,11 +156,12 @@ def step(
     moments = _factored if isinstance(v, Factored) else _full
     v, direction = moments(g, p, v, hyper, leaf_layout, config)
     # Multiply small operands first: numbers, then the smaller factor, then the leaf.
-    scale = _scale(direction, hyper, config)
-    small, *factors = direction.factors
-    u = functools.reduce(
-        jnp.multiply, [small * scale, *factors], g.astype(dtype)
-    )
+    small = _small_factor(direction, hyper)
+    if hyper.rate is not None and not config.momentum_before_rate:
+        small = hyper.rate * small
+    if direction.factor is not None:
+        small = small * direction.factor
+    u = small * g.astype(dtype)
     if hyper.rate is None:
         return u.astype(result), v, m
     if m is not None:
@@ -172,7 +178,7 @@ def _full(
     g: Any, p: Any, v: Full, hyper: Hyper, leaf_layout: Layout, config: Config
 ) -> tuple[Full, _Direction]:
     square = jnp.square(g.astype(v.v.dtype))
-    new = _lerp(v.v, square + hyper.eps_square, hyper.one_minus_beta2)
+    new = _average(v.v, square + hyper.eps_square, hyper)
     slices = _slices(hyper, leaf_layout, config)
     ratio = square / new
     if (
@@ -186,7 +192,7 @@ def _full(
         mean_square = _optional_mean(ratio, slices)
         parameter_square = _parameter_square(p, new.dtype, leaf_layout, config)
         means = (mean_square, parameter_square)
-    return Full(new), _Direction(None, (jax.lax.rsqrt(new),), *means)
+    return Full(new), _Direction(None, new, None, *means)
 
 
 def _factored(
@@ -207,23 +213,25 @@ def _factored(
     new = list(v)
 
     def accumulate(i: int, mean: Array) -> Array:
-        mean = jnp.squeeze(mean, sides[i]) + hyper.eps_square
-        new[i] = _lerp(v[i], mean, hyper.one_minus_beta2)
+        new[i] = _average(v[i], mean + hyper.eps_square, hyper)
         return jnp.expand_dims(new[i], sides[i])
 
-    early = accumulate(first, _mean(jnp.square(g.astype(dtype)), sides[first]))
-    plain, weighted = _two_means(g, early, sides[second])
+    square = jnp.square(g.astype(dtype))
+    early = accumulate(first, _mean(square, sides[first], keepdims=False))
+    plain, weighted, root = _two_means(g, early, sides[second])
     late = accumulate(second, plain)
     # mean(v_in) = mean(v_out), averages of the same mean of g^2, so take the cheaper.
     # It varies along "batch" and "none" axes alone, as does its cofactor.
-    norm, square = _means(late, weighted / late, sides[first])
+    weighted = jnp.expand_dims(weighted, sides[second])
+    norm, cofactor = _means(late, weighted / late, sides[first])
     mean_square = _optional_mean(
-        norm * square, _slices(hyper, leaf_layout, config)
+        norm * cofactor, _slices(hyper, leaf_layout, config)
     )
     # V is never formed: the product of the two means may leave the range of the dtype.
     direction = _Direction(
-        size=jnp.sqrt(norm),
-        factors=(jax.lax.rsqrt(late), jax.lax.rsqrt(early)),
+        above=norm,
+        below=late,
+        factor=root,
         mean_square=mean_square,
         parameter_square=_parameter_square(p, dtype, leaf_layout, config),
     )
@@ -234,7 +242,7 @@ def _slices(
     hyper: Hyper, leaf_layout: Layout, config: Config
 ) -> tuple[int, ...] | None:
     """Return the axes over which RMS(u) is taken; None without clipping."""
-    if hyper.clip is None:
+    if hyper.per_clip_square is None:
         return None
     if config.clip_per_slice:
         return leaf_layout.others
@@ -250,8 +258,8 @@ def _parameter_square(
 
 def _two_means(
     g: Array, v: Array, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Compute (mean of g^2, mean of g^2 / v) over the axes, in one pass over g."""
+) -> tuple[Array, Array, Array]:
+    """Compute (mean of g^2, mean of g^2 / v, 1 / sqrt(v)) in one pass over g."""
     if _sharding.is_explicit(g, v):
         # With explicit shardings the two forms may differ in that of their results,
         # and the branches of platform_dependent must agree.
@@ -266,59 +274,64 @@ def _two_means(
 
 def two_means_separate(
     g: Array, v: Array, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Compute the two means one by one; accelerators' compilers fuse them."""
-    square = jnp.square(g.astype(v.dtype))
-    return _mean(square, axes), _mean(square * (1 / v), axes)
+    g = g.astype(v.dtype)
+    root = jax.lax.rsqrt(v)
+    plain = _mean(jnp.square(g), axes, keepdims=False)
+    weighted = _mean(jnp.square(g * root), axes, keepdims=False)
+    return plain, weighted, root
 
 
 def two_means_stacked(
     g: Array, v: Array, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Compute both means by one reduction with an additional axis.
 
-    XLA's CPU backend vectorizes no reduction with two results.
+    XLA's CPU backend vectorizes no reduction with two results. The root is returned as
+    part of the stack, because each kernel costs a millisecond to compile.
     """
-    share = 1 / _count(g, axes)
-    weights = jnp.stack([jnp.full_like(v, share), share / v])
+    roots = jnp.stack([jnp.ones_like(v), jax.lax.rsqrt(v)])
+    roots = jax.lax.optimization_barrier(roots)
     # Without the barrier g^2 would be shared with the other pass and written to memory.
-    square = jnp.square(jax.lax.optimization_barrier(g).astype(v.dtype))[None]
+    g = jax.lax.optimization_barrier(g).astype(v.dtype)[None]
     later = tuple(i + 1 for i in axes)
-    means = jnp.expand_dims(jnp.sum(square * weights, axis=later), later)
-    return means[0], means[1]
+    means = _mean(jnp.square(g * roots), later, keepdims=False)
+    return means[0], means[1], roots[1]
 
 
-def _scale(direction: _Direction, hyper: Hyper, config: Config) -> Any:
-    """Compute the factor of u per slice: its size, RMS(p), the rate and clipping."""
-    factors = []
-    if direction.size is not None:
-        factors.append(direction.size)
+def _small_factor(direction: _Direction, hyper: Hyper) -> Array:
+    """Compute sqrt(above / below) times RMS(p) and clipping, under one root.
+
+    XLA's CPU backend fuses products, maxima and minima of numbers into the kernel that
+    reads them, but compiles a kernel for every quotient or root of a number.
+    """
+    below = direction.below
+    if direction.mean_square is not None:
+        excess = direction.mean_square * hyper.per_clip_square
+        below = below * jnp.maximum(excess, 1)
+    square = (1 if direction.above is None else direction.above) / below
+    # After the quotient, which is near 1 in a matrix, so that no product underflows.
     if direction.parameter_square is not None:
-        size = jnp.maximum(
-            jnp.sqrt(direction.parameter_square), hyper.eps_scale
-        )
-        if hyper.max_scale is not None:
-            size = jnp.minimum(size, hyper.max_scale)
-        factors.append(size)
-    if hyper.rate is not None and not config.momentum_before_rate:
-        factors.append(hyper.rate)
-    if factors:
-        scale = functools.reduce(jnp.multiply, factors)
-    else:
-        scale = jnp.ones_like(hyper.eps_square)
-    if direction.mean_square is None:
-        return scale
-    return scale / jnp.maximum(jnp.sqrt(direction.mean_square) / hyper.clip, 1)
+        size = jnp.maximum(direction.parameter_square, hyper.eps_scale_square)
+        if hyper.max_scale_square is not None:
+            size = jnp.minimum(size, hyper.max_scale_square)
+        square = square * size
+    # A zero gradient may have an infinite factor, and their product is zero.
+    return jnp.sqrt(jnp.minimum(square, jnp.finfo(square.dtype).max))
 
 
-def _lerp(old: Array, new: Array, weight: Any) -> Array:
+def _average(old: Array, new: Array, hyper: Hyper) -> Array:
     # old + weight (new - old) would lose digits at weight 1, before decay_offset, where
     # new is much smaller than old.
-    return (1 - weight) * old + weight * new
+    return hyper.beta2 * old + hyper.one_minus_beta2 * new
 
 
-def _mean(x: Array, axes: tuple[int, ...]) -> Array:
-    return jnp.sum(x, axis=axes, keepdims=True) / _count(x, axes)
+def _mean(x: Array, axes: tuple[int, ...], keepdims: bool = True) -> Array:
+    count = _count(x, axes)
+    if count == 1 and keepdims and x.size:
+        return x  # the mean over these axes of a mean over others
+    return jnp.sum(x, axis=axes, keepdims=keepdims) / count
 
 
 def _optional_mean(x: Array, axes: tuple[int, ...] | None) -> Array | None:
@@ -661,12 +674,18 @@ def _check(name: str, decay: Any, eps: Any, clip: Any, max_scale: Any) -> None:
 def _hyper(
     count: Any, dtype: Any, decay: Any, clip: Any, eps: Any, max_scale: Any
 ) -> Hyper:
+    def square(x: Any) -> Array | None:
+        return None if x is None else jnp.square(_leaves.value(x, count, dtype))
+
+    weight = one_minus_beta2(count, dtype, *decay)
+    clip_square = square(clip)
     return Hyper(
-        one_minus_beta2(count, dtype, *decay),
-        _leaves.optional(clip, count, dtype),
-        _leaves.value(eps[0], count, dtype),
-        _leaves.value(eps[1], count, dtype),
-        _leaves.optional(max_scale, count, dtype),
+        one_minus_beta2=weight,
+        beta2=1 - weight,
+        per_clip_square=None if clip_square is None else 1 / clip_square,
+        eps_square=_leaves.value(eps[0], count, dtype),
+        eps_scale_square=square(eps[1]),
+        max_scale_square=square(max_scale),
     )
 
 

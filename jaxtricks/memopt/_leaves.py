@@ -45,10 +45,9 @@ def tree_like(nodes: Iterable[Any], params: Params) -> Any:
     remaining = iter(nodes)
 
     def place(x: Any) -> Any:
-        if not _is_variable(x):
+        if not is_variable(x):
             return next(remaining)
-        (content,) = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
-        node = jax.tree.map(lambda _: next(remaining), content)
+        node = jax.tree.map(lambda _: next(remaining), _content(x))
         # flax 0.11 allows single arrays alone in an optimizer's Variables, and the
         # parameter's sharding does not fit parts of it. So an array goes into the
         # Variable, and a tuple of arrays takes its place.
@@ -56,7 +55,29 @@ def tree_like(nodes: Iterable[Any], params: Params) -> Any:
             return jax.tree.map(lambda _: node, x)
         return node
 
-    return jax.tree.map(place, params, is_leaf=_is_variable)
+    return jax.tree.map(place, params, is_leaf=is_variable)
+
+
+def without_variables(tree: Any) -> Any:
+    """Return the tree with what the Variables of flax.nnx hold in their places."""
+    return jax.tree.map(
+        lambda x: _content(x) if is_variable(x) else x,
+        tree,
+        is_leaf=is_variable,
+    )
+
+
+def without_empty_variables(tree: Any) -> Any:
+    """Return the tree without the Variables that hold no array but MaskedNode or None.
+
+    flax 0.11 allows none of these in an optimizer.
+    """
+
+    def unwrap(x: Any) -> Any:
+        is_empty = is_variable(x) and not jax.tree.leaves(x)
+        return _content(x) if is_empty else x
+
+    return jax.tree.map(unwrap, tree, is_leaf=is_variable)
 
 
 def with_nodes(
@@ -171,9 +192,14 @@ def decayed_paths(mask: Any, params: Params) -> set[str]:
     return {path for path, on in _tree.leaves_with_paths(full) if bool(on)}
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     """Return whether x is a Variable of flax.nnx, which is not imported here."""
     return hasattr(type(x), "get_metadata") and hasattr(type(x), "value")
+
+
+def _content(variable: Any) -> Any:
+    (content,) = jax.tree.leaves(variable, is_leaf=lambda x: x is not variable)
+    return content
 
 
 def _as_array(x: Any) -> Any:

@@ -228,9 +228,10 @@ def _step(
     nu = _bound(g, v, axes)
     g = g.astype(v[0].dtype)
     v = tuple(maxima) or (nu,)
-    # With no gradient so far and eps lost to a small dtype, the step is 0, not 0 / 0.
-    total = nu + eps
-    u = g * jnp.where(total == 0, 0, jax.lax.rsqrt(total))
+    # With no gradient so far and without eps the step is 0, not 0 / 0. A maximum is
+    # one operation per entry, where a choice would be two.
+    total = jnp.maximum(nu + eps, jnp.finfo(nu.dtype).tiny)
+    u = g * jax.lax.rsqrt(total)
     if m is not None:
         u = momentum * _momentum.read(m, u.dtype) + (1 - momentum) * u
         m = _momentum.write(u, m, seed)

@@ -224,6 +224,7 @@ def test_nothing_else_looks_at_versions():
 READERS = ("_compat.py", "_jaxpr.py", "_flops.py")
 # What other modules may use of `_compat`: nothing about equations.
 OF_COMPAT = {"enable_x64", "varying", "weakly_typed", "distributed_state"}
+OF_COMPAT |= {"has_host_memory", "in_host_memory", "in_device_memory"}
 
 
 def names_of(node):

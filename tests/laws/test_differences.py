@@ -320,6 +320,94 @@ def test_layers_of_a_stack_are_mixed(name):
     assert stacking_error(right, [1, 1, 1, 100]) < 1e-6
 
 
+def is_muons(tx, shape):
+    """Whether one leaf of this shape goes to Muon: it has one average, not Adam's two."""
+    return len(state_shapes(tx, shape)[0]) == 2  # the coefficients are the other array
+
+
+class TestMuon:
+    @pytest.mark.parametrize(
+        ("shape", "names"),
+        [
+            ((1024, 16, 64), ("in", "out", "out")),  # query
+            ((16, 64, 1024), ("in", "in", "out")),  # attention output
+            ((12, 256, 1024), ("batch", "in", "out")),  # scanned Dense
+            ((3, 3, 64, 128), ("in", "in", "in", "out")),  # convolution
+            ((12, 1024), ("batch", "none")),  # biases of scanned layers are one matrix
+        ],
+    )
+    def test_is_for_whatever_has_two_axes(self, shape, names):
+        is_matrix = "in" in names
+        assert is_muons(optax.contrib.muon(0.02), shape) != is_matrix, MEMOPT
+        params = {"w": shape, "matrix": (8, 6)}  # a tree without matrices is refused
+        params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in params.items()}
+        tx = memopt.muon(0.02, roles={"w": names, "matrix": ("in", "out")})
+        state = jax.eval_shape(tx.init, params)
+        assert sum(x.shape == shape for x in jax.tree.leaves(state)) == 2 - is_matrix
+
+    def test_fails_on_a_matrix_without_elements(self):
+        g = np.zeros((0, 4), np.float32)
+        with raising(ZeroDivisionError, MEMOPT):
+            first(optax.contrib.muon(0.02), g, g)
+        assert first(memopt.muon(0.02, roles=MATRIX), g, g).shape == (0, 4)
+
+    def test_is_nan_in_float16(self):  # where eps is lost or a square underflows
+        g = np.zeros((8, 6), np.float16)
+        assert np.all(np.isnan(first(optax.contrib.muon(0.02), g, g))), MEMOPT
+        assert not np.any(first(memopt.muon(0.02, roles=MATRIX), g, g))
+
+    def test_state_changes_its_dtype_at_the_first_step(self):
+        params, grads = ({"w": jnp.ones((8, 6), d)} for d in (jnp.bfloat16, jnp.float32))
+
+        def dtypes(tx):
+            state = tx.init(params)
+            after = jax.eval_shape(tx.update, grads, state, params)[1]
+            return [
+                {x.dtype.name for x in jax.tree.leaves(s) if x.ndim > 1} for s in (state, after)
+            ]
+
+        assert dtypes(optax.contrib.muon(0.02)) == [{"bfloat16"}, {"float32"}], MEMOPT
+        assert dtypes(memopt.muon(0.02, roles=MATRIX)) == [{"float32"}, {"float32"}]
+
+    def test_adaptive_sums_over_a_stack(self):
+        g = np.random.default_rng(0).normal(size=(3, 8, 6)).astype(np.float32)
+        numbers = {"w": optax.contrib.MuonDimensionNumbers(1, 2)}
+        tx = optax.contrib.muon(0.02, adaptive=True, muon_weight_dimension_numbers=numbers)
+        one = optax.contrib.muon(0.02, adaptive=True)
+        separate = np.stack([first(one, x, x) for x in g])
+        ratio = np.max(np.abs(first(tx, g, g) / separate))
+        assert ratio > 2, MEMOPT
+        with pytest.raises(ValueError, match="`adaptive` is True"):
+            first(memopt.muon(0.02, roles=MATRIX, adaptive=True), g, g)
+
+    def test_a_tree_of_dimension_numbers_hides_the_parameters(self):
+        params = {"w": jnp.ones((8, 6))}
+        numbers = {"w": optax.contrib.MuonDimensionNumbers()}
+        owned = lambda tx: optax.tree_utils.tree_map_params(tx, jnp.ndim, tx.init(params))
+        with raising(ValueError, MEMOPT, "tree"):
+            owned(optax.contrib.muon(0.02, muon_weight_dimension_numbers=numbers))
+        state = owned(memopt.muon(0.02, roles={"w": ("in", "out")}))
+        assert state.inner_states["muon"].inner_state[0].mu == {"w": 2}
+
+    @pytest.mark.devices
+    @pytest.mark.parametrize("spec", [P("data"), P("data", "model")])
+    def test_fails_on_explicit_axes(self, spec):
+        kind = jax.sharding.AxisType.Explicit
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+        g = np.random.default_rng(0).normal(size=(32, 48)).astype(np.float32)
+        with jax.set_mesh(mesh):
+            params = {"w": jax.device_put(g, NamedSharding(mesh, spec))}
+
+            def step(tx):
+                return jax.jit(tx.update)(params, tx.init(params), params)[0]["w"]
+
+            with raising(Exception, MEMOPT, "shard"):
+                step(optax.contrib.muon(0.02))
+            u = step(memopt.muon(0.02, roles=MATRIX))
+        assert u.sharding.is_equivalent_to(params["w"].sharding, 2)
+        np.testing.assert_allclose(u, first(optax.contrib.muon(0.02), g, g), rtol=1e-3, atol=1e-6)
+
+
 class TestAdaptiveGradClip:
     @pytest.mark.parametrize(
         ("shape", "names"),

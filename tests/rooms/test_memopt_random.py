@@ -98,7 +98,8 @@ def test_both_ways_to_take_two_means_agree(axes, x64, ours):
         )
     )
     one, other = _adafactor.two_means_separate(g, v, axes), _adafactor.two_means_stacked(g, v, axes)
-    expected = [np.mean(np.square(g) * w, axis=axes, keepdims=True) for w in (1, 1 / np.asarray(v))]
+    v = np.asarray(v)
+    expected = [np.mean(np.square(g) * w, axis=axes) for w in (1, 1 / v)] + [1 / np.sqrt(v)]
     for a, b, c in zip(one, other, expected, strict=True):
         np.testing.assert_allclose(a, c, rtol=1e-13)
         np.testing.assert_allclose(b, c, rtol=1e-13)

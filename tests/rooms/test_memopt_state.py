@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtricks import _random_bits, _tree, memopt
+from jaxtricks import _compat, _random_bits, _table, _tree, memopt
 from jaxtricks.memopt import _momentum
 
 SHAPES = {
@@ -178,21 +178,24 @@ def test_specs_that_do_not_fit_are_refused():
 def test_table_counts_every_byte(tx):
     params = {"net": arrays()}
     table = memopt.state_table(tx, jax.eval_shape(lambda: params))
-    assert table.headers == ("parameter", "shape", "state", "state/param")
+    assert table.headers == ("parameter", "shape", "state", "bytes/param")
     assert {row[0] for row in table.rows} == {f"net/{n}" for n in SHAPES} | {"others", "total"}
     held = sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
     assert memopt.state_bytes(tx, params) == held
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    np.testing.assert_allclose(table.rows[-1][3], held / size, rtol=1e-12)
+    entries = sum(x.size for x in jax.tree.leaves(params))
+    np.testing.assert_allclose(table.rows[-1][3], held / entries, rtol=1e-12)
+    (checkpoint,) = (note for note in table.notes if note.startswith("a checkpoint is "))
+    in_file = _table.format_bytes(held + 4 * entries)
+    assert checkpoint.startswith(f"a checkpoint is {in_file}: parameters 4.1 MiB, state ")
 
 
 def test_table_names_what_did_not_factor_and_what_that_costs():
     table = memopt.state_table(memopt.adafactor(roles=ROLES), arrays())
-    assert table.notes == ()
+    assert [note.partition(" is ")[0] for note in table.notes] == ["a checkpoint"]
     table = memopt.state_table(optax.chain(memopt.adafactor(min_dim_size_to_factor=200)), arrays())
-    assert [note.split(" is not factored: ")[0] for note in table.notes] == ["heads", "odd"]
+    assert [note.partition(" is ")[0] for note in table.notes] == ["heads", "odd", "a checkpoint"]
     assert "512.0 KiB, where 3.0 KiB would do" in table.notes[0]
-    assert memopt.state_table(optax.adam(1e-3), arrays()).notes == ()
+    assert len(memopt.state_table(optax.adam(1e-3), arrays()).notes) == 1
 
 
 @pytest.mark.devices
@@ -203,6 +206,20 @@ def test_table_has_a_column_for_one_device():
     assert table.headers[-1] == "per device"
     assert (rows["w"][2], rows["w"][4]) == ("1.0 MiB", "128.0 KiB")
     assert (rows["odd"][2], rows["odd"][4]) == ("133.0 KiB", "133.0 KiB")
+
+
+@pytest.mark.devices
+@pytest.mark.skipif(not _compat.has_host_memory(), reason="needs host memory")
+def test_table_says_what_lies_on_the_host():
+    tx, mesh = memopt.host_offload(optax.adam(1e-3)), mesh_of(AxisType.Auto)
+    table = memopt.state_table(tx, arrays())
+    assert table.headers[-1] == "on host"
+    rows = {row[0]: row for row in table.rows}
+    assert (rows["w"][2:], rows["b"][2:]) == (("1.0 MiB", 8, "1.0 MiB"), ("4.0 KiB", 8, "0 B"))
+    table = memopt.state_table(tx, on_mesh(mesh, arrays()))
+    assert table.headers[-2:] == ("per device", "on host")
+    rows = {row[0]: row for row in table.rows}
+    assert (rows["w"][4:], rows["b"][4:]) == (("0 B", "1.0 MiB"), ("2.0 KiB", "0 B"))
 
 
 def test_table_tells_apart_parameters_whose_paths_end_alike():
@@ -468,7 +485,7 @@ def test_the_advice_is_computed_from_the_leaf_and_its_roles():
 
     def notes(shape, **kwargs):
         params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
-        return memopt.state_table(memopt.adafactor(**kwargs), params).notes
+        return memopt.state_table(memopt.adafactor(**kwargs), params).notes[:-1]
 
     (by_rank,) = notes((1024, 16, 64))
     assert by_rank.endswith("where 8.0 KiB would do: pass roles=, or lower min_dim_size_to_factor")

@@ -246,3 +246,47 @@ def test_describe_reads_states_and_boxes():
 
 def test_positions():
     assert roles_lib.positions(("batch", "in", "out", "in"), "in", "batch") == (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("dims", "axis_roles", "view"),
+    [
+        ((4, 3), ("in", "out"), ((), (0,), (1,))),
+        ((4, 3), ("out", "in"), ((), (1,), (0,))),
+        ((5, 4, 3), ("batch", "in", "out"), ((0,), (1,), (2,))),
+        ((8, 2, 5), ("in", "out", "out"), ((), (0,), (1, 2))),
+        ((3, 3, 4, 8), ("in", "in", "in", "out"), ((), (0, 1, 2), (3,))),
+        ((4, 2, 5, 3), ("in", "none", "batch", "out"), ((1, 2), (0,), (3,))),
+        ((5, 3), ("batch", "none"), None),
+        ((4, 3), ("in", "in"), None),
+        ((0, 3), ("in", "out"), None),
+        ((), (), None),
+        ((4, 3), None, None),
+    ],
+)
+def test_matrix_view(dims, axis_roles, view):
+    expected = None if view is None else roles_lib.MatrixView(*view)
+    rule = lambda path, shape: axis_roles
+    for params in ({"w": np.ones(dims), "gone": None}, {"w": shape(*dims), "gone": None}):
+        assert roles_lib.matrix_view(params, rule) == {"w": expected, "gone": None}
+    assert roles_lib.matrix_view(np.ones(dims), rule) == expected
+
+
+def test_matrix_view_of_a_models_roles_and_under_masked():
+    model = nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0), decode=False)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    views = roles_lib.matrix_view(params, jt.nnx.roles(model))
+    assert views["query"] == {"kernel": roles_lib.MatrixView((), (0,), (1, 2)), "bias": None}
+    assert views["out"] == {"kernel": roles_lib.MatrixView((), (0, 1), (2,)), "bias": None}
+    hidden = {"a": optax.MaskedNode(), "b": np.ones((4, 3))}
+    rule = roles_lib.by_path({"a": ("in", "out"), "b": ("out", "in")})
+    view = roles_lib.matrix_view(hidden, rule)
+    assert view == {"a": optax.MaskedNode(), "b": roles_lib.MatrixView((), (1,), (0,))}
+
+
+def test_exclude_matches_whole_paths_and_modules():
+    path_filter = roles_lib.exclude("head", r"block/\d/norm/scale")
+    paths = ("head/kernel", "overhead/kernel", "block/0/norm/scale", "x/head/bias")
+    assert [path_filter(path) for path in paths] == [False, True, False, True]
+    with pytest.raises(ValueError, match="not a regular expression"):
+        roles_lib.exclude("(")
