@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Container
@@ -114,6 +115,16 @@ def checked(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return call  # pyrefly: ignore
+
+
+def check_regex(subject: str, pattern: str) -> None:
+    """Raise a ValueError that begins with the subject unless the pattern compiles."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{subject} {pattern!r} is not a regular expression: {error}"
+        ) from None
 
 
 def known_number(x: Any) -> float | None:

@@ -1,5 +1,6 @@
 """Place arrays as another array is placed on a mesh, also inside jit."""
 
+import math
 from typing import Any
 
 import jax
@@ -29,6 +30,22 @@ def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
 def placed_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Shard x as another array of its shape; inside jax.jit a hint to the compiler."""
     return x + zeros_like(other, x.dtype)
+
+
+def tree_placed_like(new: Any, old: Any) -> Any:
+    """Shard the arrays of a tree as those of another, also inside jax.jit."""
+    if isinstance(jax.tree.leaves(new)[0], jax.core.Tracer):
+        return jax.tree.map(placed_like, new, old)
+    # NumPy arrays come from a checkpoint.
+    if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(old)):
+        return new
+    return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
+
+
+def num_shards(mesh: Any, names: Any) -> int:
+    """Return how many parts an axis has by its entry in a PartitionSpec."""
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def on_mesh(*xs: Any) -> bool:

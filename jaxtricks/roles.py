@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from jaxtricks import _table, _tree
-from jaxtricks._arguments import checked, described
+from jaxtricks._arguments import check_regex, checked, described
 from jaxtricks._typing import Params, Roles
 
 __all__ = [
@@ -195,12 +195,7 @@ def by_path(rules: Mapping[str, Roles], strict: bool = True) -> Rule:
     """
     for pattern, roles in rules.items():
         _check_words(pattern, roles)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"roles: the rule {pattern!r} is not a regular expression: {error}"
-            ) from None
+        check_regex("roles: the rule", pattern)
     patterns = tuple(
         (pattern, tuple(roles)) for pattern, roles in rules.items()
     )
@@ -503,12 +498,7 @@ def exclude(*regex: str) -> Exclude:
       [False, True, False]
     """
     for pattern in regex:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"roles.exclude: {pattern!r} is not a regular expression: {error}"
-            ) from None
+        check_regex("roles.exclude:", pattern)
     return Exclude(tuple(regex))
 
 

@@ -172,7 +172,9 @@ def encode_like(x: Array, like: BlockCodes, at_step: Array) -> BlockCodes:
     """
     seed = _random_bits.of_number(at_step, like.layout.seed)
     count = like.scale.shape[like.layout.axis]
-    return _sharded_like(_encode(x, seed, like.layout, count), like)
+    new = _encode(x, seed, like.layout, count)
+    # Else the compiler may reshard the scales.
+    return _sharding.tree_placed_like(new, like)
 
 
 def decode(x: BlockCodes) -> Array:
@@ -350,21 +352,8 @@ def _scale_spec(
 ) -> PartitionSpec:
     """Return where the scales lie: as the array, if every shard holds whole blocks."""
     spec = [*sharding.spec, *(None,) * (rank - len(sharding.spec))]
-    if count is not None and count % _shards(sharding.mesh, spec[axis]):
+    if count is not None and count % _sharding.num_shards(
+        sharding.mesh, spec[axis]
+    ):
         spec[axis] = None
     return PartitionSpec(*spec)
-
-
-def _shards(mesh: Any, names: Any) -> int:
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(mesh.shape[name] for name in names if name is not None)
-
-
-def _sharded_like(new: BlockCodes, old: BlockCodes) -> BlockCodes:
-    """Return `new` sharded as `old`; else the compiler may reshard the scales."""
-    if isinstance(new.codes, jax.core.Tracer):
-        return jax.tree.map(_sharding.placed_like, new, old)
-    # NumPy arrays come from a checkpoint.
-    if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(old)):
-        return new
-    return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))

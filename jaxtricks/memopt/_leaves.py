@@ -1,5 +1,6 @@
 """Share what Adafactor and SM3 need: leaves by path, state arrays, hyper-parameters."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -86,6 +87,26 @@ def with_nodes(
     """Return the tree with these nodes, in the order of `_tree.by_path`."""
     structure = jax.tree.structure(tree, is_leaf=is_node)
     return jax.tree.unflatten(structure, list(table.values()))
+
+
+def wide(tree: Any) -> Any:
+    """Return the tree with floating arrays in float32, or float64 where they are."""
+
+    def widen(x: Any) -> Any:
+        x = _as_array(x)
+        if not _dtypes.is_floating(x):
+            return x
+        return x.astype(_dtypes.wide_dtype(x))
+
+    return jax.tree.map(widen, tree)
+
+
+def promotion_of_optax() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which optax runs: strict promotion refuses its arithmetic.
+
+    It raises floats to the power of counts, for example.
+    """
+    return jax.numpy_dtype_promotion("standard")
 
 
 def lookup(name: str, table: dict[str, Any], path: str, what: str) -> Any:

@@ -11,7 +11,12 @@ import optax
 
 from jaxtricks import _dtypes, _jaxpr, _random_bits, _sharding, _tree
 from jaxtricks import roles as roles_lib
-from jaxtricks._arguments import ArgumentTypeError, checked, described
+from jaxtricks._arguments import (
+    ArgumentTypeError,
+    check_regex,
+    checked,
+    described,
+)
 from jaxtricks._typing import Params
 from jaxtricks.memopt import _block_codes, _leaves, _owners
 
@@ -126,7 +131,8 @@ def low_bit(
         raise ValueError(
             f"memopt.low_bit: `min_size` is {min_size}: give a number of entries"
         )
-    _check_patterns(keep)
+    for pattern in keep:
+        check_regex("memopt.low_bit: `keep` has", pattern)
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise ArgumentTypeError(
             f"memopt.low_bit: `inner` is {described(inner)}: give a transformation, "
@@ -138,8 +144,8 @@ def low_bit(
     )
 
     def init_fn(params: Params) -> LowBitState:
-        params = _in_float32(params)
-        with _standard_promotion():
+        params = _leaves.wide(params)
+        with _leaves.promotion_of_optax():
             state = tx.init(params)
         places = _places(tx, state, params, settings)
         nodes = [
@@ -152,7 +158,7 @@ def low_bit(
     def update_fn(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
-        updates, params = _in_float32(updates), _in_float32(params)
+        updates, params = _leaves.wide(updates), _leaves.wide(params)
         stored, structure = jax.tree.flatten(
             state.inner, is_leaf=_block_codes.is_codes
         )
@@ -161,7 +167,7 @@ def low_bit(
             for x in stored
         ]
         inner = jax.tree.unflatten(_structure(tx, structure, updates), arrays)
-        with _standard_promotion():
+        with _leaves.promotion_of_optax():
             updates, new = tx.update(updates, inner, params, **extra)
         at_step = _random_bits.of_step(jax.random.key(0), state.steps)
         nodes = [
@@ -174,19 +180,6 @@ def low_bit(
         return updates, LowBitState(steps, jax.tree.unflatten(structure, nodes))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _standard_promotion() -> Any:
-    # Optax raises floats to the power of counts, which strict promotion refuses.
-    return jax.numpy_dtype_promotion("standard")
-
-
-def _in_float32(tree: Any) -> Any:
-    def wide(x: Any) -> Any:
-        narrow = _dtypes.is_floating(x) and jnp.finfo(x.dtype).bits < 32
-        return x.astype(jnp.float32) if narrow else x
-
-    return jax.tree.map(wide, tree)
 
 
 class _Settings(NamedTuple):
@@ -227,12 +220,8 @@ def _structure(tx: Any, structure: Any, updates: Any) -> Any:
 
     Codes replace a Variable of flax.nnx, which older versions don't let hold a tuple.
     """
-    if any(
-        map(
-            _leaves.is_variable,
-            jax.tree.leaves(updates, is_leaf=_leaves.is_variable),
-        )
-    ):
+    leaves = jax.tree.leaves(updates, is_leaf=_leaves.is_variable)
+    if any(map(_leaves.is_variable, leaves)):
         return jax.tree.structure(jax.eval_shape(tx.init, updates))
     return structure
 
@@ -244,7 +233,7 @@ def _places(
     table = _tree.by_path(params)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     paths = [_tree.path_str(key_path) for key_path, _ in leaves]
-    kept = _matches(settings.keep, paths, params)
+    unchanged = _matches(settings.keep, paths, params)
     owners = _owners.owners(tx, state, table)
     copies = _depend_on_params(tx, params)
     apart = _batch_axes(settings.roles, params)
@@ -261,7 +250,11 @@ def _places(
         ):
             places.append(_Place(None, None))
             continue
-        if x.size < max(settings.min_size, 1) or not x.ndim or path in kept:
+        if (
+            x.size < max(settings.min_size, 1)
+            or not x.ndim
+            or path in unchanged
+        ):
             places.append(_Place(table[owner], None))
             continue
         part = parts[owner] = parts.get(owner, -1) + 1
@@ -301,29 +294,23 @@ def _fields(state: Any, key_path: Any, owner: str) -> set[str]:
     return fields
 
 
-def _check_patterns(keep: Sequence[str]) -> None:
-    for pattern in keep:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"memopt.low_bit: `keep` has {pattern!r}, which is no regular "
-                f"expression ({error}): correct it"
-            ) from error
-
-
 def _matches(keep: Sequence[str], paths: list[str], params: Params) -> set[str]:
-    found: set[str] = set()
+    """Return the paths that a pattern finds; raise if one finds none.
+
+    Under optax.masked the array may be hidden, and optax locates the parameters in a
+    state with an empty tree.
+    """
+    judged = jax.tree.leaves(params) and not _tree.has_masked(params)
+    union: set[str] = set()
     for pattern in keep:
         matches = {path for path in paths if re.search(pattern, path)}
-        # Under optax.masked the array may be hidden.
-        if not matches and not _tree.has_masked(params):
+        if judged and not matches:
             raise ValueError(
                 f"memopt.low_bit: `keep` has {pattern!r}, which finds no array of "
                 f"the state: its paths are like {paths[-1]!r}"
             )
-        found |= matches
-    return found
+        union |= matches
+    return union
 
 
 def _depend_on_params(tx: Any, params: Params) -> list[bool]:

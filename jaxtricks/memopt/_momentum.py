@@ -106,12 +106,7 @@ def sharded_like(new: Any, old: Any) -> Any:
     """
     if not isinstance(new, Int8):
         return new
-    if isinstance(new.values, jax.core.Tracer):
-        return jax.tree.map(_sharding.placed_like, new, old)
-    # NumPy arrays come from a checkpoint.
-    if not all(isinstance(x, jax.Array) for x in old):
-        return new
-    return jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
+    return _sharding.tree_placed_like(new, old)
 
 
 def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
@@ -176,15 +171,14 @@ def _regrouped(
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
     # The first of the merged axes may stay sharded if every shard holds whole blocks.
     last = spec[len(leading)] if x.ndim else None
-    last = None if width % (BLOCK * _shards(sharding.mesh, last)) else last
+    last = (
+        None
+        if width % (BLOCK * _sharding.num_shards(sharding.mesh, last))
+        else last
+    )
     scale = NamedSharding(
         sharding.mesh, PartitionSpec(*spec[: len(leading)], last)
     )
     return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(
         x, *rest
     )
-
-
-def _shards(mesh: Any, names: Any) -> int:
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(mesh.shape[name] for name in names if name is not None)

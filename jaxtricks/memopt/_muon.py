@@ -112,7 +112,7 @@ def muon(
         if isinstance(path_filter, roles_lib.Exclude):
             path_filter.check(params)
         _check_matrices(params, dimension_numbers(params))
-        state = _placed(tx.init(_wide(params)), weights)
+        state = _placed(tx.init(_leaves.wide(params)), weights)
         return _leaves.without_empty_variables(state)
 
     def update_fn(
@@ -126,10 +126,9 @@ def muon(
         # for a zero gradient, and bfloat16 would lose Adam's second moment.
         plain = [
             _leaves.without_variables(tree)
-            for tree in (_wide(updates), state, _wide(params))
+            for tree in (_leaves.wide(updates), state, _leaves.wide(params))
         ]
-        # optax promotes int32 counts, which a caller's strict promotion would refuse.
-        with jax.numpy_dtype_promotion("standard"):
+        with _leaves.promotion_of_optax():
             steps, new_state = _on_any_mesh(tx.update, *plain)
         narrow = lambda u, g, p: u.astype(_dtypes.common_dtype(g, p))  # noqa: E731
         steps = jax.tree.map(narrow, _like(updates, steps), updates, params)
@@ -185,14 +184,6 @@ def _on_any_mesh(update: Callable[..., Any], *trees: Any) -> Any:
 def _like(tree: Any, leaves: Any) -> Any:
     """Return the leaves in the structure of the tree."""
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(leaves))
-
-
-def _wide(tree: Any) -> Any:
-    def widen(x: Any) -> Array:
-        x = jnp.asarray(x)
-        return x.astype(_dtypes.wide_dtype(x))
-
-    return jax.tree.map(widen, tree)
 
 
 def _signature() -> inspect.Signature:

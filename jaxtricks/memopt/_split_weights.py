@@ -39,9 +39,8 @@ def split_weights() -> optax.GradientTransformation:
 
     So w has 3 bytes where float32 has 4, and a rounding error of at most 2^-16 of it (up
     to 2^-15 next to the middle of two bfloat16 numbers, where c would be 128).
-    The update is
-    p_new - p in float32: `optax.apply_updates` and `nnx.Optimizer` land on p_new.
-    Parameters of other dtypes pass unchanged.
+    The update is p_new - p in float32: `optax.apply_updates` and `nnx.Optimizer` land on
+    p_new. Parameters of other dtypes pass unchanged.
 
     Returns:
       A GradientTransformation whose update needs `params`.

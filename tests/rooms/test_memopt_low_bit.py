@@ -296,6 +296,10 @@ def test_what_stays_as_it_is(ours):
     assert len(coded_paths(memopt.low_bit(optax.adam(1e-3), min_size=64))) == 6
     assert coded_paths(memopt.low_bit(optax.adam(1e-3), keep=["mu/"])) == [".inner[0].nu['w']"]
     assert coded_paths(memopt.low_bit(optax.adam(1e-3), keep=["w$"])) == []
+    # optax locates the parameters in a state with an empty tree, where no pattern finds anything.
+    tx = memopt.low_bit(optax.adam(1e-3), keep=["mu/"])
+    mapped = optax.tree_utils.tree_map_params(tx, lambda x: x, tx.init(params))
+    assert jax.tree.structure(mapped) == jax.tree.structure(tx.init(params))
     # Copies of the parameters are weights, not averages.
     free = optax.contrib.schedule_free(optax.sgd(1e-2), 1e-2, b1=0.9)
     assert coded_paths(memopt.low_bit(free)) == []
@@ -441,7 +445,7 @@ def test_an_ensemble_under_vmap():
         ({"bits": "8"}, "memopt.low_bit: `bits` is a str: give a whole number"),
         ({"min_size": -1}, "memopt.low_bit: `min_size` is -1: give a number of entries"),
         ({"keep": "embedding"}, "memopt.low_bit: `keep` is a str: give a sequence of strings"),
-        ({"keep": ["("]}, "memopt.low_bit: `keep` has '(', which is no regular expression"),
+        ({"keep": ["("]}, "memopt.low_bit: `keep` has '(' is not a regular expression: missing"),
     ],
 )
 def test_mistakes_are_one_sentence(kwargs, words):
