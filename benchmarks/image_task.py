@@ -191,15 +191,24 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         return (optax.apply_updates(params, updates), state, moments), loss
 
     @jax.jit
-    def right(params: Any, state: Any, images: Any, labels: Any) -> Any:
+    def judged(params: Any, state: Any, images: Any, labels: Any) -> Any:
         logits, _ = apply(params, state, scaled(images), train=False)
-        return jnp.sum(jnp.argmax(logits, -1) == labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), labels
+        )
+        return jnp.sum(jnp.argmax(logits, -1) == labels), jnp.sum(losses)
+
+    def quality(carry: Any, split: Split) -> tuple[float, float]:
+        """Accuracy and mean cross entropy."""
+        sums = [
+            judged(*carry[:2], images, labels)
+            for images, labels in _parts(split)
+        ]
+        right, loss = np.sum(np.asarray(sums, np.float64), 0)
+        return float(right / len(split.labels)), float(loss / len(split.labels))
 
     def accuracy(carry: Any, split: Split) -> float:
-        return sum(
-            int(right(*carry[:2], images, labels))
-            for images, labels in _parts(split)
-        ) / len(split.labels)
+        return quality(carry, split)[0]
 
     def run(seed: int, rate: float) -> dict[str, Any]:
         start, losses, reached = time.perf_counter(), [], None
@@ -224,12 +233,14 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
                     else None
                 )
         last = float(np.mean(losses[-max(1, round(TAIL * arm.steps)) :]))
+        validation, validation_loss = quality(carry, task.validation)
         found = {
             "seed": seed,
             "rate": rate,
             "loss": last if np.isfinite(last) else None,
             "diverged": not last <= math.log(task.classes),
-            "validation": accuracy(carry, task.validation),
+            "validation": validation,
+            "validation_loss": validation_loss,
             "test": accuracy(carry, task.test),
         }
         found |= {name: float(x) for name, x in jt.metrics(carry[2]).items()}
