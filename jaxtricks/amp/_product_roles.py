@@ -96,7 +96,7 @@ class Chooser:
         self.wide_roles = wide_roles
         self.is_wide = is_wide
         self._has_first = False
-        self._roles_of: dict[Any, set[str]] = {}
+        self._roles_of: dict[str, set[str]] = {}
         self._origins: dict[Any, dict[Any, int]] = {}
         self._flags: dict[Any, dict[Any, int]] = {}
         self._choices: dict[Any, Choices] = {}
@@ -170,9 +170,11 @@ class Chooser:
         if _jaxpr.primitive(eqn) not in ROUNDED:
             return None
         role = self._role(eqn, operands, flags.get(eqn.outvars[0], 0))
-        if max(operands) < FRESH and self.wide_roles:
-            direction = _direction(eqn, direction)
-            role = self._role_at(eqn, role, direction == AGAIN)
+        if self.wide_roles:
+            is_onward = _direction(eqn, direction) == ONWARD
+            role = self._role_at(
+                eqn, role, is_onward and max(operands) < FRESH
+            )
         if role in self.wide_roles or self.is_wide(eqn):
             return Choice(role, None, operands)
         is_gradient = [origin >= FRESH for origin in operands]
@@ -203,17 +205,24 @@ class Chooser:
             return "attention"
         return "" if flags & FORWARD else "last"
 
-    def _role_at(self, eqn: Any, role: str, is_again: bool) -> str:
-        """Return the role of a forward product, as it was where that is recomputed.
+    def _role_at(self, eqn: Any, role: str, is_onward: bool) -> str:
+        """Return the role that the source line of a product has in the forward pass.
 
-        Recomputed, the last product of a layer is followed by none.
+        The gradients of a product, and where a checkpoint recomputes it, have its line.
+
+        Args:
+          eqn: the product.
+          role: by what surrounds it.
+          is_onward: whether it belongs to the forward pass.
         """
-        shapes = tuple(v.aval.shape for v in eqn.invars)
-        site = _jaxpr.source_line(eqn), shapes
-        if not is_again:
-            self._roles_of.setdefault(site, set()).add(role)
+        line = _jaxpr.source_line(eqn)
+        if is_onward:
+            self._roles_of.setdefault(line, set()).add(role)
             return role
-        roles = self._roles_of.get(site, {role})
+        roles = self._roles_of.get(line, {role})
+        # A line that a loop over layers runs several times may have several.
+        if role in roles:
+            return role
         return "" if "" in roles else min(roles)
 
     # Forward through a jaxpr: origins.
