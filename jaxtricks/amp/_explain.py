@@ -22,7 +22,12 @@ from jaxtricks.amp._precision_analysis import (
     Decision,
     is_full,
 )
-from jaxtricks.amp._product8 import Product, Scaling, operand_formats
+from jaxtricks.amp._product8 import (
+    Product,
+    Scaling,
+    operand_formats,
+    round_to_8_bits,
+)
 from jaxtricks.amp._product_roles import ROUNDED, Choice, Choices
 from jaxtricks.amp._rewrite import Emitter
 
@@ -85,9 +90,9 @@ class Explanation:
     def __str__(self) -> str:
         half = f"{self.half} in bfloat16, " if self.half else ""
         heading = (
-            f"{self.low} products in {self.compute}"
-            f" ({100 * self.share_of_flops():.1f} % of their operations), {half}"
-            f"{self.full} in float32; "
+            f"{self.low} products in {self.compute}, {half}"
+            f"{self.full} in float32; {self.compute} has "
+            f"{100 * self.share_of_flops():.1f} % of their operations; "
             f"casts: {self.casts_down} down, {self.casts_up} up; carries: "
             f"{self.carries_low} low, {self.carries_full} float32"
         )
@@ -319,11 +324,15 @@ def _casts(
     full = np.dtype(np.float32)
     directions = {(full, low): "down", (low, full): "up"}
     counts: Counter[str] = Counter()
-    for eqn in _jaxpr.walk(jaxpr):
+    for eqn in jaxpr.eqns:
         if _jaxpr.primitive(eqn) == table.CONVERT:
             dtypes = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
             if dtypes in directions:
                 counts[directions[dtypes]] += 1
+        # To round an operand to 8 bits is no cast between these two.
+        elif _jaxpr.function_name(eqn) != round_to_8_bits.__name__:
+            for inner in _jaxpr.sub_jaxprs(eqn):
+                counts += _casts(inner, low)
     return counts
 
 

@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxtricks import _jaxpr
+from jaxtricks import _jaxpr, _tree
 from jaxtricks._typing import Array
 
 Scaling = Literal["tensor", "row", "block32"]
@@ -79,20 +79,89 @@ class Side:
     apart: tuple[int, ...] = ()
 
 
-def multiply(eqn: Any, a: Array, b: Array, lhs: Side, rhs: Side) -> Array:
+@_tree.node
+class Rounded:
+    """An operand in 8 bits, as the forward and the backward pass read it.
+
+    Attributes:
+      values: the operand divided by the step, in the format.
+      step: float32, of size 1 along the axes that one scale spans.
+    """
+
+    values: Array
+    step: Array
+
+
+def scale_axes(eqn: Any, which: int, side: Side) -> tuple[int, ...]:
+    """Return the axes of an operand of an equation that one scale spans."""
+    ndim = eqn.invars[which].aval.ndim
+    return _scale_axes(Product.of(eqn), side, which, ndim)
+
+
+def round_operand(
+    eqn: Any, x: Array, which: int, side: Side
+) -> Rounded | None:
+    """Round an operand once for all the products that read it, if they can share that.
+
+    Args:
+      eqn: dot_general or conv_general_dilated.
+      x: its operand number `which`.
+      side: how.
+    """
+    # The steps of "row" lie along an axis that other products sum, and cotangents have
+    # their own format.
+    if side.scaling != "tensor" or side.format not in FORMATS:
+        return None
+    axes = _scale_axes(Product.of(eqn), side, which, x.ndim)
+    values, step = round_to_8_bits(
+        lax.stop_gradient(x), format=side.format, axes=axes
+    )
+    # Else XLA rounds again in the backward pass, from wide values saved for that.
+    return Rounded(*lax.optimization_barrier((values, step)))
+
+
+def multiply(
+    eqn: Any,
+    operands: Sequence[Array],
+    sides: Sequence[Side],
+    rounded: Sequence[Rounded | None],
+) -> Array:
     """Return the product that an equation computes, of operands in 8 bits.
 
     Args:
       eqn: dot_general or conv_general_dilated.
-      a, b: operands of one floating dtype, which is that of the result.
-      lhs, rhs: how they are rounded.
+      operands: of one floating dtype, which is that of the result.
+      sides: how they are rounded.
+      rounded: these operands rounded, where that is done.
     """
-    return product8_p.bind(a, b, product=Product.of(eqn), lhs=lhs, rhs=rhs)
+    return _bind(Product.of(eqn), operands, sides, rounded)
 
 
-def is_product8(eqn: Any) -> bool:
-    """Return whether an equation is a product in 8 bits."""
-    return eqn.primitive is product8_p
+def _bind(
+    product: Product,
+    operands: Sequence[Any],
+    sides: Sequence[Side],
+    rounded: Sequence[Rounded | None],
+) -> Any:
+    ready = tuple(x is not None for x in rounded)
+    extra = [part for x in rounded if x is not None for part in (x.values, x.step)]
+    return product8_p.bind(
+        *operands,
+        *extra,
+        product=product,
+        lhs=sides[0],
+        rhs=sides[1],
+        ready=ready,
+    )
+
+
+def _unpacked(
+    args: Sequence[Any], ready: tuple[bool, bool]
+) -> tuple[Sequence[Any], list[Rounded | None]]:
+    """Return the operands of an equation, and these rounded."""
+    extra = iter(args[2:])
+    rounded = [Rounded(next(extra), next(extra)) if r else None for r in ready]
+    return args[:2], rounded
 
 
 def operand_formats(
@@ -114,25 +183,42 @@ def operand_formats(
 
 
 def _multiply(
-    a: Array, b: Array, *, product: Product, lhs: Side, rhs: Side
+    *args: Array,
+    product: Product,
+    lhs: Side,
+    rhs: Side,
+    ready: tuple[bool, bool],
 ) -> Array:
+    operands, rounded = _unpacked(args, ready)
+    dtype = operands[0].dtype
     dtypes = operand_formats(product, lhs, rhs)
     if dtypes is None:
-        values = _again_wide(a, product, lhs, 0), _again_wide(b, product, rhs, 1)
-        return product(*values, jnp.float32).astype(a.dtype)
-    lhs, rhs = dataclasses.replace(lhs, format=dtypes[0]), dataclasses.replace(rhs, format=dtypes[1])
-    x, x_step = _rounded(a, lhs.format, _scale_axes(product, lhs, 0, a.ndim))
-    y, y_step = _rounded(b, rhs.format, _scale_axes(product, rhs, 1, b.ndim))
+        values = [
+            _again_wide(x, product, side, i, done)
+            for i, (x, side, done) in enumerate(
+                zip(operands, (lhs, rhs), rounded, strict=True)
+            )
+        ]
+        return product(*values, jnp.float32).astype(dtype)
+    for i, side in enumerate((lhs, rhs)):
+        if rounded[i] is None:
+            axes = _scale_axes(product, side, i, operands[i].ndim)
+            rounded[i] = Rounded(
+                *round_to_8_bits(operands[i], format=dtypes[i], axes=axes)
+            )
+    x, y = rounded
     sums = jnp.int32 if lhs.format == INT8 else jnp.float32
-    out = product(x, y, sums).astype(jnp.float32)
-    # One after the other: their product may be out of range.
-    out = out * _spread(x_step, product, 0, out.ndim)
-    out = out * _spread(y_step, product, 1, out.ndim)
-    return out.astype(a.dtype)
+    out = product(x.values, y.values, sums).astype(jnp.float32)
+    # One after the other: the product of the steps may be out of range.
+    out = out * _spread(x.step, product, 0, out.ndim)
+    out = out * _spread(y.step, product, 1, out.ndim)
+    return out.astype(dtype)
 
 
-def _rounded(
-    x: Array, format: str, axes: tuple[int, ...]
+# A call of this name: traced once per shape, and its casts are no casts of autocast.
+@functools.partial(jax.jit, static_argnames=("format", "axes"))
+def round_to_8_bits(
+    x: Array, *, format: str, axes: tuple[int, ...]
 ) -> tuple[Array, Array]:
     """Return x / step in the format, and step, float32 with size 1 along the axes."""
     x = x.astype(jnp.float32)
@@ -166,21 +252,26 @@ def _power_of_two(exponent: Array) -> Array:
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _again_wide(x: Array, product: Product, side: Side, which: int) -> Array:
+def _again_wide(
+    x: Array, product: Product, side: Side, which: int, done: Rounded | None
+) -> Array:
     """Return an operand rounded as `side` says, in its own dtype."""
     if side.format is None:
         return x
     if side.scaling != "block32":
-        axes = _scale_axes(product, side, which, x.ndim)
-        rounded, step = _rounded(x, side.format, axes)
-        return (rounded.astype(jnp.float32) * step).astype(x.dtype)
+        if done is None:
+            axes = _scale_axes(product, side, which, x.ndim)
+            done = Rounded(*round_to_8_bits(x, format=side.format, axes=axes))
+        return (done.values.astype(jnp.float32) * done.step).astype(x.dtype)
     axis = _summed_axes(product, which)[-1]
     length = x.shape[axis]
     missing = -length % BLOCK
     padded = jnp.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)])
     shape = padded.shape
     blocks = padded.reshape(*shape[:axis], -1, BLOCK, *shape[axis + 1 :])
-    rounded, step = _rounded(blocks, side.format, (axis + 1,))
+    rounded, step = round_to_8_bits(
+        blocks, format=side.format, axes=(axis + 1,)
+    )
     wide = (rounded.astype(jnp.float32) * step).astype(x.dtype).reshape(shape)
     return lax.slice_in_dim(wide, 0, length, axis=axis)
 
@@ -235,25 +326,29 @@ def _spread(step: Array, product: Product, which: int, ndim: int) -> Array:
     return lax.transpose(step, (*others, *order)).reshape(shape)
 
 
-# The primitive.
+# The primitive. Its operands are those of the product, then the rounded ones that are
+# ready. An operand that is ready is only read for its derivative, so that compiled
+# programs save what is rounded.
 
 product8_p = Primitive("product8")
-_jitted = jax.jit(_multiply, static_argnames=("product", "lhs", "rhs"))
+_jitted = jax.jit(_multiply, static_argnames=("product", "lhs", "rhs", "ready"))
 
 
 @product8_p.def_impl
-def _impl(a: Array, b: Array, **params: Any) -> Array:
-    return _jitted(a, b, **params)
+def _impl(*args: Array, **params: Any) -> Array:
+    return _jitted(*args, **params)
 
 
 @product8_p.def_abstract_eval
-def _abstract_eval(a: Any, b: Any, *, product: Product, **_: Any) -> Any:
+def _abstract_eval(a: Any, b: Any, *_: Any, product: Product, **__: Any) -> Any:
     params = {**dict(product.params), "preferred_element_type": None}
     aval, _ = product.primitive.abstract_eval(a, b, **params)
     return aval
 
 
-mlir.register_lowering(product8_p, mlir.lower_fun(_multiply, multiple_results=False))
+mlir.register_lowering(
+    product8_p, mlir.lower_fun(_multiply, multiple_results=False)
+)
 
 
 def _jvp(
@@ -263,15 +358,17 @@ def _jvp(
     product: Product,
     lhs: Side,
     rhs: Side,
+    ready: tuple[bool, bool],
 ) -> tuple[Any, Any]:
-    bind = functools.partial(product8_p.bind, product=product)
-    (a, b), (da, db) = primals, tangents
-    out = bind(a, b, lhs=lhs, rhs=rhs)
+    operands, rounded = _unpacked(primals, ready)
+    out = _bind(product, operands, (lhs, rhs), rounded)
     rates = []
-    if not isinstance(da, ad.Zero):
-        rates.append(bind(da, b, lhs=_of_gradient(lhs), rhs=rhs))
-    if not isinstance(db, ad.Zero):
-        rates.append(bind(a, db, lhs=lhs, rhs=_of_gradient(rhs)))
+    for i in range(2):
+        if isinstance(tangents[i], ad.Zero):
+            continue
+        inputs, sides, done = list(operands), [lhs, rhs], list(rounded)
+        inputs[i], sides[i], done[i] = tangents[i], _of_gradient(sides[i]), None
+        rates.append(_bind(product, inputs, sides, done))
     if not rates:
         return out, ad.Zero(jax.typeof(out).to_tangent_aval())
     return out, functools.reduce(ad.add_jaxvals, rates)
@@ -282,53 +379,70 @@ def _of_gradient(side: Side) -> Side:
 
 
 def _transpose(
-    cotangent: Any, a: Any, b: Any, *, product: Product, lhs: Side, rhs: Side
+    cotangent: Any,
+    *args: Any,
+    product: Product,
+    lhs: Side,
+    rhs: Side,
+    ready: tuple[bool, bool],
 ) -> list[Any]:
+    nothing = [None] * len(args)
     if isinstance(cotangent, ad.Zero):
-        return [None, None]
-    of_first = ad.is_undefined_primal(a)
-    linear, fixed, side = (a, b, rhs) if of_first else (b, a, lhs)
+        return nothing
+    operands, rounded = _unpacked(args, ready)
+    sides = lhs, rhs
+    linear = 0 if ad.is_undefined_primal(operands[0]) else 1
+    fixed = 1 - linear
+    aval = operands[linear].aval
     rule = ad.get_primitive_transpose(product.primitive)
     params = {**dict(product.params), "preferred_element_type": None}
 
-    def plain(cotangent: Any, fixed: Any) -> Any:
-        hole = ad.UndefinedPrimal(linear.aval)
-        operands = (hole, fixed) if of_first else (fixed, hole)
-        return rule(cotangent, *operands, **params)[0 if of_first else 1]
+    def plain(cotangent: Any, factor: Any) -> Any:
+        inputs = [factor, factor]
+        inputs[linear] = ad.UndefinedPrimal(aval)
+        return rule(cotangent, *inputs, **params)[linear]
 
-    fresh = dataclasses.replace(_of_gradient(lhs if of_first else rhs), apart=())
-    fixed_side = dataclasses.replace(side, apart=())
-    # Of the format of the gradient where the other operand was in 8 bits.
-    fresh = dataclasses.replace(fresh, format=GRADIENT[side.format])
-    out = _in_8_bits(plain, (cotangent, fixed), (fresh, fixed_side))
-    return [out, None] if of_first else [None, out]
+    given = dataclasses.replace(sides[fixed], apart=())
+    nothing[linear] = _in_8_bits(
+        plain,
+        (cotangent, operands[fixed]),
+        (_of_gradient(given), given),
+        (None, rounded[fixed]),
+    )
+    return nothing
 
 
 def _batch(
-    operands: Sequence[Any],
+    args: Sequence[Any],
     axes: Sequence[Any],
     *,
     product: Product,
     lhs: Side,
     rhs: Side,
+    ready: tuple[bool, bool],
 ) -> tuple[Any, int]:
-    moved, in_axes, sides = [], [], []
-    for x, axis, side in zip(operands, axes, (lhs, rhs), strict=True):
-        if axis is None:
-            moved.append(x)
-            in_axes.append(None)
-            sides.append(side)
-        else:
-            moved.append(jnp.moveaxis(x, axis, 0))
-            in_axes.append(0)
-            apart = (0, *(i + 1 for i in side.apart))
-            sides.append(dataclasses.replace(side, apart=apart))
-    plain = jax.vmap(lambda a, b: product(a, b), tuple(in_axes))
-    return _in_8_bits(plain, moved, sides), 0
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(args, axes, strict=True)
+    ]
+    operands, rounded = _unpacked(moved, ready)
+    is_mapped = [axis is not None for axis in axes[:2]]
+    sides = [
+        dataclasses.replace(side, apart=(0, *(i + 1 for i in side.apart)))
+        if mapped
+        else side
+        for side, mapped in zip((lhs, rhs), is_mapped, strict=True)
+    ]
+    in_axes = tuple(0 if mapped else None for mapped in is_mapped)
+    plain = jax.vmap(lambda a, b: product(a, b), in_axes)
+    return _in_8_bits(plain, operands, sides, rounded), 0
 
 
 def _in_8_bits(
-    fn: Callable[..., Any], args: Sequence[Any], sides: Sequence[Side]
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    sides: Sequence[Side],
+    rounded: Sequence[Rounded | None],
 ) -> Any:
     """Run fn, one product and movements of data, with the product in 8 bits.
 
@@ -336,32 +450,50 @@ def _in_8_bits(
       fn: of two arrays.
       args: the arrays.
       sides: how each is rounded.
+      rounded: each rounded, where that is done.
     """
     closed = jax.make_jaxpr(fn)(*map(jax.typeof, args))
     jaxpr = closed.jaxpr
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= dict(zip(jaxpr.invars, args, strict=True))
     sources = dict(zip(jaxpr.invars, sides, strict=True))
+    ready = dict(zip(jaxpr.invars, rounded, strict=True))
     for eqn in jaxpr.eqns:
         operands = [
             v.val if _jaxpr.is_literal(v) else values[v] for v in eqn.invars
         ]
-        found = [
-            sources.get(v) for v in eqn.invars if not _jaxpr.is_literal(v)
-        ]
+        variables = [v for v in eqn.invars if not _jaxpr.is_literal(v)]
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            both = [
-                side if v in jaxpr.invars else _after_moves(eqn, side, i)
-                for i, (v, side) in enumerate(zip(eqn.invars, found, strict=True))
+            new_sides = [
+                sources[v]
+                if v in jaxpr.invars
+                else _after_moves(eqn, sources[v], i)
+                for i, v in enumerate(variables)
             ]
-            results = [multiply(eqn, *operands, *both)]
+            done = [ready.get(v) for v in variables]
+            results = [_bind(Product.of(eqn), operands, new_sides, done)]
         else:
             results = _jaxpr.bind(eqn, operands)
-            side = next(filter(None, found), None)
-            sources |= {v: side for v in eqn.outvars if side is not None}
+            for v in variables:
+                if v in sources:
+                    sources |= dict.fromkeys(eqn.outvars, sources[v])
+                    ready |= dict.fromkeys(eqn.outvars, _moved(eqn, ready[v]))
         values.update(zip(eqn.outvars, results, strict=True))
     (out,) = jaxpr.outvars
     return values[out]
+
+
+def _moved(eqn: Any, rounded: Rounded | None) -> Rounded | None:
+    """Return a rounded operand moved like the operand."""
+    # Steps of several entries would have to be moved otherwise.
+    if rounded is None or rounded.step.size > 1:
+        return None
+    (out,) = eqn.outvars
+    if len(eqn.invars) > 1:
+        return None
+    # The equation names no dtype: it only moves data.
+    (values,) = _jaxpr.bind(eqn, [rounded.values])
+    return Rounded(values, rounded.step.reshape((1,) * out.aval.ndim))
 
 
 def _after_moves(eqn: Any, side: Side, which: int) -> Side:
@@ -373,7 +505,9 @@ def _after_moves(eqn: Any, side: Side, which: int) -> Side:
     # which the result has as well; or into the groups, whose scale is one.
     grouped = eqn.params["feature_group_count"] > 1
     axis = (numbers.rhs_spec if which else numbers.lhs_spec)[0]
-    return dataclasses.replace(side, apart=() if grouped and not which else (axis,))
+    return dataclasses.replace(
+        side, apart=() if grouped and not which else (axis,)
+    )
 
 
 ad.primitive_jvps[product8_p] = _jvp

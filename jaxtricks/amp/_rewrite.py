@@ -81,6 +81,7 @@ class Emitter:
         # casts), and the cotangents of a weight's uses add in float32.
         raised: dict[Any, Any] = {}
         compared = _compared_variables(analysis)
+        rounded: dict[Any, _product8.Rounded | None] = {}
 
         def read(v: Any, state: State) -> Any:
             if _jaxpr.is_literal(v):
@@ -106,7 +107,7 @@ class Emitter:
             jaxpr.eqns, analysis.decisions, chosen, strict=True
         ):
             with _jaxpr.source_context(eqn) as bare:
-                results = self._bind(bare, decision, choice, read)
+                results = self._bind(bare, decision, choice, read, rounded)
             values.update(zip(eqn.outvars, results, strict=True))
         return [
             read(v, s)
@@ -156,6 +157,7 @@ class Emitter:
         decision: Decision,
         choice: Choice | None,
         read: Read,
+        rounded: dict[Any, _product8.Rounded | None],
     ) -> list[Any]:
         if decision.bodies and decision.rebuilt:
             return self._bind_with_bodies(eqn, decision, choice, read)
@@ -178,8 +180,7 @@ class Emitter:
             # It only adds axes of size 1; as a reshape its derivative is no sum.
             return [lax.reshape(operands[0], eqn.outvars[0].aval.shape)]
         if runs_low and choice is not None and choice.sides is not None:
-            with eqn.ctx.manager:
-                return [_product8.multiply(eqn, *operands, *choice.sides)]
+            return [self._product8(eqn, operands, choice.sides, rounded)]
         changes = {}
         # Else JAX would take the dtype of the original result, float32.
         if decision.kind == table.MATMUL and runs_low:
@@ -187,6 +188,36 @@ class Emitter:
         results = _jaxpr.bind(eqn, operands, **changes)
         states = zip(results, decision.outs, strict=True)
         return [x if s is None else self.cast(x, s) for x, s in states]
+
+    def _product8(
+        self,
+        eqn: Any,
+        operands: Sequence[Any],
+        sides: Sequence[_product8.Side],
+        rounded: dict[Any, _product8.Rounded | None],
+    ) -> Any:
+        """Return a product in 8 bits.
+
+        Args:
+          eqn: the product.
+          operands: low.
+          sides: how they are rounded.
+          rounded: what is rounded already, which is added to.
+        """
+        done = []
+        for i, (v, x, side) in enumerate(
+            zip(eqn.invars, operands, sides, strict=True)
+        ):
+            key = v, side, _product8.scale_axes(eqn, i, side)
+            with eqn.ctx.manager:
+                if _jaxpr.is_literal(v):
+                    done.append(None)
+                    continue
+                if key not in rounded:
+                    rounded[key] = _product8.round_operand(eqn, x, i, side)
+                done.append(rounded[key])
+        with eqn.ctx.manager:
+            return _product8.multiply(eqn, operands, sides, done)
 
     def _spread(
         self,
