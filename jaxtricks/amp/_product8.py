@@ -209,9 +209,9 @@ def _multiply(
     x, y = rounded
     sums = jnp.int32 if lhs.format == INT8 else jnp.float32
     out = product(x.values, y.values, sums).astype(jnp.float32)
-    # One after the other: the product of the steps may be out of range.
-    out = out * _spread(x.step, product, 0, out.ndim)
-    out = out * _spread(y.step, product, 1, out.ndim)
+    steps = _spread(x.step, product, 0, out.ndim), _spread(y.step, product, 1, out.ndim)
+    # The smaller one first, or the sum may overflow where the result does not.
+    out = out * jnp.minimum(*steps) * jnp.maximum(*steps)
     return out.astype(dtype)
 
 

@@ -175,7 +175,9 @@ class Chooser:
             role = self._role_at(
                 eqn, role, is_onward and max(operands) < FRESH
             )
-        if role in self.wide_roles or self.is_wide(eqn):
+        if self.is_wide(eqn):
+            return Choice("", None, operands)
+        if role in self.wide_roles:
             return Choice(role, None, operands)
         is_gradient = [origin >= FRESH for origin in operands]
         formats = [
@@ -355,7 +357,7 @@ class Chooser:
 
     def _parts(
         self, eqn: Any, operands: Origins, outs: Followed, direction: int
-    ) -> list[tuple[_jaxpr.Jaxpr, Origins, Followed, bool]]:
+    ) -> list[tuple[_jaxpr.Jaxpr, Origins, Followed, int]]:
         """Return the arguments of `choose` for the bodies of an equation."""
         direction = _direction(eqn, direction)
         entered = self._entered(eqn, operands, direction)
