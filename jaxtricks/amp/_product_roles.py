@@ -397,7 +397,10 @@ def _origin(eqn: Any, operands: Origins, direction: int) -> int:
     if name in table.PRODUCTS:
         return COTANGENT if joined >= FRESH else PRODUCT
     kind = table.kind_of(name)
-    if kind in (table.LAYOUT, table.CONVERT):
+    # A constant of the backward pass is the cotangent of a sum, say.
+    is_constant = not _jaxpr.variables_of(eqn.invars)
+    moves = kind in (table.LAYOUT, table.CONVERT)
+    if moves and not (is_constant and direction == RETURN):
         return joined
     if direction == RETURN:
         return max(joined, FRESH)

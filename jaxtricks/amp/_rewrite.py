@@ -26,7 +26,11 @@ from jaxtricks.amp._precision_analysis import (
     State,
     is_full,
 )
-from jaxtricks.amp._product8 import multiply, round_once
+from jaxtricks.amp._product8 import (
+    multiply,
+    policy_of_products,
+    round_once,
+)
 from jaxtricks.amp._product_roles import (
     ANY,
     COTANGENT,
@@ -281,7 +285,11 @@ class Emitter:
                 analyses, _jaxpr.bodies(eqn), chosen, strict=True
             )
         ]
-        return _jaxpr.bind_with_bodies(eqn, operands, new_bodies)
+        changes = {}
+        policy = _jaxpr.params(eqn).get("policy")
+        if name == "checkpoint" and choice is not None and policy is not None:
+            changes["policy"] = policy_of_products(policy)
+        return _jaxpr.bind_with_bodies(eqn, operands, new_bodies, **changes)
 
 
 def _compares(eqn: Any, decision: Decision) -> bool:

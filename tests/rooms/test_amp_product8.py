@@ -252,6 +252,22 @@ def test_a_recomputed_product_has_the_role_of_the_first_time():
     assert found == in_8_bits(products(jax.grad(amp.autocast(scanned, F8)), LAYERS, X))
 
 
+def test_policies_of_checkpoint_save_products_in_8_bits():
+    def forward(policy, order):
+        body = jax.checkpoint(network, policy=policy)
+        total = lambda layers, x: jnp.sum(body(layers, x))
+        grad = jax.grad(amp.autocast(total, F8, rules=ALL))
+        if order == "outside":
+            grad = amp.autocast(jax.grad(total), F8, rules=ALL)
+        return products(grad, LAYERS, X)["product8", E4M3, E4M3]
+
+    policies = jax.checkpoint_policies
+    for order in ("inside", "outside"):
+        assert forward(policies.everything_saveable, order) == 4
+        assert forward(policies.nothing_saveable, order) == 7  # the last is not needed again
+        assert forward(policies.dots_saveable, order) == 4
+
+
 def test_the_census_counts_operations():
     big = [*LAYERS[:3], zoo.draw(zoo.WIDTH, 3)]
     found = amp.explain(loss, big, X, policy=F8, rules={"first": "f8"})
