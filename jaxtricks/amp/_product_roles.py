@@ -165,6 +165,12 @@ class Chooser:
         if _jaxpr.has_bodies(eqn):
             parts = self._parts(eqn, operands, _flags(flags, eqn), direction)
             bodies = tuple(self.choose(*part) for part in parts)
+            if _jaxpr.primitive(eqn).startswith("custom_"):
+                # The products of its rule have the line that calls it.
+                roles = self._roles_of.setdefault(
+                    _jaxpr.source_line(eqn), set()
+                )
+                roles.update(c.role for body in bodies for c in body.products())
             return Choice("", None, operands, bodies)
         if _jaxpr.primitive(eqn) not in ROUNDED:
             return None
@@ -236,6 +242,8 @@ class Chooser:
             operands = _read(origins, eqn.invars)
             if _jaxpr.has_bodies(eqn):
                 outs = self._outs(eqn, operands, direction)
+            elif _jaxpr.primitive(eqn) == "optimization_barrier":
+                outs = operands
             else:
                 origin = _origin(eqn, operands, _direction(eqn, direction))
                 outs = (origin,) * len(eqn.outvars)

@@ -32,6 +32,7 @@ from jaxtricks.amp._product8 import (
     round_once,
 )
 from jaxtricks.amp._product_roles import (
+    AGAIN,
     ANY,
     COTANGENT,
     Choice,
@@ -494,9 +495,10 @@ def _rewritten(
         outs = [*outs[:-1], *analysis.outs[len(outs) - 1 :]]
     choices = None
     if emitter.chooser is not None:
-        # What follows a part of a function is not known when it is differentiated.
+        # What follows a part of a function is not known when it is differentiated; the
+        # products that it had before tell their roles.
         followed = [ANY] * len(closed.jaxpr.outvars)
-        choices = emitter.chooser.choose(closed.jaxpr, origins, followed)
+        choices = emitter.chooser.choose(closed.jaxpr, origins, followed, AGAIN)
     results = emitter.run(analysis.leaving(outs), closed.consts, args, choices)
     return results, choices.outs if choices else (0,) * len(results)
 

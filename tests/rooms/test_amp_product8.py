@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtricks import _jaxpr, amp
+from jaxtricks import _jaxpr, amp, remat
 from jaxtricks.amp import _rounding8
 
 from tests import zoo
@@ -250,6 +250,22 @@ def test_a_recomputed_product_has_the_role_of_the_first_time():
     # The product of the layer, that again, and its two gradients; loops count once.
     assert found["product8", E4M3, E4M3] == 2 and sum(found.values()) == 4
     assert found == in_8_bits(products(jax.grad(amp.autocast(scanned, F8)), LAYERS, X))
+
+
+def test_rules_of_the_user_have_the_roles_of_the_first_time():
+    # recompute_grad runs the function again in the backward rule of a custom_vjp.
+    def head(layers, x):
+        return jnp.mean((jnp.tanh(x @ layers[0] @ layers[1]) @ layers[2]) ** 2)
+
+    def formats(fn):
+        found = products(jax.grad(amp.autocast(fn, F8)), LAYERS, X)
+        return {key for key in found if key[0] == "product8"}, found[
+            "dot_general", "bfloat16", "bfloat16"
+        ]
+
+    plain, again = formats(head), formats(remat.recompute_grad(head))
+    assert plain[0] == again[0] == {("product8", E4M3, E4M3), ("product8", E5M2, E4M3)}
+    assert (plain[1], again[1]) == (5, 7)  # the first and the last run twice
 
 
 def test_policies_of_checkpoint_save_products_in_8_bits():
