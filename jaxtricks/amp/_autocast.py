@@ -4,6 +4,7 @@
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtricks import _compat, _jaxpr
-from jaxtricks._arguments import checked
+from jaxtricks._arguments import check_regex, checked
 from jaxtricks._partition import Call
 from jaxtricks.amp._policy import Policy, as_policy
 from jaxtricks.amp._precision_analysis import (
@@ -26,12 +27,14 @@ from jaxtricks.amp._precision_analysis import (
     is_full,
 )
 from jaxtricks.amp._precision_table import check_rules
+from jaxtricks.amp._product_roles import ROLES, Choices, Chooser
 from jaxtricks.amp._rewrite import Emitter
+from jaxtricks.amp._rounding8 import FORMATS, SCALINGS, Scaling
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Rules = Mapping[str, str]
-"""{primitive: class in `_precision_table`}."""
+"""{primitive: class in `_precision_table`; role or source line of products: dtype}."""
 ScanCarry = Literal["keep", "auto"]
 
 DEFAULT = "p=f32,c=bf16,o=f32"
@@ -44,6 +47,7 @@ def autocast(
     *,
     rules: Rules | None = None,
     scan_carry: ScanCarry = "keep",
+    scaling: Scaling = "tensor",
 ) -> Callable[P, R]:
     """Run the products of fn in the compute dtype, its sensitive operations in float32.
 
@@ -56,15 +60,32 @@ def autocast(
     `amp.explain` lists them. It goes inside or outside of grad, jit, vmap, shard_map
     and jax.checkpoint.
 
+    With "p=f32,c=f8,o=f32" the rest runs as with bfloat16, and products round their
+    operands to float8_e4m3fn, cotangents to float8_e5m2 (in convolutions, whose operands
+    have one dtype, to float8_e4m3fn), and add in float32. Scales are powers of two,
+    computed in the step from the largest finite magnitude; there is no state. "c=i8"
+    rounds the operands to int8, for training that is aware of quantization: gradients
+    pass straight through, in bfloat16.
+
     Args:
       fn: any function of pytrees, traced as jax.jit would; leaves that are not
         arrays are static.
-      policy: a Policy or its text. `compute` is bfloat16 or float16 (float32 rewrites
-        nothing); `output` is the dtype of what was float32 in fn's results.
-      rules: {primitive: class} in place of the table's rows, e.g. {"tanh": "deny"}.
+      policy: a Policy or its text. `compute` is bfloat16, float16, float8_e4m3fn or
+        int8 (float32 rewrites nothing); `output` is the dtype of what was float32 in
+        fn's results.
+      rules: {primitive: class} in place of the table's rows, e.g. {"tanh": "deny"}. With
+        8 bits also {role: dtype} for the products that stay in bfloat16 by default,
+        e.g. {"attention": "f8"}: "first" (of two inputs of fn), "last" (no product
+        follows) and "attention" (of activations, under batch axes); and {pattern:
+        "bf16"} for products whose source line, as `explain` prints it, has the regular
+        expression in it, e.g. {r"model.py:12": "bf16"}.
       scan_carry: "keep" holds float32 carries of lax.scan in float32. "auto" lowers
         those that a product sees and that come out low (the activations of layers under
         a scan, not an accumulator).
+      scaling: which entries share a scale in 8 bits: "tensor" (all; under vmap and for
+        batch axes of a product, each index has its own), "row" (those that one result
+        sums), "block32" (32 of these, as in the MX formats: rounded so and multiplied
+        in bfloat16, since few devices multiply it).
 
     Returns:
       A function with the signature of fn. float16 needs loss scaling:
@@ -82,14 +103,16 @@ def autocast(
     References:
       The idea of the rewrite: TensorFlow's auto_mixed_precision graph pass.
     """
-    settings = Settings.of(policy, rules, scan_carry)
+    settings = Settings.of(policy, rules, scan_carry, scaling)
 
     @functools.wraps(fn)
     def cast(*args: P.args, **kwargs: P.kwargs) -> R:
         traced = settings.trace(fn, args, kwargs)
         program, call = traced.jaxpr, traced.call
-        emitter = Emitter(traced.analyzer)
-        outs = emitter.run(traced.analysis, program.consts, call.arrays)
+        emitter = Emitter(traced.analyzer, traced.chooser)
+        outs = emitter.run(
+            traced.analysis, program.consts, call.arrays, traced.choices
+        )
         return call.assemble(settings.leave(outs, program.jaxpr.outvars))
 
     return cast
@@ -126,12 +149,16 @@ class Traced(NamedTuple):
       jaxpr: its trace.
       analyzer: what made the analysis.
       analysis: how every equation runs.
+      chooser: what made the choices; None without 8 bits.
+      choices: which products run in 8 bits.
     """
 
     call: Call
     jaxpr: _jaxpr.ClosedJaxpr
     analyzer: Analyzer
     analysis: Analysis
+    chooser: Chooser | None
+    choices: Choices | None
 
 
 class Settings(NamedTuple):
@@ -139,7 +166,9 @@ class Settings(NamedTuple):
 
     policy: Policy
     rules: dict[str, str]
+    products: dict[str, str]
     scan_carry: str
+    scaling: str
 
     @classmethod
     def of(
@@ -147,19 +176,33 @@ class Settings(NamedTuple):
         policy: Policy | str,
         rules: Rules | None,
         scan_carry: str,
+        scaling: str,
     ) -> "Settings":
         """Check the arguments of `autocast`, which says what raises ValueError."""
         policy = as_policy(policy)
-        if policy.compute not in (np.float32, np.float16, jnp.bfloat16):
+        wide = (np.float32, np.float16, jnp.bfloat16)
+        if policy.compute not in (*wide, *map(np.dtype, FORMATS)):
             raise ValueError(
                 f"amp.autocast: the policy computes in {policy.compute}; use "
-                "bfloat16, float16 or float32"
+                "bfloat16, float16, float8_e4m3fn, int8 or float32"
             )
+        if scaling not in SCALINGS:
+            raise ValueError(
+                f"amp.autocast: `scaling` is {scaling!r}; use one of "
+                f"{', '.join(SCALINGS)}"
+            )
+        products = {
+            key: value
+            for key, value in (rules or {}).items()
+            if _is_of_products(key)
+        }
+        _check_product_rules(products, policy)
+        rules = {k: v for k, v in (rules or {}).items() if k not in products}
         if scan_carry not in ("keep", "auto"):
             raise ValueError(
                 f"amp.autocast: `scan_carry` is {scan_carry!r}; use 'keep' or 'auto'"
             )
-        return cls(policy, check_rules(rules), scan_carry)
+        return cls(policy, check_rules(rules), products, scan_carry, scaling)
 
     def trace(
         self,
@@ -175,14 +218,37 @@ class Settings(NamedTuple):
         call = Call(fn, args, kwargs)
         closed, _ = _jaxpr.trace(call.run, *call.arrays)
         _refuse_refs(closed.jaxpr)
-        analyzer = Analyzer(self.policy.compute, self.rules, self.scan_carry)
+        analyzer = Analyzer(self.policy.arrays, self.rules, self.scan_carry)
         # Results that leave low anyway need not be raised first.
-        leaving = LOW if self.policy.output == self.policy.compute else FULL
+        leaving = LOW if self.policy.output == self.policy.arrays else FULL
         outs = [held(v, leaving) for v in closed.jaxpr.outvars]
         ins = [held(v, FREE) for v in closed.jaxpr.invars]
         demanded = [state == FULL for state in outs]
         analysis = analyzer.analyse(closed.jaxpr, ins, demanded)
-        return Traced(call, closed, analyzer, analysis.leaving(outs))
+        chooser = self._chooser()
+        choices = None if chooser is None else chooser.whole(closed.jaxpr)
+        return Traced(
+            call, closed, analyzer, analysis.leaving(outs), chooser, choices
+        )
+
+    def _chooser(self) -> Chooser | None:
+        if self.policy.arrays == self.policy.compute:
+            return None
+        wide = {role for role in ROLES if role not in self.products}
+        wide |= {role for role in ROLES if self.products.get(role) == "bf16"}
+        patterns = [
+            re.compile(key) for key in self.products if key not in ROLES
+        ]
+
+        def is_wide(eqn: Any) -> bool:
+            if not patterns:
+                return False
+            line = _jaxpr.source_line(eqn)
+            return any(pattern.search(line) for pattern in patterns)
+
+        return Chooser(
+            self.policy.compute.name, self.scaling, frozenset(wide), is_wide
+        )
 
     def leave(
         self,
@@ -213,6 +279,29 @@ class Settings(NamedTuple):
         if aval.weak_type and not jax.typeof(x).weak_type:
             return _compat.weakly_typed(x, aval.dtype)
         return x
+
+
+def _is_of_products(key: str) -> bool:
+    """Return whether a key of `rules` is a role or a source line, not a primitive."""
+    return key in ROLES or not key.replace("-", "_").isidentifier()
+
+
+def _check_product_rules(products: Mapping[str, str], policy: Policy) -> None:
+    if products and policy.arrays == policy.compute:
+        raise ValueError(
+            f"amp.autocast: `rules` has {next(iter(products))!r}, which is for "
+            'products in 8 bits; compute in them ("c=f8") or name a primitive'
+        )
+    narrow = str(policy).split(",")[1].removeprefix("c=")
+    for key, value in products.items():
+        allowed = ("bf16", narrow) if key in ROLES else ("bf16",)
+        if value not in allowed:
+            raise ValueError(
+                f"amp.autocast: `rules` gives {key!r} the dtype {value!r}; use "
+                f"{' or '.join(allowed)}"
+            )
+        if key not in ROLES:
+            check_regex("amp.autocast: `rules`", key)
 
 
 def _refuse_refs(jaxpr: _jaxpr.Jaxpr) -> None:

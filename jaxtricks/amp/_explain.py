@@ -3,12 +3,12 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxtricks import _jaxpr, _table
+from jaxtricks import _flops, _jaxpr, _table
 from jaxtricks._arguments import checked
 from jaxtricks.amp import _precision_table as table
 from jaxtricks.amp._autocast import DEFAULT, Rules, ScanCarry, Settings, Traced
@@ -22,21 +22,26 @@ from jaxtricks.amp._precision_analysis import (
     Decision,
     is_full,
 )
+from jaxtricks.amp._product8 import ROUNDED, multiplied_formats
+from jaxtricks.amp._product_roles import Choice, Choices
 from jaxtricks.amp._rewrite import Emitter
+from jaxtricks.amp._rounding8 import Product, Scaling, round_to_8_bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Island:
-    """Equations that stay in float32.
+    """Equations that stay in float32, or products that 8 bits leave in bfloat16.
 
     Attributes:
       primitive: which.
+      dtype: name of the dtype that they stay in.
       why: its class in the table of primitives, or the reason for an exception.
       where: source line.
       count: how many there are; those under a scan count once.
     """
 
     primitive: str
+    dtype: str
     why: str
     where: str
     count: int
@@ -49,7 +54,10 @@ class Explanation:
     Attributes:
       compute: name of the compute dtype.
       low: products and convolutions in it.
+      half: those in bfloat16 where the compute dtype has 8 bits.
       full: those left in float32.
+      flops: {name of a dtype: operations of the products in it}; those of a loop count
+        as often as it runs, one that ends by a condition once.
       casts_down, casts_up: casts that the rewrite adds, into the compute dtype and out
         of it.
       carries_low, carries_full: float32 carries of loops that were lowered, and those
@@ -63,7 +71,9 @@ class Explanation:
 
     compute: str
     low: int
+    half: int
     full: int
+    flops: dict[str, int]
     casts_down: int
     casts_up: int
     carries_low: int
@@ -74,17 +84,36 @@ class Explanation:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
+        half = f"{self.half} in bfloat16, " if self.half else ""
         heading = (
-            f"{self.low} products in {self.compute}, {self.full} in float32; "
+            f"{self.low} products in {self.compute}, {half}"
+            f"{self.full} in float32; {self.compute} has "
+            f"{100 * self.share_of_flops():.1f} % of their operations; "
             f"casts: {self.casts_down} down, {self.casts_up} up; carries: "
             f"{self.carries_low} low, {self.carries_full} float32"
         )
-        rows = [(i.primitive, i.count, i.why, i.where) for i in self.islands]
         paragraphs = [heading, *self.notes]
-        if rows:
-            table = _table.make(("in float32", "count", "why", "where"), rows)
-            paragraphs.append(str(table))
+        for dtype in ("bfloat16", "float32"):
+            rows = [
+                (i.primitive, i.count, i.why, i.where)
+                for i in self.islands
+                if i.dtype == dtype
+            ]
+            if rows:
+                headers = (f"in {dtype}", "count", "why", "where")
+                paragraphs.append(str(_table.make(headers, rows)))
         return "\n".join(paragraphs)
+
+    def share_of_flops(self, dtype: str | None = None) -> float:
+        """Return the share of the products' operations in a dtype, from 0 to 1.
+
+        Args:
+          dtype: its name; None: that of the compute dtype.
+        """
+        total = sum(self.flops.values())
+        return (
+            self.flops.get(dtype or self.compute, 0) / total if total else 0.0
+        )
 
 
 @checked
@@ -94,6 +123,7 @@ def explain(
     policy: Policy | str = DEFAULT,
     rules: Rules | None = None,
     scan_carry: ScanCarry = "keep",
+    scaling: Scaling = "tensor",
 ) -> Explanation:
     """Explain what `autocast` with the same settings does to fn(*args).
 
@@ -103,7 +133,7 @@ def explain(
       fn: any function of pytrees: of a loss, explain `jax.grad(loss)` to see the
         backward pass too.
       args: its arguments, or their shapes (jax.ShapeDtypeStruct).
-      policy, rules, scan_carry: see `autocast`.
+      policy, rules, scan_carry, scaling: see `autocast`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,21 +142,27 @@ def explain(
       >>> census.low, sorted({i.primitive for i in census.islands})
       (1, ['exp', 'reduce_sum'])
     """
-    settings = Settings.of(policy, rules, scan_carry)
+    settings = Settings.of(policy, rules, scan_carry, scaling)
     traced = settings.trace(fn, args, {})
-    low = settings.policy.compute
-    products: Counter[bool] = Counter()
+    low, compute = settings.policy.arrays, settings.policy.compute.name
+    products: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
     carries: Counter[Any] = Counter()
-    islands: Counter[tuple[str, str, str]] = Counter()
+    islands: Counter[tuple[str, str, str, str]] = Counter()
     opaque: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     casting_products = 0
-    for eqn, decision, line in _steps(traced.analysis, ""):
+    for step in _steps(traced.analysis, traced.choices):
+        eqn, decision, choice, line, rounds = step
         name = _jaxpr.primitive(eqn)
         if name in table.PRODUCTS:
             # Of float32 operands it could run low.
             if any(map(is_full, eqn.invars)):
-                products[decision.run == LOW] += 1
+                dtype, why = _of_product(eqn, decision, choice, compute, low)
+                products[dtype] += 1
+                operations[dtype] += rounds * _flops.eqn_flops(eqn)
+                if why:
+                    islands[name, dtype, why, line] += 1
             casting_products += eqn.outvars[0].aval.dtype == low
         # None counts values that are not float32, which nothing reports.
         carries.update(_carries(eqn, decision))
@@ -134,13 +170,20 @@ def explain(
             counts = opaque if table.is_classified(eqn) else unknown
             counts[name] += 1
         if _is_island(eqn, decision):
-            islands[_name(eqn, decision), _why(decision), line] += 1
+            islands[_name(eqn, decision), "float32", _why(decision), line] += 1
     casts = _added_casts(traced, low)
-    notes = [_note(products, casting_products, low), _unknown_note(unknown)]
+    full = products["float32"] if compute != "float32" else 0
+    lowered = sum(products.values()) - products["float32"]
+    notes = [
+        _note(lowered, products["float32"], casting_products, low),
+        _unknown_note(unknown),
+    ]
     return Explanation(
-        compute=low.name,
-        low=products[True],
-        full=products[False],
+        compute=compute,
+        low=products[compute],
+        half=products[low.name] if compute != low.name else 0,
+        full=full,
+        flops=dict(operations),
         casts_down=casts["down"],
         casts_up=casts["up"],
         carries_low=carries[LOW],
@@ -154,21 +197,72 @@ def explain(
     )
 
 
+class _Step(NamedTuple):
+    """An equation, what is decided of it, its source line and how often it runs."""
+
+    eqn: Any
+    decision: Decision
+    choice: Choice | None
+    line: str
+    rounds: int
+
+
 def _steps(
     analysis: Analysis,
-    outer: str,
-) -> Iterator[tuple[Any, Decision, str]]:
-    """Yield (equation, decision, source line), inner equations after theirs.
+    choices: Choices | None,
+    outer: str = "",
+    rounds: int = 1,
+) -> Iterator[_Step]:
+    """Yield the steps of a function, inner ones after theirs.
 
     Equations of a library have the line that called it.
     """
-    for eqn, decision in zip(
-        analysis.jaxpr.eqns, analysis.decisions, strict=True
+    eqns = analysis.jaxpr.eqns
+    chosen = choices.eqns if choices else (None,) * len(eqns)
+    for eqn, decision, choice in zip(
+        eqns, analysis.decisions, chosen, strict=True
     ):
         line = _jaxpr.source_line(eqn) or outer
-        yield eqn, decision, line
-        for body in decision.bodies:
-            yield from _steps(body, line)
+        yield _Step(eqn, decision, choice, line, rounds)
+        bodies = choice.bodies if choice else (None,) * len(decision.bodies)
+        inner = rounds
+        if _jaxpr.primitive(eqn) == "scan":
+            inner *= _jaxpr.scan_parts(eqn).length
+        for body, body_choices in zip(decision.bodies, bodies, strict=True):
+            yield from _steps(body, body_choices, line, inner)
+
+
+_ROUNDING = getattr(round_to_8_bits, "__name__", "")
+_WHY_HALF = {
+    "first": "first: it reads inputs of the function alone",
+    "last": "last: no product follows",
+    "attention": "attention: a product of activations",
+}
+
+
+def _of_product(
+    eqn: Any,
+    decision: Decision,
+    choice: Choice | None,
+    compute: str,
+    low: np.dtype,
+) -> tuple[str, str]:
+    """Return the dtype that a product computes in, and why not in 8 bits; "" if it does."""
+    if decision.run != LOW:
+        return "float32", ""
+    if compute == low.name:
+        return compute, ""
+    if choice is None:
+        name = _jaxpr.primitive(eqn)
+        is_rounded = name in ROUNDED
+        return low.name, "" if is_rounded else f"8 bits are not for {name}"
+    if choice.sides is None:
+        return low.name, _WHY_HALF.get(choice.role, "rules=")
+    if multiplied_formats(Product.of(eqn), choice.sides):
+        return compute, ""
+    if choice.sides[0].scaling == "block32":
+        return low.name, "rounded in blocks of 32, then multiplied wide"
+    return low.name, "a gradient, which passes straight through"
 
 
 def _is_island(eqn: Any, decision: Decision) -> bool:
@@ -210,11 +304,11 @@ def _added_casts(
 ) -> Counter[str]:
     """Count the casts of the rewritten program that the original lacks."""
     # Counted, not derived from the decisions: the rewrite shares some casts.
-    emitter = Emitter(traced.analyzer)
+    emitter = Emitter(traced.analyzer, traced.chooser)
     jaxpr = traced.jaxpr.jaxpr
 
     def run(consts: Any, args: Any) -> Any:
-        return emitter.run(traced.analysis, consts, args)
+        return emitter.run(traced.analysis, consts, args, traced.choices)
 
     consts = [v.aval for v in jaxpr.constvars]
     args = [v.aval for v in jaxpr.invars]
@@ -229,23 +323,29 @@ def _casts(
     full = np.dtype(np.float32)
     directions = {(full, low): "down", (low, full): "up"}
     counts: Counter[str] = Counter()
-    for eqn in _jaxpr.walk(jaxpr):
+    for eqn in jaxpr.eqns:
         if _jaxpr.primitive(eqn) == table.CONVERT:
-            dtypes = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            variables: list[Any] = [*eqn.invars, *eqn.outvars]
+            dtypes = tuple(v.aval.dtype for v in variables)
             if dtypes in directions:
                 counts[directions[dtypes]] += 1
+        # To round an operand to 8 bits is no cast between these two.
+        elif _jaxpr.function_name(eqn) != _ROUNDING:
+            for inner in _jaxpr.sub_jaxprs(eqn):
+                counts += _casts(inner, low)
     return counts
 
 
 def _note(
-    products: Counter[bool],
+    lowered: int,
+    full: int,
     casting_products: int,
     low: np.dtype,
 ) -> str:
     """Return a sentence about products that will surprise; "" if there is none."""
     if low == np.float32:
         return "The policy computes in float32: nothing is rewritten."
-    if products[True]:
+    if lowered:
         return ""
     # The most frequent surprise: a model that has `dtype=bfloat16` already.
     if casting_products:
@@ -254,7 +354,7 @@ def _note(
             f"products to {low.name} itself. autocast respects that, its sums "
             "in that dtype included; give it the float32 model instead."
         )
-    if products[False]:
+    if full:
         return (
             "No product is rewritten: the table says why each stays in float32."
         )

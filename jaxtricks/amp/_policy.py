@@ -29,7 +29,17 @@ _DTYPES = {
     "f64": jnp.float64,
     "float64": jnp.float64,
 }
+# What products alone can be computed in: the operands are rounded there, from bfloat16.
+_OF_PRODUCTS = {
+    "f8": jnp.float8_e4m3fn,
+    "fp8": jnp.float8_e4m3fn,
+    "float8_e4m3fn": jnp.float8_e4m3fn,
+    "i8": jnp.int8,
+    "int8": jnp.int8,
+}
 _SHORT = {
+    "float8_e4m3fn": "f8",
+    "int8": "i8",
     "float16": "f16",
     "bfloat16": "bf16",
     "float32": "f32",
@@ -52,7 +62,9 @@ class Policy:
 
     Attributes:
       param: dtype of the parameters.
-      compute: dtype that arguments are cast to before a function runs.
+      compute: dtype that arguments are cast to before a function runs; 8 bits
+        (float8_e4m3fn, int8): that of the operands of products, where `autocast` lowers
+        the rest to bfloat16.
       output: dtype of what the function returns.
 
     Example:
@@ -67,7 +79,13 @@ class Policy:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             dtype = np.dtype(getattr(self, field.name))
-            if not jnp.issubdtype(dtype, jnp.floating):
+            of_products = dtype in map(np.dtype, _OF_PRODUCTS.values())
+            if of_products and field.name != "compute":
+                raise ValueError(
+                    f"amp.Policy: `{field.name}` is {dtype}, which is for "
+                    "`compute` alone; use bfloat16 or float32"
+                )
+            if not (jnp.issubdtype(dtype, jnp.floating) or of_products):
                 raise ValueError(
                     f"amp.Policy: `{field.name}` is {dtype}; use a floating dtype"
                 )
@@ -81,11 +99,12 @@ class Policy:
 
         Args:
           text: "half", "full" or a dtype name for all three; or "p=f32,c=bf16,o=f32" in
-            long or short names, where compute defaults to param and output to compute.
-            "half" is bfloat16.
+            long or short names, where compute defaults to param and output to compute
+            (to bfloat16 with "c=f8" or "c=i8"). "half" is bfloat16.
 
         Raises:
-          ValueError: an unknown field or dtype, naming it.
+          ValueError: an unknown field or dtype, or 8 bits for another field than
+            compute, naming it.
         """
         if "=" not in text:
             dtype = _dtype(text)
@@ -100,16 +119,24 @@ class Policy:
             dtypes[_FIELDS[name.strip()]] = _dtype(value)
         param = dtypes.get("param", jnp.float32)
         compute = dtypes.get("compute", param)
-        output = dtypes.get("output", compute)
+        output = dtypes.get("output", _of_arrays(compute))
         return cls(param, compute, output)
+
+    @property
+    def arrays(self) -> Any:
+        """The dtype of arrays between operations: compute, or bfloat16 where that has 8 bits."""
+        return _of_arrays(self.compute)
 
     def cast_to_param(self, tree: T) -> T:
         """Return the tree with its floating arrays in the dtype of the parameters."""
         return _cast(tree, self.param)
 
     def cast_to_compute(self, tree: T) -> T:
-        """Return the tree with its floating arrays in the dtype of the computation."""
-        return _cast(tree, self.compute)
+        """Return the tree with its floating arrays in the dtype of the computation.
+
+        That is bfloat16 where products compute in 8 bits.
+        """
+        return _cast(tree, self.arrays)
 
     def cast_to_output(self, tree: T) -> T:
         """Return the tree with its floating arrays in the dtype of outputs."""
@@ -154,6 +181,11 @@ def with_policy(
       dtype('float32')
     """
     policy = as_policy(policy)
+    if policy.arrays != policy.compute:
+        raise ValueError(
+            f"amp.with_policy: the policy computes in {policy.compute}, which "
+            "needs scales; use amp.autocast"
+        )
     run = without_changes(fn, "autocast")
 
     @functools.wraps(fn)
@@ -164,12 +196,18 @@ def with_policy(
     return cast
 
 
+def _of_arrays(compute: Any) -> Any:
+    has_8_bits = np.dtype(compute).itemsize == 1
+    return np.dtype(jnp.bfloat16) if has_8_bits else compute
+
+
 def _dtype(name: str) -> Any:
-    if name.strip() not in _DTYPES:
+    dtypes = _DTYPES | _OF_PRODUCTS
+    if name.strip() not in dtypes:
         raise ValueError(
-            f"amp.Policy: unknown dtype {name!r}; use one of {', '.join(_DTYPES)}"
+            f"amp.Policy: unknown dtype {name!r}; use one of {', '.join(dtypes)}"
         )
-    return _DTYPES[name.strip()]
+    return dtypes[name.strip()]
 
 
 def _cast(tree: T, dtype: Any) -> T:

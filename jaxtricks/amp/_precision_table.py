@@ -75,7 +75,7 @@ TABLE = {
         threefry2x32""",
     # Not looked into: operands as they were, the result stays in float32.
     OPAQUE: """
-        pallas_call ffi_call tpu_custom_call custom_linear_solve CustomRoot
+        product8 pallas_call ffi_call tpu_custom_call custom_linear_solve CustomRoot
         _RootLinearMap linear_call custom_partitioning_call custom_partitioning
         custom_lin custom_vmap_call composite remat_opt scaled_dot
         scaled_matmul_wrapper psend precv get swap xla_pmap pure_callback io_callback
@@ -102,6 +102,11 @@ def is_classified(eqn: Any) -> bool:
     """Return whether the table (or the code for bodies) says what to do with it."""
     name = _jaxpr.primitive(eqn)
     return name in _CLASS or _jaxpr.has_bodies(eqn) or name == CONVERT
+
+
+def kind_of(name: str) -> str:
+    """Return the class of a primitive in the table."""
+    return CONVERT if name == CONVERT else _CLASS.get(name, OPAQUE)
 
 
 def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:

@@ -26,6 +26,21 @@ from jaxtricks.amp._precision_analysis import (
     State,
     is_full,
 )
+from jaxtricks.amp._product8 import (
+    multiply,
+    policy_of_products,
+    round_once,
+)
+from jaxtricks.amp._product_roles import (
+    AGAIN,
+    ANY,
+    COTANGENT,
+    Choice,
+    Choices,
+    Chooser,
+    Origins,
+)
+from jaxtricks.amp._rounding8 import Product, Rounded, Side
 
 T = TypeVar("T")
 Read = Callable[[Any, State], Any]
@@ -40,10 +55,12 @@ class Emitter:
     Args:
       analyzer: what decided; derivatives of custom rules are analysed when they are
         traced.
+      chooser: what chose the products in 8 bits, if there are any.
     """
 
-    def __init__(self, analyzer: Analyzer):
+    def __init__(self, analyzer: Analyzer, chooser: Chooser | None):
         self.analyzer = analyzer
+        self.chooser = chooser
         self.low = analyzer.low
         self._rewritten: dict[Any, _jaxpr.ClosedJaxpr] = {}
 
@@ -52,6 +69,7 @@ class Emitter:
         analysis: Analysis,
         consts: Sequence[Any],
         args: Sequence[Any],
+        choices: Choices | None,
     ) -> list[Any]:
         """Return the results, in the states of `analysis.outs`.
 
@@ -59,6 +77,7 @@ class Emitter:
           analysis: of the jaxpr.
           consts: of the jaxpr.
           args: inputs, in the states of `analysis.ins`.
+          choices: of products in 8 bits.
         """
         jaxpr = analysis.jaxpr
         variables = (*jaxpr.constvars, *jaxpr.invars)
@@ -68,6 +87,7 @@ class Emitter:
         # casts), and the cotangents of a weight's uses add in float32.
         raised: dict[Any, Any] = {}
         compared = _compared_variables(analysis)
+        rounded: dict[Any, Rounded | None] = {}
 
         def read(v: Any, state: State) -> Any:
             if _jaxpr.is_literal(v):
@@ -88,9 +108,12 @@ class Emitter:
                 )
             return raised[v]
 
-        for eqn, decision in zip(jaxpr.eqns, analysis.decisions, strict=True):
+        chosen = choices.eqns if choices else (None,) * len(jaxpr.eqns)
+        for eqn, decision, choice in zip(
+            jaxpr.eqns, analysis.decisions, chosen, strict=True
+        ):
             with _jaxpr.source_context(eqn) as bare:
-                results = self._bind(bare, decision, read)
+                results = self._bind(bare, decision, choice, read, rounded)
             values.update(zip(eqn.outvars, results, strict=True))
         return [
             read(v, s)
@@ -110,9 +133,16 @@ class Emitter:
         self,
         analysis: Analysis,
         consts: Sequence[Any],
+        choices: Choices | None,
     ) -> _jaxpr.ClosedJaxpr:
         """Return the rewritten jaxpr, closed."""
-        key = analysis.jaxpr, analysis.ins, analysis.decisions, analysis.outs
+        key = (
+            analysis.jaxpr,
+            analysis.ins,
+            analysis.decisions,
+            analysis.outs,
+            choices,
+        )
         if key not in self._rewritten:
             avals = [
                 v.aval.update(dtype=self.low) if state == LOW else v.aval
@@ -120,7 +150,7 @@ class Emitter:
                     analysis.jaxpr.invars, analysis.ins, strict=True
                 )
             ]
-            run = lambda *args: self.run(analysis, consts, args)  # noqa: E731
+            run = lambda *args: self.run(analysis, consts, args, choices)  # noqa: E731
             self._rewritten[key] = jax.make_jaxpr(run)(*avals)
         return self._rewritten[key]
 
@@ -131,10 +161,12 @@ class Emitter:
         self,
         eqn: Any,
         decision: Decision,
+        choice: Choice | None,
         read: Read,
+        rounded: dict[Any, Rounded | None],
     ) -> list[Any]:
         if decision.bodies and decision.rebuilt:
-            return self._bind_with_bodies(eqn, decision, read)
+            return self._bind_with_bodies(eqn, decision, choice, read)
         name = _jaxpr.primitive(eqn)
         runs_low = decision.run == LOW
         if (
@@ -153,6 +185,8 @@ class Emitter:
         if name == "broadcast_in_dim" and runs_low:
             # It only adds axes of size 1; as a reshape its derivative is no sum.
             return [lax.reshape(operands[0], eqn.outvars[0].aval.shape)]
+        if runs_low and choice is not None and choice.sides is not None:
+            return [self._product8(eqn, operands, choice.sides, rounded)]
         changes = {}
         # Else JAX would take the dtype of the original result, float32.
         if decision.kind == table.MATMUL and runs_low:
@@ -160,6 +194,36 @@ class Emitter:
         results = _jaxpr.bind(eqn, operands, **changes)
         states = zip(results, decision.outs, strict=True)
         return [x if s is None else self.cast(x, s) for x, s in states]
+
+    def _product8(
+        self,
+        eqn: Any,
+        operands: Sequence[Any],
+        sides: Sequence[Side],
+        rounded: dict[Any, Rounded | None],
+    ) -> Any:
+        """Return a product in 8 bits.
+
+        Args:
+          eqn: the product.
+          operands: low.
+          sides: how they are rounded.
+          rounded: {(variable, how): the operand rounded}, which is added to.
+        """
+        product = Product.of(eqn)
+        ready = []
+        with eqn.ctx.manager:
+            for i, (v, x, side) in enumerate(
+                zip(eqn.invars, operands, sides, strict=True)
+            ):
+                if _jaxpr.is_literal(v):
+                    ready.append(None)
+                    continue
+                key = v, side, side.scale_axes(product, i, x.ndim)
+                if key not in rounded:
+                    rounded[key] = round_once(product, x, i, side)
+                ready.append(rounded[key])
+            return multiply(product, operands, sides, ready)
 
     def _spread(
         self,
@@ -197,26 +261,36 @@ class Emitter:
         self,
         eqn: Any,
         decision: Decision,
+        choice: Choice | None,
         read: Read,
     ) -> list[Any]:
         name = _jaxpr.primitive(eqn)
         analyses = decision.bodies
+        chosen = choice.bodies if choice else (None,) * len(analyses)
         expected = zip(eqn.invars, _expected(eqn, analyses), strict=True)
         operands = [read(v, state) for v, state in expected]
         if name == "custom_jvp_call":
-            return _custom_jvp(self, eqn, analyses[0], operands)
+            return _custom_jvp(self, eqn, analyses[0], choice, operands)
         if name == "custom_vjp_call":
-            return _custom_vjp(self, eqn, analyses[0], operands)
+            return _custom_vjp(self, eqn, analyses[0], choice, operands)
         if name == "shard_map":
             # Its body can be traced only inside it, where its axes are bound.
-            run = lambda *args: self.run(analyses[0], (), args)  # noqa: E731
+            run = lambda *args: self.run(analyses[0], (), args, chosen[0])  # noqa: E731
             return jax.shard_map(run, **_jaxpr.shard_map_arguments(eqn))(
                 *operands
             )
         # Loops, branches, jit and checkpoint take any bodies that fit together.
-        pairs = zip(analyses, _jaxpr.bodies(eqn), strict=True)
-        new_bodies = [self._closed(body, old.consts) for body, old in pairs]
-        return _jaxpr.bind_with_bodies(eqn, operands, new_bodies)
+        new_bodies = [
+            self._closed(body, old.consts, choices)
+            for body, old, choices in zip(
+                analyses, _jaxpr.bodies(eqn), chosen, strict=True
+            )
+        ]
+        changes = {}
+        policy = _jaxpr.params(eqn).get("policy")
+        if name == "checkpoint" and choice is not None and policy is not None:
+            changes["policy"] = policy_of_products(policy)
+        return _jaxpr.bind_with_bodies(eqn, operands, new_bodies, **changes)
 
 
 def _compares(eqn: Any, decision: Decision) -> bool:
@@ -257,16 +331,18 @@ def _custom_jvp(
     emitter: Emitter,
     eqn: Any,
     body: Analysis,
+    choice: Choice | None,
     operands: Sequence[Any],
 ) -> list[Any]:
     """Return the results of a rewritten `custom_jvp_call`."""
+    choices, origins = _of_call(eqn, choice)
     consts = _jaxpr.bodies(eqn)[0].consts
     has_tangent = _are_inexact(eqn.outvars)
     avals = [v.aval for v in eqn.invars]
     n = len(avals)
 
     def run(*args: Any) -> list[Any]:
-        return emitter.run(body, consts, args)
+        return emitter.run(body, consts, args, choices)
 
     run.__name__ = _jaxpr.function_name(eqn) or run.__name__
     function = jax.custom_jvp(run)
@@ -282,13 +358,14 @@ def _custom_jvp(
             return [*outs, *_select(rates, has_tangent)]
 
         # Tangents have the states of their primals.
-        results = _rewritten(
+        results, _ = _rewritten(
             emitter,
             derivative,
             [*avals, *_select(avals, varied)],
             [*body.ins, *_select(body.ins, varied)],
             [*body.outs, *_select(body.outs, has_tangent)],
             [*primals, *_select(tangents, varied)],
+            [*origins, *(COTANGENT for is_varied in varied if is_varied)],
         )
         outs, rates = results[: len(has_tangent)], results[len(has_tangent) :]
         return outs, _with_zeros(rates, outs, has_tangent)
@@ -300,9 +377,11 @@ def _custom_vjp(
     emitter: Emitter,
     eqn: Any,
     body: Analysis,
+    choice: Choice | None,
     operands: Sequence[Any],
 ) -> list[Any]:
     """Return the results of a rewritten `custom_vjp_call`."""
+    choices, origins = _of_call(eqn, choice)
     consts = _jaxpr.bodies(eqn)[0].consts
     avals = [v.aval for v in eqn.invars]
     out_avals = [v.aval for v in eqn.outvars]
@@ -312,7 +391,7 @@ def _custom_vjp(
 
     @jax.custom_vjp
     def function(*args: Any) -> list[Any]:
-        return emitter.run(body, consts, args)
+        return emitter.run(body, consts, args, choices)
 
     def forward(*args: Any) -> Any:
         def original(*args: Any) -> Any:
@@ -322,15 +401,11 @@ def _custom_vjp(
             return [*outs, *residuals.flatten(pullback)]
 
         outs = [*body.outs, ...]
-        results = _rewritten(
-            emitter,
-            original,
-            avals,
-            body.ins,
-            outs,
-            args,
+        results, found = _rewritten(
+            emitter, original, avals, body.ins, outs, args, origins
         )
         saved = results[outputs:]
+        residuals.origins = found[outputs:]
         residuals.is_low = [
             x.dtype != aval.dtype
             for x, aval in zip(saved, residuals.avals, strict=True)
@@ -344,13 +419,15 @@ def _custom_vjp(
             cotangents = _with_zeros(args[n:], out_avals, has_cotangent)
             return residuals.unflatten(args[:n])(cotangents)
 
-        gradients = _rewritten(
+        given = _select(cotangents, has_cotangent)
+        gradients, _ = _rewritten(
             emitter,
             original,
             [*residuals.avals, *_select(out_avals, has_cotangent)],
             [*residuals.states(), *_select(body.outs, has_cotangent)],
             _select(body.ins, varied),
-            [*saved, *_select(cotangents, has_cotangent)],
+            [*saved, *given],
+            [*residuals.origins, *(COTANGENT for _ in given)],
         )
         return tuple(_with_zeros(gradients, avals, varied))
 
@@ -365,11 +442,13 @@ class _Residuals:
       structure: of the pullback, whose leaves are the arrays.
       avals: of these arrays before the rewrite.
       is_low: which of them the rewrite left in the compute dtype.
+      origins: of them, in `_product_roles`.
     """
 
     structure: Any
     avals: list[Any]
     is_low: list[bool]
+    origins: Sequence[int]
 
     def flatten(self, pullback: Any) -> list[Any]:
         leaves, self.structure = jax.tree.flatten(pullback)
@@ -396,8 +475,9 @@ def _rewritten(
     ins: Sequence[State],
     outs: Sequence[Any],
     args: Sequence[Any],
-) -> list[Any]:
-    """Return the results of fn's rewritten trace.
+    origins: Sequence[int],
+) -> tuple[list[Any], Origins]:
+    """Return the results of fn's rewritten trace, and their origins.
 
     Args:
       emitter: rewrites it.
@@ -406,13 +486,28 @@ def _rewritten(
       ins: states of its arguments.
       outs: states of its results; `...` at the end: the rest leave as they come.
       args: the arguments in their states.
+      origins: of the arguments, in `_product_roles`.
     """
     closed = jax.make_jaxpr(fn)(*avals)
     demanded = [False] * len(closed.jaxpr.outvars)
     analysis = emitter.analyzer.analyse(closed.jaxpr, ins, demanded)
     if outs and outs[-1] is ...:
         outs = [*outs[:-1], *analysis.outs[len(outs) - 1 :]]
-    return emitter.run(analysis.leaving(outs), closed.consts, args)
+    choices = None
+    if emitter.chooser is not None:
+        # What follows a part of a function is not known when it is differentiated; the
+        # products that it had before tell their roles.
+        followed = [ANY] * len(closed.jaxpr.outvars)
+        choices = emitter.chooser.choose(closed.jaxpr, origins, followed, AGAIN)
+    results = emitter.run(analysis.leaving(outs), closed.consts, args, choices)
+    return results, choices.outs if choices else (0,) * len(results)
+
+
+def _of_call(eqn: Any, choice: Choice | None) -> tuple[Choices | None, Origins]:
+    """Return the choices for the body of a call, and the origins of its operands."""
+    if choice is None:
+        return None, (0,) * len(eqn.invars)
+    return choice.bodies[0], choice.operands
 
 
 def _of_some(

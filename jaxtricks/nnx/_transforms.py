@@ -55,6 +55,7 @@ def autocast(
     *,
     rules: Mapping[str, str] | None = None,
     scan_carry: Literal["keep", "auto"] = "keep",
+    scaling: Literal["tensor", "row", "block32"] = "tensor",
 ) -> Fn:
     """Return `amp.autocast` of a module, or of a function with modules as arguments.
 
@@ -67,6 +68,7 @@ def autocast(
       policy: see `amp.autocast`.
       rules: see `amp.autocast`.
       scan_carry: see `amp.autocast`.
+      scaling: see `amp.autocast`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,7 +78,11 @@ def autocast(
       (dtype('float32'), dtype('float32'))
     """
     cast = functools.partial(
-        amp.autocast, policy=policy, rules=rules, scan_carry=scan_carry
+        amp.autocast,
+        policy=policy,
+        rules=rules,
+        scan_carry=scan_carry,
+        scaling=scaling,
     )
     return _with_variables_carried(cast, fn)
 
