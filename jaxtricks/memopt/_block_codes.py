@@ -27,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _random_bits, _sharding, _tree
 from jaxtricks._typing import Array
+from jaxtricks.memopt import _leaves
 
 BLOCK = 64
 # By bits and sign: square roots, and what is added to a code. See _Format.
@@ -47,7 +48,7 @@ class Layout(NamedTuple):
       axis: of the blocks, counted from the last (-1).
       length: of that axis.
       dtype: of the array.
-      seed: of the array, for rounding.
+      seed: of the array, for rounding; 0 where the caller has seeds of its own.
     """
 
     bits: int
@@ -129,7 +130,8 @@ def block_axis(
 
     That is the one before the last where it has half a block at least: a TPU keeps the
     last axis in the lanes of its registers, so that blocks along it would be copied to
-    be regrouped. Else it is the longest of the others.
+    be regrouped. Else it is the longest of the earlier ones that have as much, or the
+    longest of all.
 
     Args:
       shape: of the array.
@@ -137,9 +139,12 @@ def block_axis(
       apart: axes of stacked layers, where neighbours have little in common.
     """
     rank = len(shape)
-    candidates = [i - rank for i in range(rank - 1) if i not in apart]
-    long = [i for i in candidates if 2 * shape[i] >= block]
-    return -2 if -2 in long else max(long, key=lambda i: shape[i], default=-1)
+    candidates = [i - rank for i in range(rank) if i not in apart]
+    long = [i for i in candidates if i < -1 and 2 * shape[i] >= block]
+    if -2 in long:
+        return -2
+    # Of equally long ones the last, where entries are next to each other.
+    return max(long or candidates[::-1], key=lambda i: shape[i], default=-1)
 
 
 def layout(
@@ -180,21 +185,51 @@ def encode(x: Array, layout: Layout, block: int) -> BlockCodes:
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return new
-    place = NamedSharding(
-        sharding.mesh,
-        _scale_spec(
-            sharding, x.ndim, layout.axis, new.scale.shape[layout.axis]
-        ),
-    )
     return BlockCodes(
         jax.device_put(new.codes, sharding),
-        jax.device_put(new.scale, place),
+        _scale_placed(new.scale, sharding, layout.axis),
         layout,
     )
 
 
+def zeros(leaf: Any, layout: Layout, block: int = BLOCK) -> BlockCodes:
+    """Create the codes of zeros, sharded as a leaf: `encode` would compile its kernels.
+
+    Args:
+      leaf: array, tracer or shape that the layout was made for.
+      layout: how.
+      block: entries that share a scale.
+    """
+    dtype = jnp.int4 if layout.bits == 4 else jnp.uint8
+    codes = _leaves.zeros(leaf, dtype=dtype)
+    count = math.ceil(layout.length / block)
+    if isinstance(leaf, jax.core.Tracer):
+        scale = _on_auto_axes(
+            functools.partial(_zero_scale, axis=layout.axis, count=count),
+            lambda _, scale: scale,
+            layout.axis,
+            codes,
+            count=count,
+        )
+        return BlockCodes(codes, scale, layout)
+    shape = list(leaf.shape)
+    shape[layout.axis] = count
+    scale = jnp.zeros(shape, jnp.bfloat16)
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        scale = _scale_placed(scale, sharding, layout.axis)
+    return BlockCodes(codes, scale, layout)
+
+
+def _zero_scale(codes: Array, *, axis: int, count: int) -> Array:
+    # Of zeros that the compiler places as the leaf, so that it places these too.
+    size = math.ceil(codes.shape[axis] / count)
+    blocks = _split(codes.astype(jnp.bfloat16), axis, count, size)
+    return _join(jnp.max(blocks, axis=axis, keepdims=True), axis)
+
+
 def encode_like(x: Array, like: BlockCodes, at_step: Array) -> BlockCodes:
-    """Encode an array in the form of another, rounded at random, and sharded like it.
+    """Encode an array in the form of another, with its seed, and sharded like it.
 
     Args:
       x: an array of the shape that `like` was made of.
@@ -202,10 +237,20 @@ def encode_like(x: Array, like: BlockCodes, at_step: Array) -> BlockCodes:
       at_step: seed of the step, of `_random_bits.of_step`.
     """
     seed = _random_bits.of_number(at_step, like.layout.seed)
-    count = like.scale.shape[like.layout.axis]
-    new = _encode(x, seed, like.layout, count)
     # Else the compiler may reshard the scales.
-    return _sharding.tree_placed_like(new, like)
+    return _sharding.tree_placed_like(encode_at_random(x, like, seed), like)
+
+
+def encode_at_random(x: Array, like: BlockCodes, seed: Array) -> BlockCodes:
+    """Encode an array in the form of another, rounded at random, without bias.
+
+    Args:
+      x: an array of the shape that `like` was made of.
+      like: codes.
+      seed: uint32 [2], of this step and array.
+    """
+    count = like.scale.shape[like.layout.axis]
+    return _encode(x, seed, like.layout, count)
 
 
 def decode(x: BlockCodes) -> Array:
@@ -388,6 +433,12 @@ def _on_auto_axes(
     return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(
         x, *rest
     )
+
+
+def _scale_placed(scale: Array, sharding: NamedSharding, axis: int) -> Array:
+    """Put scales where the array's sharding says."""
+    spec = _scale_spec(sharding, scale.ndim, axis, scale.shape[axis])
+    return jax.device_put(scale, NamedSharding(sharding.mesh, spec))
 
 
 def _scale_spec(
