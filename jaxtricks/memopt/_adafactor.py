@@ -165,8 +165,7 @@ def step(
     if hyper.rate is None:
         return u.astype(result), v, m
     if m is not None:
-        u = hyper.beta1 * _momentum.read(m, dtype) + (1 - hyper.beta1) * u
-        m = _momentum.write(u, m, seed)
+        u, m = _momentum.step(m, u, hyper.beta1, seed)
     if config.momentum_before_rate:
         u = hyper.rate * u
     if hyper.weight_decay is not None:

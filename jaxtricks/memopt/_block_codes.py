@@ -92,7 +92,19 @@ class _Format(NamedTuple):
             jnp.float32
         )
 
-    def level(self, code: Array) -> Array:
+    def per_top(self, finite: Any) -> Array:
+        """Return 1 / level of the largest code of a number, float32.
+
+        A quotient would be a kernel of its own on XLA's CPU backend.
+        """
+        every = 2**self.magnitude_bits - 1
+        return jnp.where(
+            finite,
+            1 / self.level(float(every)),
+            1 / self.level(float(every - self.reserved)),
+        ).astype(jnp.float32)
+
+    def level(self, code: Any) -> Any:
         """Return the magnitude of a code, before scaling."""
         power = code + self.offset
         for _ in range(self.roots):
@@ -296,7 +308,7 @@ def _codes_and_scale(
     finite = form.on_demand and jnp.all(number, axis=layout.axis, keepdims=True)
     scale = _up_to_bfloat16(largest)
     wide = scale.astype(jnp.float32)
-    near_one = _near_one(wide)
+    near_one, _ = _near_one(wide)
     last = form.largest(finite)
     top = form.level(last)
     y = a * near_one * (top / (jnp.where(wide > 0, wide, 1) * near_one))
@@ -343,9 +355,9 @@ def _decoded(codes: Array, scale: Array, *, layout: Layout) -> Array:
     wide = _split(scale, layout.axis, count, 1).astype(jnp.float32)
     finite = form.on_demand and ~jnp.signbit(wide)
     wide = jnp.abs(wide)
-    near_one = _near_one(wide)
-    unit = wide * near_one / form.level(form.largest(finite))
-    a = form.level(magnitude.astype(jnp.float32)) * unit * (1 / near_one)
+    near_one, back = _near_one(wide)
+    unit = wide * near_one * form.per_top(finite)
+    a = form.level(magnitude.astype(jnp.float32)) * unit * back
     if jnp.finfo(layout.dtype).bits == 16:
         a = jnp.minimum(a, float(jnp.finfo(layout.dtype).max))
     special = jnp.logical_not(finite)
@@ -360,13 +372,15 @@ def _decoded(codes: Array, scale: Array, *, layout: Layout) -> Array:
     return jax.lax.slice_in_dim(x, 0, layout.length, axis=layout.axis % x.ndim)
 
 
-def _near_one(scale: Array) -> Array:
-    """Return the power of two that brings scales towards 1.
+def _near_one(scale: Array) -> tuple[Array, Array]:
+    """Return the power of two that brings scales towards 1, and its reciprocal.
 
     The reciprocal of the largest float32 is subnormal, which is zero to XLA, and so is
     the smallest divided by `top`.
     """
-    return jnp.where(scale > 1, 2.0**-64, 2.0**64)
+    large = scale > 1
+    up, down = 2.0**64, 2.0**-64
+    return jnp.where(large, down, up), jnp.where(large, up, down)
 
 
 def _up_to_bfloat16(x: Array) -> Array:
@@ -444,10 +458,13 @@ def _scale_placed(scale: Array, sharding: NamedSharding, axis: int) -> Array:
 def _scale_spec(
     sharding: NamedSharding, rank: int, axis: int, count: int | None
 ) -> PartitionSpec:
-    """Return where the scales lie: as the array, if every shard holds whole blocks."""
+    """Return where the scales lie: as the array, if every shard holds whole blocks.
+
+    Else along as many of that axis' mesh axes, from the first, as divide the blocks.
+    """
     spec = [*sharding.spec, *(None,) * (rank - len(sharding.spec))]
-    if count is not None and count % _sharding.num_shards(
-        sharding.mesh, spec[axis]
-    ):
-        spec[axis] = None
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    while names and (count or 0) % _sharding.num_shards(sharding.mesh, names):
+        names = names[:-1]
+    spec[axis] = names if len(names) > 1 else (*names, None)[0]
     return PartitionSpec(*spec)

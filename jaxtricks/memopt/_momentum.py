@@ -87,6 +87,16 @@ def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
     return {path: _random_bits.of_leaf(at_step, path) for path in paths}
 
 
+def step(m: Any, x: Array, beta: Any, seed: Any) -> tuple[Array, Any]:
+    """Return beta m + (1 - beta) x as an array and as stored."""
+    average = beta * read(m, x.dtype) + (1 - beta) * x
+    if is_int8(m):
+        # It is read three times: for scales, for codes and for the update. XLA's CPU
+        # backend would decode for each.
+        (average,) = _leaves.opaque_copies(average)
+    return average, write(average, m, seed)
+
+
 def read(m: Any, dtype: Any) -> Array:
     """Decode an average to an array of the dtype."""
     if not isinstance(m, Int8):

@@ -234,8 +234,7 @@ def _step(
     total = jnp.maximum(nu + eps, jnp.finfo(nu.dtype).tiny)
     u = g * jax.lax.rsqrt(total)
     if m is not None:
-        u = momentum * _momentum.read(m, u.dtype) + (1 - momentum) * u
-        m = _momentum.write(u, m, seed)
+        u, m = _momentum.step(m, u, momentum, seed)
     return (u if rate is None else -rate * u), v, m
 
 
