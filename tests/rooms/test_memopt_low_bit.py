@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtricks import _random_bits, memopt
+from jaxtricks import _compat, _random_bits, memopt
 from jaxtricks.memopt import _block_codes
 
 # (bits, signed) -> the levels of codes, not scaled; with 4 bits of a block that is finite
@@ -380,6 +380,22 @@ def test_steps_repeat_and_resume_exactly(tmp_path):
     for x, y in zip(update(params, restored, params), update(params, state, params), strict=True):
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.skipif(not _compat.has_host_memory(), reason="needs host memory")
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn], ids=["jit", "eager"])
+def test_host_offload_goes_outside(jit):
+    params = {"w": jnp.ones((128, 128))}
+    tx = memopt.low_bit(memopt.host_offload(optax.adam(1e-3), min_bytes=1))
+    with pytest.raises(ValueError, match="host_offload\\(low_bit"):
+        jit(tx.init)(params)
+    # 4-bit entries are half a byte.
+    tx = memopt.host_offload(memopt.low_bit(optax.adam(1e-3), bits=4), min_bytes=2**13)
+    leaves = jax.tree.leaves(jax.jit(tx.init)(params))
+    assert sum(x.sharding.memory_kind == "pinned_host" for x in leaves) == 2
+    tx = memopt.host_offload(memopt.low_bit(optax.adam(1e-3), bits=4), min_bytes=2**13 + 1)
+    leaves = jax.tree.leaves(jax.jit(tx.init)(params))
+    assert not any(x.sharding.memory_kind == "pinned_host" for x in leaves)
 
 
 # Meshes
