@@ -463,8 +463,9 @@ def _scale_spec(
     Else along as many of that axis' mesh axes, from the first, as divide the blocks.
     """
     spec = [*sharding.spec, *(None,) * (rank - len(sharding.spec))]
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    entry: Any = spec[axis]
+    names = entry if isinstance(entry, tuple) else (entry,)
     while names and (count or 0) % _sharding.num_shards(sharding.mesh, names):
         names = names[:-1]
-    spec[axis] = names if len(names) > 1 else (*names, None)[0]
+    spec[axis] = names if len(names) > 1 else next(iter(names), None)
     return PartitionSpec(*spec)
