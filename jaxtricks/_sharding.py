@@ -29,7 +29,8 @@ def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
 
 def placed_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Shard x as another array of its shape; inside jax.jit a hint to the compiler."""
-    return x + zeros_like(other, x.dtype)
+    # A sum would turn -0 into 0, and block scales in four bits use the sign of a zero.
+    return x - zeros_like(other, x.dtype)
 
 
 def tree_placed_like(new: Any, old: Any) -> Any:

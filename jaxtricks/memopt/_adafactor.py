@@ -165,8 +165,7 @@ def step(
     if hyper.rate is None:
         return u.astype(result), v, m
     if m is not None:
-        u = hyper.beta1 * _momentum.read(m, dtype) + (1 - hyper.beta1) * u
-        m = _momentum.write(u, m, seed)
+        u, m = _momentum.step(m, u, hyper.beta1, seed)
     if config.momentum_before_rate:
         u = hyper.rate * u
     if hyper.weight_decay is not None:
@@ -555,9 +554,10 @@ def adafactor(
       learning_rate: lr_t. None = the paper's relative step min(1e-2, 1/sqrt(t)).
       warmup_init: with learning_rate None, min(1e-6 t, 1/sqrt(t)).
       beta1: momentum; None or 0 = none and no buffer.
-      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries
-        and rounded at random (unbiased, the same at the same step and path); None =
-        float32, float64 for float64 parameters.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", the codes of `low_bit`, with a
+        scale for every 64 entries and rounded at random (unbiased, the same at the same
+        step and path; single numbers stay in float32); None = float32, float64 for
+        float64 parameters.
       momentum_before_lr: average u max(eps[1], RMS(p)) and multiply by lr_t afterwards.
       decay: "pow" as above, or "adam": beta2_t = rate (1 - rate^(t-1)) / (1 - rate^t).
       decay_rate: exponent of "pow", rate of "adam".
@@ -640,7 +640,8 @@ def adafactor(
         )
         if _leaves.is_zero(beta1):
             return state
-        m = _update.init_averages("adafactor", params, momentum_dtype)
+        leaf_roles = _leaves.roles_by_path(roles, params)
+        m = _momentum.init("adafactor", params, momentum_dtype, leaf_roles)
         return state._replace(m=m)
 
     def update_fn(

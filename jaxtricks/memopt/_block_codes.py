@@ -27,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _random_bits, _sharding, _tree
 from jaxtricks._typing import Array
+from jaxtricks.memopt import _leaves
 
 BLOCK = 64
 # By bits and sign: square roots, and what is added to a code. See _Format.
@@ -47,7 +48,7 @@ class Layout(NamedTuple):
       axis: of the blocks, counted from the last (-1).
       length: of that axis.
       dtype: of the array.
-      seed: of the array, for rounding.
+      seed: of the array, for rounding; 0 where the caller has seeds of its own.
     """
 
     bits: int
@@ -91,7 +92,19 @@ class _Format(NamedTuple):
             jnp.float32
         )
 
-    def level(self, code: Array) -> Array:
+    def per_top(self, finite: Any) -> Array:
+        """Return 1 / level of the largest code of a number, float32.
+
+        A quotient would be a kernel of its own on XLA's CPU backend.
+        """
+        every = 2**self.magnitude_bits - 1
+        return jnp.where(
+            finite,
+            1 / self.level(float(every)),
+            1 / self.level(float(every - self.reserved)),
+        ).astype(jnp.float32)
+
+    def level(self, code: Any) -> Any:
         """Return the magnitude of a code, before scaling."""
         power = code + self.offset
         for _ in range(self.roots):
@@ -129,7 +142,8 @@ def block_axis(
 
     That is the one before the last where it has half a block at least: a TPU keeps the
     last axis in the lanes of its registers, so that blocks along it would be copied to
-    be regrouped. Else it is the longest of the others.
+    be regrouped. Else it is the longest of the earlier ones that have as much, or the
+    longest of all.
 
     Args:
       shape: of the array.
@@ -137,9 +151,12 @@ def block_axis(
       apart: axes of stacked layers, where neighbours have little in common.
     """
     rank = len(shape)
-    candidates = [i - rank for i in range(rank - 1) if i not in apart]
-    long = [i for i in candidates if 2 * shape[i] >= block]
-    return -2 if -2 in long else max(long, key=lambda i: shape[i], default=-1)
+    candidates = [i - rank for i in range(rank) if i not in apart]
+    long = [i for i in candidates if i < -1 and 2 * shape[i] >= block]
+    if -2 in long:
+        return -2
+    # Of equally long ones the last, where entries are next to each other.
+    return max(long or candidates[::-1], key=lambda i: shape[i], default=-1)
 
 
 def layout(
@@ -180,21 +197,51 @@ def encode(x: Array, layout: Layout, block: int) -> BlockCodes:
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return new
-    place = NamedSharding(
-        sharding.mesh,
-        _scale_spec(
-            sharding, x.ndim, layout.axis, new.scale.shape[layout.axis]
-        ),
-    )
     return BlockCodes(
         jax.device_put(new.codes, sharding),
-        jax.device_put(new.scale, place),
+        _scale_placed(new.scale, sharding, layout.axis),
         layout,
     )
 
 
+def zeros(leaf: Any, layout: Layout, block: int = BLOCK) -> BlockCodes:
+    """Create the codes of zeros, sharded as a leaf: `encode` would compile its kernels.
+
+    Args:
+      leaf: array, tracer or shape that the layout was made for.
+      layout: how.
+      block: entries that share a scale.
+    """
+    dtype = jnp.int4 if layout.bits == 4 else jnp.uint8
+    codes = _leaves.zeros(leaf, dtype=dtype)
+    count = math.ceil(layout.length / block)
+    if isinstance(leaf, jax.core.Tracer):
+        scale = _on_auto_axes(
+            functools.partial(_zero_scale, axis=layout.axis, count=count),
+            lambda _, scale: scale,
+            layout.axis,
+            codes,
+            count=count,
+        )
+        return BlockCodes(codes, scale, layout)
+    shape = list(leaf.shape)
+    shape[layout.axis] = count
+    scale = jnp.zeros(shape, jnp.bfloat16)
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        scale = _scale_placed(scale, sharding, layout.axis)
+    return BlockCodes(codes, scale, layout)
+
+
+def _zero_scale(codes: Array, *, axis: int, count: int) -> Array:
+    # Of zeros that the compiler places as the leaf, so that it places these too.
+    size = math.ceil(codes.shape[axis] / count)
+    blocks = _split(codes.astype(jnp.bfloat16), axis, count, size)
+    return _join(jnp.max(blocks, axis=axis, keepdims=True), axis)
+
+
 def encode_like(x: Array, like: BlockCodes, at_step: Array) -> BlockCodes:
-    """Encode an array in the form of another, rounded at random, and sharded like it.
+    """Encode an array in the form of another, with its seed, and sharded like it.
 
     Args:
       x: an array of the shape that `like` was made of.
@@ -202,10 +249,20 @@ def encode_like(x: Array, like: BlockCodes, at_step: Array) -> BlockCodes:
       at_step: seed of the step, of `_random_bits.of_step`.
     """
     seed = _random_bits.of_number(at_step, like.layout.seed)
-    count = like.scale.shape[like.layout.axis]
-    new = _encode(x, seed, like.layout, count)
     # Else the compiler may reshard the scales.
-    return _sharding.tree_placed_like(new, like)
+    return _sharding.tree_placed_like(encode_at_random(x, like, seed), like)
+
+
+def encode_at_random(x: Array, like: BlockCodes, seed: Array) -> BlockCodes:
+    """Encode an array in the form of another, rounded at random, without bias.
+
+    Args:
+      x: an array of the shape that `like` was made of.
+      like: codes.
+      seed: uint32 [2], of this step and array.
+    """
+    count = like.scale.shape[like.layout.axis]
+    return _encode(x, seed, like.layout, count)
 
 
 def decode(x: BlockCodes) -> Array:
@@ -251,7 +308,7 @@ def _codes_and_scale(
     finite = form.on_demand and jnp.all(number, axis=layout.axis, keepdims=True)
     scale = _up_to_bfloat16(largest)
     wide = scale.astype(jnp.float32)
-    near_one = _near_one(wide)
+    near_one, _ = _near_one(wide)
     last = form.largest(finite)
     top = form.level(last)
     y = a * near_one * (top / (jnp.where(wide > 0, wide, 1) * near_one))
@@ -298,9 +355,9 @@ def _decoded(codes: Array, scale: Array, *, layout: Layout) -> Array:
     wide = _split(scale, layout.axis, count, 1).astype(jnp.float32)
     finite = form.on_demand and ~jnp.signbit(wide)
     wide = jnp.abs(wide)
-    near_one = _near_one(wide)
-    unit = wide * near_one / form.level(form.largest(finite))
-    a = form.level(magnitude.astype(jnp.float32)) * unit * (1 / near_one)
+    near_one, back = _near_one(wide)
+    unit = wide * near_one * form.per_top(finite)
+    a = form.level(magnitude.astype(jnp.float32)) * unit * back
     if jnp.finfo(layout.dtype).bits == 16:
         a = jnp.minimum(a, float(jnp.finfo(layout.dtype).max))
     special = jnp.logical_not(finite)
@@ -315,13 +372,15 @@ def _decoded(codes: Array, scale: Array, *, layout: Layout) -> Array:
     return jax.lax.slice_in_dim(x, 0, layout.length, axis=layout.axis % x.ndim)
 
 
-def _near_one(scale: Array) -> Array:
-    """Return the power of two that brings scales towards 1.
+def _near_one(scale: Array) -> tuple[Array, Array]:
+    """Return the power of two that brings scales towards 1, and its reciprocal.
 
     The reciprocal of the largest float32 is subnormal, which is zero to XLA, and so is
     the smallest divided by `top`.
     """
-    return jnp.where(scale > 1, 2.0**-64, 2.0**64)
+    large = scale > 1
+    up, down = 2.0**64, 2.0**-64
+    return jnp.where(large, down, up), jnp.where(large, up, down)
 
 
 def _up_to_bfloat16(x: Array) -> Array:
@@ -390,13 +449,23 @@ def _on_auto_axes(
     )
 
 
+def _scale_placed(scale: Array, sharding: NamedSharding, axis: int) -> Array:
+    """Put scales where the array's sharding says."""
+    spec = _scale_spec(sharding, scale.ndim, axis, scale.shape[axis])
+    return jax.device_put(scale, NamedSharding(sharding.mesh, spec))
+
+
 def _scale_spec(
     sharding: NamedSharding, rank: int, axis: int, count: int | None
 ) -> PartitionSpec:
-    """Return where the scales lie: as the array, if every shard holds whole blocks."""
+    """Return where the scales lie: as the array, if every shard holds whole blocks.
+
+    Else along as many of that axis' mesh axes, from the first, as divide the blocks.
+    """
     spec = [*sharding.spec, *(None,) * (rank - len(sharding.spec))]
-    if count is not None and count % _sharding.num_shards(
-        sharding.mesh, spec[axis]
-    ):
-        spec[axis] = None
+    entry: Any = spec[axis]
+    names = entry if isinstance(entry, tuple) else (entry,)
+    while names and (count or 0) % _sharding.num_shards(sharding.mesh, names):
+        names = names[:-1]
+    spec[axis] = names if len(names) > 1 else next(iter(names), None)
     return PartitionSpec(*spec)

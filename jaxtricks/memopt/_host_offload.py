@@ -1,13 +1,12 @@
 """Keep an optimizer's state in the memory of the host between steps."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from jaxtricks import _compat, _dtypes, _jaxpr
+from jaxtricks import _compat, _dtypes, _jaxpr, _tree
 from jaxtricks._arguments import checked
 from jaxtricks._typing import Params
 
@@ -27,7 +26,7 @@ def host_offload(
     the device holds the state of about three parameters, unless `inner` reads all of it
     at once. Outside of jit all of it comes at once.
 
-    Put it around the optimizer and a guard around it, as in
+    Put it around the optimizer (and around `low_bit`) and a guard around it, as in
     `amp.dynamic_loss_scale(host_offload(optax.adamw(1e-3)))`: inside, a guard's choice
     between old and new state would need both on the device. `optax.MultiSteps` makes
     that choice on either side: accumulate gradients in a `lax.scan` of your own. Layers
@@ -97,7 +96,7 @@ def host_offload(
 def _is_large(x: Any, min_bytes: int) -> bool:
     if not hasattr(x, "dtype") or not x.ndim or _dtypes.is_key(x):
         return False
-    return math.prod(x.shape) * x.dtype.itemsize >= max(min_bytes, 1)
+    return _tree.nbytes(x) >= max(min_bytes, 1)
 
 
 def _moved(state: Any, is_large: Any, space: Any) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtricks import _dtypes, _jaxpr, _random_bits, _sharding, _tree
+from jaxtricks import _compat, _dtypes, _jaxpr, _random_bits, _sharding, _tree
 from jaxtricks import roles as roles_lib
 from jaxtricks._arguments import (
     ArgumentTypeError,
@@ -106,7 +106,7 @@ def low_bit(
 
     Raises:
       ValueError: bits other than 8 and 4; a block below 2; in `init`, a
-        regular expression that finds nothing.
+        regular expression that finds nothing, or a state in the memory of the host.
 
     Example:
       >>> import jax.numpy as jnp
@@ -206,6 +206,11 @@ class _Place(NamedTuple):
 
 
 def _stored(x: Any, place: _Place, block: int) -> Any:
+    if _compat.in_host_memory(jax.typeof(x)):
+        raise ValueError(
+            "memopt.low_bit: the state of `inner` is in the memory of the host, and no "
+            "arithmetic runs there: use host_offload(low_bit(inner))"
+        )
     if place.param is not None and isinstance(x, jax.core.Tracer):
         # The zeros of an init depend on nothing: the compiler would put all of them on
         # every device, and encode them itself, slowly.

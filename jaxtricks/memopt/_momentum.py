@@ -1,32 +1,28 @@
-"""Store moving averages in a floating dtype, or in int8 with a scale per 128 entries."""
+"""Store the moving averages of Adafactor and SM3 in a floating dtype or in 8 bits."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtricks import _random_bits, _sharding
-from jaxtricks._typing import Array
-from jaxtricks.memopt import _leaves
-
-BLOCK = 128
-_LARGEST = 127
+from jaxtricks import roles as roles_lib
+from jaxtricks._typing import Array, Params, Roles
+from jaxtricks.memopt import _block_codes, _leaves
 
 
 class Int8(NamedTuple):
-    """A block-scaled array: entry = values * scale of its block.
+    """An average in 8 bits an entry, as `low_bit` stores first moments.
 
     Attributes:
-      values: int8, shaped as the leaf.
-      scale: float32 [*leading, blocks]: a block is 128 neighbours along the last axis,
-        or along as many of the last axes as it takes to have 128.
+      codes: uint8, shaped as the leaf: a sign, and a magnitude k for (k / 126)^2 of the
+        block's scale.
+      scale: bfloat16, shaped as the leaf but for one axis, where up to 64 neighbours
+        share a number.
     """
 
-    values: Any
+    codes: Any
     scale: Any
 
 
@@ -51,25 +47,39 @@ def checked_dtype(name: str, dtype: Any) -> Any:
     )
 
 
-def zeros(leaf: Any, dtype: Any) -> Array | Int8:
+def init(
+    name: str,
+    params: Params,
+    dtype: Any,
+    leaf_roles: dict[str, Roles | None],
+) -> Any:
+    """Create the tree of averages, all zero."""
+    leaves = _leaves.checked(name, params).items()
+    averages = [zeros(x, dtype, leaf_roles[path]) for path, x in leaves]
+    return _leaves.tree_like(averages, params)
+
+
+def zeros(leaf: Any, dtype: Any, roles: Roles | None = None) -> Array | Int8:
     """Create a zero average, sharded as the leaf; dtype None = float32 or better."""
     if dtype != jnp.int8:
         return _leaves.zeros(leaf, dtype=dtype)
-    if _leaves.on_one_device(leaf):
-        *leading, width = _merged(leaf.shape)
-        scale = jnp.zeros((*leading, math.ceil(width / BLOCK)), jnp.float32)
-    else:
-        scale = _zero_scale(leaf)
-    return Int8(_leaves.zeros(leaf, dtype=jnp.int8), scale)
+    batch = roles_lib.positions(roles or (), "batch")
+    entries = math.prod(n for i, n in enumerate(leaf.shape) if i not in batch)
+    if entries < 2:
+        # A scale for each entry: three bytes of float32's four, and less exact.
+        return _leaves.zeros(leaf)
+    axis = _block_codes.block_axis(leaf.shape, _block_codes.BLOCK, batch)
+    empty = _block_codes.zeros(leaf, _layout(leaf.shape, axis, jnp.float32))
+    return Int8(empty.codes, empty.scale)
 
 
 def is_int8(x: Any) -> bool:
-    """Return whether x is the int8 average of one leaf."""
+    """Return whether x is the average of one leaf in 8 bits."""
     return isinstance(x, Int8)
 
 
 def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
-    """Return {path: seed} of the int8 averages, a function of (step, path)."""
+    """Return {path: seed} of the averages in 8 bits, a function of (step, path)."""
     paths = [path for path, x in table.items() if is_int8(x)]
     if not paths:
         return {}
@@ -77,25 +87,30 @@ def seeds(table: dict[str, Any], count: Any) -> dict[str, Array]:
     return {path: _random_bits.of_leaf(at_step, path) for path in paths}
 
 
+def step(m: Any, x: Array, beta: Any, seed: Any) -> tuple[Array, Any]:
+    """Return beta m + (1 - beta) x as an array and as stored."""
+    average = beta * read(m, x.dtype) + (1 - beta) * x
+    if is_int8(m):
+        # It is read three times: for scales, for codes and for the update. XLA's CPU
+        # backend would decode for each.
+        (average,) = _leaves.opaque_copies(average)
+    return average, write(average, m, seed)
+
+
 def read(m: Any, dtype: Any) -> Array:
     """Decode an average to an array of the dtype."""
     if not isinstance(m, Int8):
         return m.astype(dtype)
-
-    def decode(values: Array, scale: Array) -> Array:
-        blocks = _split(values.astype(dtype)) * scale.astype(dtype)[..., None]
-        return _join(blocks, values.shape)
-
-    return _regrouped(decode, lambda whole, scale: whole, *m)
+    return _block_codes.decode(_block_coded(m, dtype))
 
 
 def write(x: Array, like: Any, seed: Any) -> Any:
-    """Encode x in the form of `like`; int8 rounds at random, without bias."""
+    """Encode x in the form of `like`; 8 bits are rounded at random, without bias."""
     if not isinstance(like, Int8):
         return x.astype(like.dtype)
-    return Int8(
-        *_regrouped(_encode, lambda whole, scale: (whole, scale), x, seed)
-    )
+    old = _block_coded(like, x.dtype)
+    new = _block_codes.encode_at_random(x, old, seed)
+    return Int8(new.codes, new.scale)
 
 
 def sharded_like(new: Any, old: Any) -> Any:
@@ -109,76 +124,18 @@ def sharded_like(new: Any, old: Any) -> Any:
     return _sharding.tree_placed_like(new, old)
 
 
-def _encode(x: Array, seed: Array) -> tuple[Array, Array]:
-    blocks = _split(x)
-    scale = jnp.max(jnp.abs(blocks), axis=-1) / _LARGEST
-    steps = (
-        blocks / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None]
-    )
-    lower = jnp.floor(steps)
-    # Up with the probability of the remainder: the expectation is x.
-    up = (
-        _split(_random_bits.uniform(seed, x.shape)).astype(x.dtype)
-        < steps - lower
-    )
-    rounded = jnp.clip(lower + up.astype(x.dtype), -_LARGEST, _LARGEST)
-    return _join(rounded, x.shape).astype(jnp.int8), scale.astype(jnp.float32)
+def _block_coded(m: Int8, dtype: Any) -> _block_codes.BlockCodes:
+    # The layout is not part of the state: a slice of stacked averages says itself how
+    # it is stored, and equal shapes share a trace.
+    shape = m.codes.shape
+    pairs = zip(shape, m.scale.shape, strict=True)
+    axis = next(i for i, (n, blocks) in enumerate(pairs) if n != blocks)
+    layout = _layout(shape, axis - len(shape), dtype)
+    return _block_codes.BlockCodes(m.codes, m.scale, layout)
 
 
-@functools.partial(jax.jit, inline=True)
-def _zero_scale(leaf: Any) -> Array:
-    zeros = _sharding.zeros_like(leaf, jnp.float32)
-    return _regrouped(
-        lambda x: jnp.sum(_split(x), axis=-1), lambda whole, scale: scale, zeros
-    )
-
-
-def _merged(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape with as many last axes merged as it takes to fill a block."""
-    cut = max(0, len(shape) - 1)
-    while cut and math.prod(shape[cut:]) < BLOCK:
-        cut -= 1
-    return (*shape[:cut], math.prod(shape[cut:]))
-
-
-def _split(x: Array) -> Array:
-    *leading, width = _merged(x.shape)
-    count = math.ceil(width / BLOCK)
-    flat = x.reshape(*leading, width)
-    padded = jnp.pad(
-        flat, [(0, 0)] * len(leading) + [(0, count * BLOCK - width)]
-    )
-    return padded.reshape(*leading, count, BLOCK)
-
-
-def _join(blocks: Array, shape: tuple[int, ...]) -> Array:
-    *leading, width = _merged(shape)
-    return blocks.reshape(*leading, -1)[..., :width].reshape(shape)
-
-
-def _regrouped(
-    fn: Callable[..., Any], out: Callable[..., Any], x: Array, *rest: Array
-) -> Any:
-    """Run fn(x, *rest), which reshapes x into blocks, on any kind of mesh.
-
-    A reshape on Explicit axes needs the sharding of its result, so fn runs with Auto
-    axes, and out(sharding of x, sharding of its scales) gives that of the results.
-    """
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return fn(x, *rest)
-    *leading, width = _merged(x.shape)
-    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    # The first of the merged axes may stay sharded if every shard holds whole blocks.
-    last = spec[len(leading)] if x.ndim else None
-    last = (
-        None
-        if width % (BLOCK * _sharding.num_shards(sharding.mesh, last))
-        else last
-    )
-    scale = NamedSharding(
-        sharding.mesh, PartitionSpec(*spec[: len(leading)], last)
-    )
-    return jax.sharding.auto_axes(fn, out_sharding=out(sharding, scale))(
-        x, *rest
-    )
+def _layout(
+    shape: tuple[int, ...], axis: int, dtype: Any
+) -> _block_codes.Layout:
+    # Without a seed: it is an argument of `write`.
+    return _block_codes.Layout(8, True, axis, shape[axis], jnp.dtype(dtype))

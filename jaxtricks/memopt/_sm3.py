@@ -100,9 +100,10 @@ def sm3(
       learning_rate: as in Adagrad there is no decay: warm up, then keep it constant.
       momentum: None or the number 0 = none and no buffer; an array or schedule always
         has its buffer.
-      momentum_dtype: dtype of m: "bfloat16"; "int8", with a scale for every 128 entries
-        and rounded at random (unbiased, the same at the same step and path); None =
-        float32, float64 for float64 parameters.
+      momentum_dtype: dtype of m: "bfloat16"; "int8", the codes of `low_bit`, with a
+        scale for every 64 entries and rounded at random (unbiased, the same at the same
+        step and path; single numbers stay in float32); None = float32, float64 for
+        float64 parameters.
       roles: which axes are "batch" (independent slices; every other role is alike):
         None = none of them; a function (path, shape) -> roles or None; a rule of
         `roles.by_path`; a tree of roles.
@@ -153,7 +154,7 @@ def _transform(
         v = _leaves.tree_like(accumulators, params)
         m = None
         if not _leaves.is_zero(momentum):
-            m = _update.init_averages(name, params, momentum_dtype)
+            m = _momentum.init(name, params, momentum_dtype, leaf_roles)
         return Sm3State(jnp.zeros([], jnp.int32), v, m)
 
     def update_fn(
@@ -233,8 +234,7 @@ def _step(
     total = jnp.maximum(nu + eps, jnp.finfo(nu.dtype).tiny)
     u = g * jax.lax.rsqrt(total)
     if m is not None:
-        u = momentum * _momentum.read(m, u.dtype) + (1 - momentum) * u
-        m = _momentum.write(u, m, seed)
+        u, m = _momentum.step(m, u, momentum, seed)
     return (u if rate is None else -rate * u), v, m
 
 

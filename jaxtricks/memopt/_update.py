@@ -52,11 +52,3 @@ def update_leaves(
         m=_leaves.with_nodes(state.m, _momentum.is_int8, new_m),
     )
     return jax.tree.unflatten(jax.tree.structure(updates), out), new_state
-
-
-def init_averages(name: str, params: Params, dtype: Any) -> Any:
-    """Create the tree of moving averages, all zero."""
-    leaves = _leaves.checked(name, params).values()
-    return _leaves.tree_like(
-        [_momentum.zeros(x, dtype) for x in leaves], params
-    )

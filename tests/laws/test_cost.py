@@ -43,8 +43,8 @@ STATE = {
     "memopt.sm3": SIDES + 4,
     "memopt.sm3 momentum 0.9": 4 * N + SIDES + 4,
     "agc, sgd momentum 0.9": 4 * N + 8,
-    "memopt.adafactor momentum int8": N + 4 * (N // 128) + SIDES + 4,
-    "memopt.sm3 momentum int8": N + 4 * (N // 128) + SIDES + 4,
+    "memopt.adafactor momentum int8": N + 2 * (N // 64) + SIDES + 4,
+    "memopt.sm3 momentum int8": N + 2 * (N // 64) + SIDES + 4,
 }
 # ours: the jitted function that updates one leaf.
 INNER = {

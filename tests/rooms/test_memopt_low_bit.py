@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtricks import _random_bits, memopt
+from jaxtricks import _compat, _random_bits, memopt
 from jaxtricks.memopt import _block_codes
 
 # (bits, signed) -> the levels of codes, not scaled; with 4 bits of a block that is finite
@@ -170,6 +170,16 @@ def test_what_is_not_finite_comes_back_and_harms_no_neighbour(bits, signed, ours
         assert np.all(np.abs(decoded_row - row) <= 1.02 * spacing(np.abs(row), own).max())
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_the_only_entry_of_a_block_may_not_be_finite(bad):
+    """Its scale is -0 with 4 bits, and a sum with a zero would lose the sign."""
+    tx = memopt.low_bit(optax.sgd(-1.0, momentum=0.9), bits=4)
+    grads = {"w": jnp.zeros((64, 64)).at[3, 4].set(bad)}
+    _, state = jax.jit(tx.update)(grads, tx.init(grads), grads)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, grads), state, grads)
+    np.testing.assert_array_equal(updates["w"], grads["w"])
+
+
 def test_zeros_stay_and_negative_second_moments_are_loud(ours):
     for bits, signed in FORMATS:
         np.testing.assert_array_equal(
@@ -185,6 +195,8 @@ def test_zeros_stay_and_negative_second_moments_are_loud(ours):
         ((256, 300), (), -2, (4, 300)),
         ((100, 300), (), -2, (2, 300)),  # two blocks of 50
         ((3, 3, 64, 8), (), -2, (3, 3, 1, 8)),
+        ((3, 3, 16, 8), (), -2, (3, 3, 1, 8)),  # all are short
+        ((16, 256), (1,), -2, (1, 256)),
         ((512, 8, 64), (), -3, (8, 8, 64)),  # few heads: along the features
         ((3, 3, 1, 256), (), -1, (3, 3, 1, 4)),
         ((64, 256), (0,), -1, (64, 4)),  # stacked biases
@@ -368,6 +380,22 @@ def test_steps_repeat_and_resume_exactly(tmp_path):
     for x, y in zip(update(params, restored, params), update(params, state, params), strict=True):
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.skipif(not _compat.has_host_memory(), reason="needs host memory")
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn], ids=["jit", "eager"])
+def test_host_offload_goes_outside(jit):
+    params = {"w": jnp.ones((128, 128))}
+    tx = memopt.low_bit(memopt.host_offload(optax.adam(1e-3), min_bytes=1))
+    with pytest.raises(ValueError, match="host_offload\\(low_bit"):
+        jit(tx.init)(params)
+    # 4-bit entries are half a byte.
+    tx = memopt.host_offload(memopt.low_bit(optax.adam(1e-3), bits=4), min_bytes=2**13)
+    leaves = jax.tree.leaves(jax.jit(tx.init)(params))
+    assert sum(x.sharding.memory_kind == "pinned_host" for x in leaves) == 2
+    tx = memopt.host_offload(memopt.low_bit(optax.adam(1e-3), bits=4), min_bytes=2**13 + 1)
+    leaves = jax.tree.leaves(jax.jit(tx.init)(params))
+    assert not any(x.sharding.memory_kind == "pinned_host" for x in leaves)
 
 
 # Meshes
