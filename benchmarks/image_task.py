@@ -53,6 +53,7 @@ class Arm(NamedTuple):
       tx: rate -> optimizer; its state does not depend on the rate.
       target: validation accuracy whose first step is looked for.
       fuse: whether the trained network is compared with its fused form.
+      test_loss: whether the loss of the test images is computed too.
       differentiate: (loss, optimizer state, has_aux) -> (params, images) -> ((loss, aux), grads).
       start: initial parameters -> those to start from.
       share: (step, steps) -> share of the peak rate.
@@ -71,6 +72,7 @@ class Arm(NamedTuple):
     )
     target: float | None = None
     fuse: bool = False
+    test_loss: bool = False
     differentiate: Callable[..., Any] = in_float32
     start: Callable[[Any], Any] = lambda params: params
     share: Callable[[int, int], float] = schedule
@@ -195,11 +197,18 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         logits, _ = apply(params, state, scaled(images), train=False)
         return jnp.sum(jnp.argmax(logits, -1) == labels)
 
-    def accuracy(carry: Any, split: Split) -> float:
+    @jax.jit
+    def held_loss(params: Any, state: Any, images: Any, labels: Any) -> Any:
+        logits, _ = apply(params, state, scaled(images), train=False)
+        return jnp.sum(arm.loss(logits.astype(jnp.float32), labels))
+
+    def mean(figure: Callable[..., Any], carry: Any, split: Split) -> float:
         return sum(
-            int(right(*carry[:2], images, labels))
+            float(figure(*carry[:2], images, labels))
             for images, labels in _parts(split)
         ) / len(split.labels)
+
+    accuracy = functools.partial(mean, right)
 
     def run(seed: int, rate: float) -> dict[str, Any]:
         start, losses, reached = time.perf_counter(), [], None
@@ -235,6 +244,8 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         found |= {name: float(x) for name, x in jt.metrics(carry[2]).items()}
         if arm.target is not None:
             found["reached"] = reached
+        if arm.test_loss:
+            found["test_loss"] = mean(held_loss, carry, task.test)
         if arm.fuse:
             found |= fused(arm, carry[0], carry[1], task.test, scaled)
         found["seconds"] = round(time.perf_counter() - start, 1)
