@@ -362,9 +362,9 @@ def arguments() -> argparse.Namespace:
         help="float32 with steps skipped, alone",
     )
     sizes = {
-        "text-steps": 500,
+        "text-steps": 300,
         "text-batch": 8,
-        "image-steps": 800,
+        "image-steps": 400,
         "image-batch": 64,
         "seeds": 3,
     }
