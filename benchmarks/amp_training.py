@@ -208,7 +208,6 @@ def image_runs(
             tx=lambda rate, way=way: way.protect(sgd(rate)),
             differentiate=way.differentiate,
             start=way.start,
-            test_loss=True,
         )
         train = image_task.trainer(task, arm)
         runs = [train(seed, IMAGE_RATE) for seed in range(seeds)]

@@ -53,7 +53,6 @@ class Arm(NamedTuple):
       tx: rate -> optimizer; its state does not depend on the rate.
       target: validation accuracy whose first step is looked for.
       fuse: whether the trained network is compared with its fused form.
-      test_loss: whether the loss of the test images is computed too.
       differentiate: (loss, optimizer state, has_aux) -> (params, images) -> ((loss, aux), grads).
       start: initial parameters -> those to start from.
       share: (step, steps) -> share of the peak rate.
@@ -72,7 +71,6 @@ class Arm(NamedTuple):
     )
     target: float | None = None
     fuse: bool = False
-    test_loss: bool = False
     differentiate: Callable[..., Any] = in_float32
     start: Callable[[Any], Any] = lambda params: params
     share: Callable[[int, int], float] = schedule
@@ -193,22 +191,24 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
         return (optax.apply_updates(params, updates), state, moments), loss
 
     @jax.jit
-    def right(params: Any, state: Any, images: Any, labels: Any) -> Any:
+    def judged(params: Any, state: Any, images: Any, labels: Any) -> Any:
         logits, _ = apply(params, state, scaled(images), train=False)
-        return jnp.sum(jnp.argmax(logits, -1) == labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), labels
+        )
+        return jnp.sum(jnp.argmax(logits, -1) == labels), jnp.sum(losses)
 
-    @jax.jit
-    def held_loss(params: Any, state: Any, images: Any, labels: Any) -> Any:
-        logits, _ = apply(params, state, scaled(images), train=False)
-        return jnp.sum(arm.loss(logits.astype(jnp.float32), labels))
-
-    def mean(figure: Callable[..., Any], carry: Any, split: Split) -> float:
-        return sum(
-            float(figure(*carry[:2], images, labels))
+    def quality(carry: Any, split: Split) -> tuple[float, float]:
+        """Accuracy and mean cross entropy."""
+        sums = [
+            judged(*carry[:2], images, labels)
             for images, labels in _parts(split)
-        ) / len(split.labels)
+        ]
+        right, loss = np.sum(np.asarray(sums, np.float64), 0)
+        return float(right / len(split.labels)), float(loss / len(split.labels))
 
-    accuracy = functools.partial(mean, right)
+    def accuracy(carry: Any, split: Split) -> float:
+        return quality(carry, split)[0]
 
     def run(seed: int, rate: float) -> dict[str, Any]:
         start, losses, reached = time.perf_counter(), [], None
@@ -233,19 +233,21 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
                     else None
                 )
         last = float(np.mean(losses[-max(1, round(TAIL * arm.steps)) :]))
+        validation, validation_loss = quality(carry, task.validation)
+        test, test_loss = quality(carry, task.test)
         found = {
             "seed": seed,
             "rate": rate,
             "loss": last if np.isfinite(last) else None,
             "diverged": not last <= math.log(task.classes),
-            "validation": accuracy(carry, task.validation),
-            "test": accuracy(carry, task.test),
+            "validation": validation,
+            "validation_loss": validation_loss,
+            "test": test,
+            "test_loss": test_loss,
         }
         found |= {name: float(x) for name, x in jt.metrics(carry[2]).items()}
         if arm.target is not None:
             found["reached"] = reached
-        if arm.test_loss:
-            found["test_loss"] = mean(held_loss, carry, task.test)
         if arm.fuse:
             found |= fused(arm, carry[0], carry[1], task.test, scaled)
         found["seconds"] = round(time.perf_counter() - start, 1)

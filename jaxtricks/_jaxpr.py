@@ -220,13 +220,22 @@ def bind_with_bodies(
     eqn: Any,
     operands: Sequence[Any],
     new_bodies: Sequence[ClosedJaxpr],
+    **changes: Any,
 ) -> list[Any]:
-    """Return the results of an equation with other bodies, on fitting operands."""
+    """Return the results of an equation with other bodies, on fitting operands.
+
+    Args:
+      eqn: the equation.
+      operands: one per operand.
+      new_bodies: what its bodies become.
+      changes: parameters to replace.
+    """
     if not is_high(eqn):
-        return bind(eqn, operands, **_compat.with_bodies(eqn, new_bodies))
+        changed = {**_compat.with_bodies(eqn, new_bodies), **changes}
+        return bind(eqn, operands, **changed)
     # A checkpoint of jax_remat3 is built anew: the equation's object has the dtypes of
     # the old body.
-    parameters = params(eqn)
+    parameters = {**params(eqn), **changes}
     run = jax.checkpoint(
         core.jaxpr_as_fun(new_bodies[0]),
         policy=parameters["policy"],

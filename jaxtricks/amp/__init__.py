@@ -1,6 +1,6 @@
 """Run functions in mixed precision by rewriting their trace; scale the loss in optax.
 
-What. Matrix products and convolutions run in a 16-bit format; sums, exponentials and
+What. Matrix products and convolutions run in 16 or 8 bits; sums, exponentials and
 logarithms run in float32, where parameters and optimizer state stay. `autocast` decides
 this for each operation in the jaxpr of a function that knows nothing of it. float16
 also needs loss scaling: a step whose gradients overflow is skipped and the scale halved.
@@ -10,7 +10,8 @@ Use.
     loss_fn = jt.amp.autocast(loss_fn)  # "p=f32,c=bf16,o=f32"
     print(jt.amp.explain(jax.grad(loss_fn), params, batch))  # what runs where, and why
 
-With float16, three lines of an optax step change:
+With "c=f8", products round their operands to 8-bit floats, with scales of the step;
+the first, the last and attention stay in bfloat16. With float16, three lines change:
 
     tx = jt.amp.dynamic_loss_scale(optax.adamw(1e-3))
     scale, policy = jt.amp.loss_scale(opt_state), "p=f32,c=f16,o=f32"
@@ -36,7 +37,7 @@ step: autocast, recompute, `value_and_grad`, `dynamic_loss_scale(chain(agc, memo
 Differences from the paper and from optax/flax. flax casts by layer and jmp by argument;
 both sum in 16 bits wherever the code does, and here no sum does.
 
-References. Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740.
+References. arXiv 1710.03740 (mixed precision), 2209.05433 (8-bit floats).
 """
 
 from jaxtricks.amp._autocast import autocast, full_precision

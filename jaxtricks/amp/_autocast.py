@@ -27,9 +27,9 @@ from jaxtricks.amp._precision_analysis import (
     is_full,
 )
 from jaxtricks.amp._precision_table import check_rules
-from jaxtricks.amp._product8 import FORMATS, SCALINGS, Scaling
-from jaxtricks.amp._product_roles import ROLES, Chooser, Choices
+from jaxtricks.amp._product_roles import ROLES, Choices, Chooser
 from jaxtricks.amp._rewrite import Emitter
+from jaxtricks.amp._rounding8 import FORMATS, SCALINGS, Scaling
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -192,7 +192,9 @@ class Settings(NamedTuple):
                 f"{', '.join(SCALINGS)}"
             )
         products = {
-            key: value for key, value in (rules or {}).items() if _is_of_products(key)
+            key: value
+            for key, value in (rules or {}).items()
+            if _is_of_products(key)
         }
         _check_product_rules(products, policy)
         rules = {k: v for k, v in (rules or {}).items() if k not in products}
@@ -224,7 +226,7 @@ class Settings(NamedTuple):
         demanded = [state == FULL for state in outs]
         analysis = analyzer.analyse(closed.jaxpr, ins, demanded)
         chooser = self._chooser()
-        choices = chooser and chooser.whole(closed.jaxpr)
+        choices = None if chooser is None else chooser.whole(closed.jaxpr)
         return Traced(
             call, closed, analyzer, analysis.leaving(outs), chooser, choices
         )
@@ -233,9 +235,7 @@ class Settings(NamedTuple):
         if self.policy.arrays == self.policy.compute:
             return None
         wide = {role for role in ROLES if role not in self.products}
-        wide |= {
-            role for role in ROLES if self.products.get(role) == "bf16"
-        }
+        wide |= {role for role in ROLES if self.products.get(role) == "bf16"}
         patterns = [
             re.compile(key) for key in self.products if key not in ROLES
         ]

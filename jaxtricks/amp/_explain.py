@@ -22,14 +22,10 @@ from jaxtricks.amp._precision_analysis import (
     Decision,
     is_full,
 )
-from jaxtricks.amp._product8 import (
-    Product,
-    Scaling,
-    operand_formats,
-    round_to_8_bits,
-)
-from jaxtricks.amp._product_roles import ROUNDED, Choice, Choices
+from jaxtricks.amp._product8 import ROUNDED, multiplied_formats
+from jaxtricks.amp._product_roles import Choice, Choices
 from jaxtricks.amp._rewrite import Emitter
+from jaxtricks.amp._rounding8 import Product, Scaling, round_to_8_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +111,9 @@ class Explanation:
           dtype: its name; None: that of the compute dtype.
         """
         total = sum(self.flops.values())
-        return self.flops.get(dtype or self.compute, 0) / total if total else 0.0
+        return (
+            self.flops.get(dtype or self.compute, 0) / total if total else 0.0
+        )
 
 
 @checked
@@ -234,6 +232,7 @@ def _steps(
             yield from _steps(body, body_choices, line, inner)
 
 
+_ROUNDING = getattr(round_to_8_bits, "__name__", "")
 _WHY_HALF = {
     "first": "first: it reads inputs of the function alone",
     "last": "last: no product follows",
@@ -259,7 +258,7 @@ def _of_product(
         return low.name, "" if is_rounded else f"8 bits are not for {name}"
     if choice.sides is None:
         return low.name, _WHY_HALF.get(choice.role, "rules=")
-    if operand_formats(Product.of(eqn), *choice.sides):
+    if multiplied_formats(Product.of(eqn), choice.sides):
         return compute, ""
     if choice.sides[0].scaling == "block32":
         return low.name, "rounded in blocks of 32, then multiplied wide"
@@ -326,11 +325,12 @@ def _casts(
     counts: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         if _jaxpr.primitive(eqn) == table.CONVERT:
-            dtypes = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            variables: list[Any] = [*eqn.invars, *eqn.outvars]
+            dtypes = tuple(v.aval.dtype for v in variables)
             if dtypes in directions:
                 counts[directions[dtypes]] += 1
         # To round an operand to 8 bits is no cast between these two.
-        elif _jaxpr.function_name(eqn) != round_to_8_bits.__name__:
+        elif _jaxpr.function_name(eqn) != _ROUNDING:
             for inner in _jaxpr.sub_jaxprs(eqn):
                 counts += _casts(inner, low)
     return counts

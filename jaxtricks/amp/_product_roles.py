@@ -20,7 +20,8 @@ from typing import Any
 
 from jaxtricks import _jaxpr
 from jaxtricks.amp import _precision_table as table
-from jaxtricks.amp._product8 import GRADIENT, Side
+from jaxtricks.amp._product8 import ROUNDED
+from jaxtricks.amp._rounding8 import Side
 
 INPUT, OTHER, PRODUCT, FRESH, COTANGENT = range(5)
 Origins = tuple[int, ...]
@@ -31,8 +32,6 @@ ANY = FORWARD | BACKWARD
 ONWARD, RETURN, AGAIN = range(3)
 """Forward pass, backward pass, and what the backward pass of a checkpoint recomputes."""
 ROLES = ("first", "last", "attention")
-ROUNDED = frozenset({"dot_general", "conv_general_dilated"})
-"""Products that can run in 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,28 +165,30 @@ class Chooser:
         if _jaxpr.has_bodies(eqn):
             parts = self._parts(eqn, operands, _flags(flags, eqn), direction)
             bodies = tuple(self.choose(*part) for part in parts)
+            if _jaxpr.primitive(eqn).startswith("custom_"):
+                # The products of its rule have the line that calls it.
+                roles = self._roles_of.setdefault(
+                    _jaxpr.source_line(eqn), set()
+                )
+                roles.update(c.role for body in bodies for c in body.products())
             return Choice("", None, operands, bodies)
         if _jaxpr.primitive(eqn) not in ROUNDED:
             return None
         role = self._role(eqn, operands, flags.get(eqn.outvars[0], 0))
         if self.wide_roles:
             is_onward = _direction(eqn, direction) == ONWARD
-            role = self._role_at(
-                eqn, role, is_onward and max(operands) < FRESH
-            )
+            role = self._role_at(eqn, role, is_onward and max(operands) < FRESH)
         if self.is_wide(eqn):
             return Choice("", None, operands)
         if role in self.wide_roles:
             return Choice(role, None, operands)
-        is_gradient = [origin >= FRESH for origin in operands]
-        formats = [
-            GRADIENT[self.format] if fresh else self.format
-            for fresh in is_gradient
-        ]
-        if not any(formats):
-            return Choice(role, None, operands)
-        sides = [Side(format, self.scaling) for format in formats]
-        return Choice(role, (sides[0], sides[1]), operands)
+        side = Side(self.format, self.scaling)
+        lhs, rhs = (
+            side.of_gradient() if origin >= FRESH else side
+            for origin in operands
+        )
+        is_rounded = lhs.format is not None or rhs.format is not None
+        return Choice(role, (lhs, rhs) if is_rounded else None, operands)
 
     def _role(self, eqn: Any, operands: Origins, flags: int) -> str:
         low, high = min(operands), max(operands)
@@ -241,6 +242,8 @@ class Chooser:
             operands = _read(origins, eqn.invars)
             if _jaxpr.has_bodies(eqn):
                 outs = self._outs(eqn, operands, direction)
+            elif _jaxpr.primitive(eqn) == "optimization_barrier":
+                outs = operands
             else:
                 origin = _origin(eqn, operands, _direction(eqn, direction))
                 outs = (origin,) * len(eqn.outvars)
@@ -266,10 +269,7 @@ class Chooser:
     def _entered(
         self, eqn: Any, operands: Origins, direction: int
     ) -> list[tuple[_jaxpr.Jaxpr, Origins]]:
-        """Return the bodies of an equation with the origins of their inputs.
-
-        Carries have those that they have after any number of rounds.
-        """
+        """Return the bodies of an equation with the origins of their inputs."""
         bodies = [body.jaxpr for body in _jaxpr.bodies(eqn)]
         name = _jaxpr.primitive(eqn)
         if name == "cond":
@@ -277,26 +277,37 @@ class Chooser:
         if name == "scan":
             parts = _jaxpr.scan_parts(eqn)
             first, last = parts.consts, parts.consts + parts.carry
-            (body,) = bodies
-        elif name == "while":
-            cond_consts, body_consts = _jaxpr.while_consts(eqn)
-            cond, body = bodies
-            first, last = body_consts, len(body.invars)
-            cond_ins, operands = operands[:cond_consts], operands[cond_consts:]
-        else:
-            return [(body, operands) for body in bodies]
-        ins = operands
-        while True:
-            outs = _read(
-                self._origins_of(body, ins, direction), body.outvars
+            ins = self._after_rounds(
+                bodies[0], operands, first, last, direction
             )
+            return [(bodies[0], ins)]
+        if name == "while":
+            cond_consts, first = _jaxpr.while_consts(eqn)
+            cond, body = bodies
+            ins = self._after_rounds(
+                body, operands[cond_consts:], first, len(body.invars), direction
+            )
+            return [
+                (cond, (*operands[:cond_consts], *ins[first:])),
+                (body, ins),
+            ]
+        return [(body, operands) for body in bodies]
+
+    def _after_rounds(
+        self,
+        body: _jaxpr.Jaxpr,
+        ins: Origins,
+        first: int,
+        last: int,
+        direction: int,
+    ) -> Origins:
+        """Return the origins of a loop's inputs, carries from first to last, in any round."""
+        while True:
+            outs = _read(self._origins_of(body, ins, direction), body.outvars)
             carry = tuple(map(max, ins[first:last], outs))
             if carry == ins[first:last]:
-                break
+                return ins
             ins = (*ins[:first], *carry, *ins[last:])
-        if name == "while":
-            return [(cond, (*cond_ins, *ins[first:])), (body, ins)]
-        return [(body, ins)]
 
     # Backward through a jaxpr: what follows a value.
 
@@ -373,7 +384,9 @@ class Chooser:
         # What a round does to a carry, the next round reads.
         while True:
             flags = self._flags_of(body, ins, outs, direction)
-            again = [flags.get(v, 0) for v in body.invars[first : first + carries]]
+            again = [
+                flags.get(v, 0) for v in body.invars[first : first + carries]
+            ]
             joined = tuple(map(int.__or__, outs[:carries], again))
             if joined == outs[:carries]:
                 break
@@ -392,7 +405,10 @@ def _origin(eqn: Any, operands: Origins, direction: int) -> int:
     if name in table.PRODUCTS:
         return COTANGENT if joined >= FRESH else PRODUCT
     kind = table.kind_of(name)
-    if kind in (table.LAYOUT, table.CONVERT):
+    # A constant of the backward pass is the cotangent of a sum, say.
+    is_constant = not _jaxpr.variables_of(eqn.invars)
+    moves = kind in (table.LAYOUT, table.CONVERT)
+    if moves and not (is_constant and direction == RETURN):
         return joined
     if direction == RETURN:
         return max(joined, FRESH)

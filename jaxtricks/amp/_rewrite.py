@@ -16,7 +16,6 @@ from jax import lax
 
 from jaxtricks import _jaxpr
 from jaxtricks.amp import _precision_table as table
-from jaxtricks.amp import _product8
 from jaxtricks.amp._precision_analysis import (
     FREE,
     FULL,
@@ -27,7 +26,13 @@ from jaxtricks.amp._precision_analysis import (
     State,
     is_full,
 )
+from jaxtricks.amp._product8 import (
+    multiply,
+    policy_of_products,
+    round_once,
+)
 from jaxtricks.amp._product_roles import (
+    AGAIN,
     ANY,
     COTANGENT,
     Choice,
@@ -35,6 +40,7 @@ from jaxtricks.amp._product_roles import (
     Chooser,
     Origins,
 )
+from jaxtricks.amp._rounding8 import Product, Rounded, Side
 
 T = TypeVar("T")
 Read = Callable[[Any, State], Any]
@@ -81,7 +87,7 @@ class Emitter:
         # casts), and the cotangents of a weight's uses add in float32.
         raised: dict[Any, Any] = {}
         compared = _compared_variables(analysis)
-        rounded: dict[Any, _product8.Rounded | None] = {}
+        rounded: dict[Any, Rounded | None] = {}
 
         def read(v: Any, state: State) -> Any:
             if _jaxpr.is_literal(v):
@@ -157,7 +163,7 @@ class Emitter:
         decision: Decision,
         choice: Choice | None,
         read: Read,
-        rounded: dict[Any, _product8.Rounded | None],
+        rounded: dict[Any, Rounded | None],
     ) -> list[Any]:
         if decision.bodies and decision.rebuilt:
             return self._bind_with_bodies(eqn, decision, choice, read)
@@ -193,8 +199,8 @@ class Emitter:
         self,
         eqn: Any,
         operands: Sequence[Any],
-        sides: Sequence[_product8.Side],
-        rounded: dict[Any, _product8.Rounded | None],
+        sides: Sequence[Side],
+        rounded: dict[Any, Rounded | None],
     ) -> Any:
         """Return a product in 8 bits.
 
@@ -202,22 +208,22 @@ class Emitter:
           eqn: the product.
           operands: low.
           sides: how they are rounded.
-          rounded: what is rounded already, which is added to.
+          rounded: {(variable, how): the operand rounded}, which is added to.
         """
-        done = []
-        for i, (v, x, side) in enumerate(
-            zip(eqn.invars, operands, sides, strict=True)
-        ):
-            key = v, side, _product8.scale_axes(eqn, i, side)
-            with eqn.ctx.manager:
-                if _jaxpr.is_literal(v):
-                    done.append(None)
-                    continue
-                if key not in rounded:
-                    rounded[key] = _product8.round_operand(eqn, x, i, side)
-                done.append(rounded[key])
+        product = Product.of(eqn)
+        ready = []
         with eqn.ctx.manager:
-            return _product8.multiply(eqn, operands, sides, done)
+            for i, (v, x, side) in enumerate(
+                zip(eqn.invars, operands, sides, strict=True)
+            ):
+                if _jaxpr.is_literal(v):
+                    ready.append(None)
+                    continue
+                key = v, side, side.scale_axes(product, i, x.ndim)
+                if key not in rounded:
+                    rounded[key] = round_once(product, x, i, side)
+                ready.append(rounded[key])
+            return multiply(product, operands, sides, ready)
 
     def _spread(
         self,
@@ -280,7 +286,11 @@ class Emitter:
                 analyses, _jaxpr.bodies(eqn), chosen, strict=True
             )
         ]
-        return _jaxpr.bind_with_bodies(eqn, operands, new_bodies)
+        changes = {}
+        policy = _jaxpr.params(eqn).get("policy")
+        if name == "checkpoint" and choice is not None and policy is not None:
+            changes["policy"] = policy_of_products(policy)
+        return _jaxpr.bind_with_bodies(eqn, operands, new_bodies, **changes)
 
 
 def _compares(eqn: Any, decision: Decision) -> bool:
@@ -485,16 +495,15 @@ def _rewritten(
         outs = [*outs[:-1], *analysis.outs[len(outs) - 1 :]]
     choices = None
     if emitter.chooser is not None:
-        # What follows a part of a function is not known when it is differentiated.
+        # What follows a part of a function is not known when it is differentiated; the
+        # products that it had before tell their roles.
         followed = [ANY] * len(closed.jaxpr.outvars)
-        choices = emitter.chooser.choose(closed.jaxpr, origins, followed)
+        choices = emitter.chooser.choose(closed.jaxpr, origins, followed, AGAIN)
     results = emitter.run(analysis.leaving(outs), closed.consts, args, choices)
     return results, choices.outs if choices else (0,) * len(results)
 
 
-def _of_call(
-    eqn: Any, choice: Choice | None
-) -> tuple[Choices | None, Origins]:
+def _of_call(eqn: Any, choice: Choice | None) -> tuple[Choices | None, Origins]:
     """Return the choices for the body of a call, and the origins of its operands."""
     if choice is None:
         return None, (0,) * len(eqn.invars)

@@ -1,16 +1,18 @@
 """Store an array in 8 or 4 bits an entry, with a scale per block of one axis.
 
-A code is a small float without an exponent bias: with y = |x| / scale * top, the bits of
-the float32 number y + 1 above those of 1, cut to the mantissa bits below. So codes are
-evenly spaced from 0 to 1, and twice as far apart in each octave above, as in the
-companding of telephony (mu-law, ITU-T G.711). Adding random bits before the cut rounds
-up with the probability of the remainder.
+Codes are roots: with 8 bits and a sign, |x| / scale = (code / 126)^2. So they lie closer
+together near zero, where most entries of a block are, than evenly spaced ones, and
+farther apart than those of a float, whose small exponents few entries use. Between two
+codes, chance decides in proportion to the distances, so that the mean is exact.
 
-| bits | sign | mantissa | octaves | spacing, of the entry | smallest, of the block's largest |
-| 8 | yes | 4 | 8 | 1/32 to 1/16 | 2.7e-4 |
-| 8 | no | 4 | 16 | 1/32 to 1/16 | 1.1e-6 |
-| 4 | yes | 0 | 7 | 1/2 to 1 | 1.6e-2 |
-| 4 | no | 0 | 14 | 1/2 to 1 | 1.2e-4 |
+| bits | sign | level of code k | spacing at 1, 0.1, 0.01 of the largest | smallest |
+| 8 | yes | k^2 | 1/63, 1/20, 1/6 of the entry | 6.3e-5 of it |
+| 8 | no | k^4 | 1/63, 1/36, 1/20 | 2.4e-10 |
+| 4 | yes | (k + 1)^2 - 1 | 1/4, 3/4, all of the entry and more | 4.8e-2 |
+| 4 | no | (k + 1)^2 - 1 | 1/8, 2/5, all | 1.2e-2 |
+
+NaN and infinity have codes too. With 4 bits only a block that holds one spends codes on
+them; the sign of its scale says so.
 """
 
 import functools
@@ -27,8 +29,13 @@ from jaxtricks import _random_bits, _sharding, _tree
 from jaxtricks._typing import Array
 
 BLOCK = 64
-_ONE = 0x3F800000  # the bits of 1.0 in float32
-_MANTISSA = {8: 4, 4: 0}
+# By bits and sign: square roots, and what is added to a code. See _Format.
+_CURVES = {
+    (8, True): (1, 0),
+    (8, False): (2, 0),
+    (4, True): (1, 1),
+    (4, False): (1, 1),
+}
 
 
 class Layout(NamedTuple):
@@ -58,7 +65,8 @@ class BlockCodes:
     Attributes:
       codes: uint8, or int4, shaped as the array.
       scale: bfloat16, shaped as the array with a number per block along that axis: at
-        least the largest finite magnitude of the block.
+        least the largest finite magnitude of the block; with 4 bits negative (or -0) if
+        not all of the block is finite.
       layout: what the two don't say.
     """
 
@@ -68,22 +76,45 @@ class BlockCodes:
 
 
 class _Format(NamedTuple):
-    """A small float: its magnitudes are 0 to `largest`, then those that are not finite."""
+    """Which magnitude a code stands for: (code + offset)^(2^roots), less that of 0."""
 
     magnitude_bits: int
-    shift: int  # mantissa bits of float32 that are cut
-    largest: int
-    top: float  # value of the largest magnitude, before scaling
+    roots: int
+    offset: int
+    reserved: int  # codes of what is not finite
+    on_demand: bool  # only where a block has such entries
+
+    def largest(self, finite: Any) -> Array:
+        """Return the largest code of a number, float32."""
+        every = 2**self.magnitude_bits - 1
+        return jnp.where(finite, every, every - self.reserved).astype(
+            jnp.float32
+        )
+
+    def level(self, code: Array) -> Array:
+        """Return the magnitude of a code, before scaling."""
+        power = code + self.offset
+        for _ in range(self.roots):
+            power *= power
+        return power - self.offset
+
+    def at_most(self, magnitude: Array) -> Array:
+        """Return the code whose level is the next below, or one off where they are equal."""
+        root = magnitude + self.offset
+        for _ in range(self.roots):
+            root = jnp.sqrt(root)
+        return jnp.floor(root) - self.offset
 
 
-@functools.cache
-def _format(bits: int, signed: bool) -> _Format:
-    mantissa, magnitude_bits = _MANTISSA[bits], bits - signed
-    # inf has the code of the largest magnitude; NaN has that of -0, or the one below inf.
-    largest = 2**magnitude_bits - (2 if signed else 3)
-    octave, part = divmod(largest, 2**mantissa)
-    top = 2.0**octave * (1 + part / 2**mantissa) - 1
-    return _Format(magnitude_bits, 23 - mantissa, largest, top)
+def _format(layout: Layout) -> _Format:
+    roots, offset = _CURVES[layout.bits, layout.signed]
+    # inf has the largest code; NaN has that of -0, or the one below inf.
+    reserved = 1 if layout.signed else 2
+    # Of 16 codes one or two are many, of 256 not worth another pass over the block.
+    on_demand = layout.bits == 4
+    return _Format(
+        layout.bits - layout.signed, roots, offset, reserved, on_demand
+    )
 
 
 def is_codes(x: Any) -> bool:
@@ -209,19 +240,26 @@ def _without_seed(layout: Layout) -> Layout:
 def _codes_and_scale(
     x: Array, seed: Any, *, layout: Layout, count: int
 ) -> tuple[Array, Array]:
-    form = _format(layout.bits, layout.signed)
+    form = _format(layout)
     size = math.ceil(layout.length / count)
     x = _split(x.astype(jnp.float32), layout.axis, count, size)
     a = jnp.abs(x)
     largest = jnp.max(
         jnp.where(a < jnp.inf, a, 0), axis=layout.axis, keepdims=True
     )
+    number = a < jnp.inf if layout.signed else (x >= 0) & (a < jnp.inf)
+    finite = form.on_demand and jnp.all(number, axis=layout.axis, keepdims=True)
     scale = _up_to_bfloat16(largest)
     wide = scale.astype(jnp.float32)
     near_one = _near_one(wide)
-    y = a * near_one * (form.top / (jnp.where(wide > 0, wide, 1) * near_one))
-    code = _bits(jnp.minimum(y, form.top) + 1, jnp.int32) - _ONE
-    code = (code + _remainder(seed, x.shape, form.shift)) >> form.shift
+    last = form.largest(finite)
+    top = form.level(last)
+    y = a * near_one * (top / (jnp.where(wide > 0, wide, 1) * near_one))
+    y = jnp.minimum(y, top)
+    code = jnp.minimum(form.at_most(y), last - 1)
+    low, high = form.level(code), form.level(code + 1)
+    up = y - low > _chance(seed, x.shape) * (high - low)
+    code = code.astype(jnp.int32) + up.astype(jnp.int32)
     infinite = 2**form.magnitude_bits - 1
     code = jnp.where(a == jnp.inf, infinite, code)
     if layout.signed:
@@ -232,6 +270,8 @@ def _codes_and_scale(
         # A second moment that is rounded to zero would make a huge step.
         code = jnp.maximum(code, (a > 0).astype(jnp.int32))
         code = jnp.where(x >= 0, code, infinite - 1)
+    if form.on_demand:
+        scale = jnp.where(finite, scale, -scale)
     codes = _join(code, layout.axis)
     codes = jax.lax.slice_in_dim(
         codes, 0, layout.length, axis=layout.axis % codes.ndim
@@ -246,7 +286,7 @@ def _codes_and_scale(
 
 @functools.partial(jax.jit, static_argnames=("layout",), inline=True)
 def _decoded(codes: Array, scale: Array, *, layout: Layout) -> Array:
-    form = _format(layout.bits, layout.signed)
+    form = _format(layout)
     count = scale.shape[layout.axis]
     size = math.ceil(layout.length / count)
     code = codes.astype(jnp.int32)
@@ -255,19 +295,22 @@ def _decoded(codes: Array, scale: Array, *, layout: Layout) -> Array:
     code = _split(code, layout.axis, count, size)
     infinite = 2**form.magnitude_bits - 1
     magnitude = code & infinite
-    y = _bits((magnitude << form.shift) + _ONE, jnp.float32) - 1
     wide = _split(scale, layout.axis, count, 1).astype(jnp.float32)
+    finite = form.on_demand and ~jnp.signbit(wide)
+    wide = jnp.abs(wide)
     near_one = _near_one(wide)
-    a = y * (wide * near_one * (1 / form.top)) * (1 / near_one)
+    unit = wide * near_one / form.level(form.largest(finite))
+    a = form.level(magnitude.astype(jnp.float32)) * unit * (1 / near_one)
     if jnp.finfo(layout.dtype).bits == 16:
         a = jnp.minimum(a, float(jnp.finfo(layout.dtype).max))
-    a = jnp.where(magnitude == infinite, jnp.inf, a)
+    special = jnp.logical_not(finite)
+    a = jnp.where(special & (magnitude == infinite), jnp.inf, a)
     if layout.signed:
         sign = 1 << form.magnitude_bits
         a = jnp.where(code >= sign, -a, a)
         nan = code == sign
     else:
-        nan = magnitude == infinite - 1
+        nan = special & (magnitude == infinite - 1)
     x = _join(jnp.where(nan, jnp.nan, a).astype(layout.dtype), layout.axis)
     return jax.lax.slice_in_dim(x, 0, layout.length, axis=layout.axis % x.ndim)
 
@@ -288,13 +331,13 @@ def _up_to_bfloat16(x: Array) -> Array:
     return _bits(bits.astype(jnp.uint16), jnp.bfloat16)
 
 
-def _remainder(seed: Any, shape: tuple[int, ...], shift: int) -> Array | int:
-    """Return what is added before the cut: random, or half for the nearest."""
+def _chance(seed: Any, shape: tuple[int, ...]) -> Array | float:
+    """Return the share of the way up from which is rounded up: random, or half."""
     if seed is None:
-        return 1 << (shift - 1)
-    chance = (_random_bits.quick_words(seed, shape) >> 16).astype(jnp.int32)
+        return 0.5
+    steps = (_random_bits.quick_words(seed, shape) >> 16).astype(jnp.float32)
     # In the middle of their 2^16 intervals, so that no bias of half a step is left.
-    return (chance << (shift - 16)) + (1 << (shift - 17))
+    return (steps + 0.5) * 2.0**-16
 
 
 def _bits(x: Array, dtype: Any) -> Array:

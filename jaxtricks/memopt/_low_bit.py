@@ -68,10 +68,10 @@ def low_bit(
 
     Arrays of the state that are shaped as their parameter become codes of 8 or 4 bits
     and a bfloat16 scale per block; `update` decodes them, runs the inner
-    transformation, and encodes what it returns. A code is a small float (4 bits of
-    mantissa with 8 bits, none with 4), so the error of an entry is in proportion to the
-    entry: at most 1/16 of it with 8 bits, or all of it with 4, and as much of the
-    smallest magnitude that the block has room for (see `_block_codes`).
+    transformation, and encodes what it returns. A code is a root of the entry, square or
+    fourth, so that codes lie closer together near zero: with 8 bits the error is at most
+    1/63 of the largest entry of a block, 1/20 of one a tenth as large; with 4 bits a
+    quarter of the largest, or most of a smaller one (see `_block_codes`).
 
     Rounding is random, without bias, and a function of step, path and place. NaN and
     infinities come back as they are and do not touch their neighbours. A second moment
