@@ -6,7 +6,8 @@ differ as much as two of float32 would. The arm "float32, nudged" shows how much
 the initial weights, which are rounded to bfloat16 once. float16 has two arms: one with the default loss
 scale, and one whose scale starts so large that the first steps overflow and grows so often that later
 ones do too; what is between them is the price of the skipped steps. `--control` measures that price alone:
-float32 whose steps are skipped at about the same places.
+float32 whose steps are skipped at about the same places. 8 bits have an arm for each way to scale and one
+without the exceptions of the default rules. `amp_carries` trains layers and cells under lax.scan.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import jaxtricks as jt
 from benchmarks import common, image_task, network_arms, networks, text_task
@@ -28,17 +30,31 @@ from jaxtricks.lab.report import hardware
 
 POLICY = "p=f32,c={},o=f32"
 INIT, GROWTH_INTERVAL = 2.0**24, 50  # of the loss scale
+TEXT_SIZE = {
+    "features": 128,
+    "layers": 3,
+}  # most products neither first nor last
 TEXT_RATE = 2e-3  # AdamW's best in `training`
 IMAGE_RATE = (
     0.1  # the batch-norm ResNet's best in `networks` at 32 images a step
 )
 PER_CLASS = {"train": 1000, "validation": 100, "test": 300}
-LOSS_TARGET = 1.01  # of float32's
+LOSS_TARGETS = {
+    "bfloat16": 1.003,
+    "float16": 1.01,
+    "float8": 1.01,
+    "int8": 1.01,
+}
+ALL_PRODUCTS = {"first": "f8", "last": "f8", "attention": "f8"}
 ARMS = (
     "nudged: initial weights rounded to bfloat16 once, the rest float32:\nso much does a ratio vary without "
     f"any 16-bit product. overflows: the loss scale starts at 2^{np.log2(INIT):.0f} and\ndoubles after "
     f"{GROWTH_INTERVAL} clean steps (else 2^15 and 2000); a step that overflows is skipped, and its batch\n"
-    "is lost."
+    "is lost. float8: e4m3fn, for gradients e5m2 (in convolutions e4m3fn); all products: also the first,\n"
+    "the last and those of attention, which run in bfloat16 by default; by rows: a scale for each row, not\n"
+    "for the whole operand. int8: in the forward pass; gradients run in bfloat16. share low: of the\n"
+    "operations of all products, in both passes, those in the compute dtype (`amp.explain`). No layer runs\n"
+    "under lax.scan here; for `scan_carry` see amp_carries.md."
 )
 CONTROL = (
     "steps skipped: float32 without the first 7 steps,\nnor the one after every "
@@ -47,12 +63,16 @@ CONTROL = (
 
 
 class Way(NamedTuple):
-    """How an arm differs from float32: see `text_task.Arm`; `protect` wraps the optimizer."""
+    """How an arm differs from float32: see `text_task.Arm`.
+
+    `protect` wraps the optimizer, and `settings` are those of `amp.explain`; None for what it cannot see.
+    """
 
     name: str
     differentiate: Callable[..., Any] = in_float32
     start: Callable[[Any], Any] = lambda params: params
     protect: Callable[[Any], Any] = lambda tx: tx
+    settings: dict[str, Any] | None = None
 
 
 def ways(control: bool = False) -> list[Way]:
@@ -67,10 +87,27 @@ def ways(control: bool = False) -> list[Way]:
         Way("float32"),
         Way("float32, nudged", start=nudged),
         Way("bfloat16, hand cast", hand_cast),
-        Way("bfloat16, autocast", autocast("bf16")),
-        Way("float16, autocast", autocast("f16"), protect=default),
-        Way("float16, autocast, overflows", autocast("f16"), protect=forced),
+        casting("bfloat16, autocast", "bf16"),
+        casting("float16, autocast", "f16", default),
+        casting("float16, autocast, overflows", "f16", forced),
+        casting("float8, autocast", "f8"),
+        casting("float8, autocast, all products", "f8", rules=ALL_PRODUCTS),
+        casting("float8, autocast, by rows", "f8", scaling="row"),
+        casting("int8, autocast", "i8"),
     ]
+
+
+def casting(
+    name: str,
+    dtype: str,
+    protect: Callable[[Any], Any] = lambda tx: tx,
+    **options: Any,
+) -> Way:
+    """The arm that trains with `amp.autocast`; options are its other arguments."""
+    settings = {"policy": POLICY.format(dtype), **options}
+    return Way(
+        name, autocast(dtype, **options), protect=protect, settings=settings
+    )
 
 
 def skipping(tx: Any) -> Any:
@@ -99,25 +136,40 @@ def hand_cast(
     )
 
 
-def autocast(dtype: str) -> Callable[..., Callable[..., Any]]:
-    """`amp.value_and_grad`, with the loss scale of the optimizer state in float16."""
+def autocast(dtype: str, **options: Any) -> Callable[..., Callable[..., Any]]:
+    """`amp.autocast` inside of grad, with the loss scale of the optimizer state in float16."""
 
     def differentiate(
-        loss: Callable[..., Any], state: Any, **options: Any
+        loss: Callable[..., Any], state: Any, **arguments: Any
     ) -> Callable[..., Any]:
         scale = jt.amp.loss_scale(state) if dtype == "f16" else None
-        return jt.amp.value_and_grad(
-            loss, POLICY.format(dtype), scale=scale, **options
-        )
+        cast = jt.amp.autocast(loss, POLICY.format(dtype), **options)
+        return jt.amp.value_and_grad(cast, scale=scale, **arguments)
 
     return differentiate
+
+
+def shares(
+    compared: list[Way], loss: Callable[..., Any], *args: Any
+) -> dict[str, float | None]:
+    """{arm: share of the operations of all products that run in its compute dtype}."""
+    return {
+        way.name: None
+        if way.settings is None
+        else jt.amp.explain(
+            jax.grad(loss), *args, **way.settings
+        ).share_of_flops()
+        for way in compared
+    }
 
 
 def text_runs(
     compared: list[Way], steps: int, batch: int, seeds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """{arm: figures of every seed} of the transformer."""
-    task, found = text_task.make_task(), {}
+    task, found = text_task.make_task(**TEXT_SIZE), {}
+    windows = text_task.batches(task.train, batch)(0, 0)
+    share = shares(compared, task.loss, task.init(0), windows)
     for way in compared:
         arm = text_task.Arm(
             way.name,
@@ -129,6 +181,7 @@ def text_runs(
         runs = [train(seed, TEXT_RATE) for seed in range(seeds)]
         found[way.name] = [
             {
+                "share": share[way.name],
                 "loss": text_task.tail(r),
                 "validation loss": r.validation,
                 **r.metrics,
@@ -145,6 +198,7 @@ def image_runs(
     task, found = image_task.make_task(data, PER_CLASS), {}
     build = network_arms.resnet(network_arms.batch_norm(batch))
     sgd = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+    share = image_shares(compared, build, task, batch)
     for way in compared:
         arm = image_task.Arm(
             way.name,
@@ -161,7 +215,9 @@ def image_runs(
         found[way.name] = [
             {
                 **r,
+                "share": share[way.name],
                 "loss": np.inf if r["loss"] is None else r["loss"],
+                "test loss": r["test_loss"],
                 "test %": 100 * r["test"],
             }
             for r in runs
@@ -169,16 +225,44 @@ def image_runs(
     return found
 
 
-def table(runs: dict[str, list[dict[str, Any]]], last: str) -> _table.Table:
-    """One row an arm; `last` names the figure beside the training loss."""
-    base, held_base = (
-        column(next(iter(runs.values())), key) for key in ("loss", last)
-    )
+def image_shares(
+    compared: list[Way],
+    build: Callable[..., Any],
+    task: image_task.Task,
+    batch: int,
+) -> dict[str, float | None]:
+    """`shares` of the ResNet."""
+    apply, params, state = jt.nnx.functional(build(nnx.Rngs(0)))
+
+    def loss(params: Any, images: Any, labels: Any) -> Any:
+        logits, _ = apply(params, state, images, train=True)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        return cross_entropy(logits, labels).mean()
+
+    images = jnp.zeros((batch, *task.train.images.shape[1:]))
+    return shares(compared, loss, params, images, jnp.zeros(batch, jnp.int32))
+
+
+def table(
+    runs: dict[str, list[dict[str, Any]]], held: str, *others: str
+) -> _table.Table:
+    """One row an arm.
+
+    Args:
+      runs: figures of every seed.
+      held: name of the loss on data that is not trained on.
+      others: figures beside it.
+    """
+    base = next(iter(runs.values()))
     spread = functools.partial(networks.spread, digits=4)
+    ratios = {
+        name: [column(found, k) / column(base, k) for k in ("loss", held)]
+        for name, found in runs.items()
+    }
     rows, notes = [], []
     for name, found in runs.items():
-        loss, held = column(found, "loss"), column(found, last)
-        ratio = loss / base
+        training, holding = ratios[name]
+        share = found[0]["share"]
         skipped = [
             f"{r['amp/skipped_steps']:.0f}"
             for r in found
@@ -189,32 +273,49 @@ def table(runs: dict[str, list[dict[str, Any]]], last: str) -> _table.Table:
             for r in found
             if "amp/loss_scale" in r
         ]
-        each = ", ".join(f"{r:.4f}" for r in ratio)
         cells = (
-            spread(loss),
-            each,
-            spread(ratio),
-            spread(held),
-            spread(held / held_base),
+            None if share is None else f"{100 * share:.0f} %",
+            spread(column(found, "loss")),
+            ", ".join(f"{r:.4f}" for r in training),
+            spread(training),
+            spread(column(found, held)),
+            spread(holding),
+            *(spread(column(found, other)) for other in others),
         )
         rows.append(
             (name, *cells, ", ".join(skipped) or None, ", ".join(scale) or None)
         )
         if "autocast" in name:
-            met = "met" if ratio.mean() <= LOSS_TARGET else "MISSED"
-            notes.append(
-                f"{name}: training loss at most {LOSS_TARGET} of float32's: {met} "
-                f"(mean {ratio.mean():.4f}, worst seed {ratio.max():.4f})."
-            )
+            notes.append(verdicts(name, ratios, held))
     headers = (
         "arm",
+        "share low",
         "training loss",
         "of float32's, each seed",
         "mean",
-        last,
+        held,
         "of float32's",
+        *others,
     )
     return _table.make((*headers, "skipped steps", "final scale"), rows, notes)
+
+
+def verdicts(name: str, ratios: dict[str, list[np.ndarray]], held: str) -> str:
+    """Whether an arm meets its target on both losses, with the spread of the nudged arm beside."""
+    target = LOSS_TARGETS[name.split(",")[0]]
+    nudged = ratios.get("float32, nudged", [None, None])
+    parts = []
+    for what, ratio, chance in zip(
+        ("training loss", held), ratios[name], nudged, strict=True
+    ):
+        met = "met" if ratio.mean() <= target else "MISSED"
+        beside = (
+            "" if chance is None else f"; nudged {networks.spread(chance, 4)}"
+        )
+        parts.append(
+            f"{what} {met} (mean {ratio.mean():.4f}, worst seed {ratio.max():.4f}{beside})"
+        )
+    return f"{name}, at most {target} of float32's: {', '.join(parts)}."
 
 
 def column(runs: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -224,9 +325,8 @@ def column(runs: list[dict[str, Any]], name: str) -> np.ndarray:
 
 def heading(command: str, given: argparse.Namespace) -> str:
     """What was run, on what, how often."""
-    model = ", ".join(
-        f"{value} {name}" for name, value in text_task.model_settings().items()
-    )
+    sizes = text_task.model_settings() | TEXT_SIZE
+    model = ", ".join(f"{value} {name}" for name, value in sizes.items())
     return (
         f"Training with autocast: `{command}`\n\n{hardware()}.\n\n"
         f"One process, n = {given.seeds} seeds, mean +- sample standard deviation. Training loss: nats, "
@@ -261,8 +361,8 @@ def arguments() -> argparse.Namespace:
         help="float32 with steps skipped, alone",
     )
     sizes = {
-        "text-steps": 250,
-        "text-batch": 4,
+        "text-steps": 300,
+        "text-batch": 8,
         "image-steps": 400,
         "image-batch": 64,
         "seeds": 3,
@@ -284,7 +384,10 @@ def main() -> None:
         f" --out {given.out}" if given.out else ""
     )
     command = f"python -m benchmarks.amp_training --data {given.data.name}{out}"
-    tables = [table(text, "validation loss"), table(images, "test %")]
+    tables = [
+        table(text, "validation loss"),
+        table(images, "test loss", "test %"),
+    ]
     common.publish(tables, heading(command, given), given.out)
 
 

@@ -234,6 +234,7 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
                 )
         last = float(np.mean(losses[-max(1, round(TAIL * arm.steps)) :]))
         validation, validation_loss = quality(carry, task.validation)
+        test, test_loss = quality(carry, task.test)
         found = {
             "seed": seed,
             "rate": rate,
@@ -241,7 +242,8 @@ def trainer(task: Task, arm: Arm) -> Callable[[int, float], dict[str, Any]]:
             "diverged": not last <= math.log(task.classes),
             "validation": validation,
             "validation_loss": validation_loss,
-            "test": accuracy(carry, task.test),
+            "test": test,
+            "test_loss": test_loss,
         }
         found |= {name: float(x) for name, x in jt.metrics(carry[2]).items()}
         if arm.target is not None:

@@ -85,14 +85,24 @@ class Run(NamedTuple):
     metrics: dict[str, float]
 
 
-def make_task() -> Task:
-    """The lab's transformer on Python's help topics, by character."""
+def characters() -> tuple[np.ndarray, int]:
+    """Python's help topics as codes int32 [N], and how many characters differ."""
     text = np.frombuffer(topics().encode("utf-32-le"), np.uint32)
     points, codes = np.unique(text, return_inverse=True)
-    codes, cut = codes.astype(np.int32), len(codes) * 9 // 10
+    return codes.astype(np.int32), len(points)
+
+
+def make_task(**sizes: int) -> Task:
+    """The lab's transformer on Python's help topics, by character.
+
+    Args:
+      sizes: in place of those of `model_settings`.
+    """
+    codes, vocabulary = characters()
+    cut = len(codes) * 9 // 10
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        return Transformer(len(points), **model_settings(), rngs=rngs)
+        return Transformer(vocabulary, **model_settings() | sizes, rngs=rngs)
 
     model = build(nnx.Rngs(0))
     apply, _, state = jt.nnx.functional(model)

@@ -26,7 +26,7 @@ scan_carry="auto" where layers run under lax.scan. `full_precision(fn)` keeps a 
 float32, and `rules={"tanh": "deny"}` a primitive.
 
 When it helps and when not. It saves activation memory and bandwidth on accelerators. On
-CPU it is slower than float32.
+CPU a step is slower, even where one product is faster than in float32.
 
 Cost. Tracing takes longer; compiled products are those of a cast by hand. Figures:
 docs/techniques/amp.md.

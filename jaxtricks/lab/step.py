@@ -34,7 +34,7 @@ _EXAMPLES = 2, 3  # the arguments of the loss that begin with the batch
 # What each trick is for: printed where an ablation finds no gain in accuracy.
 PURPOSE = {
     "echo": "it pays where reading is slower than the step",
-    "amp": "it pays on accelerators; on CPU a bfloat16 product is slower than a float32 one",
+    "amp": "it pays on accelerators; on CPU a step in bfloat16 is slower than in float32",
     "memopt": "it pays in optimizer memory",
     "weightstd": "it pays without batch statistics or with tiny batches",
     "agc": "it pays with large batches and rates",
