@@ -39,7 +39,9 @@ class Task(NamedTuple):
     args: tuple[Any, Any]
     hand: Loss | None = None
     own: tuple[Loss, int] | None = None
-    remade: Callable[[Callable[[Any, Any], Any]], tuple[Loss, Any]] | None = None
+    remade: Callable[[Callable[[Any, Any], Any]], tuple[Loss, Any]] | None = (
+        None
+    )
 
 
 def tasks() -> dict[str, Callable[[], Task]]:
@@ -244,14 +246,18 @@ def _haiku_resnet() -> Task:
         return cross_entropy(logits, batch[1])
 
     def own(params: Any, batch: Any) -> Any:
-        policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
+        policy = jmp.get_policy(
+            "params=float32,compute=bfloat16,output=float32"
+        )
         haiku.mixed_precision.set_policy(haiku.nets.ResNet, policy)
         try:
             return loss(params, batch)
         finally:
             haiku.mixed_precision.clear_policy(haiku.nets.ResNet)
 
-    return Task("conv net", loss, (params, batch), own=(own, 2) if jmp else None)
+    return Task(
+        "conv net", loss, (params, batch), own=(own, 2) if jmp else None
+    )
 
 
 def _mamba2() -> Task:
