@@ -209,6 +209,8 @@ def _qwix_ways(task: Task) -> Iterator[tuple[str, Way]]:
                     without = ", not einsum" if operations else ""
                     yield name + without, Way(loss, params, 8, 4, timed)
                     break
+        # Else the plain model meets what qwix left: see `cache_note`.
+        jax.clear_caches()
 
 
 def _quantized(
@@ -411,6 +413,7 @@ def role_table(found: dict[str, Task]) -> tuple[_table.Table, dict[str, float]]:
         "ends": {"first": "f8", "last": "f8"},
         "all": ALL_ROLES,
     }
+    jax.clear_caches()  # of what qwix left
     rows, least = [], {}
     for name, task in found.items():
         low: dict[str, list[int]] = {}
