@@ -106,7 +106,7 @@ def ways(loss: Fn, hand: Fn) -> dict[str, Fn]:
         "amp.autocast": amp.autocast(loss),
     }
     for name, make in _PEERS.items():
-        with contextlib.suppress(PackageNotFoundError):
+        with contextlib.suppress(ImportError):
             found[f"{name} {version(name)}"] = make(
                 importlib.import_module(name), loss
             )
@@ -189,7 +189,7 @@ def _qwix_ways(task: Task) -> Iterator[tuple[str, Way]]:
     """
     if task.remade is None:
         return
-    with contextlib.suppress(PackageNotFoundError):
+    with contextlib.suppress(ImportError):
         label, qwix = f"qwix {version('qwix')}", importlib.import_module("qwix")
         kinds = {
             f"{label} forward": {"bwd": False, "tensor": False},
