@@ -146,6 +146,14 @@ def precisions(eqn: Any) -> tuple[Any, ...]:
     return precision if isinstance(precision, tuple) else (precision,)
 
 
+def sums_nothing(eqn: Any) -> bool:
+    """Return whether a product has no axis to sum: einsum multiplies entries by it."""
+    if primitive(eqn) != "dot_general":
+        return False
+    contracting, _ = params(eqn)["dimension_numbers"]
+    return not any(contracting) and is_inner_product(eqn)
+
+
 def is_inner_product(eqn: Any) -> bool:
     """Return whether a product has no free axis: each result is one inner product."""
     if primitive(eqn) != "dot_general":

@@ -155,7 +155,7 @@ def explain(
     for step in _steps(traced.analysis, traced.choices):
         eqn, decision, choice, line, rounds = step
         name = _jaxpr.primitive(eqn)
-        if name in table.PRODUCTS:
+        if name in table.PRODUCTS and not _jaxpr.sums_nothing(eqn):
             # Of float32 operands it could run low.
             if any(map(is_full, eqn.invars)):
                 dtype, why = _of_product(eqn, decision, choice, compute, low)

@@ -149,6 +149,8 @@ def classify(
         return DENY, "its function is for operands in float32"
     if name in rules:
         return kind, "rules="
+    if kind == MATMUL and _jaxpr.sums_nothing(eqn):
+        return LOCAL, ""
     if kind == MATMUL:
         why = _why_not_low(eqn, low)
         return (DENY, why) if why else (kind, "")

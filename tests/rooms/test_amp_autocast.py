@@ -444,6 +444,16 @@ def test_explain_says_where_and_why():
     assert (found.casts_down, found.casts_up) == casts
 
 
+def test_what_einsum_multiplies_entry_by_entry_is_no_product():
+    fn = lambda w, x: jnp.einsum("bi,ib->bi", x @ w, (x @ w).T)
+    found = amp.explain(fn, W, X)
+    assert (found.low, found.full) == (2, 0)
+    # The result goes on in the dtype of its operands, as that of `*` does.
+    assert amp.autocast(fn, "p=f32,c=bf16,o=bf16")(W, X).dtype == jnp.bfloat16
+    assert not any(i.primitive == "dot_general" for i in found.islands)
+    np.testing.assert_allclose(amp.autocast(fn)(W, X), (X @ W) ** 2, rtol=0.05, atol=0.05)
+
+
 def test_explain_names_the_silent_cases():
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (W, X))
     (note,) = amp.explain(lambda w, x: x @ w, *low).notes
