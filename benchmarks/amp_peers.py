@@ -26,7 +26,7 @@ from benchmarks import common, public_models
 from benchmarks import language_model as lm
 from benchmarks.public_models import Task
 from jaxtricks import _compat, _dtypes, _flops, _jaxpr, _table, _tree, amp
-from jaxtricks.amp._product8 import operand_formats, product8_p
+from jaxtricks.amp._product8 import multiplied_formats, product8_p
 
 SIZE = lm.Size(layers=2, width=64, heads=2, length=32, batch=4, vocabulary=128)
 HEADERS = (
@@ -369,7 +369,7 @@ def _operations(jaxpr: Any) -> Counter[Any]:
                 invars=eqn.invars[:2],
                 outvars=eqn.outvars,
             )
-            formats = operand_formats(product, *sides) or operands
+            formats = multiplied_formats(product, sides) or operands
             counts[formats] += _flops.eqn_flops(plain)
         rounds = _jaxpr.scan_parts(eqn).length if name == "scan" else 1
         inner = (
@@ -384,7 +384,7 @@ def _operations(jaxpr: Any) -> Counter[Any]:
 
 
 def _sides(eqn: Any) -> tuple[Any, Any]:
-    return eqn.params["lhs"], eqn.params["rhs"]
+    return eqn.params["sides"]
 
 
 def low_operations(counts: Counter[Any], bits: int) -> int:

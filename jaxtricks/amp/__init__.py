@@ -21,9 +21,8 @@ the first, the last and attention stay in bfloat16. With float16, three lines ch
 `dynamic_loss_scale`, the outermost transformation, divides. A flax.nnx module whose
 statistics change goes through `jt.nnx.autocast`.
 
-Settings to start from. bfloat16 without scaling on TPU and recent GPUs. Set
-scan_carry="auto" where layers run under lax.scan. `full_precision(fn)` keeps a part in
-float32, and `rules={"tanh": "deny"}` a primitive.
+Settings to start from. bfloat16 without scaling on TPU and recent GPUs.
+`full_precision(fn)` keeps a part in float32, and `rules={"tanh": "deny"}` a primitive.
 
 When it helps and when not. It saves activation memory and bandwidth on accelerators. On
 CPU a step is slower, even where one product is faster than in float32.

@@ -35,7 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Rules = Mapping[str, str]
 """{primitive: class in `_precision_table`; role or source line of products: dtype}."""
-ScanCarry = Literal["keep", "auto"]
+ScanCarry = Literal["layers", "auto", "keep"]
 
 DEFAULT = "p=f32,c=bf16,o=f32"
 
@@ -46,7 +46,7 @@ def autocast(
     policy: Policy | str = DEFAULT,
     *,
     rules: Rules | None = None,
-    scan_carry: ScanCarry = "keep",
+    scan_carry: ScanCarry = "layers",
     scaling: Scaling = "tensor",
 ) -> Callable[P, R]:
     """Run the products of fn in the compute dtype, its sensitive operations in float32.
@@ -79,9 +79,9 @@ def autocast(
         follows) and "attention" (of activations, under batch axes); and {pattern:
         "bf16"} for products whose source line, as `explain` prints it, has the regular
         expression in it, e.g. {r"model.py:12": "bf16"}.
-      scan_carry: "keep" holds float32 carries of lax.scan in float32. "auto" lowers
-        those that a product sees and that come out low (the activations of layers under
-        a scan, not an accumulator).
+      scan_carry: which float32 carries of lax.scan are lowered. "layers": the
+        activations of layers whose kernels are scanned. "auto": whatever a product sees
+        and that comes out low, states of recurrent networks too. "keep": none.
       scaling: which entries share a scale in 8 bits: "tensor" (all; under vmap and for
         batch axes of a product, each index has its own), "row" (those that one result
         sums), "block32" (32 of these, as in the MX formats: rounded so and multiplied
@@ -198,9 +198,10 @@ class Settings(NamedTuple):
         }
         _check_product_rules(products, policy)
         rules = {k: v for k, v in (rules or {}).items() if k not in products}
-        if scan_carry not in ("keep", "auto"):
+        if scan_carry not in ("layers", "auto", "keep"):
             raise ValueError(
-                f"amp.autocast: `scan_carry` is {scan_carry!r}; use 'keep' or 'auto'"
+                f"amp.autocast: `scan_carry` is {scan_carry!r}; use 'layers', "
+                "'auto' or 'keep'"
             )
         return cls(policy, check_rules(rules), products, scan_carry, scaling)
 

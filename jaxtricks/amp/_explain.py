@@ -122,7 +122,7 @@ def explain(
     *args: Any,
     policy: Policy | str = DEFAULT,
     rules: Rules | None = None,
-    scan_carry: ScanCarry = "keep",
+    scan_carry: ScanCarry = "layers",
     scaling: Scaling = "tensor",
 ) -> Explanation:
     """Explain what `autocast` with the same settings does to fn(*args).

@@ -97,9 +97,9 @@ class Analyzer:
     Args:
       low: the compute dtype.
       rules: the caller's rows of the table.
-      scan_carry: "keep" holds float32 carries of a scan in float32; "auto" lowers those
-        that feed a matrix product (or a sensitive operation) and come out low:
-        activations, not accumulators.
+      scan_carry: "keep" holds float32 carries of a scan in float32. The others lower
+        those that come out low and feed, for "layers", a product with a slice of what
+        is scanned; for "auto", any product or sensitive operation.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Analyzer:
         first, last = parts.consts, parts.consts + parts.carry
         carries = jaxpr.invars[first:last]
         may_lower = [
-            self._may_lower(jaxpr, v, s)
+            self._may_lower(jaxpr, v, s, jaxpr.invars[last:])
             for v, s in zip(carries, ins[first:last], strict=True)
         ]
         stacked = [False] * (len(jaxpr.outvars) - len(carries))
@@ -268,13 +268,13 @@ class Analyzer:
         jaxpr: _jaxpr.Jaxpr,
         carry: Any,
         state: State,
+        slices: Sequence[Any],
     ) -> bool:
-        return (
-            self.scan_carry == "auto"
-            and is_full(carry)
-            and state != FULL
-            and self._feeds_compute(jaxpr, carry)
-        )
+        if self.scan_carry == "keep" or not is_full(carry) or state == FULL:
+            return False
+        if self.scan_carry == "layers":
+            return _meets_layers(jaxpr, {carry}, set(slices))
+        return self._feeds_compute(jaxpr, carry)
 
     def _feeds_compute(
         self,
@@ -385,6 +385,59 @@ class Analyzer:
             full = [is_demanded for v, is_demanded in results if is_full(v)]
             return [all(full)] * n if full else None
         return [kind != MATMUL] * n
+
+
+def _meets_layers(
+    jaxpr: _jaxpr.Jaxpr, carried: set[Any], sliced: set[Any]
+) -> bool:
+    """Return whether a product multiplies a carry with the slice of a stack of kernels.
+
+    Then the carry is what layers pass on. The state of a recurrent network meets the
+    same kernel in every round, and an accumulator none: over many rounds, both would
+    lose what is small beside them. Queries that meet such a state have batch axes, or
+    only the axis that is summed.
+
+    Args:
+      jaxpr: the body.
+      carried: the carry, to which is added what is computed from it.
+      sliced: slices of what is scanned, likewise.
+    """
+    for eqn in jaxpr.eqns:
+        operands = _jaxpr.variables_of(eqn.invars)
+        name = _jaxpr.primitive(eqn)
+        if name in ("dot_general", "conv_general_dilated"):
+            for i in range(2):
+                kernel, other = eqn.invars[i], eqn.invars[1 - i]
+                meets = _is_in(kernel, sliced) and _is_in(other, carried)
+                if meets and _is_kernel(eqn, i):
+                    return True
+        if name in _jaxpr.CALLS:
+            (body,) = _open_bodies(eqn)
+            pairs = list(zip(body.invars, eqn.invars, strict=True))
+            inner = [
+                {inside for inside, v in pairs if _is_in(v, outer)}
+                for outer in (carried, sliced)
+            ]
+            if _meets_layers(body, *inner):
+                return True
+        if any(v in carried for v in operands):
+            carried.update(eqn.outvars)
+        elif any(v in sliced for v in operands):
+            sliced.update(eqn.outvars)
+    return False
+
+
+def _is_kernel(eqn: Any, which: int) -> bool:
+    """Return whether an operand of a product has axes like a kernel: in, out, no batch."""
+    if _jaxpr.primitive(eqn) != "dot_general":
+        return True
+    contracting, batch = _jaxpr.params(eqn)["dimension_numbers"]
+    rank = eqn.invars[which].aval.ndim
+    return not batch[0] and rank > len(contracting[which])
+
+
+def _is_in(v: Any, variables: set[Any]) -> bool:
+    return not _jaxpr.is_literal(v) and v in variables
 
 
 def _open_bodies(eqn: Any) -> list[_jaxpr.Jaxpr]:

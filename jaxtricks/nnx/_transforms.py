@@ -54,7 +54,7 @@ def autocast(
     policy: amp.Policy | str = "p=f32,c=bf16,o=f32",
     *,
     rules: Mapping[str, str] | None = None,
-    scan_carry: Literal["keep", "auto"] = "keep",
+    scan_carry: Literal["layers", "auto", "keep"] = "layers",
     scaling: Literal["tensor", "row", "block32"] = "tensor",
 ) -> Fn:
     """Return `amp.autocast` of a module, or of a function with modules as arguments.

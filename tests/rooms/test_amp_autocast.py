@@ -139,7 +139,27 @@ def test_scan_carries():
         (eqn,) = [e for e in _jaxpr.walk(jaxpr) if e.primitive.name == "scan"]
         return [v.aval.dtype.name for v in eqn.outvars[: _compat.scan_parts(eqn).carry]]
 
-    assert carry(layers, W, X) == ["float32"]
+    def recurrent_state(w, xs):
+        """Linear attention: a sum of outer products, which queries read."""
+
+        def step(state, x):
+            return state + x[:, None] * x[None], jnp.einsum("i,ij->j", x, state)
+
+        return lax.scan(step, jnp.zeros_like(w), xs)[1]
+
+    def stack(w, x, wrap=lambda f: f):
+        """Layers, whose kernels are scanned."""
+        body = wrap(lambda x, w: (x + jnp.tanh(x @ w), None))
+        return lax.scan(body, x, jnp.stack([w, w]))[0].sum()
+
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        assert carry(functools.partial(stack, wrap=wrap), W, X) == ["bfloat16"]
+    backward = jax.make_jaxpr(amp.autocast(jax.grad(stack)))(W, X).jaxpr
+    scans = [e for e in _jaxpr.walk(backward) if e.primitive.name == "scan"]
+    assert [e.outvars[0].aval.dtype.name for e in scans] == ["bfloat16"] * 2
+    assert carry(stack, W, X, scan_carry="keep") == ["float32"]
+    assert carry(recurrent_state, W, X) == ["float32"]
+    assert carry(layers, W, X) == ["float32"]  # one kernel in all rounds
     assert carry(layers, W, X, scan_carry="auto") == ["bfloat16"]
     assert carry(accumulate, W, X[:, None]) == ["float32"]
     assert carry(accumulate, W, X[:, None], scan_carry="auto") == ["float32"]

@@ -49,7 +49,7 @@ def test_traffic_with_hbm():
     ("form", "way", "limit"),
     [
         ("scan", "grad(autocast)", 1.03),
-        ("remat", "grad(autocast), auto carry", 1.03),
+        ("remat", "grad(autocast)", 1.03),
         ("unrolled", "grad(autocast)", 1.10),
     ],
 )
