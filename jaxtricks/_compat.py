@@ -8,7 +8,7 @@ equations through `_jaxpr`, which builds on this module (tests/ground/test_compa
 import contextlib
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 NEWEST_TESTED = "0.12.0.1"
 """The newest jax that the suite was run on."""
@@ -317,6 +318,80 @@ def shard_map_arguments(eqn: Any) -> dict[str, Any]:
         )
     except KeyError as error:
         raise _unknown_layout(eqn) from error
+
+
+# Primitives of our own, and the rules of those of jax.
+
+
+def new_primitive(
+    name: str,
+    run: Callable[..., Any],
+    type_of: Callable[..., Any],
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+) -> Any:
+    """Return a primitive with one result.
+
+    Args:
+      name: of it.
+      run: (*operands, **params) -> result, which is traced when it is compiled.
+      type_of: likewise, of types.
+      jvp: (primals, tangents, **params) -> (result, its tangent); see `is_zero`.
+      transpose: (cotangent, *operands, **params) -> a cotangent or None per operand;
+        see `is_linear`.
+      batch: (operands, axes, **params) -> (result, its axis).
+    """
+    primitive = core.Primitive(name)
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(type_of)
+    mlir.register_lowering(
+        primitive, mlir.lower_fun(run, multiple_results=False)
+    )
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def is_zero(tangent: Any) -> bool:
+    """Return whether a tangent or a cotangent is known to be zero."""
+    return isinstance(tangent, ad.Zero)
+
+
+def zero_tangent(x: Any) -> Any:
+    """Return the zero that `is_zero` knows, for an array."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def is_linear(operand: Any) -> bool:
+    """Return whether it is the operand that a rule for transposition is asked for."""
+    return ad.is_undefined_primal(operand)
+
+
+def transposed(
+    primitive: Any,
+    params: Mapping[str, Any],
+    cotangent: Any,
+    operands: Sequence[Any],
+    linear: int,
+) -> Any:
+    """Return the cotangent of an operand of a primitive of jax.
+
+    Args:
+      primitive, params: what is transposed.
+      cotangent: of its result.
+      operands: of it.
+      linear: which of them; of that, only the type is read.
+    """
+    inputs = list(operands)
+    inputs[linear] = ad.UndefinedPrimal(_type_of(operands[linear]))
+    rule = ad.get_primitive_transpose(primitive)
+    return rule(cotangent, *inputs, **params)[linear]
+
+
+def _type_of(operand: Any) -> Any:
+    return operand.aval if is_linear(operand) else jax.typeof(operand)
 
 
 def _unknown_layout(eqn: Any) -> NotImplementedError:

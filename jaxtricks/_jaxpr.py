@@ -140,6 +140,21 @@ def function_name(eqn: Any) -> str | None:
     return params(eqn).get("name")
 
 
+def policy_of(eqn: Any) -> Any:
+    """Return the policy of a checkpoint; None where there is none."""
+    return params(eqn).get("policy")
+
+
+def primitive_and_params(eqn: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Return what computes an equation without bodies, to bind it anew."""
+    return eqn.primitive, eqn.params
+
+
+def dimension_numbers(eqn: Any) -> Any:
+    """Return which axes a product sums, and which of its operands go together."""
+    return params(eqn)["dimension_numbers"]
+
+
 def precisions(eqn: Any) -> tuple[Any, ...]:
     """Return the `precision=` of a product, of both operands where they differ."""
     precision = params(eqn).get("precision")

@@ -431,7 +431,7 @@ def _is_kernel(eqn: Any, which: int) -> bool:
     """Return whether an operand of a product has axes like a kernel: in, out, no batch."""
     if _jaxpr.primitive(eqn) != "dot_general":
         return True
-    contracting, batch = _jaxpr.params(eqn)["dimension_numbers"]
+    contracting, batch = _jaxpr.dimension_numbers(eqn)
     rank = eqn.invars[which].aval.ndim
     return not batch[0] and rank > len(contracting[which])
 

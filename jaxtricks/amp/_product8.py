@@ -16,10 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
-from jaxtricks import _jaxpr
+from jaxtricks import _compat, _jaxpr
 from jaxtricks._typing import Array
 from jaxtricks.amp._rounding8 import (
     E4M3,
@@ -32,7 +30,6 @@ from jaxtricks.amp._rounding8 import (
     rounded_in_blocks,
 )
 
-product8_p = Primitive("product8")
 ROUNDED = frozenset({"dot_general", "conv_general_dilated"})
 """Products that can run in 8 bits."""
 
@@ -167,16 +164,8 @@ def _unpacked(
 
 # The rules of the primitive.
 
-_jitted = jax.jit(_multiply, static_argnames=("product", "sides", "ready"))
 
-
-@product8_p.def_impl
-def _impl(*args: Array, **params: Any) -> Array:
-    return _jitted(*args, **params)
-
-
-@product8_p.def_abstract_eval
-def _abstract_eval(a: Any, b: Any, *_: Any, product: Product, **__: Any) -> Any:
+def _type_of(a: Any, b: Any, *_: Any, product: Product, **__: Any) -> Any:
     aval, _ = product.primitive.abstract_eval(a, b, **dict(product.params))
     return aval
 
@@ -193,7 +182,7 @@ def _jvp(
     out = multiply(product, operands, sides, saved)
     rates = []
     for i in range(2):
-        if isinstance(tangents[i], ad.Zero):
+        if _compat.is_zero(tangents[i]):
             continue
         new_operands, new_sides, new_saved = (
             list(operands),
@@ -205,8 +194,8 @@ def _jvp(
         new_saved[i] = None
         rates.append(multiply(product, new_operands, new_sides, new_saved))
     if not rates:
-        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
-    return out, functools.reduce(ad.add_jaxvals, rates)
+        return out, _compat.zero_tangent(out)
+    return out, functools.reduce(lax.add, rates)
 
 
 def _transpose(
@@ -217,17 +206,18 @@ def _transpose(
     ready: tuple[bool, bool],
 ) -> list[Any]:
     gradients: list[Any] = [None] * len(args)
-    if isinstance(cotangent, ad.Zero):
+    if _compat.is_zero(cotangent):
         return gradients
     operands, saved = _unpacked(args, ready)
-    linear = 0 if ad.is_undefined_primal(operands[0]) else 1
+    linear = 0 if _compat.is_linear(operands[0]) else 1
     fixed = 1 - linear
-    rule = ad.get_primitive_transpose(product.primitive)
 
     def plain(cotangent: Any, factor: Any) -> Any:
-        inputs = [factor, factor]
-        inputs[linear] = ad.UndefinedPrimal(operands[linear].aval)
-        return rule(cotangent, *inputs, **dict(product.params))[linear]
+        inputs = list(operands)
+        inputs[fixed] = factor
+        return _compat.transposed(
+            product.primitive, dict(product.params), cotangent, inputs, linear
+        )
 
     side = dataclasses.replace(sides[fixed], apart=())
     gradients[linear] = _in_8_bits(
@@ -286,9 +276,11 @@ def _in_8_bits(
     for eqn in jaxpr.eqns:
         operands = _jaxpr.read_values(eqn.invars, values)
         variables = [v for v in _jaxpr.variables_of(eqn.invars) if v in side_of]
-        if eqn.primitive.name in ROUNDED:
+        if _jaxpr.primitive(eqn) in ROUNDED:
             new_sides = [
-                side_of[v] if v in jaxpr.invars else _merged(eqn, side_of[v], i)
+                side_of[v]
+                if v in jaxpr.invars
+                else _merged(Product.of(eqn), side_of[v], i)
                 for i, v in enumerate(variables)
             ]
             done = [saved_of[v] for v in variables]
@@ -313,23 +305,27 @@ def _moved(eqn: Any, saved: Rounded | None) -> Rounded | None:
     return Rounded(values, saved.step.reshape((1,) * values.ndim))
 
 
-def _merged(eqn: Any, side: Side, which: int) -> Side:
+def _merged(product: Product, side: Side, which: int) -> Side:
     """Return how an operand is rounded whose mapped axis vmap merged with another."""
     apart: tuple[int, ...] = ()
-    if eqn.primitive.name == "conv_general_dilated" and side.apart:
-        numbers = eqn.params["dimension_numbers"]
-        is_grouped = eqn.params["feature_group_count"] > 1
-        # It went into the batch of the input or the features of the kernel, which the
-        # result has as well. Or, if both were mapped, into the groups of the input,
-        # which share a scale.
-        if which or not is_grouped:
-            apart = ((numbers.rhs_spec if which else numbers.lhs_spec)[0],)
+    # It went into the batch of the input or the features of the kernel, which the
+    # result has as well. Or, if both were mapped, into the groups of the input, which
+    # share a scale.
+    shares = product.is_dot or (product.is_grouped and not which)
+    if side.apart and not shares:
+        apart = (product.kept_axis(which),)
     return dataclasses.replace(side, apart=apart)
 
 
-mlir.register_lowering(
-    product8_p, mlir.lower_fun(_multiply, multiple_results=False)
+product8_p = _compat.new_primitive(
+    "product8",
+    jax.jit(
+        _multiply,
+        static_argnames=("product", "sides", "ready"),
+        inline=True,
+    ),
+    type_of=_type_of,
+    jvp=_jvp,
+    transpose=_transpose,
+    batch=_batch,
 )
-ad.primitive_jvps[product8_p] = _jvp
-ad.primitive_transposes[product8_p] = _transpose
-batching.primitive_batchers[product8_p] = _batch

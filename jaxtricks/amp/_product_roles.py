@@ -193,7 +193,7 @@ class Chooser:
     def _role(self, eqn: Any, operands: Origins, flags: int) -> str:
         low, high = min(operands), max(operands)
         is_batched = _jaxpr.primitive(eqn) == "dot_general" and any(
-            _jaxpr.params(eqn)["dimension_numbers"][1]
+            _jaxpr.dimension_numbers(eqn)[1]
         )
         if high >= FRESH:
             if high == FRESH:

@@ -287,7 +287,7 @@ class Emitter:
             )
         ]
         changes = {}
-        policy = _jaxpr.params(eqn).get("policy")
+        policy = _jaxpr.policy_of(eqn)
         if name == "checkpoint" and choice is not None and policy is not None:
             changes["policy"] = policy_of_products(policy)
         return _jaxpr.bind_with_bodies(eqn, operands, new_bodies, **changes)

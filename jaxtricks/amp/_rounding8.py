@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtricks import _tree
+from jaxtricks import _jaxpr, _tree
 from jaxtricks._typing import Array
 
 Scaling = Literal["tensor", "row", "block32"]
@@ -49,8 +49,9 @@ class Product:
     @classmethod
     def of(cls, eqn: Any) -> "Product":
         """Return the product that an equation computes."""
-        params = {**eqn.params, "preferred_element_type": None}
-        return cls(eqn.primitive, tuple(sorted(params.items())))
+        primitive, params = _jaxpr.primitive_and_params(eqn)
+        params = {**params, "preferred_element_type": None}
+        return cls(primitive, tuple(sorted(params.items())))
 
     def __call__(self, a: Array, b: Array, dtype: Any = None) -> Array:
         """Multiply a and b; the result has the dtype, or theirs."""
@@ -61,6 +62,16 @@ class Product:
     def is_dot(self) -> bool:
         """Whether it is a product of matrices."""
         return self.primitive.name == "dot_general"
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is a convolution in groups."""
+        return dict(self.params).get("feature_group_count", 1) > 1
+
+    def kept_axis(self, which: int) -> int:
+        """Return the axis of an operand of a convolution that the result has too."""
+        numbers = dict(self.params)["dimension_numbers"]
+        return (numbers.rhs_spec if which else numbers.lhs_spec)[0]
 
     def summed_axes(self, which: int) -> tuple[int, ...]:
         """Return the axes of an operand along which one result reads it."""
@@ -90,8 +101,7 @@ class Product:
             axes = [*batch, *free]
             places = [*range(len(batch)), *range(first, first + len(free))]
         else:
-            spec = numbers.rhs_spec if which else numbers.lhs_spec
-            axes, places = [spec[0]], [numbers.out_spec[which]]
+            axes, places = [self.kept_axis(which)], [numbers.out_spec[which]]
         shape = [1] * rank
         for axis, place in zip(axes, places, strict=True):
             shape[place] = step.shape[axis]

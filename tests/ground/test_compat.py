@@ -225,6 +225,7 @@ READERS = ("_compat.py", "_jaxpr.py", "_flops.py")
 # What other modules may use of `_compat`: nothing about equations.
 OF_COMPAT = {"enable_x64", "varying", "weakly_typed", "distributed_state"}
 OF_COMPAT |= {"has_host_memory", "in_host_memory", "in_device_memory"}
+OF_COMPAT |= {"new_primitive", "is_zero", "zero_tangent", "is_linear", "transposed"}
 
 
 def names_of(node):

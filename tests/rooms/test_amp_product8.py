@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtricks import _jaxpr, amp, remat
 from jaxtricks.amp import _rounding8
+from jaxtricks.remat import _recompute
 
 from tests import zoo
 
@@ -254,6 +255,9 @@ def test_a_recomputed_product_has_the_role_of_the_first_time():
 
 def test_rules_of_the_user_have_the_roles_of_the_first_time():
     # recompute_grad runs the function again in the backward rule of a custom_vjp.
+    if not _recompute.barriers_hold():
+        pytest.skip("what ties the second run to the gradient looks like a part of it here")
+
     def head(layers, x):
         x = x @ layers[0]
         x = jnp.tanh(x @ layers[1])
