@@ -163,17 +163,14 @@ def precisions(eqn: Any) -> tuple[Any, ...]:
 
 def sums_nothing(eqn: Any) -> bool:
     """Return whether a product has no axis to sum: einsum multiplies entries by it."""
-    if primitive(eqn) != "dot_general":
-        return False
-    contracting, _ = params(eqn)["dimension_numbers"]
-    return not any(contracting) and is_inner_product(eqn)
+    return is_inner_product(eqn) and not any(dimension_numbers(eqn)[0])
 
 
 def is_inner_product(eqn: Any) -> bool:
     """Return whether a product has no free axis: each result is one inner product."""
     if primitive(eqn) != "dot_general":
         return False
-    contracting, batch = params(eqn)["dimension_numbers"]
+    contracting, batch = dimension_numbers(eqn)
     operands = zip(
         eqn.invars,
         contracting,

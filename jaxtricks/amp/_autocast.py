@@ -63,9 +63,9 @@ def autocast(
     With "p=f32,c=f8,o=f32" the rest runs as with bfloat16, and products round their
     operands to float8_e4m3fn, cotangents to float8_e5m2 (in convolutions, whose operands
     have one dtype, to float8_e4m3fn), and add in float32. Scales are powers of two,
-    computed in the step from the largest finite magnitude; there is no state. "c=i8"
-    rounds the operands to int8, for training that is aware of quantization: gradients
-    pass straight through, in bfloat16.
+    taken from the largest finite magnitude in every step; there is no state. "c=i8"
+    rounds the operands to int8, for quantization-aware training: gradients pass straight
+    through, in bfloat16.
 
     Args:
       fn: any function of pytrees, traced as jax.jit would; leaves that are not
@@ -233,10 +233,11 @@ class Settings(NamedTuple):
         )
 
     def _chooser(self) -> Chooser | None:
-        if self.policy.arrays == self.policy.compute:
+        if not self.policy.has_8_bits:
             return None
-        wide = {role for role in ROLES if role not in self.products}
-        wide |= {role for role in ROLES if self.products.get(role) == "bf16"}
+        wide = {
+            role for role in ROLES if self.products.get(role, "bf16") == "bf16"
+        }
         patterns = [
             re.compile(key) for key in self.products if key not in ROLES
         ]
@@ -288,7 +289,7 @@ def _is_of_products(key: str) -> bool:
 
 
 def _check_product_rules(products: Mapping[str, str], policy: Policy) -> None:
-    if products and policy.arrays == policy.compute:
+    if products and not policy.has_8_bits:
         raise ValueError(
             f"amp.autocast: `rules` has {next(iter(products))!r}, which is for "
             'products in 8 bits; compute in them ("c=f8") or name a primitive'

@@ -22,8 +22,13 @@ from jaxtricks.amp._precision_analysis import (
     Decision,
     is_full,
 )
-from jaxtricks.amp._product8 import ROUNDED, multiplied_formats
-from jaxtricks.amp._product_roles import Choice, Choices
+from jaxtricks.amp._product8 import multiplied_formats
+from jaxtricks.amp._product_roles import (
+    Choice,
+    Choices,
+    of_bodies,
+    of_eqns,
+)
 from jaxtricks.amp._rewrite import Emitter
 from jaxtricks.amp._rounding8 import Product, Scaling, round_to_8_bits
 
@@ -217,14 +222,15 @@ def _steps(
 
     Equations of a library have the line that called it.
     """
-    eqns = analysis.jaxpr.eqns
-    chosen = choices.eqns if choices else (None,) * len(eqns)
     for eqn, decision, choice in zip(
-        eqns, analysis.decisions, chosen, strict=True
+        analysis.jaxpr.eqns,
+        analysis.decisions,
+        of_eqns(choices, analysis.jaxpr),
+        strict=True,
     ):
         line = _jaxpr.source_line(eqn) or outer
         yield _Step(eqn, decision, choice, line, rounds)
-        bodies = choice.bodies if choice else (None,) * len(decision.bodies)
+        bodies = of_bodies(choice, len(decision.bodies))
         inner = rounds
         if _jaxpr.primitive(eqn) == "scan":
             inner *= _jaxpr.scan_parts(eqn).length
@@ -253,9 +259,7 @@ def _of_product(
     if compute == low.name:
         return compute, ""
     if choice is None:
-        name = _jaxpr.primitive(eqn)
-        is_rounded = name in ROUNDED
-        return low.name, "" if is_rounded else f"8 bits are not for {name}"
+        return low.name, f"8 bits are not for {_jaxpr.primitive(eqn)}"
     if choice.sides is None:
         return low.name, _WHY_HALF.get(choice.role, "rules=")
     if multiplied_formats(Product.of(eqn), choice.sides):
@@ -329,7 +333,7 @@ def _casts(
             dtypes = tuple(v.aval.dtype for v in variables)
             if dtypes in directions:
                 counts[directions[dtypes]] += 1
-        # To round an operand to 8 bits is no cast between these two.
+        # Rounding to 8 bits goes by float32, which is not a cast of autocast.
         elif _jaxpr.function_name(eqn) != _ROUNDING:
             for inner in _jaxpr.sub_jaxprs(eqn):
                 counts += _casts(inner, low)

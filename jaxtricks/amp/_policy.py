@@ -123,6 +123,11 @@ class Policy:
         return cls(param, compute, output)
 
     @property
+    def has_8_bits(self) -> bool:
+        """Whether it is for `autocast` alone, which rounds the operands of products."""
+        return self.arrays != self.compute
+
+    @property
     def arrays(self) -> Any:
         """The dtype of arrays between operations: compute, or bfloat16 where that has 8 bits."""
         return _of_arrays(self.compute)
@@ -181,7 +186,7 @@ def with_policy(
       dtype('float32')
     """
     policy = as_policy(policy)
-    if policy.arrays != policy.compute:
+    if policy.has_8_bits:
         raise ValueError(
             f"amp.with_policy: the policy computes in {policy.compute}, which "
             "needs scales; use amp.autocast"

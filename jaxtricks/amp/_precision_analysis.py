@@ -28,6 +28,7 @@ from jaxtricks.amp._precision_table import (
     LOCAL,
     MATMUL,
     OPAQUE,
+    ROUNDED,
     WIDE,
     classify,
 )
@@ -405,7 +406,7 @@ def _meets_layers(
     for eqn in jaxpr.eqns:
         operands = _jaxpr.variables_of(eqn.invars)
         name = _jaxpr.primitive(eqn)
-        if name in ("dot_general", "conv_general_dilated"):
+        if name in ROUNDED:
             for i in range(2):
                 kernel, other = eqn.invars[i], eqn.invars[1 - i]
                 meets = _is_in(kernel, sliced) and _is_in(other, carried)

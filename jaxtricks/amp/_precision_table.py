@@ -95,6 +95,8 @@ CHOICES = frozenset(
 _LOWEST = (None, lax.Precision.DEFAULT, lax.DotAlgorithmPreset.DEFAULT)
 
 PRODUCTS = frozenset(TABLE[MATMUL].split())
+ROUNDED = frozenset({"dot_general", "conv_general_dilated"})
+"""Products that can run in 8 bits."""
 _CLASS = {name: kind for kind, names in TABLE.items() for name in names.split()}
 
 

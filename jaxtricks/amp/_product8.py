@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxtricks import _compat, _jaxpr
 from jaxtricks._typing import Array
+from jaxtricks.amp._precision_table import ROUNDED
 from jaxtricks.amp._rounding8 import (
     E4M3,
     FORMATS,
@@ -29,9 +30,6 @@ from jaxtricks.amp._rounding8 import (
     rounded,
     rounded_in_blocks,
 )
-
-ROUNDED = frozenset({"dot_general", "conv_general_dilated"})
-"""Products that can run in 8 bits."""
 
 
 def multiply(
@@ -73,9 +71,9 @@ def round_once(
     if side.scaling != "tensor" or side.format not in FORMATS:
         return None
     axes = side.scale_axes(product, which, x.ndim)
-    found = rounded(lax.stop_gradient(x), side.format, axes)
+    narrow = rounded(lax.stop_gradient(x), side.format, axes)
     # Else XLA saves wide values and rounds them again in the backward pass.
-    return Rounded(*lax.optimization_barrier((found.values, found.step)))
+    return lax.optimization_barrier(narrow)
 
 
 def policy_of_products(policy: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from typing import Any
 
 from jaxtricks import _jaxpr
 from jaxtricks.amp import _precision_table as table
-from jaxtricks.amp._product8 import ROUNDED
 from jaxtricks.amp._rounding8 import Side
 
 INPUT, OTHER, PRODUCT, FRESH, COTANGENT = range(5)
@@ -36,7 +35,7 @@ ROLES = ("first", "last", "attention")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """How one equation runs, if it is a product or holds some.
+    """How one equation runs, if it is a product or has inner jaxprs.
 
     Attributes:
       role: "first", "last", "attention" or "".
@@ -71,6 +70,18 @@ class Choices:
                     yield from body.products()
             else:
                 yield choice
+
+
+def of_eqns(
+    choices: Choices | None, jaxpr: _jaxpr.Jaxpr
+) -> Sequence[Choice | None]:
+    """Return the choices for the equations of a jaxpr, None for each without 8 bits."""
+    return choices.eqns if choices else (None,) * len(jaxpr.eqns)
+
+
+def of_bodies(choice: Choice | None, number: int) -> Sequence[Choices | None]:
+    """Return the choices for the bodies of an equation, None for each without 8 bits."""
+    return choice.bodies if choice else (None,) * number
 
 
 class Chooser:
@@ -172,7 +183,7 @@ class Chooser:
                 )
                 roles.update(c.role for body in bodies for c in body.products())
             return Choice("", None, operands, bodies)
-        if _jaxpr.primitive(eqn) not in ROUNDED:
+        if _jaxpr.primitive(eqn) not in table.ROUNDED:
             return None
         role = self._role(eqn, operands, flags.get(eqn.outvars[0], 0))
         if self.wide_roles:
@@ -254,17 +265,14 @@ class Chooser:
     def _outs(self, eqn: Any, operands: Origins, direction: int) -> Origins:
         """Return the origins of the results of an equation with bodies."""
         direction = _direction(eqn, direction)
-        found = [
+        outs = [
             _read(self._origins_of(body, ins, direction), body.outvars)
             for body, ins in self._entered(eqn, operands, direction)
         ]
-        # A loop may not run at all: its results are at least what goes in.
-        name = _jaxpr.primitive(eqn)
-        if name == "cond":
-            return tuple(map(max, zip(*found, strict=True)))
-        if name == "while":
-            return found[1]
-        return found[0]
+        if _jaxpr.primitive(eqn) == "cond":
+            return tuple(map(max, zip(*outs, strict=True)))
+        # Before the body of a while loop comes its condition.
+        return outs[-1]
 
     def _entered(
         self, eqn: Any, operands: Origins, direction: int
@@ -324,27 +332,25 @@ class Chooser:
         origins = self._origins_of(jaxpr, ins, direction)
         flags: dict[Any, int] = {}
 
-        def mark(v: Any, found: int) -> None:
+        def mark(v: Any, flag: int) -> None:
             if not _jaxpr.is_literal(v):
-                flags[v] = flags.get(v, 0) | found
+                flags[v] = flags.get(v, 0) | flag
 
-        for v, found in zip(jaxpr.outvars, followed, strict=True):
-            mark(v, found)
+        for v, flag in zip(jaxpr.outvars, followed, strict=True):
+            mark(v, flag)
         for eqn in reversed(jaxpr.eqns):
             outs = _flags(flags, eqn)
             operands = _read(origins, eqn.invars)
             if _jaxpr.has_bodies(eqn):
                 entering = self._entering(eqn, operands, outs, direction)
-                for v, found in zip(eqn.invars, entering, strict=True):
-                    mark(v, found)
+                for v, flag in zip(eqn.invars, entering, strict=True):
+                    mark(v, flag)
                 continue
-            found = 0
-            for out in outs:
-                found |= out
+            following = _union(outs)
             if _jaxpr.primitive(eqn) in table.PRODUCTS:
-                found |= BACKWARD if max(operands) >= FRESH else FORWARD
+                following |= BACKWARD if max(operands) >= FRESH else FORWARD
             for v in eqn.invars:
-                mark(v, found)
+                mark(v, following)
         self._flags[key] = flags
         return flags
 
@@ -353,18 +359,17 @@ class Chooser:
     ) -> list[int]:
         """Return the flags of the operands of an equation with bodies."""
         parts = self._parts(eqn, operands, outs, direction)
-        found = [
+        ins = [
             [self._flags_of(*part).get(v, 0) for v in part[0].invars]
             for part in parts
         ]
         name = _jaxpr.primitive(eqn)
         if name == "cond":
-            joined = [_union(flags) for flags in zip(*found, strict=True)]
-            return [0, *joined]
+            return [0, *map(_union, zip(*ins, strict=True))]
         if name == "while":
             cond_consts, _ = _jaxpr.while_consts(eqn)
-            return [*found[0][:cond_consts], *found[1]]
-        return found[0]
+            return [*ins[0][:cond_consts], *ins[1]]
+        return ins[0]
 
     def _parts(
         self, eqn: Any, operands: Origins, outs: Followed, direction: int

@@ -39,6 +39,8 @@ from jaxtricks.amp._product_roles import (
     Choices,
     Chooser,
     Origins,
+    of_bodies,
+    of_eqns,
 )
 from jaxtricks.amp._rounding8 import Product, Rounded, Side
 
@@ -108,9 +110,11 @@ class Emitter:
                 )
             return raised[v]
 
-        chosen = choices.eqns if choices else (None,) * len(jaxpr.eqns)
         for eqn, decision, choice in zip(
-            jaxpr.eqns, analysis.decisions, chosen, strict=True
+            jaxpr.eqns,
+            analysis.decisions,
+            of_eqns(choices, jaxpr),
+            strict=True,
         ):
             with _jaxpr.source_context(eqn) as bare:
                 results = self._bind(bare, decision, choice, read, rounded)
@@ -266,7 +270,7 @@ class Emitter:
     ) -> list[Any]:
         name = _jaxpr.primitive(eqn)
         analyses = decision.bodies
-        chosen = choice.bodies if choice else (None,) * len(analyses)
+        chosen = of_bodies(choice, len(analyses))
         expected = zip(eqn.invars, _expected(eqn, analyses), strict=True)
         operands = [read(v, state) for v, state in expected]
         if name == "custom_jvp_call":
@@ -401,11 +405,11 @@ def _custom_vjp(
             return [*outs, *residuals.flatten(pullback)]
 
         outs = [*body.outs, ...]
-        results, found = _rewritten(
+        results, out_origins = _rewritten(
             emitter, original, avals, body.ins, outs, args, origins
         )
         saved = results[outputs:]
-        residuals.origins = found[outputs:]
+        residuals.origins = out_origins[outputs:]
         residuals.is_low = [
             x.dtype != aval.dtype
             for x, aval in zip(saved, residuals.avals, strict=True)
